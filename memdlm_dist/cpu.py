@@ -1,0 +1,58 @@
+"""What makes torchtitan and streaming run where there is no accelerator.
+
+torchtitan 0.2 falls back to "cuda" when it finds no accelerator and asks its device module for
+things that `torch.cpu` does not have. Nothing in this file has any effect on a machine that has one.
+"""
+
+import os
+import platform
+import resource
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+
+
+def has_accelerator() -> bool:
+    return torch.accelerator.is_available()
+
+
+def prepare() -> None:
+    """Make `import torchtitan` and `import streaming` work; call before the first import of either."""
+    # streaming imports torchvision for its vision datasets, and a torchvision that was built for
+    # CUDA fails to load beside a CPU build of torch. We stream tokens only.
+    sys.modules.setdefault("streaming.vision", ModuleType("streaming.vision"))
+    if has_accelerator():
+        return
+    torch._utils._get_available_device_type = lambda: "cpu"
+    cpu: Any = torch.cpu
+    cpu.current_device = lambda: 0
+    cpu.get_device_name = lambda device=None: platform.processor() or platform.machine()
+    cpu.get_device_properties = lambda device=None: SimpleNamespace(total_memory=_total_memory())
+    cpu.memory_stats = lambda device=None: _memory_stats()
+    cpu.reset_peak_memory_stats = lambda device=None: None
+    cpu.empty_cache = lambda: None
+
+
+def prepare_collectives(model: torch.nn.Module) -> None:
+    """Let FSDP2 reduce gradients on gloo, which has no pre-multiplied sum."""
+    if has_accelerator():
+        return
+    for module in model.modules():
+        if isinstance(module, torch.distributed.fsdp.FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def _total_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _memory_stats() -> dict[str, int]:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    return {
+        "active_bytes.all.peak": peak,
+        "reserved_bytes.all.peak": peak,
+        "num_alloc_retries": 0,
+        "num_ooms": 0,
+    }

@@ -1,0 +1,12 @@
+"""The one exception for what a user can get wrong."""
+
+
+class UserError(ValueError):
+    """A mistake in a configuration, a path, a shard, a checkpoint or a launch.
+
+    Its message is one sentence that names the offending thing and the remedy. Entry points print
+    that sentence and exit with `EXIT_STATUS`; every other exception keeps its traceback.
+    """
+
+
+EXIT_STATUS = 2

@@ -1,0 +1,84 @@
+"""The inner loop: write a trajectory into fast weights. A pure function of its arguments.
+
+Shapes: G sets of fast weights, N scored tokens, K inner steps.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memdlm_dist import fast_weights
+from memdlm_dist.diffusion import token_nll, weighted_nll
+from memdlm_dist.fast_weights import FastWeights
+from memdlm_dist.trajectory import Scored
+
+
+@dataclass(frozen=True)
+class InnerStatistics:
+    """What happened in the inner loop, for the logs; sets without a scored token are not `counted`."""
+
+    loss_KG: Tensor  # before the step's update
+    grad_norm_KG: Tensor  # over all fast tensors of the set, before clipping
+    counted_KG: Tensor  # bool
+    skipped_KG: Tensor  # bool: a non-finite loss or gradient, so no update
+    written_norm_G: Tensor  # 2-norm of what the loop added to the set
+
+
+def adapt(
+    predict: Callable[[int, FastWeights], Tensor],
+    scored: Sequence[Scored],
+    fast: FastWeights,
+    n_sets: int,
+    learning_rate: float = 0.1,
+    clip: float = 1.0,
+) -> tuple[FastWeights, InnerStatistics]:
+    """K steps of SGD on the fast weights, first order, along K states of a trajectory.
+
+    A set's loss at a state is sum w nll / (number of its scored tokens): unlike the outer loss, which
+    divides by the maskable ones. The sets are independent of each other, so one backward pass through
+    the sum of their losses gives every set its own gradient. A set whose loss or gradient is not
+    finite skips that update; the trajectory goes on.
+
+    Args:
+        predict: (k, fast weights) -> logits `[N, V]` of state k's scored tokens.
+        scored: the K states' scored tokens.
+        fast: initial fast weights with `n_sets` sets; not modified.
+        n_sets: G; 1 pools all rows, otherwise row g belongs to set g.
+        learning_rate: of the SGD.
+        clip: largest norm of a set's gradient of one tensor; 0 for no clipping.
+
+    Returns:
+        The fast weights after the last step, detached, and the statistics.
+    """
+    initial = fast
+    losses, norms, counted, skipped = [], [], [], []
+    with torch.enable_grad():
+        for k, tokens in enumerate(scored):
+            fast = fast_weights.map_leaves(lambda x: x.detach().requires_grad_(), fast)
+            loss_G, count_G = _set_losses(token_nll(predict(k, fast), tokens.label_N), tokens, n_sets)
+            grads = torch.autograd.grad(loss_G.sum(), fast_weights.leaves(fast))
+            with torch.no_grad():
+                fast, norm_G = fast_weights.sgd_update(fast, grads, learning_rate, clip, loss_G.isfinite())
+            finite_G = loss_G.isfinite() & norm_G.isfinite()
+            losses.append(loss_G.detach())
+            norms.append(norm_G)
+            counted.append(finite_G & (count_G > 0))
+            skipped.append(~finite_G)
+    with torch.no_grad():
+        change = [new - old for new, old in zip(*map(fast_weights.leaves, (fast, initial)), strict=True)]
+        written_G = fast_weights.squared_norms(change).sum(0).sqrt()
+    statistics = InnerStatistics(
+        torch.stack(losses), torch.stack(norms), torch.stack(counted), torch.stack(skipped), written_G
+    )
+    return fast, statistics
+
+
+def _set_losses(nll_N: Tensor, tokens: Scored, n_sets: int) -> tuple[Tensor, Tensor]:
+    """Mean weighted nll of every set's scored tokens and their number, both `[G]`."""
+    set_N = tokens.row_N if n_sets > 1 else torch.zeros_like(tokens.row_N)
+    zeros_G = nll_N.new_zeros(n_sets)
+    total_G = zeros_G.index_add(0, set_N, weighted_nll(nll_N, tokens.weight_N, tokens.valid_N))
+    count_G = zeros_G.index_add(0, set_N, tokens.valid_N.to(zeros_G.dtype))
+    return total_G / count_G.clamp(min=1), count_G

@@ -1,0 +1,233 @@
+"""`llada`: the dense bidirectional transformer of LLaDA.
+
+Pre-norm blocks with RMSNorm, rotary positions (half-rotation form), SwiGLU, optional grouped-query
+attention, an untied output head, no biases, no causal mask and no time embedding. Module names are
+those of torchtitan's llama3, whose parallelisation then applies as it is.
+
+Shapes: B sequences, L tokens, D model, H heads, d head, F ffn, V vocabulary, M scored tokens of this
+rank, N of all tensor-parallel ranks. Under tensor parallelism the activations between blocks are
+sharded on the sequence, [B, L / tp, D].
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchtitan.models.attention import ScaledDotProductAttentionWrapper
+from torchtitan.models.llama3.model.model import Attention
+from torchtitan.models.qwen3.model.model import FeedForward
+from torchtitan.models.utils import get_dense_model_nparams_and_flops, trunc_normal_
+from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
+from torchtitan.protocols.train_spec import TrainSpec
+
+from memdlm_dist.fast_weights import AdaptedLinear, FastWeights, LowRank, low_rank_term
+
+TARGETS = ("gate", "up", "down")
+
+
+@dataclass
+class LLaDAArgs(BaseModelArgs):
+    """Sizes of a `llada` backbone; the defaults are LLaDA-8B's."""
+
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int | None = None
+    hidden_dim: int = 12288
+    vocab_size: int = 126464
+    norm_eps: float = 1e-5
+    rope_theta: float = 500_000.0
+    max_seq_len: int = 4096
+    attn_type: str = "sdpa"
+
+    def update_from_config(self, job_config, **kwargs) -> None:
+        self.max_seq_len = job_config.training.seq_len
+
+    def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
+        return get_dense_model_nparams_and_flops(self, model, 2 * (self.dim // self.n_heads), seq_len)
+
+    def adapted_linears(self, first_layer: int, targets: Sequence[str]) -> list[AdaptedLinear]:
+        """The `targets` linears of layers `first_layer .. n_layers - 1`, where fast weights attach."""
+        sizes = {
+            "gate": (self.dim, self.hidden_dim, False),
+            "up": (self.dim, self.hidden_dim, False),
+            "down": (self.hidden_dim, self.dim, True),
+        }
+        return [
+            AdaptedLinear(str(layer), target, *sizes[target])
+            for layer in range(first_layer, self.n_layers)
+            for target in targets
+        ]
+
+
+FLAVOURS = {
+    # For tests: every size divides by 4, so that four tensor-parallel ranks fit.
+    "debug": LLaDAArgs(dim=64, n_layers=4, n_heads=8, n_kv_heads=4, hidden_dim=160, vocab_size=512),
+    # 5.6 million parameters: learns something in minutes on two CPU cores.
+    "quickstart": LLaDAArgs(dim=256, n_layers=5, n_heads=4, hidden_dim=768, vocab_size=2048),
+    "1B": LLaDAArgs(dim=2048, n_layers=16, n_heads=16, hidden_dim=5632),
+    "8B": LLaDAArgs(),
+}
+
+
+def rotary_frequencies(head_dim: int, length: int, theta: float) -> Tensor:
+    """exp(i p theta^(-2j/d)) for position p and pair j, complex64 `[L, d/2]`.
+
+    Complex, as in torchtitan's llama3, so that mixed precision leaves it in float32.
+    """
+    inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    angle = torch.outer(torch.arange(length).float(), inverse)
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+def rotate(x_BLHd: Tensor, frequencies_Lj: Tensor) -> Tensor:
+    """Rotary positions in the half-rotation form: pairs are (x_j, x_{j + d/2}); computed in float32."""
+    cos, sin = (part[:, None, :] for part in torch.view_as_real(frequencies_Lj).unbind(-1))
+    first, second = x_BLHd.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x_BLHd)
+
+
+class BidirectionalAttentionKernel(ScaledDotProductAttentionWrapper):
+    """torchtitan's wrapper around scaled dot-product attention, which is causal unless told otherwise."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, enable_gqa: bool = False) -> Tensor:
+        return super().forward(q, k, v, enable_gqa=enable_gqa, is_causal=False)
+
+
+class BidirectionalAttention(Attention):
+    """Every token attends to every token of its sequence. Projections and initialisation are llama3's."""
+
+    def __init__(self, args: LLaDAArgs):
+        super().__init__(args)
+        self.inner_attention = BidirectionalAttentionKernel()
+
+    def forward(self, x: Tensor, freqs_cis: Tensor, attention_masks: None = None, positions: None = None) -> Tensor:
+        # The signature is that of llama3's tensor-parallel plan; see `TransformerBlock.forward`.
+        batch, length, _ = x.shape
+        # -1 heads: tensor parallelism leaves each rank a part of them.
+        q, k, v = (linear(x).view(batch, length, -1, self.head_dim) for linear in (self.wq, self.wk, self.wv))
+        q, k = rotate(q, freqs_cis[:length]), rotate(k, freqs_cis[:length])
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        y_BHLd = self.inner_attention(q, k, v, enable_gqa=self.enable_gqa)
+        return self.wo(y_BHLd.transpose(1, 2).reshape(batch, length, -1))
+
+
+class AdaptableFeedForward(FeedForward):
+    """SwiGLU, W_down(silu(W_gate x) * W_up x), each linear with fast weights if it is given any."""
+
+    def forward(self, x: Tensor, fast: dict[str, LowRank] | None = None) -> Tensor:
+        fast = fast or {}
+
+        def adapted(target: str, linear: nn.Linear, x: Tensor) -> Tensor:
+            y = linear(x)
+            return y + low_rank_term(x, fast[target]).type_as(y) if target in fast else y
+
+        h = F.silu(adapted("gate", self.w1, x)) * adapted("up", self.w3, x)
+        return adapted("down", self.w2, h)
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, layer_id: int, args: LLaDAArgs):
+        super().__init__()
+        self.attention = BidirectionalAttention(args)
+        self.feed_forward = AdaptableFeedForward(args.dim, args.hidden_dim)
+        self.attention_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.ffn_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.weight_init_std = 0.02 / (2 * (layer_id + 1)) ** 0.5
+
+    def forward(self, x_BLD: Tensor, freqs_cis: Tensor, fast: dict[str, LowRank] | None = None) -> Tensor:
+        # Four positional arguments, as llama3's tensor-parallel plan describes the attention's inputs.
+        h_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), freqs_cis, None, None)
+        return h_BLD + self.feed_forward(self.ffn_norm(h_BLD), fast=fast)
+
+    def init_weights(self) -> None:
+        for norm in (self.attention_norm, self.ffn_norm):
+            norm.reset_parameters()
+        self.attention.init_weights(self.weight_init_std)
+        self.feed_forward.init_weights(self.weight_init_std)
+
+
+class LLaDA(ModelProtocol):
+    """The backbone. `forward` is the whole of it; `trunk` and `tail` are its two parts.
+
+    The trunk is everything below the first layer with fast weights, so its activations serve an inner
+    step and the outer step alike.
+    """
+
+    def __init__(self, args: LLaDAArgs):
+        super().__init__(args)
+        self.model_args = args
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.register_buffer("freqs_cis", self._rotary(), persistent=False)
+        self.layers = nn.ModuleDict({str(i): TransformerBlock(i, args) for i in range(args.n_layers)})
+        self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+
+    def _rotary(self) -> Tensor:
+        args = self.model_args
+        return rotary_frequencies(args.dim // args.n_heads, args.max_seq_len, args.rope_theta)
+
+    def init_weights(self, buffer_device: torch.device | None = None) -> None:
+        with torch.device(buffer_device or self.freqs_cis.device):
+            self.freqs_cis = self._rotary()
+        nn.init.normal_(self.tok_embeddings.weight)
+        for block in self.layers.values():
+            block.init_weights()
+        self.norm.reset_parameters()
+        std = self.model_args.dim**-0.5
+        trunc_normal_(self.output.weight, mean=0.0, std=std, a=-3 * std, b=3 * std)
+
+    def forward(self, tokens_BL: Tensor, index_M: Tensor, fast: FastWeights | None = None) -> Tensor:
+        """Logits `[N, V]` of the positions `index_M` of this rank's flattened activations."""
+        h_BLD = self._layers(self.tok_embeddings(tokens_BL), 0, self.model_args.n_layers, fast)
+        return self._head(h_BLD, index_M)
+
+    def trunk(self, tokens_BL: Tensor, stop: int) -> Tensor:
+        """Embedding and layers `0 .. stop - 1`: the activations that layer `stop` reads."""
+        return self._layers(self.tok_embeddings(tokens_BL), 0, stop, None)
+
+    def tail(self, h_BLD: Tensor, start: int, index_M: Tensor, fast: FastWeights | None) -> Tensor:
+        """Layers `start .. n - 1` on the trunk's activations, then the head at `index_M`: logits `[N, V]`."""
+        return self._head(self._layers(h_BLD, start, self.model_args.n_layers, fast), index_M)
+
+    def _layers(self, h_BLD: Tensor, start: int, stop: int, fast: FastWeights | None) -> Tensor:
+        for layer in range(start, stop):
+            name = str(layer)
+            h_BLD = self.layers[name](h_BLD, self.freqs_cis, (fast or {}).get(name))
+        return h_BLD
+
+    def _head(self, h_BLD: Tensor, index_M: Tensor) -> Tensor:
+        # Pick the scored tokens first: the final norm and, under tensor parallelism, the gathering of
+        # the sequence shards then touch those alone.
+        h_1MD = h_BLD.flatten(0, 1).index_select(0, index_M).unsqueeze(0)
+        return self.output(self.norm(h_1MD)).flatten(0, 1)
+
+
+def train_spec() -> TrainSpec:
+    """torchtitan's description of the backbone and of the components that train it."""
+    from torchtitan.components.loss import build_cross_entropy_loss
+    from torchtitan.components.lr_scheduler import build_lr_schedulers
+    from torchtitan.components.optimizer import build_optimizers
+
+    from memdlm_dist.data.loader import build_dataloader
+    from memdlm_dist.data.tokenizer import build_tokenizer
+    from memdlm_dist.metrics import build_metrics_processor
+    from memdlm_dist.models.parallelize import parallelize_llada
+    from memdlm_dist.validate import build_validator
+
+    return TrainSpec(
+        model_cls=LLaDA,
+        model_args=FLAVOURS,
+        parallelize_fn=parallelize_llada,
+        pipelining_fn=None,
+        build_optimizers_fn=build_optimizers,
+        build_lr_schedulers_fn=build_lr_schedulers,
+        build_dataloader_fn=build_dataloader,
+        build_tokenizer_fn=build_tokenizer,
+        # Unused: the trainer computes its own loss. torchtitan requires one.
+        build_loss_fn=build_cross_entropy_loss,
+        build_validator_fn=build_validator,
+        build_metrics_processor_fn=build_metrics_processor,
+    )
