@@ -1,0 +1,1 @@
+"""Corpus to tokenised shards, and shards to micro-batches."""

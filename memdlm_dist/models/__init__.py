@@ -1,7 +1,22 @@
-"""Backbones, registered with torchtitan under their names."""
+"""Backbones by name."""
 
-from torchtitan.protocols.train_spec import register_train_spec
+from memdlm_dist.errors import UserError
+from memdlm_dist.models.llada import FLAVOURS, LLaDA, LLaDAArgs
 
-from memdlm_dist.models import llada
+BACKBONES: dict[str, tuple[type[LLaDA], dict[str, LLaDAArgs]]] = {"llada": (LLaDA, FLAVOURS)}
 
-register_train_spec("llada", llada.train_spec())
+
+def backbone_args(name: str, flavour: str) -> LLaDAArgs:
+    """The sizes of a backbone, by `model.name` and `model.flavor`.
+
+    Raises:
+        UserError: if one of them does not exist.
+    """
+    if name not in BACKBONES:
+        raise UserError(f"model.name {name!r} is not a diffusion backbone; choose among {', '.join(BACKBONES)}.")
+    flavours = BACKBONES[name][1]
+    if flavour not in flavours:
+        raise UserError(
+            f"model.flavor {flavour!r} does not exist for model {name}; choose among {', '.join(flavours)}."
+        )
+    return flavours[flavour]

@@ -11,6 +11,7 @@ sharded on the sequence, [B, L / tp, D].
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,16 +21,15 @@ from torchtitan.models.llama3.model.model import Attention
 from torchtitan.models.qwen3.model.model import FeedForward
 from torchtitan.models.utils import get_dense_model_nparams_and_flops, trunc_normal_
 from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
-from torchtitan.protocols.train_spec import TrainSpec
 
 from memdlm_dist.fast_weights import AdaptedLinear, FastWeights, LowRank, low_rank_term
-
-TARGETS = ("gate", "up", "down")
-
 
 @dataclass
 class LLaDAArgs(BaseModelArgs):
     """Sizes of a `llada` backbone; the defaults are LLaDA-8B's."""
+
+    # The linears of a layer that can have fast weights.
+    targets: ClassVar[tuple[str, ...]] = ("gate", "up", "down")
 
     dim: int = 4096
     n_layers: int = 32
@@ -203,31 +203,3 @@ class LLaDA(ModelProtocol):
         # the sequence shards then touch those alone.
         h_1MD = h_BLD.flatten(0, 1).index_select(0, index_M).unsqueeze(0)
         return self.output(self.norm(h_1MD)).flatten(0, 1)
-
-
-def train_spec() -> TrainSpec:
-    """torchtitan's description of the backbone and of the components that train it."""
-    from torchtitan.components.loss import build_cross_entropy_loss
-    from torchtitan.components.lr_scheduler import build_lr_schedulers
-    from torchtitan.components.optimizer import build_optimizers
-
-    from memdlm_dist.data.loader import build_dataloader
-    from memdlm_dist.data.tokenizer import build_tokenizer
-    from memdlm_dist.metrics import build_metrics_processor
-    from memdlm_dist.models.parallelize import parallelize_llada
-    from memdlm_dist.validate import build_validator
-
-    return TrainSpec(
-        model_cls=LLaDA,
-        model_args=FLAVOURS,
-        parallelize_fn=parallelize_llada,
-        pipelining_fn=None,
-        build_optimizers_fn=build_optimizers,
-        build_lr_schedulers_fn=build_lr_schedulers,
-        build_dataloader_fn=build_dataloader,
-        build_tokenizer_fn=build_tokenizer,
-        # Unused: the trainer computes its own loss. torchtitan requires one.
-        build_loss_fn=build_cross_entropy_loss,
-        build_validator_fn=build_validator,
-        build_metrics_processor_fn=build_metrics_processor,
-    )

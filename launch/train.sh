@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Train on one node.
+#
+#   [NGPU=N] bash launch/train.sh CONFIG.toml [torchrun flags --] [--section.key value ...]
+#
+# NGPU: number of processes (default: all accelerators, or 2 on a machine without any).
+# TORCHRUN_FLAGS: further flags for torchrun, such as --max-restarts=3.
+set -euo pipefail
+
+usage() { sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+
+if [[ $# -lt 1 || $1 == -h || $1 == --help ]]; then
+    usage
+    [[ $# -ge 1 ]] && exit 0 || exit 2
+fi
+config=$1
+shift
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-python}
+if [[ -z ${PYTHON:-} && -x $root/.venv/bin/python ]]; then
+    python=$root/.venv/bin/python
+fi
+
+# Flags before a lone -- are torchrun's.
+torchrun_flags=()
+for argument in "$@"; do
+    if [[ $argument == -- ]]; then
+        while [[ $1 != -- ]]; do torchrun_flags+=("$1"); shift; done
+        shift
+        break
+    fi
+done
+
+if [[ -z ${NGPU:-} ]]; then
+    NGPU=$("$python" -c 'import torch; print(torch.accelerator.device_count() or 2)')
+fi
+if [[ ! $NGPU =~ ^[1-9][0-9]*$ ]]; then
+    echo "error: NGPU must be a positive number, but is '$NGPU'." >&2
+    exit 2
+fi
+
+# One thread per process: several processes on one machine otherwise fight for its cores.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exec "$python" "$root/launch/torchrun.py" --nproc-per-node="$NGPU" --rdzv-backend=c10d \
+    --rdzv-endpoint=localhost:0 --local-ranks-filter="${LOG_RANK:-0}" --role=rank --tee=3 \
+    ${TORCHRUN_FLAGS:-} "${torchrun_flags[@]}" -m memdlm_dist.train --job.config_file "$config" "$@"

@@ -1,0 +1,159 @@
+"""Token sequences of one fixed length, from documents (packed) or from rows to fine-tune on (padded)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memdlm_dist.data.tokenizer import DiffusionTokenizer
+
+Format = Literal["text", "prompt_response", "alpaca", "messages"]
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One training sequence of L tokens; only `maskable` ones are ever masked and scored."""
+
+    tokens_L: NDArray[np.int64]
+    maskable_L: NDArray[np.bool_]
+
+
+class BadRow(ValueError):
+    """A row lacks a field or has one of the wrong kind."""
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The names under which a row keeps its parts."""
+
+    text: str = "text"
+    prompt: str = "prompt"
+    response: str = "response"
+
+
+def detect_format(values: dict[str, Any], fields: Fields) -> Format | None:
+    """The format of a row by its keys; None if it has none of the known ones."""
+    if "messages" in values:
+        return "messages"
+    if "instruction" in values and "output" in values:
+        return "alpaca"
+    if fields.prompt in values and fields.response in values:
+        return "prompt_response"
+    return "text" if fields.text in values else None
+
+
+def _string(values: dict[str, Any], key: str) -> str:
+    value = values.get(key)
+    if not isinstance(value, str):
+        raise BadRow(f"field {key!r} is " + ("missing" if key not in values else f"{type(value).__name__}, not text"))
+    return value
+
+
+def document(values: dict[str, Any], fields: Fields) -> str:
+    """The text of a pre-training row.
+
+    Raises:
+        BadRow: naming the field.
+    """
+    text = _string(values, fields.text)
+    if not text.strip():
+        raise BadRow(f"field {fields.text!r} is empty")
+    return text
+
+
+def segments(values: dict[str, Any], form: Format, fields: Fields) -> list[tuple[str, bool]]:
+    """A fine-tuning row as (text, is response) pairs; every response ends its turn with end-of-text.
+
+    alpaca: the instruction, the input if there is one, and the output, apart by empty lines.
+    messages: each turn as `role: content`, apart by empty lines; the assistant's turns are responses.
+
+    Raises:
+        BadRow: naming the field.
+    """
+    if form == "prompt_response":
+        parts = [(_string(values, fields.prompt), False), (_string(values, fields.response), True)]
+    elif form == "alpaca":
+        context = values.get("input") or ""
+        if not isinstance(context, str):
+            raise BadRow(f"field 'input' is {type(context).__name__}, not text")
+        prompt = "\n\n".join(filter(None, (_string(values, "instruction"), context)))
+        parts = [(prompt + "\n\n", False), (_string(values, "output"), True)]
+    else:
+        parts = _turns(values.get("messages"))
+    if not any(text.strip() for text, is_response in parts if is_response):
+        raise BadRow("there is no response to learn from")
+    return parts
+
+
+def _turns(messages: Any) -> list[tuple[str, bool]]:
+    if not isinstance(messages, list) or not messages:
+        raise BadRow("field 'messages' is not a non-empty list")
+    parts: list[tuple[str, bool]] = []
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise BadRow(f"messages[{number}] is {type(message).__name__}, not an object")
+        role, content = _string(message, "role"), _string(message, "content")
+        if role == "assistant":
+            parts += [(f"{role}: ", False), (content, True)]
+        else:
+            parts.append((f"{role}: {content}\n\n", False))
+    return parts
+
+
+class Packer:
+    """Documents end to end, each followed by end-of-text, cut into sequences of `length` tokens.
+
+    Every token is maskable. The incomplete last sequence is left out; `tail` is its length.
+    """
+
+    def __init__(self, length: int, eos_id: int):
+        self._length, self._eos_id = length, eos_id
+        self._buffer: list[int] = []
+        self._everything = np.ones(length, dtype=np.bool_)
+
+    def add(self, ids: list[int]) -> Iterator[Sequence]:
+        """The sequences that one more document completes."""
+        self._buffer += [*ids, self._eos_id]
+        start = 0
+        while len(self._buffer) - start >= self._length:
+            tokens_L = np.array(self._buffer[start : start + self._length], dtype=np.int64)
+            yield Sequence(tokens_L, self._everything)
+            start += self._length
+        del self._buffer[:start]
+
+    @property
+    def tail(self) -> int:
+        return len(self._buffer)
+
+
+def pad(
+    parts: list[tuple[list[int], bool]], length: int, eos_id: int, overlong: Literal["drop", "truncate"]
+) -> tuple[Sequence | None, bool]:
+    """One fine-tuning row as a sequence of `length` tokens, padded with end-of-text.
+
+    The prompt is never masked. The responses and, as in the paper's recipe, the padding are.
+
+    Returns:
+        The sequence, or None for a row that is dropped (too long, or left without a response by
+        truncation), and whether the row was too long.
+    """
+    ids: list[int] = []
+    maskable: list[bool] = []
+    for part, is_response in parts:
+        part = [*part, eos_id] if is_response else part
+        ids += part
+        maskable += [is_response] * len(part)
+    too_long = len(ids) > length
+    if too_long and (overlong == "drop" or not any(maskable[:length])):
+        return None, True
+    missing = max(0, length - len(ids))
+    tokens_L = np.array(ids[:length] + [eos_id] * missing, dtype=np.int64)
+    return Sequence(tokens_L, np.array(maskable[:length] + [True] * missing, dtype=np.bool_)), too_long
+
+
+def encode_segments(tokenizer: DiffusionTokenizer, parts: list[tuple[str, bool]]) -> list[tuple[list[int], bool]]:
+    """Token ids of each segment; segments are tokenised apart, so that no token spans prompt and response."""
+    encoded = tokenizer.encode_plain([text for text, _ in parts])
+    return [(ids, is_response) for ids, (_, is_response) in zip(encoded, parts, strict=True)]

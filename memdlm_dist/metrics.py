@@ -1,0 +1,101 @@
+"""Scalars of the objective and the memory, beside torchtitan's own, and the console line's share of them."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.distributed import ParallelDims
+from torchtitan.tools.logging import logger
+
+from memdlm_dist.inner_loop import InnerStatistics
+
+INNER_LOSS = "parametric_memory/inner_loss_step_{}"
+INNER_GRAD_NORM = "parametric_memory/inner_grad_norm_step_{}"
+WRITTEN = "parametric_memory/fast_weight_norm"
+SKIPPED = "parametric_memory/skipped_updates"
+MASK_RATIO = "diffusion/mask_ratio"
+
+
+class MemDLMMetrics(MetricsProcessor):
+    """torchtitan's processor, which also averages over micro-batches and data-parallel ranks what the
+    trainer records during a step.
+
+    Recording stays on the device. Only `log` reduces and reads, in one collective, on steps that log.
+    """
+
+    def __init__(self, job_config: Any, parallel_dims: ParallelDims, tag: str | None = None):
+        super().__init__(job_config, parallel_dims, tag)
+        self._sums: dict[str, Tensor] = {}  # name -> [sum, number]
+
+    def start_step(self) -> None:
+        self._sums = {}
+
+    def record(self, name: str, values: Tensor, counted: Tensor | None = None) -> None:
+        """Add the entries of `values` for which `counted` holds (all by default) to a scalar's average."""
+        counted = torch.ones_like(values, dtype=torch.bool) if counted is None else counted
+        pair = torch.stack([torch.where(counted, values, 0.0).sum().float(), counted.sum().float()])
+        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def record_inner_loop(self, statistics: InnerStatistics) -> None:
+        """The averages are over sets of fast weights that had a scored token."""
+        for k, counted_G in enumerate(statistics.counted_KG):
+            self.record(INNER_LOSS.format(k + 1), statistics.loss_KG[k], counted_G)
+            self.record(INNER_GRAD_NORM.format(k + 1), statistics.grad_norm_KG[k], counted_G)
+        self.record(WRITTEN, statistics.written_norm_G, statistics.counted_KG.any(0))
+        self.record(SKIPPED, statistics.skipped_KG.float().sum().unsqueeze(0))
+
+    def _reduce(self) -> dict[str, float]:
+        if not self._sums:
+            return {}
+        pairs = torch.stack(list(self._sums.values()))
+        mesh = self.parallel_dims.get_optional_mesh("loss")
+        if mesh is not None:
+            torch.distributed.all_reduce(pairs, group=mesh.get_group())
+        rows = zip(self._sums, pairs.tolist(), strict=True)
+        # A count of skipped updates is a total, everything else an average.
+        return {name: total if name == SKIPPED else total / max(number, 1.0) for name, (total, number) in rows}
+
+    def log(
+        self,
+        step: int,
+        global_avg_loss: float,
+        global_max_loss: float,
+        grad_norm: float,
+        extra_metrics: dict[str, Any] | None = None,
+    ) -> None:
+        ours = self._reduce()
+        inner = [ours[name] for k in range(len(ours)) if (name := INNER_LOSS.format(k + 1)) in ours]
+        suffix = f"  inner loss: {' -> '.join(f'{loss:.4f}' for loss in inner)}" if inner else ""
+        with _appending(suffix):
+            super().log(step, global_avg_loss, global_max_loss, grad_norm, {**(extra_metrics or {}), **ours})
+
+    def log_scalars(self, scalars: dict[str, float], step: int) -> None:
+        """Write scalars to TensorBoard (and whatever else is on)."""
+        self.logger.log(scalars, step)
+
+
+@contextlib.contextmanager
+def _appending(suffix: str) -> Iterator[None]:
+    """Append to the step line that torchtitan composes and logs in one go."""
+
+    def append(record: logging.LogRecord) -> bool:
+        if "tflops:" in str(record.msg):
+            record.msg = f"{record.msg}{suffix}"
+        return True
+
+    logger.addFilter(append)
+    try:
+        yield
+    finally:
+        logger.removeFilter(append)
+
+
+def build_metrics_processor(
+    job_config: Any, parallel_dims: ParallelDims, model_args: Any = None, tag: str | None = None
+) -> MemDLMMetrics:
+    del model_args
+    return MemDLMMetrics(job_config, parallel_dims, tag)

@@ -1,0 +1,168 @@
+"""Training: torchtitan's Trainer with the bi-level step.
+
+    python -m memdlm_dist.train --job.config_file FILE [--section.key value ...]
+
+under torchrun (see launch/train.sh).
+"""
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torchtitan.tools.logging import init_logger, logger
+from torchtitan.train import Trainer
+
+from memdlm_dist import job_config as configuration
+from memdlm_dist import train_spec, validate  # noqa: F401  (train_spec registers the backbones)
+from memdlm_dist.checkpoint import check_loadable
+from memdlm_dist.data.loader import Batch
+from memdlm_dist.errors import EXIT_STATUS, UserError
+from memdlm_dist.metrics import MASK_RATIO, MemDLMMetrics
+from memdlm_dist.models import backbone_args
+from memdlm_dist.objective import Objective, build_objective
+
+
+class MemDLMTrainer(Trainer):
+    """torchtitan's Trainer on the bi-level objective.
+
+    torchtitan counts the labels that are not ignored, over micro-batches and ranks, which is the number
+    of maskable tokens: the outer loss's denominator. So only the forward and backward pass of one
+    micro-batch is ours, and what is drawn for it on the host.
+    """
+
+    metrics_processor: MemDLMMetrics
+    objective: Objective  # with the memory, if the run has one
+    plain_objective: Objective  # without
+
+    def __init__(self, job_config: Any):
+        super().__init__(job_config)
+        check_loadable(self.checkpointer, job_config.checkpoint, self.model_parts[0].state_dict())
+        with_memory = job_config.parametric_memory.enable
+        self.objective, self.plain_objective = (
+            build_objective(job_config, self.model_args, self.tokenizer, self.parallel_dims, on)  # type: ignore[arg-type]
+            for on in (with_memory, False)
+        )
+
+    def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:
+        """torchtitan's generator, each batch with its noise drawn; called once, after a checkpoint is loaded."""
+        if self.step >= self.job_config.training.steps:
+            logger.info(
+                f"This run is complete: its checkpoint is at step {self.step} of training.steps = "
+                f"{self.job_config.training.steps}; raise that to go on, or change job.dump_folder to start anew."
+            )
+        elif self.step == 0 and self.job_config.validation.enable:
+            self.validator.validate(self.model_parts, 0)
+        return self._with_noise(super().batch_generator(data_iterable))
+
+    def _with_noise(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for inputs, labels in batches:
+            start = self.job_config.parametric_memory.start_step
+            objective = self.objective if self.step >= start else self.plain_objective
+            batch = objective.micro_batch(inputs["input"], labels, inputs["sample_id"], self.step)
+            yield {**inputs, "micro_batch": batch}, labels  # type: ignore[dict-item]
+
+    def train_step(self, data_iterator: Iterator[Batch]) -> None:
+        self.metrics_processor.start_step()
+        super().train_step(data_iterator)
+
+    def forward_backward_step(
+        self, *, input_dict: dict[str, Any], labels: torch.Tensor, global_valid_tokens: torch.Tensor
+    ) -> torch.Tensor:
+        """The bi-level step of one micro-batch; returns its share of the global loss."""
+        (model,) = self.model_parts
+        batch = input_dict["micro_batch"].to(self.device)
+        with self.train_context():
+            with self.maybe_enable_amp:
+                loss_sum, statistics = self.objective.loss_sum(model, batch, self.step)  # type: ignore[arg-type]
+                loss = loss_sum / global_valid_tokens
+            loss.backward()
+        if self.metrics_processor.should_log(self.step):
+            self.metrics_processor.record(MASK_RATIO, batch.mask_ratio.unsqueeze(0))
+            if statistics is not None:
+                self.metrics_processor.record_inner_loop(statistics)
+        return loss
+
+
+def check_output(dump_folder: str) -> None:
+    """The output folder can be made and written to.
+
+    Raises:
+        UserError: naming it.
+    """
+    try:
+        os.makedirs(dump_folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=dump_folder):
+            pass
+    except OSError as error:
+        raise UserError(f"The output folder {dump_folder} cannot be written to ({error}); change job.dump_folder.") from None
+
+
+def run(argv: Sequence[str]) -> None:
+    """Train as a command line says.
+
+    Raises:
+        UserError: for everything a user can get wrong.
+    """
+    config = configuration.parse(argv)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    configuration.check_launch(config, world_size)
+    configuration.check_backbone(config, backbone_args(config.model.name, config.model.flavor))
+    check_output(config.job.dump_folder)
+    if not torch.distributed.is_torchelastic_launched():
+        _single_process_environment()
+    trainer: MemDLMTrainer | None = None
+    try:
+        trainer = MemDLMTrainer(config)
+        if config.checkpoint.create_seed_checkpoint:
+            if not config.checkpoint.enable:
+                raise UserError("checkpoint.create_seed_checkpoint needs checkpoint.enable; set both.")
+            trainer.checkpointer.save(curr_step=0, last_step=True)
+            logger.info("Saved the seed checkpoint.")
+        else:
+            trainer.train()
+            table = validate.summary_table(config) if config.validation.enable else None
+            if table and int(os.environ["RANK"]) == 0:
+                print(table, flush=True)
+    finally:
+        if trainer is not None:
+            trainer.close()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _single_process_environment() -> None:
+    """What torchrun would set, so that one process runs without it."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for name, value in {
+        "RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }.items():  # fmt: skip
+        os.environ.setdefault(name, str(value))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    init_logger()
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+    except UserError as mistake:
+        rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if rank:
+            # Most mistakes are every rank's. Rank 0 says it and the launcher stops the others; if this
+            # one's is its own, it still gets its word in.
+            time.sleep(3)
+        print(f"error: {mistake}" if rank == 0 else f"error on local rank {rank}: {mistake}", file=sys.stderr, flush=True)
+        return EXIT_STATUS
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""Held-out loss with the memory off and on, on the same noise every time."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchtitan.components.validate import BaseValidator
+from torchtitan.distributed import ParallelDims
+from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import device_type
+
+from memdlm_dist.data.loader import check_cards, open_dataset
+from memdlm_dist.data.tokenizer import DiffusionTokenizer
+from memdlm_dist.diffusion import level_from_uniform
+from memdlm_dist.metrics import MemDLMMetrics
+from memdlm_dist.objective import build_objective
+from memdlm_dist.trajectory import IGNORE_INDEX
+
+LOSSES = ("validation/loss_memory_off", "validation/loss_memory_on")
+HISTORY_FILE = "validation.jsonl"
+_GOLDEN_RATIO = (5**0.5 - 1) / 2
+
+
+class HeldOutValidator(BaseValidator):
+    """The likelihood bound of the held-out sequences, in nats per maskable token.
+
+    The noise is keyed by the sample id alone, so it is the same at every validation and on any number
+    of ranks. The noise levels are not random but spread evenly over (0, 1), sample i at frac(i phi): the
+    weights 1/t make the bound of a random draw noisy.
+
+    Memory on: the inner loop first runs on the very state that is scored, as in training. That loss
+    is lower by construction; memory off is the one that compares base models.
+    """
+
+    def __init__(
+        self,
+        job_config: Any,
+        dp_world_size: int,
+        dp_rank: int,
+        tokenizer: DiffusionTokenizer,
+        parallel_dims: ParallelDims,
+        validation_context: Any,
+        maybe_enable_amp: Any,
+        metrics_processor: MemDLMMetrics,
+        **pipeline: Any,
+    ):
+        super().__init__(job_config)
+        del pipeline  # refused by the configuration's check
+        self._dp_size, self._dp_rank = dp_world_size, dp_rank
+        self._parallel_dims, self._metrics = parallel_dims, metrics_processor
+        self._context, self._amp = validation_context, maybe_enable_amp
+        self._tokenizer = tokenizer
+        data, training = job_config.data, job_config.training
+        check_cards(job_config, data.validation, tokenizer)
+        self._batch_size = job_config.validation.local_batch_size or training.local_batch_size
+        self._dataset = open_dataset(job_config, data.validation, [], batch_size=self._batch_size, shuffle=False)
+        steps, every = job_config.validation.steps, self._batch_size * dp_world_size
+        self._samples = self._dataset.size if steps == -1 else min(self._dataset.size, steps * every)
+
+    def should_validate(self, step: int) -> bool:
+        """Besides every `validation.freq` steps, after the last one."""
+        return step % self.job_config.validation.freq == 0 or step == self.job_config.training.steps
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """This rank's rows of each global batch; past the end, rows that count for nothing.
+
+        Every rank makes the same number of passes, whatever the number of samples.
+        """
+        for start in range(self._dp_rank * self._batch_size, self._samples + self._dp_rank * self._batch_size,
+                           self._dp_size * self._batch_size):  # fmt: skip
+            ids = torch.arange(start, start + self._batch_size)
+            rows = [self._dataset[int(i)] for i in ids.clamp(max=self._samples - 1)]
+            labels = torch.stack([row["labels"] for row in rows])
+            labels[ids >= self._samples] = IGNORE_INDEX
+            yield torch.stack([row["tokens"] for row in rows]), labels, ids
+
+    def validate(self, model_parts: list[torch.nn.Module], step: int) -> dict[str, float]:
+        """Measure, log and append to the history; returns the losses by their TensorBoard names."""
+        (model,) = model_parts
+        memory = self.job_config.parametric_memory.enable
+        objective = build_objective(
+            self.job_config, model.model_args, self._tokenizer, self._parallel_dims, memory  # type: ignore[arg-type]
+        )
+        names = LOSSES if memory else LOSSES[:1]
+        sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=device_type)
+        model.eval()
+        for tokens, labels, ids in self._batches():
+            levels = level_from_uniform((ids.double() + 0.5) * _GOLDEN_RATIO % 1)
+            batch = objective.micro_batch(tokens, labels, ids, step=0, t_B=levels).to(device_type)
+            for i in range(len(names)):
+                with torch.no_grad(), self._context(), self._amp:
+                    loss, _ = objective.loss_sum(model, batch, step=0, use_memory=i == 1)  # type: ignore[arg-type]
+                sums[i] += loss.double()
+            sums[-1] += (labels != IGNORE_INDEX).sum()
+        model.train()
+        mesh = self._parallel_dims.get_optional_mesh("loss")
+        if mesh is not None:
+            torch.distributed.all_reduce(sums, group=mesh.get_group())
+        *totals, tokens_seen = sums.tolist()
+        losses = {name: total / max(tokens_seen, 1) for name, total in zip(names, totals, strict=True)}
+        self._report(losses, step)
+        return losses
+
+    def _report(self, losses: dict[str, float], step: int) -> None:
+        self._metrics.log_scalars(losses, step)
+        text = "  ".join(f"{name.removeprefix('validation/')}: {loss:.4f}" for name, loss in losses.items())
+        logger.info(f"validate step: {step}  {text}  ({self._samples} held-out sequences)")
+        if int(os.environ.get("RANK", "0")) == 0:
+            with open(history_path(self.job_config), "a") as file:
+                file.write(json.dumps({"step": step, **losses}) + "\n")
+
+
+def history_path(job_config: Any) -> Path:
+    return Path(job_config.job.dump_folder) / HISTORY_FILE
+
+
+def summary_table(job_config: Any) -> str | None:
+    """The first and the last validation of a run as a table; None if there is none yet."""
+    path = history_path(job_config)
+    if not path.is_file():
+        return None
+    # A step that was validated again after a restart stands twice; the last one counts.
+    history = {row["step"]: row for row in map(json.loads, path.read_text().splitlines())}
+    first, last = history[min(history)], history[max(history)]
+    lines = ["held-out loss (nats per token)    memory off    memory on"]
+    for label, row in (("start", first), ("end", last)):
+        values = "".join(f"{row[name]:>13.4f}" if name in row else f"{'-':>13}" for name in LOSSES)
+        lines.append(f"  {label:<5} (step {row['step']:>6})            {values}")
+    return "\n".join(lines)
+
+
+def build_validator(**arguments: Any) -> HeldOutValidator:
+    arguments.pop("loss_fn")
+    return HeldOutValidator(**arguments)

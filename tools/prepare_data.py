@@ -1,0 +1,103 @@
+"""Turn a corpus into tokenised shards for training.
+
+Examples:
+  # The Python standard library's sources, with a new tokenizer of 2,048 tokens
+  python tools/prepare_data.py --builtin --train-tokenizer 2048 --seq-len 256 --output data/stdlib
+  # Documents under "text", packed to 4,096 tokens
+  python tools/prepare_data.py --input 's3://bucket/corpus/*.jsonl.zst' --tokenizer LLaDA-8B-Base \\
+      --mask-token '<|mdm_mask|>' --seq-len 4096 --output data/corpus
+  # LongAlpaca: instruction, input, output; loss on the responses only
+  python tools/prepare_data.py --input LongAlpaca-12k.json.jsonl --tokenizer LLaDA-8B-Base \\
+      --mask-token '<|mdm_mask|>' --seq-len 4096 --output data/longalpaca
+
+Writes OUTPUT/train, OUTPUT/heldout, OUTPUT/tokenizer and OUTPUT/summary.json.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from memdlm_dist.data.prepare import Request, prepare
+from memdlm_dist.data.sequences import Fields
+from memdlm_dist.errors import EXIT_STATUS, UserError
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="prepare_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--input",
+        nargs="+",
+        metavar="URL",
+        help="JSONL or Parquet files, folders or glob patterns, at any fsspec URL, compressed or not",
+    )
+    source.add_argument("--builtin", action="store_true", help="the Python standard library's source files")
+    p.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write to")
+    p.add_argument("--seq-len", type=int, required=True, metavar="N", help="tokens of one sequence (training.seq_len)")
+    pieces = p.add_mutually_exclusive_group(required=True)
+    pieces.add_argument("--tokenizer", metavar="DIR", help="folder with a Hugging Face tokenizer.json")
+    pieces.add_argument("--train-tokenizer", type=int, metavar="SIZE", help="train a byte-level BPE of SIZE tokens")
+    p.add_argument("--mask-token", metavar="NAME", help="mask token; looked up, or added if the vocabulary lacks it")
+    p.add_argument("--eos-token", metavar="NAME", help="end-of-text token; looked up, or added likewise")
+    p.add_argument(
+        "--format",
+        choices=("text", "prompt_response", "alpaca", "messages"),
+        help="what the rows hold (default: told from each row's fields)",
+    )
+    p.add_argument("--text-field", default="text", metavar="NAME", help="field of a document (default: text)")
+    p.add_argument("--prompt-field", default="prompt", metavar="NAME", help="field of a prompt (default: prompt)")
+    p.add_argument("--response-field", default="response", metavar="NAME", help="field of a response (default: response)")
+    p.add_argument("--held-out", type=float, default=0.01, metavar="F", help="share held out (default: 0.01)")
+    p.add_argument(
+        "--overlong",
+        choices=("drop", "truncate"),
+        default="drop",
+        help="fine-tuning rows longer than --seq-len (default: drop)",
+    )
+    p.add_argument("--limit", type=int, metavar="N", help="read at most N rows")
+    p.add_argument("--strict", action="store_true", help="stop at the first bad row instead of counting it")
+    p.add_argument("--overwrite", action="store_true", help="replace shards that are already in OUTPUT")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = parser()
+    a = p.parse_args(argv)
+    if a.seq_len < 2:
+        p.error("--seq-len must be at least 2")
+    if not 0 <= a.held_out < 1:
+        p.error("--held-out must be at least 0 and below 1")
+    request = Request(
+        output=a.output,
+        seq_len=a.seq_len,
+        inputs=tuple(a.input or ()),
+        tokenizer=a.tokenizer,
+        train_tokenizer=a.train_tokenizer,
+        mask_token=a.mask_token,
+        eos_token=a.eos_token,
+        form=a.format,
+        fields=Fields(a.text_field, a.prompt_field, a.response_field),
+        held_out=a.held_out,
+        overlong=a.overlong,
+        strict=a.strict,
+        overwrite=a.overwrite,
+        limit=a.limit,
+    )
+    try:
+        summary = prepare(request)
+    except UserError as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        return EXIT_STATUS
+    print(f"{a.output}: {', '.join(f'{n:,} {part}' for part, n in summary.sequences.items())} sequences of {a.seq_len}")
+    print(
+        f"  {summary.rows:,} rows, {summary.tokens:,} tokens; {summary.bad_rows:,} bad rows, "
+        f"{summary.overlong_dropped:,} over-long rows dropped, {summary.overlong_truncated:,} truncated, "
+        f"{summary.tail_tokens_dropped:,} tokens left over"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
