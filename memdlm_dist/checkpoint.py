@@ -1,24 +1,21 @@
 """What is checked before a checkpoint is read. torchtitan's CheckpointManager does the rest."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torchtitan.components.checkpoint import CheckpointManager
+from torchtitan.components.checkpoint import MODEL, CheckpointManager
 
 from memdlm_dist.errors import UserError
 
 
-def check_loadable(checkpointer: CheckpointManager, config: Any, model_state: Mapping[str, Tensor]) -> None:
+def check_loadable(checkpointer: CheckpointManager, config: Any) -> None:
     """The checkpoint that the run would start from exists and is of this model.
 
     Args:
         checkpointer: the run's.
         config: the [checkpoint] section.
-        model_state: the model's state dict, for its names and shapes.
 
     Raises:
         UserError: naming the checkpoint and the first tensor that does not fit.
@@ -46,7 +43,7 @@ def check_loadable(checkpointer: CheckpointManager, config: Any, model_state: Ma
         saved = FileSystemReader(path).read_metadata().state_dict_metadata
     except Exception as error:
         raise UserError(f"The checkpoint in {path} cannot be read: {error}; choose another checkpoint.load_step.") from None
-    for name, tensor in model_state.items():
+    for name, tensor in checkpointer.states[MODEL].state_dict().items():
         entry = saved.get(name)
         if not isinstance(entry, TensorStorageMetadata):
             raise UserError(

@@ -40,7 +40,7 @@ class MemDLMTrainer(Trainer):
 
     def __init__(self, job_config: Any):
         super().__init__(job_config)
-        check_loadable(self.checkpointer, job_config.checkpoint, self.model_parts[0].state_dict())
+        check_loadable(self.checkpointer, job_config.checkpoint)
         with_memory = job_config.parametric_memory.enable
         self.objective, self.plain_objective = (
             build_objective(job_config, self.model_args, self.tokenizer, self.parallel_dims, on)  # type: ignore[arg-type]

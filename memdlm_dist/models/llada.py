@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 from torchtitan.models.llama3.model.model import Attention
 from torchtitan.models.qwen3.model.model import FeedForward
@@ -181,16 +182,22 @@ class LLaDA(ModelProtocol):
 
     def forward(self, tokens_BL: Tensor, index_M: Tensor, fast: FastWeights | None = None) -> Tensor:
         """Logits `[N, V]` of the positions `index_M` of this rank's flattened activations."""
-        h_BLD = self._layers(self.tok_embeddings(tokens_BL), 0, self.model_args.n_layers, fast)
+        h_BLD = self._layers(self._embed(tokens_BL), 0, self.model_args.n_layers, fast)
         return self._head(h_BLD, index_M)
 
     def trunk(self, tokens_BL: Tensor, stop: int) -> Tensor:
         """Embedding and layers `0 .. stop - 1`: the activations that layer `stop` reads."""
-        return self._layers(self.tok_embeddings(tokens_BL), 0, stop, None)
+        return self._layers(self._embed(tokens_BL), 0, stop, None)
 
     def tail(self, h_BLD: Tensor, start: int, index_M: Tensor, fast: FastWeights | None) -> Tensor:
         """Layers `start .. n - 1` on the trunk's activations, then the head at `index_M`: logits `[N, V]`."""
         return self._head(self._layers(h_BLD, start, self.model_args.n_layers, fast), index_M)
+
+    def _embed(self, tokens_BL: Tensor) -> Tensor:
+        h_BLD = self.tok_embeddings(tokens_BL)
+        # Under tensor parallelism this is a collective's pending result. A compiled block would return
+        # no gradient for such an input (torch 2.13), and the embedding would not train: wait for it.
+        return h_BLD.clone() if isinstance(h_BLD, AsyncCollectiveTensor) else h_BLD
 
     def _layers(self, h_BLD: Tensor, start: int, stop: int, fast: FastWeights | None) -> Tensor:
         for layer in range(start, stop):
