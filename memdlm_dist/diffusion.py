@@ -53,12 +53,13 @@ def level_from_uniform(u: Tensor) -> Tensor:
 
 
 def token_nll(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
-    """-log p(label) in nats for every scored token, in float32 `[N]`.
+    """-log p(label) in nats for every scored token `[N]`, computed in float32 at least.
 
     Under tensor parallelism the logits are a DTensor sharded on the vocabulary; inside torch's
     `loss_parallel` context no rank ever holds a whole row of them.
     """
-    nll_N = F.cross_entropy(logits_NV.float(), labels_N, reduction="none")
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    nll_N = F.cross_entropy(logits_NV, labels_N, reduction="none")
     return nll_N.to_local() if isinstance(nll_N, DTensor) else nll_N
 
 

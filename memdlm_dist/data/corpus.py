@@ -54,7 +54,9 @@ def sources(patterns: Sequence[str]) -> list[Source]:
             raise UserError(f"The input {pattern} cannot be reached: {error}.") from None
         if not names:
             raise UserError(f"The input {pattern} matches no file; give JSONL or Parquet files, a folder, or a pattern.")
-        found += [Source(filesystem.unstrip_protocol(n), size) for n, size in zip(names, sizes, strict=True)]
+        local = "file" in filesystem.protocol
+        urls = names if local else [filesystem.unstrip_protocol(name) for name in names]
+        found += [Source(url, size) for url, size in zip(urls, sizes, strict=True)]
     for source in found:
         if _kind(source.url) is None:
             raise UserError(f"The input {source.url} is neither .jsonl, .json nor .parquet (compressed or not).")
@@ -132,5 +134,5 @@ def builtin_rows(source: Source) -> Iterator[Row]:
 
 
 def is_held_out(key: str, fraction: float) -> bool:
-    """Whether the row or file named `key` belongs to the held-out part; a function of the name alone."""
+    """Whether what `key` stands for belongs to the held-out part; a function of the key alone."""
     return zlib.crc32(key.encode()) / 2**32 < fraction

@@ -18,6 +18,8 @@ from memdlm_dist.errors import UserError
 from memdlm_dist.models import backbone_args
 from memdlm_dist.trajectory import IGNORE_INDEX
 
+_REMEDY = "prepare the data anew, or delete the file if it is a cached copy"
+
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 
@@ -56,6 +58,16 @@ class TokenDataset(StreamingDataset):
         labels = torch.where(torch.from_numpy(flags.astype(np.bool_)), tokens, IGNORE_INDEX)
         return {"tokens": tokens, "labels": labels, "sample_id": sample_id}
 
+    def check_local_shards(self) -> None:
+        """All shards of streams without a remote are there and of the right size.
+
+        Raises:
+            UserError: naming the first that is not.
+        """
+        for shard_id, stream_id in enumerate(self.stream_per_shard):
+            if self.streams[stream_id].remote is None:
+                self._check_size(shard_id)
+
     def _stop_threads(self) -> None:
         # The download threads of a running iteration would keep the process alive after the error.
         if hasattr(self, "_event"):
@@ -65,14 +77,17 @@ class TokenDataset(StreamingDataset):
         shard = self.shards[shard_id]
         return os.path.join(shard.dirname, shard.split, shard.raw_data.basename)
 
-    def _check_shard(self, shard_id: int) -> None:
+    def _check_size(self, shard_id: int) -> None:
         path, info = self._shard_path(shard_id), self.shards[shard_id].raw_data
-        remedy = "prepare the data anew, or delete the file if it is a cached copy"
         if not os.path.isfile(path):
-            raise UserError(f"The shard {path} is missing; {remedy}.")
+            raise UserError(f"The shard {path} is missing; {_REMEDY}.")
         size = os.path.getsize(path)
         if size != info.bytes:
-            raise UserError(f"The shard {path} is corrupt: {size} bytes instead of {info.bytes}; {remedy}.")
+            raise UserError(f"The shard {path} is corrupt: {size} bytes instead of {info.bytes}; {_REMEDY}.")
+
+    def _check_shard(self, shard_id: int) -> None:
+        self._check_size(shard_id)
+        path, info = self._shard_path(shard_id), self.shards[shard_id].raw_data
         if self._check_hash:
             expected = info.hashes.get(self._check_hash)
             if expected is None:
@@ -81,7 +96,7 @@ class TokenDataset(StreamingDataset):
                     "change data.validate_hash."
                 )
             if get_hash(self._check_hash, Path(path).read_bytes()) != expected:
-                raise UserError(f"The shard {path} is corrupt: its {self._check_hash} checksum is wrong; {remedy}.")
+                raise UserError(f"The shard {path} is corrupt: its {self._check_hash} checksum is wrong; {_REMEDY}.")
 
 
 class EpochLoader(BaseDataLoader):
@@ -200,8 +215,11 @@ def open_dataset(job_config: Any, locations: list[str], proportions: list[float]
             )
         )
     try:
-        return TokenDataset(
+        dataset = TokenDataset(
             streams=streams, cache_limit=data.cache_limit or None, check_hash=data.validate_hash, **options
         )
     except Exception as error:  # streaming raises RuntimeError, ValueError, OSError, client errors ...
         raise UserError(f"The shards in {', '.join(locations)} cannot be opened: {error}.") from None
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        dataset.check_local_shards()
+    return dataset

@@ -96,8 +96,6 @@ def _check_output(request: Request) -> None:
             for path in folder.iterdir():
                 if path.name not in (CARD, "index.json") and not path.name.startswith("shard."):
                     raise UserError(f"{folder} holds {path.name}, which no preparation wrote; choose another --output.")
-            for path in folder.iterdir():
-                path.unlink()
     try:
         request.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -176,10 +174,9 @@ def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 
 def _is_held_out(row: Row, request: Request) -> bool:
-    # The built-in corpus is split by file, the user's by row; either way by name alone, so that
-    # preparing again splits alike.
-    name = row.location if request.inputs else "/".join(Path(row.location).parts[-3:])
-    return corpus.is_held_out(name, request.held_out)
+    # By content: preparing again splits alike wherever the files lie, and a row that stands twice in
+    # the corpus cannot be in both parts. A document of the built-in corpus is a whole file.
+    return corpus.is_held_out(json.dumps(row.values, sort_keys=True, default=str), request.held_out)
 
 
 class _Cutter:

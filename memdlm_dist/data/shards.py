@@ -1,6 +1,7 @@
 """Tokenised shards on disk: MDS files plus a card that says what is in them."""
 
 import json
+import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,22 +29,25 @@ class Card:
 
 
 class ShardWriter:
-    """Writes sequences as MDS shards; the folder is complete once the context is left without an error.
+    """Writes sequences as MDS shards, next to where they belong; they take their place when all is well.
 
-    Tokens are stored in 2 bytes where the vocabulary allows, else 4; the maskable flags as bits.
+    Tokens are stored in 2 bytes where the vocabulary allows, else 4; the maskable flags as bits. If the
+    context is left with an error, nothing of it stays and whatever `folder` held before is untouched.
 
     Args:
-        folder: new or empty.
+        folder: replaced as a whole at the end.
         card: what the folder will hold; its `sequences` is counted here.
         size_limit: bytes of one shard, at most.
     """
 
     def __init__(self, folder: Path, card: Card, size_limit: int = 1 << 26):
         self._folder, self.card = folder, card
+        self._partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(self._partial, ignore_errors=True)  # of a preparation that was killed
         self._dtype = np.uint16 if card.vocab_size <= 1 << 16 else np.uint32
         columns = {"tokens": f"ndarray:{self._dtype.__name__}:{card.seq_len}", "maskable": "bytes"}
         self._writer = MDSWriter(
-            out=str(folder), columns=columns, hashes=[HASH], size_limit=size_limit, progress_bar=False
+            out=str(self._partial), columns=columns, hashes=[HASH], size_limit=size_limit, progress_bar=False
         )
 
     def write(self, sequence: Sequence) -> None:
@@ -57,7 +61,11 @@ class ShardWriter:
     def __exit__(self, error_type: Any, error: Any, traceback: Any) -> None:
         self._writer.__exit__(error_type, error, traceback)
         if error_type is None:
-            (self._folder / CARD).write_text(json.dumps(asdict(self.card), indent=2) + "\n")
+            (self._partial / CARD).write_text(json.dumps(asdict(self.card), indent=2) + "\n")
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._partial.rename(self._folder)
+        else:
+            shutil.rmtree(self._partial, ignore_errors=True)
 
 
 def read_card(location: str) -> Card:

@@ -84,9 +84,10 @@ def rotary_frequencies(head_dim: int, length: int, theta: float) -> Tensor:
 
 
 def rotate(x_BLHd: Tensor, frequencies_Lj: Tensor) -> Tensor:
-    """Rotary positions in the half-rotation form: pairs are (x_j, x_{j + d/2}); computed in float32."""
+    """Rotary positions in the half-rotation form: pairs are (x_j, x_{j + d/2}); in float32 at least."""
     cos, sin = (part[:, None, :] for part in torch.view_as_real(frequencies_Lj).unbind(-1))
-    first, second = x_BLHd.float().chunk(2, dim=-1)
+    x = x_BLHd.to(torch.promote_types(x_BLHd.dtype, torch.float32))
+    first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x_BLHd)
 
 

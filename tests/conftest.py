@@ -1,0 +1,31 @@
+"""Shared fixtures. Importing memdlm_dist first prepares torchtitan for machines without an accelerator."""
+
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import memdlm_dist  # noqa: F401
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))  # for the oracles and helpers beside the tests
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The suite runs several processes on few cores."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_stale_log_handlers():
+    """torchtitan's log handler keeps the captured stream of the test that made it."""
+    yield
+    logging.getLogger().handlers.clear()
+
+
+@pytest.fixture
+def root() -> Path:
+    return ROOT

@@ -1,0 +1,233 @@
+"""Corpus to shards to micro-batches, on files that the tests write."""
+
+import gzip
+import json
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+
+from memdlm_dist.data import corpus, prepare, sequences, shards
+from memdlm_dist.data.loader import EpochLoader, TokenDataset
+from memdlm_dist.data.prepare import Request
+from memdlm_dist.data.sequences import Fields, Packer, pad
+from memdlm_dist.errors import UserError
+from memdlm_dist.trajectory import IGNORE_INDEX
+
+TEXT = "the quick brown fox jumps over the lazy dog. " * 20
+
+
+def write_jsonl(path, rows, opener=open):
+    with opener(path, "wt") as file:
+        file.writelines((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    return str(path)
+
+
+def request(tmp_path, *inputs, **changes):
+    settings = {"output": tmp_path / "out", "seq_len": 32, "train_tokenizer": 300, "held_out": 0.0}
+    return Request(inputs=inputs, **(settings | changes))
+
+
+def open_shards(folder, check_hash="xxh64"):
+    return TokenDataset(local=str(folder), batch_size=1, shuffle=False, check_hash=check_hash)
+
+
+def read(folder):
+    dataset = open_shards(folder)
+    return [dataset[i] for i in range(dataset.size)]
+
+
+def decode(tokenizer, ids):
+    return tokenizer.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+def test_packing_loses_only_the_tail():
+    packer = Packer(8, eos_id=0)
+    documents = [list(range(1, 6)), list(range(10, 31)), [], [40]]
+    packed = [s for d in documents for s in packer.add(d)]
+    stream = [t for d in documents for t in [*d, 0]]
+    assert np.concatenate([s.tokens_L for s in packed]).tolist() == stream[: len(packed) * 8]
+    assert packer.tail == len(stream) % 8 and all(s.maskable_L.all() for s in packed)
+
+
+def test_padding_learns_the_response_and_its_end():
+    parts = [([1, 2, 3], False), ([4, 5], True)]
+    sequence, too_long = pad(parts, 8, eos_id=0, overlong="drop")
+    assert sequence.tokens_L.tolist() == [1, 2, 3, 4, 5, 0, 0, 0] and not too_long
+    assert sequence.maskable_L.tolist() == [False] * 3 + [True] * 5
+    assert pad(parts, 5, 0, "drop") == (None, True)
+    cut, too_long = pad(parts, 4, 0, "truncate")
+    assert cut.tokens_L.tolist() == [1, 2, 3, 4] and cut.maskable_L.tolist() == [False] * 3 + [True] and too_long
+    assert pad(parts, 3, 0, "truncate") == (None, True), "no response is left to learn from"
+
+
+@pytest.mark.parametrize(
+    "row, form, prompt, response",
+    [
+        ({"prompt": "2+2=", "response": "4"}, "prompt_response", "2+2=", "4"),
+        ({"instruction": "Add.", "input": "1 2", "output": "3"}, "alpaca", "Add.\n\n1 2\n\n", "3"),
+        ({"instruction": "Add.", "input": None, "output": "3"}, "alpaca", "Add.\n\n", "3"),
+        (
+            {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]},
+            "messages",
+            "user: hi\n\nassistant: ",
+            "yo",
+        ),
+    ],
+)
+def test_fine_tuning_rows(row, form, prompt, response):
+    assert sequences.detect_format(row, Fields()) == form
+    parts = sequences.segments(row, form, Fields())
+    assert "".join(text for text, is_response in parts if not is_response) == prompt
+    assert [text for text, is_response in parts if is_response] == [response]
+
+
+@pytest.mark.parametrize(
+    "row, form, message",
+    [
+        ({"instruction": "x"}, "alpaca", "'output' is missing"),
+        ({"prompt": 3, "response": "x"}, "prompt_response", "'prompt' is int, not text"),
+        ({"messages": "hi"}, "messages", "not a non-empty list"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, "messages", "no response"),
+    ],
+)
+def test_bad_rows_name_the_field(row, form, message):
+    with pytest.raises(sequences.BadRow, match=message):
+        sequences.segments(row, form, Fields())
+
+
+def test_every_container_gives_the_same_shards(tmp_path):
+    rows = [{"text": f"{i} {TEXT}"} for i in range(30)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    found = {
+        "plain": write_jsonl(tmp_path / "a.jsonl", rows),
+        "gzip": write_jsonl(tmp_path / "b.jsonl.gz", rows, gzip.open),
+        "url": "file://" + write_jsonl(tmp_path / "c.jsonl", rows),
+        "parquet": str(tmp_path / "a.parquet"),
+        "pattern": str(tmp_path / "a.json*"),
+    }
+    tokens = {}
+    for name, url in found.items():
+        prepare.prepare(request(tmp_path, url, output=tmp_path / name))
+        tokens[name] = torch.stack([sample["tokens"] for sample in read(tmp_path / name / "train")])
+    assert all(torch.equal(t, tokens["plain"]) for t in tokens.values())
+
+
+def test_round_trip_and_summary(tmp_path):
+    rows = [
+        {"prompt": "question one? ", "response": "answer one"},
+        "{not json",
+        {"prompt": "no response"},
+        {"prompt": "long " * 100, "response": "never seen"},
+        ["a", "list"],
+        {"prompt": "question two? ", "response": "answer two"},
+    ]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    shown = []
+    summary = prepare.prepare(request(tmp_path, path), report=shown.append)
+    assert (summary.rows, summary.bad_rows, summary.overlong_dropped) == (6, 3, 1)
+    assert summary.sequences == {"train": 2, "heldout": 0}
+    assert len(shown) == 3
+    assert all(any(f"{path}:{line}:" in text for text in shown) for line in (2, 3, 5))
+    assert json.loads((tmp_path / "out/summary.json").read_text())["bad_rows"] == 3
+
+    tokenizer = prepare.DiffusionTokenizer(str(tmp_path / "out/tokenizer"))
+    dataset = open_shards(tmp_path / "out/train")
+    for i, (prompt, answer) in enumerate([("question one? ", "answer one"), ("question two? ", "answer two")]):
+        sample = dataset[i]
+        assert sample["sample_id"] == i and sample["tokens"].shape == (32,)
+        learned = sample["labels"] != IGNORE_INDEX
+        assert decode(tokenizer, sample["tokens"][~learned].tolist()) == prompt
+        text = decode(tokenizer, sample["tokens"][learned].tolist())
+        assert text == answer + "<|endoftext|>" * text.count("<|endoftext|>") and "<|endoftext|>" in text
+        assert torch.equal(sample["labels"][learned], sample["tokens"][learned])
+
+
+def test_held_out_rows_are_disjoint_and_stable(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"q{i}", "response": f"a{i}"} for i in range(200)])
+    summaries = [prepare.prepare(request(tmp_path, path, held_out=0.2, output=tmp_path / n)) for n in ("x", "y")]
+    assert summaries[0] == summaries[1]
+    parts = {part: {tuple(s["tokens"].tolist()) for s in read(tmp_path / "x" / part)} for part in prepare.PARTS}
+    assert not parts["train"] & parts["heldout"] and 20 <= len(parts["heldout"]) <= 60
+
+
+def test_builtin_corpus_is_real_text(tmp_path):
+    summary = prepare.prepare(request(tmp_path, held_out=0.2, limit=40, seq_len=64))
+    assert summary.rows == 40 and min(summary.sequences.values()) > 10
+    assert len(corpus.builtin_sources()) > 400
+
+
+def test_adopted_tokenizers_get_the_tokens_they_lack(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": TEXT}] * 4)
+    prepare.prepare(request(tmp_path, path))
+    made = tmp_path / "out/tokenizer"
+    (made / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(UserError, match="names no mask_token; give --mask-token NAME"):
+        prepare.prepare(request(tmp_path, path, output=tmp_path / "b", train_tokenizer=None, tokenizer=str(made)))
+    settings = {"train_tokenizer": None, "tokenizer": str(made), "mask_token": "<new>", "eos_token": "<|endoftext|>"}
+    prepare.prepare(request(tmp_path, path, output=tmp_path / "c", **settings))
+    old, new = (json.loads((f / "tokenizer.json").read_text()) for f in (made, tmp_path / "c/tokenizer"))
+    card = shards.read_card(str(tmp_path / "c/train"))
+    assert card.mask_token_id == len(old["model"]["vocab"]) and card.eos_token_id == 0
+    assert new["model"]["vocab"] == old["model"]["vocab"]
+
+
+def test_nothing_prepared_is_overwritten_unasked(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": TEXT}] * 4)
+    prepare.prepare(request(tmp_path, path))
+    with pytest.raises(UserError, match="is not empty; choose another --output or pass --overwrite"):
+        prepare.prepare(request(tmp_path, path))
+    prepare.prepare(request(tmp_path, path, overwrite=True))
+    (tmp_path / "out/train/thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match=r"thesis\.txt, which no preparation wrote"):
+        prepare.prepare(request(tmp_path, path, overwrite=True))
+    assert (tmp_path / "out/train/index.json").is_file()
+
+
+def make_loader(folder, **changes):
+    settings = {"batch_size": 4, "shuffle": True, "num_canonical_nodes": 1, "check_hash": "xxh64"}
+    dataset = TokenDataset(local=str(folder), **(settings | changes))
+    return EpochLoader(dataset, dataset.batch_size, num_workers=0, persistent_workers=False, prefetch_factor=None)
+
+
+def ids(loader, batches):
+    iterator = iter(loader)
+    return [tuple(next(iterator)[0]["sample_id"].tolist()) for _ in range(batches)]
+
+
+def test_loader_goes_through_epochs_and_resumes_exactly(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"q{i}", "response": f"a{i}"} for i in range(22)])
+    prepare.prepare(request(tmp_path, path))
+    folder = tmp_path / "out/train"
+    order = ids(make_loader(folder), 12)  # 22 samples, 5 whole batches of 4 an epoch
+    assert all(len(set(sum(order[e : e + 5], ()))) == 20 for e in (0, 5))
+    assert order[:5] != order[5:10], "epochs are shuffled differently"
+    for done in (3, 5, 7):  # within an epoch, at its end, in the second
+        loader = make_loader(folder)
+        iterator = iter(loader)
+        for _ in range(done):
+            next(iterator)
+        state = loader.state_dict()
+        resumed = make_loader(folder)
+        resumed.load_state_dict(state)
+        assert ids(resumed, 4) == order[done : done + 4], done
+
+
+def test_mixing_streams_by_proportion(tmp_path):
+    folders = []
+    for name, n in (("a", 40), ("b", 40)):
+        path = write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": f"{name}{i}", "response": "x"} for i in range(n)])
+        prepare.prepare(request(tmp_path, path, output=tmp_path / name))
+        folders.append(str(tmp_path / name / "train"))
+    from types import SimpleNamespace
+
+    from memdlm_dist.data.loader import open_dataset
+    from memdlm_dist.job_config import Data
+
+    config = SimpleNamespace(data=Data())
+    dataset = open_dataset(config, folders, [3.0, 1.0], batch_size=4, shuffle=True, num_canonical_nodes=1)
+    loader = EpochLoader(dataset, 4)
+    seen = np.array(sum(ids(loader, 20), ()))
+    assert (seen < 40).sum() == 60 and (seen >= 40).sum() == 20
