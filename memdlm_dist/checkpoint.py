@@ -42,7 +42,9 @@ def check_loadable(checkpointer: CheckpointManager, config: Any) -> None:
         # DCP's metadata is a pickle: the reader is for one's own checkpoints (see the README).
         saved = FileSystemReader(path).read_metadata().state_dict_metadata
     except Exception as error:
-        raise UserError(f"The checkpoint in {path} cannot be read: {error}; choose another checkpoint.load_step.") from None
+        raise UserError(
+            f"The checkpoint in {path} cannot be read: {error}; choose another checkpoint.load_step."
+        ) from None
     for name, tensor in checkpointer.states[MODEL].state_dict().items():
         entry = saved.get(name)
         if not isinstance(entry, TensorStorageMetadata):

@@ -10,7 +10,7 @@ R rank. A linear with its fast weights computes y = W x + (alpha / R) B (A x).
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -98,10 +98,10 @@ def low_rank_term(x_BLi: Tensor, fast: LowRank) -> Tensor:
     if not isinstance(x_BLi, DTensor):
         layout: Placement = Shard(x_BLi.ndim - 1) if row_wise else Replicate()
         x_BLi = DTensor.from_local(x_BLi, A_GRi.device_mesh, [layout], run_check=False)
-    z_BLR = _project(x_BLi, A_GRi)
+    z_BLR = cast(DTensor, _project(x_BLi, A_GRi))
     if row_wise:
         z_BLR = z_BLR.redistribute(placements=[Shard(1)])
-    term_BLo = scale * _project(z_BLR, B_GoR)
+    term_BLo = cast(DTensor, scale * _project(z_BLR, B_GoR))
     return term_BLo.redistribute(placements=[Shard(1) if row_wise else Shard(2)]).to_local()
 
 

@@ -249,7 +249,9 @@ def _check_flags(config_cls: type, argv: Sequence[str]) -> None:
         for section in sections:
             known = {f.name: f for f in fields(cls) if is_dataclass(f.type)}
             if section not in known:
-                raise UserError(f"Unknown section {prefix}{section} in {argument}{_suggestion(section, known, prefix)}.")
+                raise UserError(
+                    f"Unknown section {prefix}{section} in {argument}{_suggestion(section, known, prefix)}."
+                )
             cls, prefix = known[section].type, f"{prefix}{section}."
         known = {f.name: f for f in fields(cls)}
         positive = key.removeprefix("no_") if known.get(key.removeprefix("no_")) else key
@@ -303,15 +305,16 @@ def _check_values(config: Any) -> None:
         len(set(memory.target_modules)) == len(memory.target_modules),
         f"parametric_memory.target_modules names a module twice: {', '.join(memory.target_modules)}.",
     )
-    _require(bool(config.data.train), "data.train is empty; name at least one folder of shards (tools/prepare_data.py).")
+    _require(
+        bool(config.data.train),
+        "data.train is empty; name at least one folder of shards (tools/prepare_data.py).",
+    )
     _require(
         len(config.data.proportions) in (0, len(config.data.train)),
         f"data.proportions has {len(config.data.proportions)} entries for {len(config.data.train)} streams in "
         "data.train; give one for each, or none.",
     )
-    _require(
-        all(share > 0 for share in config.data.proportions), "data.proportions must all be positive numbers."
-    )
+    _require(all(share > 0 for share in config.data.proportions), "data.proportions must all be positive numbers.")
     _require(
         not config.validation.enable or bool(config.data.validation),
         "validation.enable is set but data.validation is empty; name the held-out shards or disable validation.",
@@ -321,8 +324,14 @@ def _check_values(config: Any) -> None:
         config.training.local_batch_size >= 1,
         f"training.local_batch_size must be at least 1, but is {config.training.local_batch_size}.",
     )
-    _require(config.training.seq_len >= 1, f"training.seq_len must be at least 1, but is {config.training.seq_len}.")
-    _require(config.metrics.log_freq >= 1, f"metrics.log_freq must be at least 1, but is {config.metrics.log_freq}.")
+    _require(
+        config.training.seq_len >= 1,
+        f"training.seq_len must be at least 1, but is {config.training.seq_len}.",
+    )
+    _require(
+        config.metrics.log_freq >= 1,
+        f"metrics.log_freq must be at least 1, but is {config.metrics.log_freq}.",
+    )
     _require(config.validation.freq >= 1, f"validation.freq must be at least 1, but is {config.validation.freq}.")
     _require(
         config.checkpoint.keep_latest_k != 1,
@@ -371,8 +380,7 @@ def check_launch(config: Any, world_size: int) -> None:
     if shard == -1:
         _require(
             world_size % (replicate * tensor) == 0,
-            f"{world_size} processes cannot be divided into {layout}; change NGPU or the degrees under "
-            "[parallelism].",
+            f"{world_size} processes cannot be divided into {layout}; change NGPU or the degrees under [parallelism].",
         )
         shard = world_size // (replicate * tensor)
     _require(

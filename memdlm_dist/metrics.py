@@ -73,6 +73,10 @@ class MemDLMMetrics(MetricsProcessor):
         with _appending(suffix):
             super().log(step, global_avg_loss, global_max_loss, grad_norm, {**(extra_metrics or {}), **ours})
 
+    def exclude(self, seconds: float) -> None:
+        """Leave time that was not spent on training out of the next step line's throughput."""
+        self.time_last_log += seconds
+
     def log_scalars(self, scalars: dict[str, float], step: int) -> None:
         """Write scalars to TensorBoard (and whatever else is on)."""
         self.logger.log(scalars, step)

@@ -51,7 +51,13 @@ class Objective:
         states = []
         if self.memory is not None:
             states = trajectory.anchor_consistent(
-                u_BL, maskable_BL, anchor, self.inner_steps, self.pre_anchor_scale, self.schedule, self.loss_weight
+                u_BL,
+                maskable_BL,
+                anchor,
+                self.inner_steps,
+                self.pre_anchor_scale,
+                self.schedule,
+                self.loss_weight,
             )
         return MicroBatch(
             anchor=trajectory.view(anchor, tokens_BL, self.mask_token_id, self.shards),
@@ -70,7 +76,11 @@ class Objective:
 
 
 def build_objective(
-    job_config: Any, args: LLaDAArgs, tokenizer: DiffusionTokenizer, parallel_dims: ParallelDims, with_memory: bool
+    job_config: Any,
+    args: LLaDAArgs,
+    tokenizer: DiffusionTokenizer,
+    parallel_dims: ParallelDims,
+    with_memory: bool,
 ) -> Objective:
     """The objective that a configuration describes, on this rank."""
     diffusion, memory = job_config.diffusion, job_config.parametric_memory

@@ -43,7 +43,7 @@ class MemDLMTrainer(Trainer):
         check_loadable(self.checkpointer, job_config.checkpoint)
         with_memory = job_config.parametric_memory.enable
         self.objective, self.plain_objective = (
-            build_objective(job_config, self.model_args, self.tokenizer, self.parallel_dims, on)  # type: ignore[arg-type]
+            build_objective(job_config, self.model_args, self.tokenizer, self.parallel_dims, on)
             for on in (with_memory, False)
         )
 
@@ -77,7 +77,7 @@ class MemDLMTrainer(Trainer):
         batch = input_dict["micro_batch"].to(self.device)
         with self.train_context():
             with self.maybe_enable_amp:
-                loss_sum, statistics = self.objective.loss_sum(model, batch, self.step)  # type: ignore[arg-type]
+                loss_sum, statistics = self.objective.loss_sum(model, batch, self.step)
                 loss = loss_sum / global_valid_tokens
             loss.backward()
         if self.metrics_processor.should_log(self.step):
@@ -98,7 +98,9 @@ def check_output(dump_folder: str) -> None:
         with tempfile.TemporaryFile(dir=dump_folder):
             pass
     except OSError as error:
-        raise UserError(f"The output folder {dump_folder} cannot be written to ({error}); change job.dump_folder.") from None
+        raise UserError(
+            f"The output folder {dump_folder} cannot be written to ({error}); change job.dump_folder."
+        ) from None
 
 
 def run(argv: Sequence[str]) -> None:
@@ -159,7 +161,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Most mistakes are every rank's. Rank 0 says it and the launcher stops the others; if this
             # one's is its own, it still gets its word in.
             time.sleep(3)
-        print(f"error: {mistake}" if rank == 0 else f"error on local rank {rank}: {mistake}", file=sys.stderr, flush=True)
+        print(
+            f"error: {mistake}" if rank == 0 else f"error on local rank {rank}: {mistake}",
+            file=sys.stderr,
+            flush=True,
+        )
         return EXIT_STATUS
     return 0
 

@@ -102,7 +102,13 @@ def anchor_state(u_BL: Tensor, maskable_BL: Tensor, t_B: Tensor, schedule: str, 
 
 
 def anchor_consistent(
-    u_BL: Tensor, maskable_BL: Tensor, anchor: State, inner_steps: int, scale: float, schedule: str, weight: str
+    u_BL: Tensor,
+    maskable_BL: Tensor,
+    anchor: State,
+    inner_steps: int,
+    scale: float,
+    schedule: str,
+    weight: str,
 ) -> list[State]:
     """K states from the pre-anchor down to the anchor, nested by construction.
 

@@ -80,7 +80,8 @@ class DenseModel:
 
             y = self._norm(x, p + "attention_norm.weight")
             q, k, v = (
-                linear(y, f"attention.w{n}").unflatten(-1, (h, d)) for n, h in (("q", args.n_heads), ("k", kv), ("v", kv))
+                linear(y, f"attention.w{n}").unflatten(-1, (h, d))
+                for n, h in (("q", args.n_heads), ("k", kv), ("v", kv))
             )
             q, k = self._rotate(q), self._rotate(k)
             heads = []

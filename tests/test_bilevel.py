@@ -28,13 +28,22 @@ def build(dtype=torch.float64):
         parameter.data = parameter.data.to(dtype)
     if dtype == torch.float64:
         d = ARGS.dim // ARGS.n_heads
-        angle = torch.outer(torch.arange(ARGS.max_seq_len).double(), ARGS.rope_theta ** (-torch.arange(0, d, 2).double() / d))
+        angle = torch.outer(
+            torch.arange(ARGS.max_seq_len).double(), ARGS.rope_theta ** (-torch.arange(0, d, 2).double() / d)
+        )
         model.freqs_cis = torch.polar(torch.ones_like(angle), angle)
     return model
 
 
 def memory(**changes) -> Memory:
-    settings = {"rank": 4, "alpha": 8.0, "learning_rate": 0.1, "clip": 1.0, "per_sample": True, "first_layer": 1}
+    settings = {
+        "rank": 4,
+        "alpha": 8.0,
+        "learning_rate": 0.1,
+        "clip": 1.0,
+        "per_sample": True,
+        "first_layer": 1,
+    }
     settings |= changes
     return Memory(linears=ARGS.adapted_linears(settings["first_layer"], ARGS.targets), **settings)
 
@@ -91,8 +100,12 @@ def test_per_sample_equals_the_naive_version(schedule, steps):
         )  # fmt: skip
         total = total + outer
         # The loss weights are float32 (6e-8); all else is float64.
-        torch.testing.assert_close(statistics.loss_KG[:, row], torch.tensor(losses, dtype=torch.float64), rtol=1e-6, atol=0)
-        torch.testing.assert_close(statistics.grad_norm_KG[:, row].double(), torch.tensor(norms).double(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            statistics.loss_KG[:, row], torch.tensor(losses, dtype=torch.float64), rtol=1e-6, atol=0
+        )
+        torch.testing.assert_close(
+            statistics.grad_norm_KG[:, row].double(), torch.tensor(norms).double(), rtol=1e-5, atol=0
+        )
         for layer, pairs in final.items():
             for name, pair in pairs.items():
                 torch.testing.assert_close(adapted[0][layer][name].A_GRi[row], pair[0], rtol=1e-6, atol=1e-8)
@@ -211,7 +224,11 @@ def test_draw_has_the_published_distribution():
     for linear in settings.linears:
         pair = fast[linear.layer][linear.target]
         bound = linear.in_features**-0.5
-        assert pair.A_GRi.shape == (50, 32, linear.in_features) and pair.B_GoR.shape == (50, linear.out_features, 32)
+        assert pair.A_GRi.shape == (50, 32, linear.in_features) and pair.B_GoR.shape == (
+            50,
+            linear.out_features,
+            32,
+        )
         assert pair.A_GRi.abs().max() <= bound and pair.B_GoR.count_nonzero() == 0
         # Over 51,200 numbers: the uniform distribution's standard deviation is bound / sqrt(3), to 0.4%.
         assert pair.A_GRi.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)

@@ -166,7 +166,12 @@ def test_adopted_tokenizers_get_the_tokens_they_lack(tmp_path):
     (made / "tokenizer_config.json").write_text("{}")
     with pytest.raises(UserError, match="names no mask_token; give --mask-token NAME"):
         prepare.prepare(request(tmp_path, path, output=tmp_path / "b", train_tokenizer=None, tokenizer=str(made)))
-    settings = {"train_tokenizer": None, "tokenizer": str(made), "mask_token": "<new>", "eos_token": "<|endoftext|>"}
+    settings = {
+        "train_tokenizer": None,
+        "tokenizer": str(made),
+        "mask_token": "<new>",
+        "eos_token": "<|endoftext|>",
+    }
     prepare.prepare(request(tmp_path, path, output=tmp_path / "c", **settings))
     old, new = (json.loads((f / "tokenizer.json").read_text()) for f in (made, tmp_path / "c/tokenizer"))
     card = shards.read_card(str(tmp_path / "c/train"))

@@ -1,3 +1,5 @@
+import itertools
+
 import naive
 import pytest
 import torch
@@ -59,7 +61,7 @@ def test_states_are_nested_down_to_the_anchor(steps, scale):
     states = anchor_consistent(u, maskable, anchor, steps, scale, "linear", "schedule")
     assert len(states) == steps
     assert torch.equal(states[-1].mask_BL, anchor.mask_BL)
-    for before, after in zip(states, states[1:], strict=False):
+    for before, after in itertools.pairwise(states):
         assert (after.mask_BL <= before.mask_BL).all(), "a revealed token must stay revealed"
     for row in range(len(u)):
         n, a = int(maskable[row].sum()), int(anchor.mask_BL[row].sum())
@@ -116,7 +118,13 @@ def test_gathering_finds_every_target_once(shards):
     width = LENGTH // shards
     found = set()
     for slot, (label, weight, row, valid) in enumerate(
-        zip(scored.label_N.tolist(), scored.weight_N.tolist(), scored.row_N.tolist(), scored.valid_N.tolist(), strict=True)
+        zip(
+            scored.label_N.tolist(),
+            scored.weight_N.tolist(),
+            scored.row_N.tolist(),
+            scored.valid_N.tolist(),
+            strict=True,
+        )
     ):
         if not valid:
             continue

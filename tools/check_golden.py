@@ -130,7 +130,8 @@ def split_adapter(name: str) -> tuple[str, str]:
 
 def injected_fast_weights(manifest: dict, inputs: dict[str, Tensor]) -> FastWeights:
     """The fixture's draw of A and zeros for B: one set for the whole batch."""
-    settings, fast = manifest["memory"], {}
+    settings = manifest["memory"]
+    fast: FastWeights = {}
     for name in manifest["adapters"]:
         A_Ri = inputs[f"A_init.{name}"]
         layer, target = split_adapter(name)
@@ -238,10 +239,12 @@ def compare_outer(
         logits = model(batch.anchor.tokens_BL, everywhere, plain)
     if "logits" in theirs:
         yield compare(f"{label} logits", logits.view_as(theirs["logits"]), theirs["logits"], atol=LOGITS_ATOL)
-    pairs = {
-        name: (parameters[our_name(name)].grad, tensor)
-        for name, tensor in ((k.removeprefix("grad."), v) for k, v in theirs.items() if k.startswith("grad."))
-    }
+    pairs = {}
+    for key, tensor in theirs.items():
+        if key.startswith("grad."):
+            name = key.removeprefix("grad.")
+            gradient = parameters[our_name(name)].grad
+            pairs[name] = (torch.zeros_like(tensor) if gradient is None else gradient, tensor)
     if pairs:
         yield worst(f"{label} base gradients", pairs, GRADIENT_ATOL)
 

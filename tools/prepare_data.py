@@ -48,7 +48,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--text-field", default="text", metavar="NAME", help="field of a document (default: text)")
     p.add_argument("--prompt-field", default="prompt", metavar="NAME", help="field of a prompt (default: prompt)")
-    p.add_argument("--response-field", default="response", metavar="NAME", help="field of a response (default: response)")
+    p.add_argument(
+        "--response-field", default="response", metavar="NAME", help="field of a response (default: response)"
+    )
     p.add_argument("--held-out", type=float, default=0.01, metavar="F", help="share held out (default: 0.01)")
     p.add_argument(
         "--overlong",

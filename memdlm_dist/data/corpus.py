@@ -53,7 +53,9 @@ def sources(patterns: Sequence[str]) -> list[Source]:
         except (OSError, ImportError, ValueError) as error:
             raise UserError(f"The input {pattern} cannot be reached: {error}.") from None
         if not names:
-            raise UserError(f"The input {pattern} matches no file; give JSONL or Parquet files, a folder, or a pattern.")
+            raise UserError(
+                f"The input {pattern} matches no file; give JSONL or Parquet files, a folder, or a pattern."
+            )
         local = "file" in filesystem.protocol
         urls = names if local else [filesystem.unstrip_protocol(name) for name in names]
         found += [Source(url, size) for url, size in zip(urls, sizes, strict=True)]

@@ -128,7 +128,9 @@ class EpochLoader(BaseDataLoader):
         self._loader.load_state_dict(state_dict)
 
 
-def build_dataloader(*, dp_world_size: int, dp_rank: int, tokenizer: DiffusionTokenizer, job_config: Any) -> EpochLoader:
+def build_dataloader(
+    *, dp_world_size: int, dp_rank: int, tokenizer: DiffusionTokenizer, job_config: Any
+) -> EpochLoader:
     """The training loader of one rank.
 
     Raises:

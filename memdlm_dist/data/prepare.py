@@ -34,7 +34,7 @@ class Request:
     mask_token: str | None = None
     eos_token: str | None = None
     form: Format | None = None
-    fields: Fields = Fields()
+    fields: Fields = field(default_factory=Fields)
     held_out: float = 0.01
     overlong: Literal["drop", "truncate"] = "drop"
     strict: bool = False
@@ -154,9 +154,7 @@ def _good_rows(
             bar.update(source.size)
 
 
-def _bad_row(
-    request: Request, summary: Summary, report: Callable[[str], None], location: str, problem: str
-) -> None:
+def _bad_row(request: Request, summary: Summary, report: Callable[[str], None], location: str, problem: str) -> None:
     if request.strict:
         raise UserError(f"Bad row at {location}: {problem}; correct it, or leave out --strict to skip bad rows.")
     summary.bad_rows += 1
@@ -186,9 +184,7 @@ class _Cutter:
         self._request, self._pieces, self._summary = request, pieces, summary
         self._packers = {part: sequences.Packer(request.seq_len, pieces.eos_id) for part in PARTS}
 
-    def add(
-        self, batch: list[Row], report: Callable[[str], None]
-    ) -> Iterator[tuple[str, sequences.Sequence]]:
+    def add(self, batch: list[Row], report: Callable[[str], None]) -> Iterator[tuple[str, sequences.Sequence]]:
         texts: list[tuple[Row, str]] = []
         for row in batch:
             form = self._request.form or sequences.detect_format(row.values, self._request.fields)

@@ -11,7 +11,7 @@ sharded on the sequence, [B, L / tp, D].
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from torchtitan.models.utils import get_dense_model_nparams_and_flops, trunc_nor
 from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 
 from memdlm_dist.fast_weights import AdaptedLinear, FastWeights, LowRank, low_rank_term
+
 
 @dataclass
 class LLaDAArgs(BaseModelArgs):
@@ -158,6 +159,9 @@ class LLaDA(ModelProtocol):
     step and the outer step alike.
     """
 
+    freqs_cis: Tensor
+    layers: nn.ModuleDict
+
     def __init__(self, args: LLaDAArgs):
         super().__init__(args)
         self.model_args = args
@@ -176,7 +180,7 @@ class LLaDA(ModelProtocol):
             self.freqs_cis = self._rotary()
         nn.init.normal_(self.tok_embeddings.weight)
         for block in self.layers.values():
-            block.init_weights()
+            cast(TransformerBlock, block).init_weights()
         self.norm.reset_parameters()
         std = self.model_args.dim**-0.5
         trunc_normal_(self.output.weight, mean=0.0, std=std, a=-3 * std, b=3 * std)

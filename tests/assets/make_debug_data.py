@@ -1,6 +1,6 @@
 """Make tests/assets/debug, the data of train_configs/debug.toml, from this repository's own sources.
 
-    python tests/assets/make_debug_data.py
+python tests/assets/make_debug_data.py
 """
 
 import json
@@ -18,8 +18,23 @@ def main() -> None:
             if path.stat().st_size:
                 corpus.write(json.dumps({"text": path.read_text()}) + "\n")
         corpus.flush()
-        command = [sys.executable, ROOT / "tools/prepare_data.py", "--input", corpus.name, "--train-tokenizer", "512"]
-        options = ["--seq-len", "128", "--held-out", "0.2", "--overwrite", "--output", ROOT / "tests/assets/debug"]
+        command = [
+            sys.executable,
+            ROOT / "tools/prepare_data.py",
+            "--input",
+            corpus.name,
+            "--train-tokenizer",
+            "512",
+        ]
+        options = [
+            "--seq-len",
+            "128",
+            "--held-out",
+            "0.2",
+            "--overwrite",
+            "--output",
+            ROOT / "tests/assets/debug",
+        ]
         subprocess.run([*command, *options], check=True)
 
 

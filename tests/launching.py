@@ -1,0 +1,55 @@
+"""Starting training processes from tests, and reading what they leave behind."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).parent.parent
+TIMEOUT = 500
+
+
+def _run(command, **env) -> str:
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
+    return done.stdout
+
+
+def debug(out: Path, *args: str) -> list[str]:
+    """Arguments of a reproducible debug run into `out`."""
+    return [
+        "--job.config_file", "train_configs/debug.toml", "--job.dump_folder", str(out), "--debug.seed", "7",
+        "--metrics.disable_color_printing", *args,
+    ]  # fmt: skip
+
+
+def launch(processes: int, out: Path, *args: str) -> str:
+    """One run through launch/train.sh, as a user starts it; returns what it prints."""
+    config, *rest = debug(out, *args)[1:]
+    return _run(["bash", "launch/train.sh", config, *rest], NGPU=str(processes), PYTHON=sys.executable)
+
+
+def run_many(runs: list[tuple[int, list[str]]]) -> str:
+    """Several runs of (processes, arguments), one after the other; see run_many.py."""
+    return _run([sys.executable, "tests/run_many.py", json.dumps(runs)])
+
+
+def scalars(out: Path) -> dict[str, dict[int, float]]:
+    """TensorBoard's scalars of a run: name -> step -> value."""
+    found: dict[str, dict[int, float]] = {}
+    for folder in sorted((out / "tb").iterdir()):
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        for name in events.Tags()["scalars"]:
+            found.setdefault(name, {}).update({event.step: event.value for event in events.Scalars(name)})
+    return found

@@ -1,0 +1,171 @@
+"""Layouts, checkpoints and TensorBoard through the real entry point, on gloo."""
+
+import json
+
+import pytest
+from launching import debug, launch, run_many, scalars
+from torch.distributed.checkpoint import FileSystemReader
+
+STEPS = 2
+TRACKED = (
+    "loss_metrics/global_avg_loss",
+    "grad_norm",
+    "parametric_memory/inner_loss_step_1",
+    "parametric_memory/inner_loss_step_2",
+    "parametric_memory/inner_grad_norm_step_1",
+    "parametric_memory/inner_grad_norm_step_2",
+    "parametric_memory/fast_weight_norm",
+    "diffusion/mask_ratio",
+    "validation/loss_memory_off",
+    "validation/loss_memory_on",
+)
+# All layouts add up the same numbers in another order: float32 rounding (about 5e-7 is seen), and one
+# optimizer step that amplifies it.
+TOLERANCE = 1e-5
+
+TP = "--parallelism.tensor_parallel_degree"
+LOCAL = "--training.local_batch_size"
+AC = "--activation_checkpoint.mode"
+# name -> (processes, arguments); every one has a global batch of 4.
+LAYOUTS = {
+    "single": (1, [LOCAL, "4"]),
+    "accumulation": (1, [LOCAL, "1"]),
+    "fsdp2": (2, [LOCAL, "2"]),
+    "tp2": (2, [LOCAL, "4", TP, "2"]),
+    "tp2-no-loss-parallel": (2, [LOCAL, "4", TP, "2", "--parallelism.disable_loss_parallel"]),
+    "full-checkpointing": (2, [LOCAL, "2", AC, "full"]),
+    "selective-checkpointing": (2, [LOCAL, "2", AC, "selective"]),
+    "operator-checkpointing": (2, [LOCAL, "2", AC, "selective", "--activation_checkpoint.selective_ac_option", "op"]),
+    "tp2-full-checkpointing": (2, [LOCAL, "4", TP, "2", AC, "full"]),
+    "compiled": (2, [LOCAL, "2", "--compile.enable"]),
+    # The default backend has been tried by "compiled"; what is particular to TP comes before it.
+    "compiled-tp2": (2, [LOCAL, "4", TP, "2", "--compile.enable", "--compile.backend", "aot_eager"]),
+    "fsdp4": (4, [LOCAL, "1"]),
+    "hsdp2x2": (4, [LOCAL, "1", "--parallelism.data_parallel_replicate_degree", "2"]),
+    "fsdp2-tp2": (4, [LOCAL, "2", TP, "2"]),
+    "fsdp2-tp2-accumulation": (4, [LOCAL, "1", TP, "2"]),
+}
+VALIDATED = ("single", "fsdp2", "fsdp4", "tp2")
+# bfloat16 carries 8 bits; one rounding is 0.4%, and they add up over the layers.
+BFLOAT16 = {"fsdp2-bfloat16": (2, [LOCAL, "2"]), "fsdp2-tp2-bfloat16": (4, [LOCAL, "2", TP, "2"])}
+BFLOAT16_TOLERANCE = 0.03
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """The scalars of two steps from one seed checkpoint, for every layout."""
+    root = tmp_path_factory.mktemp("layouts")
+    seed = (1, debug(root / "seed", "--checkpoint.enable", "--checkpoint.create_seed_checkpoint"))
+    common = [
+        "--training.steps", str(STEPS), "--training.global_batch_size", "4", "--checkpoint.enable",
+        "--checkpoint.load_only", "--checkpoint.initial_load_path", str(root / "seed/checkpoint/step-0"),
+    ]  # fmt: skip
+    # All 41 held-out sequences in batches of 2 a rank: a number that no layout divides.
+    validation = ["--validation.enable", "--validation.local_batch_size", "2", "--validation.steps", "-1"]
+    everything = LAYOUTS | {
+        name: (n, [*args, "--training.mixed_precision_param", "bfloat16"]) for name, (n, args) in BFLOAT16.items()
+    }
+    runs = [
+        (n, debug(root / name, *common, *args, *(validation if name in VALIDATED else ())))
+        for name, (n, args) in everything.items()
+    ]
+    run_many([seed, *runs])
+    return {name: scalars(root / name) for name in everything}
+
+
+def relative_difference(ours, theirs):
+    return max(abs(ours[step] - theirs[step]) / abs(theirs[step]) for step in theirs)
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "single"])
+def test_every_layout_takes_the_same_step(results, layout):
+    reference = results["single"]
+    assert set(reference["grad_norm"]) == {1, 2} and set(reference["validation/loss_memory_on"]) == {0, 2}
+    for name in TRACKED:
+        if name.startswith("validation") and layout not in VALIDATED:
+            continue
+        ours, theirs = results[layout][name], reference[name]
+        assert set(ours) == set(theirs)
+        assert relative_difference(ours, theirs) < TOLERANCE, f"{name}: {ours} against {theirs}"
+
+
+@pytest.mark.parametrize("layout", BFLOAT16)
+def test_mixed_precision_stays_close(results, layout):
+    for name in TRACKED[:4]:
+        assert relative_difference(results[layout][name], results["single"][name]) < BFLOAT16_TOLERANCE, name
+
+
+def test_the_layouts_are_not_trivially_equal(results):
+    """The memory acts and the model moves, or the tests above would show nothing."""
+    one = results["single"]
+    assert one["parametric_memory/fast_weight_norm"][1] > 1e-3
+    assert one["validation/loss_memory_on"][0] < one["validation/loss_memory_off"][0]
+    assert one["validation/loss_memory_off"][2] < one["validation/loss_memory_off"][0]
+    assert one["parametric_memory/skipped_updates"] == {1: 0, 2: 0}
+
+
+@pytest.fixture(scope="module")
+def continued(tmp_path_factory):
+    """Six steps at a stretch; the same in two halves; the second half without the memory, and the reverse."""
+    root = tmp_path_factory.mktemp("resume")
+    save = ["--checkpoint.enable", "--checkpoint.interval", "3", LOCAL, "2"]
+    schedule = ["--lr_scheduler.total_steps", "6"]
+    off = ["--parametric_memory.no_enable"]
+    runs = [
+        debug(root / "straight", *save, *schedule, "--training.steps", "6"),
+        debug(root / "halves", *save, *schedule, "--training.steps", "3"),
+        debug(root / "halves", *save, *schedule, "--training.steps", "6"),
+        debug(root / "halves", *save, *schedule, "--training.steps", "7", *off),
+        debug(root / "halves", *save, *schedule, "--training.steps", "8"),
+        debug(root / "off", *save, *off, "--training.steps", "3"),
+        debug(root / "off", *save, "--training.steps", "4"),
+    ]
+    run_many([(2, run) for run in runs])
+    return root
+
+
+def test_resuming_continues_exactly(continued):
+    straight, halves = scalars(continued / "straight"), scalars(continued / "halves")
+    for name in ("loss_metrics/global_avg_loss", "grad_norm", "parametric_memory/inner_loss_step_2"):
+        assert [halves[name][step] for step in range(1, 7)] == [straight[name][step] for step in range(1, 7)], name
+
+
+def test_memory_can_be_switched_between_runs(continued):
+    halves, off = scalars(continued / "halves"), scalars(continued / "off")
+    assert set(halves["loss_metrics/global_avg_loss"]) == set(range(1, 9))
+    assert set(halves["parametric_memory/inner_loss_step_1"]) == {1, 2, 3, 4, 5, 6, 8}
+    assert set(off["parametric_memory/inner_loss_step_1"]) == {4}
+
+
+def test_fast_weights_are_never_saved(continued):
+    with_memory, without = (
+        set(FileSystemReader(continued / name / "checkpoint/step-3").read_metadata().state_dict_metadata)
+        for name in ("straight", "off")
+    )
+    assert with_memory == without
+
+
+def test_as_a_user_starts_it(tmp_path):
+    """launch/train.sh on four processes, FSDP 2 x TP 2, with everything on: console, TensorBoard, files."""
+    out = launch(
+        4, tmp_path, "--parallelism.data_parallel_shard_degree", "2", TP, "2", "--training.steps", "4",
+        "--checkpoint.enable", "--validation.enable", "--validation.freq", "2", "--validation.steps", "1",
+        "--metrics.log_freq", "2",
+    )  # fmt: skip
+    step_lines = [line for line in out.splitlines() if " step:  " in line]
+    assert len(step_lines) == 3, "one line a logged step, from rank 0 alone"  # steps 1, 2 and 4
+    assert all(" inner loss: " in line and " -> " in line for line in step_lines)
+    assert "held-out loss" in out and "start (step      0)" in out and "end   (step      4)" in out
+    found = scalars(tmp_path)
+    assert set(TRACKED) <= set(found)
+    assert set(found["parametric_memory/inner_loss_step_1"]) == {1, 2, 4}
+    assert set(found["validation/loss_memory_off"]) == {0, 2, 4}
+    history = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in history] == [0, 2, 4]
+    assert (tmp_path / "checkpoint/step-4/.metadata").is_file()
+
+    again = launch(
+        4, tmp_path, "--parallelism.data_parallel_shard_degree", "2", TP, "2", "--training.steps", "4",
+        "--checkpoint.enable", "--validation.enable",
+    )  # fmt: skip
+    assert "This run is complete: its checkpoint is at step 4" in again and " step:  " not in again
