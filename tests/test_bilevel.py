@@ -3,9 +3,11 @@
 import naive
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memdlm_dist import fast_weights, trajectory
 from memdlm_dist.bilevel import Memory, outer_loss
+from memdlm_dist.metrics import MemDLMMetrics
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs
 from memdlm_dist.objective import Objective
 from memdlm_dist.trajectory import IGNORE_INDEX
@@ -216,6 +218,38 @@ def test_rows_without_targets_and_rows_that_are_not_finite_do_not_touch_the_othe
     outer_loss(model, batch, settings, double(settings.draw(3, 1, ids[alone])), on_adapted=adapted.append)
     for together, apart in zip(*map(fast_weights.leaves, adapted), strict=True):
         torch.testing.assert_close(together[alone], apart, rtol=1e-10, atol=1e-12)
+
+
+class HostReads(TorchDispatchMode):
+    """Collects the operators whose result the host has to wait for on an accelerator."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = operator.overloadpacket._qualified_op_name
+        if name.split("::")[1] in ("_local_scalar_dense", "nonzero", "masked_select", "unique2", "is_nonzero"):
+            self.found.append(name)
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("use_memory", [True, False])
+def test_a_step_never_waits_for_the_device(use_memory):
+    model, settings = build(torch.float32), memory()
+    goal = objective(settings)
+    batch = goal.micro_batch(*data(), step=2)
+    with HostReads() as reads:
+        loss, statistics = goal.loss_sum(model, batch, step=2, use_memory=use_memory)
+        loss.backward()
+        if statistics is not None:
+            metrics = MemDLMMetrics.__new__(MemDLMMetrics)  # only what recording needs, not TensorBoard
+            metrics.start_step()
+            metrics.record_inner_loop(statistics)
+    assert reads.found == []
+    with HostReads() as reads:
+        loss.item()
+    assert reads.found, "the detector works"
 
 
 def test_draw_has_the_published_distribution():

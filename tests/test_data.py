@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
@@ -10,10 +11,11 @@ import pytest
 import torch
 
 from memdlm_dist.data import corpus, prepare, sequences, shards
-from memdlm_dist.data.loader import EpochLoader, TokenDataset
+from memdlm_dist.data.loader import EpochLoader, TokenDataset, open_dataset
 from memdlm_dist.data.prepare import Request
 from memdlm_dist.data.sequences import Fields, Packer, pad
 from memdlm_dist.errors import UserError
+from memdlm_dist.job_config import Data
 from memdlm_dist.trajectory import IGNORE_INDEX
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 20
@@ -220,19 +222,39 @@ def test_loader_goes_through_epochs_and_resumes_exactly(tmp_path):
         assert ids(resumed, 4) == order[done : done + 4], done
 
 
+def config_with(tmp_path, **data):
+    return SimpleNamespace(data=Data(cache_folder=str(tmp_path / "cache"), **data))
+
+
+def test_streams_at_a_url_are_cached_and_checked(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"q{i}", "response": f"a{i}"} for i in range(8)])
+    prepare.prepare(request(tmp_path, path))
+    remote = tmp_path / "out/train"
+    url = f"file://{remote}"
+    dataset = open_dataset(config_with(tmp_path), [url], [], batch_size=1, shuffle=False)
+    here = [dataset[i]["tokens"] for i in range(8)]
+    assert all(torch.equal(a, b["tokens"]) for a, b in zip(here, read(remote), strict=True))
+    assert len(list((tmp_path / "cache").rglob("*.mds"))) == 1
+    assert shards.read_card(url).sequences == 8
+
+    shard = remote / "shard.00000.mds"
+    content = bytearray(shard.read_bytes())
+    content[-50] ^= 1
+    shard.write_bytes(content)
+    fresh = config_with(tmp_path / "again")
+    with pytest.raises(UserError, match=r"shard\.00000\.mds is corrupt: its xxh64 checksum is wrong"):
+        open_dataset(fresh, [url], [], batch_size=1, shuffle=False)[0]
+
+
 def test_mixing_streams_by_proportion(tmp_path):
     folders = []
     for name, n in (("a", 40), ("b", 40)):
         path = write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": f"{name}{i}", "response": "x"} for i in range(n)])
         prepare.prepare(request(tmp_path, path, output=tmp_path / name))
         folders.append(str(tmp_path / name / "train"))
-    from types import SimpleNamespace
-
-    from memdlm_dist.data.loader import open_dataset
-    from memdlm_dist.job_config import Data
-
-    config = SimpleNamespace(data=Data())
-    dataset = open_dataset(config, folders, [3.0, 1.0], batch_size=4, shuffle=True, num_canonical_nodes=1)
+    dataset = open_dataset(
+        config_with(tmp_path), folders, [3.0, 1.0], batch_size=4, shuffle=True, num_canonical_nodes=1
+    )
     loader = EpochLoader(dataset, 4)
     seen = np.array(sum(ids(loader, 20), ()))
     assert (seen < 40).sum() == 60 and (seen >= 40).sum() == 20

@@ -194,7 +194,9 @@ def check_cards(job_config: Any, locations: list[str], tokenizer: DiffusionToken
 
 
 def open_dataset(job_config: Any, locations: list[str], proportions: list[float], **options: Any) -> TokenDataset:
-    """A dataset over one or several streams; remote ones are cached under `data.cache_folder`.
+    """A dataset over one or several streams; those at a URL are cached under `data.cache_folder`.
+
+    file:// is a URL like others: a folder that is slow to read, on a network file system say.
 
     Raises:
         UserError: if streaming cannot open a stream.
@@ -208,7 +210,7 @@ def open_dataset(job_config: Any, locations: list[str], proportions: list[float]
         local = os.path.join(data.cache_folder, name) if remote else location
         streams.append(
             Stream(
-                remote=remote,
+                remote=remote.removeprefix("file://") if remote else None,
                 local=local,
                 download_retry=data.download_retry,
                 download_timeout=data.download_timeout,
