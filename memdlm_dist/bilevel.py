@@ -67,8 +67,8 @@ def outer_loss(
 
     assert fast is not None
     cut = memory.first_layer
-    # The anchor's trunk goes first: the no_grad passes that follow may then share the casts that
-    # autocast keeps of the weights. Cast under no_grad first, they would have no gradient.
+    # The anchor's trunk goes first: some versions of torch leave the casts of a no_grad pass in
+    # autocast's cache, and a pass that reuses those has no gradient.
     h_anchor = model.trunk(anchor.tokens_BL, cut)
     with torch.no_grad():
         # inner[-1] reads what the anchor reads: same activations, without their graph.

@@ -16,8 +16,7 @@ import torch
 from torchtitan.tools.logging import init_logger, logger
 from torchtitan.train import Trainer
 
-from memdlm_dist import job_config as configuration
-from memdlm_dist import train_spec, validate  # noqa: F401  (train_spec registers the backbones)
+from memdlm_dist import parse_config, train_spec, validate  # noqa: F401  (train_spec registers the backbones)
 from memdlm_dist.checkpoint import check_loadable
 from memdlm_dist.data.loader import Batch
 from memdlm_dist.errors import EXIT_STATUS, UserError
@@ -109,10 +108,10 @@ def run(argv: Sequence[str]) -> None:
     Raises:
         UserError: for everything a user can get wrong.
     """
-    config = configuration.parse(argv)
+    config = parse_config.parse(argv)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    configuration.check_launch(config, world_size)
-    configuration.check_backbone(config, backbone_args(config.model.name, config.model.flavor))
+    parse_config.check_launch(config, world_size)
+    parse_config.check_backbone(config, backbone_args(config.model.name, config.model.flavor))
     check_output(config.job.dump_folder)
     if not torch.distributed.is_torchelastic_launched():
         _single_process_environment()

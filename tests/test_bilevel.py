@@ -252,6 +252,16 @@ def test_a_step_never_waits_for_the_device(use_memory):
     assert reads.found, "the detector works"
 
 
+def test_a_gradient_that_is_not_finite_skips_its_set_alone():
+    fast = memory().draw(3, 1, torch.arange(3))
+    grads = [torch.ones_like(x) for x in fast_weights.leaves(fast)]
+    grads[2][1, 0, 0] = torch.inf
+    new, norms = fast_weights.sgd_update(fast, grads, 0.1, 1.0, torch.tensor([True, True, False]))
+    for after, before in zip(fast_weights.leaves(new), fast_weights.leaves(fast), strict=True):
+        assert [torch.equal(after[g], before[g]) for g in range(3)] == [False, True, True]
+    assert norms.isfinite().tolist() == [True, False, True]
+
+
 def test_draw_has_the_published_distribution():
     settings = memory(rank=32)
     fast = settings.draw(seed=1, step=1, sample_ids_B=torch.arange(50))

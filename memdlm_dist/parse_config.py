@@ -1,0 +1,310 @@
+"""Reading and checking a configuration: flags over TOML file over defaults.
+
+Everything that a configuration alone can tell to be wrong is found here, before anything is built, and
+named in one sentence.
+"""
+
+import contextlib
+import difflib
+import io
+import os
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import typeguard
+from torchtitan.config import ConfigManager
+from torchtitan.config import JobConfig as TitanJobConfig
+
+from memdlm_dist.errors import UserError
+from memdlm_dist.job_config import JobConfig
+from memdlm_dist.models.llada import LLaDAArgs
+
+_CONFIG_FILE_FLAGS = ("--job.config_file", "--job.config-file")
+
+
+def parse(argv: Sequence[str]) -> Any:
+    """The merged configuration of a command line: flags over TOML file over defaults.
+
+    Returns:
+        torchtitan's JobConfig with our sections, checked as far as the configuration alone can tell.
+
+    Raises:
+        UserError: naming the key and the remedy.
+    """
+    manager = ConfigManager(ConfigManager._merge_configs(TitanJobConfig, JobConfig))
+    if not {"-h", "--help"} & set(argv):
+        _check_file(manager.config_cls, argv)
+        _check_flags(manager.config_cls, argv)
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            config = manager.parse_args(list(argv))
+    except SystemExit as exit_request:
+        if exit_request.code in (0, None):
+            raise
+        raise UserError(f"{_plain(captured.getvalue())} (run with --help to see all keys).") from None
+    except (AssertionError, ValueError) as error:  # from the sections' own __post_init__
+        raise UserError(f"The configuration is not valid: {str(error).rstrip('.')}.") from None
+    _check_values(config)
+    return config
+
+
+def _check_file(config_cls: type, argv: Sequence[str]) -> None:
+    path = _config_file(argv)
+    if path is None:
+        return
+    try:
+        values = tomllib.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"The configuration file {path} does not exist; check --job.config_file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The configuration file {path} cannot be read: {error}.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"The configuration file {path} is not valid TOML: {error}.") from None
+    _check_section(config_cls, values, path, "")
+
+
+def _config_file(argv: Sequence[str]) -> str | None:
+    for i, argument in enumerate(argv):
+        flag, equals, value = argument.partition("=")
+        if flag in _CONFIG_FILE_FLAGS:
+            if equals:
+                return value
+            if i + 1 < len(argv):
+                return argv[i + 1]
+            raise UserError("--job.config_file needs a value: the path of a TOML file.")
+    return None
+
+
+def _check_section(cls: type, values: dict[str, Any], path: str, prefix: str) -> None:
+    known = {f.name: f for f in fields(cls)}
+    for key, value in values.items():
+        name = prefix + key
+        if key not in known:
+            raise UserError(f"Unknown key {name} in {path}{_suggestion(key, known, prefix)}.")
+        expected: Any = known[key].type
+        if is_dataclass(expected):
+            if not isinstance(value, dict):
+                raise UserError(f"{name} in {path} must be a section, written [{name}], but is {value!r}.")
+            _check_section(expected, value, path, name + ".")  # type: ignore[arg-type]
+        elif not _has_type(value, expected):
+            raise UserError(f"{name} in {path} must be {_type_name(expected)}, but is {value!r}.")
+
+
+def _has_type(value: Any, expected: Any) -> bool:
+    if isinstance(value, bool) and expected in (int, float, int | None, float | None):
+        return False  # to Python a bool is an int, to a user it is not
+    try:
+        typeguard.check_type(value, expected, collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS)
+    except typeguard.TypeCheckError:
+        return False
+    return True
+
+
+def _type_name(expected: Any) -> str:
+    if getattr(expected, "__origin__", None) is Literal:
+        return "one of " + ", ".join(map(repr, expected.__args__))
+    return expected.__name__ if isinstance(expected, type) else str(expected)
+
+
+def _suggestion(key: str, known: dict[str, Any], prefix: str) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    if close:
+        return f"; did you mean {prefix}{close[0]}?"[:-1]
+    return f"; known keys are {', '.join(prefix + name for name in sorted(known))}"
+
+
+def _check_flags(config_cls: type, argv: Sequence[str]) -> None:
+    """Every --section.key exists. tyro finds this too, but says it less plainly."""
+    for argument in argv:
+        if not argument.startswith("--") or argument == "--":
+            continue
+        flag = argument[2:].partition("=")[0].replace("-", "_")
+        cls: Any = config_cls
+        prefix = ""
+        *sections, key = flag.split(".")
+        for section in sections:
+            known = {f.name: f for f in fields(cls) if is_dataclass(f.type)}
+            if section not in known:
+                raise UserError(
+                    f"Unknown section {prefix}{section} in {argument}{_suggestion(section, known, prefix)}."
+                )
+            cls, prefix = known[section].type, f"{prefix}{section}."
+        known = {f.name: f for f in fields(cls)}
+        positive = key.removeprefix("no_") if known.get(key.removeprefix("no_")) else key
+        if positive not in known:
+            raise UserError(f"Unknown key {argument}{_suggestion(key, known, prefix)}.")
+
+
+def _plain(text: str) -> str:
+    """tyro's framed and coloured message as one line of text."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    text = re.sub(r"[╭╮╰╯│─┌┐└┘├┤┬┴┼━┃]+", " ", text)
+    return re.sub(r"\s+", " ", text).strip().rstrip(".")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _check_values(config: Any) -> None:
+    """What the configuration alone can tell to be impossible, apart from the backbone's sizes."""
+    memory, parallel = config.parametric_memory, config.parallelism
+    _require(memory.rank >= 1, f"parametric_memory.rank must be at least 1, but is {memory.rank}.")
+    _require(
+        memory.inner_steps >= 2,
+        f"parametric_memory.inner_steps must be at least 2 (pre-anchor and anchor), but is {memory.inner_steps}.",
+    )
+    _require(
+        memory.pre_anchor_scale > 0,
+        f"parametric_memory.pre_anchor_scale must be positive, but is {memory.pre_anchor_scale}.",
+    )
+    _require(
+        memory.learning_rate >= 0,
+        f"parametric_memory.learning_rate must not be negative, but is {memory.learning_rate}.",
+    )
+    _require(
+        memory.gradient_clip >= 0,
+        f"parametric_memory.gradient_clip must not be negative (0 is off), but is {memory.gradient_clip}.",
+    )
+    _require(
+        0 < memory.layer_fraction <= 1,
+        f"parametric_memory.layer_fraction = {memory.layer_fraction} selects no layer; give a value above 0, "
+        "at most 1, or set parametric_memory.enable = false.",
+    )
+    _require(
+        bool(memory.target_modules),
+        "parametric_memory.target_modules is empty; name some of gate, up, down, or set "
+        "parametric_memory.enable = false.",
+    )
+    _require(
+        len(set(memory.target_modules)) == len(memory.target_modules),
+        f"parametric_memory.target_modules names a module twice: {', '.join(memory.target_modules)}.",
+    )
+    _require(
+        bool(config.data.train),
+        "data.train is empty; name at least one folder of shards (tools/prepare_data.py).",
+    )
+    _require(
+        len(config.data.proportions) in (0, len(config.data.train)),
+        f"data.proportions has {len(config.data.proportions)} entries for {len(config.data.train)} streams in "
+        "data.train; give one for each, or none.",
+    )
+    _require(all(share > 0 for share in config.data.proportions), "data.proportions must all be positive numbers.")
+    _require(
+        not config.validation.enable or bool(config.data.validation),
+        "validation.enable is set but data.validation is empty; name the held-out shards or disable validation.",
+    )
+    _require(config.training.steps >= 1, f"training.steps must be at least 1, but is {config.training.steps}.")
+    _require(
+        config.training.local_batch_size >= 1,
+        f"training.local_batch_size must be at least 1, but is {config.training.local_batch_size}.",
+    )
+    _require(
+        config.training.seq_len >= 1,
+        f"training.seq_len must be at least 1, but is {config.training.seq_len}.",
+    )
+    _require(
+        config.metrics.log_freq >= 1,
+        f"metrics.log_freq must be at least 1, but is {config.metrics.log_freq}.",
+    )
+    _require(config.validation.freq >= 1, f"validation.freq must be at least 1, but is {config.validation.freq}.")
+    _require(
+        config.checkpoint.keep_latest_k != 1,
+        "checkpoint.keep_latest_k must be 0 (keep all) or at least 2: the newest may still be in the writing.",
+    )
+    _require(
+        parallel.pipeline_parallel_degree == 1,
+        f"parallelism.pipeline_parallel_degree = {parallel.pipeline_parallel_degree} is not supported: the inner "
+        "loop runs trunk and tail several times a step; use FSDP and tensor parallelism and set it to 1.",
+    )
+    _require(
+        parallel.context_parallel_degree == 1,
+        f"parallelism.context_parallel_degree = {parallel.context_parallel_degree} is not supported yet; set it to 1.",
+    )
+    _require(
+        parallel.expert_parallel_degree == 1,
+        f"parallelism.expert_parallel_degree = {parallel.expert_parallel_degree} needs a mixture-of-experts "
+        "backbone; set it to 1.",
+    )
+    _require(
+        not (config.checkpoint.enable and config.checkpoint.create_seed_checkpoint) or _world_size() == 1,
+        "checkpoint.create_seed_checkpoint needs a single process, so that nothing is sharded; set NGPU=1.",
+    )
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_launch(config: Any, world_size: int) -> None:
+    """The parallel layout fits the number of processes and the batch.
+
+    Raises:
+        UserError: naming the degree or the batch size.
+    """
+    parallel, training = config.parallelism, config.training
+    replicate, shard = parallel.data_parallel_replicate_degree, parallel.data_parallel_shard_degree
+    tensor = parallel.tensor_parallel_degree
+    for name, degree in (("data_parallel_replicate_degree", replicate), ("tensor_parallel_degree", tensor)):
+        _require(degree >= 1, f"parallelism.{name} must be at least 1, but is {degree}.")
+    _require(
+        shard == -1 or shard >= 1,
+        f"parallelism.data_parallel_shard_degree must be -1 (all that is left) or at least 1, but is {shard}.",
+    )
+    layout = f"data_parallel_replicate_degree {replicate} x tensor_parallel_degree {tensor}"
+    if shard == -1:
+        _require(
+            world_size % (replicate * tensor) == 0,
+            f"{world_size} processes cannot be divided into {layout}; change NGPU or the degrees under [parallelism].",
+        )
+        shard = world_size // (replicate * tensor)
+    _require(
+        replicate * shard * tensor == world_size,
+        f"{layout} x data_parallel_shard_degree {shard} makes {replicate * shard * tensor} ranks, but "
+        f"{world_size} processes were started; change NGPU or the degrees under [parallelism].",
+    )
+    _require(
+        replicate == 1 or shard > 1,
+        "parallelism.data_parallel_replicate_degree > 1 needs data_parallel_shard_degree > 1 (HSDP): replication "
+        "without sharding is not supported; use data_parallel_shard_degree instead.",
+    )
+    micro = training.local_batch_size * replicate * shard
+    _require(
+        training.global_batch_size < 0 or (training.global_batch_size > 0 and training.global_batch_size % micro == 0),
+        f"training.global_batch_size = {training.global_batch_size} must be a multiple of "
+        f"training.local_batch_size {training.local_batch_size} x {replicate * shard} data-parallel ranks = {micro}.",
+    )
+
+
+def check_backbone(config: Any, args: LLaDAArgs) -> None:
+    """The backbone's sizes fit the parallel layout and the memory's targets.
+
+    Raises:
+        UserError: naming the size, the degree or the module.
+    """
+    for target in config.parametric_memory.target_modules:
+        _require(
+            target in args.targets,
+            f"parametric_memory.target_modules names {target!r}, which model {config.model.name} does not have; "
+            f"choose among {', '.join(args.targets)}.",
+        )
+    tensor = config.parallelism.tensor_parallel_degree
+    flavour = f"model.flavor {config.model.flavor}"
+    sizes = {
+        "training.seq_len": config.training.seq_len,
+        f"the attention heads of {flavour}": args.n_heads,
+        f"the key-value heads of {flavour}": args.n_kv_heads or args.n_heads,
+        f"the FFN width of {flavour}": args.hidden_dim,
+        f"the vocabulary of {flavour}": args.vocab_size,
+    }
+    for name, size in sizes.items():
+        _require(
+            size % tensor == 0,
+            f"{name} ({size}) is not divisible by parallelism.tensor_parallel_degree ({tensor}); change one of them.",
+        )
