@@ -25,10 +25,16 @@ def main() -> int:
     try:
         run.run(run.parse_args(sys.argv[1:]))
     except ChildFailedError as failure:
-        codes = {process.exitcode for process in failure.failures.values()}
-        if USER_ERROR in codes:
-            return USER_ERROR
-        raise
+        mistakes = [process for process in failure.failures.values() if process.exitcode == USER_ERROR]
+        if not mistakes:
+            raise
+        # Local rank 0 says it on the console itself; the others are not shown there.
+        if all(process.local_rank for process in mistakes):
+            message = mistakes[0].message
+            sentence = message["message"] if isinstance(message, dict) else message
+            sentence = sentence.removeprefix("UserError: ")
+            print(f"error on local rank {mistakes[0].local_rank}: {sentence}", file=sys.stderr)
+        return USER_ERROR
     return 0
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torchtitan.tools.logging import init_logger, logger
 from torchtitan.train import Trainer
 
@@ -116,6 +117,7 @@ def run(argv: Sequence[str]) -> None:
     if not torch.distributed.is_torchelastic_launched():
         _single_process_environment()
     trainer: MemDLMTrainer | None = None
+    done = False
     try:
         trainer = MemDLMTrainer(config)
         if config.checkpoint.create_seed_checkpoint:
@@ -128,10 +130,12 @@ def run(argv: Sequence[str]) -> None:
             table = validate.summary_table(config) if config.validation.enable else None
             if table and int(os.environ["RANK"]) == 0:
                 print(table, flush=True)
+        done = True
     finally:
         if trainer is not None:
             trainer.close()
-        if torch.distributed.is_initialized():
+        # A rank that fails alone must not wait for its peers: the launcher stops them.
+        if torch.distributed.is_initialized() and (done or world_size == 1):
             torch.distributed.destroy_process_group()
 
 
@@ -155,16 +159,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(sys.argv[1:] if argv is None else argv)
     except UserError as mistake:
-        rank = int(os.environ.get("LOCAL_RANK", "0"))
-        if rank:
-            # Most mistakes are every rank's. Rank 0 says it and the launcher stops the others; if this
-            # one's is its own, it still gets its word in.
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            print(f"error: {mistake}", file=sys.stderr, flush=True)
+        else:
+            # Most mistakes are every rank's: rank 0 says it, and the launcher stops the others in this
+            # time. One that is this rank's own reaches the launcher through torchrun's error file.
             time.sleep(3)
-        print(
-            f"error: {mistake}" if rank == 0 else f"error on local rank {rank}: {mistake}",
-            file=sys.stderr,
-            flush=True,
-        )
+            get_error_handler().record_exception(mistake)
         return EXIT_STATUS
     return 0
 

@@ -10,7 +10,8 @@ import torch
 import memdlm_dist  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests"))  # for the oracles and helpers beside the tests
+# The oracles and helpers beside the tests, and the tools, which are scripts.
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tools")]
 
 
 @pytest.fixture(autouse=True)

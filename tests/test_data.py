@@ -103,12 +103,14 @@ def test_bad_rows_name_the_field(row, form, message):
 def test_every_container_gives_the_same_shards(tmp_path):
     rows = [{"text": f"{i} {TEXT}"} for i in range(30)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (tmp_path / "d.json").write_text(json.dumps(rows, indent=1))
     found = {
         "plain": write_jsonl(tmp_path / "a.jsonl", rows),
         "gzip": write_jsonl(tmp_path / "b.jsonl.gz", rows, gzip.open),
         "url": "file://" + write_jsonl(tmp_path / "c.jsonl", rows),
         "parquet": str(tmp_path / "a.parquet"),
-        "pattern": str(tmp_path / "a.json*"),
+        "pattern": str(tmp_path / "a.jsonl*"),
+        "array": str(tmp_path / "d.json"),
     }
     tokens = {}
     for name, url in found.items():

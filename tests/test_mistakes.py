@@ -9,13 +9,11 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import prepare_data
 import pytest
 
 from memdlm_dist import train
 from memdlm_dist.errors import EXIT_STATUS
-
-sys.path.insert(0, "tools")
-import prepare_data
 
 DEBUG = "tests/assets/debug"
 
@@ -198,3 +196,12 @@ def test_through_the_launcher(root, tmp_path):
     assert done.returncode == EXIT_STATUS
     assert "Traceback" not in done.stdout + done.stderr
     assert (done.stdout + done.stderr).count("error: ") == 1
+
+
+def test_a_mistake_that_only_another_rank_meets_is_said_too(root):
+    command = ["launch/torchrun.py", "--nproc-per-node=2", "--local-ranks-filter=0", "--tee=3"]
+    rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "tests/one_rank_fails.py"]
+    done = subprocess.run([sys.executable, *command, *rendezvous], cwd=root, capture_output=True, text=True)
+    assert done.returncode == EXIT_STATUS
+    assert "error on local rank 1: The configuration file no/such.toml does not exist" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr

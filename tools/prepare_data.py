@@ -7,7 +7,7 @@ Examples:
   python tools/prepare_data.py --input 's3://bucket/corpus/*.jsonl.zst' --tokenizer LLaDA-8B-Base \\
       --mask-token '<|mdm_mask|>' --seq-len 4096 --output data/corpus
   # LongAlpaca: instruction, input, output; loss on the responses only
-  python tools/prepare_data.py --input LongAlpaca-12k.json.jsonl --tokenizer LLaDA-8B-Base \\
+  python tools/prepare_data.py --input LongAlpaca-12k.json --tokenizer LLaDA-8B-Base \\
       --mask-token '<|mdm_mask|>' --seq-len 4096 --output data/longalpaca
 
 Writes OUTPUT/train, OUTPUT/heldout, OUTPUT/tokenizer and OUTPUT/summary.json.
@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
         "--input",
         nargs="+",
         metavar="URL",
-        help="JSONL or Parquet files, folders or glob patterns, at any fsspec URL, compressed or not",
+        help="JSONL, JSON or Parquet files, folders or glob patterns, at any fsspec URL, compressed or not",
     )
     source.add_argument("--builtin", action="store_true", help="the Python standard library's source files")
     p.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write to")

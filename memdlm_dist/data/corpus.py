@@ -1,12 +1,12 @@
-"""Where text comes from: JSONL and Parquet files at any fsspec URL, and a corpus every machine has."""
+"""Where text comes from: JSONL, JSON and Parquet files at any fsspec URL, and a corpus every machine has."""
 
 import json
 import sysconfig
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 import pyarrow
@@ -17,7 +17,7 @@ from memdlm_dist.errors import UserError
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the corpus and where it stands, `file:line`; `problem` says why it cannot be read."""
+    """One row of the corpus and where it stands, `file:line` (or element); `problem` says why it cannot be read."""
 
     location: str
     values: dict[str, Any]
@@ -88,7 +88,8 @@ def rows(source: Source) -> Iterator[Row]:
 
 def _jsonl_rows(url: str) -> Iterator[Row]:
     with fsspec.open(url, "rb", compression="infer") as file:
-        for number, line in enumerate(file, start=1):
+        lines = _array_elements(file, url) if ".json" in Path(url).suffixes else file
+        for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             location = f"{url}:{number}"
@@ -101,6 +102,21 @@ def _jsonl_rows(url: str) -> Iterator[Row]:
                 yield Row(location, values)
             else:
                 yield Row(location, {}, f"a JSON {type(values).__name__}, not an object")
+
+
+def _array_elements(file: IO[bytes], url: str) -> Iterable[bytes]:
+    """The lines of a .json file that holds JSONL, or the elements of the one array that it holds.
+
+    Alpaca and its relatives come as one array; it is read as a whole.
+    """
+    content = file.read()
+    if not content.lstrip().startswith(b"["):
+        return content.splitlines()
+    try:
+        elements = json.loads(content)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"The input {url} is not valid JSON: {error}.") from None
+    return [json.dumps(element).encode() for element in elements]
 
 
 def _parquet_rows(url: str) -> Iterator[Row]:
