@@ -9,6 +9,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash launch/setup.sh
+unset VIRTUAL_ENV # what was just set up, whatever environment is active
 if [[ ! -f data/quickstart/summary.json ]]; then
     .venv/bin/python tools/prepare_data.py --builtin --train-tokenizer 2048 --seq-len 128 \
         --held-out 0.03 --output data/quickstart --overwrite

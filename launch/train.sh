@@ -17,8 +17,9 @@ config=$1
 shift
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-python=${PYTHON:-python}
-if [[ -z ${PYTHON:-} && -x $root/.venv/bin/python ]]; then
+# An activated virtual environment first, then the one that launch/setup.sh made.
+python=python
+if [[ -z ${VIRTUAL_ENV:-} && -x $root/.venv/bin/python ]]; then
     python=$root/.venv/bin/python
 fi
 

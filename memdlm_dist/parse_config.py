@@ -46,7 +46,7 @@ def parse(argv: Sequence[str]) -> Any:
     except SystemExit as exit_request:
         if exit_request.code in (0, None):
             raise
-        raise UserError(f"{_plain(captured.getvalue())} (run with --help to see all keys).") from None
+        raise UserError(f"{_plain(captured.getvalue())} (--help lists all keys).") from None
     except (AssertionError, ValueError) as error:  # from the sections' own __post_init__
         raise UserError(f"The configuration is not valid: {str(error).rstrip('.')}.") from None
     _check_values(config)
@@ -141,9 +141,11 @@ def _check_flags(config_cls: type, argv: Sequence[str]) -> None:
 
 
 def _plain(text: str) -> str:
-    """tyro's framed and coloured message as one line of text."""
+    """What tyro's framed and coloured message says, as one line of text."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    text = re.sub(r"[╭╮╰╯│─┌┐└┘├┤┬┴┼━┃]+", " ", text)
+    text = re.sub(r"╭─ [^─]* ─+╮", " ", text)  # the frame's title repeats what follows
+    text = re.sub(r"[╭╮╰╯│─]+", " ", text)
+    text = re.split(r"Argument helptext:|For full helptext", text)[0]
     return re.sub(r"\s+", " ", text).strip().rstrip(".")
 
 

@@ -6,6 +6,7 @@ under torchrun (see launch/train.sh).
 """
 
 import os
+import socket
 import sys
 import tempfile
 import time
@@ -141,8 +142,6 @@ def run(argv: Sequence[str]) -> None:
 
 def _single_process_environment() -> None:
     """What torchrun would set, so that one process runs without it."""
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -36,7 +36,7 @@ def debug(out: Path, *args: str) -> list[str]:
 def launch(processes: int, out: Path, *args: str) -> str:
     """One run through launch/train.sh, as a user starts it; returns what it prints."""
     config, *rest = debug(out, *args)[1:]
-    return _run(["bash", "launch/train.sh", config, *rest], NGPU=str(processes), PYTHON=sys.executable)
+    return _run(["bash", "launch/train.sh", config, *rest], NGPU=str(processes))
 
 
 def run_many(runs: list[tuple[int, list[str]]]) -> str:

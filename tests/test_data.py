@@ -195,6 +195,16 @@ def test_nothing_prepared_is_overwritten_unasked(tmp_path):
     assert (tmp_path / "out/train/index.json").is_file()
 
 
+def test_a_preparation_that_fails_leaves_the_earlier_one(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": TEXT}] * 4)
+    prepare.prepare(request(tmp_path, path))
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    bad = write_jsonl(tmp_path / "bad.jsonl", [{"text": TEXT + " other"}] * 4 + ["{"])
+    with pytest.raises(UserError, match=r"bad\.jsonl:5: not valid JSON"):
+        prepare.prepare(request(tmp_path, bad, overwrite=True, strict=True))
+    assert before == {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+
+
 def make_loader(folder, **changes):
     settings = {"batch_size": 4, "shuffle": True, "num_canonical_nodes": 1, "check_hash": "xxh64"}
     dataset = TokenDataset(local=str(folder), **(settings | changes))

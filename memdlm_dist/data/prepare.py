@@ -13,7 +13,7 @@ from tqdm import tqdm
 from memdlm_dist.data import corpus, sequences, tokenizer
 from memdlm_dist.data.corpus import Row, Source
 from memdlm_dist.data.sequences import BadRow, Fields, Format
-from memdlm_dist.data.shards import CARD, Card, ShardWriter
+from memdlm_dist.data.shards import CARD, Card, ShardWriter, replacing
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError
 
@@ -70,10 +70,12 @@ def prepare(request: Request, report: Callable[[str], None] = tqdm.write) -> Sum
     _check_output(request)
     found = corpus.sources(request.inputs) if request.inputs else corpus.builtin_sources()
     summary = Summary()
-    pieces = _settle_tokenizer(request, found)
     with ExitStack() as stack:
+        # Tokenizer and shards belong together: they take their places together, or not at all.
+        pieces = _settle_tokenizer(request, found, stack.enter_context(replacing(request.output / "tokenizer")))
         card = Card(request.seq_len, pieces.get_vocab_size(), pieces.mask_id, pieces.eos_id)
-        writers = {part: stack.enter_context(ShardWriter(request.output / part, card)) for part in PARTS}
+        folders = {part: stack.enter_context(replacing(request.output / part)) for part in PARTS}
+        writers = {part: stack.enter_context(ShardWriter(folder, card)) for part, folder in folders.items()}
         cutter = _Cutter(request, pieces, summary)
         for batch in _batches(_good_rows(request, found, summary, report)):
             for part, sequence in cutter.add(batch, report):
@@ -112,8 +114,7 @@ def _empty_message(request: Request, summary: Summary) -> str:
     )
 
 
-def _settle_tokenizer(request: Request, found: list[Source]) -> DiffusionTokenizer:
-    folder = request.output / "tokenizer"
+def _settle_tokenizer(request: Request, found: list[Source], folder: Path) -> DiffusionTokenizer:
     if request.train_tokenizer is None:
         assert request.tokenizer is not None
         return tokenizer.adopt(request.tokenizer, folder, request.mask_token, request.eos_token)
@@ -199,8 +200,9 @@ class _Cutter:
                 _bad_row(self._request, self._summary, report, row.location, str(problem))
         for (row, _), ids in zip(texts, self._pieces.encode_plain([text for _, text in texts]), strict=True):
             self._summary.tokens += len(ids) + 1
-            for sequence in self._packers[self._part(row)].add(ids):
-                yield self._part(row), sequence
+            part = self._part(row)
+            for sequence in self._packers[part].add(ids):
+                yield part, sequence
 
     def _padded(self, row: Row, parts: list[tuple[str, bool]]) -> Iterator[tuple[str, sequences.Sequence]]:
         encoded = sequences.encode_segments(self._pieces, parts)

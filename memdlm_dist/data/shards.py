@@ -1,7 +1,9 @@
 """Tokenised shards on disk: MDS files plus a card that says what is in them."""
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,26 +30,40 @@ class Card:
     sequences: int = 0
 
 
-class ShardWriter:
-    """Writes sequences as MDS shards, next to where they belong; they take their place when all is well.
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A new folder to write to, which takes the place of `folder` once the context is left without an error.
 
-    Tokens are stored in 2 bytes where the vocabulary allows, else 4; the maskable flags as bits. If the
-    context is left with an error, nothing of it stays and whatever `folder` held before is untouched.
+    Otherwise nothing of it stays, and whatever `folder` held before is untouched.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a preparation that was killed
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+class ShardWriter:
+    """Writes sequences as MDS shards; the folder is complete once the context is left without an error.
+
+    Tokens are stored in 2 bytes where the vocabulary allows, else 4; the maskable flags as bits.
 
     Args:
-        folder: replaced as a whole at the end.
+        folder: new.
         card: what the folder will hold; its `sequences` is counted here.
         size_limit: bytes of one shard, at most.
     """
 
     def __init__(self, folder: Path, card: Card, size_limit: int = 1 << 26):
         self._folder, self.card = folder, card
-        self._partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(self._partial, ignore_errors=True)  # of a preparation that was killed
         self._dtype = np.uint16 if card.vocab_size <= 1 << 16 else np.uint32
         columns = {"tokens": f"ndarray:{self._dtype.__name__}:{card.seq_len}", "maskable": "bytes"}
         self._writer = MDSWriter(
-            out=str(self._partial), columns=columns, hashes=[HASH], size_limit=size_limit, progress_bar=False
+            out=str(folder), columns=columns, hashes=[HASH], size_limit=size_limit, progress_bar=False
         )
 
     def write(self, sequence: Sequence) -> None:
@@ -61,11 +77,7 @@ class ShardWriter:
     def __exit__(self, error_type: Any, error: Any, traceback: Any) -> None:
         self._writer.__exit__(error_type, error, traceback)
         if error_type is None:
-            (self._partial / CARD).write_text(json.dumps(asdict(self.card), indent=2) + "\n")
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._partial.rename(self._folder)
-        else:
-            shutil.rmtree(self._partial, ignore_errors=True)
+            (self._folder / CARD).write_text(json.dumps(asdict(self.card), indent=2) + "\n")
 
 
 def read_card(location: str) -> Card:

@@ -112,11 +112,10 @@ def adopt(source: str, folder: Path, mask_token: str | None, eos_token: str | No
             )
         if tokenizer.token_to_id(content) is None:
             tokenizer.add_special_tokens([AddedToken(content, special=True)])
-    if path.resolve() != folder.resolve():
-        folder.mkdir(parents=True, exist_ok=True)
-        for extra in ("special_tokens_map.json", "chat_template.jinja"):
-            if (path / extra).is_file():
-                shutil.copy(path / extra, folder / extra)
+    folder.mkdir(parents=True, exist_ok=True)
+    for extra in ("special_tokens_map.json", "chat_template.jinja"):
+        if (path / extra).is_file():
+            shutil.copy(path / extra, folder / extra)
     return _save(tokenizer, config, folder)
 
 
