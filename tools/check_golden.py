@@ -263,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
                 if not line.ok:
                     status = max(status, 1)
         except Unsupported as reason:
-            print(f"  not supported yet: {reason}")
+            print(f"  {reason}")
             status = 2
         except (OSError, KeyError, json.JSONDecodeError) as error:
             print(f"  cannot read the fixture ({type(error).__name__}: {error}); see the format's README")

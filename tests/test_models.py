@@ -1,0 +1,63 @@
+import pytest
+import torch
+
+from memdlm_dist.models import BACKBONES
+from memdlm_dist.models.llada import FLAVOURS, LLaDA, rotary_frequencies
+
+
+@pytest.mark.parametrize(
+    "flavour, parameters",
+    [
+        # LLaDA-8B: two embeddings, 32 layers of four square projections, three FFN matrices and two norms.
+        ("8B", 2 * 126464 * 4096 + 32 * (4 * 4096**2 + 3 * 4096 * 12288 + 2 * 4096) + 4096),
+        ("1B", 2 * 126464 * 2048 + 16 * (4 * 2048**2 + 3 * 2048 * 5632 + 2 * 2048) + 2048),
+        ("quickstart", 5_311_232),
+        ("debug", 238_144),
+    ],
+)
+def test_sizes(flavour, parameters):
+    with torch.device("meta"):
+        model = LLaDA(FLAVOURS[flavour])
+    counted, flops = FLAVOURS[flavour].get_nparams_and_flops(model, 4096)
+    assert counted == parameters and flops > 6 * (counted - FLAVOURS[flavour].vocab_size * FLAVOURS[flavour].dim)
+
+
+def test_every_flavour_fits_two_tensor_parallel_ranks():
+    for _, flavours in BACKBONES.values():
+        for args in flavours.values():
+            sizes = (args.n_heads, args.n_kv_heads or args.n_heads, args.hidden_dim, args.vocab_size)
+            assert all(size % 2 == 0 for size in sizes) and args.dim % args.n_heads == 0
+
+
+def test_adapted_linears_are_the_last_layers():
+    args = FLAVOURS["8B"]
+    linears = args.adapted_linears(28, ["gate", "down"])
+    assert [(x.layer, x.target) for x in linears] == [(str(i), t) for i in range(28, 32) for t in ("gate", "down")]
+    assert (linears[0].in_features, linears[0].out_features, linears[0].row_wise) == (4096, 12288, False)
+    assert (linears[1].in_features, linears[1].out_features, linears[1].row_wise) == (12288, 4096, True)
+
+
+def test_attention_sees_both_sides_and_logits_only_where_asked():
+    torch.manual_seed(0)
+    model = LLaDA(FLAVOURS["debug"])
+    with torch.no_grad():
+        model.init_weights()
+        tokens = torch.randint(0, 512, (2, 16))
+        changed = tokens.clone()
+        changed[0, 15] = (changed[0, 15] + 1) % 512
+        everywhere = torch.arange(32)
+        before, after = model(tokens, everywhere), model(changed, everywhere)
+        assert (before[0] != after[0]).any(), "the first token sees the last"
+        assert torch.equal(before[16:], after[16:]), "rows do not see each other"
+        some = torch.tensor([3, 20, 31])
+        # The head runs on other shapes, so up to float32 rounding.
+        torch.testing.assert_close(model(tokens, some), before[some], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            model.tail(model.trunk(tokens, 2), 2, some, None), before[some], rtol=1e-5, atol=1e-6
+        )
+
+
+def test_rotary_table_is_complex_so_that_mixed_precision_leaves_it_alone():
+    table = rotary_frequencies(8, 16, 10_000.0)
+    assert table.dtype == torch.complex64 and table.shape == (16, 4)
+    torch.testing.assert_close(table.abs(), torch.ones(16, 4))
