@@ -45,15 +45,18 @@ def check_loadable(checkpointer: CheckpointManager, config: Any) -> None:
         raise UserError(
             f"The checkpoint in {path} cannot be read: {error}; choose another checkpoint.load_step."
         ) from None
-    for name, tensor in checkpointer.states[MODEL].state_dict().items():
-        entry = saved.get(name)
-        if not isinstance(entry, TensorStorageMetadata):
+    saved_shapes = {
+        name: tuple(entry.size)
+        for name, entry in saved.items()
+        # The model's tensors stand at the top level, the other states under their names.
+        if isinstance(entry, TensorStorageMetadata) and name.split(".")[0] not in checkpointer.states
+    }
+    shapes = {name: tuple(tensor.shape) for name, tensor in checkpointer.states[MODEL].state_dict().items()}
+    remedy = "choose another job.dump_folder, or the model.flavor that it was made with"
+    for name in [*shapes, *saved_shapes]:
+        ours, theirs = shapes.get(name), saved_shapes.get(name)
+        if ours != theirs:
             raise UserError(
-                f"The checkpoint in {path} is of another model: it has no {name}; choose another job.dump_folder, or "
-                "the model.flavor that it was made with."
-            )
-        if tuple(entry.size) != tuple(tensor.shape):
-            raise UserError(
-                f"The checkpoint in {path} is of another model: its {name} is {tuple(entry.size)}, this model's "
-                f"{tuple(tensor.shape)}; choose another job.dump_folder, or the model.flavor that it was made with."
+                f"The checkpoint in {path} is of another model: its {name} is {theirs or 'absent'}, this model's "
+                f"{ours or 'absent'}; {remedy}."
             )

@@ -33,7 +33,13 @@ class Objective:
     shard: int  # this rank's
 
     def micro_batch(
-        self, tokens_BL: Tensor, labels_BL: Tensor, sample_ids_B: Tensor, step: int, t_B: Tensor | None = None
+        self,
+        tokens_BL: Tensor,
+        labels_BL: Tensor,
+        sample_ids_B: Tensor,
+        step: int,
+        t_B: Tensor | None = None,
+        outer_weight: str | None = None,
     ) -> MicroBatch:
         """Draw the noise of a micro-batch; on the host.
 
@@ -43,11 +49,12 @@ class Objective:
             sample_ids_B: global sample ids, the keys of the noise.
             step: training step; 0 for noise that stays fixed.
             t_B: noise levels; drawn if None.
+            outer_weight: loss weight of the outer loss, if not the objective's own.
         """
         maskable_BL = labels_BL != IGNORE_INDEX
         t_B = trajectory.noise_levels(self.seed, step, sample_ids_B) if t_B is None else t_B
         u_BL = trajectory.token_noise(self.seed, step, sample_ids_B, tokens_BL.shape[1])
-        anchor = trajectory.anchor_state(u_BL, maskable_BL, t_B, self.schedule, self.loss_weight)
+        anchor = trajectory.anchor_state(u_BL, maskable_BL, t_B, self.schedule, outer_weight or self.loss_weight)
         states = []
         if self.memory is not None:
             states = trajectory.anchor_consistent(
@@ -80,7 +87,6 @@ def build_objective(
     args: LLaDAArgs,
     tokenizer: DiffusionTokenizer,
     parallel_dims: ParallelDims,
-    with_memory: bool,
 ) -> Objective:
     """The objective that a configuration describes, on this rank."""
     diffusion, memory = job_config.diffusion, job_config.parametric_memory
@@ -91,7 +97,7 @@ def build_objective(
         loss_weight=diffusion.loss_weight,
         inner_steps=memory.inner_steps,
         pre_anchor_scale=memory.pre_anchor_scale,
-        memory=_memory(memory, args, tp_mesh) if with_memory else None,
+        memory=_memory(memory, args, tp_mesh) if memory.enable else None,
         # Without a seed torchtitan draws one for the weights; the noise then starts from 0, so that a
         # resumed run goes on with its own.
         seed=job_config.debug.seed or 0,

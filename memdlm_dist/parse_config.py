@@ -7,7 +7,6 @@ named in one sentence.
 import contextlib
 import difflib
 import io
-import os
 import re
 import tomllib
 from collections.abc import Sequence
@@ -114,7 +113,7 @@ def _type_name(expected: Any) -> str:
 def _suggestion(key: str, known: dict[str, Any], prefix: str) -> str:
     close = difflib.get_close_matches(key, known, n=1)
     if close:
-        return f"; did you mean {prefix}{close[0]}?"[:-1]
+        return f"; did you mean {prefix}{close[0]}"
     return f"; known keys are {', '.join(prefix + name for name in sorted(known))}"
 
 
@@ -235,13 +234,9 @@ def _check_values(config: Any) -> None:
         "backbone; set it to 1.",
     )
     _require(
-        not (config.checkpoint.enable and config.checkpoint.create_seed_checkpoint) or _world_size() == 1,
-        "checkpoint.create_seed_checkpoint needs a single process, so that nothing is sharded; set NGPU=1.",
+        config.checkpoint.enable or not config.checkpoint.create_seed_checkpoint,
+        "checkpoint.create_seed_checkpoint needs checkpoint.enable; set both.",
     )
-
-
-def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def check_launch(config: Any, world_size: int) -> None:
@@ -275,6 +270,10 @@ def check_launch(config: Any, world_size: int) -> None:
         replicate == 1 or shard > 1,
         "parallelism.data_parallel_replicate_degree > 1 needs data_parallel_shard_degree > 1 (HSDP): replication "
         "without sharding is not supported; use data_parallel_shard_degree instead.",
+    )
+    _require(
+        world_size == 1 or not config.checkpoint.create_seed_checkpoint,
+        "checkpoint.create_seed_checkpoint needs a single process, so that nothing is sharded; set NGPU=1.",
     )
     micro = training.local_batch_size * replicate * shard
     _require(

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,17 +37,14 @@ class MemDLMTrainer(Trainer):
     """
 
     metrics_processor: MemDLMMetrics
-    objective: Objective  # with the memory, if the run has one
-    plain_objective: Objective  # without
+    objective: Objective
+    plain_objective: Objective  # the same without memory, for the steps before parametric_memory.start_step
 
     def __init__(self, job_config: Any):
         super().__init__(job_config)
         check_loadable(self.checkpointer, job_config.checkpoint)
-        with_memory = job_config.parametric_memory.enable
-        self.objective, self.plain_objective = (
-            build_objective(job_config, self.model_args, self.tokenizer, self.parallel_dims, on)
-            for on in (with_memory, False)
-        )
+        self.objective = build_objective(job_config, self.model_args, self.tokenizer, self.parallel_dims)
+        self.plain_objective = replace(self.objective, memory=None)
 
     def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:
         """torchtitan's generator, each batch with its noise drawn; called once, after a checkpoint is loaded."""
@@ -96,8 +94,7 @@ def check_output(dump_folder: str) -> None:
     """
     try:
         os.makedirs(dump_folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=dump_folder):
-            pass
+        tempfile.TemporaryFile(dir=dump_folder).close()
     except OSError as error:
         raise UserError(
             f"The output folder {dump_folder} cannot be written to ({error}); change job.dump_folder."
@@ -115,15 +112,12 @@ def run(argv: Sequence[str]) -> None:
     parse_config.check_launch(config, world_size)
     parse_config.check_backbone(config, backbone_args(config.model.name, config.model.flavor))
     check_output(config.job.dump_folder)
-    if not torch.distributed.is_torchelastic_launched():
-        _single_process_environment()
+    _single_process_environment()
     trainer: MemDLMTrainer | None = None
     done = False
     try:
         trainer = MemDLMTrainer(config)
         if config.checkpoint.create_seed_checkpoint:
-            if not config.checkpoint.enable:
-                raise UserError("checkpoint.create_seed_checkpoint needs checkpoint.enable; set both.")
             trainer.checkpointer.save(curr_step=0, last_step=True)
             logger.info("Saved the seed checkpoint.")
         else:
@@ -141,7 +135,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _single_process_environment() -> None:
-    """What torchrun would set, so that one process runs without it."""
+    """What torchrun sets, so that one process also runs without it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from memdlm_dist.data.loader import check_cards, open_dataset
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.diffusion import level_from_uniform
 from memdlm_dist.metrics import MemDLMMetrics
+from memdlm_dist.models import backbone_args
 from memdlm_dist.models.llada import LLaDA
 from memdlm_dist.objective import build_objective
 from memdlm_dist.trajectory import IGNORE_INDEX
@@ -30,9 +32,10 @@ _GOLDEN_RATIO = (5**0.5 - 1) / 2
 class HeldOutValidator(BaseValidator):
     """The likelihood bound of the held-out sequences, in nats per maskable token.
 
-    The noise is keyed by the sample id alone, so it is the same at every validation and on any number
-    of ranks. The noise levels are not random but spread evenly over (0, 1), sample i at frac(i phi): the
-    weights 1/t make the bound of a random draw noisy.
+    The noise is keyed by the sample id alone, not by the run's seed, so it is the same at every
+    validation, in every run and on any number of ranks. The noise levels are not random but spread
+    evenly over (0, 1), sample i at frac(i phi): the weights 1/t make the bound of a random draw noisy.
+    The weight of the scored loss is the schedule's, whatever `diffusion.loss_weight` says.
 
     Memory on: the inner loop first runs on the very state that is scored, as in training. That loss
     is lower by construction; memory off is the one that compares base models.
@@ -55,7 +58,8 @@ class HeldOutValidator(BaseValidator):
         self._dp_size, self._dp_rank = dp_world_size, dp_rank
         self._parallel_dims, self._metrics = parallel_dims, metrics_processor
         self._context, self._amp = validation_context, maybe_enable_amp
-        self._tokenizer = tokenizer
+        args = backbone_args(job_config.model.name, job_config.model.flavor)
+        self._objective = replace(build_objective(job_config, args, tokenizer, parallel_dims), seed=0)
         data, training = job_config.data, job_config.training
         check_cards(job_config, data.validation, tokenizer)
         self._batch_size = job_config.validation.local_batch_size or training.local_batch_size
@@ -83,15 +87,15 @@ class HeldOutValidator(BaseValidator):
     def validate(self, model_parts: list[torch.nn.Module], step: int) -> dict[str, float]:
         """Measure, log and append to the history; returns the losses by their TensorBoard names."""
         model = cast(LLaDA, model_parts[0])
-        memory = self.job_config.parametric_memory.enable
-        objective = build_objective(self.job_config, model.model_args, self._tokenizer, self._parallel_dims, memory)
-        names = LOSSES if memory else LOSSES[:1]
+        objective = self._objective
+        names = LOSSES if objective.memory else LOSSES[:1]
         sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=device_type)
         began = time.perf_counter()
         # No model.eval(): the backbone has no dropout, and compiled blocks would be compiled again.
         for tokens, labels, ids in self._batches():
             levels = level_from_uniform((ids.double() + 0.5) * _GOLDEN_RATIO % 1)
-            batch = objective.micro_batch(tokens, labels, ids, step=0, t_B=levels).to(device_type)
+            batch = objective.micro_batch(tokens, labels, ids, step=0, t_B=levels, outer_weight="schedule")
+            batch = batch.to(device_type)
             for i in range(len(names)):
                 with torch.no_grad(), self._context(), self._amp:
                     loss, _ = objective.loss_sum(model, batch, step=0, use_memory=i == 1)
@@ -124,9 +128,10 @@ def summary_table(job_config: Any) -> str | None:
     path = history_path(job_config)
     if not path.is_file():
         return None
-    # A step that was validated again after a restart stands twice; the last one counts.
-    history = {row["step"]: row for row in map(json.loads, path.read_text().splitlines())}
-    first, last = history[min(history)], history[max(history)]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    # The file outlives a run that was started anew in the same folder: the last one began at its last step 0.
+    begin = max((i for i, row in enumerate(rows) if row["step"] == 0), default=0)
+    first, last = rows[begin], rows[-1]
     lines = ["held-out loss (nats per token)    memory off    memory on"]
     for label, row in (("start", first), ("end", last)):
         values = "".join(f"{row[name]:>13.4f}" if name in row else f"{'-':>13}" for name in LOSSES)

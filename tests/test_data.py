@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import lzma
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+import zstandard
 
 from memdlm_dist.data import corpus, prepare, sequences, shards
 from memdlm_dist.data.loader import EpochLoader, TokenDataset, open_dataset
@@ -107,6 +109,8 @@ def test_every_container_gives_the_same_shards(tmp_path):
     found = {
         "plain": write_jsonl(tmp_path / "a.jsonl", rows),
         "gzip": write_jsonl(tmp_path / "b.jsonl.gz", rows, gzip.open),
+        "zstandard": write_jsonl(tmp_path / "e.jsonl.zst", rows, zstandard.open),
+        "xz": write_jsonl(tmp_path / "f.jsonl.xz", rows, lzma.open),
         "url": "file://" + write_jsonl(tmp_path / "c.jsonl", rows),
         "parquet": str(tmp_path / "a.parquet"),
         "pattern": str(tmp_path / "a.jsonl*"),
@@ -117,6 +121,13 @@ def test_every_container_gives_the_same_shards(tmp_path):
         prepare.prepare(request(tmp_path, url, output=tmp_path / name))
         tokens[name] = torch.stack([sample["tokens"] for sample in read(tmp_path / name / "train")])
     assert all(torch.equal(t, tokens["plain"]) for t in tokens.values())
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.jsonl.xz", "a.parquet"])
+def test_files_that_are_not_what_they_say(tmp_path, name):
+    (tmp_path / name).write_bytes(b"neither compressed nor Parquet, but long enough to look at" * 4)
+    with pytest.raises(UserError, match=f"{name} cannot be read"):
+        prepare.prepare(request(tmp_path, str(tmp_path / name)))
 
 
 def test_round_trip_and_summary(tmp_path):

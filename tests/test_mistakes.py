@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import prepare_data
@@ -14,6 +14,7 @@ import pytest
 
 from memdlm_dist import train
 from memdlm_dist.errors import EXIT_STATUS
+from memdlm_dist.models.llada import FLAVOURS
 
 DEBUG = "tests/assets/debug"
 
@@ -56,6 +57,7 @@ MISTAKES = [
     Mistake("proportions", "data.proportions has 2 entries for 1 stream", ("--data.proportions", "1", "2")),
     Mistake("validation steps", "validation steps must be positive or -1", ("--validation.steps", "0")),
     Mistake("missing checkpoint", "There is no complete checkpoint in nowhere", ("--checkpoint.enable", "--checkpoint.initial_load_path", "nowhere")),
+    Mistake("seed checkpoint without checkpoints", "needs checkpoint.enable", ("--checkpoint.create_seed_checkpoint",)),
     Mistake("seed checkpoint on two", "needs a single process", ("--checkpoint.enable", "--checkpoint.create_seed_checkpoint"), env={"WORLD_SIZE": "2"}),
 ]  # fmt: skip
 
@@ -155,7 +157,7 @@ def test_corrupt_shard(damage, tmp_path, capsys):
     assert str(shard) in sentence and ("is corrupt" if damage != "deleted" else "is missing") in sentence
 
 
-def test_checkpoint_of_another_model(tmp_path, capsys):
+def test_checkpoint_of_another_model(tmp_path, capsys, monkeypatch):
     args = debug_args(tmp_path, "--checkpoint.enable")
     assert train.main(args) == 0
     saved = {p: p.stat().st_mtime_ns for p in (tmp_path / "out/checkpoint").rglob("*") if p.is_file()}
@@ -163,6 +165,10 @@ def test_checkpoint_of_another_model(tmp_path, capsys):
     sentence = fail(capsys, [*args, "--model.flavor", "quickstart"])
     assert "step-2 is of another model: " in sentence and "tok_embeddings.weight" in sentence
     assert saved == {p: p.stat().st_mtime_ns for p in (tmp_path / "out/checkpoint").rglob("*") if p.is_file()}
+    # A model with one layer less finds all its tensors in the checkpoint, and is another model all the same.
+    monkeypatch.setitem(FLAVOURS, "shallow", replace(FLAVOURS["debug"], n_layers=3))
+    sentence = fail(capsys, [*args, "--model.flavor", "shallow"])
+    assert "layers.3." in sentence and "this model's absent" in sentence
     (tmp_path / "out/checkpoint/step-2/.metadata").write_bytes(b"junk")
     assert "cannot be read" in fail(capsys, args)
 

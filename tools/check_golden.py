@@ -57,7 +57,7 @@ LOSS_RTOL, NORM_RTOL, GRADIENT_ATOL, FAST_ATOL, LOGITS_ATOL = 2e-6, 2e-6, 1e-5, 
 
 
 class Unsupported(Exception):
-    pass
+    """The fixture is of a kind that this version does not cover."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """Where text comes from: JSONL, JSON and Parquet files at any fsspec URL, and a corpus every machine has."""
 
+import io
 import json
+import lzma
 import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,6 +13,7 @@ from typing import IO, Any
 import fsspec
 import pyarrow
 import pyarrow.parquet
+import zstandard
 
 from memdlm_dist.errors import UserError
 
@@ -50,7 +53,7 @@ def sources(patterns: Sequence[str]) -> list[Source]:
                 names = sorted(filesystem.glob(path)) if any(c in path for c in "*?[") else [path]
                 names = [name for name in names if filesystem.isfile(name)]
             sizes = [filesystem.size(name) or 0 for name in names]
-        except (OSError, ImportError, ValueError) as error:
+        except Exception as error:  # every remote file system raises its own
             raise UserError(f"The input {pattern} cannot be reached: {error}.") from None
         if not names:
             raise UserError(
@@ -82,12 +85,14 @@ def rows(source: Source) -> Iterator[Row]:
     reader = _parquet_rows if _kind(source.url) == "parquet" else _jsonl_rows
     try:
         yield from reader(source.url)
-    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, pyarrow.ArrowException) as error:
         raise UserError(f"The input {source.url} cannot be read: {error}.") from None
 
 
 def _jsonl_rows(url: str) -> Iterator[Row]:
-    with fsspec.open(url, "rb", compression="infer") as file:
+    with fsspec.open(url, "rb", compression="infer") as raw:
+        # zstandard's reader cannot be read by lines; a buffer around it, and around any other, can.
+        file = io.BufferedReader(raw)
         lines = _array_elements(file, url) if ".json" in Path(url).suffixes else file
         for number, line in enumerate(lines, start=1):
             if not line.strip():

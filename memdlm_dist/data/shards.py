@@ -95,5 +95,5 @@ def read_card(location: str) -> Card:
             f"There are no shards in {location} ({CARD} is missing); prepare them with tools/prepare_data.py "
             "or correct data.train and data.validation."
         ) from None
-    except (OSError, ImportError, ValueError, TypeError) as error:
+    except Exception as error:  # every remote file system raises its own
         raise UserError(f"The shards' card {url} cannot be read: {error}.") from None

@@ -67,7 +67,7 @@ class LLaDAArgs(BaseModelArgs):
 FLAVOURS = {
     # For tests: every size divides by 4, so that four tensor-parallel ranks fit.
     "debug": LLaDAArgs(dim=64, n_layers=4, n_heads=8, n_kv_heads=4, hidden_dim=160, vocab_size=512),
-    # 5.6 million parameters: learns something in minutes on two CPU cores.
+    # 5.3 million parameters: learns something in minutes on two CPU cores.
     "quickstart": LLaDAArgs(dim=256, n_layers=5, n_heads=4, hidden_dim=768, vocab_size=2048),
     "1B": LLaDAArgs(dim=2048, n_layers=16, n_heads=16, hidden_dim=5632),
     "8B": LLaDAArgs(),

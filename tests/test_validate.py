@@ -1,0 +1,49 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from launching import debug, scalars
+from test_bilevel import data, memory, objective
+
+from memdlm_dist import train, validate
+
+
+def config(tmp_path):
+    return SimpleNamespace(job=SimpleNamespace(dump_folder=str(tmp_path)))
+
+
+def write(tmp_path, *rows):
+    lines = (json.dumps({"step": step, validate.LOSSES[0]: off}) for step, off in rows)
+    (tmp_path / validate.HISTORY_FILE).write_text("\n".join(lines) + "\n")
+
+
+def test_the_table_is_of_the_last_run(tmp_path):
+    assert validate.summary_table(config(tmp_path)) is None
+    # A long run, a shorter one started anew in the same folder, and its continuation after a restart.
+    write(tmp_path, (0, 9.0), (100, 5.0), (0, 8.0), (10, 7.0), (10, 7.0), (20, 6.5))
+    lines = validate.summary_table(config(tmp_path)).splitlines()
+    assert "start (step      0)" in lines[1] and "8.0000" in lines[1] and lines[1].endswith("-")
+    assert "end   (step     20)" in lines[2] and "6.5000" in lines[2]
+
+
+def test_the_bound_has_the_schedules_weights_and_the_inner_loop_its_own():
+    uniform = objective(memory(), loss_weight="uniform")
+    t = torch.full((4,), 0.5, dtype=torch.float64)
+    batch = uniform.micro_batch(*data(), step=0, t_B=t, outer_weight="schedule")
+    assert batch.anchor.scored.weight_N.tolist() == pytest.approx([2.0] * len(batch.anchor.scored.weight_N), rel=1e-5)
+    assert all((view.scored.weight_N == 1).all() for view in batch.inner)
+
+
+def test_held_out_noise_does_not_depend_on_the_run(tmp_path, root, monkeypatch):
+    """Same weights, another seed and another training weight: the same held-out loss."""
+    monkeypatch.chdir(root)
+    saved = tmp_path / "seed"
+    assert train.main(debug(saved, "--checkpoint.enable", "--checkpoint.create_seed_checkpoint")) == 0
+    found = []
+    for name, extra in (("a", ()), ("b", ("--debug.seed", "8", "--diffusion.loss_weight", "uniform"))):
+        load = ["--checkpoint.enable", "--checkpoint.load_only", "--checkpoint.initial_load_path"]
+        run = debug(tmp_path / name, *load, str(saved / "checkpoint/step-0"), "--validation.enable", *extra)
+        assert train.main([*run, "--training.steps", "1"]) == 0
+        found.append(scalars(tmp_path / name)[validate.LOSSES[0]][0])
+    assert found[0] == found[1]
