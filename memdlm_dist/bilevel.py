@@ -11,30 +11,32 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from memdlm_dist import fast_weights, inner_loop
-from memdlm_dist.diffusion import token_nll, weighted_nll
+from memdlm_dist.diffusion import token_nll, weighed
 from memdlm_dist.fast_weights import AdaptedLinear, FastWeights
-from memdlm_dist.inner_loop import InnerStatistics
+from memdlm_dist.inner_loop import InnerSGD, InnerStatistics
+from memdlm_dist.inner_loss import InnerLoss
 from memdlm_dist.models.llada import LLaDA
-from memdlm_dist.trajectory import MicroBatch, Scored
+from memdlm_dist.trajectory import InnerStep, MicroBatch, Scored
 
 
 @dataclass(frozen=True)
 class Memory:
-    """How the parametric memory is written: what is fast, and the inner optimiser."""
+    """How the parametric memory is written: what is fast, what the inner loop minimises, and how."""
 
     first_layer: int
     linears: Sequence[AdaptedLinear]
+    adapter: str  # a key of `fast_weights.ADAPTERS`
     rank: int
     alpha: float
-    learning_rate: float
-    clip: float
+    loss: InnerLoss
+    optimiser: InnerSGD
     per_sample: bool
     tp_mesh: DeviceMesh | None = None
 
     def draw(self, seed: int, step: int, sample_ids_B: Tensor) -> FastWeights:
         """The fast weights with which a micro-batch starts."""
         keys_G = fast_weights.keys(seed, step, sample_ids_B, self.per_sample)
-        return fast_weights.draw(self.linears, self.rank, self.alpha, keys_G, self.tp_mesh)
+        return fast_weights.draw(self.adapter, self.linears, self.rank, self.alpha, keys_G, self.tp_mesh)
 
 
 def outer_loss(
@@ -62,36 +64,50 @@ def outer_loss(
     """
     anchor = batch.anchor
     if memory is None:
-        logits_NV = model(anchor.tokens_BL, anchor.scored.index_SM[shard])
-        return _loss_sum(logits_NV, anchor.scored), None
+        return _loss_sum(model(batch.inputs[0], anchor.index_SM[shard]), anchor), None
 
     assert fast is not None
     cut = memory.first_layer
     # The anchor's trunk goes first: some versions of torch leave the casts of a no_grad pass in
     # autocast's cache, and a pass that reuses those has no gradient.
-    h_anchor = model.trunk(anchor.tokens_BL, cut)
+    h_anchor = model.trunk(batch.inputs[0], cut)
     with torch.no_grad():
-        # inner[-1] reads what the anchor reads: same activations, without their graph.
-        hidden = [model.trunk(view.tokens_BL, cut) for view in batch.inner[:-1]]
-    hidden.append(h_anchor.detach())
-
-    def predict(k: int, current: FastWeights) -> Tensor:
-        # Only the activations of the step at hand stay: popped, so that a long trajectory frees them.
-        return model.tail(hidden.pop(0), cut, batch.inner[k].scored.index_SM[shard], current)
-
+        # Inner steps that read the anchor take the same activations, without their graph.
+        hidden = [h_anchor.detach(), *(model.trunk(tokens_BL, cut) for tokens_BL in batch.inputs[1:])]
     fast, statistics = inner_loop.adapt(
-        predict,
-        [view.scored for view in batch.inner],
+        _token_loss(model, batch.inner, memory, hidden, shard),
+        [step.scored for step in batch.inner],
         fast,
         n_sets=len(batch.sample_ids_B) if memory.per_sample else 1,
-        learning_rate=memory.learning_rate,
-        clip=memory.clip,
+        optimiser=memory.optimiser,
     )
+    # The activations of the other states are not needed again: free them before the outer tail.
+    hidden.clear()
     if on_adapted is not None:
         on_adapted(fast)
-    logits_NV = model.tail(h_anchor, cut, anchor.scored.index_SM[shard], fast)
-    return _loss_sum(logits_NV, anchor.scored), statistics
+    return _loss_sum(model.tail(h_anchor, cut, anchor.index_SM[shard], fast), anchor), statistics
+
+
+def _token_loss(
+    model: LLaDA, steps: Sequence[InnerStep], memory: Memory, hidden: Sequence[Tensor], shard: int
+) -> Callable[[int, FastWeights], Tensor]:
+    """The inner loop's loss as a function of the step and the fast weights, on the trunk's activations."""
+    loss, cut = memory.loss, memory.first_layer
+
+    def token_loss(k: int, current: FastWeights) -> Tensor:
+        step = steps[k]
+        index_M = step.scored.index_SM[shard]
+        # The student goes before the teacher for the sake of autocast's cache, as above.
+        student = model.tail(hidden[step.student], cut, index_M, current, loss.student)
+        if loss.teacher is None:
+            return loss.distance(student, step.scored.label_N)
+        assert step.teacher is not None
+        with torch.no_grad():
+            teacher = model.tail(hidden[step.teacher], cut, index_M, current, loss.teacher)
+        return loss.distance(student, teacher)
+
+    return token_loss
 
 
 def _loss_sum(logits_NV: Tensor, scored: Scored) -> Tensor:
-    return weighted_nll(token_nll(logits_NV, scored.label_N), scored.weight_N, scored.valid_N).sum()
+    return weighed(token_nll(logits_NV, scored.label_N), scored.weight_N, scored.valid_N).sum()

@@ -63,6 +63,6 @@ def token_nll(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     return nll_N.to_local() if isinstance(nll_N, DTensor) else nll_N
 
 
-def weighted_nll(nll_N: Tensor, weight_N: Tensor, valid_N: Tensor) -> Tensor:
-    """w * nll `[N]`, the terms of both loops' losses (their denominators differ); 0 on padding."""
-    return torch.where(valid_N, weight_N * nll_N, 0.0)
+def weighed(loss_N: Tensor, weight_N: Tensor, valid_N: Tensor) -> Tensor:
+    """w l `[N]`, the terms of both loops' losses (their denominators differ); 0 on padding."""
+    return torch.where(valid_N, weight_N * loss_N, 0.0)

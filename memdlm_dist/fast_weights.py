@@ -4,34 +4,22 @@ They are arguments of the forward pass, never parameters or module state. So the
 checkpoints and `state_dict` know nothing of them, and they are gone when the step is over.
 
 Shapes: G sets of fast weights (one per sequence, or one per micro-batch), B sequences, L tokens,
-R rank. A linear with its fast weights computes y = W x + (alpha / R) B (A x).
+R rank, T tensors of the tree.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from memdlm_dist import keyed_random
 from memdlm_dist.keyed_random import Stream
-
-
-class LowRank(NamedTuple):
-    """Fast weights of one linear."""
-
-    A_GRi: Tensor
-    B_GoR: Tensor
-    scale: float  # alpha / R
-
-
-# Layer name -> target name ("gate", "up", "down") -> fast weights of that linear.
-FastWeights = dict[str, dict[str, LowRank]]
 
 
 @dataclass(frozen=True)
@@ -45,37 +33,92 @@ class AdaptedLinear:
     row_wise: bool  # tensor-parallel style: row-wise shards `in`, column-wise shards `out`
 
 
+class LowRank(NamedTuple):
+    """Low-rank fast weights of one linear: y = W x + (alpha / R) B (A x).
+
+    Under tensor parallelism, A is replicated and B sharded on its rows for column-wise linears, A sharded
+    on its columns and B replicated for row-wise ones.
+    """
+
+    A_GRi: Tensor
+    B_GoR: Tensor
+    scale: float  # alpha / R
+
+    @classmethod
+    def start(
+        cls, linear: AdaptedLinear, rank: int, alpha: float, keys_G: Tensor, tp_mesh: DeviceMesh | None
+    ) -> "LowRank":
+        """A ~ kaiming_uniform(a = sqrt 5), that is U(-1/sqrt(in), 1/sqrt(in)); B = 0. Ranks draw only their part."""
+        rows, columns = _local_sizes(linear, tp_mesh)
+        first = columns * tp_mesh.get_local_rank() if tp_mesh is not None and linear.row_wise else 0
+        column = torch.arange(first, first + columns, device=keys_G.device)
+        element_Ri = torch.arange(rank, device=keys_G.device).unsqueeze(1) * linear.in_features + column
+        u_Gn = keyed_random.uniform(keys_G, element_Ri.flatten(), torch.float32)
+        A_GRi = ((2 * u_Gn - 1) / math.sqrt(linear.in_features)).unflatten(1, (rank, columns))
+        B_GoR = torch.zeros(len(keys_G), rows, rank, device=keys_G.device)
+        a_placement, b_placement = (Shard(2), Replicate()) if linear.row_wise else (Replicate(), Shard(1))
+        return cls(_place(A_GRi, tp_mesh, a_placement), _place(B_GoR, tp_mesh, b_placement), alpha / rank)
+
+    def term(self, x_BLi: Tensor) -> Tensor:
+        """(alpha / R) B (A x); see `adapted`. For a row-wise linear only the rank-R intermediate is reduced."""
+        row_wise = isinstance(self.A_GRi, DTensor) and self.A_GRi.placements[0].is_shard()
+        z_BLR = _project(_layout(x_BLi, self.A_GRi, row_wise), self.A_GRi)
+        if row_wise:
+            z_BLR = cast(DTensor, z_BLR).redistribute(placements=[Shard(1)])
+        return _local_output(self.scale * _project(z_BLR, self.B_GoR), row_wise)
+
+
+class Full(NamedTuple):
+    """Full-matrix fast weights of one linear: y = (W + delta) x.
+
+    Under tensor parallelism delta is sharded as the linear's own weight is.
+    """
+
+    delta_Goi: Tensor
+
+    @classmethod
+    def start(
+        cls, linear: AdaptedLinear, rank: int, alpha: float, keys_G: Tensor, tp_mesh: DeviceMesh | None
+    ) -> "Full":
+        """delta = 0; rank, alpha and the keys' values play no part."""
+        delta_Goi = torch.zeros(len(keys_G), *_local_sizes(linear, tp_mesh), device=keys_G.device)
+        return cls(_place(delta_Goi, tp_mesh, Shard(2 if linear.row_wise else 1)))
+
+    def term(self, x_BLi: Tensor) -> Tensor:
+        """delta x; see `adapted`. For a row-wise linear the whole output is reduced, as the linear's own is."""
+        row_wise = isinstance(self.delta_Goi, DTensor) and self.delta_Goi.placements[0].is_shard(2)
+        return _local_output(_project(_layout(x_BLi, self.delta_Goi, row_wise), self.delta_Goi), row_wise)
+
+
+# An adapter is a named tuple of tensors with two functions: how they start, and what they add to a linear.
+FastLinear = LowRank | Full
+ADAPTERS: dict[str, type[LowRank] | type[Full]] = {"lora": LowRank, "full": Full}
+
+# Layer name -> target name ("gate", "q", ...) -> fast weights of that linear.
+FastWeights = dict[str, dict[str, FastLinear]]
+
+
 def draw(
+    adapter: str,
     linears: Sequence[AdaptedLinear],
     rank: int,
     alpha: float,
     keys_G: Tensor,
     tp_mesh: DeviceMesh | None = None,
 ) -> FastWeights:
-    """Fresh fast weights: A ~ kaiming_uniform(a = sqrt 5), that is U(-1/sqrt(in), 1/sqrt(in)); B = 0.
+    """Fresh fast weights, with which the model is as without them.
 
     Args:
+        adapter: a key of `ADAPTERS`.
         linears: the linears to adapt.
-        keys_G: one key per set, from `keyed_random.key`; the draw lands on its device, in float32.
-        tp_mesh: one-dimensional; makes DTensors with A replicated and B sharded on its rows for
-            column-wise linears, A sharded on its columns and B replicated for row-wise ones. Every
-            rank draws only its own part of A.
+        rank, alpha: of the low-rank term.
+        keys_G: one key per set, from `keys`; the draw lands on its device, in float32.
+        tp_mesh: one-dimensional; makes DTensors.
     """
     fast: FastWeights = {}
-    size, position = (tp_mesh.size(), tp_mesh.get_local_rank()) if tp_mesh else (1, 0)
     for number, linear in enumerate(linears):
-        in_local = linear.in_features // size if linear.row_wise else linear.in_features
-        out_local = linear.out_features if linear.row_wise else linear.out_features // size
-        column = torch.arange(in_local, device=keys_G.device) + (position * in_local if linear.row_wise else 0)
-        element_Ri = torch.arange(rank, device=keys_G.device).unsqueeze(1) * linear.in_features + column
-        u_Gn = keyed_random.uniform(keys_G + number, element_Ri.flatten(), torch.float32)
-        A_GRi = ((2 * u_Gn - 1) / math.sqrt(linear.in_features)).unflatten(1, (rank, in_local))
-        B_GoR = torch.zeros(len(keys_G), out_local, rank, device=keys_G.device)
-        if tp_mesh is not None:
-            a_placement, b_placement = (Shard(2), Replicate()) if linear.row_wise else (Replicate(), Shard(1))
-            A_GRi = DTensor.from_local(A_GRi, tp_mesh, [a_placement], run_check=False)
-            B_GoR = DTensor.from_local(B_GoR, tp_mesh, [b_placement], run_check=False)
-        fast.setdefault(linear.layer, {})[linear.target] = LowRank(A_GRi, B_GoR, alpha / rank)
+        new = ADAPTERS[adapter].start(linear, rank, alpha, keys_G + number, tp_mesh)
+        fast.setdefault(linear.layer, {})[linear.target] = new
     return fast
 
 
@@ -84,24 +127,40 @@ def keys(seed: int, step: int, sample_ids_B: Tensor, per_sample: bool) -> Tensor
     return keyed_random.key(seed, Stream.FAST_WEIGHTS, step, sample_ids_B if per_sample else sample_ids_B[:1])
 
 
-def low_rank_term(x_BLi: Tensor, fast: LowRank) -> Tensor:
-    """(alpha / R) B (A x), `[B, L, out]` in the layout of the linear's own output.
+def adapted(linear: nn.Module, x_BLi: Tensor, fast: FastLinear | None) -> Tensor:
+    """The linear's output `[B, L, out]`, with the term of its fast weights added if it has any.
 
     Under tensor parallelism the input is what the linear gets (replicated if column-wise, sharded on
-    `in` if row-wise) and the output what it returns (sharded on `out`, or on the sequence), as a
-    local tensor. For a row-wise linear only the rank-R intermediate is reduced over the group.
+    `in` if row-wise) and the output what it returns (sharded on `out`, or on the sequence), as local
+    tensors.
     """
-    A_GRi, B_GoR, scale = fast
-    if not isinstance(A_GRi, DTensor):
-        return scale * _project(_project(x_BLi, A_GRi), B_GoR)
-    row_wise = A_GRi.placements[0].is_shard()
-    if not isinstance(x_BLi, DTensor):
-        layout: Placement = Shard(x_BLi.ndim - 1) if row_wise else Replicate()
-        x_BLi = DTensor.from_local(x_BLi, A_GRi.device_mesh, [layout], run_check=False)
-    z_BLR = cast(DTensor, _project(x_BLi, A_GRi))
-    if row_wise:
-        z_BLR = z_BLR.redistribute(placements=[Shard(1)])
-    term_BLo = cast(DTensor, scale * _project(z_BLR, B_GoR))
+    y_BLo = linear(x_BLi)
+    return y_BLo if fast is None else y_BLo + fast.term(x_BLi).type_as(y_BLo)
+
+
+def _local_sizes(linear: AdaptedLinear, tp_mesh: DeviceMesh | None) -> tuple[int, int]:
+    """This rank's part of (out, in) of the linear's weight."""
+    size = tp_mesh.size() if tp_mesh is not None else 1
+    if linear.row_wise:
+        return linear.out_features, linear.in_features // size
+    return linear.out_features // size, linear.in_features
+
+
+def _place(local: Tensor, tp_mesh: DeviceMesh | None, placement: Placement) -> Tensor:
+    return local if tp_mesh is None else DTensor.from_local(local, tp_mesh, [placement], run_check=False)
+
+
+def _layout(x_BLi: Tensor, like: Tensor, row_wise: bool) -> Tensor:
+    """The linear's input as a DTensor, where the fast weights are."""
+    if not isinstance(like, DTensor) or isinstance(x_BLi, DTensor):
+        return x_BLi
+    placement: Placement = Shard(x_BLi.ndim - 1) if row_wise else Replicate()
+    return DTensor.from_local(x_BLi, like.device_mesh, [placement], run_check=False)
+
+
+def _local_output(term_BLo: Tensor, row_wise: bool) -> Tensor:
+    if not isinstance(term_BLo, DTensor):
+        return term_BLo
     return term_BLo.redistribute(placements=[Shard(1) if row_wise else Shard(2)]).to_local()
 
 
@@ -113,17 +172,19 @@ def _project(x_BLi: Tensor, weight_Goi: Tensor) -> Tensor:
 
 def leaves(fast: FastWeights) -> list[Tensor]:
     """All tensors of the tree in a fixed order."""
-    return [tensor for layer in fast.values() for pair in layer.values() for tensor in (pair.A_GRi, pair.B_GoR)]
+    return [x for layer in fast.values() for linear in layer.values() for x in linear if isinstance(x, Tensor)]
 
 
 def map_leaves(function: Callable[..., Tensor], fast: FastWeights, *others: Sequence[Tensor]) -> FastWeights:
     """The tree with `function(leaf, *corresponding entries of others)` in place of every leaf."""
     rows = zip(leaves(fast), *others, strict=True)
     new = iter([function(*row) for row in rows])
-    return {
-        layer: {target: LowRank(next(new), next(new), pair.scale) for target, pair in targets.items()}
-        for layer, targets in fast.items()
-    }
+
+    def rebuilt(linear: FastLinear) -> FastLinear:
+        values: Any = [next(new) if isinstance(x, Tensor) else x for x in linear]
+        return type(linear)(*values)
+
+    return {layer: {target: rebuilt(linear) for target, linear in targets.items()} for layer, targets in fast.items()}
 
 
 def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
@@ -145,16 +206,29 @@ def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
     return norms_TG
 
 
+# What a tensor's clipping goes by: its own norm, or the norm of all the set's tensors together.
+GRADIENT_NORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "per_parameter": lambda squares_TG: squares_TG.sqrt(),
+    "global": lambda squares_TG: squares_TG.sum(0, keepdim=True).sqrt().expand_as(squares_TG),
+}
+
+
 def sgd_update(
-    fast: FastWeights, grads: Sequence[Tensor], learning_rate: float, clip: float, keep_G: Tensor
+    fast: FastWeights,
+    grads: Sequence[Tensor],
+    learning_rate: float,
+    clip: float,
+    keep_G: Tensor,
+    gradient_norm: str = "per_parameter",
 ) -> tuple[FastWeights, Tensor]:
-    """One SGD step, every set's every tensor clipped by its own norm: g *= clip / (norm + 1e-12) above it.
+    """One SGD step, every set's every tensor clipped by its norm: g *= clip / (norm + 1e-12) above it.
 
     Args:
         grads: gradients of `leaves(fast)`.
         clip: largest norm; 0 switches clipping off.
         keep_G: bool; sets where it is False are left as they are, and so are those whose gradient is
             not finite.
+        gradient_norm: a key of `GRADIENT_NORMS`.
 
     Returns:
         The new fast weights, and the 2-norm `[G]` of each set's whole gradient before clipping.
@@ -165,8 +239,8 @@ def sgd_update(
         for x, g in zip(leaves(fast), grads, strict=True)
     ]
     squares_TG = squared_norms(grads)
-    norms_TG = squares_TG.sqrt()
-    keep_G = keep_G & norms_TG.isfinite().all(0)
+    keep_G = keep_G & squares_TG.isfinite().all(0)
+    norms_TG = GRADIENT_NORMS[gradient_norm](squares_TG)
     factor_TG = torch.where(norms_TG > clip, clip / (norms_TG + 1e-12), 1.0) if clip > 0 else torch.ones_like(norms_TG)
 
     def step(x: Tensor, g: Tensor, factor_G: Tensor) -> Tensor:

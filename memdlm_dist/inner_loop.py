@@ -10,9 +10,18 @@ import torch
 from torch import Tensor
 
 from memdlm_dist import fast_weights
-from memdlm_dist.diffusion import token_nll, weighted_nll
+from memdlm_dist.diffusion import weighed
 from memdlm_dist.fast_weights import FastWeights
 from memdlm_dist.trajectory import Scored
+
+
+@dataclass(frozen=True)
+class InnerSGD:
+    """The inner optimiser."""
+
+    learning_rate: float = 0.1
+    clip: float = 1.0  # largest norm; 0 is off
+    gradient_norm: str = "per_parameter"  # a key of `fast_weights.GRADIENT_NORMS`
 
 
 @dataclass(frozen=True)
@@ -27,27 +36,25 @@ class InnerStatistics:
 
 
 def adapt(
-    predict: Callable[[int, FastWeights], Tensor],
+    token_loss: Callable[[int, FastWeights], Tensor],
     scored: Sequence[Scored],
     fast: FastWeights,
     n_sets: int,
-    learning_rate: float = 0.1,
-    clip: float = 1.0,
+    optimiser: InnerSGD,
 ) -> tuple[FastWeights, InnerStatistics]:
     """K steps of SGD on the fast weights, first order, along K states of a trajectory.
 
-    A set's loss at a state is sum w nll / (number of its scored tokens): unlike the outer loss, which
+    A set's loss at a state is sum w l / (number of its scored tokens): unlike the outer loss, which
     divides by the maskable ones. The sets are independent of each other, so one backward pass through
     the sum of their losses gives every set its own gradient. A set whose loss or gradient is not
     finite skips that update; the trajectory goes on.
 
     Args:
-        predict: (k, fast weights) -> logits `[N, V]` of state k's scored tokens.
+        token_loss: (k, fast weights) -> l `[N]`, the loss of state k's scored tokens before weighing.
         scored: the K states' scored tokens.
         fast: initial fast weights with `n_sets` sets; not modified.
         n_sets: G; 1 pools all rows, otherwise row g belongs to set g.
-        learning_rate: of the SGD.
-        clip: largest norm of a set's gradient of one tensor; 0 for no clipping.
+        optimiser: of the fast weights.
 
     Returns:
         The fast weights after the last step, detached, and the statistics.
@@ -57,10 +64,17 @@ def adapt(
     with torch.enable_grad():
         for k, tokens in enumerate(scored):
             fast = fast_weights.map_leaves(lambda x: x.detach().requires_grad_(), fast)
-            loss_G, count_G = _set_losses(token_nll(predict(k, fast), tokens.label_N), tokens, n_sets)
+            loss_G, count_G = _set_losses(token_loss(k, fast), tokens, n_sets)
             grads = torch.autograd.grad(loss_G.sum(), fast_weights.leaves(fast))
             with torch.no_grad():
-                fast, norm_G = fast_weights.sgd_update(fast, grads, learning_rate, clip, loss_G.isfinite())
+                fast, norm_G = fast_weights.sgd_update(
+                    fast,
+                    grads,
+                    optimiser.learning_rate,
+                    optimiser.clip,
+                    keep_G=loss_G.isfinite(),
+                    gradient_norm=optimiser.gradient_norm,
+                )
             finite_G = loss_G.isfinite() & norm_G.isfinite()
             losses.append(loss_G.detach())
             norms.append(norm_G)
@@ -75,10 +89,10 @@ def adapt(
     return fast, statistics
 
 
-def _set_losses(nll_N: Tensor, tokens: Scored, n_sets: int) -> tuple[Tensor, Tensor]:
-    """Mean weighted nll of every set's scored tokens and their number, both `[G]`."""
+def _set_losses(loss_N: Tensor, tokens: Scored, n_sets: int) -> tuple[Tensor, Tensor]:
+    """Mean weighted loss of every set's scored tokens and their number, both `[G]`."""
     set_N = tokens.row_N if n_sets > 1 else torch.zeros_like(tokens.row_N)
-    zeros_G = nll_N.new_zeros(n_sets)
-    total_G = zeros_G.index_add(0, set_N, weighted_nll(nll_N, tokens.weight_N, tokens.valid_N))
+    zeros_G = loss_N.new_zeros(n_sets)
+    total_G = zeros_G.index_add(0, set_N, weighed(loss_N, tokens.weight_N, tokens.valid_N))
     count_G = zeros_G.index_add(0, set_N, tokens.valid_N.to(zeros_G.dtype))
     return total_G / count_G.clamp(min=1), count_G

@@ -32,20 +32,48 @@ class ParametricMemory:
     """First step that trains with the memory; earlier ones are plain masked diffusion. A model trained from
     scratch should first learn without it: the inner loop assumes a base that predicts."""
 
+    trajectory: Literal["anchor_consistent", "pre_anchor_only", "anchor_only", "progressive"] = "anchor_consistent"
+    """States that the inner loop visits. anchor_consistent: from the pre-anchor down to the anchor, the state of
+    the outer loss; pre_anchor_only and anchor_only: one step on the first or the last of these; progressive: mask
+    ratios from 0.8 to 0.2 that ignore the anchor."""
+
     inner_steps: int = 2
-    """Number of inner steps K (at least 2): from the pre-anchor to the anchor."""
+    """Number of inner steps K of the anchor_consistent and progressive trajectories. With 1 the first visits the
+    pre-anchor alone, the second a state at ratio 0.2."""
 
     pre_anchor_scale: float = 1.5
     """The pre-anchor masks this many times the anchor's ratio of tokens, at most all of them."""
+
+    inner_loss: Literal["cross_entropy", "kl", "reverse_kl", "hidden_mse", "hidden_cosine"] = "cross_entropy"
+    """What an inner step minimises. cross_entropy: to the clean tokens. The others distil from a teacher, the same
+    model with the current fast weights on the next state (the clean sequence at the last step): kl is
+    KL(teacher || student), reverse_kl the other way round, hidden_mse and hidden_cosine compare the last layer's
+    outputs."""
+
+    student_hidden: Literal["pre_final_norm", "post_final_norm"] = "pre_final_norm"
+    """Which output of the last layer hidden_mse and hidden_cosine take of the student."""
+
+    teacher_hidden: Literal["pre_final_norm", "post_final_norm"] = "post_final_norm"
+    """Which output of the last layer hidden_mse and hidden_cosine take of the teacher."""
+
+    supervision: Literal["masked", "newly_revealed"] = "masked"
+    """Tokens that an inner step scores: all that its state masks, or only those that the next state reveals."""
 
     learning_rate: float = 0.1
     """Learning rate of the inner SGD."""
 
     gradient_clip: float = 1.0
-    """Largest norm of one fast tensor's inner gradient; 0 switches clipping off."""
+    """Largest norm of an inner gradient; 0 switches clipping off."""
+
+    gradient_norm: Literal["per_parameter", "global"] = "per_parameter"
+    """What is clipped: every fast tensor's gradient by its own norm, or all of a set's by their common norm."""
+
+    adapter: Literal["lora", "full"] = "lora"
+    """Form of the fast weights of a linear: a low-rank pair, or one matrix of the linear's own size, which costs
+    its memory once per set."""
 
     rank: int = 32
-    """Rank of the fast weights."""
+    """Rank of the low-rank pair."""
 
     alpha: float = 64.0
     """The low-rank term is multiplied by alpha / rank."""
@@ -53,8 +81,9 @@ class ParametricMemory:
     layer_fraction: float = 0.1
     """Fast weights go to layers int(n (1 - layer_fraction)) .. n - 1."""
 
-    target_modules: list[str] = field(default_factory=lambda: ["gate", "up", "down"])
-    """Linears of those layers that get fast weights: any of gate, up, down."""
+    target_modules: list[str] = field(default_factory=lambda: ["ffn"])
+    """Linears of those layers that get fast weights: ffn (which is gate, up, down), attention (q, k, v, o), or any
+    of these linears by name."""
 
     granularity: Literal["sample", "batch"] = "sample"
     """One set of fast weights per sequence, or one per local micro-batch (as in the published code)."""

@@ -24,6 +24,7 @@ class Stream(IntEnum):
     LEVEL = 1
     MASK = 2
     FAST_WEIGHTS = 3
+    INNER_MASK = 4
 
 
 def _signed(value: int) -> int:

@@ -6,16 +6,17 @@ The one place where configuration, parallel layout and mathematics meet; trainin
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.distributed import ParallelDims
 
 from memdlm_dist import trajectory
 from memdlm_dist.bilevel import Memory, outer_loss
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
-from memdlm_dist.inner_loop import InnerStatistics
+from memdlm_dist.inner_loop import InnerSGD, InnerStatistics
+from memdlm_dist.inner_loss import inner_loss
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs
-from memdlm_dist.trajectory import IGNORE_INDEX, MicroBatch
+from memdlm_dist.trajectory import IGNORE_INDEX, MicroBatch, Plan
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,7 @@ class Objective:
     """The masked-diffusion objective, with a parametric memory or without (`memory=None`)."""
 
     mask_token_id: int
-    schedule: str
-    loss_weight: str
-    inner_steps: int
-    pre_anchor_scale: float
+    plan: Plan
     memory: Memory | None
     seed: int
     shards: int  # sequence shards: the tensor-parallel degree
@@ -49,28 +47,20 @@ class Objective:
             sample_ids_B: global sample ids, the keys of the noise.
             step: training step; 0 for noise that stays fixed.
             t_B: noise levels; drawn if None.
-            outer_weight: loss weight of the outer loss, if not the objective's own.
+            outer_weight: loss weight of the outer loss, if not the plan's own.
         """
         maskable_BL = labels_BL != IGNORE_INDEX
-        t_B = trajectory.noise_levels(self.seed, step, sample_ids_B) if t_B is None else t_B
-        u_BL = trajectory.token_noise(self.seed, step, sample_ids_B, tokens_BL.shape[1])
-        anchor = trajectory.anchor_state(u_BL, maskable_BL, t_B, self.schedule, outer_weight or self.loss_weight)
-        states = []
-        if self.memory is not None:
-            states = trajectory.anchor_consistent(
-                u_BL,
-                maskable_BL,
-                anchor,
-                self.inner_steps,
-                self.pre_anchor_scale,
-                self.schedule,
-                self.loss_weight,
-            )
-        return MicroBatch(
-            anchor=trajectory.view(anchor, tokens_BL, self.mask_token_id, self.shards),
-            inner=tuple(trajectory.view(state, tokens_BL, self.mask_token_id, self.shards) for state in states),
-            sample_ids_B=sample_ids_B,
-            mask_ratio=anchor.mask_BL.sum() / maskable_BL.sum().clamp(min=1),
+        draw = trajectory.draw(self.seed, step, sample_ids_B, maskable_BL, t_B)
+        anchor = trajectory.anchor_state(draw, self.plan.schedule, outer_weight or self.plan.loss_weight)
+        return trajectory.micro_batch(
+            tokens_BL,
+            maskable_BL,
+            sample_ids_B,
+            anchor,
+            states=self.plan.states(draw, anchor) if self.memory is not None else [],
+            mask_token_id=self.mask_token_id,
+            with_teacher=self.memory is not None and self.memory.loss.teacher is not None,
+            shards=self.shards,
         )
 
     def loss_sum(
@@ -93,10 +83,14 @@ def build_objective(
     tp_mesh = parallel_dims.get_optional_mesh("tp")
     return Objective(
         mask_token_id=tokenizer.mask_id,
-        schedule=diffusion.schedule,
-        loss_weight=diffusion.loss_weight,
-        inner_steps=memory.inner_steps,
-        pre_anchor_scale=memory.pre_anchor_scale,
+        plan=Plan(
+            trajectory=memory.trajectory,
+            inner_steps=memory.inner_steps,
+            pre_anchor_scale=memory.pre_anchor_scale,
+            supervision=memory.supervision,
+            schedule=diffusion.schedule,
+            loss_weight=diffusion.loss_weight,
+        ),
         memory=_memory(memory, args, tp_mesh) if memory.enable else None,
         # Without a seed torchtitan draws one for the weights; the noise then starts from 0, so that a
         # resumed run goes on with its own.
@@ -106,15 +100,16 @@ def build_objective(
     )
 
 
-def _memory(config: Any, args: LLaDAArgs, tp_mesh: torch.distributed.DeviceMesh | None) -> Memory:
+def _memory(config: Any, args: LLaDAArgs, tp_mesh: DeviceMesh | None) -> Memory:
     first_layer = int(args.n_layers * (1 - config.layer_fraction))
     return Memory(
         first_layer=first_layer,
         linears=args.adapted_linears(first_layer, config.target_modules),
+        adapter=config.adapter,
         rank=config.rank,
         alpha=config.alpha,
-        learning_rate=config.learning_rate,
-        clip=config.gradient_clip,
+        loss=inner_loss(config.inner_loss, config.student_hidden, config.teacher_hidden),
+        optimiser=InnerSGD(config.learning_rate, config.gradient_clip, config.gradient_norm),
         per_sample=config.granularity == "sample",
         tp_mesh=tp_mesh,
     )

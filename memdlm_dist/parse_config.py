@@ -21,6 +21,7 @@ from torchtitan.config import JobConfig as TitanJobConfig
 from memdlm_dist.errors import UserError
 from memdlm_dist.job_config import JobConfig
 from memdlm_dist.models.llada import LLaDAArgs
+from memdlm_dist.trajectory import SINGLE_STATE
 
 _CONFIG_FILE_FLAGS = ("--job.config_file", "--job.config-file")
 
@@ -157,9 +158,12 @@ def _check_values(config: Any) -> None:
     """What the configuration alone can tell to be impossible, apart from the backbone's sizes."""
     memory, parallel = config.parametric_memory, config.parallelism
     _require(memory.rank >= 1, f"parametric_memory.rank must be at least 1, but is {memory.rank}.")
+    _require(memory.inner_steps >= 1, f"parametric_memory.inner_steps must be at least 1, but is {memory.inner_steps}.")
     _require(
-        memory.inner_steps >= 2,
-        f"parametric_memory.inner_steps must be at least 2 (pre-anchor and anchor), but is {memory.inner_steps}.",
+        # 2 is the default: choosing such a trajectory takes one key.
+        memory.trajectory not in SINGLE_STATE or memory.inner_steps <= 2,
+        f"parametric_memory.inner_steps = {memory.inner_steps} cannot be taken along the {memory.trajectory} "
+        "trajectory, which has a single state; remove inner_steps, or choose anchor_consistent or progressive.",
     )
     _require(
         memory.pre_anchor_scale > 0,
@@ -180,12 +184,8 @@ def _check_values(config: Any) -> None:
     )
     _require(
         bool(memory.target_modules),
-        "parametric_memory.target_modules is empty; name some of gate, up, down, or set "
-        "parametric_memory.enable = false.",
-    )
-    _require(
-        len(set(memory.target_modules)) == len(memory.target_modules),
-        f"parametric_memory.target_modules names a module twice: {', '.join(memory.target_modules)}.",
+        "parametric_memory.target_modules is empty; name ffn, attention or linears of theirs, or "
+        "set parametric_memory.enable = false.",
     )
     _require(
         bool(config.data.train),
@@ -289,12 +289,19 @@ def check_backbone(config: Any, args: LLaDAArgs) -> None:
     Raises:
         UserError: naming the size, the degree or the module.
     """
-    for target in config.parametric_memory.target_modules:
+    targets = config.parametric_memory.target_modules
+    known = [*args.targets, *args.linears_of(list(args.targets))]
+    for target in targets:
         _require(
-            target in args.targets,
+            target in known,
             f"parametric_memory.target_modules names {target!r}, which model {config.model.name} does not have; "
-            f"choose among {', '.join(args.targets)}.",
+            f"choose among {', '.join(known)}.",
         )
+    chosen = args.linears_of(targets)
+    _require(
+        len(set(chosen)) == len(chosen),
+        f"parametric_memory.target_modules names a linear twice: {', '.join(targets)} is {', '.join(chosen)}.",
+    )
     tensor = config.parallelism.tensor_parallel_degree
     flavour = f"model.flavor {config.model.flavor}"
     sizes = {

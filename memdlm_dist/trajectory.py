@@ -1,4 +1,4 @@
-"""The simulated denoising trajectory of a micro-batch: anchor, pre-anchor, and what is scored at each.
+"""The simulated denoising trajectory of a micro-batch: anchor, inner states, and what is scored at each.
 
 Everything here runs on the host, before the micro-batch goes to the device: the number of masked
 tokens is then known to Python, and only masked positions need ever reach the output head, without a
@@ -8,16 +8,31 @@ Shapes: B sequences, L tokens, S sequence shards (tensor-parallel ranks under se
 M scored tokens of one shard, N = S * M scored tokens in all, K inner steps.
 """
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from memdlm_dist import keyed_random
 from memdlm_dist.diffusion import level_from_uniform, noise_at
 from memdlm_dist.keyed_random import Stream
 
 IGNORE_INDEX = -100
+
+# Mask ratios between which the `progressive` trajectory runs, whatever the anchor's.
+PROGRESSIVE_RATIOS = (0.8, 0.2)
+
+
+class Draw(NamedTuple):
+    """What is random about a micro-batch's masks, and what may be masked."""
+
+    maskable_BL: Tensor  # bool
+    t_B: Tensor  # float64: noise level of the outer loss
+    u_BL: Tensor  # float64, uniform on [0, 1): behind the anchor and the states nested around it
+    v_BL: Tensor  # the same, independent of u: behind states that are independent of the anchor
 
 
 @dataclass(frozen=True)
@@ -27,10 +42,32 @@ class State:
     mask_BL: Tensor  # bool: shown to the model as [MASK]
     target_BL: Tensor  # bool: scored, a subset of the mask
     weight_B: Tensor  # float32: loss weight of the row's tokens
+    next_BL: Tensor | None = None  # mask of the state that follows; None: the clean sequence does
 
 
 @dataclass(frozen=True)
-class Scored:
+class Plan:
+    """Which states the inner loop visits, and what is scored there."""
+
+    trajectory: str = "anchor_consistent"
+    inner_steps: int = 2  # K
+    pre_anchor_scale: float = 1.5  # s
+    supervision: str = "masked"
+    schedule: str = "linear"
+    loss_weight: str = "schedule"
+
+    def states(self, draw: Draw, anchor: State) -> list[State]:
+        """The states of the inner loop in the order of its steps."""
+        supervise = SUPERVISION[self.supervision]
+        states = TRAJECTORIES[self.trajectory](draw, anchor, self)
+        return [replace(state, target_BL=supervise(state)) for state in states]
+
+    def weight(self, level_B: Tensor) -> Tensor:
+        """Loss weight of tokens at a noise level, float32 `[B]`."""
+        return noise_at(level_B, self.schedule, self.loss_weight).weight.float()
+
+
+class Scored(NamedTuple):
     """The scored tokens of a state, gathered for the output head.
 
     Sequence-parallel rank s holds the activations of tokens [s L/S, (s+1) L/S) of every row. Each
@@ -45,109 +82,189 @@ class Scored:
     valid_N: Tensor  # bool: False on padding
 
 
-@dataclass(frozen=True)
-class View:
-    """What the model reads at a state, and what is asked of it."""
+class InnerStep(NamedTuple):
+    """One step of the inner loop: which of the micro-batch's inputs are read, and what is scored."""
 
-    tokens_BL: Tensor
+    student: int
+    teacher: int | None  # None where the inner loss has no teacher
     scored: Scored
 
-    def to(self, device: torch.device) -> "View":
-        def move(x: Tensor) -> Tensor:
-            return x.to(device, non_blocking=True)
 
-        scored = Scored(**{f.name: move(getattr(self.scored, f.name)) for f in fields(Scored)})
-        return View(move(self.tokens_BL), scored)
+class MicroBatch(NamedTuple):
+    """A micro-batch with its noise drawn: the outer loss's view and the K inner ones.
 
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """A micro-batch with its noise drawn: the outer view and the K inner ones.
-
-    `inner[-1]` reads the same tokens as `anchor`, so that one pass of the trunk serves both.
+    States that are the same share one entry of `inputs`, so that one pass of the trunk serves them.
     """
 
-    anchor: View
-    inner: tuple[View, ...]
+    inputs: tuple[Tensor, ...]  # int64 [B, L] each: what the model may read; the anchor comes first
+    anchor: Scored
+    inner: tuple[InnerStep, ...]
     sample_ids_B: Tensor
     mask_ratio: Tensor  # masked over maskable tokens of the anchor, scalar
 
-    def to(self, device: torch.device) -> "MicroBatch":
-        return replace(
-            self,
-            anchor=self.anchor.to(device),
-            inner=tuple(view.to(device) for view in self.inner),
-            sample_ids_B=self.sample_ids_B.to(device),
-            mask_ratio=self.mask_ratio.to(device),
-        )
+    def to(self, device: torch.device | str) -> "MicroBatch":
+        return tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), self)
 
 
-def noise_levels(seed: int, step: int, sample_ids_B: Tensor) -> Tensor:
-    """Keyed noise level t of every row, float64 `[B]`."""
-    keys_B = keyed_random.key(seed, Stream.LEVEL, step, sample_ids_B)
-    return level_from_uniform(keyed_random.uniform(keys_B, torch.zeros(1, dtype=torch.int64)).squeeze(-1))
+def draw(seed: int, step: int, sample_ids_B: Tensor, maskable_BL: Tensor, t_B: Tensor | None = None) -> Draw:
+    """The keyed draw of a micro-batch: one noise level a row, and uniform numbers for every token.
+
+    Args:
+        seed: the run's seed.
+        step: training step; 0 for noise that stays fixed.
+        sample_ids_B: int64, global sample ids.
+        maskable_BL: bool, True where a token may be masked.
+        t_B: noise levels to take instead of drawn ones.
+    """
+
+    def uniform(stream: Stream, count: int) -> Tensor:
+        return keyed_random.uniform(keyed_random.key(seed, stream, step, sample_ids_B), torch.arange(count))
+
+    length = maskable_BL.shape[1]
+    t_B = level_from_uniform(uniform(Stream.LEVEL, 1).squeeze(-1)) if t_B is None else t_B
+    return Draw(maskable_BL, t_B, uniform(Stream.MASK, length), uniform(Stream.INNER_MASK, length))
 
 
-def token_noise(seed: int, step: int, sample_ids_B: Tensor, length: int) -> Tensor:
-    """Keyed uniform number of every token, float64 `[B, L]`: the one draw behind all masks of a row."""
-    keys_B = keyed_random.key(seed, Stream.MASK, step, sample_ids_B)
-    return keyed_random.uniform(keys_B, torch.arange(length))
-
-
-def anchor_state(u_BL: Tensor, maskable_BL: Tensor, t_B: Tensor, schedule: str, weight: str) -> State:
+def anchor_state(draw: Draw, schedule: str, weight: str) -> State:
     """The outer loss's corruption: maskable tokens with u below the mask probability at t."""
-    noise = noise_at(t_B, schedule, weight)
-    mask_BL = maskable_BL & (u_BL < noise.mask_probability.unsqueeze(-1))
+    noise = noise_at(draw.t_B, schedule, weight)
+    mask_BL = draw.maskable_BL & (draw.u_BL < noise.mask_probability.unsqueeze(-1))
     return State(mask_BL, mask_BL, noise.weight.float())
 
 
-def anchor_consistent(
-    u_BL: Tensor,
-    maskable_BL: Tensor,
-    anchor: State,
-    inner_steps: int,
-    scale: float,
-    schedule: str,
-    weight: str,
-) -> list[State]:
+def _anchor_consistent(draw: Draw, anchor: State, plan: Plan) -> list[State]:
     """K states from the pre-anchor down to the anchor, nested by construction.
 
     The pre-anchor masks int(n * r_pre) of the n maskable tokens, r_pre = min(1, s r), and at least the
     anchor's own, where r is the realised mask ratio; each further state reveals ceil(left / steps left)
-    of the extra ones; the last state is the anchor. A state's masks are the tokens with the smallest u.
-    Its weight is w at the state's own realised ratio.
-
-    Args:
-        u_BL: the draw that also made the anchor.
-        inner_steps: K >= 2.
-        scale: s > 0.
+    of the extra ones; the last state is the anchor. With K = 1 the pre-anchor is all there is, as in the
+    published code. A state masks the tokens with the smallest u; its weight is w at its realised ratio.
     """
-    n_B = maskable_BL.sum(1)
+    n_B = draw.maskable_BL.sum(1)
     floor_B = anchor.mask_BL.sum(1)
-    # The published code rounds r and min(1, s r) to float32 and truncates the product in double:
+    # The published code computes r and s r in float32 and truncates the product with n in double:
     # 6 of 28 with s = 1.5 gives 8, not 9. We reproduce its counts exactly.
-    ratio_B = (floor_B.double() / n_B.clamp(min=1)).float()
-    pre_ratio_B = (scale * ratio_B.double()).clamp(max=1).float()
+    ratio_B = floor_B.float() / n_B.clamp(min=1).float()
+    pre_ratio_B = (ratio_B * plan.pre_anchor_scale).clamp(max=1)
     count_B = torch.maximum((n_B.double() * pre_ratio_B.double()).long(), floor_B)
 
-    rank_BL = torch.where(maskable_BL, u_BL, 2.0).argsort(1).argsort(1)
-    states = []
-    for step in range(inner_steps):
-        mask_BL = maskable_BL & (rank_BL < count_B.unsqueeze(1))
-        realised_B = count_B.double() / n_B.clamp(min=1)
+    masks, weights = [], []
+    for left in range(plan.inner_steps - 1, -1, -1):
+        realised_B = (count_B.float() / n_B.clamp(min=1).float()).double()
         # A row with nothing masked has no scored token, so its weight is never read; keep it finite.
-        level_B = torch.where(count_B > 0, realised_B.float().double(), 1.0)
-        states.append(State(mask_BL, mask_BL, noise_at(level_B, schedule, weight).weight.float()))
-        remaining_steps = inner_steps - 1 - step
-        if remaining_steps:
-            count_B = count_B - (count_B - floor_B + remaining_steps - 1) // remaining_steps
-    return states
+        weights.append(plan.weight(torch.where(count_B > 0, realised_B, 1.0)))
+        # The last state is the anchor, and the same tensor: it is to share the anchor's trunk pass.
+        is_anchor = left == 0 and plan.inner_steps > 1
+        masks.append(anchor.mask_BL if is_anchor else _smallest(draw.u_BL, draw.maskable_BL, count_B))
+        if left:
+            count_B = count_B - (count_B - floor_B + left - 1) // left
+    return _chain(masks, weights)
 
 
-def view(state: State, tokens_BL: Tensor, mask_token_id: int, shards: int = 1) -> View:
-    """Corrupt the clean tokens by `state` and gather its scored positions for `shards` sequence shards."""
-    noisy_BL = torch.where(state.mask_BL, mask_token_id, tokens_BL)
-    return View(noisy_BL, gather_scored(state, tokens_BL, shards))
+def _pre_anchor_only(draw: Draw, anchor: State, plan: Plan) -> list[State]:
+    """The first of the two default states; what follows it is still the anchor."""
+    return _anchor_consistent(draw, anchor, replace(plan, inner_steps=2))[:1]
+
+
+def _anchor_only(draw: Draw, anchor: State, plan: Plan) -> list[State]:
+    """The anchor alone, weighed as in the outer loss: by the sampled t, not by the realised ratio."""
+    return [replace(anchor, weight_B=plan.weight(draw.t_B))]
+
+
+def _progressive(draw: Draw, anchor: State, plan: Plan) -> list[State]:
+    """K states with ratios of their own, from 0.8 to 0.2, whatever the anchor: the paper's "inconsistent" one.
+
+    The first masks each maskable token with probability 0.8, each further one int(n * ratio) of those
+    still masked; K = 1 is a state at 0.2. A row's weight is w at the ratio, not at the realised one.
+    """
+    first, last = PROGRESSIVE_RATIOS
+    # In this order of operations, which makes the last of several 0.2 - 4e-17: 30 tokens leave 5.
+    steps = plan.inner_steps
+    ratios = [first + (last - first) * (k / (steps - 1)) for k in range(steps)] if steps > 1 else [last]
+    n_B = draw.maskable_BL.sum(1)
+    count_B = (draw.maskable_BL & (draw.v_BL < ratios[0])).sum(1)
+    masks = []
+    for k, ratio in enumerate(ratios):
+        if k:
+            count_B = torch.minimum(count_B, (n_B.double() * ratio).long())
+        masks.append(_smallest(draw.v_BL, draw.maskable_BL, count_B))
+    return _chain(masks, [plan.weight(torch.full_like(draw.t_B, ratio)) for ratio in ratios])
+
+
+TRAJECTORIES: dict[str, Callable[[Draw, State, Plan], list[State]]] = {
+    "anchor_consistent": _anchor_consistent,
+    "pre_anchor_only": _pre_anchor_only,
+    "anchor_only": _anchor_only,
+    "progressive": _progressive,
+}
+# Trajectories of one state, which take one inner step whatever K.
+SINGLE_STATE = ("pre_anchor_only", "anchor_only")
+
+# Which of a state's masked tokens are scored. Before the clean sequence the two are the same.
+SUPERVISION: dict[str, Callable[[State], Tensor]] = {
+    "masked": lambda state: state.mask_BL,
+    "newly_revealed": lambda state: state.mask_BL if state.next_BL is None else state.mask_BL & ~state.next_BL,
+}
+
+
+def _smallest(u_BL: Tensor, maskable_BL: Tensor, count_B: Tensor) -> Tensor:
+    """Mask of every row's `count_B` maskable tokens with the smallest u."""
+    rank_BL = torch.where(maskable_BL, u_BL, 2.0).argsort(1).argsort(1)
+    return maskable_BL & (rank_BL < count_B.unsqueeze(1))
+
+
+def _chain(masks: Sequence[Tensor], weights: Sequence[Tensor]) -> list[State]:
+    following = [*masks[1:], None]
+    return [State(mask, mask, weight, after) for mask, weight, after in zip(masks, weights, following, strict=True)]
+
+
+def micro_batch(
+    tokens_BL: Tensor,
+    maskable_BL: Tensor,
+    sample_ids_B: Tensor,
+    anchor: State,
+    states: Sequence[State],
+    mask_token_id: int,
+    with_teacher: bool = False,
+    shards: int = 1,
+) -> MicroBatch:
+    """Corrupt the clean tokens by every state and gather what is scored.
+
+    Args:
+        tokens_BL: clean tokens.
+        maskable_BL: bool, the tokens that may be masked.
+        sample_ids_B: global sample ids.
+        anchor: the state of the outer loss.
+        states: those of the inner loop. States whose masks are one tensor object share an input. Equal
+            values are not looked for: ranks would then differ in their passes, and in their collectives.
+        mask_token_id: what a masked token is shown as.
+        with_teacher: the inner loss compares with a prediction from the next state.
+        shards: number of sequence shards S, by which L must be divisible.
+    """
+    inputs: dict[int, tuple[int, Tensor]] = {}  # id of a mask -> number and tokens; the states keep the masks alive
+
+    def number(mask_BL: Tensor | None) -> int:
+        if id(mask_BL) not in inputs:
+            noisy_BL = tokens_BL if mask_BL is None else torch.where(mask_BL, mask_token_id, tokens_BL)
+            inputs[id(mask_BL)] = (len(inputs), noisy_BL)
+        return inputs[id(mask_BL)][0]
+
+    number(anchor.mask_BL)
+    inner = tuple(
+        InnerStep(
+            student=number(state.mask_BL),
+            teacher=number(state.next_BL) if with_teacher else None,
+            scored=gather_scored(state, tokens_BL, shards),
+        )
+        for state in states
+    )
+    return MicroBatch(
+        inputs=tuple(noisy_BL for _, noisy_BL in inputs.values()),
+        anchor=gather_scored(anchor, tokens_BL, shards),
+        inner=inner,
+        sample_ids_B=sample_ids_B,
+        mask_ratio=anchor.mask_BL.sum() / maskable_BL.sum().clamp(min=1),
+    )
 
 
 def gather_scored(state: State, tokens_BL: Tensor, shards: int = 1) -> Scored:

@@ -1,7 +1,9 @@
 """Oracles: the method written a second time, plainly, with loops and Python numbers. Slow on purpose."""
 
 import math
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -37,10 +39,10 @@ def mask_probability(t: float, schedule: str) -> float:
 
 def pre_anchor_count(n: int, anchor: int, scale: float) -> int:
     """The published rounding: ratio and scaled ratio in float32, their product with n truncated in double."""
-    import numpy as np
-
-    ratio = np.float32(anchor / n)
-    return min(n, max(anchor, int(n * float(np.float32(min(1.0, scale * float(ratio)))))))
+    if n == 0:
+        return 0
+    ratio = np.float32(anchor) / np.float32(n)
+    return min(n, max(anchor, int(n * float(min(np.float32(1), ratio * np.float32(scale))))))
 
 
 class DenseModel:
@@ -62,8 +64,11 @@ class DenseModel:
             out[..., j], out[..., j + d // 2] = a * cos - b * sin, b * cos + a * sin
         return out
 
-    def logits(self, tokens_L, fast=None):
-        """fast: {layer: {"gate"|"up"|"down": (A [R, in], B [out, R], scale)}} of this row."""
+    def __call__(self, tokens_L, fast=None):
+        """Logits, and the last layer's output before and after the final norm.
+
+        fast: {layer: {target: (A [R, in], B [out, R], scale) or (delta [out, in],)}} of this row.
+        """
         args, s = self.args, self.state
         d = args.dim // args.n_heads
         kv = args.n_kv_heads or args.n_heads
@@ -71,16 +76,16 @@ class DenseModel:
         for layer in range(args.n_layers):
             p = f"layers.{layer}."
 
-            def linear(y, name, target=None, p=p, layer=layer):
+            def linear(y, name, target, p=p, layer=layer):
                 out = y @ s[p + name + ".weight"].T
-                pair = (fast or {}).get(str(layer), {}).get(target)
-                if pair is not None:
-                    out = out + pair[2] * (y @ pair[0].T) @ pair[1].T
-                return out
+                extra = (fast or {}).get(str(layer), {}).get(target)
+                if extra is None:
+                    return out
+                return out + (y @ extra[0].T if len(extra) == 1 else extra[2] * (y @ extra[0].T) @ extra[1].T)
 
             y = self._norm(x, p + "attention_norm.weight")
             q, k, v = (
-                linear(y, f"attention.w{n}").unflatten(-1, (h, d))
+                linear(y, f"attention.w{n}", n).unflatten(-1, (h, d))
                 for n, h in (("q", args.n_heads), ("k", kv), ("v", kv))
             )
             q, k = self._rotate(q), self._rotate(k)
@@ -89,40 +94,145 @@ class DenseModel:
                 g = h * kv // args.n_heads
                 scores = (q[:, h] @ k[:, g].T) / math.sqrt(d)
                 heads.append(scores.softmax(-1) @ v[:, g])
-            x = x + linear(torch.cat(heads, -1), "attention.wo")
+            x = x + linear(torch.cat(heads, -1), "attention.wo", "o")
             y = self._norm(x, p + "ffn_norm.weight")
             hidden = F.silu(linear(y, "feed_forward.w1", "gate")) * linear(y, "feed_forward.w3", "up")
             x = x + linear(hidden, "feed_forward.w2", "down")
-        return self._norm(x, "norm.weight") @ s["output.weight"].T
+        normed = self._norm(x, "norm.weight")
+        return {"logits": normed @ s["output.weight"].T, "pre_final_norm": x, "post_final_norm": normed}
 
 
-def bilevel_row(model, tokens_L, maskable_L, anchor_L, states, t, fast, schedule, lr, clip, mask_id):
-    """One row with fast weights of its own: (outer loss sum, inner losses, inner gradient norms, fast weights).
+@dataclass
+class Options:
+    """The method's options, under the names of the configuration."""
 
-    states: the boolean masks [L] of the inner loop's inputs, which are also its targets. Straightforward:
-    every state goes through the whole model, and every gradient through the whole of its graph.
+    trajectory: str = "anchor_consistent"
+    inner_steps: int = 2
+    pre_anchor_scale: float = 1.5
+    inner_loss: str = "cross_entropy"
+    student_hidden: str = "pre_final_norm"
+    teacher_hidden: str = "post_final_norm"
+    supervision: str = "masked"
+    learning_rate: float = 0.1
+    gradient_clip: float = 1.0
+    gradient_norm: str = "per_parameter"
+    schedule: str = "linear"
+    loss_weight: str = "schedule"
+
+
+def anchor_positions(u, maskable, t, options):
+    return {i for i in maskable if u[i] < mask_probability(t, options.schedule)}
+
+
+def inner_states(u, v, maskable, anchor, t, options):
+    """[(masked positions, loss weight, positions masked in the next state or None)] of one row."""
+    n, steps = len(maskable), options.inner_steps
+
+    def w(level):
+        return weight(level, options.schedule) if options.loss_weight == "schedule" else 1.0
+
+    def smallest(noise, count):
+        return set(sorted(maskable, key=lambda i: noise[i])[:count])
+
+    if options.trajectory == "anchor_only":
+        return [(anchor, w(t), None)]
+    if options.trajectory == "progressive":
+        first = 0.8 if steps > 1 else 0.2
+        masked = {i for i in maskable if v[i] < first}
+        path = [(masked, w(first))]
+        for k in range(1, steps):
+            ratio = 0.8 + (0.2 - 0.8) * (k / (steps - 1))
+            masked = smallest(v, min(len(masked), int(n * ratio)))
+            path.append((masked, w(ratio)))
+    else:
+        counts = [pre_anchor_count(n, len(anchor), options.pre_anchor_scale)]
+        for left in range((2 if options.trajectory == "pre_anchor_only" else steps) - 1, 0, -1):
+            counts.append(counts[-1] - math.ceil((counts[-1] - len(anchor)) / left))
+        path = [(smallest(u, count), w(count / n) if count else 0.0) for count in counts]
+    chain = [(*state, after[0]) for state, after in zip(path, [*path[1:], (None,)], strict=True)]
+    return chain[:1] if options.trajectory == "pre_anchor_only" else chain
+
+
+def distance(student, teacher, label, i, options):
+    """The inner loss of position i."""
+    name = options.inner_loss
+    if name == "cross_entropy":
+        return F.cross_entropy(student["logits"][i], label)
+    if name in ("kl", "reverse_kl"):
+        p, q = (out["logits"][i].softmax(-1) for out in (teacher, student))
+        if name == "reverse_kl":
+            p, q = q, p
+        return sum(a * (a.log() - b.log()) for a, b in zip(p, q, strict=True))
+    s, t = student[options.student_hidden][i], teacher[options.teacher_hidden][i]
+    return ((s - t) ** 2).mean() if name == "hidden_mse" else 1 - (s @ t) / (s.norm() * t.norm())
+
+
+def bilevel(model, tokens_BL, maskable_BL, u_BL, v_BL, t_B, sets, fast_of_set, options, mask_id):
+    """The whole step, obviously: every state of every row through the whole model, one row at a time.
+
+    sets: lists of rows that share fast weights. fast_of_set: those, as `DenseModel` takes them.
+    Returns the outer loss sum, and per set: inner losses, inner gradient norms, final fast weights.
     """
+    rows = []
+    for tokens, maskable, u, v, t in zip(
+        tokens_BL, maskable_BL, u_BL.tolist(), v_BL.tolist(), t_B.tolist(), strict=True
+    ):
+        allowed = maskable.nonzero().flatten().tolist()
+        anchor = anchor_positions(u, allowed, t, options)
+        rows.append((tokens, anchor, t, inner_states(u, v, allowed, anchor, t, options)))
 
-    def nll_sum(mask_L, current):
-        logits = model.logits(torch.where(mask_L, mask_id, tokens_L), current)
-        return sum(F.cross_entropy(logits[i], tokens_L[i]) for i in mask_L.nonzero().flatten().tolist())
+    def corrupted(tokens, positions):
+        return torch.tensor([mask_id if i in positions else int(x) for i, x in enumerate(tokens)])
 
-    losses, norms = [], []
-    for mask_L in states:
-        current = {
-            layer: {name: (*(x.detach().requires_grad_() for x in pair[:2]), pair[2]) for name, pair in pairs.items()}
-            for layer, pairs in fast.items()
-        }
-        flat = [x for pairs in current.values() for pair in pairs.values() for x in pair[:2]]
-        m = int(mask_L.sum())
-        loss = nll_sum(mask_L, current) * weight(m / int(maskable_L.sum()), schedule) / m
-        grads = torch.autograd.grad(loss, flat)
-        losses.append(loss.item())
-        norms.append(math.sqrt(sum(g.norm().item() ** 2 for g in grads)))
-        clipped = [g * clip / (g.norm() + 1e-12) if g.norm() > clip else g for g in grads]
-        moved = iter([(x - lr * g).detach() for x, g in zip(flat, clipped, strict=True)])
-        fast = {
-            layer: {name: (next(moved), next(moved), pair[2]) for name, pair in pairs.items()}
-            for layer, pairs in fast.items()
-        }
-    return nll_sum(anchor_L, fast) * weight(t, schedule), losses, norms, fast
+    outer, report = 0.0, []
+    for members, fast in zip(sets, fast_of_set, strict=True):
+        losses, norms = [], []
+        for k in range(len(rows[0][3])):
+            fast = {
+                layer: {name: tuple(_leaf(x) for x in linear) for name, linear in linears.items()}
+                for layer, linears in fast.items()
+            }
+            flat = [x for linears in fast.values() for linear in linears.values() for x in linear if torch.is_tensor(x)]
+            total, count = 0.0, 0
+            for row in members:
+                tokens, _, _, states = rows[row]
+                masked, w, after = states[k]
+                student = model(corrupted(tokens, masked), fast)
+                with torch.no_grad():
+                    teacher = model(corrupted(tokens, after or set()), fast)
+                revealed = options.supervision == "newly_revealed" and after is not None
+                for i in masked - after if revealed else masked:
+                    total = total + w * distance(student, teacher, tokens[i], i, options)
+                    count += 1
+            if not count:
+                losses.append(0.0)
+                norms.append(0.0)
+                continue
+            grads = torch.autograd.grad(total / count, flat)
+            losses.append((total / count).item())
+            norms.append(math.sqrt(sum(g.norm().item() ** 2 for g in grads)))
+            moved = []
+            for x, g in zip(flat, grads, strict=True):
+                norm = g.norm().item() if options.gradient_norm == "per_parameter" else norms[-1]
+                if options.gradient_clip and norm > options.gradient_clip:
+                    g = g * options.gradient_clip / (norm + 1e-12)
+                moved.append((x - options.learning_rate * g).detach())
+            rest = iter(moved)
+            fast = {
+                layer: {
+                    name: tuple(next(rest) if torch.is_tensor(x) else x for x in linear)
+                    for name, linear in linears.items()
+                }
+                for layer, linears in fast.items()
+            }
+        for row in members:
+            tokens, anchor, t, _ = rows[row]
+            w = weight(t, options.schedule) if options.loss_weight == "schedule" else 1.0
+            logits = model(corrupted(tokens, anchor), fast)["logits"]
+            outer = outer + sum(w * F.cross_entropy(logits[i], tokens[i]) for i in anchor)
+        report.append((losses, norms, fast))
+    return outer, report
+
+
+def _leaf(x):
+    return x.detach().requires_grad_() if torch.is_tensor(x) else x

@@ -31,8 +31,8 @@ def test_the_bound_has_the_schedules_weights_and_the_inner_loop_its_own():
     uniform = objective(memory(), loss_weight="uniform")
     t = torch.full((4,), 0.5, dtype=torch.float64)
     batch = uniform.micro_batch(*data(), step=0, t_B=t, outer_weight="schedule")
-    assert batch.anchor.scored.weight_N.tolist() == pytest.approx([2.0] * len(batch.anchor.scored.weight_N), rel=1e-5)
-    assert all((view.scored.weight_N == 1).all() for view in batch.inner)
+    assert batch.anchor.weight_N.tolist() == pytest.approx([2.0] * len(batch.anchor.weight_N), rel=1e-5)
+    assert all((step.scored.weight_N == 1).all() for step in batch.inner)
 
 
 def test_held_out_noise_does_not_depend_on_the_run(tmp_path, root, monkeypatch):

@@ -23,15 +23,16 @@ from torchtitan.models.qwen3.model.model import FeedForward
 from torchtitan.models.utils import get_dense_model_nparams_and_flops, trunc_normal_
 from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 
-from memdlm_dist.fast_weights import AdaptedLinear, FastWeights, LowRank, low_rank_term
+from memdlm_dist.fast_weights import AdaptedLinear, FastLinear, FastWeights, adapted
+from memdlm_dist.inner_loss import Readout
 
 
 @dataclass
 class LLaDAArgs(BaseModelArgs):
     """Sizes of a `llada` backbone; the defaults are LLaDA-8B's."""
 
-    # The linears of a layer that can have fast weights.
-    targets: ClassVar[tuple[str, ...]] = ("gate", "up", "down")
+    # The linears of a layer that can have fast weights, by group.
+    targets: ClassVar[dict[str, tuple[str, ...]]] = {"ffn": ("gate", "up", "down"), "attention": ("q", "k", "v", "o")}
 
     dim: int = 4096
     n_layers: int = 32
@@ -50,17 +51,32 @@ class LLaDAArgs(BaseModelArgs):
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
         return get_dense_model_nparams_and_flops(self, model, 2 * (self.dim // self.n_heads), seq_len)
 
+    @classmethod
+    def linears_of(cls, targets: Sequence[str]) -> list[str]:
+        """Names of linears, with the groups among `targets` spelt out."""
+        return [name for target in targets for name in cls.targets.get(target, (target,))]
+
     def adapted_linears(self, first_layer: int, targets: Sequence[str]) -> list[AdaptedLinear]:
-        """The `targets` linears of layers `first_layer .. n_layers - 1`, where fast weights attach."""
+        """The `targets` linears of layers `first_layer .. n_layers - 1`, where fast weights attach.
+
+        Args:
+            targets: names of linears and of their groups.
+        """
+        head = self.dim // self.n_heads
+        kv_width = head * (self.n_kv_heads or self.n_heads)
         sizes = {
             "gate": (self.dim, self.hidden_dim, False),
             "up": (self.dim, self.hidden_dim, False),
             "down": (self.hidden_dim, self.dim, True),
+            "q": (self.dim, self.dim, False),
+            "k": (self.dim, kv_width, False),
+            "v": (self.dim, kv_width, False),
+            "o": (self.dim, self.dim, True),
         }
         return [
             AdaptedLinear(str(layer), target, *sizes[target])
             for layer in range(first_layer, self.n_layers)
-            for target in targets
+            for target in self.linears_of(targets)
         ]
 
 
@@ -100,35 +116,56 @@ class BidirectionalAttentionKernel(ScaledDotProductAttentionWrapper):
 
 
 class BidirectionalAttention(Attention):
-    """Every token attends to every token of its sequence. Projections and initialisation are llama3's."""
+    """Every token attends to every token of its sequence. Projections and initialisation are llama3's.
+
+    Each projection has fast weights if it is given any: "q", "k", "v", "o".
+    """
 
     def __init__(self, args: LLaDAArgs):
         super().__init__(args)
         self.inner_attention = BidirectionalAttentionKernel()
 
-    def forward(self, x: Tensor, freqs_cis: Tensor, attention_masks: None = None, positions: None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        freqs_cis: Tensor,
+        attention_masks: None = None,
+        positions: None = None,
+        fast: dict[str, FastLinear] | None = None,
+    ) -> Tensor:
         # The signature is that of llama3's tensor-parallel plan; see `TransformerBlock.forward`.
+        fast = fast or {}
         batch, length, _ = x.shape
+        projections = (("q", self.wq), ("k", self.wk), ("v", self.wv))
         # -1 heads: tensor parallelism leaves each rank a part of them.
-        q, k, v = (linear(x).view(batch, length, -1, self.head_dim) for linear in (self.wq, self.wk, self.wv))
+        q, k, v = (
+            adapted(linear, x, fast.get(name)).view(batch, length, -1, self.head_dim) for name, linear in projections
+        )
         q, k = rotate(q, freqs_cis[:length]), rotate(k, freqs_cis[:length])
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
         y_BHLd = self.inner_attention(q, k, v, enable_gqa=self.enable_gqa)
-        return self.wo(y_BHLd.transpose(1, 2).reshape(batch, length, -1))
+        return adapted(self.wo, y_BHLd.transpose(1, 2).reshape(batch, length, -1), fast.get("o"))
 
 
 class AdaptableFeedForward(FeedForward):
-    """SwiGLU, W_down(silu(W_gate x) * W_up x), each linear with fast weights if it is given any."""
+    """SwiGLU, W_down(silu(W_gate x) * W_up x). Each linear has fast weights if it is given any."""
 
-    def forward(self, x: Tensor, fast: dict[str, LowRank] | None = None) -> Tensor:
+    def forward(self, x: Tensor, fast: dict[str, FastLinear] | None = None) -> Tensor:
         fast = fast or {}
+        h = F.silu(adapted(self.w1, x, fast.get("gate"))) * adapted(self.w3, x, fast.get("up"))
+        return adapted(self.w2, h, fast.get("down"))
 
-        def adapted(target: str, linear: nn.Linear, x: Tensor) -> Tensor:
-            y = linear(x)
-            return y + low_rank_term(x, fast[target]).type_as(y) if target in fast else y
 
-        h = F.silu(adapted("gate", self.w1, x)) * adapted("up", self.w3, x)
-        return adapted("down", self.w2, h)
+class OutputHead(nn.Linear):
+    """The output head, which can also hand on the hidden state that it gets.
+
+    Hidden states pass through it because FSDP2 gathers it in one group with the final norm, which has to
+    run whole, and because tensor parallelism gathers the tokens of the sequence shards at its input and
+    shards its output on the last dimension: hidden states then lie as logits do.
+    """
+
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        return x if hidden else super().forward(x)
 
 
 class TransformerBlock(nn.Module):
@@ -140,9 +177,9 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.weight_init_std = 0.02 / (2 * (layer_id + 1)) ** 0.5
 
-    def forward(self, x_BLD: Tensor, freqs_cis: Tensor, fast: dict[str, LowRank] | None = None) -> Tensor:
+    def forward(self, x_BLD: Tensor, freqs_cis: Tensor, fast: dict[str, FastLinear] | None = None) -> Tensor:
         # Four positional arguments, as llama3's tensor-parallel plan describes the attention's inputs.
-        h_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), freqs_cis, None, None)
+        h_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), freqs_cis, None, None, fast=fast)
         return h_BLD + self.feed_forward(self.ffn_norm(h_BLD), fast=fast)
 
     def init_weights(self) -> None:
@@ -169,7 +206,7 @@ class LLaDA(ModelProtocol):
         self.register_buffer("freqs_cis", self._rotary(), persistent=False)
         self.layers = nn.ModuleDict({str(i): TransformerBlock(i, args) for i in range(args.n_layers)})
         self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
-        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.output = OutputHead(args.dim, args.vocab_size, bias=False)
 
     def _rotary(self) -> Tensor:
         args = self.model_args
@@ -194,9 +231,15 @@ class LLaDA(ModelProtocol):
         """Embedding and layers `0 .. stop - 1`: the activations that layer `stop` reads."""
         return self._layers(self._embed(tokens_BL), 0, stop, None)
 
-    def tail(self, h_BLD: Tensor, start: int, index_M: Tensor, fast: FastWeights | None) -> Tensor:
-        """Layers `start .. n - 1` on the trunk's activations, then the head at `index_M`: logits `[N, V]`."""
-        return self._head(self._layers(h_BLD, start, self.model_args.n_layers, fast), index_M)
+    def tail(
+        self, h_BLD: Tensor, start: int, index_M: Tensor, fast: FastWeights | None, readout: Readout = "logits"
+    ) -> Tensor:
+        """Layers `start .. n - 1` on the trunk's activations, then the head at `index_M`.
+
+        Returns:
+            Logits `[N, V]`, or the last layer's output `[N, D]` before or after the final norm.
+        """
+        return self._head(self._layers(h_BLD, start, self.model_args.n_layers, fast), index_M, readout)
 
     def _embed(self, tokens_BL: Tensor) -> Tensor:
         h_BLD = self.tok_embeddings(tokens_BL)
@@ -210,8 +253,10 @@ class LLaDA(ModelProtocol):
             h_BLD = self.layers[name](h_BLD, self.freqs_cis, (fast or {}).get(name))
         return h_BLD
 
-    def _head(self, h_BLD: Tensor, index_M: Tensor) -> Tensor:
+    def _head(self, h_BLD: Tensor, index_M: Tensor, readout: Readout = "logits") -> Tensor:
         # Pick the scored tokens first: the final norm and, under tensor parallelism, the gathering of
         # the sequence shards then touch those alone.
         h_1MD = h_BLD.flatten(0, 1).index_select(0, index_M).unsqueeze(0)
-        return self.output(self.norm(h_1MD)).flatten(0, 1)
+        normed_1MD = self.norm(h_1MD)
+        x_1MD = h_1MD if readout == "pre_final_norm" else normed_1MD
+        return self.output(x_1MD, hidden=readout != "logits").flatten(0, 1)
