@@ -29,16 +29,26 @@ class MemDLMMetrics(MetricsProcessor):
 
     def __init__(self, job_config: Any, parallel_dims: ParallelDims, tag: str | None = None):
         super().__init__(job_config, parallel_dims, tag)
-        self._sums: dict[str, Tensor] = {}  # name -> [sum, number]
+        self.start_step()
 
     def start_step(self) -> None:
-        self._sums = {}
+        self._sums: dict[str, Tensor] = {}  # name -> [sum, number]
+        self._rank_loss: Tensor | None = None  # [loss sum, maskable tokens] of this rank
 
     def record(self, name: str, values: Tensor, counted: Tensor | None = None) -> None:
         """Add the entries of `values` for which `counted` holds (all by default) to a scalar's average."""
         counted = torch.ones_like(values, dtype=torch.bool) if counted is None else counted
-        pair = torch.stack([torch.where(counted, values, 0.0).sum().float(), counted.sum().float()])
+        self.record_ratio(name, torch.where(counted, values, 0.0).sum(), counted.sum())
+
+    def record_ratio(self, name: str, total: Tensor, number: Tensor) -> None:
+        """Add to the numerator and the denominator of a scalar."""
+        pair = torch.stack([total.float(), number.float()])
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def record_rank_loss(self, loss_sum: Tensor, maskable: Tensor) -> None:
+        """Add a micro-batch's loss sum and its number of maskable tokens, for the largest loss of a rank."""
+        pair = torch.stack([loss_sum.detach().float(), maskable.float()])
+        self._rank_loss = pair if self._rank_loss is None else self._rank_loss + pair
 
     def record_inner_loop(self, statistics: InnerStatistics) -> None:
         """The averages are over sets of fast weights that had a scored token."""
@@ -59,6 +69,17 @@ class MemDLMMetrics(MetricsProcessor):
         # A count of skipped updates is a total, everything else an average.
         return {name: total if name == SKIPPED else total / max(number, 1.0) for name, (total, number) in rows}
 
+    def _largest_rank_loss(self) -> float | None:
+        """Over the ranks with maskable tokens; None if there are none. torchtitan's own divides 0 by 0 there."""
+        if self._rank_loss is None:
+            return None
+        total, maskable = self._rank_loss
+        largest = torch.where(maskable > 0, total / maskable, -torch.inf)
+        mesh = self.parallel_dims.get_optional_mesh("loss")
+        if mesh is not None:
+            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, mesh.get_group())
+        return None if largest == -torch.inf else largest.item()
+
     def log(
         self,
         step: int,
@@ -68,6 +89,8 @@ class MemDLMMetrics(MetricsProcessor):
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
         ours = self._reduce()
+        largest = self._largest_rank_loss()
+        global_max_loss = global_avg_loss if largest is None else largest
         inner = [ours[name] for k in range(len(ours)) if (name := INNER_LOSS.format(k + 1)) in ours]
         suffix = f"  inner loss: {' -> '.join(f'{loss:.4f}' for loss in inner)}" if inner else ""
         with _appending(suffix):

@@ -69,7 +69,7 @@ class MemDLMTrainer(Trainer):
         super().train_step(data_iterator)
 
     def forward_backward_step(
-        self, *, input_dict: dict[str, Any], labels: torch.Tensor, global_valid_tokens: torch.Tensor
+        self, *, input_dict: dict[str, Any], labels: torch.Tensor, global_valid_tokens: torch.Tensor | int
     ) -> torch.Tensor:
         """The bi-level step of one micro-batch; returns its share of the global loss."""
         (model,) = self.model_parts
@@ -77,10 +77,12 @@ class MemDLMTrainer(Trainer):
         with self.train_context():
             with self.maybe_enable_amp:
                 loss_sum, statistics = self.objective.loss_sum(model, batch, self.step)
-                loss = loss_sum / global_valid_tokens
+                # A global batch without a maskable token has a loss of 0 and no gradient.
+                loss = loss_sum / torch.as_tensor(global_valid_tokens, device=self.device).clamp(min=1)
             loss.backward()
         if self.metrics_processor.should_log(self.step):
-            self.metrics_processor.record(MASK_RATIO, batch.mask_ratio.unsqueeze(0))
+            self.metrics_processor.record_rank_loss(loss_sum, batch.maskable)
+            self.metrics_processor.record_ratio(MASK_RATIO, batch.masked, batch.maskable)
             if statistics is not None:
                 self.metrics_processor.record_inner_loop(statistics)
         return loss

@@ -22,6 +22,9 @@ from memdlm_dist.keyed_random import Stream
 
 IGNORE_INDEX = -100
 
+# Into how many sizes the number of scored positions is rounded.
+_HEAD_SHAPES = 16
+
 # Mask ratios between which the `progressive` trajectory runs, whatever the anchor's.
 PROGRESSIVE_RATIOS = (0.8, 0.2)
 
@@ -100,7 +103,8 @@ class MicroBatch(NamedTuple):
     anchor: Scored
     inner: tuple[InnerStep, ...]
     sample_ids_B: Tensor
-    mask_ratio: Tensor  # masked over maskable tokens of the anchor, scalar
+    masked: Tensor  # number of tokens that the anchor masks, scalar
+    maskable: Tensor  # and of those that may be masked
 
     def to(self, device: torch.device | str) -> "MicroBatch":
         return tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), self)
@@ -263,14 +267,16 @@ def micro_batch(
         anchor=gather_scored(anchor, tokens_BL, shards),
         inner=inner,
         sample_ids_B=sample_ids_B,
-        mask_ratio=anchor.mask_BL.sum() / maskable_BL.sum().clamp(min=1),
+        masked=anchor.mask_BL.sum(),
+        maskable=maskable_BL.sum(),
     )
 
 
 def gather_scored(state: State, tokens_BL: Tensor, shards: int = 1) -> Scored:
     """Positions, labels and weights of a state's targets; see `Scored`.
 
-    M is the largest number of targets in one shard, at least 1, so that no rank's head runs on nothing.
+    M is the largest number of targets in one shard, rounded up to a sixteenth of its tokens: the head then
+    sees few different shapes, which DTensor and compilers keep the preparation of; and never runs on nothing.
     """
     batch, length = tokens_BL.shape
     assert length % shards == 0, "the sequence length must be divisible by the tensor-parallel degree"
@@ -281,7 +287,9 @@ def gather_scored(state: State, tokens_BL: Tensor, shards: int = 1) -> Scored:
 
     target_SP = by_shard(state.target_BL)
     count_S = target_SP.sum(1)
-    slots = max(1, int(count_S.max()))
+    quantum = -(-batch * width // _HEAD_SHAPES)
+    slots = quantum * max(1, -(-int(count_S.max()) // quantum))
+    slots = min(slots, batch * width)
     index_SM = target_SP.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :slots]
     valid_SM = torch.arange(slots) < count_S.unsqueeze(1)
     row_SM = index_SM // width

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -39,9 +40,9 @@ def launch(processes: int, out: Path, *args: str) -> str:
     return _run(["bash", "launch/train.sh", config, *rest], NGPU=str(processes))
 
 
-def run_many(runs: list[tuple[int, list[str]]]) -> str:
-    """Several runs of (processes, arguments), one after the other; see run_many.py."""
-    return _run([sys.executable, "tests/run_many.py", json.dumps(runs)])
+def run_many(runs: Sequence[tuple[int, list[str]] | tuple[int, list[str], str]]) -> str:
+    """Several runs of (processes, arguments[, folder to record the draws in]), one after the other; see run_many.py."""
+    return _run([sys.executable, "tests/run_many.py", json.dumps([[*run, None][:3] for run in runs])])
 
 
 def scalars(out: Path) -> dict[str, dict[int, float]]:

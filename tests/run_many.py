@@ -2,31 +2,82 @@
 
     python tests/run_many.py JSON
 
-JSON is a list of [processes, arguments]. Importing torch and torchtitan costs ten times what a few debug
-steps do, so this imports once and forks the ranks of each run, one run after the other. Each run has
-fresh processes and a rendezvous of its own.
+JSON is a list of [processes, arguments, folder or null]. Importing torch and torchtitan costs ten times
+what a few debug steps do, so this imports once and forks the ranks of each run, one run after the other.
+Each run has fresh processes and a rendezvous of its own. With a folder, every rank writes down there what
+it drew (see `record`). The flavour `tiny` exists here alone.
 """
 
+import hashlib
 import json
 import os
 import signal
 import socket
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
-from memdlm_dist import train
+import torch
+from torch.distributed.tensor import DTensor
+
+from memdlm_dist import train, trajectory
+from memdlm_dist.bilevel import Memory
+from memdlm_dist.fast_weights import leaves
+from memdlm_dist.models.llada import FLAVOURS, LLaDAArgs
+from memdlm_dist.objective import Objective
+
+# Two layers, so that one is trunk and one is tail: half the time of `debug` where every operation counts.
+FLAVOURS["tiny"] = LLaDAArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=64, vocab_size=512)
 
 # torchtitan sleeps two seconds at the end of every run.
 sys.modules["torchtitan.train"].time = SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda seconds: None)
 
 
-def rank(number: int, world_size: int, port: int, arguments: list[str]) -> None:
+def digest(*tensors: torch.Tensor) -> str:
+    state = hashlib.sha256()
+    for tensor in tensors:
+        state.update(tensor.detach().contiguous().numpy().tobytes())
+    return state.hexdigest()[:16]
+
+
+def record(folder: str, number: int) -> None:
+    """Write down, for every step and sample: its noise level, its states as the model reads them, its A."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    file = open(Path(folder) / f"rank{number}.jsonl", "w", buffering=1)  # noqa: SIM115  (open until the process ends)
+
+    def write(kind: str, step: int, ids: torch.Tensor, *per_row: torch.Tensor) -> None:
+        for row, sample in enumerate(ids.tolist()):
+            file.write(json.dumps([kind, step, sample, digest(*(x[row] for x in per_row))]) + "\n")
+
+    plain_draw, plain_batch, plain_fast = trajectory.draw, Objective.micro_batch, Memory.draw
+
+    def draw(seed, step, ids, maskable, t=None):
+        drawn = plain_draw(seed, step, ids, maskable, t)
+        write("level", step, ids, drawn.t_B)
+        return drawn
+
+    def micro_batch(self, tokens, labels, ids, step, **rest):
+        batch = plain_batch(self, tokens, labels, ids, step, **rest)
+        write("states", step, ids, *batch.inputs)
+        return batch
+
+    def fast(self, seed, step, ids):
+        drawn = plain_fast(self, seed, step, ids)
+        write("A", step, ids, *(x.full_tensor() if isinstance(x, DTensor) else x for x in leaves(drawn)))
+        return drawn
+
+    trajectory.draw, Objective.micro_batch, Memory.draw = draw, micro_batch, fast
+
+
+def rank(number: int, world_size: int, port: int, arguments: list[str], folder: str | None) -> None:
     os.environ |= {
         "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     try:
+        if folder:
+            record(folder, number)
         status = train.main(arguments)
     except BaseException:
         import traceback
@@ -38,7 +89,7 @@ def rank(number: int, world_size: int, port: int, arguments: list[str]) -> None:
     os._exit(status)
 
 
-def run(world_size: int, arguments: list[str]) -> int:
+def run(world_size: int, arguments: list[str], folder: str | None) -> int:
     """Returns the first status that is not zero; the other ranks are then killed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -47,7 +98,7 @@ def run(world_size: int, arguments: list[str]) -> int:
     for number in range(world_size):
         child = os.fork()
         if not child:
-            rank(number, world_size, port, arguments)
+            rank(number, world_size, port, arguments, folder)
         children.add(child)
     failure = 0
     while children:
@@ -62,8 +113,10 @@ def run(world_size: int, arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    for world_size, arguments in json.loads(sys.argv[1]):
-        status = run(world_size, arguments)
-        print(f"status {status}: {world_size} x {' '.join(arguments)}", flush=True)
+    for world_size, arguments, folder in json.loads(sys.argv[1]):
+        began = time.perf_counter()
+        status = run(world_size, arguments, folder)
+        seconds = time.perf_counter() - began
+        print(f"status {status} after {seconds:.1f} s: {world_size} x {' '.join(arguments)}", flush=True)
         if status:
             sys.exit(1)

@@ -1,14 +1,16 @@
 """The bi-level step against oracles: the published numbers, and a plain second writing in float64."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memdlm_dist import fast_weights
+from memdlm_dist import fast_weights, trajectory
 from memdlm_dist.bilevel import Memory, outer_loss
 from memdlm_dist.inner_loop import InnerSGD
 from memdlm_dist.inner_loss import inner_loss
-from memdlm_dist.metrics import MemDLMMetrics
+from memdlm_dist.metrics import SKIPPED, MemDLMMetrics
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs
 from memdlm_dist.objective import Objective
 from memdlm_dist.trajectory import IGNORE_INDEX, Plan
@@ -62,6 +64,14 @@ def data(rows=4, prompt=3):
     labels = tokens.clone()
     labels[:, :prompt] = IGNORE_INDEX
     return tokens, labels, torch.arange(rows) * 17
+
+
+def recorder() -> MemDLMMetrics:
+    """What recording needs of the metrics, without TensorBoard."""
+    metrics = MemDLMMetrics.__new__(MemDLMMetrics)
+    metrics.parallel_dims = SimpleNamespace(get_optional_mesh=lambda name: None)
+    metrics.start_step()
+    return metrics
 
 
 def double(fast):
@@ -174,6 +184,49 @@ def test_rows_without_targets_and_rows_that_are_not_finite_do_not_touch_the_othe
         torch.testing.assert_close(together[alone], apart, rtol=1e-10, atol=1e-12)
 
 
+def test_a_state_that_is_not_finite_skips_one_rows_update_and_is_counted():
+    """A broken embedding that row 2 reads in an inner state and not in the outer one, where it is masked."""
+    model, settings = build(), memory(loss="cross_entropy")
+    goal = objective(settings, trajectory="progressive")
+    tokens, labels, ids = data()
+    broken = MASK_ID - 1
+    tokens = torch.where(tokens == broken, 0, tokens)
+    labels = torch.where(labels == IGNORE_INDEX, labels, tokens)
+    draw = trajectory.draw(3, 1, ids, labels != IGNORE_INDEX)
+    anchor = trajectory.anchor_state(draw, "linear", "schedule")
+    first, second = (state.mask_BL for state in goal.plan.states(draw, anchor))
+    position = (anchor.mask_BL & first & ~second)[2].nonzero()[0]
+    tokens[2, position] = labels[2, position] = broken
+
+    def run():
+        model.zero_grad()
+        adapted = []
+        batch = goal.micro_batch(tokens, labels, ids, step=1)
+        fast = double(settings.draw(3, 1, ids))
+        loss, statistics = outer_loss(model, batch, settings, fast, on_adapted=adapted.append)
+        loss.backward()
+        metrics = recorder()
+        metrics.record_inner_loop(statistics)
+        return loss, statistics, adapted[0], metrics._reduce()
+
+    _, whole, whole_fast, whole_scalars = run()
+    with torch.no_grad():
+        model.tok_embeddings.weight[broken] = torch.nan
+    loss, part, part_fast, scalars = run()
+
+    assert part.skipped_KG.tolist() == [[False] * 4, [False, False, True, False]]
+    assert not part.loss_KG[1, 2].isfinite() and (part.skipped_KG == ~part.counted_KG).all()
+    assert whole_scalars[SKIPPED] == 0 and scalars[SKIPPED] == 1
+    assert all(value == value for value in scalars.values()), "averages leave the row out"
+    others = [0, 1, 3]
+    torch.testing.assert_close(part.loss_KG[:, others], whole.loss_KG[:, others], rtol=1e-12, atol=0)
+    for after, before in zip(*map(fast_weights.leaves, (part_fast, whole_fast)), strict=True):
+        assert torch.equal(after[others], before[others]) and after.isfinite().all()
+    # Row 2 keeps what the first step wrote, and the outer loss and its gradients are sound.
+    assert 0 < part.written_norm_G[2] < whole.written_norm_G[2]
+    assert loss.isfinite() and all(gradient.isfinite().all() for gradient in gradients(model).values())
+
+
 class HostReads(TorchDispatchMode):
     """Collects the operators whose result the host has to wait for on an accelerator."""
 
@@ -188,18 +241,27 @@ class HostReads(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("use_memory", [True, False])
-def test_a_step_never_waits_for_the_device(use_memory):
-    model, settings = build(torch.float32), memory()
-    goal = objective(settings)
+@pytest.mark.parametrize(
+    "use_memory, loss, adapter, trajectory",
+    [
+        (True, "cross_entropy", "lora", "anchor_consistent"),
+        (True, "reverse_kl", "full", "progressive"),
+        (True, "hidden_mse", "lora", "pre_anchor_only"),
+        (True, "hidden_cosine", "full", "anchor_only"),
+        (False, "cross_entropy", "lora", "anchor_consistent"),
+    ],
+)
+def test_a_step_never_waits_for_the_device(use_memory, loss, adapter, trajectory):
+    model, settings = build(torch.float32), memory(loss=loss, adapter=adapter)
+    goal = objective(settings, trajectory=trajectory)
     batch = goal.micro_batch(*data(), step=2)
     with HostReads() as reads:
         loss, statistics = goal.loss_sum(model, batch, step=2, use_memory=use_memory)
         loss.backward()
         if statistics is not None:
-            metrics = MemDLMMetrics.__new__(MemDLMMetrics)  # only what recording needs, not TensorBoard
-            metrics.start_step()
+            metrics = recorder()
             metrics.record_inner_loop(statistics)
+            metrics.record_rank_loss(loss, batch.maskable)
     assert reads.found == []
     with HostReads() as reads:
         loss.item()
@@ -235,9 +297,10 @@ def test_draw_has_the_published_distribution():
     assert not torch.equal(flat[0][0], flat[0][1]), "every sequence gets its own numbers"
 
 
-def test_single_device_autocast_keeps_every_gradient():
+@pytest.mark.parametrize("loss", ["cross_entropy", "kl", "hidden_mse"])
+def test_single_device_autocast_keeps_every_gradient(loss):
     """Autocast caches the casts of weights; the no_grad pass must not leave casts without a graph there."""
-    model, settings = build(torch.float32), memory()
+    model, settings = build(torch.float32), memory(loss=loss)
     tokens, labels, ids = data()
     batch = objective(settings).micro_batch(tokens, labels, ids, step=2)
     fast = settings.draw(3, 2, ids)

@@ -26,10 +26,10 @@ TOLERANCE = 1e-5
 TP = "--parallelism.tensor_parallel_degree"
 LOCAL = "--training.local_batch_size"
 AC = "--activation_checkpoint.mode"
-# name -> (processes, arguments); every one has a global batch of 4.
+# name -> (processes, arguments); every one has a global batch of 4. More layouts, over more steps, are in
+# test_invariance.py.
 LAYOUTS = {
     "single": (1, [LOCAL, "4"]),
-    "accumulation": (1, [LOCAL, "1"]),
     "fsdp2": (2, [LOCAL, "2"]),
     "tp2": (2, [LOCAL, "4", TP, "2"]),
     "tp2-no-loss-parallel": (2, [LOCAL, "4", TP, "2", "--parallelism.disable_loss_parallel"]),
@@ -41,8 +41,6 @@ LAYOUTS = {
     # The default backend has been tried by "compiled"; what is particular to TP comes before it.
     "compiled-tp2": (2, [LOCAL, "4", TP, "2", "--compile.enable", "--compile.backend", "aot_eager"]),
     "fsdp4": (4, [LOCAL, "1"]),
-    "hsdp2x2": (4, [LOCAL, "1", "--parallelism.data_parallel_replicate_degree", "2"]),
-    "fsdp2-tp2": (4, [LOCAL, "2", TP, "2"]),
     "fsdp2-tp2-accumulation": (4, [LOCAL, "1", TP, "2"]),
 }
 VALIDATED = ("single", "fsdp2", "fsdp4", "tp2")
@@ -55,13 +53,14 @@ BFLOAT16_TOLERANCE = 0.03
 def results(tmp_path_factory):
     """The scalars of two steps from one seed checkpoint, for every layout."""
     root = tmp_path_factory.mktemp("layouts")
-    seed = (1, debug(root / "seed", "--checkpoint.enable", "--checkpoint.create_seed_checkpoint"))
+    tiny = ["--model.flavor", "tiny"]
+    seed = (1, debug(root / "seed", *tiny, "--checkpoint.enable", "--checkpoint.create_seed_checkpoint"))
     common = [
-        "--training.steps", str(STEPS), "--training.global_batch_size", "4", "--checkpoint.enable",
+        *tiny, "--training.steps", str(STEPS), "--training.global_batch_size", "4", "--checkpoint.enable",
         "--checkpoint.load_only", "--checkpoint.initial_load_path", str(root / "seed/checkpoint/step-0"),
     ]  # fmt: skip
-    # All 41 held-out sequences in batches of 2 a rank: a number that no layout divides.
-    validation = ["--validation.enable", "--validation.local_batch_size", "2", "--validation.steps", "-1"]
+    # All 41 held-out sequences: a number that no layout divides into batches.
+    validation = ["--validation.enable", "--validation.local_batch_size", "4", "--validation.steps", "-1"]
     everything = LAYOUTS | {
         name: (n, [*args, "--training.mixed_precision_param", "bfloat16"]) for name, (n, args) in BFLOAT16.items()
     }
@@ -102,6 +101,72 @@ def test_the_layouts_are_not_trivially_equal(results):
     assert one["validation/loss_memory_on"][0] < one["validation/loss_memory_off"][0]
     assert one["validation/loss_memory_off"][2] < one["validation/loss_memory_off"][0]
     assert one["parametric_memory/skipped_updates"] == {1: 0, 2: 0}
+
+
+# The options of the inner loop, each at least once, on the layouts in which they run different code.
+MEMORY = "--parametric_memory."
+OPTIONS = {
+    "kl-progressive-global": {"inner_loss": "kl", "trajectory": "progressive", "gradient_norm": "global"},
+    "reverse_kl-newly_revealed-3": {
+        "inner_loss": "reverse_kl", "supervision": "newly_revealed", "inner_steps": "3",
+        "target_modules": "ffn,attention",
+    },
+    "hidden_mse-anchor_only-full": {
+        "inner_loss": "hidden_mse", "trajectory": "anchor_only", "adapter": "full", "target_modules": "ffn,attention",
+    },
+    "hidden_cosine-pre_anchor_only": {
+        "inner_loss": "hidden_cosine", "trajectory": "pre_anchor_only", "student_hidden": "post_final_norm",
+        "inner_steps": "1", "target_modules": "q,o",
+    },
+    "batch": {"granularity": "batch", "adapter": "full", "target_modules": "ffn,attention"},
+}  # fmt: skip
+OPTION_LAYOUTS = {
+    "single": LAYOUTS["single"],
+    # Every block recomputed in the backward pass, and every group of parameters freed after its forward pass.
+    "fsdp2": (2, [LOCAL, "2", AC, "full", "--parallelism.fsdp_reshard_after_forward", "always"]),
+    "tp2": LAYOUTS["tp2"],
+    "tp2-no-loss-parallel": LAYOUTS["tp2-no-loss-parallel"],
+    "compiled": (2, [LOCAL, "2", "--compile.enable", "--compile.backend", "aot_eager"]),
+}
+# One set for a whole local batch depends on the local batch: only layouts with the same one are the same.
+# Compilation takes seconds; two of the sets hold what a compiled block sees of the options.
+LEFT_OUT = {
+    "batch": ("fsdp2", "compiled"),
+    "kl-progressive-global": ("compiled",),
+    "reverse_kl-newly_revealed-3": ("compiled",),
+}
+OPTION_RUNS = [
+    (options, layout) for options in OPTIONS for layout in OPTION_LAYOUTS if layout not in LEFT_OUT.get(options, ())
+]
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    root = tmp_path_factory.mktemp("options")
+    tiny = ["--model.flavor", "tiny"]
+    seed = (1, debug(root / "seed", *tiny, "--checkpoint.enable", "--checkpoint.create_seed_checkpoint"))
+    common = [
+        *tiny, "--training.steps", str(STEPS), "--training.global_batch_size", "4", "--checkpoint.enable",
+        "--checkpoint.load_only", "--checkpoint.initial_load_path", str(root / "seed/checkpoint/step-0"),
+    ]  # fmt: skip
+    runs = []
+    for name, layout in OPTION_RUNS:
+        processes, arguments = OPTION_LAYOUTS[layout]
+        chosen = [part for key, value in OPTIONS[name].items() for part in (MEMORY + key, value)]
+        runs.append((processes, debug(root / name / layout, *common, *arguments, *chosen)))
+    run_many([seed, *runs])
+    return {run: scalars(root / run[0] / run[1]) for run in OPTION_RUNS}
+
+
+@pytest.mark.parametrize("name, layout", [run for run in OPTION_RUNS if run[1] != "single"])
+def test_every_option_is_the_same_on_every_layout(options, name, layout):
+    ours, theirs = options[name, layout], options[name, "single"]
+    tracked = [key for key in theirs if key.startswith("parametric_memory/inner")]
+    steps = {"kl-progressive-global": 2, "reverse_kl-newly_revealed-3": 3, "batch": 2}.get(name, 1)
+    assert len(tracked) == 2 * steps
+    for key in (*tracked, "loss_metrics/global_avg_loss", "grad_norm", "parametric_memory/fast_weight_norm"):
+        assert set(ours[key]) == set(theirs[key]) == {1, 2}
+        assert relative_difference(ours[key], theirs[key]) < TOLERANCE, f"{key}: {ours[key]} against {theirs[key]}"
 
 
 @pytest.fixture(scope="module")
@@ -164,8 +229,5 @@ def test_as_a_user_starts_it(tmp_path):
     assert [row["step"] for row in history] == [0, 2, 4]
     assert (tmp_path / "checkpoint/step-4/.metadata").is_file()
 
-    again = launch(
-        4, tmp_path, "--parallelism.data_parallel_shard_degree", "2", TP, "2", "--training.steps", "4",
-        "--checkpoint.enable", "--validation.enable",
-    )  # fmt: skip
+    again = run_many([(1, debug(tmp_path, "--training.steps", "4", "--checkpoint.enable", "--validation.enable"))])
     assert "This run is complete: its checkpoint is at step 4" in again and " step:  " not in again

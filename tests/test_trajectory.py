@@ -203,10 +203,22 @@ def test_gathering_finds_every_target_once(shards):
     assert found == set(tokens[anchor.mask_BL].tolist())
 
 
-def test_gathering_nothing_keeps_one_slot():
+def test_gathering_nothing_keeps_a_few_slots():
     nothing = torch.zeros(2, LENGTH, dtype=torch.bool)
     scored = gather_scored(State(nothing, nothing, torch.ones(2)), torch.zeros(2, LENGTH, dtype=torch.int64), 2)
-    assert scored.index_SM.shape == (2, 1) and not scored.valid_N.any()
+    # A sixteenth of the 48 tokens of a shard, so that the head never runs on nothing.
+    assert scored.index_SM.shape == (2, 3) and not scored.valid_N.any()
+
+
+@pytest.mark.parametrize("rows, shards", [(1, 1), (2, 2), (5, 1)])
+def test_the_head_sees_few_shapes(rows, shards):
+    tokens, shapes = torch.zeros(rows, LENGTH, dtype=torch.int64), set()
+    for count in range(LENGTH + 1):
+        target = (torch.arange(LENGTH) < count).expand(rows, LENGTH)
+        scored = gather_scored(State(target, target, torch.ones(rows)), tokens, shards)
+        shapes.add(scored.index_SM.shape[1])
+        assert int(scored.valid_N.sum()) == rows * count
+    assert len(shapes) <= 16 and max(shapes) == rows * LENGTH // shards
 
 
 @pytest.mark.parametrize(
