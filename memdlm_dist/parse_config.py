@@ -144,7 +144,8 @@ def _plain(text: str) -> str:
     """What tyro's framed and coloured message says, as one line of text."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)
     text = re.sub(r"╭─ [^─]* ─+╮", " ", text)  # the frame's title repeats what follows
-    text = re.sub(r"[╭╮╰╯│─]+", " ", text)
+    text = re.sub(r"^[A-Za-z\s]+-{8,}", " ", text)  # likewise, where the output takes ASCII alone
+    text = re.sub(r"[╭╮╰╯│─]+|-{8,}", " ", text)
     text = re.split(r"Argument helptext:|For full helptext", text)[0]
     return re.sub(r"\s+", " ", text).strip().rstrip(".")
 

@@ -50,7 +50,7 @@ MISTAKES = [
     Mistake("group and member", "names a linear twice: ffn, up is gate, up, down, up", ("--parametric_memory.target_modules", "ffn,up")),
     Mistake("inner steps", "inner_steps must be at least 1", ("--parametric_memory.inner_steps", "0")),
     Mistake("steps of a single state", "cannot be taken along the anchor_only trajectory", ("--parametric_memory.inner_steps", "3", "--parametric_memory.trajectory", "anchor_only")),
-    Mistake("inner loss", "--parametric_memory.inner-loss", ("--parametric_memory.inner_loss", "mse")),
+    Mistake("inner loss", "error: invalid choice 'mse' for argument '--parametric-memory.inner-loss'", ("--parametric_memory.inner_loss", "mse")),
     Mistake("flavour", "choose among debug, quickstart, 1B, 8B", ("--model.flavor", "7B")),
     Mistake("model", "is not a diffusion backbone", ("--model.name", "llama3")),
     Mistake("pipeline", "pipeline_parallel_degree = 2 is not supported", ("--parallelism.pipeline_parallel_degree", "2")),

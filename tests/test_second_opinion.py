@@ -51,7 +51,7 @@ TARGETS = st.lists(st.sampled_from([*ARGS.targets["ffn"], *ARGS.targets["attenti
 
 
 # The examples follow from the test's text: the same on every machine, and this many.
-@settings(max_examples=80, derandomize=True, deadline=None, database=None)
+@settings(max_examples=100, derandomize=True, deadline=None, database=None)
 @given(
     options=OPTIONS,
     rows=ROWS,
