@@ -31,6 +31,7 @@ class AdaptedLinear:
     in_features: int
     out_features: int
     row_wise: bool  # tensor-parallel style: row-wise shards `in`, column-wise shards `out`
+    number: int  # its own among all linears of the backbone, whichever are adapted: the key of its draw
 
 
 class LowRank(NamedTuple):
@@ -116,8 +117,8 @@ def draw(
         tp_mesh: one-dimensional; makes DTensors.
     """
     fast: FastWeights = {}
-    for number, linear in enumerate(linears):
-        new = ADAPTERS[adapter].start(linear, rank, alpha, keys_G + number, tp_mesh)
+    for linear in linears:
+        new = ADAPTERS[adapter].start(linear, rank, alpha, keys_G + linear.number, tp_mesh)
         fast.setdefault(linear.layer, {})[linear.target] = new
     return fast
 

@@ -297,6 +297,14 @@ def test_draw_has_the_published_distribution():
     assert not torch.equal(flat[0][0], flat[0][1]), "every sequence gets its own numbers"
 
 
+def test_a_linears_draw_does_not_depend_on_which_others_are_adapted():
+    ids = torch.arange(2)
+    some = memory(targets=("up", "o"), first_layer=2).draw(3, 1, ids)
+    more = memory(targets=("attention", "ffn"), first_layer=0).draw(3, 1, ids)
+    for target in ("up", "o"):
+        assert torch.equal(some["2"][target].A_GRi, more["2"][target].A_GRi)
+
+
 @pytest.mark.parametrize("loss", ["cross_entropy", "kl", "hidden_mse"])
 def test_single_device_autocast_keeps_every_gradient(loss):
     """Autocast caches the casts of weights; the no_grad pass must not leave casts without a graph there."""

@@ -73,8 +73,9 @@ class LLaDAArgs(BaseModelArgs):
             "v": (self.dim, kv_width, False),
             "o": (self.dim, self.dim, True),
         }
+        names = list(sizes)
         return [
-            AdaptedLinear(str(layer), target, *sizes[target])
+            AdaptedLinear(str(layer), target, *sizes[target], number=layer * len(names) + names.index(target))
             for layer in range(first_layer, self.n_layers)
             for target in self.linears_of(targets)
         ]
