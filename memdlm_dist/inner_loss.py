@@ -19,7 +19,8 @@ from memdlm_dist.diffusion import token_nll
 
 # What is read off the model: the output head's logits [N, V], or the last layer's output [N, D] before
 # or after the final norm.
-Readout = Literal["logits", "pre_final_norm", "post_final_norm"]
+Hidden = Literal["pre_final_norm", "post_final_norm"]
+Readout = Literal["logits"] | Hidden
 
 
 class InnerLoss(NamedTuple):
@@ -59,13 +60,14 @@ LOGIT_LOSSES = {
     "reverse_kl": InnerLoss(reverse_kl, "logits", "logits"),
 }
 HIDDEN_LOSSES = {"hidden_mse": hidden_mse, "hidden_cosine": hidden_cosine}
+INNER_LOSSES = (*LOGIT_LOSSES, *HIDDEN_LOSSES)
 
 
-def inner_loss(name: str, student_hidden: Readout, teacher_hidden: Readout) -> InnerLoss:
+def inner_loss(name: str, student_hidden: Hidden, teacher_hidden: Hidden) -> InnerLoss:
     """An inner loss by name.
 
     Args:
-        name: a key of `LOGIT_LOSSES` or `HIDDEN_LOSSES`.
+        name: one of `INNER_LOSSES`.
         student_hidden: which hidden state a hidden loss takes of the student.
         teacher_hidden: and of the teacher.
     """

@@ -3,21 +3,32 @@
 Each field's docstring is what `--help` shows. Reading and checking is in `parse_config`.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torchtitan.config.job_config import Checkpoint as TitanCheckpoint
 from torchtitan.config.job_config import Validation as TitanValidation
+
+from memdlm_dist.diffusion import SCHEDULES, WEIGHTS
+from memdlm_dist.fast_weights import ADAPTERS, GRADIENT_NORMS
+from memdlm_dist.inner_loss import INNER_LOSSES, Hidden
+from memdlm_dist.trajectory import SUPERVISION, TRAJECTORIES
+
+
+def _one_of(names: Iterable[str]) -> Any:
+    """The type of a choice among the entries of a table, so that a new entry is a new choice at once."""
+    return Literal[tuple(names)]
 
 
 @dataclass
 class Diffusion:
     """The masked-diffusion objective."""
 
-    schedule: Literal["linear", "cosine"] = "linear"
+    schedule: _one_of(SCHEDULES) = "linear"  # type: ignore[valid-type]
     """Noise schedule alpha(t): linear is 1 - t, cosine is 1 - cos(pi/2 (1 - t))."""
 
-    loss_weight: Literal["schedule", "uniform"] = "schedule"
+    loss_weight: _one_of(WEIGHTS) = "schedule"  # type: ignore[valid-type]
     """Weight of a masked token: schedule is -alpha'(t) / (1 - alpha(t)), the likelihood bound; uniform is 1."""
 
 
@@ -32,7 +43,7 @@ class ParametricMemory:
     """First step that trains with the memory; earlier ones are plain masked diffusion. A model trained from
     scratch should first learn without it: the inner loop assumes a base that predicts."""
 
-    trajectory: Literal["anchor_consistent", "pre_anchor_only", "anchor_only", "progressive"] = "anchor_consistent"
+    trajectory: _one_of(TRAJECTORIES) = "anchor_consistent"  # type: ignore[valid-type]
     """States that the inner loop visits. anchor_consistent: from the pre-anchor down to the anchor, the state of
     the outer loss; pre_anchor_only and anchor_only: one step on the first or the last of these; progressive: mask
     ratios from 0.8 to 0.2 that ignore the anchor."""
@@ -44,19 +55,19 @@ class ParametricMemory:
     pre_anchor_scale: float = 1.5
     """The pre-anchor masks this many times the anchor's ratio of tokens, at most all of them."""
 
-    inner_loss: Literal["cross_entropy", "kl", "reverse_kl", "hidden_mse", "hidden_cosine"] = "cross_entropy"
+    inner_loss: _one_of(INNER_LOSSES) = "cross_entropy"  # type: ignore[valid-type]
     """What an inner step minimises. cross_entropy: to the clean tokens. The others distil from a teacher, the same
     model with the current fast weights on the next state (the clean sequence at the last step): kl is
     KL(teacher || student), reverse_kl the other way round, hidden_mse and hidden_cosine compare the last layer's
     outputs."""
 
-    student_hidden: Literal["pre_final_norm", "post_final_norm"] = "pre_final_norm"
+    student_hidden: Hidden = "pre_final_norm"
     """Which output of the last layer hidden_mse and hidden_cosine take of the student."""
 
-    teacher_hidden: Literal["pre_final_norm", "post_final_norm"] = "post_final_norm"
+    teacher_hidden: Hidden = "post_final_norm"
     """Which output of the last layer hidden_mse and hidden_cosine take of the teacher."""
 
-    supervision: Literal["masked", "newly_revealed"] = "masked"
+    supervision: _one_of(SUPERVISION) = "masked"  # type: ignore[valid-type]
     """Tokens that an inner step scores: all that its state masks, or only those that the next state reveals."""
 
     learning_rate: float = 0.1
@@ -65,10 +76,10 @@ class ParametricMemory:
     gradient_clip: float = 1.0
     """Largest norm of an inner gradient; 0 switches clipping off."""
 
-    gradient_norm: Literal["per_parameter", "global"] = "per_parameter"
+    gradient_norm: _one_of(GRADIENT_NORMS) = "per_parameter"  # type: ignore[valid-type]
     """What is clipped: every fast tensor's gradient by its own norm, or all of a set's by their common norm."""
 
-    adapter: Literal["lora", "full"] = "lora"
+    adapter: _one_of(ADAPTERS) = "lora"  # type: ignore[valid-type]
     """Form of the fast weights of a linear: a low-rank pair, or one matrix of the linear's own size, which costs
     its memory once per set."""
 

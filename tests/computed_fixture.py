@@ -2,7 +2,7 @@
 
 import json
 
-import check_golden
+import golden_fixture
 import naive
 import torch
 from safetensors.torch import save_file
@@ -35,7 +35,7 @@ def write_fixture(folder, memory, targets, shape, absent):
     weighing = "uniform" if memory.get("loss_weight", "").startswith("uniform") else "schedule"
     hidden = f"hidden_{memory.get('hidden_type')}"
     options = naive.Options(
-        trajectory=check_golden.WORDS["masking"][memory["masking"]],
+        trajectory=golden_fixture.WORDS["masking"][memory["masking"]],
         inner_steps=memory["steps"],
         pre_anchor_scale=settings["start_scale"],
         inner_loss=OURS.get(memory["loss"], hidden),
@@ -45,8 +45,8 @@ def write_fixture(folder, memory, targets, shape, absent):
         gradient_clip=settings["grad_clip"],
         loss_weight=weighing,
     )
-    theirs = {ours: published for published, ours in check_golden.BLOCK_NAMES.items()}
-    theirs |= {ours: published for published, ours in check_golden.TOP_NAMES.items()}
+    theirs = {ours: published for published, ours in golden_fixture.BLOCK_NAMES.items()}
+    theirs |= {ours: published for published, ours in golden_fixture.TOP_NAMES.items()}
 
     def published_name(name):
         module = name.removesuffix(".weight")
@@ -58,16 +58,16 @@ def write_fixture(folder, memory, targets, shape, absent):
     adapters, fast, inputs = [], {}, {}
     for layer in ("1", "2"):
         for target in targets:
-            module = next(x for x in check_golden.BLOCK_NAMES if x.endswith(target))
+            module = next(x for x in golden_fixture.BLOCK_NAMES if x.endswith(target))
             adapters.append(name := f"model.layers.{layer}.{module}")
-            out, width = state[check_golden.our_name(f"{name}.weight")].shape
+            out, width = state[golden_fixture.our_name(f"{name}.weight")].shape
             if settings.get("adapter_type") == "full":
                 start = (torch.zeros(out, width).double(),)
             else:
                 A = (torch.rand(3, width, generator=generator) * 2 - 1) / width**0.5
                 inputs[f"A_init.{name}"] = A
                 start = (A.double(), torch.zeros(out, 3).double(), settings["alpha"] / 3)
-            fast.setdefault(layer, {})[check_golden.TARGETS[module]] = start
+            fast.setdefault(layer, {})[golden_fixture.TARGETS[module]] = start
 
     state = {name: p.requires_grad_() for name, p in state.items()}
     model = naive.DenseModel(state, args)
@@ -105,7 +105,7 @@ def write_fixture(folder, memory, targets, shape, absent):
     }  # fmt: skip
     outputs = {}
     for name in adapters:
-        layer, target = check_golden.split_adapter(name)
+        layer, target = golden_fixture.split_adapter(name)
         letters = ("delta",) if len(final[layer][target]) == 1 else ("A", "B")
         outputs |= {f"{letter}_final.{name}": x for letter, x in zip(letters, final[layer][target], strict=False)}
     results = {"inner_losses": losses, "inner_grad_norms": norms}

@@ -45,6 +45,14 @@ def run_many(runs: Sequence[tuple[int, list[str]] | tuple[int, list[str], str]])
     return _run([sys.executable, "tests/run_many.py", json.dumps([[*run, None][:3] for run in runs])])
 
 
+def from_one_seed(root: Path, *args: str) -> tuple[tuple[int, list[str]], list[str]]:
+    """The run that writes a seed checkpoint under `root`, and the arguments of one that starts from it."""
+    enable = "--checkpoint.enable"
+    seed = (1, debug(root / "seed", *args, enable, "--checkpoint.create_seed_checkpoint"))
+    load = ["--checkpoint.load_only", "--checkpoint.initial_load_path", str(root / "seed/checkpoint/step-0")]
+    return seed, [*args, enable, *load]
+
+
 def scalars(out: Path) -> dict[str, dict[int, float]]:
     """TensorBoard's scalars of a run: name -> step -> value."""
     found: dict[str, dict[int, float]] = {}

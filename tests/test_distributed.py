@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from launching import debug, launch, run_many, scalars
+from launching import debug, from_one_seed, launch, run_many, scalars
 from torch.distributed.checkpoint import FileSystemReader
 
 STEPS = 2
@@ -43,6 +43,7 @@ LAYOUTS = {
     "fsdp4": (4, [LOCAL, "1"]),
     "fsdp2-tp2-accumulation": (4, [LOCAL, "1", TP, "2"]),
 }
+COMMON = ["--model.flavor", "tiny", "--training.steps", str(STEPS), "--training.global_batch_size", "4"]
 VALIDATED = ("single", "fsdp2", "fsdp4", "tp2")
 # bfloat16 carries 8 bits; one rounding is 0.4%, and they add up over the layers.
 BFLOAT16 = {"fsdp2-bfloat16": (2, [LOCAL, "2"]), "fsdp2-tp2-bfloat16": (4, [LOCAL, "2", TP, "2"])}
@@ -53,12 +54,7 @@ BFLOAT16_TOLERANCE = 0.03
 def results(tmp_path_factory):
     """The scalars of two steps from one seed checkpoint, for every layout."""
     root = tmp_path_factory.mktemp("layouts")
-    tiny = ["--model.flavor", "tiny"]
-    seed = (1, debug(root / "seed", *tiny, "--checkpoint.enable", "--checkpoint.create_seed_checkpoint"))
-    common = [
-        *tiny, "--training.steps", str(STEPS), "--training.global_batch_size", "4", "--checkpoint.enable",
-        "--checkpoint.load_only", "--checkpoint.initial_load_path", str(root / "seed/checkpoint/step-0"),
-    ]  # fmt: skip
+    seed, common = from_one_seed(root, *COMMON)
     # All 41 held-out sequences: a number that no layout divides into batches.
     validation = ["--validation.enable", "--validation.local_batch_size", "4", "--validation.steps", "-1"]
     everything = LAYOUTS | {
@@ -143,12 +139,7 @@ OPTION_RUNS = [
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
     root = tmp_path_factory.mktemp("options")
-    tiny = ["--model.flavor", "tiny"]
-    seed = (1, debug(root / "seed", *tiny, "--checkpoint.enable", "--checkpoint.create_seed_checkpoint"))
-    common = [
-        *tiny, "--training.steps", str(STEPS), "--training.global_batch_size", "4", "--checkpoint.enable",
-        "--checkpoint.load_only", "--checkpoint.initial_load_path", str(root / "seed/checkpoint/step-0"),
-    ]  # fmt: skip
+    seed, common = from_one_seed(root, *COMMON)
     runs = []
     for name, layout in OPTION_RUNS:
         processes, arguments = OPTION_LAYOUTS[layout]

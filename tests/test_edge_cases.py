@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from launching import debug, run_many, scalars
+from launching import debug, from_one_seed, run_many, scalars
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
 
 from memdlm_dist import trajectory
@@ -49,21 +49,19 @@ def write_shards(folder, rows):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, request):
+def results(tmp_path_factory):
     root = tmp_path_factory.mktemp("edge")
     random = np.random.default_rng(0)
     data = write_shards(
         root / "data",
         [(random.integers(4, 512, LENGTH), np.arange(LENGTH) < count) for step in MASKABLE for count in step],
     )
-    seed = (1, debug(root / "seed", *data, "--checkpoint.enable", "--checkpoint.create_seed_checkpoint"))
+    seed, common = from_one_seed(root, *data, "--training.steps", str(STEPS))
     runs = [
-        (n, debug(root / name / layout, *data, *options, *args, "--training.steps", str(STEPS), "--checkpoint.enable",
-                  "--checkpoint.load_only", "--checkpoint.initial_load_path", str(root / "seed/checkpoint/step-0")),
-         str(root / "draws" / name / layout))
+        (n, debug(root / name / layout, *common, *options, *args), str(root / "draws" / name / layout))
         for name, options in OPTIONS.items()
         for layout, (n, args) in LAYOUTS.items()
-    ]  # fmt: skip
+    ]
     run_many([seed, *runs])
     return root
 
@@ -127,8 +125,9 @@ def test_a_row_whose_inner_loss_is_not_finite_is_counted(tmp_path):
     first, second = (state.mask_BL for state in Plan(trajectory="progressive").states(draw, anchor))
     tokens[row, int((anchor.mask_BL & first & ~second)[row].nonzero()[0])] = broken
     data = write_shards(tmp_path / "data", [(x, np.ones(LENGTH, dtype=bool)) for x in tokens])
-    seed = debug(tmp_path / "seed", *data, "--checkpoint.enable", "--checkpoint.create_seed_checkpoint")
-    run_many([(1, seed)])
+    progressive = ["--parametric_memory.trajectory", "progressive", "--training.steps", "1"]
+    seed, common = from_one_seed(tmp_path, *data, *progressive)
+    run_many([seed])
 
     saved = str(tmp_path / "state.pt")
     dcp_to_torch_save(tmp_path / "seed/checkpoint/step-0", saved)
@@ -137,14 +136,11 @@ def test_a_row_whose_inner_loss_is_not_finite_is_counted(tmp_path):
     torch.save(state, saved)
     torch_save_to_dcp(saved, tmp_path / "broken")
 
-    def run(name, processes, local, start):
-        return (processes, debug(tmp_path / name, *data, "--training.steps", "1", LOCAL, local, "--checkpoint.enable",
-                                 "--checkpoint.load_only", "--checkpoint.initial_load_path", str(tmp_path / start),
-                                 "--parametric_memory.trajectory", "progressive"))  # fmt: skip
+    def run(name, processes, local, *start):
+        return processes, debug(tmp_path / name, *common, LOCAL, local, *start)
 
-    run_many(
-        [run("sound", 1, "4", "seed/checkpoint/step-0"), run("one", 1, "4", "broken"), run("two", 2, "2", "broken")]
-    )
+    start = ("--checkpoint.initial_load_path", str(tmp_path / "broken"))
+    run_many([run("sound", 1, "4"), run("one", 1, "4", *start), run("two", 2, "2", *start)])
     sound, one, two = (scalars(tmp_path / name) for name in ("sound", "one", "two"))
     assert sound["parametric_memory/skipped_updates"] == {1: 0}
     for found in (one, two):

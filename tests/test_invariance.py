@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from launching import debug, run_many, scalars
+from launching import debug, from_one_seed, run_many, scalars
 
 STEPS = 20
 # What 20 steps make of adding up the same numbers in another order (2e-7 is seen in the loss, 2e-6 in the norm).
@@ -35,12 +35,10 @@ RECORDED = "lora-ffn-attention"
 def root(tmp_path_factory):
     """Runs everything from one seed checkpoint."""
     root = tmp_path_factory.mktemp("invariance")
-    tiny = ["--model.flavor", "tiny"]
-    runs = [(1, debug(root / "seed", *tiny, "--checkpoint.enable", "--checkpoint.create_seed_checkpoint"))]
-    common = [
-        *tiny, "--training.steps", str(STEPS), "--training.global_batch_size", "4", "--checkpoint.enable",
-        "--checkpoint.load_only", "--checkpoint.initial_load_path", str(root / "seed/checkpoint/step-0"),
-    ]  # fmt: skip
+    seed, common = from_one_seed(
+        root, "--model.flavor", "tiny", "--training.steps", str(STEPS), "--training.global_batch_size", "4"
+    )
+    runs = [seed]
     for variant, options in VARIANTS.items():
         for layout, (processes, _, arguments) in LAYOUTS.items():
             run = (processes, debug(root / variant / layout, *common, *options, *arguments))
