@@ -69,7 +69,7 @@ class MemDLMTrainer(Trainer):
         super().train_step(data_iterator)
 
     def forward_backward_step(
-        self, *, input_dict: dict[str, Any], labels: torch.Tensor, global_valid_tokens: torch.Tensor | int
+        self, *, input_dict: dict[str, Any], labels: torch.Tensor, global_valid_tokens: torch.Tensor | float
     ) -> torch.Tensor:
         """The bi-level step of one micro-batch; returns its share of the global loss."""
         (model,) = self.model_parts
@@ -77,8 +77,7 @@ class MemDLMTrainer(Trainer):
         with self.train_context():
             with self.maybe_enable_amp:
                 loss_sum, statistics = self.objective.loss_sum(model, batch, self.step)
-                # A global batch without a maskable token has a loss of 0 and no gradient.
-                loss = loss_sum / torch.as_tensor(global_valid_tokens, device=self.device).clamp(min=1)
+                loss = loss_sum / _at_least_one(global_valid_tokens)
             loss.backward()
         if self.metrics_processor.should_log(self.step):
             self.metrics_processor.record_rank_loss(loss_sum, batch.maskable)
@@ -86,6 +85,14 @@ class MemDLMTrainer(Trainer):
             if statistics is not None:
                 self.metrics_processor.record_inner_loop(statistics)
         return loss
+
+
+def _at_least_one(count: torch.Tensor | float) -> torch.Tensor | float:
+    """The denominator of the loss: a global batch without a maskable token has a loss of 0 and no gradient.
+
+    torchtitan counts on the device, or over ranks into a number; neither is moved here, which would wait.
+    """
+    return count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1)
 
 
 def check_output(dump_folder: str) -> None:
