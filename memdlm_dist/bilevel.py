@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from memdlm_dist import fast_weights, inner_loop
 from memdlm_dist.diffusion import token_nll, weighed
-from memdlm_dist.fast_weights import AdaptedLinear, FastWeights
-from memdlm_dist.inner_loop import InnerSGD, InnerStatistics
+from memdlm_dist.fast_weights import AdaptedLinear, FastWeights, InnerSGD
+from memdlm_dist.inner_loop import InnerStatistics
 from memdlm_dist.inner_loss import InnerLoss
 from memdlm_dist.models.llada import LLaDA
 from memdlm_dist.trajectory import InnerStep, MicroBatch, Scored

@@ -214,22 +214,24 @@ GRADIENT_NORMS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@dataclass(frozen=True)
+class InnerSGD:
+    """The optimiser of the inner loop."""
+
+    learning_rate: float = 0.1
+    clip: float = 1.0  # largest norm; 0 switches clipping off
+    gradient_norm: str = "per_parameter"  # a key of `GRADIENT_NORMS`
+
+
 def sgd_update(
-    fast: FastWeights,
-    grads: Sequence[Tensor],
-    learning_rate: float,
-    clip: float,
-    keep_G: Tensor,
-    gradient_norm: str = "per_parameter",
+    fast: FastWeights, grads: Sequence[Tensor], optimiser: InnerSGD, keep_G: Tensor
 ) -> tuple[FastWeights, Tensor]:
     """One SGD step, every set's every tensor clipped by its norm: g *= clip / (norm + 1e-12) above it.
 
     Args:
         grads: gradients of `leaves(fast)`.
-        clip: largest norm; 0 switches clipping off.
         keep_G: bool; sets where it is False are left as they are, and so are those whose gradient is
             not finite.
-        gradient_norm: a key of `GRADIENT_NORMS`.
 
     Returns:
         The new fast weights, and the 2-norm `[G]` of each set's whole gradient before clipping.
@@ -241,14 +243,14 @@ def sgd_update(
     ]
     squares_TG = squared_norms(grads)
     keep_G = keep_G & squares_TG.isfinite().all(0)
-    norms_TG = GRADIENT_NORMS[gradient_norm](squares_TG)
+    norms_TG, clip = GRADIENT_NORMS[optimiser.gradient_norm](squares_TG), optimiser.clip
     factor_TG = torch.where(norms_TG > clip, clip / (norms_TG + 1e-12), 1.0) if clip > 0 else torch.ones_like(norms_TG)
 
     def step(x: Tensor, g: Tensor, factor_G: Tensor) -> Tensor:
         # Local arithmetic: the factor is one number per set, the same on every tensor-parallel rank.
         placements = (x.device_mesh, x.placements) if isinstance(x, DTensor) else None
         x, g = (y.to_local() if isinstance(y, DTensor) else y for y in (x, g))
-        moved = x - learning_rate * factor_G[:, None, None] * g
+        moved = x - optimiser.learning_rate * factor_G[:, None, None] * g
         new = torch.where(keep_G[:, None, None], moved, x)
         return DTensor.from_local(new, *placements, run_check=False) if placements else new
 

@@ -11,17 +11,8 @@ from torch import Tensor
 
 from memdlm_dist import fast_weights
 from memdlm_dist.diffusion import weighed
-from memdlm_dist.fast_weights import FastWeights
+from memdlm_dist.fast_weights import FastWeights, InnerSGD
 from memdlm_dist.trajectory import Scored
-
-
-@dataclass(frozen=True)
-class InnerSGD:
-    """The inner optimiser."""
-
-    learning_rate: float = 0.1
-    clip: float = 1.0  # largest norm; 0 is off
-    gradient_norm: str = "per_parameter"  # a key of `fast_weights.GRADIENT_NORMS`
 
 
 @dataclass(frozen=True)
@@ -67,14 +58,7 @@ def adapt(
             loss_G, count_G = _set_losses(token_loss(k, fast), tokens, n_sets)
             grads = torch.autograd.grad(loss_G.sum(), fast_weights.leaves(fast))
             with torch.no_grad():
-                fast, norm_G = fast_weights.sgd_update(
-                    fast,
-                    grads,
-                    optimiser.learning_rate,
-                    optimiser.clip,
-                    keep_G=loss_G.isfinite(),
-                    gradient_norm=optimiser.gradient_norm,
-                )
+                fast, norm_G = fast_weights.sgd_update(fast, grads, optimiser, keep_G=loss_G.isfinite())
             finite_G = loss_G.isfinite() & norm_G.isfinite()
             losses.append(loss_G.detach())
             norms.append(norm_G)

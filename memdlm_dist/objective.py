@@ -13,7 +13,8 @@ from torchtitan.distributed import ParallelDims
 from memdlm_dist import trajectory
 from memdlm_dist.bilevel import Memory, outer_loss
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
-from memdlm_dist.inner_loop import InnerSGD, InnerStatistics
+from memdlm_dist.fast_weights import InnerSGD
+from memdlm_dist.inner_loop import InnerStatistics
 from memdlm_dist.inner_loss import inner_loss
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs
 from memdlm_dist.trajectory import IGNORE_INDEX, MicroBatch, Plan

@@ -133,12 +133,15 @@ def test_what_is_not_supported_says_so(root, tmp_path, capsys):
     for number, change in enumerate((unknown, experts)):
         (tmp_path / str(number)).mkdir()
         folders.append(copy(root, tmp_path / str(number), "dense_pmc_ce", change))
+    (tmp_path / "no draw").mkdir()
+    without = {"inputs": lambda tensors: {name: x for name, x in tensors.items() if not name.startswith("A_init")}}
+    folders.append(copy(root, tmp_path / "no draw", "dense_pmc_ce", **without))
     shutil.copytree(tmp_path / "0", tmp_path / "broken")
     (tmp_path / "broken/manifest.json").write_text("{")
     assert check_golden.main([*folders, str(tmp_path / "broken"), str(tmp_path / "absent")]) == 2
     out = capsys.readouterr().out
     assert "memory.loss = 'adversarial' is not supported yet" in out
-    assert "architecture 'moe' is not supported yet" in out and out.count("cannot read the fixture") == 2
+    assert "architecture 'moe' is not supported yet" in out and out.count("cannot read the fixture") == 3
 
 
 # Fixtures in the published format, computed by the oracle, for what the published ones leave out:

@@ -90,8 +90,6 @@ def compare_trajectory(
     v_BL = torch.where(times_BL > 0, 0.1 / times_BL.clamp(min=1), 0.9).double()
     t_B = inputs.get("t", torch.ones(len(maskable_BL))).double()
     ours = settings.plan.states(Draw(maskable_BL, t_B, u_BL, v_BL), anchor)
-    if settings.loss.teacher is None:
-        published = [State(state.mask_BL, state.target_BL, state.weight_B) for state in published]
 
     def clean(mask_BL: Tensor | None) -> Tensor:
         return torch.zeros_like(maskable_BL) if mask_BL is None else mask_BL
@@ -153,8 +151,7 @@ def check(folder: Path) -> Iterator[Line]:
     fast: FastWeights = {}
     for name in manifest["adapters"]:
         layer, target = split_adapter(name)
-        start = settings.start(part["weights"][f"{name}.weight"], inputs.get(f"A_init.{name}"))
-        fast.setdefault(layer, {})[target] = start
+        fast.setdefault(layer, {})[target] = settings.start(name, part["weights"][f"{name}.weight"], inputs)
     memory = Memory(
         first_layer=min(map(int, fast)),
         linears=(),

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memdlm_dist.fast_weights import FastLinear, Full, LowRank
-from memdlm_dist.inner_loop import InnerSGD
+from memdlm_dist.fast_weights import FastLinear, Full, InnerSGD, LowRank
 from memdlm_dist.inner_loss import InnerLoss, inner_loss
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs
 from memdlm_dist.trajectory import PROGRESSIVE_RATIOS, Plan, State
@@ -149,11 +148,11 @@ class Settings:
             last_ratio=section.get("prompt_mask_ratio", PROGRESSIVE_RATIOS[1]),
         )
 
-    def start(self, weight_oi: Tensor, A_Ri: Tensor | None) -> FastLinear:
+    def start(self, name: str, weight_oi: Tensor, inputs: dict[str, Tensor]) -> FastLinear:
         """The fast weights of one linear before the first step: the fixture's draw of A, zeros otherwise."""
         if self.adapter == "full":
             return Full(torch.zeros_like(weight_oi)[None])
-        assert A_Ri is not None
+        A_Ri = inputs[f"A_init.{name}"]
         return LowRank(A_Ri[None], torch.zeros(1, len(weight_oi), len(A_Ri)), self.alpha / self.rank)
 
 
