@@ -3,7 +3,8 @@
 Training, validation and the golden checks all go through `outer_loss`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from memdlm_dist import fast_weights, inner_loop
-from memdlm_dist.diffusion import token_nll, weighed
+from memdlm_dist.diffusion import SetSum
 from memdlm_dist.fast_weights import AdaptedLinear, FastWeights, InnerSGD
 from memdlm_dist.inner_loop import InnerStatistics
 from memdlm_dist.inner_loss import InnerLoss
+from memdlm_dist.logit_loss import HeadLoss, cross_entropy, whole
 from memdlm_dist.models.llada import LLaDA
 from memdlm_dist.trajectory import InnerStep, MicroBatch, Scored
 
@@ -62,52 +64,74 @@ def outer_loss(
     Returns:
         The loss sum, a scalar, and the inner loop's statistics.
     """
-    anchor = batch.anchor
+    anchor, index_M = batch.anchor, batch.anchor.index_SM[shard]
     if memory is None:
-        return _loss_sum(model(batch.inputs[0], anchor.index_SM[shard]), anchor), None
+        return model(batch.inputs[0], index_M, readout=_outer_head(anchor)).sum(), None
 
     assert fast is not None
     cut = memory.first_layer
-    # The anchor's trunk goes first: some versions of torch leave the casts of a no_grad pass in
-    # autocast's cache, and a pass that reuses those has no gradient.
-    h_anchor = model.trunk(batch.inputs[0], cut)
-    with torch.no_grad():
-        # Inner steps that read the anchor take the same activations, without their graph.
-        hidden = [h_anchor.detach(), *(model.trunk(tokens_BL, cut) for tokens_BL in batch.inputs[1:])]
-    fast, statistics = inner_loop.adapt(
-        _token_loss(model, batch.inner, memory, hidden, shard),
-        [step.scored for step in batch.inner],
-        fast,
-        n_sets=len(batch.sample_ids_B) if memory.per_sample else 1,
-        optimiser=memory.optimiser,
-    )
-    # The activations of the other states are not needed again: free them before the outer tail.
-    hidden.clear()
-    if on_adapted is not None:
-        on_adapted(fast)
-    return _loss_sum(model.tail(h_anchor, cut, anchor.index_SM[shard], fast), anchor), statistics
+    h_anchor, *others = model.trunk(batch.inputs, cut)
+    # Inner steps that read the anchor take the same activations, without their graph.
+    hidden = [h_anchor.detach(), *others]
+    with model.residency.tail(cut):
+        with model.residency.inner_steps(cut):
+            fast, statistics = inner_loop.adapt(
+                _state_loss(model, batch.inner, memory, hidden, shard),
+                [step.scored for step in batch.inner],
+                fast,
+                n_sets=len(batch.sample_ids_B) if memory.per_sample else 1,
+                optimiser=memory.optimiser,
+            )
+        # The activations of the other states are not needed again: free them before the outer tail.
+        hidden.clear()
+        others.clear()
+        if on_adapted is not None:
+            on_adapted(fast)
+        return model.tail(h_anchor, cut, index_M, fast, _outer_head(anchor)).sum(), statistics
 
 
-def _token_loss(
+def _outer_head(anchor: Scored) -> HeadLoss:
+    """Sum of w(t) nll over the anchor's masked tokens."""
+    weight_N = torch.where(anchor.valid_N, anchor.weight_N, 0.0)
+    return HeadLoss(cross_entropy, anchor.label_N, SetSum(weight_N, torch.zeros_like(anchor.row_N), n_sets=1))
+
+
+def _state_loss(
     model: LLaDA, steps: Sequence[InnerStep], memory: Memory, hidden: Sequence[Tensor], shard: int
-) -> Callable[[int, FastWeights], Tensor]:
+) -> Callable[[int, FastWeights, SetSum], Tensor]:
     """The inner loop's loss as a function of the step and the fast weights, on the trunk's activations."""
     loss, cut = memory.loss, memory.first_layer
 
-    def token_loss(k: int, current: FastWeights) -> Tensor:
+    def state_loss(k: int, current: FastWeights, sums: SetSum) -> Tensor:
         step = steps[k]
         index_M = step.scored.index_SM[shard]
-        # The student goes before the teacher for the sake of autocast's cache, as above.
-        student = model.tail(hidden[step.student], cut, index_M, current, loss.student)
         if loss.teacher is None:
-            return loss.distance(student, step.scored.label_N)
-        assert step.teacher is not None
+            target = step.scored.label_N
+        else:
+            assert step.teacher is not None
+            with _no_gradient():
+                target = model.tail(hidden[step.teacher], cut, index_M, current, loss.teacher)
+        if loss.of_logits is not None:
+            head = HeadLoss(loss.of_logits, whole(target), sums, train_head=False)
+            return model.tail(hidden[step.student], cut, index_M, current, head)
+        assert loss.of_hidden is not None
+        student = model.tail(hidden[step.student], cut, index_M, current, loss.student)
+        return sums(loss.of_hidden(student, target))
+
+    return state_loss
+
+
+@contextmanager
+def _no_gradient() -> Iterator[None]:
+    """no_grad that leaves nothing in autocast's cache.
+
+    Some versions of torch keep there the casts that are made under no_grad, and a later pass that takes
+    them has no gradient.
+    """
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
         with torch.no_grad():
-            teacher = model.tail(hidden[step.teacher], cut, index_M, current, loss.teacher)
-        return loss.distance(student, teacher)
-
-    return token_loss
-
-
-def _loss_sum(logits_NV: Tensor, scored: Scored) -> Tensor:
-    return weighed(token_nll(logits_NV, scored.label_N), scored.weight_N, scored.valid_N).sum()
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)

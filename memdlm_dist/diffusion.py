@@ -1,6 +1,6 @@
-"""Masked diffusion: noise schedules, corruption and the loss that inner and outer loop share.
+"""Masked diffusion: noise schedules, loss weights, and how tokens' losses add up in inner and outer loop.
 
-Shapes: B sequences, L tokens, N scored tokens, V vocabulary.
+Shapes: B sequences, L tokens, N scored tokens, G sets of fast weights.
 The forward process is absorbing: at level t every maskable token is `[MASK]` with probability
 1 - alpha(t). The training objective is the negative ELBO of that process (MDLM), a weighted
 cross-entropy of the masked tokens.
@@ -10,9 +10,7 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 SMALLEST_LEVEL = 1e-3
 _EPSILON = 1e-6
@@ -52,17 +50,20 @@ def level_from_uniform(u: Tensor) -> Tensor:
     return SMALLEST_LEVEL + (1 - SMALLEST_LEVEL) * u
 
 
-def token_nll(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
-    """-log p(label) in nats for every scored token `[N]`, computed in float32 at least.
+class SetSum(NamedTuple):
+    """Adds tokens' losses up to one loss for every set: sum over the set's tokens of c_i l_i.
 
-    Under tensor parallelism the logits are a DTensor sharded on the vocabulary; inside torch's
-    `loss_parallel` context no rank ever holds a whole row of them.
+    Both loops' losses are such sums. The outer one has one set and c = w; the inner one divides by the
+    set's number of scored tokens.
     """
-    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-    nll_N = F.cross_entropy(logits_NV, labels_N, reduction="none")
-    return nll_N.to_local() if isinstance(nll_N, DTensor) else nll_N
 
+    coefficient_N: Tensor  # 0 on padding
+    set_N: Tensor  # int64
+    n_sets: int
 
-def weighed(loss_N: Tensor, weight_N: Tensor, valid_N: Tensor) -> Tensor:
-    """w l `[N]`, the terms of both loops' losses (their denominators differ); 0 on padding."""
-    return torch.where(valid_N, weight_N * loss_N, 0.0)
+    def __call__(self, loss_N: Tensor) -> Tensor:
+        """`[G]`. Padding counts for nothing, also where its loss is not finite."""
+        term_N = torch.where(self.coefficient_N != 0, self.coefficient_N * loss_N, 0.0)
+        if self.n_sets == 1:
+            return term_N.sum(0, keepdim=True)
+        return term_N.new_zeros(self.n_sets).index_add(0, self.set_N, term_N)

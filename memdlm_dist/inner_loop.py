@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from memdlm_dist import fast_weights
-from memdlm_dist.diffusion import weighed
+from memdlm_dist.diffusion import SetSum
 from memdlm_dist.fast_weights import FastWeights, InnerSGD
 from memdlm_dist.trajectory import Scored
 
@@ -27,7 +27,7 @@ class InnerStatistics:
 
 
 def adapt(
-    token_loss: Callable[[int, FastWeights], Tensor],
+    state_loss: Callable[[int, FastWeights, SetSum], Tensor],
     scored: Sequence[Scored],
     fast: FastWeights,
     n_sets: int,
@@ -41,7 +41,7 @@ def adapt(
     finite skips that update; the trajectory goes on.
 
     Args:
-        token_loss: (k, fast weights) -> l `[N]`, the loss of state k's scored tokens before weighing.
+        state_loss: (k, fast weights, sums) -> `[G]`, the losses of state k's scored tokens, as `sums` adds them up.
         scored: the K states' scored tokens.
         fast: initial fast weights with `n_sets` sets; not modified.
         n_sets: G; 1 pools all rows, otherwise row g belongs to set g.
@@ -55,7 +55,8 @@ def adapt(
     with torch.enable_grad():
         for k, tokens in enumerate(scored):
             fast = fast_weights.map_leaves(lambda x: x.detach().requires_grad_(), fast)
-            loss_G, count_G = _set_losses(token_loss(k, fast), tokens, n_sets)
+            sums, count_G = _set_means(tokens, n_sets, fast_weights.leaves(fast)[0].dtype)
+            loss_G = state_loss(k, fast, sums)
             grads = torch.autograd.grad(loss_G.sum(), fast_weights.leaves(fast))
             with torch.no_grad():
                 fast, norm_G = fast_weights.sgd_update(fast, grads, optimiser, keep_G=loss_G.isfinite())
@@ -73,10 +74,9 @@ def adapt(
     return fast, statistics
 
 
-def _set_losses(loss_N: Tensor, tokens: Scored, n_sets: int) -> tuple[Tensor, Tensor]:
-    """Mean weighted loss of every set's scored tokens and their number, both `[G]`."""
+def _set_means(tokens: Scored, n_sets: int, dtype: torch.dtype) -> tuple[SetSum, Tensor]:
+    """The mean weighted loss of every set's scored tokens, as a sum; and the number `[G]` of these tokens."""
     set_N = tokens.row_N if n_sets > 1 else torch.zeros_like(tokens.row_N)
-    zeros_G = loss_N.new_zeros(n_sets)
-    total_G = zeros_G.index_add(0, set_N, weighed(loss_N, tokens.weight_N, tokens.valid_N))
-    count_G = zeros_G.index_add(0, set_N, tokens.valid_N.to(zeros_G.dtype))
-    return total_G / count_G.clamp(min=1), count_G
+    valid_N = tokens.valid_N.to(dtype)
+    count_G = valid_N.new_zeros(n_sets).index_add(0, set_N, valid_N)
+    return SetSum(valid_N * tokens.weight_N / count_G.clamp(min=1)[set_N], set_N, n_sets), count_G

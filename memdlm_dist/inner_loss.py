@@ -3,9 +3,9 @@
 The target is the clean token, or what a teacher predicts there: the same model with the current fast
 weights, without gradient, reading the next state of the trajectory (the clean sequence at the last).
 
-Shapes: N scored tokens, V vocabulary, D model. Under tensor parallelism predictions are DTensors
-sharded on their last dimension, or replicated local tensors; every distance takes both and returns
-local tensors that are equal on all ranks.
+Shapes: N scored tokens, D model. Under tensor parallelism hidden states are DTensors sharded on their
+last dimension, or replicated local tensors; the distances between them take both and return local tensors
+that are equal on all ranks. Losses of logits are computed by the output head; see logit_loss.py.
 """
 
 from collections.abc import Callable
@@ -13,33 +13,27 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from memdlm_dist.diffusion import token_nll
+from memdlm_dist.logit_loss import LogitLoss, cross_entropy, kl, reverse_kl, whole
 
 # What is read off the model: the output head's logits [N, V], or the last layer's output [N, D] before
 # or after the final norm.
 Hidden = Literal["pre_final_norm", "post_final_norm"]
 Readout = Literal["logits"] | Hidden
 
+# (student's hidden state, teacher's) -> distance [N], in float32 at least.
+HiddenDistance = Callable[[Tensor, Tensor], Tensor]
+
 
 class InnerLoss(NamedTuple):
-    """An inner loss: `distance(student's prediction, target)` in float32 at least, `[N]`."""
+    """An inner loss: of logits, or of hidden states of the student and the teacher."""
 
-    distance: Callable[[Tensor, Tensor], Tensor]
-    student: Readout = "logits"
-    teacher: Readout | None = None  # None: the target is the clean token
-
-
-def kl(student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
-    """KL(teacher || student) = sum_v p_T (log p_T - log p_S) in nats."""
-    log_s, log_t = _log_probabilities(student_NV), _log_probabilities(teacher_NV)
-    return _sum(log_t.exp() * (log_t - log_s))
-
-
-def reverse_kl(student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
-    """KL(student || teacher) = sum_v p_S (log p_S - log p_T) in nats."""
-    return kl(teacher_NV, student_NV)
+    of_logits: LogitLoss | None = None
+    of_hidden: HiddenDistance | None = None
+    student: Hidden = "post_final_norm"
+    # None: the target is the clean token. For a loss of logits the head makes those of what it reads, the
+    # final-normed states.
+    teacher: Hidden | None = None
 
 
 def hidden_mse(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
@@ -55,11 +49,11 @@ def hidden_cosine(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
 
 
 LOGIT_LOSSES = {
-    "cross_entropy": InnerLoss(token_nll),
-    "kl": InnerLoss(kl, "logits", "logits"),
-    "reverse_kl": InnerLoss(reverse_kl, "logits", "logits"),
+    "cross_entropy": InnerLoss(cross_entropy),
+    "kl": InnerLoss(kl, teacher="post_final_norm"),
+    "reverse_kl": InnerLoss(reverse_kl, teacher="post_final_norm"),
 }
-HIDDEN_LOSSES = {"hidden_mse": hidden_mse, "hidden_cosine": hidden_cosine}
+HIDDEN_LOSSES: dict[str, HiddenDistance] = {"hidden_mse": hidden_mse, "hidden_cosine": hidden_cosine}
 INNER_LOSSES = (*LOGIT_LOSSES, *HIDDEN_LOSSES)
 
 
@@ -72,7 +66,7 @@ def inner_loss(name: str, student_hidden: Hidden, teacher_hidden: Hidden) -> Inn
         teacher_hidden: and of the teacher.
     """
     if name in HIDDEN_LOSSES:
-        return InnerLoss(HIDDEN_LOSSES[name], student_hidden, teacher_hidden)
+        return InnerLoss(of_hidden=HIDDEN_LOSSES[name], student=student_hidden, teacher=teacher_hidden)
     return LOGIT_LOSSES[name]
 
 
@@ -80,15 +74,6 @@ def _float(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _log_probabilities(logits_NV: Tensor) -> Tensor:
-    # Not log_softmax: inside torch's `loss_parallel` context its backward on a sharded vocabulary is
-    # made for cross-entropy alone. These reductions move one number per token over the group.
-    logits_NV = _float(logits_NV)
-    shifted_NV = logits_NV - logits_NV.detach().amax(-1, keepdim=True)
-    return shifted_NV - shifted_NV.exp().sum(-1, keepdim=True).log()
-
-
 def _sum(x: Tensor) -> Tensor:
     """Sum over the last dimension, on every rank."""
-    total = x.sum(-1)
-    return total.full_tensor() if isinstance(total, DTensor) else total
+    return whole(x.sum(-1))

@@ -12,7 +12,6 @@ from torchtitan.distributed import ParallelDims
 
 from memdlm_dist import trajectory
 from memdlm_dist.bilevel import Memory, outer_loss
-from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.fast_weights import InnerSGD
 from memdlm_dist.inner_loop import InnerStatistics
 from memdlm_dist.inner_loss import inner_loss
@@ -76,14 +75,14 @@ class Objective:
 def build_objective(
     job_config: Any,
     args: LLaDAArgs,
-    tokenizer: DiffusionTokenizer,
+    mask_token_id: int,
     parallel_dims: ParallelDims,
 ) -> Objective:
     """The objective that a configuration describes, on this rank."""
     diffusion, memory = job_config.diffusion, job_config.parametric_memory
     tp_mesh = parallel_dims.get_optional_mesh("tp")
     return Objective(
-        mask_token_id=tokenizer.mask_id,
+        mask_token_id=mask_token_id,
         plan=Plan(
             trajectory=memory.trajectory,
             inner_steps=memory.inner_steps,

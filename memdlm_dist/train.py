@@ -43,7 +43,7 @@ class MemDLMTrainer(Trainer):
     def __init__(self, job_config: Any):
         super().__init__(job_config)
         check_loadable(self.checkpointer, job_config.checkpoint)
-        self.objective = build_objective(job_config, self.model_args, self.tokenizer, self.parallel_dims)
+        self.objective = build_objective(job_config, self.model_args, self.tokenizer.mask_id, self.parallel_dims)
         self.plain_objective = replace(self.objective, memory=None)
 
     def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:

@@ -59,7 +59,7 @@ class HeldOutValidator(BaseValidator):
         self._parallel_dims, self._metrics = parallel_dims, metrics_processor
         self._context, self._amp = validation_context, maybe_enable_amp
         args = backbone_args(job_config.model.name, job_config.model.flavor)
-        self._objective = replace(build_objective(job_config, args, tokenizer, parallel_dims), seed=0)
+        self._objective = replace(build_objective(job_config, args, tokenizer.mask_id, parallel_dims), seed=0)
         data, training = job_config.data, job_config.training
         check_cards(job_config, data.validation, tokenizer)
         self._batch_size = job_config.validation.local_batch_size or training.local_batch_size

@@ -53,7 +53,7 @@ def test_attention_sees_both_sides_and_logits_only_where_asked():
         # The head runs on other shapes, so up to float32 rounding.
         torch.testing.assert_close(model(tokens, some), before[some], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(
-            model.tail(model.trunk(tokens, 2), 2, some, None), before[some], rtol=1e-5, atol=1e-6
+            model.tail(model.trunk([tokens], 2)[0], 2, some, None), before[some], rtol=1e-5, atol=1e-6
         )
 
 

@@ -9,14 +9,15 @@ rank, N of all tensor-parallel ranks. Under tensor parallelism the activations b
 sharded on the sequence, [B, L / tp, D].
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Shard
 from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 from torchtitan.models.llama3.model.model import Attention
 from torchtitan.models.qwen3.model.model import FeedForward
@@ -25,6 +26,8 @@ from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 
 from memdlm_dist.fast_weights import AdaptedLinear, FastLinear, FastWeights, adapted
 from memdlm_dist.inner_loss import Readout
+from memdlm_dist.logit_loss import HeadLoss, set_losses
+from memdlm_dist.models.residency import Residency
 
 
 @dataclass
@@ -86,6 +89,8 @@ FLAVOURS = {
     "debug": LLaDAArgs(dim=64, n_layers=4, n_heads=8, n_kv_heads=4, hidden_dim=160, vocab_size=512),
     # 5.3 million parameters: learns something in minutes on two CPU cores.
     "quickstart": LLaDAArgs(dim=256, n_layers=5, n_heads=4, hidden_dim=768, vocab_size=2048),
+    # tools/bench.py on a CPU: the proportions of a large model, seconds a step.
+    "bench": LLaDAArgs(dim=512, n_layers=10, n_heads=8, hidden_dim=1376, vocab_size=4096),
     "1B": LLaDAArgs(dim=2048, n_layers=16, n_heads=16, hidden_dim=5632),
     "8B": LLaDAArgs(),
 }
@@ -158,15 +163,40 @@ class AdaptableFeedForward(FeedForward):
 
 
 class OutputHead(nn.Linear):
-    """The output head, which can also hand on the hidden state that it gets.
+    """The output head, which can return the losses of its logits, or hand on the hidden states that it gets.
 
-    Hidden states pass through it because FSDP2 gathers it in one group with the final norm, which has to
-    run whole, and because tensor parallelism gathers the tokens of the sequence shards at its input and
-    shards its output on the last dimension: hidden states then lie as logits do.
+    All pass through its `forward` because FSDP2 gathers it in one group with the final norm, which has to
+    run whole, and because tensor parallelism gathers the tokens of the sequence shards at its input. What
+    it returns is then laid out by torchtitan's plan as logits are, on the last dimension.
     """
 
-    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
-        return x if hidden else super().forward(x)
+    placement: Placement = Shard(-1)  # of the logits under tensor parallelism
+
+    def forward(self, x_1ND: Tensor, readout: Readout | HeadLoss = "logits") -> Tensor:
+        """Logits `[1, N, V]`, the input itself, or losses `[G]`."""
+        if isinstance(readout, HeadLoss):
+            return self._losses(x_1ND, readout)
+        return super().forward(x_1ND) if readout == "logits" else x_1ND
+
+    def _losses(self, x_1ND: Tensor, head: HeadLoss) -> Tensor:
+        x_1ND, weight, target = self._autocast(x_1ND, self.weight, head.target)
+        head = head._replace(target=target)
+        if not isinstance(weight, DTensor):
+            return set_losses(x_1ND.squeeze(0), weight, head)
+        # Every rank computes all sets' losses, so that "as logits are" each holds its own copy of them.
+        mesh = weight.device_mesh
+        h_ND = cast(DTensor, x_1ND).to_local(grad_placements=[Partial()]).squeeze(0)
+        loss_G = set_losses(h_ND, weight.to_local(), head, mesh.get_group())
+        return DTensor.from_local(loss_G, mesh, [self.placement], run_check=False)
+
+    @staticmethod
+    def _autocast(*tensors: Tensor) -> list[Tensor]:
+        """What autocast would do to a matrix product's arguments; it does not look into `set_losses`."""
+        device = tensors[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return list(tensors)
+        dtype = torch.get_autocast_dtype(device)
+        return [x.to(dtype) if x.is_floating_point() else x for x in tensors]
 
 
 class TransformerBlock(nn.Module):
@@ -199,6 +229,7 @@ class LLaDA(ModelProtocol):
 
     freqs_cis: Tensor
     layers: nn.ModuleDict
+    residency = Residency()  # its own where FSDP2 shards the backbone
 
     def __init__(self, args: LLaDAArgs):
         super().__init__(args)
@@ -223,24 +254,49 @@ class LLaDA(ModelProtocol):
         std = self.model_args.dim**-0.5
         trunc_normal_(self.output.weight, mean=0.0, std=std, a=-3 * std, b=3 * std)
 
-    def forward(self, tokens_BL: Tensor, index_M: Tensor, fast: FastWeights | None = None) -> Tensor:
-        """Logits `[N, V]` of the positions `index_M` of this rank's flattened activations."""
-        h_BLD = self._layers(self._embed(tokens_BL), 0, self.model_args.n_layers, fast)
-        return self._head(h_BLD, index_M)
+    def forward(
+        self,
+        tokens_BL: Tensor,
+        index_M: Tensor,
+        fast: FastWeights | None = None,
+        readout: Readout | HeadLoss = "logits",
+    ) -> Tensor:
+        """The whole model on the positions `index_M` of this rank's flattened activations; returns as `tail` does."""
+        return self._head(self._layers(self._embed(tokens_BL), 0, fast), index_M, readout)
 
-    def trunk(self, tokens_BL: Tensor, stop: int) -> Tensor:
-        """Embedding and layers `0 .. stop - 1`: the activations that layer `stop` reads."""
-        return self._layers(self._embed(tokens_BL), 0, stop, None)
+    def trunk(self, inputs: Sequence[Tensor], stop: int) -> list[Tensor]:
+        """Embedding and layers `0 .. stop - 1` of several inputs: the activations that layer `stop` reads.
+
+        The inputs go through each layer together, while its parameters are gathered. The first has a
+        gradient (if that is enabled at all), the others have none.
+
+        Args:
+            inputs: tokens `[B, L]` each.
+        """
+        # The first goes first in every layer. Some versions of torch leave the casts of a no_grad pass in
+        # autocast's cache, and a pass that takes those has no gradient.
+        with self.residency.gathered(0):
+            streams = _first_with_gradient(self._embed, inputs)
+        for layer in range(stop):
+            with self.residency.gathered(layer + 1):
+                streams = _first_with_gradient(self.layers[str(layer)], streams, self.freqs_cis, None)
+        return streams
 
     def tail(
-        self, h_BLD: Tensor, start: int, index_M: Tensor, fast: FastWeights | None, readout: Readout = "logits"
+        self,
+        h_BLD: Tensor,
+        start: int,
+        index_M: Tensor,
+        fast: FastWeights | None,
+        readout: Readout | HeadLoss = "logits",
     ) -> Tensor:
         """Layers `start .. n - 1` on the trunk's activations, then the head at `index_M`.
 
         Returns:
-            Logits `[N, V]`, or the last layer's output `[N, D]` before or after the final norm.
+            Losses `[G]` if `readout` describes them; logits `[N, V]`; or the last layer's output `[N, D]`
+            before or after the final norm.
         """
-        return self._head(self._layers(h_BLD, start, self.model_args.n_layers, fast), index_M, readout)
+        return self._head(self._layers(h_BLD, start, fast), index_M, readout)
 
     def _embed(self, tokens_BL: Tensor) -> Tensor:
         h_BLD = self.tok_embeddings(tokens_BL)
@@ -248,16 +304,26 @@ class LLaDA(ModelProtocol):
         # no gradient for such an input (torch 2.13), and the embedding would not train: wait for it.
         return h_BLD.clone() if isinstance(h_BLD, AsyncCollectiveTensor) else h_BLD
 
-    def _layers(self, h_BLD: Tensor, start: int, stop: int, fast: FastWeights | None) -> Tensor:
-        for layer in range(start, stop):
+    def _layers(self, h_BLD: Tensor, start: int, fast: FastWeights | None) -> Tensor:
+        for layer in range(start, self.model_args.n_layers):
             name = str(layer)
             h_BLD = self.layers[name](h_BLD, self.freqs_cis, (fast or {}).get(name))
         return h_BLD
 
-    def _head(self, h_BLD: Tensor, index_M: Tensor, readout: Readout = "logits") -> Tensor:
+    def _head(self, h_BLD: Tensor, index_M: Tensor, readout: Readout | HeadLoss) -> Tensor:
         # Pick the scored tokens first: the final norm and, under tensor parallelism, the gathering of
         # the sequence shards then touch those alone.
         h_1MD = h_BLD.flatten(0, 1).index_select(0, index_M).unsqueeze(0)
         normed_1MD = self.norm(h_1MD)
-        x_1MD = h_1MD if readout == "pre_final_norm" else normed_1MD
-        return self.output(x_1MD, hidden=readout != "logits").flatten(0, 1)
+        out = self.output(h_1MD if readout == "pre_final_norm" else normed_1MD, readout)
+        if isinstance(readout, HeadLoss):
+            return out.to_local() if isinstance(out, DTensor) else out
+        # FSDP2 warns of views that leave it with a gradient, which do no harm here: hidden states are small enough
+        # to copy, logits are for tests and tools.
+        return out.flatten(0, 1) if readout == "logits" else out.flatten(0, 1).clone()
+
+
+def _first_with_gradient(function: Callable[..., Tensor], inputs: Sequence[Tensor], *rest: Any) -> list[Tensor]:
+    first = function(inputs[0], *rest)
+    with torch.no_grad():
+        return [first, *(function(x, *rest) for x in inputs[1:])]

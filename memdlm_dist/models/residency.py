@@ -1,0 +1,100 @@
+"""When FSDP2 gathers the parameters of a backbone, and when it frees them.
+
+FSDP2 gathers a group of parameters before each pass through it and frees it behind: right for a step that
+passes once. The bi-level step passes several times through some groups. A group of the trunk is gathered
+for all states at once; those of the tail, and the output head's, stay from the first inner step until the
+outer backward pass is through them. A step then gathers no more than one of plain masked diffusion does,
+and reduces gradients once.
+
+Everything here has no effect on a backbone that FSDP2 does not shard.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+
+@dataclass(frozen=True)
+class Residency:
+    """FSDP2's groups of a backbone: the embedding is group 0, layer i group i + 1, norm and head the last."""
+
+    root: FSDPModule | None = None
+    groups: Sequence[FSDPModule] = ()
+    freed: Sequence[bool] = ()  # whether plain training frees the group after the forward pass
+
+    @classmethod
+    def of(cls, model: nn.Module, policy: str) -> "Residency":
+        """The groups that torchtitan's llama3 recipe makes of `model`, and their backward prefetch order.
+
+        Args:
+            model: after `fully_shard`, or without it.
+            policy: `parallelism.fsdp_reshard_after_forward`, by which the recipe frees them.
+        """
+        if not isinstance(model, FSDPModule):
+            return cls()
+        backbone: Any = model
+        groups = [backbone.tok_embeddings, *backbone.layers.values(), backbone.output]
+        freed = [policy != "never"] * (len(groups) - 1) + [policy == "always"]
+        # FSDP2 would prefetch by the order of past forward passes, of which the inner loop makes many. The
+        # first group has nothing before it: it names itself, since an empty list asks for that order.
+        for group, before in zip(groups, [groups[0], *groups], strict=False):
+            group.set_modules_to_backward_prefetch([before])
+        return cls(model, groups, freed)
+
+    @contextmanager
+    def gathered(self, group: int) -> Iterator[None]:
+        """One gathering for all passes through a group in this context."""
+        if not self.groups or not self.freed[group]:
+            yield
+            return
+        module = self.groups[group]
+        module.set_reshard_after_forward(False, recurse=False)
+        try:
+            yield
+        finally:
+            module.set_reshard_after_forward(True, recurse=False)
+            module.reshard()
+
+    @contextmanager
+    def tail(self, first_layer: int) -> Iterator[None]:
+        """Groups from a layer on stay gathered, and past the end of this context until the backward pass of what
+        was computed in it; freed at the end if there is to be none."""
+        groups, freed = self.groups[first_layer + 1 :], self.freed[first_layer + 1 :]
+        for group in groups:
+            group.set_reshard_after_forward(False, recurse=False)
+        awaits_backward = False
+        try:
+            yield
+            awaits_backward = torch.is_grad_enabled()
+        finally:
+            for group, frees in zip(groups, freed, strict=True):
+                group.set_reshard_after_forward(frees, recurse=False)
+                if not awaits_backward:
+                    group.reshard()
+
+    @contextmanager
+    def inner_steps(self, first_layer: int) -> Iterator[None]:
+        """Backward passes in this context are for fast weights: no group is freed, prefetched or reduced by them."""
+        if self.root is None:
+            yield
+            return
+        first, before = self.groups[first_layer + 1], self.groups[first_layer]
+        try:
+            self._set_outer_backward(False)
+            first.set_modules_to_backward_prefetch([first])
+            yield
+        finally:
+            self._set_outer_backward(True)
+            first.set_modules_to_backward_prefetch([before])
+
+    def _set_outer_backward(self, outer: bool) -> None:
+        assert self.root is not None
+        self.root.set_reshard_after_backward(outer)
+        self.root.set_requires_gradient_sync(outer)
+        # Otherwise the end of each backward pass waits for reductions and drops what the outer one needs.
+        self.root.set_is_last_backward(outer)
