@@ -47,7 +47,7 @@ class Recomputation:
             linears: of the forward pass, by linear, in the order in which they run.
             attention: of the attention's forward pass.
         """
-        if self.mode == "none":
+        if self.mode in ("none", "memory_budget"):  # of the latter only the compiler knows
             return 0.0
         if self.mode == "full" or (self.option != "op" and layer % int(self.option) == int(self.option) - 1):
             return sum(linears.values()) + attention
@@ -73,6 +73,8 @@ class _Layer:
         adapted = [x for x in memory.linears if x.layer == str(layer)] if memory is not None else []
         self.fast = {x.target: _fast_products(x, memory, tokens) for x in adapted} if memory is not None else {}
         self.fast_forward = sum(sum(pair) for pair in self.fast.values())
+        # The fast terms are run again where anything of the block is.
+        self.fast_again = self.fast_forward if self.again else 0.0
 
     def inner_backward(self, lowest: bool) -> float:
         """To the fast weights, through what lies between; below the lowest layer's first ones nothing is needed."""
@@ -82,7 +84,7 @@ class _Layer:
         for target, (reads, writes) in self.fast.items():
             # Gradients of the fast tensors, of what lies between two of them, and of the linear's input.
             between += reads + writes + writes + (reads if _STAGES[target] > first else 0.0)
-        return between + self.again
+        return between + self.again + self.fast_again
 
 
 def _fast_products(linear: AdaptedLinear, memory: Memory, tokens: int) -> tuple[float, float]:
@@ -117,7 +119,7 @@ def step_flops(
     tail_forward = sum(layer.forward + layer.fast_forward for layer in tail)
     inner = (len(batch.inputs) - 1) * sum(layer.forward for layer in trunk)
     # The adapted tail has a forward and a backward pass of the fast terms besides; the terms are constants.
-    inner += 2 * sum(layer.fast_forward for layer in tail)
+    inner += sum(2 * layer.fast_forward + layer.fast_again for layer in tail)
     for step in batch.inner:
         inner += tail_forward + sum(layer.inner_backward(lowest=layer is tail[0]) for layer in tail)
         distilled = memory.loss.teacher is not None

@@ -17,6 +17,7 @@ INNER_LOSS = "parametric_memory/inner_loss_step_{}"
 INNER_GRAD_NORM = "parametric_memory/inner_grad_norm_step_{}"
 WRITTEN = "parametric_memory/fast_weight_norm"
 SKIPPED = "parametric_memory/skipped_updates"
+HARDWARE_FLOPS = "parametric_memory/hardware_flops_ratio"
 MASK_RATIO = "diffusion/mask_ratio"
 
 

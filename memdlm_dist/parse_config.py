@@ -235,6 +235,11 @@ def _check_values(config: Any) -> None:
         "backbone; set it to 1.",
     )
     _require(
+        not config.model.converters,
+        f"model.converters = {config.model.converters} is not supported: fast weights attach to plain linears, and "
+        "the output head computes its losses itself; remove it.",
+    )
+    _require(
         config.checkpoint.enable or not config.checkpoint.create_seed_checkpoint,
         "checkpoint.create_seed_checkpoint needs checkpoint.enable; set both.",
     )

@@ -23,7 +23,8 @@ from memdlm_dist import parse_config, train_spec, validate  # noqa: F401  (train
 from memdlm_dist.checkpoint import check_loadable
 from memdlm_dist.data.loader import Batch
 from memdlm_dist.errors import EXIT_STATUS, UserError
-from memdlm_dist.metrics import MASK_RATIO, MemDLMMetrics
+from memdlm_dist.flops import Recomputation, step_flops
+from memdlm_dist.metrics import HARDWARE_FLOPS, MASK_RATIO, MemDLMMetrics
 from memdlm_dist.models import backbone_args
 from memdlm_dist.objective import Objective, build_objective
 
@@ -39,12 +40,15 @@ class MemDLMTrainer(Trainer):
     metrics_processor: MemDLMMetrics
     objective: Objective
     plain_objective: Objective  # the same without memory, for the steps before parametric_memory.start_step
+    recomputation: Recomputation
 
     def __init__(self, job_config: Any):
         super().__init__(job_config)
         check_loadable(self.checkpointer, job_config.checkpoint)
         self.objective = build_objective(job_config, self.model_args, self.tokenizer.mask_id, self.parallel_dims)
         self.plain_objective = replace(self.objective, memory=None)
+        checkpointing = job_config.activation_checkpoint
+        self.recomputation = Recomputation(checkpointing.mode, checkpointing.selective_ac_option)
 
     def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:
         """torchtitan's generator, each batch with its noise drawn; called once, after a checkpoint is loaded."""
@@ -84,6 +88,9 @@ class MemDLMTrainer(Trainer):
             self.metrics_processor.record_ratio(MASK_RATIO, batch.masked, batch.maskable)
             if statistics is not None:
                 self.metrics_processor.record_inner_loop(statistics)
+                flops = step_flops(self.model_args, batch, self.objective.memory, self.recomputation)
+                both, plain = torch.tensor([flops.outer + flops.inner, flops.outer], device=self.device)
+                self.metrics_processor.record_ratio(HARDWARE_FLOPS, both, plain)
         return loss
 
 

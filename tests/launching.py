@@ -45,6 +45,11 @@ def run_many(runs: Sequence[tuple[int, list[str]] | tuple[int, list[str], str]])
     return _run([sys.executable, "tests/run_many.py", json.dumps([[*run, None][:3] for run in runs])])
 
 
+def run_script(*command: str) -> str:
+    """A script of tests/ that starts its own ranks."""
+    return _run([sys.executable, *command])
+
+
 def from_one_seed(root: Path, *args: str) -> tuple[tuple[int, list[str]], list[str]]:
     """The run that writes a seed checkpoint under `root`, and the arguments of one that starts from it."""
     enable = "--checkpoint.enable"

@@ -10,15 +10,13 @@ it drew (see `record`). The flavour `tiny` exists here alone.
 
 import hashlib
 import json
-import os
-import signal
-import socket
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from ranks import fork
 from torch.distributed.tensor import DTensor
 
 from memdlm_dist import train, trajectory
@@ -70,46 +68,13 @@ def record(folder: str, number: int) -> None:
     trajectory.draw, Objective.micro_batch, Memory.draw = draw, micro_batch, fast
 
 
-def rank(number: int, world_size: int, port: int, arguments: list[str], folder: str | None) -> None:
-    os.environ |= {
-        "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    try:
+def run(world_size: int, arguments: list[str], folder: str | None) -> int:
+    def rank(number: int) -> int:
         if folder:
             record(folder, number)
-        status = train.main(arguments)
-    except BaseException:
-        import traceback
+        return train.main(arguments)
 
-        traceback.print_exc()
-        status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def run(world_size: int, arguments: list[str], folder: str | None) -> int:
-    """Returns the first status that is not zero; the other ranks are then killed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = set()
-    for number in range(world_size):
-        child = os.fork()
-        if not child:
-            rank(number, world_size, port, arguments, folder)
-        children.add(child)
-    failure = 0
-    while children:
-        child, wait_status = os.wait()
-        children.discard(child)
-        status = os.waitstatus_to_exitcode(wait_status)
-        if status and not failure:
-            failure = status
-            for other in children:
-                os.kill(other, signal.SIGKILL)
-    return failure
+    return fork(world_size, rank)
 
 
 if __name__ == "__main__":

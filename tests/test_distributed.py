@@ -15,6 +15,7 @@ TRACKED = (
     "parametric_memory/inner_grad_norm_step_1",
     "parametric_memory/inner_grad_norm_step_2",
     "parametric_memory/fast_weight_norm",
+    "parametric_memory/hardware_flops_ratio",
     "diffusion/mask_ratio",
     "validation/loss_memory_off",
     "validation/loss_memory_on",
@@ -33,13 +34,11 @@ LAYOUTS = {
     "fsdp2": (2, [LOCAL, "2"]),
     "tp2": (2, [LOCAL, "4", TP, "2"]),
     "tp2-no-loss-parallel": (2, [LOCAL, "4", TP, "2", "--parallelism.disable_loss_parallel"]),
-    "full-checkpointing": (2, [LOCAL, "2", AC, "full"]),
     "selective-checkpointing": (2, [LOCAL, "2", AC, "selective"]),
     "operator-checkpointing": (2, [LOCAL, "2", AC, "selective", "--activation_checkpoint.selective_ac_option", "op"]),
-    "tp2-full-checkpointing": (2, [LOCAL, "4", TP, "2", AC, "full"]),
     "compiled": (2, [LOCAL, "2", "--compile.enable"]),
     # The default backend has been tried by "compiled"; what is particular to TP comes before it.
-    "compiled-tp2": (2, [LOCAL, "4", TP, "2", "--compile.enable", "--compile.backend", "aot_eager"]),
+    "compiled-tp2": (2, [LOCAL, "4", TP, "2", AC, "full", "--compile.enable", "--compile.backend", "aot_eager"]),
     "fsdp4": (4, [LOCAL, "1"]),
     "fsdp2-tp2-accumulation": (4, [LOCAL, "1", TP, "2"]),
 }

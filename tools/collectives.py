@@ -31,7 +31,9 @@ _KINDS = {
     "c10d::gather_": "gather",
     "c10d::send": "send",
     "c10d::recv_": "recv",
+    "_dtensor::shard_dim_alltoall": "all_to_all",
 }
+_LOCAL = ("_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_autograd")
 
 
 class Collectives(TorchDispatchMode):
@@ -51,7 +53,7 @@ class Collectives(TorchDispatchMode):
             leaves = tree_leaves((args, kwargs or {}))
             elements = max((x.numel() for x in leaves if isinstance(x, Tensor)), default=0)
             self.found[_KINDS[name], _group_name(leaves), elements] += 1
-        elif name.startswith(("c10d::", "_c10d_functional::")) and not name.endswith("wait_tensor"):
+        elif name.startswith(("c10d::", "_c10d_functional::")) and name not in _LOCAL:
             raise NotImplementedError(f"an operator of torch.distributed that is not known here: {name}")
         return operator(*args, **(kwargs or {}))
 

@@ -315,7 +315,8 @@ class LLaDA(ModelProtocol):
         # the sequence shards then touch those alone.
         h_1MD = h_BLD.flatten(0, 1).index_select(0, index_M).unsqueeze(0)
         normed_1MD = self.norm(h_1MD)
-        out = self.output(h_1MD if readout == "pre_final_norm" else normed_1MD, readout)
+        # By keyword: the hook of tensor parallelism replaces all positional arguments by the first.
+        out = self.output(h_1MD if readout == "pre_final_norm" else normed_1MD, readout=readout)
         if isinstance(readout, HeadLoss):
             return out.to_local() if isinstance(out, DTensor) else out
         # FSDP2 warns of views that leave it with a gradient, which do no harm here: hidden states are small enough

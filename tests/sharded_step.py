@@ -1,0 +1,251 @@
+"""Plain, straightforward and our step on sharded models: what they compute and what they communicate.
+
+    python tests/sharded_step.py FOLDER [LAYOUT ...]
+
+Writes as JSON what test_sharded_step.py asserts, a file for each layout.
+"""
+
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from ranks import fork
+from torch.distributed.tensor import DTensor
+
+sys.path[:0] = [str(Path(__file__).parent.parent / "tools")]
+
+from bench import KINDS, TORCH_DTYPE_MAP, Bench  # noqa: E402
+from collectives import by_kind  # noqa: E402
+from torchtitan.tools.logging import logger  # noqa: E402
+
+from memdlm_dist import bilevel, parse_config  # noqa: E402
+from memdlm_dist.inner_loss import inner_loss  # noqa: E402
+from memdlm_dist.models.llada import FLAVOURS, LLaDAArgs  # noqa: E402
+
+# Three layers of trunk, so that the counts tell them from a tail of two.
+FLAVOURS["sharded"] = LLaDAArgs(dim=32, n_layers=5, n_heads=4, n_kv_heads=2, hidden_dim=64, vocab_size=512)
+COMMON = [
+    "--job.config_file", "train_configs/debug.toml", "--model.flavor", "sharded", "--training.seq_len", "64",
+    "--training.local_batch_size", "2", "--parametric_memory.layer_fraction", "0.4", "--compile.backend", "aot_eager",
+]  # fmt: skip
+SHARD, TENSOR = "--parallelism.data_parallel_shard_degree", "--parallelism.tensor_parallel_degree"
+LAYOUTS = {
+    "fsdp2": (2, []),
+    "hsdp2x2": (4, ["--parallelism.data_parallel_replicate_degree", "2", SHARD, "2"]),
+    "fsdp2-tp2": (4, [SHARD, "2", TENSOR, "2"]),
+}
+
+AC = ["--activation_checkpoint.mode", "full"]
+COMPILE = ["--compile.enable"]
+BUILDS = {  # name -> (dtype, arguments, layouts that do without: compiling takes seconds)
+    "float64": ("float64", [], ()),
+    "float64-checkpointing": ("float64", AC, ()),
+    "float32": ("float32", [], ()),
+    "float32-compiled": ("float32", COMPILE, ("hsdp2x2", "fsdp2-tp2")),
+    "float32-compiled-checkpointing": ("float32", AC + COMPILE, ()),
+    "float32-never": ("float32", ["--parallelism.fsdp_reshard_after_forward", "never"], ("hsdp2x2", "fsdp2-tp2")),
+    "float32-always": ("float32", ["--parallelism.fsdp_reshard_after_forward", "always"], ("hsdp2x2", "fsdp2-tp2")),
+}
+
+COMPILATIONS = {"fsdp2": ("plain", "ours"), "fsdp2-tp2": ("ours",)}
+
+# name -> (plan, memory's loss, adapter, targets, sets per sample)
+OPTIONS = {
+    "default": ({}, "cross_entropy", "lora", ["ffn"], True),
+    "kl-3-newly_revealed": (
+        {"inner_steps": 3, "supervision": "newly_revealed"}, "kl", "lora", ["ffn", "attention"], True,
+    ),
+    "hidden_cosine-progressive-full": (
+        {"trajectory": "progressive", "inner_steps": 3}, "hidden_cosine", "full", ["ffn"], True,
+    ),
+    "reverse_kl-anchor_only-batch": ({"trajectory": "anchor_only"}, "reverse_kl", "lora", ["ffn"], False),
+}  # fmt: skip
+
+
+def builds(layout):
+    """Names of what is compared on a layout: "build options"."""
+    for name, (_, _, without) in BUILDS.items():
+        if layout not in without:
+            # HSDP differs from FSDP in the reduction of gradients alone.
+            some = OPTIONS if name == "float64" and layout != "hsdp2x2" else list(OPTIONS)[:1]
+            yield from (f"{name} {options}" for options in some)
+
+
+def build(dtype, arguments):
+    config = parse_config.parse([*COMMON, *arguments])
+    TORCH_DTYPE_MAP["float64"] = torch.float64
+    config.training.dtype = config.training.mixed_precision_param = config.training.mixed_precision_reduce = dtype
+    bench = Bench.build(config)
+    with torch.no_grad():
+        for parameter in bench.model.parameters():  # larger than at the start, so that attention is not flat
+            parameter.mul_(3)
+    return bench
+
+
+def with_options(bench, name):
+    plan, loss, adapter, targets, per_sample = OPTIONS[name]
+    memory = replace(
+        bench.objective.memory,
+        loss=inner_loss(loss, "pre_final_norm", "post_final_norm"),
+        adapter=adapter,
+        linears=bench.args.adapted_linears(bench.objective.memory.first_layer, targets),
+        per_sample=per_sample,
+    )
+    objective = replace(bench.objective, memory=memory, plan=replace(bench.objective.plan, **plan))
+    return replace(bench, objective=objective)
+
+
+def step(bench, kind, dtype):
+    """Loss, inner statistics and every gradient of one step, as tensors of this rank."""
+    bench.model.zero_grad()
+    loss, statistics = bench.loss_sum(kind, bench.batch(1), 1, dtype)
+    loss.backward()
+    found = {f"gradient of {name}": local(p.grad) for name, p in bench.model.named_parameters()}
+    bench.model.zero_grad()
+    found["loss"] = loss.detach()
+    if statistics is not None:
+        for name in ("loss_KG", "grad_norm_KG", "written_norm_G"):
+            found[name] = getattr(statistics, name)
+        assert statistics.counted_KG.all() and found["written_norm_G"].min() > 0
+    return found
+
+
+def local(x):
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def difference(ours, theirs):
+    """The largest over ranks and quantities, relative to the quantity's largest value."""
+    assert ours.keys() == theirs.keys()
+    worst = max(((ours[k] - theirs[k]).abs().max() / theirs[k].abs().max().clamp(min=1e-30)).item() for k in ours)
+    return largest(worst)
+
+
+def largest(x):
+    x = torch.tensor(float(x), dtype=torch.float64)
+    dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x.item()
+
+
+def gathered(bench):
+    """Which of the embedding, the layers and the head are gathered now."""
+    modules = [bench.model.tok_embeddings, *bench.model.layers.values(), bench.model.output]
+    return [int(not _is_sharded(next(module.parameters()))) for module in modules]
+
+
+def _is_sharded(parameter):
+    return isinstance(parameter, DTensor) and "fsdp" in parameter.device_mesh.mesh_dim_names
+
+
+def compare(bench, dtype, count):
+    dtype = getattr(torch, dtype)
+    ours, theirs = step(bench, "ours", dtype), step(bench, "straightforward", dtype)
+    found = {"difference": difference(ours, theirs)}
+    if not count:
+        return found
+    communication = {kind: bench.collectives(kind, 1)[0] for kind in KINDS}
+    return found | {
+        "all_gathers": {kind: by_kind(found)["all_gather"] for kind, found in communication.items()},
+        "reduce_scatters": {kind: by_kind(found)["reduce_scatter"] for kind, found in communication.items()},
+        # Collectives on the data-parallel groups that plain training does not make, by kind and size.
+        "beyond_plain": sorted(f"{x}" for x in communication["ours"] - communication["plain"]),
+    }
+
+
+def residency(bench):
+    """Which groups are gathered at which point, and after a step that failed in the inner loop."""
+    bench.model.zero_grad()
+    found = {"before": gathered(bench)}
+    expected = step(bench, "ours", None)
+    batch, memory = bench.batch(1), bench.objective.memory
+
+    def during(_fast):
+        found["after the inner steps"] = gathered(bench)
+
+    fast = memory.draw(0, 1, batch.sample_ids_B)
+    bench.model.zero_grad()
+    loss, _ = bilevel.outer_loss(bench.model, batch, memory, fast, bench.objective.shard, during)
+    found["before the backward pass"] = gathered(bench)
+    loss.backward()
+    found["after the backward pass"] = gathered(bench)
+
+    with torch.no_grad():
+        bilevel.outer_loss(bench.model, batch, memory, fast, bench.objective.shard)
+    found["after validation"] = gathered(bench)
+
+    def broken(*_):
+        raise ArithmeticError("on purpose")
+
+    broken_loss = memory.loss._replace(of_logits=broken)
+    for name, where in {
+        "inner loop": lambda: bilevel.outer_loss(
+            bench.model, batch, replace(memory, loss=broken_loss), fast, bench.objective.shard
+        ),
+        "between the loops": lambda: bilevel.outer_loss(
+            bench.model, batch, memory, fast, bench.objective.shard, broken
+        ),
+    }.items():
+        try:
+            where()
+            raise AssertionError("it should have failed")
+        except ArithmeticError:
+            found[f"after a failure in {name}"] = gathered(bench)
+        if name == "between the loops":  # the other one leaves FSDP2 in the middle of a forward pass
+            found["difference after a failure"] = difference(step(bench, "ours", None), expected)
+    return found
+
+
+def compilations(bench, kind):
+    """Graphs that dynamo has compiled after each of four steps, and its graph breaks."""
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    graphs = []
+    for number in range(4):
+        bench.loss_sum(kind, bench.batch(number), number)[0].backward()
+        bench.model.zero_grad()
+        graphs.append(counters["stats"]["unique_graphs"])
+    return {"graphs": graphs, "breaks": dict(counters["graph_break"])}
+
+
+def body(layout, path):
+    def rank(number):
+        logger.setLevel("WARNING")
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo")
+        result = {"compilations": {}, "steps": {}}
+        built = None
+        for step_name in builds(layout):
+            name, options = step_name.split()
+            dtype, arguments, _ = BUILDS[name]
+            if name != built:
+                bench, built = build(dtype, [*LAYOUTS[layout][1], *arguments]), name
+                if name == "float32-compiled-checkpointing":
+                    for kind in COMPILATIONS.get(layout, ()):
+                        torch._dynamo.reset()  # from nothing, as in a run of its own
+                        result["compilations"][kind] = compilations(bench, kind)
+                if name == "float32" and layout == "fsdp2":
+                    result["residency"] = residency(bench)
+            # The options differ in their tensor-parallel collectives alone.
+            count = layout == "fsdp2" or options == "default"
+            result["steps"][step_name] = compare(with_options(bench, options), dtype, count)
+        if number == 0:
+            Path(path).write_text(json.dumps(result))
+        dist.destroy_process_group()
+        return 0
+
+    return rank
+
+
+if __name__ == "__main__":
+    folder, *layouts = sys.argv[1:]
+    for layout in layouts or LAYOUTS:
+        began = time.perf_counter()
+        status = fork(LAYOUTS[layout][0], body(layout, f"{folder}/{layout}.json"))
+        print(f"{layout}: status {status} after {time.perf_counter() - began:.1f} s", flush=True)
+        if status:
+            sys.exit(status)

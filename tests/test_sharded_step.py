@@ -1,0 +1,60 @@
+"""Our step against the straightforward one on sharded models: the same numbers, with plain training's communication."""
+
+import json
+
+import pytest
+from launching import run_script
+from sharded_step import COMPILATIONS, LAYOUTS, builds
+
+# float64 leaves rounding of sums; float32 adds up the same numbers in another order (1e-6 is seen).
+TOLERANCES = {"float64": 1e-10, "float32": 1e-5}
+STEPS = [(layout, step) for layout in LAYOUTS for step in builds(layout)]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sharded")
+    run_script("tests/sharded_step.py", str(root))
+    return {layout: json.loads((root / f"{layout}.json").read_text()) for layout in LAYOUTS}
+
+
+@pytest.mark.parametrize("layout, step", STEPS)
+def test_the_same_numbers(results, layout, step):
+    assert results[layout]["steps"][step]["difference"] < TOLERANCES[step[:7]]
+
+
+@pytest.mark.parametrize("layout, step", [x for x in STEPS if x[0] == "fsdp2" or x[1].endswith(" default")])
+def test_no_more_communication_than_plain_training(results, layout, step):
+    found = results[layout]["steps"][step]
+    gathers, scatters = found["all_gathers"], found["reduce_scatters"]
+    # Embedding, five layers and head are gathered once each. Plain training gathers what it freed again in the
+    # backward pass (all but the head, by default), ours only the trunk: embedding and three layers.
+    again = {"never": (0, 0), "always": (7, 4)}.get(step.split()[0].split("-")[-1], (6, 4))
+    assert gathers["plain"] == 7 + again[0] and gathers["ours"] == 7 + again[1]
+    assert gathers["ours"] <= gathers["plain"] < gathers["straightforward"]
+    assert scatters["ours"] == scatters["plain"] == scatters["straightforward"] == 7
+    # Every data-parallel collective of ours is one of plain training's, by kind and size: none carries fast weights.
+    assert found["beyond_plain"] == []
+
+
+def test_the_tail_is_resident_from_the_inner_loop_to_the_backward_pass(results):
+    found = results["fsdp2"]["residency"]
+    nothing, tail = [0] * 7, [0, 0, 0, 0, 1, 1, 1]
+    assert found["before"] == nothing
+    assert found["after the inner steps"] == found["before the backward pass"] == tail
+    assert found["after the backward pass"] == found["after validation"] == nothing
+
+
+def test_a_failure_in_the_step_leaves_nothing_gathered_and_the_next_step_sound(results):
+    found = results["fsdp2"]["residency"]
+    assert found["after a failure in inner loop"] == found["after a failure in between the loops"] == [0] * 7
+    assert found["difference after a failure"] == 0.0
+
+
+@pytest.mark.parametrize("layout, kind", [(layout, kind) for layout in COMPILATIONS for kind in COMPILATIONS[layout]])
+def test_nothing_is_compiled_after_the_second_step(results, layout, kind):
+    found = results[layout]["compilations"][kind]
+    assert found["breaks"] == {}
+    assert found["graphs"][1:] == [found["graphs"][1]] * 3
+    # With and without gradient through the trunk; two inner steps and the outer one through the tail.
+    assert 1 <= found["graphs"][0] <= (1 if kind == "plain" else 5)
