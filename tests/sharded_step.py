@@ -40,13 +40,16 @@ LAYOUTS = {
 }
 
 AC = ["--activation_checkpoint.mode", "full"]
+SELECTIVE = ["--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "2"]
 COMPILE = ["--compile.enable"]
 BUILDS = {  # name -> (dtype, arguments, layouts that do without: compiling takes seconds)
     "float64": ("float64", [], ()),
     "float64-checkpointing": ("float64", AC, ()),
     "float32": ("float32", [], ()),
     "float32-compiled": ("float32", COMPILE, ("hsdp2x2", "fsdp2-tp2")),
-    "float32-compiled-checkpointing": ("float32", AC + COMPILE, ()),
+    "float32-compiled-checkpointing": ("float32", AC + COMPILE, ("fsdp2-tp2",)),
+    # Blocks with a checkpoint and without, which tensor parallelism compiles in different ways.
+    "float32-compiled-selective": ("float32", SELECTIVE + COMPILE, ("fsdp2", "hsdp2x2")),
     "float32-never": ("float32", ["--parallelism.fsdp_reshard_after_forward", "never"], ("hsdp2x2", "fsdp2-tp2")),
     "float32-always": ("float32", ["--parallelism.fsdp_reshard_after_forward", "always"], ("hsdp2x2", "fsdp2-tp2")),
 }
@@ -224,7 +227,7 @@ def body(layout, path):
             dtype, arguments, _ = BUILDS[name]
             if name != built:
                 bench, built = build(dtype, [*LAYOUTS[layout][1], *arguments]), name
-                if name == "float32-compiled-checkpointing":
+                if name in ("float32-compiled-checkpointing", "float32-compiled-selective"):
                     for kind in COMPILATIONS.get(layout, ()):
                         torch._dynamo.reset()  # from nothing, as in a run of its own
                         result["compilations"][kind] = compilations(bench, kind)

@@ -329,7 +329,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     Raises:
         UserError: for a configuration that cannot be measured.
     """
-    config = _configuration(options.config, overrides, int(os.environ["WORLD_SIZE"]), options.layers)
+    config = _configuration(options.config, overrides, int(os.environ["WORLD_SIZE"]))
     init_logger()
     device_module.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("gloo" if device_type == "cpu" else None)
@@ -338,13 +338,22 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     if dist.get_rank() == 0:
         print(table(result), flush=True)
         if options.json:
-            Path(options.json).parent.mkdir(parents=True, exist_ok=True)
             Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
             print(f"Written to {options.json}.", flush=True)
     dist.destroy_process_group()
 
 
-def _configuration(path: Path, overrides: Sequence[str], world_size: int, layers: int | None) -> Any:
+def _check_output(path: str | None) -> None:
+    """A file can be written there; makes its folder."""
+    try:
+        if path:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).open("a").close()
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error}); choose another file.") from None
+
+
+def _configuration(path: Path, overrides: Sequence[str], world_size: int) -> Any:
     config = parse_config.parse(["--job.config_file", str(path), *overrides])
     parse_config.check_launch(config, world_size)
     args = backbone_args(config.model.name, config.model.flavor)
@@ -383,7 +392,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         processes = options.processes or torch.accelerator.device_count() or 2
         # Mistakes are found here, before anything is started.
-        _configuration(options.config, overrides, processes, options.layers)
+        _configuration(options.config, overrides, processes)
+        _check_output(options.json)
+        _check_output(options.profile)
     except UserError as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         return EXIT_STATUS

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import Replicate, Shard
 from torchtitan.config import TORCH_DTYPE_MAP
@@ -22,7 +24,6 @@ def parallelize_llada(model: LLaDA, parallel_dims: ParallelDims, job_config: Any
     compiler sees both; FSDP outermost, one group per block.
     """
     parallelism, training = job_config.parallelism, job_config.training
-    compiled = compiles_blocks(job_config)
 
     if parallel_dims.tp_enabled:
         tp_mesh = parallel_dims.get_mesh("tp")
@@ -36,11 +37,19 @@ def parallelize_llada(model: LLaDA, parallel_dims: ParallelDims, job_config: Any
         # How this plan lays out what leaves the head, which the head has to know of its losses.
         model.output.placement = Replicate() if parallelism.disable_loss_parallel else Shard(-1)
 
-    # torch 2.13 fails on a compiled block that holds both DTensors and a checkpoint: its backward pass would
-    # save the device mesh as if it were a tensor. There the checkpoint goes around the compiled block.
-    steps = [_checkpoint, _compile] if not parallel_dims.tp_enabled else [_compile, _checkpoint]
-    for step in steps:
-        step(model, job_config, compiled)
+    compiled = job_config.compile.enable and "model" in job_config.compile.components
+    if job_config.activation_checkpoint.mode != "none":
+        apply_ac(
+            model,
+            job_config.activation_checkpoint,
+            model_compile_enabled=compiled,
+            op_sac_save_list=_op_sac_save_list,
+            base_folder=job_config.job.dump_folder,
+        )
+    if compiled and parallel_dims.tp_enabled:
+        _compile_below_checkpoints(model, job_config.compile)
+    elif compiled:
+        apply_compile(model, job_config.compile)
 
     if parallel_dims.fsdp_enabled:
         names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
@@ -62,21 +71,16 @@ def parallelize_llada(model: LLaDA, parallel_dims: ParallelDims, job_config: Any
     return model
 
 
-def compiles_blocks(job_config: Any) -> bool:
-    return job_config.compile.enable and "model" in job_config.compile.components
+def _compile_below_checkpoints(model: LLaDA, config: Any) -> None:
+    """Compile every block, as torchtitan does, but within its checkpoint.
 
-
-def _checkpoint(model: LLaDA, job_config: Any, compiled: bool) -> None:
-    if job_config.activation_checkpoint.mode != "none":
-        apply_ac(
-            model,
-            job_config.activation_checkpoint,
-            model_compile_enabled=compiled,
-            op_sac_save_list=_op_sac_save_list,
-            base_folder=job_config.job.dump_folder,
-        )
-
-
-def _compile(model: LLaDA, job_config: Any, compiled: bool) -> None:
-    if compiled:
-        apply_compile(model, job_config.compile)
+    torch 2.13 fails on a compiled block that holds both DTensors and a checkpoint: its backward pass would
+    save the device mesh as if it were a tensor.
+    """
+    for name, block in model.layers.named_children():
+        if isinstance(block, CheckpointWrapper):
+            # In place: a wrapper below the checkpoint's would show in the names of the parameters.
+            block._checkpoint_wrapped_module.compile(backend=config.backend, fullgraph=True)
+        else:
+            compiled: Any = torch.compile(block, backend=config.backend, fullgraph=True)
+            model.layers.register_module(name, compiled)
