@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 sys.path[:0] = [str(Path(__file__).parent.parent / "tools")]
 
-from bench import KINDS, TORCH_DTYPE_MAP, Bench  # noqa: E402
+from bench import DATA_PARALLEL, KINDS, TORCH_DTYPE_MAP, Bench  # noqa: E402
 from collectives import by_kind  # noqa: E402
 from torchtitan.tools.logging import logger  # noqa: E402
 
@@ -45,7 +45,7 @@ COMPILE = ["--compile.enable"]
 BUILDS = {  # name -> (dtype, arguments, layouts that do without: compiling takes seconds)
     "float64": ("float64", [], ()),
     "float64-checkpointing": ("float64", AC, ()),
-    "float32": ("float32", [], ()),
+    "float32": ("float32", [], ("fsdp2-tp2",)),
     "float32-compiled": ("float32", COMPILE, ("hsdp2x2", "fsdp2-tp2")),
     "float32-compiled-checkpointing": ("float32", AC + COMPILE, ("fsdp2-tp2",)),
     # Blocks with a checkpoint and without, which tensor parallelism compiles in different ways.
@@ -147,13 +147,18 @@ def _is_sharded(parameter):
 def compare(bench, dtype, count):
     dtype = getattr(torch, dtype)
     ours, theirs = step(bench, "ours", dtype), step(bench, "straightforward", dtype)
-    found = {"difference": difference(ours, theirs)}
+    result = {"difference": difference(ours, theirs)}
     if not count:
-        return found
-    communication = {kind: bench.collectives(kind, 1)[0] for kind in KINDS}
-    return found | {
+        return result
+    counted = {kind: bench.collectives(kind, 1) for kind in KINDS}
+    communication = {kind: found.on(*bench.groups(*DATA_PARALLEL)) for kind, found in counted.items()}
+    return result | {
         "all_gathers": {kind: by_kind(found)["all_gather"] for kind, found in communication.items()},
         "reduce_scatters": {kind: by_kind(found)["reduce_scatter"] for kind, found in communication.items()},
+        "order": {
+            kind: "".join(x[0] for x in found.order_on(*bench.groups(*DATA_PARALLEL)))
+            for kind, found in counted.items()
+        },
         # Collectives on the data-parallel groups that plain training does not make, by kind and size.
         "beyond_plain": sorted(f"{x}" for x in communication["ours"] - communication["plain"]),
     }

@@ -37,6 +37,14 @@ def test_no_more_communication_than_plain_training(results, layout, step):
     assert found["beyond_plain"] == []
 
 
+def test_the_backward_pass_prefetches(results):
+    """A layer's parameters are asked for before the layer above is through: gathers (a) and reduce-scatters (r)."""
+    order = results["fsdp2"]["steps"]["float32 default"]["order"]
+    assert order["plain"] == "a" * 7 + "ar" * 6 + "r"
+    # Head and upper tail layer have their parameters; the lower one asks for the trunk's last.
+    assert order["ours"] == "a" * 7 + "rr" + "ar" * 4 + "r"
+
+
 def test_the_tail_is_resident_from_the_inner_loop_to_the_backward_pass(results):
     found = results["fsdp2"]["residency"]
     nothing, tail = [0] * 7, [0, 0, 0, 0, 1, 1, 1]

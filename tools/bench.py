@@ -53,6 +53,7 @@ from memdlm_dist.trajectory import MicroBatch  # noqa: E402
 
 DEFAULT_CONFIG = ROOT / "train_configs/bench_cpu.toml"
 KINDS = ("plain", "straightforward", "ours")
+DATA_PARALLEL = ("dp_replicate", "fsdp")  # dimensions of the mesh over which FSDP2 communicates
 _SEED = 0
 
 
@@ -133,14 +134,14 @@ class Bench:
         meshes = (self.dims.get_optional_mesh(name) for name in names)
         return [mesh.get_group() for mesh in meshes if mesh is not None]
 
-    def collectives(self, kind: str, number: int = 0) -> tuple[Any, Any]:
-        """Of one forward and backward pass: those on the data-parallel and those on the tensor-parallel groups."""
+    def collectives(self, kind: str, number: int = 0) -> Collectives:
+        """Those of one forward and backward pass."""
         batch = self.batch(number)
         # A compiled block would hide its collectives.
         with torch.compiler.set_stance("force_eager"), Collectives() as counted:
             self.loss_sum(kind, batch, number)[0].backward()
         self.model.zero_grad()
-        return counted.on(*self.groups("dp_replicate", "fsdp")), counted.on(*self.groups("tp"))
+        return counted
 
 
 def measure(bench: Bench, rounds: int, warm_up: int, profile: str | None) -> dict[str, Any]:
@@ -166,13 +167,15 @@ def measure(bench: Bench, rounds: int, warm_up: int, profile: str | None) -> dic
             taken = _timed(partial(step, kind, number, batch))
             if number >= warm_up:
                 seconds[kind].append(taken)
-        counted = step_flops(bench.args, batch, bench.objective.memory, recomputation)
         if number >= warm_up:
-            flops["outer"].append(counted.outer)
-            flops["inner"].append(counted.inner)
+            of_step = step_flops(bench.args, batch, bench.objective.memory, recomputation)
+            flops["outer"].append(of_step.outer)
+            flops["inner"].append(of_step.inner)
         _say(f"round {number + 1} of {warm_up + rounds}" + (" (warm-up)" if number < warm_up else ""))
 
-    communication = {kind: bench.collectives(kind) for kind in KINDS}
+    counted = {kind: bench.collectives(kind) for kind in KINDS}
+    data_parallel = {kind: by_kind(found.on(*bench.groups(*DATA_PARALLEL))) for kind, found in counted.items()}
+    tensor_parallel = {kind: by_kind(found.on(*bench.groups("tp"))) for kind, found in counted.items()}
     memory = _peaks(lambda kind: step(kind, 0, bench.batch(0)))
     if profile is not None:
         _profile(lambda: step("ours", 0, bench.batch(0)), profile)
@@ -201,10 +204,10 @@ def measure(bench: Bench, rounds: int, warm_up: int, profile: str | None) -> dic
             "ours_over_straightforward": ratio("ours", "straightforward"),
         },
         "tokens_per_second": by_kind_of_step(lambda kind: tokens * replicas / median[kind]),
-        "all_gathers": by_kind_of_step(lambda kind: by_kind(communication[kind][0])["all_gather"]),
-        "reduce_scatters": by_kind_of_step(lambda kind: by_kind(communication[kind][0])["reduce_scatter"]),
-        "all_reduces": by_kind_of_step(lambda kind: by_kind(communication[kind][0])["all_reduce"]),
-        "tensor_parallel_collectives": by_kind_of_step(lambda kind: dict(by_kind(communication[kind][1]))),
+        "all_gathers": by_kind_of_step(lambda kind: data_parallel[kind]["all_gather"]),
+        "reduce_scatters": by_kind_of_step(lambda kind: data_parallel[kind]["reduce_scatter"]),
+        "all_reduces": by_kind_of_step(lambda kind: data_parallel[kind]["all_reduce"]),
+        "tensor_parallel_collectives": by_kind_of_step(lambda kind: dict(tensor_parallel[kind])),
         "peak_bytes": by_kind_of_step(lambda kind: memory[kind][0]),
         "peak_bytes_within_step": by_kind_of_step(lambda kind: memory[kind][1]),
         "flops": {

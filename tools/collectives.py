@@ -1,4 +1,4 @@
-"""Counts the collectives of a piece of code, by kind and process group. A helper of bench.py and of the tests."""
+"""The collectives of a piece of code, by kind and process group. A helper of bench.py and of the tests."""
 
 from collections import Counter
 from typing import Any
@@ -37,7 +37,7 @@ _LOCAL = ("_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_autog
 
 
 class Collectives(TorchDispatchMode):
-    """While active, collects (kind, name of the process group, largest argument's number of elements).
+    """While active, lists (kind, name of the process group, largest argument's number of elements).
 
     A compiled region is not looked into; run it uncompiled. (torch's CommDebugMode breaks around
     `torch.autograd.grad`.)
@@ -45,14 +45,14 @@ class Collectives(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: Counter[tuple[str, str, int]] = Counter()
+        self.found: list[tuple[str, str, int]] = []
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = operator.overloadpacket._qualified_op_name
         if name in _KINDS:
             leaves = tree_leaves((args, kwargs or {}))
             elements = max((x.numel() for x in leaves if isinstance(x, Tensor)), default=0)
-            self.found[_KINDS[name], _group_name(leaves), elements] += 1
+            self.found.append((_KINDS[name], _group_name(leaves), elements))
         elif name.startswith(("c10d::", "_c10d_functional::")) and name not in _LOCAL:
             raise NotImplementedError(f"an operator of torch.distributed that is not known here: {name}")
         return operator(*args, **(kwargs or {}))
@@ -60,11 +60,12 @@ class Collectives(TorchDispatchMode):
     def on(self, *groups: ProcessGroup) -> Counter[tuple[str, int]]:
         """(kind, elements) of the collectives on some groups."""
         names = {group.group_name for group in groups}
-        chosen: Counter[tuple[str, int]] = Counter()
-        for (kind, group, elements), number in self.found.items():
-            if group in names:
-                chosen[kind, elements] += number
-        return chosen
+        return Counter((kind, elements) for kind, group, elements in self.found if group in names)
+
+    def order_on(self, *groups: ProcessGroup) -> list[str]:
+        """Kinds of the collectives on some groups, in the order in which they were issued."""
+        names = {group.group_name for group in groups}
+        return [kind for kind, group, _ in self.found if group in names]
 
 
 def by_kind(found: Counter[tuple[str, int]]) -> Counter[str]:
