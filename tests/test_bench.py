@@ -37,6 +37,7 @@ def test_bench_writes_what_it_measures(tmp_path):
     "arguments, says",
     [
         (["no/such.toml"], "no/such.toml does not exist"),
+        (["--activation_checkpoint.mode", "fulle"], "invalid choice 'fulle'"),
         (["train_configs/debug.toml", "--parametric_memory.no_enable"], "parametric_memory.enable is false"),
         (["train_configs/debug.toml", "--processes", "3", "--parallelism.tensor_parallel_degree", "2"], "3 processes"),
         (["train_configs/debug.toml", "--training.sequence", "3"], "Unknown key --training.sequence"),

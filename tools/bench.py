@@ -366,10 +366,17 @@ def _configuration(path: Path, overrides: Sequence[str], world_size: int) -> Any
     return config
 
 
-def _options(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
-        prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="bench.py",
+        usage="bench.py [CONFIG.toml] [options] [--section.key value ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
+    # The file comes first, or the value of a configuration's key could be taken for it.
+    given = [Path(argument) for argument in argv[:1] if not argument.startswith("-")]
+    parser.set_defaults(config=given[0] if given else DEFAULT_CONFIG)
 
     def positive(text: str) -> int:
         value = int(text)
@@ -377,17 +384,17 @@ def _options(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]
             raise ValueError
         return value
 
-    parser.add_argument("config", nargs="?", type=Path, default=DEFAULT_CONFIG, metavar="CONFIG.toml")
     parser.add_argument("--rounds", type=positive, default=7, help="rounds that count (default: 7)")
     parser.add_argument("--warm-up", type=positive, default=2, help="rounds before them (default: 2)")
     parser.add_argument("--layers", type=positive, help="number of layers, if not the flavour's")
     parser.add_argument("--processes", type=positive, help="default: all accelerators, or 2 without any")
     parser.add_argument("--json", default="outputs/bench.json", help="default: outputs/bench.json; '' writes none")
     parser.add_argument("--profile", metavar="FILE", help="also write a table of one step's operators or kernels")
-    return parser.parse_known_args(argv)
+    return parser.parse_known_args(argv[len(given) :])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     options, overrides = _options(argv)
     try:
         if "RANK" in os.environ:
@@ -403,7 +410,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_STATUS
     command = [
         sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--rdzv-backend=c10d",
-        "--rdzv-endpoint=localhost:0", "--local-ranks-filter=0", __file__, *(sys.argv[1:] if argv is None else argv),
+        "--rdzv-endpoint=localhost:0", "--local-ranks-filter=0", __file__, *argv,
     ]  # fmt: skip
     return subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ}).returncode
 
