@@ -35,8 +35,6 @@ LAYOUTS = {
     "tp2-no-loss-parallel": (2, [LOCAL, "4", TP, "2", "--parallelism.disable_loss_parallel"]),
     "operator-checkpointing": (2, [LOCAL, "2", AC, "selective", "--activation_checkpoint.selective_ac_option", "op"]),
     "compiled": (2, [LOCAL, "2", "--compile.enable"]),
-    # The default backend has been tried by "compiled"; what is particular to TP comes before it.
-    "compiled-tp2": (2, [LOCAL, "4", TP, "2", AC, "full", "--compile.enable", "--compile.backend", "aot_eager"]),
     "fsdp4": (4, [LOCAL, "1"]),
     "fsdp2-tp2-accumulation": (4, [LOCAL, "1", TP, "2"]),
 }
