@@ -108,6 +108,17 @@ def test_whole_logits_never_exist(monkeypatch, loss):
     assert largest.elements == N * V, "the detector works"
 
 
+def test_chunks_are_as_large_as_said_at_a_real_vocabulary():
+    vocabulary, tokens = 126_464, 700
+    hidden = torch.randn(tokens, 4, requires_grad=True)
+    weight = torch.randn(vocabulary, 4, requires_grad=True)
+    sums = SetSum(torch.ones(tokens), torch.zeros(tokens, dtype=torch.int64), 1)
+    with Largest() as largest:
+        set_losses(hidden, weight, HeadLoss(cross_entropy, torch.arange(tokens), sums)).backward()
+    assert tokens * vocabulary > largest.elements == tokens // 2 * vocabulary, "two chunks"
+    assert largest.elements * 4 <= logit_loss.CHUNK_BYTES
+
+
 def test_a_constant_head_costs_no_gradient_of_its_own():
     hidden, weight, _, label, sums = problem(1)
     products = count_products(lambda: set_losses(hidden, weight, HeadLoss(cross_entropy, label, sums, False)))

@@ -57,6 +57,20 @@ def test_attention_sees_both_sides_and_logits_only_where_asked():
         )
 
 
+def test_inputs_go_through_the_trunk_together_and_the_first_alone_has_a_gradient():
+    torch.manual_seed(0)
+    model = LLaDA(FLAVOURS["debug"])
+    with torch.no_grad():
+        model.init_weights()
+    inputs = [torch.randint(0, 512, (2, 16)) for _ in range(3)]
+    together = model.trunk(inputs, 2)
+    assert [x.requires_grad for x in together] == [True, False, False]
+    for x, tokens in zip(together, inputs, strict=True):
+        assert torch.equal(x, model.trunk([tokens], 2)[0])
+    with torch.no_grad():
+        assert not model.trunk(inputs, 2)[0].requires_grad
+
+
 def test_rotary_table_is_complex_so_that_mixed_precision_leaves_it_alone():
     table = rotary_frequencies(8, 16, 10_000.0)
     assert table.dtype == torch.complex64 and table.shape == (16, 4)

@@ -39,7 +39,6 @@ from torchtitan.components.optimizer import build_optimizers  # noqa: E402
 from torchtitan.config import TORCH_DTYPE_MAP  # noqa: E402
 from torchtitan.distributed import ParallelDims  # noqa: E402
 from torchtitan.distributed import utils as dist_utils  # noqa: E402
-from torchtitan.tools.logging import init_logger  # noqa: E402
 from torchtitan.tools.utils import device_module, device_type, get_peak_flops, set_default_dtype  # noqa: E402
 
 from memdlm_dist import bilevel, parse_config  # noqa: E402
@@ -333,7 +332,6 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         UserError: for a configuration that cannot be measured.
     """
     config = _configuration(options.config, overrides, int(os.environ["WORLD_SIZE"]))
-    init_logger()
     device_module.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("gloo" if device_type == "cpu" else None)
     result = measure(Bench.build(config, options.layers), options.rounds, options.warm_up, options.profile)
