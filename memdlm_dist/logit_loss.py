@@ -91,14 +91,21 @@ def _log_probabilities(a_CV: Tensor, b_CV: Tensor, vocabulary: Vocabulary) -> tu
     return a_CV, b_CV
 
 
-class HeadLoss(NamedTuple):
-    """What the output head is to return in place of logits: every set's loss."""
+class HeadLoss:
+    """What the output head is to return in place of logits: every set's loss.
 
-    loss: LogitLoss
-    target: Tensor  # labels [N], or the teacher's final-normed hidden states [N, D], a constant
-    sums: SetSum
-    # False where the head is a constant, as it is to the inner loop: then its gradient is not computed.
-    train_head: bool = True
+    Neither a tuple nor a dataclass: FSDP2's mixed precision casts the tensors that it finds in those among a
+    module's arguments, and the coefficients would be rounded to three digits.
+
+    Args:
+        loss: of the tokens' logits.
+        target: labels `[N]`, or the teacher's final-normed hidden states `[N, D]`, a constant.
+        sums: how the tokens' losses add up.
+        train_head: False where the head is a constant, as it is to the inner loop: its gradient is then not computed.
+    """
+
+    def __init__(self, loss: LogitLoss, target: Tensor, sums: SetSum, train_head: bool = True):
+        self.loss, self.target, self.sums, self.train_head = loss, target, sums, train_head
 
 
 def set_losses(hidden_ND: Tensor, weight_VD: Tensor, head: HeadLoss, group: ProcessGroup | None = None) -> Tensor:
@@ -148,7 +155,7 @@ class _SetLosses(torch.autograd.Function):
             rows = slice(start, start := start + len(h_CD))
             target = head.target[rows]
             if distilled:
-                target = F.linear(target, weight_VD).to(precision)
+                target = F.linear(target.to(weight_VD.dtype), weight_VD).to(precision)
             loss_C, gradient_CV = head.loss(F.linear(h_CD, weight_VD).to(precision), target, vocabulary)
             losses.append(loss_C)
             if dh_ND is None and not weight_gradient:
@@ -157,7 +164,7 @@ class _SetLosses(torch.autograd.Function):
             if dh_ND is not None:
                 torch.mm(gradient_CV, weight_VD, out=dh_ND[rows])
             if weight_gradient:
-                # Chunks add up inside the product, which accumulates in float32 whatever the weight's type.
+                # Rounded to the weight's type once a chunk: there are few.
                 dw_VD = gradient_CV.T @ h_CD if dw_VD is None else dw_VD.addmm_(gradient_CV.T, h_CD)
         ctx.set_N = head.sums.set_N if head.sums.n_sets > 1 else None
         ctx.gradients = dh_ND, dw_VD

@@ -48,6 +48,7 @@ BUILDS = {  # name -> (dtype, arguments, layouts that do without: compiling take
     "float32": ("float32", [], ("fsdp2-tp2",)),
     "float32-compiled": ("float32", COMPILE, ("hsdp2x2", "fsdp2-tp2")),
     "float32-compiled-checkpointing": ("float32", AC + COMPILE, ("fsdp2-tp2",)),
+    "bfloat16": ("bfloat16", [], ("hsdp2x2", "fsdp2-tp2")),
     # Blocks with a checkpoint and without, which tensor parallelism compiles in different ways.
     "float32-compiled-selective": ("float32", SELECTIVE + COMPILE, ("fsdp2", "hsdp2x2")),
     "float32-never": ("float32", ["--parallelism.fsdp_reshard_after_forward", "never"], ("hsdp2x2", "fsdp2-tp2")),
@@ -81,7 +82,9 @@ def builds(layout):
 def build(dtype, arguments):
     config = parse_config.parse([*COMMON, *arguments])
     TORCH_DTYPE_MAP["float64"] = torch.float64
-    config.training.dtype = config.training.mixed_precision_param = config.training.mixed_precision_reduce = dtype
+    training = config.training
+    training.mixed_precision_param = dtype
+    training.dtype = training.mixed_precision_reduce = "float32" if dtype == "bfloat16" else dtype
     bench = Bench.build(config)
     with torch.no_grad():
         for parameter in bench.model.parameters():  # larger than at the start, so that attention is not flat
@@ -145,9 +148,11 @@ def _is_sharded(parameter):
 
 
 def compare(bench, dtype, count):
-    dtype = getattr(torch, dtype)
+    dtype = {"float64": torch.float64}.get(dtype)
     ours, theirs = step(bench, "ours", dtype), step(bench, "straightforward", dtype)
-    result = {"difference": difference(ours, theirs)}
+    # The losses before anything is written: of the same predictions to the last bit, in any precision.
+    first = [{"first inner losses": x["loss_KG"][0]} for x in (ours, theirs)]
+    result = {"difference": difference(ours, theirs), "difference of the first inner losses": difference(*first)}
     if not count:
         return result
     counted = {kind: bench.collectives(kind, 1) for kind in KINDS}

@@ -6,8 +6,9 @@ import pytest
 from launching import run_script
 from sharded_step import COMPILATIONS, LAYOUTS, builds
 
-# float64 leaves rounding of sums; float32 adds up the same numbers in another order (1e-6 is seen).
-TOLERANCES = {"float64": 1e-10, "float32": 1e-5}
+# float64 leaves rounding of sums; float32 adds up the same numbers in another order (1e-6 is seen); bfloat16 carries
+# 8 bits, though the same products are seen to give the same here.
+TOLERANCES = {"float64": 1e-10, "float32": 1e-5, "bfloat1": 1e-3}
 STEPS = [(layout, step) for layout in LAYOUTS for step in builds(layout)]
 
 
@@ -20,7 +21,10 @@ def results(tmp_path_factory):
 
 @pytest.mark.parametrize("layout, step", STEPS)
 def test_the_same_numbers(results, layout, step):
-    assert results[layout]["steps"][step]["difference"] < TOLERANCES[step[:7]]
+    found = results[layout]["steps"][step]
+    assert found["difference"] < TOLERANCES[step[:7]]
+    # In mixed precision too the weights of the tokens and the sums stay in float32.
+    assert found["difference of the first inner losses"] < 1e-6
 
 
 @pytest.mark.parametrize("layout, step", [x for x in STEPS if x[0] == "fsdp2" or x[1].endswith(" default")])

@@ -179,8 +179,7 @@ class OutputHead(nn.Linear):
         return super().forward(x_1ND) if readout == "logits" else x_1ND
 
     def _losses(self, x_1ND: Tensor, head: HeadLoss) -> Tensor:
-        x_1ND, weight, target = self._autocast(x_1ND, self.weight, head.target)
-        head = head._replace(target=target)
+        x_1ND, weight = self._autocast(x_1ND, self.weight)
         if not isinstance(weight, DTensor):
             return set_losses(x_1ND.squeeze(0), weight, head)
         # Every rank computes all sets' losses, so that "as logits are" each holds its own copy of them.
@@ -196,7 +195,7 @@ class OutputHead(nn.Linear):
         if not torch.is_autocast_enabled(device):
             return list(tensors)
         dtype = torch.get_autocast_dtype(device)
-        return [x.to(dtype) if x.is_floating_point() else x for x in tensors]
+        return [x.to(dtype) for x in tensors]
 
 
 class TransformerBlock(nn.Module):
