@@ -183,7 +183,12 @@ def continued(tmp_path_factory):
         debug(root / "off", *save, *off, "--training.steps", "3"),
         debug(root / "off", *save, "--training.steps", "4"),
     ]
-    run_many([(2, run) for run in runs])
+    compiled = debug(
+        root / "compiled", "--compile.enable", "--compile.backend", "aot_eager", AC, "full", LOCAL, "2",
+        MEMORY + "inner_loss", "kl", MEMORY + "layer_fraction", "0.5", MEMORY + "start_step", "2", "--training.steps",
+        "3", "--validation.enable", "--validation.local_batch_size", "3", "--validation.steps", "1",
+    )  # fmt: skip
+    run_many([*((2, run) for run in runs), (1, compiled)])
     return root
 
 
@@ -198,6 +203,14 @@ def test_memory_can_be_switched_between_runs(continued):
     assert set(halves["loss_metrics/global_avg_loss"]) == set(range(1, 9))
     assert set(halves["parametric_memory/inner_loss_step_1"]) == {1, 2, 3, 4, 5, 6, 8}
     assert set(off["parametric_memory/inner_loss_step_1"]) == {4}
+
+
+def test_compiled_blocks_take_every_pass(continued):
+    """With and without gradient, students and teachers, two batch sizes: more graphs than torch allows by default."""
+    found = scalars(continued / "compiled")
+    assert set(found["loss_metrics/global_avg_loss"]) == {1, 2, 3}
+    assert set(found["parametric_memory/inner_loss_step_1"]) == {2, 3}
+    assert set(found["validation/loss_memory_on"]) == {0, 3}
 
 
 def test_fast_weights_are_never_saved(continued):

@@ -41,7 +41,7 @@ from torchtitan.distributed import ParallelDims  # noqa: E402
 from torchtitan.distributed import utils as dist_utils  # noqa: E402
 from torchtitan.tools.utils import device_module, device_type, get_peak_flops, set_default_dtype  # noqa: E402
 
-from memdlm_dist import bilevel, parse_config  # noqa: E402
+from memdlm_dist import bilevel, fast_weights, parse_config  # noqa: E402
 from memdlm_dist.errors import EXIT_STATUS, UserError  # noqa: E402
 from memdlm_dist.flops import Recomputation, step_flops  # noqa: E402
 from memdlm_dist.models import BACKBONES, backbone_args  # noqa: E402
@@ -125,7 +125,7 @@ class Bench:
                 return run(self.model, batch, None, None, shard)
             fast = memory.draw(_SEED, step, batch.sample_ids_B)
             if dtype is not None:
-                fast = bilevel.fast_weights.map_leaves(lambda x: x.to(dtype), fast)
+                fast = fast_weights.map_leaves(lambda x: x.to(dtype), fast)
             return run(self.model, batch, memory, fast, shard)
 
     def groups(self, *names: str) -> list[dist.ProcessGroup]:

@@ -46,6 +46,10 @@ def parallelize_llada(model: LLaDA, parallel_dims: ParallelDims, job_config: Any
             op_sac_save_list=_op_sac_save_list,
             base_folder=job_config.job.dump_folder,
         )
+    if compiled:
+        # A block is compiled once for every way of passing through it: with and without gradient, of the activations
+        # or the fast weights or both, for every batch size. torch fails at the ninth.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     if compiled and parallel_dims.tp_enabled:
         _compile_below_checkpoints(model, job_config.compile)
     elif compiled:
