@@ -11,136 +11,33 @@ Starts its own processes; under torchrun it is one of them.
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from bench_step import DATA_PARALLEL, KINDS, Bench
+from collectives import by_kind
+from peak_memory import peak_memory
+from torchtitan.components.optimizer import build_optimizers
+from torchtitan.distributed import utils as dist_utils
+from torchtitan.tools.utils import device_module, device_type, get_peak_flops
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "tests")]
+from memdlm_dist import parse_config
+from memdlm_dist.errors import EXIT_STATUS, UserError
+from memdlm_dist.flops import Recomputation, step_flops
+from memdlm_dist.models import backbone_args
+from memdlm_dist.trajectory import MicroBatch
 
-import straightforward  # noqa: E402
-from collectives import Collectives, by_kind  # noqa: E402
-from torchtitan.components.optimizer import build_optimizers  # noqa: E402
-from torchtitan.config import TORCH_DTYPE_MAP  # noqa: E402
-from torchtitan.distributed import ParallelDims  # noqa: E402
-from torchtitan.distributed import utils as dist_utils  # noqa: E402
-from torchtitan.tools.utils import device_module, device_type, get_peak_flops, set_default_dtype  # noqa: E402
-
-from memdlm_dist import bilevel, fast_weights, parse_config  # noqa: E402
-from memdlm_dist.errors import EXIT_STATUS, UserError  # noqa: E402
-from memdlm_dist.flops import Recomputation, step_flops  # noqa: E402
-from memdlm_dist.models import BACKBONES, backbone_args  # noqa: E402
-from memdlm_dist.models.llada import LLaDA, LLaDAArgs  # noqa: E402
-from memdlm_dist.models.parallelize import parallelize_llada  # noqa: E402
-from memdlm_dist.objective import Objective, build_objective  # noqa: E402
-from memdlm_dist.trajectory import MicroBatch  # noqa: E402
-
-DEFAULT_CONFIG = ROOT / "train_configs/bench_cpu.toml"
-KINDS = ("plain", "straightforward", "ours")
-DATA_PARALLEL = ("dp_replicate", "fsdp")  # dimensions of the mesh over which FSDP2 communicates
-_SEED = 0
-
-
-@dataclass
-class Bench:
-    """A sharded backbone with everything a step needs, of which three kinds can be taken."""
-
-    config: Any
-    args: LLaDAArgs
-    dims: ParallelDims
-    model: LLaDA
-    objective: Objective
-    flops_per_token: float  # of plain training, as torchtitan counts them
-    autocast: Any  # as torchtitan's trainer has it
-
-    @classmethod
-    def build(cls, config: Any, layers: int | None = None) -> "Bench":
-        """On all processes, which torch.distributed knows."""
-        parallel = config.parallelism
-        dims = ParallelDims(
-            dp_replicate=parallel.data_parallel_replicate_degree,
-            dp_shard=parallel.data_parallel_shard_degree,
-            cp=1,
-            tp=parallel.tensor_parallel_degree,
-            pp=1,
-            ep=1,
-            etp=1,
-            world_size=dist.get_world_size(),
-        )
-        dims.build_mesh()
-        args = backbone_args(config.model.name, config.model.flavor)
-        args = replace(args, n_layers=layers or args.n_layers)
-        args.update_from_config(config)
-        torch.manual_seed(_SEED)
-        with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
-            model = BACKBONES[config.model.name][0](args)
-        _, flops = args.get_nparams_and_flops(model, config.training.seq_len)
-        model = parallelize_llada(model, dims, config)
-        model.to_empty(device=device_type)
-        with torch.no_grad():
-            model.init_weights()
-        objective = build_objective(config, args, args.vocab_size - 1, dims)
-        autocast = dist_utils.maybe_enable_amp(dims, config.training.mixed_precision_param, device_type)
-        return cls(config, args, dims, model, objective, flops, autocast)
-
-    def batch(self, number: int) -> MicroBatch:
-        """Random tokens with their noise; the same on the ranks of a tensor-parallel group."""
-        training = self.config.training
-        mesh = self.dims.get_optional_mesh("batch")
-        ids = torch.arange(training.local_batch_size) + training.local_batch_size * (
-            mesh.get_local_rank() if mesh is not None else 0
-        )
-        generator = torch.Generator().manual_seed(int(ids[0]) + 1_000_003 * number)
-        shape = (training.local_batch_size, training.seq_len)
-        tokens = torch.randint(0, self.args.vocab_size - 1, shape, generator=generator)
-        return self.objective.micro_batch(tokens, tokens, ids, step=number).to(device_type)
-
-    def loss_sum(self, kind: str, batch: MicroBatch, step: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Any]:
-        """The outer loss by one of the three `KINDS` of step, and the inner loop's statistics.
-
-        Args:
-            dtype: of the fast weights, if not as drawn.
-        """
-        memory = self.objective.memory
-        assert memory is not None
-        run = straightforward.outer_loss if kind == "straightforward" else bilevel.outer_loss
-        shard = self.objective.shard
-        with self.autocast:
-            if kind == "plain":
-                return run(self.model, batch, None, None, shard)
-            fast = memory.draw(_SEED, step, batch.sample_ids_B)
-            if dtype is not None:
-                fast = fast_weights.map_leaves(lambda x: x.to(dtype), fast)
-            return run(self.model, batch, memory, fast, shard)
-
-    def groups(self, *names: str) -> list[dist.ProcessGroup]:
-        """Process groups of the mesh's dimensions, as far as they exist."""
-        meshes = (self.dims.get_optional_mesh(name) for name in names)
-        return [mesh.get_group() for mesh in meshes if mesh is not None]
-
-    def collectives(self, kind: str, number: int = 0) -> Collectives:
-        """Those of one forward and backward pass."""
-        batch = self.batch(number)
-        # A compiled block would hide its collectives.
-        with torch.compiler.set_stance("force_eager"), Collectives() as counted:
-            self.loss_sum(kind, batch, number)[0].backward()
-        self.model.zero_grad()
-        return counted
+DEFAULT_CONFIG = Path(__file__).parent.parent / "train_configs/bench_cpu.toml"
 
 
 def measure(bench: Bench, rounds: int, warm_up: int, profile: str | None) -> dict[str, Any]:
@@ -175,7 +72,7 @@ def measure(bench: Bench, rounds: int, warm_up: int, profile: str | None) -> dic
     counted = {kind: bench.collectives(kind) for kind in KINDS}
     data_parallel = {kind: by_kind(found.on(*bench.groups(*DATA_PARALLEL))) for kind, found in counted.items()}
     tensor_parallel = {kind: by_kind(found.on(*bench.groups("tp"))) for kind, found in counted.items()}
-    memory = _peaks(lambda kind: step(kind, 0, bench.batch(0)))
+    memory = {kind: _largest(peak_memory(partial(step, kind, 0, bench.batch(0)))) for kind in KINDS}
     if profile is not None:
         _profile(lambda: step("ours", 0, bench.batch(0)), profile)
 
@@ -238,44 +135,11 @@ def _synchronise() -> None:
         device_module.synchronize()
 
 
-def _peaks(step: Callable[[str], None]) -> dict[str, tuple[int, int]]:
-    """Per kind of step: the largest memory of any rank in it, and how much of that came on top of what was there."""
-    peaks = {}
-    for kind in KINDS:
-        gc.collect()
-        before = _start_peak()
-        step(kind)
-        _synchronise()
-        pair = torch.tensor([_peak(), _peak() - before], device=device_type)
-        dist.all_reduce(pair, dist.ReduceOp.MAX)
-        peaks[kind] = cast(tuple[int, int], tuple(pair.tolist()))
-    return peaks
-
-
-def _start_peak() -> int:
-    """Forget the peak so far; returns what is in use."""
-    if device_type != "cpu":
-        device_module.empty_cache()
-        device_module.reset_peak_memory_stats()
-        return device_module.memory_allocated()
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        # glibc: give every freed block of 64 KiB or more back at once, so that what is resident is what is used.
-        libc.mallopt(ctypes.c_int(-3), ctypes.c_int(2**16))
-        libc.malloc_trim(ctypes.c_size_t(0))
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    return _status("VmRSS")
-
-
-def _peak() -> int:
-    return _status("VmHWM") if device_type == "cpu" else device_module.max_memory_allocated()
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _largest(values: tuple[int, ...]) -> list[int]:
+    """Of each value, the largest of any rank."""
+    tensor = torch.tensor(values, device=device_type)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.tolist()
 
 
 def _profile(run: Callable[[], None], path: str) -> None:

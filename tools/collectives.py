@@ -54,7 +54,7 @@ class Collectives(TorchDispatchMode):
             elements = max((x.numel() for x in leaves if isinstance(x, Tensor)), default=0)
             self.found.append((_KINDS[name], _group_name(leaves), elements))
         elif name.startswith(("c10d::", "_c10d_functional::")) and name not in _LOCAL:
-            raise NotImplementedError(f"an operator of torch.distributed that is not known here: {name}")
+            raise RuntimeError(f"an operator of torch.distributed that is not known here: {name}")
         return operator(*args, **(kwargs or {}))
 
     def on(self, *groups: ProcessGroup) -> Counter[tuple[str, int]]:
