@@ -15,8 +15,8 @@ from memdlm_dist import fast_weights, inner_loop
 from memdlm_dist.diffusion import SetSum
 from memdlm_dist.fast_weights import AdaptedLinear, FastWeights, InnerSGD
 from memdlm_dist.inner_loop import InnerStatistics
-from memdlm_dist.inner_loss import InnerLoss
-from memdlm_dist.logit_loss import HeadLoss, cross_entropy, whole
+from memdlm_dist.inner_loss import InnerLoss, whole
+from memdlm_dist.logit_loss import HeadLoss, cross_entropy
 from memdlm_dist.models.llada import LLaDA
 from memdlm_dist.trajectory import InnerStep, MicroBatch, Scored
 

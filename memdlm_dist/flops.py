@@ -63,8 +63,8 @@ class _Layer:
     def __init__(
         self, args: LLaDAArgs, layer: int, tokens: int, length: int, memory: Memory | None, recomputation: Recomputation
     ):
-        every = args.adapted_linears(layer, list(args.targets))
-        sizes = {linear.target: linear for linear in every if linear.layer == str(layer)}
+        # The layers are alike; the last one's linears are all that is listed from there on.
+        sizes = {linear.target: linear for linear in args.adapted_linears(args.n_layers - 1, list(args.targets))}
         self.linears = {name: 2.0 * tokens * sizes[name].in_features * sizes[name].out_features for name in _STAGES}
         self.attention = 4.0 * tokens * length * args.dim
         self.forward = sum(self.linears.values()) + self.attention

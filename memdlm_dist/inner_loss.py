@@ -13,13 +13,12 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from memdlm_dist.logit_loss import LogitLoss, cross_entropy, kl, reverse_kl, whole
+from memdlm_dist.logit_loss import LogitLoss, cross_entropy, kl, reverse_kl
 
-# What is read off the model: the output head's logits [N, V], or the last layer's output [N, D] before
-# or after the final norm.
+# The last layer's output [N, D] before or after the final norm.
 Hidden = Literal["pre_final_norm", "post_final_norm"]
-Readout = Literal["logits"] | Hidden
 
 # (student's hidden state, teacher's) -> distance [N], in float32 at least.
 HiddenDistance = Callable[[Tensor, Tensor], Tensor]
@@ -68,6 +67,11 @@ def inner_loss(name: str, student_hidden: Hidden, teacher_hidden: Hidden) -> Inn
     if name in HIDDEN_LOSSES:
         return InnerLoss(of_hidden=HIDDEN_LOSSES[name], student=student_hidden, teacher=teacher_hidden)
     return LOGIT_LOSSES[name]
+
+
+def whole(x: Tensor) -> Tensor:
+    """A tensor on every rank, if it is spread over some."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def _float(x: Tensor) -> Tensor:

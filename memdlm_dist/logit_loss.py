@@ -1,4 +1,4 @@
-"""Losses of the output head's logits, which never exist whole.
+"""Losses of the output head's logits, of which no more than a chunk exists at a time.
 
 The head's matrix product, the loss and its gradient are computed chunk by chunk of tokens: at 126 k words
 the logits of one long sequence are otherwise larger than everything else in memory. Every gradient is
@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce, get_rank
-from torch.distributed.tensor import DTensor
 
 from memdlm_dist.diffusion import SetSum
 
@@ -184,10 +183,6 @@ class _SetLosses(torch.autograd.Function):
 
 def _chunk_length(tokens: int, weight_VD: Tensor, precision: torch.dtype) -> int:
     """Tokens of a chunk: equal chunks, as few as keep each one's logits within `CHUNK_BYTES`."""
-    chunks = -(-tokens * len(weight_VD) * precision.itemsize // CHUNK_BYTES)
+    most = max(1, CHUNK_BYTES // (len(weight_VD) * precision.itemsize))
+    chunks = -(-tokens // most)
     return -(-tokens // chunks)
-
-
-def whole(x: Tensor) -> Tensor:
-    """A tensor on every rank, if it is spread over some."""
-    return x.full_tensor() if isinstance(x, DTensor) else x

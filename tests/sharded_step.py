@@ -8,6 +8,7 @@ Writes as JSON what test_sharded_step.py asserts, a file for each layout.
 import json
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -155,17 +156,13 @@ def compare(bench, dtype, count):
     result = {"difference": difference(ours, theirs), "difference of the first inner losses": difference(*first)}
     if not count:
         return result
-    counted = {kind: bench.collectives(kind, 1) for kind in KINDS}
-    communication = {kind: found.on(*bench.groups(*DATA_PARALLEL)) for kind, found in counted.items()}
+    communication = {kind: bench.collectives(kind, 1).on(*bench.groups(*DATA_PARALLEL)) for kind in KINDS}
     return result | {
         "all_gathers": {kind: by_kind(found)["all_gather"] for kind, found in communication.items()},
         "reduce_scatters": {kind: by_kind(found)["reduce_scatter"] for kind, found in communication.items()},
-        "order": {
-            kind: "".join(x[0] for x in found.order_on(*bench.groups(*DATA_PARALLEL)))
-            for kind, found in counted.items()
-        },
+        "order": {kind: "".join(x[0][0] for x in found) for kind, found in communication.items()},
         # Collectives on the data-parallel groups that plain training does not make, by kind and size.
-        "beyond_plain": sorted(f"{x}" for x in communication["ours"] - communication["plain"]),
+        "beyond_plain": sorted(f"{x}" for x in Counter(communication["ours"]) - Counter(communication["plain"])),
     }
 
 

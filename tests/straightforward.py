@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from memdlm_dist import inner_loop, inner_loss, logit_loss
-from memdlm_dist.logit_loss import whole
+from memdlm_dist.inner_loss import whole
 
 
 def _cross_entropy(logits, label):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from straightforward import DISTANCES
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -11,15 +12,7 @@ from memdlm_dist.diffusion import SetSum
 from memdlm_dist.logit_loss import HeadLoss, cross_entropy, kl, reverse_kl, set_losses
 
 N, D, V = 37, 16, 101
-REFERENCES = {
-    cross_entropy: lambda student, label: F.cross_entropy(student, label, reduction="none"),
-    kl: lambda student, teacher: F.kl_div(
-        student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="none"
-    ).sum(-1),
-    reverse_kl: lambda student, teacher: F.kl_div(
-        teacher.log_softmax(-1), student.log_softmax(-1), log_target=True, reduction="none"
-    ).sum(-1),
-}
+LOSSES = (cross_entropy, kl, reverse_kl)
 
 
 def problem(n_sets, dtype=torch.float64):
@@ -33,7 +26,7 @@ def problem(n_sets, dtype=torch.float64):
     return hidden.requires_grad_(), weight.requires_grad_(), teacher, label, SetSum(coefficient, sets, n_sets)
 
 
-@pytest.mark.parametrize("loss", REFERENCES)
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("rows", [1, 10, N, 1000])
 @pytest.mark.parametrize("n_sets", [1, 3])
 def test_losses_and_gradients_equal_those_of_whole_logits(monkeypatch, loss, rows, n_sets):
@@ -45,7 +38,7 @@ def test_losses_and_gradients_equal_those_of_whole_logits(monkeypatch, loss, row
     inputs = [hidden, weight] if n_sets == 1 else [hidden]
 
     whole_target = label if loss is cross_entropy else teacher @ weight.detach().T
-    expected = sums(REFERENCES[loss](hidden @ weight.T, whole_target))
+    expected = sums(DISTANCES[loss](hidden @ weight.T, whole_target))
     expected_gradients = torch.autograd.grad((factor * expected).sum(), inputs)
     found = set_losses(hidden, weight, HeadLoss(loss, target, sums, train_head=n_sets == 1))
     gradients = torch.autograd.grad((factor * found).sum(), inputs)
@@ -94,7 +87,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("loss", REFERENCES)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_whole_logits_never_exist(monkeypatch, loss):
     monkeypatch.setattr(logit_loss, "CHUNK_BYTES", 10 * V * 8)
     hidden, weight, teacher, label, sums = problem(1)

@@ -57,23 +57,15 @@ class Collectives(TorchDispatchMode):
             raise RuntimeError(f"an operator of torch.distributed that is not known here: {name}")
         return operator(*args, **(kwargs or {}))
 
-    def on(self, *groups: ProcessGroup) -> Counter[tuple[str, int]]:
-        """(kind, elements) of the collectives on some groups."""
+    def on(self, *groups: ProcessGroup) -> list[tuple[str, int]]:
+        """(kind, elements) of the collectives on some groups, in the order in which they were issued."""
         names = {group.group_name for group in groups}
-        return Counter((kind, elements) for kind, group, elements in self.found if group in names)
-
-    def order_on(self, *groups: ProcessGroup) -> list[str]:
-        """Kinds of the collectives on some groups, in the order in which they were issued."""
-        names = {group.group_name for group in groups}
-        return [kind for kind, group, _ in self.found if group in names]
+        return [(kind, elements) for kind, group, elements in self.found if group in names]
 
 
-def by_kind(found: Counter[tuple[str, int]]) -> Counter[str]:
+def by_kind(found: list[tuple[str, int]]) -> Counter[str]:
     """The number of collectives of each kind."""
-    kinds: Counter[str] = Counter()
-    for (kind, _), number in found.items():
-        kinds[kind] += number
-    return kinds
+    return Counter(kind for kind, _ in found)
 
 
 def _group_name(leaves: list[Any]) -> str:

@@ -11,7 +11,7 @@ sharded on the sequence, [B, L / tp, D].
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +25,12 @@ from torchtitan.models.utils import get_dense_model_nparams_and_flops, trunc_nor
 from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 
 from memdlm_dist.fast_weights import AdaptedLinear, FastLinear, FastWeights, adapted
-from memdlm_dist.inner_loss import Readout
+from memdlm_dist.inner_loss import Hidden
 from memdlm_dist.logit_loss import HeadLoss, set_losses
 from memdlm_dist.models.residency import Residency
+
+# What is read off the model: the output head's logits, or a hidden state that it gets.
+Readout = Literal["logits"] | Hidden
 
 
 @dataclass

@@ -21,7 +21,8 @@ def parallelize_llada(model: LLaDA, parallel_dims: ParallelDims, job_config: Any
     """Apply tensor parallelism, activation checkpointing, compilation and FSDP2, in that order.
 
     TP goes first, since the others wrap what it shards; checkpointing inside compilation, so that the
-    compiler sees both; FSDP outermost, one group per block.
+    compiler sees both (but around it with TP, see `_compile_below_checkpoints`); FSDP outermost, one group
+    per block.
     """
     parallelism, training = job_config.parallelism, job_config.training
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 
@@ -28,17 +27,14 @@ class Residency:
     freed: Sequence[bool] = ()  # whether plain training frees the group after the forward pass
 
     @classmethod
-    def of(cls, model: nn.Module, policy: str) -> "Residency":
+    def of(cls, model: Any, policy: str) -> "Residency":
         """The groups that torchtitan's llama3 recipe makes of `model`, and their backward prefetch order.
 
         Args:
-            model: after `fully_shard`, or without it.
+            model: after `fully_shard`.
             policy: `parallelism.fsdp_reshard_after_forward`, by which the recipe frees them.
         """
-        if not isinstance(model, FSDPModule):
-            return cls()
-        backbone: Any = model
-        groups = [backbone.tok_embeddings, *backbone.layers.values(), backbone.output]
+        groups = [model.tok_embeddings, *model.layers.values(), model.output]
         freed = [policy != "never"] * (len(groups) - 1) + [policy == "always"]
         # FSDP2 would prefetch by the order of past forward passes, of which the inner loop makes many. The
         # first group has nothing before it: it names itself, since an empty list asks for that order.
