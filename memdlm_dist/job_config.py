@@ -131,8 +131,8 @@ class Data:
     validate_hash: str = "xxh64"
     """Checksum that each shard must match when it is first read; empty to skip the check."""
 
-    download_retry: int = 2
-    """How often to retry a download."""
+    download_retry: int = 6
+    """How often to try a download, with waits of 1, 2, 4, ... seconds between: 6 bridge half a minute."""
 
     download_timeout: float = 60.0
     """Seconds that one download may take."""
@@ -140,10 +140,33 @@ class Data:
 
 @dataclass
 class Checkpoint(TitanCheckpoint):
-    """torchtitan's section with one default changed."""
+    """torchtitan's section with one default changed and two keys more; `folder` may be a URL (s3://bucket/run)."""
 
     last_save_model_only: bool = False
     """Save only the model at the last step. False, unlike in torchtitan: a finished run can then be continued."""
+
+    keep_every: int = 0
+    """Besides the latest checkpoints, keep those whose step is a multiple of this; 0 for none."""
+
+    accept_changes: list[str] = field(default_factory=list)
+    """Differences between the checkpoint's run and this one that are meant, such as training.global_batch_size or
+    data.train; any other stops the run, for it would not continue the one that was interrupted."""
+
+
+@dataclass
+class Reliability:
+    """What happens when something goes wrong."""
+
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a batch whose loss or gradient is not finite leads to: the run stops, or the batch changes nothing and is
+    counted (reliability/skipped_batches)."""
+
+    max_consecutive_skips: int = 10
+    """So many batches skipped in a row stop the run all the same: the model itself is not finite then."""
+
+    on_save_failure: Literal["continue", "stop"] = "continue"
+    """What a checkpoint that cannot be saved leads to (a full disk, say): the next interval tries again, or the run
+    stops. Earlier checkpoints are left as they are."""
 
 
 @dataclass
@@ -165,4 +188,5 @@ class JobConfig:
     parametric_memory: ParametricMemory = field(default_factory=ParametricMemory)
     data: Data = field(default_factory=Data)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    reliability: Reliability = field(default_factory=Reliability)
     validation: Validation = field(default_factory=Validation)

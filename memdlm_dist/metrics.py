@@ -19,6 +19,7 @@ WRITTEN = "parametric_memory/fast_weight_norm"
 SKIPPED = "parametric_memory/skipped_updates"
 HARDWARE_FLOPS = "parametric_memory/hardware_flops_ratio"
 MASK_RATIO = "diffusion/mask_ratio"
+SKIPPED_BATCHES = "reliability/skipped_batches"
 
 
 class MemDLMMetrics(MetricsProcessor):
@@ -30,6 +31,7 @@ class MemDLMMetrics(MetricsProcessor):
 
     def __init__(self, job_config: Any, parallel_dims: ParallelDims, tag: str | None = None):
         super().__init__(job_config, parallel_dims, tag)
+        self.totals: dict[str, float] = {}  # counts of the run, the same on every rank
         self.start_step()
 
     def start_step(self) -> None:
@@ -95,7 +97,9 @@ class MemDLMMetrics(MetricsProcessor):
         inner = [ours[name] for k in range(len(ours)) if (name := INNER_LOSS.format(k + 1)) in ours]
         suffix = f"  inner loss: {' -> '.join(f'{loss:.4f}' for loss in inner)}" if inner else ""
         with _appending(suffix):
-            super().log(step, global_avg_loss, global_max_loss, grad_norm, {**(extra_metrics or {}), **ours})
+            super().log(
+                step, global_avg_loss, global_max_loss, grad_norm, {**(extra_metrics or {}), **ours, **self.totals}
+            )
 
     def exclude(self, seconds: float) -> None:
         """Leave time that was not spent on training out of the next step line's throughput."""
@@ -108,12 +112,13 @@ class MemDLMMetrics(MetricsProcessor):
 
 @contextlib.contextmanager
 def _appending(suffix: str) -> Iterator[None]:
-    """Append to the step line that torchtitan composes and logs in one go."""
+    """Append to the step line that torchtitan composes and logs in one go; rank 0 alone prints it."""
 
     def append(record: logging.LogRecord) -> bool:
-        if "tflops:" in str(record.msg):
-            record.msg = f"{record.msg}{suffix}"
-        return True
+        if "tflops:" not in str(record.msg):
+            return True
+        record.msg = f"{record.msg}{suffix}"
+        return torch.distributed.get_rank() == 0
 
     logger.addFilter(append)
     try:

@@ -18,6 +18,7 @@ import typeguard
 from torchtitan.config import ConfigManager
 from torchtitan.config import JobConfig as TitanJobConfig
 
+from memdlm_dist.checkpoint.continuity import KEYS as CONTINUITY
 from memdlm_dist.errors import UserError
 from memdlm_dist.job_config import JobConfig
 from memdlm_dist.models.llada import LLaDAArgs
@@ -219,6 +220,25 @@ def _check_values(config: Any) -> None:
     _require(
         config.checkpoint.keep_latest_k != 1,
         "checkpoint.keep_latest_k must be 0 (keep all) or at least 2: the newest may still be in the writing.",
+    )
+    _require(
+        config.checkpoint.keep_every >= 0,
+        f"checkpoint.keep_every must not be negative (0 is off), but is {config.checkpoint.keep_every}.",
+    )
+    _require(
+        config.checkpoint.interval >= 1, f"checkpoint.interval must be positive, not {config.checkpoint.interval}."
+    )
+    unknown = [key for key in config.checkpoint.accept_changes if key not in CONTINUITY]
+    _require(
+        not unknown,
+        f"checkpoint.accept_changes names {', '.join(unknown)}; choose among {', '.join(CONTINUITY)}.",
+    )
+    _require(
+        config.reliability.max_consecutive_skips >= 1,
+        f"reliability.max_consecutive_skips must be at least 1, but is {config.reliability.max_consecutive_skips}.",
+    )
+    _require(
+        config.data.download_retry >= 1, f"data.download_retry must be at least 1, not {config.data.download_retry}."
     )
     _require(
         parallel.pipeline_parallel_degree == 1,

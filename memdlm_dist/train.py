@@ -12,21 +12,32 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-from torchtitan.tools.logging import init_logger, logger
+from torchtitan import train as torchtitan_train
+from torchtitan.distributed import utils as dist_utils
+from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
 
-from memdlm_dist import parse_config, train_spec, validate  # noqa: F401  (train_spec registers the backbones)
-from memdlm_dist.checkpoint import check_loadable
+from memdlm_dist import parse_config, preemption, train_spec, validate  # noqa: F401  (train_spec registers backbones)
+from memdlm_dist.agreement import StepAgreement
+from memdlm_dist.checkpoint.continuity import identity
+from memdlm_dist.checkpoint.manager import ResumableCheckpoints
 from memdlm_dist.data.loader import Batch
 from memdlm_dist.errors import EXIT_STATUS, UserError
 from memdlm_dist.flops import Recomputation, step_flops
-from memdlm_dist.metrics import HARDWARE_FLOPS, MASK_RATIO, MemDLMMetrics
+from memdlm_dist.logs import start_logging
+from memdlm_dist.metrics import HARDWARE_FLOPS, MASK_RATIO, SKIPPED_BATCHES, MemDLMMetrics
 from memdlm_dist.models import backbone_args
 from memdlm_dist.objective import Objective, build_objective
+from memdlm_dist.preemption import StopRequest
+from memdlm_dist.watchdog import start_watchdog
+
+# torchtitan's Trainer has no builder for its checkpoints, as it has for the rest: it constructs this name.
+torchtitan_train.CheckpointManager = ResumableCheckpoints
 
 
 class MemDLMTrainer(Trainer):
@@ -38,17 +49,28 @@ class MemDLMTrainer(Trainer):
     """
 
     metrics_processor: MemDLMMetrics
+    checkpointer: ResumableCheckpoints
     objective: Objective
     plain_objective: Objective  # the same without memory, for the steps before parametric_memory.start_step
     recomputation: Recomputation
 
-    def __init__(self, job_config: Any):
+    def __init__(self, job_config: Any, stop: StopRequest):
         super().__init__(job_config)
-        check_loadable(self.checkpointer, job_config.checkpoint)
+        self.stop = stop
         self.objective = build_objective(job_config, self.model_args, self.tokenizer.mask_id, self.parallel_dims)
         self.plain_objective = replace(self.objective, memory=None)
         checkpointing = job_config.activation_checkpoint
         self.recomputation = Recomputation(checkpointing.mode, checkpointing.selective_ac_option)
+        self.checkpointer.identity = identity(
+            job_config, self.dataloader.global_batch_size, self.dataloader.fingerprint
+        )
+        self.checkpointer.stop_on_save_failure = job_config.reliability.on_save_failure == "stop"
+        self.agreement = StepAgreement(self.model_parts, job_config.reliability, self.device)
+        self.optimizers.register_step_pre_hook(self._before_optimizer)
+        self.watchdog = start_watchdog(job_config.comm.init_timeout_seconds)
+        if job_config.validation.enable:
+            self.validator.progress = self.watchdog.at
+        self._stopping = self._first_step_done = False
 
     def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:
         """torchtitan's generator, each batch with its noise drawn; called once, after a checkpoint is loaded."""
@@ -62,7 +84,11 @@ class MemDLMTrainer(Trainer):
         return self._with_noise(super().batch_generator(data_iterable))
 
     def _with_noise(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        for inputs, labels in batches:
+        while True:
+            # A rank whose data do not come holds the others up, and not the other way round.
+            self.watchdog.at(f"loading the data of step {self.step}", needs_others=False)
+            inputs, labels = next(batches)
+            self.watchdog.at(f"taking step {self.step}")
             start = self.job_config.parametric_memory.start_step
             objective = self.objective if self.step >= start else self.plain_objective
             batch = objective.micro_batch(inputs["input"], labels, inputs["sample_id"], self.step)
@@ -70,7 +96,56 @@ class MemDLMTrainer(Trainer):
 
     def train_step(self, data_iterator: Iterator[Batch]) -> None:
         self.metrics_processor.start_step()
+        self.agreement.start_step()
         super().train_step(data_iterator)
+        self._after_first_step()
+        self.watchdog.at(f"finishing step {self.step} (checkpoint, validation)", needs_others=False)
+
+    def _before_optimizer(self, *_: Any) -> None:
+        """What all ranks agree on when the gradients are there: whether they are finite, and whether to stop here."""
+        stop, wrong = self.agreement.reach(self.stop.requested)
+        if stop:
+            self._stopping = self.checkpointer.save_now = True
+        if wrong:
+            self.agreement.skip(self.step, wrong)
+            # Parameters without a gradient are left alone, and their optimizer state too.
+            self.optimizers.zero_grad(set_to_none=True)
+        self.metrics_processor.totals[SKIPPED_BATCHES] = self.agreement.skipped
+
+    def _after_first_step(self) -> None:
+        """torchtitan tightens the timeouts after step 1; a run that was resumed has another first step."""
+        if self._first_step_done:
+            return
+        self._first_step_done = True
+        seconds = self.job_config.comm.train_timeout_seconds
+        if self.step != 1:
+            dist_utils.set_pg_timeouts(timedelta(seconds=seconds), self.parallel_dims)
+        self.watchdog.timeout = seconds
+
+    def should_continue_training(self) -> bool:
+        return super().should_continue_training() and not self._stopping
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the run was asked to stop before its last step."""
+        return self._stopping and self.step < self.job_config.training.steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """torchtitan's, but for the run as a whole: a checkpoint keeps what one rank says."""
+        ranks = self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
+        return {
+            "step": self.step, "ntokens_seen": self.ntokens_seen * ranks, "skipped_batches": self.agreement.skipped,
+        }  # fmt: skip
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        ranks = self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
+        self.step, self.ntokens_seen = state_dict["step"], state_dict["ntokens_seen"] // ranks
+        self.agreement.skipped = state_dict["skipped_batches"]
+
+    def close(self) -> None:
+        if hasattr(self, "watchdog"):
+            self.watchdog.stop()
+        super().close()
 
     def forward_backward_step(
         self, *, input_dict: dict[str, Any], labels: torch.Tensor, global_valid_tokens: torch.Tensor | float
@@ -83,6 +158,7 @@ class MemDLMTrainer(Trainer):
                 loss_sum, statistics = self.objective.loss_sum(model, batch, self.step)
                 loss = loss_sum / _at_least_one(global_valid_tokens)
             loss.backward()
+        self.agreement.record(loss, input_dict["sample_id"])
         if self.metrics_processor.should_log(self.step):
             self.metrics_processor.record_rank_loss(loss_sum, batch.maskable)
             self.metrics_processor.record_ratio(MASK_RATIO, batch.masked, batch.maskable)
@@ -117,8 +193,8 @@ def check_output(dump_folder: str) -> None:
         ) from None
 
 
-def run(argv: Sequence[str]) -> None:
-    """Train as a command line says.
+def run(argv: Sequence[str]) -> int:
+    """Train as a command line says; returns the exit status.
 
     Raises:
         UserError: for everything a user can get wrong.
@@ -129,25 +205,40 @@ def run(argv: Sequence[str]) -> None:
     parse_config.check_backbone(config, backbone_args(config.model.name, config.model.flavor))
     check_output(config.job.dump_folder)
     _single_process_environment()
+    stop = StopRequest()
+    stop.install()
     trainer: MemDLMTrainer | None = None
     done = False
     try:
-        trainer = MemDLMTrainer(config)
+        trainer = MemDLMTrainer(config, stop)
         if config.checkpoint.create_seed_checkpoint:
             trainer.checkpointer.save(curr_step=0, last_step=True)
             logger.info("Saved the seed checkpoint.")
         else:
             trainer.train()
+            trainer.checkpointer.wait()
             table = validate.summary_table(config) if config.validation.enable else None
             if table and int(os.environ["RANK"]) == 0:
                 print(table, flush=True)
         done = True
+    except RuntimeError as error:
+        if trainer is not None and is_connection_loss(error):
+            raise UserError(
+                f"Rank {os.environ['RANK']} lost the other ranks while {trainer.watchdog.doing}: "
+                f"{str(error).strip().splitlines()[0]}; the rank that ended first says why."
+            ) from None
+        raise
     finally:
         if trainer is not None:
             trainer.close()
         # A rank that fails alone must not wait for its peers: the launcher stops them.
         if torch.distributed.is_initialized() and (done or world_size == 1):
             torch.distributed.destroy_process_group()
+    if not trainer.stopped_early:
+        return 0
+    saved = f"saved in {trainer.checkpointer.folder}" if config.checkpoint.enable else "not saved (checkpoint.enable)"
+    logger.info(f"Stopped after step {trainer.step}, {saved}; start it again to go on.")
+    return preemption.exit_status()
 
 
 def _single_process_environment() -> None:
@@ -164,9 +255,9 @@ def _single_process_environment() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    init_logger()
+    start_logging()
     try:
-        run(sys.argv[1:] if argv is None else argv)
+        return run(sys.argv[1:] if argv is None else argv)
     except UserError as mistake:
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             print(f"error: {mistake}", file=sys.stderr, flush=True)
@@ -176,7 +267,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             time.sleep(3)
             get_error_handler().record_exception(mistake)
         return EXIT_STATUS
-    return 0
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +15,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
-from memdlm_dist.data.loader import check_cards, open_dataset
+from memdlm_dist.data.dataset import check_cards, open_dataset
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.diffusion import level_from_uniform
 from memdlm_dist.metrics import MemDLMMetrics
@@ -54,6 +54,7 @@ class HeldOutValidator(BaseValidator):
         **pipeline: Any,
     ):
         super().__init__(job_config)
+        self.progress: Callable[[str], None] = lambda doing: None  # told of every batch
         del pipeline  # refused by the configuration's check
         self._dp_size, self._dp_rank = dp_world_size, dp_rank
         self._parallel_dims, self._metrics = parallel_dims, metrics_processor
@@ -93,6 +94,7 @@ class HeldOutValidator(BaseValidator):
         began = time.perf_counter()
         # No model.eval(): the backbone has no dropout, and compiled blocks would be compiled again.
         for tokens, labels, ids in self._batches():
+            self.progress(f"validating at step {step}")
             levels = level_from_uniform((ids.double() + 0.5) * _GOLDEN_RATIO % 1)
             batch = objective.micro_batch(tokens, labels, ids, step=0, t_B=levels, outer_weight="schedule")
             batch = batch.to(device_type)
@@ -113,8 +115,8 @@ class HeldOutValidator(BaseValidator):
     def _report(self, losses: dict[str, float], step: int) -> None:
         self._metrics.log_scalars(losses, step)
         text = "  ".join(f"{name.removeprefix('validation/')}: {loss:.4f}" for name, loss in losses.items())
-        logger.info(f"validate step: {step}  {text}  ({self._samples} held-out sequences)")
         if int(os.environ.get("RANK", "0")) == 0:
+            logger.info(f"validate step: {step}  {text}  ({self._samples} held-out sequences)")
             with open(history_path(self.job_config), "a") as file:
                 file.write(json.dumps({"step": step, **losses}) + "\n")
 

@@ -1,131 +1,100 @@
 """Shards to micro-batches: mosaicml-streaming, in an order that does not depend on the number of ranks."""
 
-import hashlib
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from streaming import Stream, StreamingDataLoader, StreamingDataset
-from streaming.base.hashing import get_hash
+from streaming import StreamingDataLoader
 from torchtitan.components.dataloader import BaseDataLoader
 
-from memdlm_dist.data.shards import HASH, read_card
+from memdlm_dist.data.dataset import TokenDataset, check_cards, open_dataset
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError
-from memdlm_dist.models import backbone_args
-from memdlm_dist.trajectory import IGNORE_INDEX
-
-_REMEDY = "prepare the data anew, or delete the file if it is a cached copy"
+from memdlm_dist.preemption import outlive_first_sigterm
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 
-class TokenDataset(StreamingDataset):
-    """A StreamingDataset whose samples are clean tokens, labels and their global sample id.
-
-    A sample is `{"tokens": int64 [L], "labels": int64 [L], "sample_id": int}`; labels are the tokens
-    where they may be masked and -100 elsewhere. Each shard is checked against the size and checksum in
-    the index when it is first read.
-    """
-
-    def __init__(self, *, check_hash: str, **kwargs: Any):
-        super().__init__(**kwargs)
-        self._check_hash = check_hash
-        self._checked: set[int] = set()
-
-    def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
-        sample_id = int(sample_id)
-        try:
-            # First through the parent, which fetches a shard that is not here yet.
-            sample = super().get_item(sample_id, retry)
-            shard_id, _ = self.spanner[sample_id]
-            if shard_id not in self._checked:
-                self._check_shard(shard_id)
-                self._checked.add(shard_id)
-            tokens = torch.from_numpy(sample["tokens"].astype(np.int64))
-            flags = np.unpackbits(np.frombuffer(sample["maskable"], np.uint8), count=len(tokens))
-        except UserError:
-            self._stop_threads()
-            raise
-        except Exception as error:
-            self._stop_threads()
-            shard_id, _ = self.spanner[sample_id]
-            self._check_shard(shard_id)  # says it more plainly, if that is what is wrong
-            raise UserError(f"Sample {sample_id} of {self._shard_path(shard_id)} cannot be read: {error}.") from None
-        labels = torch.where(torch.from_numpy(flags.astype(np.bool_)), tokens, IGNORE_INDEX)
-        return {"tokens": tokens, "labels": labels, "sample_id": sample_id}
-
-    def check_local_shards(self) -> None:
-        """All shards of streams without a remote are there and of the right size.
-
-        Raises:
-            UserError: naming the first that is not.
-        """
-        for shard_id, stream_id in enumerate(self.stream_per_shard):
-            if self.streams[stream_id].remote is None:
-                self._check_size(shard_id)
-
-    def _stop_threads(self) -> None:
-        # The download threads of a running iteration would keep the process alive after the error.
-        if hasattr(self, "_event"):
-            self._event.set()
-
-    def _shard_path(self, shard_id: int) -> str:
-        shard = self.shards[shard_id]
-        return os.path.join(shard.dirname, shard.split, shard.raw_data.basename)
-
-    def _check_size(self, shard_id: int) -> None:
-        path, info = self._shard_path(shard_id), self.shards[shard_id].raw_data
-        if not os.path.isfile(path):
-            raise UserError(f"The shard {path} is missing; {_REMEDY}.")
-        size = os.path.getsize(path)
-        if size != info.bytes:
-            raise UserError(f"The shard {path} is corrupt: {size} bytes instead of {info.bytes}; {_REMEDY}.")
-
-    def _check_shard(self, shard_id: int) -> None:
-        self._check_size(shard_id)
-        path, info = self._shard_path(shard_id), self.shards[shard_id].raw_data
-        if self._check_hash:
-            expected = info.hashes.get(self._check_hash)
-            if expected is None:
-                raise UserError(
-                    f"The shard {path} has no {self._check_hash} checksum (it has {', '.join(info.hashes) or 'none'}); "
-                    "change data.validate_hash."
-                )
-            if get_hash(self._check_hash, Path(path).read_bytes()) != expected:
-                raise UserError(f"The shard {path} is corrupt: its {self._check_hash} checksum is wrong; {_REMEDY}.")
-
-
 class EpochLoader(BaseDataLoader):
-    """Micro-batches for ever, epoch after epoch; its state is one number, the same on every rank.
+    """Micro-batches for ever, epoch after epoch; its state is a position in samples, the same on every rank.
+
+    An epoch is read in whole global batches, its incomplete last one is left out: so that the n-th optimizer step
+    reads the same samples on any number of ranks, with any micro-batch and any number of workers.
 
     Yields `({"input": tokens [B, L], "sample_id": [B]}, labels [B, L])`, all int64.
+
+    Args:
+        dataset: with `batch_size` for its own.
+        batch_size: sequences per rank and micro-batch.
+        ranks: data-parallel ones.
+        global_batch_size: sequences per optimizer step.
     """
 
-    def __init__(self, dataset: TokenDataset, batch_size: int, **options: Any):
+    def __init__(self, dataset: TokenDataset, batch_size: int, ranks: int, global_batch_size: int, **options: Any):
         if not options.get("num_workers"):
             options = {k: v for k, v in options.items() if k not in ("persistent_workers", "prefetch_factor")}
-        # An epoch's incomplete last micro-batch is left out: shapes stay fixed on every rank.
-        self._loader = StreamingDataLoader(dataset, batch_size=batch_size, drop_last=True, **options)
+        # Shapes stay fixed on every rank.
+        self._loader = StreamingDataLoader(
+            dataset, batch_size=batch_size, drop_last=True, worker_init_fn=_start_worker, **options
+        )
+        self._dataset, self._micro_batch = dataset, batch_size * ranks
+        self.global_batch_size = global_batch_size
+        self.fingerprint = dataset.fingerprint()
+        # Of all ranks together; the number of nodes is that of the first start (streaming's elasticity asks for it).
+        self._position = {"epoch": 0, "samples": 0, "nodes": dataset._unique_rank_world.num_nodes}
 
     def __iter__(self) -> Iterator[Batch]:
+        position = self._position
+        upcoming = 0  # the epoch that streaming reads next by itself
         while True:
-            try:
-                for batch in self._loader:
-                    yield {"input": batch["tokens"], "sample_id": batch["sample_id"]}, batch["labels"]
-            except UserError as error:
-                # A worker's exception arrives with its traceback as text; its last line is the sentence.
-                message = str(error).strip().splitlines()[-1].removeprefix("memdlm_dist.errors.UserError: ")
-                raise UserError(message) from None
+            left = self._dataset.epoch_size - position["samples"]
+            end = position["samples"] + left // self.global_batch_size * self.global_batch_size
+            if end > position["samples"]:
+                if (position["epoch"], position["samples"]) != (upcoming, 0):
+                    self._seek()
+                upcoming = position["epoch"] + 1
+                for batch in self._read():
+                    # What is left of the epoch is read as well, less than a step: the workers come to its end.
+                    if position["samples"] < end:
+                        position["samples"] += self._micro_batch
+                        yield {"input": batch["tokens"], "sample_id": batch["sample_id"]}, batch["labels"]
+            self.next_epoch()
+
+    def _read(self) -> Iterator[dict[str, torch.Tensor]]:
+        try:
+            yield from self._loader
+        except UserError as error:
+            # A worker's exception arrives with its traceback as text; its last line is the sentence.
+            message = str(error).strip().splitlines()[-1].removeprefix("memdlm_dist.errors.UserError: ")
+            raise UserError(message) from None
+
+    def _seek(self) -> None:
+        """Let streaming, on this rank and in its workers, begin to read where we are."""
+        self._dataset.load_state_dict(
+            {
+                "epoch": self._position["epoch"],
+                "sample_in_epoch": self._position["samples"],
+                "num_canonical_nodes": self._dataset.num_canonical_nodes,
+                "shuffle_seed": self._dataset.shuffle_seed,
+                "initial_physical_nodes": self._position["nodes"],
+            }
+        )
+
+    def next_epoch(self) -> None:
+        """Go to the beginning of the next epoch."""
+        self._position |= {"epoch": self._position["epoch"] + 1, "samples": 0}
 
     def state_dict(self) -> dict[str, Any]:
-        return self._loader.state_dict() or {}
+        return dict(self._position)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._loader.load_state_dict(state_dict)
+        self._position |= state_dict
+
+
+def _start_worker(worker: int) -> None:
+    del worker
+    outlive_first_sigterm()
 
 
 def build_dataloader(
@@ -150,80 +119,22 @@ def build_dataloader(
         # Consecutive ranks, those of a tensor-parallel group, get the same samples.
         replication=int(os.environ.get("WORLD_SIZE", "1")) // dp_world_size,
     )
-    needed = training.local_batch_size * dp_world_size
-    if dataset.epoch_size < needed:
+    global_batch = training.global_batch_size
+    if global_batch < 0:
+        global_batch = training.local_batch_size * dp_world_size
+    if dataset.epoch_size < global_batch:
         raise UserError(
-            f"data.train holds {dataset.epoch_size} sequences, fewer than one batch of "
-            f"training.local_batch_size {training.local_batch_size} x {dp_world_size} data-parallel ranks; "
-            "prepare more data or lower training.local_batch_size."
+            f"data.train holds {dataset.epoch_size} sequences, fewer than one global batch of {global_batch}; prepare "
+            "more data, or lower training.global_batch_size or training.local_batch_size."
         )
     workers = training.dataloader
     return EpochLoader(
         dataset,
         training.local_batch_size,
+        dp_world_size,
+        global_batch,
         num_workers=workers.num_workers,
         persistent_workers=workers.persistent_workers,
         prefetch_factor=workers.prefetch_factor,
         pin_memory=workers.pin_memory,
     )
-
-
-def check_cards(job_config: Any, locations: list[str], tokenizer: DiffusionTokenizer) -> None:
-    """The shards at `locations` fit the sequence length, the model's vocabulary and the tokenizer."""
-    args = backbone_args(job_config.model.name, job_config.model.flavor)
-    for location in locations:
-        card = read_card(location)
-        if not card.sequences:
-            raise UserError(f"The shards in {location} hold no sequence; prepare them from a corpus with text in it.")
-        if card.seq_len != job_config.training.seq_len:
-            raise UserError(
-                f"The shards in {location} hold sequences of {card.seq_len} tokens, but training.seq_len is "
-                f"{job_config.training.seq_len}; change it, or prepare the data with --seq-len "
-                f"{job_config.training.seq_len}."
-            )
-        if card.vocab_size > args.vocab_size:
-            raise UserError(
-                f"The shards in {location} use a vocabulary of {card.vocab_size} tokens, but model.flavor "
-                f"{job_config.model.flavor} has {args.vocab_size}; choose a larger flavour or a smaller tokenizer."
-            )
-        if card.mask_token_id != tokenizer.mask_id:
-            raise UserError(
-                f"The shards in {location} were made with mask token id {card.mask_token_id}, but the tokenizer in "
-                f"model.hf_assets_path has {tokenizer.mask_id}; use the tokenizer that the data was prepared with."
-            )
-
-
-def open_dataset(job_config: Any, locations: list[str], proportions: list[float], **options: Any) -> TokenDataset:
-    """A dataset over one or several streams; those at a URL are cached under `data.cache_folder`.
-
-    file:// is a URL like others: a folder that is slow to read, on a network file system say.
-
-    Raises:
-        UserError: if streaming cannot open a stream.
-    """
-    data = job_config.data
-    shares = [{"proportion": share} for share in proportions] or [{} for _ in locations]
-    streams = []
-    for location, share in zip(locations, shares, strict=True):
-        remote = location if "://" in location else None
-        name = hashlib.sha256(location.encode()).hexdigest()[:16]
-        local = os.path.join(data.cache_folder, name) if remote else location
-        streams.append(
-            Stream(
-                remote=remote.removeprefix("file://") if remote else None,
-                local=local,
-                download_retry=data.download_retry,
-                download_timeout=data.download_timeout,
-                validate_hash=HASH if remote and data.validate_hash == HASH else None,
-                **share,
-            )
-        )
-    try:
-        dataset = TokenDataset(
-            streams=streams, cache_limit=data.cache_limit or None, check_hash=data.validate_hash, **options
-        )
-    except Exception as error:  # streaming raises RuntimeError, ValueError, OSError, client errors ...
-        raise UserError(f"The shards in {', '.join(locations)} cannot be opened: {error}.") from None
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        dataset.check_local_shards()
-    return dataset

@@ -1,0 +1,169 @@
+"""The checkpoints of a folder: which are whole, and which may go.
+
+Torch's distributed checkpoint (DCP) writes its `.metadata` last, and by a rename: a checkpoint without it was
+interrupted. The metadata says which bytes of which file hold what, so that files that are missing or cut short are
+found from their sizes alone. Every entry of a file is a zip archive with a checksum, so that a thorough look finds
+each flipped bit without unpickling anything.
+"""
+
+import io
+import re
+import zipfile
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+from torch.distributed.checkpoint.metadata import Metadata
+
+from memdlm_dist.storage import Storage, is_remote
+
+METADATA = ".metadata"
+RUN = "run.json"
+_NAME = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One checkpoint, and what is wrong with it.
+
+    Attributes:
+        complete: saving it came to its end.
+        exported: it holds weights in safetensors alone, for others to read; it is never loaded or removed here.
+        problem: what is wrong, as the end of a sentence; empty if nothing is.
+        size: bytes.
+    """
+
+    step: int
+    complete: bool
+    exported: bool
+    problem: str
+    size: int
+
+    @property
+    def name(self) -> str:
+        return name_of(self.step)
+
+    @property
+    def good(self) -> bool:
+        return self.complete and not self.problem
+
+
+def name_of(step: int) -> str:
+    return f"step-{step}"
+
+
+def read_metadata(location: str) -> Metadata:
+    """DCP's metadata, which is a pickle: for one's own checkpoints only.
+
+    Raises:
+        Exception: whatever reading and unpickling raise.
+    """
+    return reader(location).read_metadata()
+
+
+def reader(location: str) -> FileSystemReader:
+    return FsspecReader(location) if is_remote(location) else FileSystemReader(location)
+
+
+class Catalogue:
+    """The checkpoints `step-N` under a path or URL."""
+
+    def __init__(self, location: str):
+        self.storage = Storage(location)
+
+    def steps(self) -> list[int]:
+        """Of everything that is named like a checkpoint, complete or not, in ascending order."""
+        names = (_NAME.fullmatch(name) for name, size in self.storage.sizes().items() if size is None)
+        return sorted(int(match[1]) for match in names if match)
+
+    def all(self) -> list[Saved]:
+        """Every checkpoint, its files' sizes checked."""
+        return [self.look(step) for step in self.steps()]
+
+    def look(self, step: int) -> Saved:
+        """One checkpoint, its files' sizes checked."""
+        sizes = self.storage.sizes(name_of(step))
+        exported = METADATA not in sizes and any(name.endswith(".safetensors") for name in sizes)
+        problem = "" if exported else self._problem(step, sizes)
+        return Saved(step, METADATA in sizes, exported, problem, sum(size or 0 for size in sizes.values()))
+
+    def complete_steps(self) -> list[int]:
+        """Of the checkpoints whose saving came to its end, in ascending order; sizes are not checked."""
+        return [step for step in self.steps() if METADATA in self.storage.sizes(name_of(step))]
+
+    def _problem(self, step: int, sizes: dict[str, int | None]) -> str:
+        if not sizes:
+            return "does not exist"
+        if METADATA not in sizes:
+            return "is incomplete: saving it was interrupted"
+        try:
+            ends = {name: max(o + n for o, n, _ in entries) for name, entries in self._entries(step).items()}
+        except Exception as error:  # a broken pickle can raise anything
+            return f"has a {METADATA} that cannot be read ({type(error).__name__}: {error})"
+        for name, end in sorted(ends.items()):
+            size = sizes.get(name)
+            if size is None:
+                return f"lacks the file {name}"
+            if size < end:
+                return f"has a truncated file {name}: {size:,} of {end:,} bytes"
+        return ""
+
+    def _entries(self, step: int) -> dict[str, list[tuple[int, int, str]]]:
+        """File -> (offset, length, name) of each entry in it."""
+        entries: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
+        for index, info in read_metadata(self.storage.url(name_of(step))).storage_data.items():
+            entries[info.relative_path].append((info.offset, info.length, index.fqn))
+        return entries
+
+    def verify(self, step: int) -> Iterator[str]:
+        """Read a whole checkpoint; yields what is wrong, and an empty text for each file that was read through."""
+        saved = self.look(step)
+        if saved.problem or saved.exported:
+            yield saved.problem
+            return
+        for name, entries in sorted(self._entries(step).items()):
+            wrong = ""
+            with self.storage.open(f"{saved.name}/{name}") as file:
+                for offset, length, tensor in sorted(entries):
+                    file.seek(offset)
+                    if not _is_sound(file.read(length)):
+                        wrong = f"has a corrupt file {name}: the checksum of {tensor} is wrong"
+                        break
+            yield wrong
+
+    def remove(self, step: int) -> None:
+        """Remove a checkpoint, its metadata first: interrupted, it is seen to be incomplete."""
+        self.storage.remove(name_of(step), first=METADATA)
+
+
+def read_run(checkpoint: Storage) -> dict[str, Any]:
+    """What the run that saved a checkpoint wrote down of itself; empty if it did not or it cannot be read."""
+    try:
+        found = checkpoint.read_json(RUN)
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_sound(entry: bytes) -> bool:
+    try:
+        return zipfile.ZipFile(io.BytesIO(entry)).testzip() is None
+    except zipfile.BadZipFile:
+        return False
+
+
+def superfluous(good: Collection[int], keep_latest: int, keep_every: int) -> list[int]:
+    """The steps among those of good checkpoints that may go; never all of them.
+
+    Args:
+        good: steps.
+        keep_latest: how many of the last ones stay; 0 for all of them.
+        keep_every: those whose step is a multiple of it stay too; 0 for none.
+    """
+    if keep_latest == 0:
+        return []
+    keep = set(sorted(good)[-keep_latest:])
+    return sorted(step for step in good if step not in keep and not (keep_every and step % keep_every == 0))

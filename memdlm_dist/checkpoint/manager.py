@@ -1,0 +1,304 @@
+"""torchtitan's CheckpointManager, which finds its way around what was interrupted or damaged."""
+
+import logging
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torchtitan.components.checkpoint import DATALOADER, MODEL, AsyncMode, CheckpointManager
+from torchtitan.tools.utils import GarbageCollection
+
+from memdlm_dist.checkpoint import continuity
+from memdlm_dist.checkpoint.catalogue import METADATA, RUN, Catalogue, name_of, read_metadata, read_run, superfluous
+from memdlm_dist.errors import UserError
+from memdlm_dist.storage import ATTEMPTS, FIRST_WAIT, Storage, is_remote
+
+logger = logging.getLogger()
+
+
+class ResumableCheckpoints(CheckpointManager):
+    """Checkpoints on a path or URL; the newest good one is resumed, others are skipped with their names.
+
+    Rank 0 alone looks at the folder and tells the others, so that all do the same. Reading and writing are DCP's:
+    what fails on one rank fails on all.
+    """
+
+    # Set by the trainer once it is built: what the run is (see `continuity`), and what a failed save leads to.
+    identity: Mapping[str, Any]
+    stop_on_save_failure: bool
+    save_future: Any
+
+    def __init__(self, *, checkpoint_config: Any, base_folder: str = "", **components: Any):
+        super().__init__(checkpoint_config=checkpoint_config, base_folder=base_folder, **components)
+        self.identity, self.stop_on_save_failure = {}, False
+        # Save after this step whatever the interval; set for the step at which a run is stopped.
+        self.save_now = False
+        self._config = checkpoint_config
+        self._saving: int | None = None  # the step whose asynchronous save may still be under way
+        if not self.enable:
+            return
+        if is_remote(checkpoint_config.folder):
+            self.folder = checkpoint_config.folder.rstrip("/")
+        self._catalogue = Catalogue(self.folder)
+        self._remover = ThreadPoolExecutor(1)
+
+    # Loading
+
+    @torch.no_grad()
+    def load(self, step: int = -1) -> bool:
+        """Load a step, or the newest good checkpoint, or the initial one; False if there is none to start from.
+
+        Raises:
+            UserError: if the requested one, or all there are, cannot be used, or if one is not of this run.
+        """
+        if not self.enable:
+            return False
+        for name in self.exclude_from_loading:
+            if name not in self.states:
+                raise UserError(f"checkpoint.exclude_from_loading names {name}; choose among {', '.join(self.states)}.")
+        folder = self._catalogue.storage
+        steps = _from_rank_0(lambda: self._catalogue.steps()[::-1]) if step == -1 else [step]
+        damaged = []
+        for candidate in steps:
+            saved = _from_rank_0(lambda candidate=candidate: self._catalogue.look(candidate))
+            location = folder.url(saved.name)
+            if saved.exported:
+                continue
+            # A checkpoint of step 0 is one of initial weights alone.
+            problem = saved.problem or self._load_from(location, model_only=candidate == 0)
+            if not problem:
+                return True
+            if step != -1:
+                raise UserError(f"The checkpoint {location} {problem}; choose another checkpoint.load_step, or -1.")
+            damaged += [location] if saved.complete else []
+            logger.warning(f"Skipping the checkpoint {location}: it {problem}.")
+        if damaged:
+            raise UserError(
+                f"No checkpoint in {folder.url()} can be used ({', '.join(damaged)} are damaged); restore one, or "
+                "change job.dump_folder to start anew."
+            )
+        return self._load_initial()
+
+    def _load_initial(self) -> bool:
+        location = self.initial_load_path
+        if self.initial_load_in_hf:
+            raise UserError("checkpoint.initial_load_in_hf is not supported yet; load a DCP checkpoint instead.")
+        if not location:
+            return False
+        storage = Storage(location)
+        if METADATA not in _from_rank_0(storage.sizes):
+            raise UserError(f"There is no complete checkpoint in {location}; correct checkpoint.initial_load_path.")
+        problem = self._load_from(location, self.initial_load_model_only)
+        if problem:
+            raise UserError(f"The checkpoint {location} {problem}; choose another checkpoint.initial_load_path.")
+        return True
+
+    def _load_from(self, location: str, model_only: bool) -> str:
+        """Load one checkpoint; returns what is wrong with it, as the end of a sentence.
+
+        Raises:
+            UserError: if it is whole, but not of this model or this run.
+        """
+        if problem := _from_rank_0(lambda: check_model(location, self.states)):
+            return problem
+        same_data = True
+        if not model_only:
+            saved = _from_rank_0(lambda: read_run(Storage(location)))
+            same_data = continuity.check(
+                location, saved.get("identity", {}), self.identity, self._config.accept_changes
+            )
+        logger.info(f"Loading the checkpoint {location}.")
+        began = time.perf_counter()
+        try:
+            self.dcp_load(self._states_to_load(model_only), location, from_hf=False, from_quantized=False)
+        except CheckpointException as failure:  # DCP's own, on every rank
+            return f"cannot be read ({_reason(failure)})"
+        if not same_data:
+            self.states[DATALOADER].next_epoch()
+        GarbageCollection.collect("after loading a checkpoint")
+        logger.info(f"Loaded the checkpoint in {time.perf_counter() - began:.1f} s.")
+        return ""
+
+    # Saving
+
+    def save(self, curr_step: int, last_step: bool = False) -> None:
+        """Save if it is time to. A failure leaves what was saved before as it is.
+
+        Raises:
+            UserError: if saving fails and nothing comes after it, or `reliability.on_save_failure` is "stop".
+        """
+        if not self._should_save(curr_step, last_step):
+            return
+        self.wait()
+        # A store that is away comes back; a disk that is full stays full.
+        attempts = ATTEMPTS if self._catalogue.storage.remote else 1
+        for attempt in range(attempts):
+            reason = self._try_to_save(curr_step, last_step)
+            if not reason:
+                return
+            if attempt + 1 < attempts:
+                pause = FIRST_WAIT * 2**attempt
+                logger.warning(f"Saving the checkpoint of step {curr_step} failed ({reason}); again in {pause:g} s.")
+                time.sleep(pause)
+        self._give_up(curr_step, reason, final=last_step or self.save_now)
+
+    def _try_to_save(self, step: int, last_step: bool) -> str:
+        """Save, or begin to; returns why it failed."""
+        try:
+            self._prepare_folder(step)
+            super().save(step, last_step)
+            if last_step:
+                self._purge_stale_checkpoints()  # which torchtitan leaves out after the last step
+            elif self.async_mode != AsyncMode.DISABLED:
+                self._saving = step
+                if self.save_now:
+                    self._finish_saving()
+        except (CheckpointException, OSError) as failure:
+            self.save_future = None
+            return _reason(failure)
+        return ""
+
+    def _finish_saving(self) -> None:
+        self._saving = None
+        self.save_future.result()
+
+    def wait(self) -> None:
+        """Wait for an asynchronous save that is under way."""
+        if (step := self._saving) is None:
+            return
+        try:
+            self._finish_saving()
+        except (CheckpointException, OSError) as failure:
+            self.save_future = None
+            self._give_up(step, _reason(failure), final=False)
+
+    def _give_up(self, step: int, reason: str, final: bool) -> None:
+        location = self._catalogue.storage.url(name_of(step))
+        sentence = f"The checkpoint {location} could not be saved ({reason}); earlier ones are as they were"
+        _from_rank_0(lambda: _attempt(lambda: self._catalogue.remove(step)))
+        if final or self.stop_on_save_failure:
+            raise UserError(f"{sentence}; make room or choose another checkpoint.folder, and start again.")
+        logger.error(f"{sentence}. Training goes on, and saves again after {self.interval} steps.")
+
+    def _prepare_folder(self, step: int) -> None:
+        """Make the folder with what the run says of itself; what is there already is kept under another name."""
+
+        def prepare() -> OSError | None:
+            name, storage = name_of(step), self._catalogue.storage
+            try:
+                found = storage.sizes(name)
+                if METADATA in found:
+                    # A run that went back to an earlier step has come here again.
+                    others = [other for other in storage.sizes() if other.startswith(f"{name}.replaced")]
+                    storage.move(name, f"{name}.replaced-{len(others) + 1}")
+                    logger.warning(
+                        f"Keeping the earlier checkpoint of step {step} as {name}.replaced-{len(others) + 1}."
+                    )
+                elif found:
+                    self._catalogue.remove(step)  # of a save that was interrupted
+                run = {"step": step, "ranks": dist.get_world_size(), "identity": dict(self.identity)}
+                storage.write_json(f"{name}/{RUN}", run)
+            except OSError as error:
+                return error
+            except Exception as error:  # remote file systems have their own
+                return OSError(f"{type(error).__name__}: {error}")
+            return None
+
+        if failure := _from_rank_0(prepare):
+            raise failure
+
+    def _should_save(self, curr_step: int, last_step: bool = False) -> bool:
+        if self.enable and not self.load_only and self.save_now:
+            return True
+        return super()._should_save(curr_step, last_step)
+
+    def _purge_stale_checkpoints(self) -> None:
+        """Remove what retention does not keep, in the background. Only complete checkpoints count."""
+        # torchtitan calls this right after an asynchronous save has begun, when its metadata is not there yet.
+        if dist.get_rank() != 0 or self.load_only:
+            return
+        try:
+            complete = self._catalogue.complete_steps()
+            if not complete or self._catalogue.look(complete[-1]).problem:
+                return
+            for step in superfluous(complete, self._config.keep_latest_k, self._config.keep_every):
+                logger.info(f"Removing the checkpoint of step {step}.")
+                self._remover.submit(_attempt, lambda step=step: self._catalogue.remove(step))
+        except Exception as error:  # housekeeping must not end a run
+            logger.warning(f"Old checkpoints in {self.folder} could not be removed now: {error}.")
+
+    def close(self) -> None:
+        super().close()
+        if hasattr(self, "_remover"):
+            self._remover.shutdown()
+
+
+def check_model(location: str, states: Mapping[str, Any]) -> str:
+    """What is wrong with a checkpoint's metadata, as the end of a sentence; empty if nothing is.
+
+    Raises:
+        UserError: if it is whole but of another model, naming the first tensor that does not fit.
+    """
+    try:
+        entries = read_metadata(location).state_dict_metadata
+    except Exception as error:  # a broken pickle can raise anything
+        return f"has metadata that cannot be read ({_one_line(error)})"
+    saved_shapes = {
+        name: tuple(entry.size)
+        for name, entry in entries.items()
+        # The model's tensors stand at the top level, the other states under their names.
+        if isinstance(entry, TensorStorageMetadata) and name.split(".")[0] not in states
+    }
+    shapes = {name: tuple(tensor.shape) for name, tensor in states[MODEL].state_dict().items()}
+    for name in [*shapes, *saved_shapes]:
+        ours, theirs = shapes.get(name), saved_shapes.get(name)
+        if ours != theirs:
+            raise UserError(
+                f"The checkpoint in {location} is of another model: its {name} is {theirs or 'absent'}, this model's "
+                f"{ours or 'absent'}; choose another job.dump_folder, or the model.flavor that it was made with."
+            )
+    return ""
+
+
+def _from_rank_0(action: Any) -> Any:
+    """What rank 0 gets from an action, on all ranks; an error of it is raised on all."""
+    outcome: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [action()]
+        except Exception as error:
+            outcome = [_Failed(error if isinstance(error, UserError) else UserError(str(error)))]
+    dist.broadcast_object_list(outcome)
+    if isinstance(outcome[0], _Failed):
+        raise outcome[0].error
+    return outcome[0]
+
+
+class _Failed:
+    def __init__(self, error: UserError):
+        self.error = error
+
+
+def _attempt(action: Any) -> None:
+    try:
+        action()
+    except Exception as error:
+        logger.warning(f"Removing a checkpoint failed: {error}.")
+
+
+def _reason(failure: BaseException) -> str:
+    """The first rank's reason, in one line."""
+    if isinstance(failure, CheckpointException) and failure.failures:
+        rank, (error, _) = next(iter(failure.failures.items()))
+        return f"rank {rank}: {_one_line(error)}"
+    return _one_line(failure)
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__

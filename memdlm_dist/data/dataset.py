@@ -1,0 +1,186 @@
+"""Shards as a dataset of clean tokens: one or several streams, local or cached from a URL."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from streaming import Stream, StreamingDataset
+from streaming.base.hashing import get_hash
+
+from memdlm_dist.data import downloads, leftovers
+from memdlm_dist.data.shards import HASH, read_card
+from memdlm_dist.data.tokenizer import DiffusionTokenizer
+from memdlm_dist.errors import UserError
+from memdlm_dist.models import backbone_args
+from memdlm_dist.storage import is_remote
+from memdlm_dist.trajectory import IGNORE_INDEX
+
+_REMEDY = "prepare the data anew, or delete the file if it is a cached copy"
+
+
+class TokenDataset(StreamingDataset):
+    """A StreamingDataset whose samples are clean tokens, labels and their global sample id.
+
+    A sample is `{"tokens": int64 [L], "labels": int64 [L], "sample_id": int}`; labels are the tokens
+    where they may be masked and -100 elsewhere. Each shard is checked against the size and checksum in
+    the index when it is first read.
+    """
+
+    def __init__(self, *, check_hash: str, **kwargs: Any):
+        super().__init__(**kwargs)
+        self._check_hash = check_hash
+        self._checked: set[int] = set()
+
+    def fingerprint(self) -> str:
+        """Of what the indices say of all streams (files, sizes, checksums) and of the streams' shares.
+
+        Where the shards lie is not part of it: they may be moved.
+        """
+        state = hashlib.sha256()
+        for stream in self.streams:
+            index = json.loads(Path(stream.local, stream.split, "index.json").read_text())
+            state.update(json.dumps([index["shards"], stream.proportion], sort_keys=True).encode())
+        return state.hexdigest()[:16]
+
+    def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
+        sample_id = int(sample_id)
+        try:
+            # First through the parent, which fetches a shard that is not here yet.
+            sample = super().get_item(sample_id, retry)
+            shard_id, _ = self.spanner[sample_id]
+            if shard_id not in self._checked:
+                self._check_shard(shard_id)
+                self._checked.add(shard_id)
+            tokens = torch.from_numpy(sample["tokens"].astype(np.int64))
+            flags = np.unpackbits(np.frombuffer(sample["maskable"], np.uint8), count=len(tokens))
+        except UserError:
+            self._stop_threads()
+            raise
+        except Exception as error:
+            self._stop_threads()
+            shard_id, _ = self.spanner[sample_id]
+            self._check_shard(shard_id)  # says it more plainly, if that is what is wrong
+            raise UserError(f"Sample {sample_id} of {self._shard_path(shard_id)} cannot be read: {error}.") from None
+        labels = torch.where(torch.from_numpy(flags.astype(np.bool_)), tokens, IGNORE_INDEX)
+        return {"tokens": tokens, "labels": labels, "sample_id": sample_id}
+
+    def check_local_shards(self) -> None:
+        """All shards of streams without a remote are there and of the right size.
+
+        Raises:
+            UserError: naming the first that is not.
+        """
+        for shard_id, stream_id in enumerate(self.stream_per_shard):
+            if self.streams[stream_id].remote is None:
+                self._check_size(shard_id)
+
+    def _stop_threads(self) -> None:
+        # The download threads of a running iteration would keep the process alive after the error.
+        if hasattr(self, "_event"):
+            self._event.set()
+
+    def _shard_path(self, shard_id: int) -> str:
+        shard = self.shards[shard_id]
+        return os.path.join(shard.dirname, shard.split, shard.raw_data.basename)
+
+    def _check_size(self, shard_id: int) -> None:
+        path, info = self._shard_path(shard_id), self.shards[shard_id].raw_data
+        if not os.path.isfile(path):
+            raise UserError(f"The shard {path} is missing; {_REMEDY}.")
+        size = os.path.getsize(path)
+        if size != info.bytes:
+            raise UserError(f"The shard {path} is corrupt: {size} bytes instead of {info.bytes}; {_REMEDY}.")
+
+    def _check_shard(self, shard_id: int) -> None:
+        self._check_size(shard_id)
+        path, info = self._shard_path(shard_id), self.shards[shard_id].raw_data
+        if self._check_hash:
+            expected = info.hashes.get(self._check_hash)
+            if expected is None:
+                raise UserError(
+                    f"The shard {path} has no {self._check_hash} checksum (it has {', '.join(info.hashes) or 'none'}); "
+                    "change data.validate_hash."
+                )
+            if get_hash(self._check_hash, Path(path).read_bytes()) != expected:
+                raise UserError(f"The shard {path} is corrupt: its {self._check_hash} checksum is wrong; {_REMEDY}.")
+
+
+def check_cards(job_config: Any, locations: list[str], tokenizer: DiffusionTokenizer) -> None:
+    """The shards at `locations` fit the sequence length, the model's vocabulary and the tokenizer."""
+    args = backbone_args(job_config.model.name, job_config.model.flavor)
+    for location in locations:
+        card = read_card(location)
+        if not card.sequences:
+            raise UserError(f"The shards in {location} hold no sequence; prepare them from a corpus with text in it.")
+        if card.seq_len != job_config.training.seq_len:
+            raise UserError(
+                f"The shards in {location} hold sequences of {card.seq_len} tokens, but training.seq_len is "
+                f"{job_config.training.seq_len}; change it, or prepare the data with --seq-len "
+                f"{job_config.training.seq_len}."
+            )
+        if card.vocab_size > args.vocab_size:
+            raise UserError(
+                f"The shards in {location} use a vocabulary of {card.vocab_size} tokens, but model.flavor "
+                f"{job_config.model.flavor} has {args.vocab_size}; choose a larger flavour or a smaller tokenizer."
+            )
+        if card.mask_token_id != tokenizer.mask_id:
+            raise UserError(
+                f"The shards in {location} were made with mask token id {card.mask_token_id}, but the tokenizer in "
+                f"model.hf_assets_path has {tokenizer.mask_id}; use the tokenizer that the data was prepared with."
+            )
+
+
+def open_dataset(job_config: Any, locations: list[str], proportions: list[float], **options: Any) -> TokenDataset:
+    """A dataset over one or several streams; those at a URL are cached under `data.cache_folder`.
+
+    file:// is a URL like others: a folder that is slow to read, on a network file system say.
+
+    Raises:
+        UserError: if streaming cannot open a stream.
+    """
+    data = job_config.data
+    shares = [{"proportion": share} for share in proportions] or [{} for _ in locations]
+    streams, folders, cached = [], [], []
+    for location, share in zip(locations, shares, strict=True):
+        remote = location if is_remote(location) else None
+        name = hashlib.sha256(location.encode()).hexdigest()[:16]
+        local = os.path.join(data.cache_folder, name) if remote else location
+        folders.append(os.path.abspath(local))
+        if remote:
+            cached.append(folders[-1])
+            _register(location)
+        streams.append(
+            Stream(
+                remote=remote.removeprefix("file://") if remote else None,
+                local=local,
+                download_retry=data.download_retry,
+                download_timeout=data.download_timeout,
+                validate_hash=HASH if remote and data.validate_hash == HASH else None,
+                **share,
+            )
+        )
+    leader = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    if leader:
+        leftovers.remove(folders, cached)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # all ranks look for a free name in shared memory next
+    try:
+        dataset = TokenDataset(
+            streams=streams, cache_limit=data.cache_limit or None, check_hash=data.validate_hash, **options
+        )
+    except Exception as error:  # streaming raises RuntimeError, ValueError, OSError, client errors ...
+        raise UserError(f"The shards in {', '.join(locations)} cannot be opened: {error}.") from None
+    if leader:
+        dataset.check_local_shards()
+    return dataset
+
+
+def _register(location: str) -> None:
+    try:
+        downloads.register(location)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"The shards in {location} cannot be opened: {error}.") from None

@@ -1,0 +1,79 @@
+"""What streaming leaves in shared memory when a run is killed: it would refuse the same cache folder afterwards.
+
+streaming can clear all shared memory of the node, which would take it from other live jobs too. Here only that of our
+own folders is removed, and only if no process has it mapped.
+"""
+
+import glob
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Collection
+from pathlib import Path
+
+from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, LOCALS
+from streaming.base.shared.prefix import _unpack_locals
+
+from memdlm_dist.errors import UserError
+
+logger = logging.getLogger()
+
+SHARED_MEMORY = "/dev/shm"
+# A killed rank's loader workers notice within 5 s that they are alone.
+PATIENCE = 30.0
+
+
+def remove(folders: Collection[str], cached: Collection[str]) -> None:
+    """Remove the shared memory of ended processes that served some of these folders.
+
+    Args:
+        folders: of all streams, as streaming registers them.
+        cached: those among them that hold copies of a remote: no other live job may use these.
+
+    Raises:
+        UserError: if another live job uses one of `cached`.
+    """
+    deadline = time.monotonic() + PATIENCE
+    for registration in sorted(glob.glob(f"{SHARED_MEMORY}/*_{LOCALS}")):
+        prefix = os.path.basename(registration).removesuffix(LOCALS)
+        theirs = _folders(registration)
+        if not theirs & set(folders):
+            continue
+        users = _users(prefix)
+        while users and theirs & set(cached) and time.monotonic() < deadline:
+            time.sleep(0.5)
+            users = _users(prefix)
+        if users and theirs & set(cached):
+            raise UserError(
+                f"Another job (process {min(users)}) uses the cache folder {min(theirs & set(cached))}; give this run "
+                "another data.cache_folder, or end that job."
+            )
+        if not users:
+            logger.info(f"Removing shared memory of an earlier run that was killed ({registration}).")
+            for path in [
+                *glob.glob(f"{SHARED_MEMORY}/{prefix}*"),
+                *(f"{tempfile.gettempdir()}/{prefix}{lock}" for lock in (BARRIER_FILELOCK, CACHE_FILELOCK)),
+            ]:
+                Path(path).unlink(missing_ok=True)
+
+
+def _folders(registration: str) -> set[str]:
+    """The folders that a registration names; none if it is not ours to read or was just removed."""
+    try:
+        return set(_unpack_locals(Path(registration).read_bytes())[0])
+    except (OSError, ValueError, IndexError):
+        return set()
+
+
+def _users(prefix: str) -> set[int]:
+    """The processes that have shared memory of a prefix mapped, this one apart."""
+    users = set()
+    for maps in glob.glob("/proc/[0-9]*/maps"):
+        process = int(maps.split("/")[2])
+        try:
+            if process != os.getpid() and f"{SHARED_MEMORY}/{prefix}" in Path(maps).read_text():
+                users.add(process)
+        except OSError:  # it ended, or is another user's
+            continue
+    return users

@@ -1,0 +1,77 @@
+"""Being asked to stop: SIGTERM or SIGUSR1 end a run after the step that it is in, saved."""
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+logger = logging.getLogger()
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# sysexits.h's EX_TEMPFAIL: try again. What the launch scripts, and a run without them, exit with.
+EXIT_STATUS = 75
+# The launcher names a file here: torchrun restarts workers that do not exit with 0, so the status goes there.
+STATUS_FILE = "MEMDLM_STATUS_FILE"
+# Batch systems signal every process of a job, and the launcher its workers besides: that is one request.
+ONE_REQUEST_SECONDS = 1.0
+
+
+class StopRequest:
+    """Whether this process was asked to stop. A second signal, later than `ONE_REQUEST_SECONDS`, exits at once.
+
+    Python runs its handlers between two bytecodes of the main thread, which may be waiting for another rank inside
+    a collective. Its wake-up file descriptor is written to at once, and a thread of ours reads it.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._first = 0.0
+
+    def install(self) -> None:
+        """Take over the signals; in the main thread only."""
+        reads, writes = os.pipe()
+        os.set_blocking(writes, False)
+        signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
+        for number in SIGNALS:
+            signal.signal(number, lambda *_: None)
+        threading.Thread(target=self._listen, args=(reads, os.getpid()), daemon=True, name="signals").start()
+
+    def _listen(self, reads: int, process: int) -> None:
+        while os.getpid() == process:
+            for number in os.read(reads, 64):
+                if number in SIGNALS:
+                    self._receive(signal.Signals(number))
+
+    def _receive(self, number: signal.Signals) -> None:
+        if not self.requested:
+            self._first, self.requested = time.monotonic(), True
+            logger.info(
+                f"Received {number.name}: finishing this step, then saving and exiting with status {EXIT_STATUS}; "
+                "a second signal exits at once."
+            )
+        elif time.monotonic() - self._first > ONE_REQUEST_SECONDS:
+            print(f"Received {number.name} again: exiting at once, without saving.", file=sys.stderr, flush=True)
+            os._exit(128 + number)
+
+
+def outlive_first_sigterm() -> None:
+    """In a loader's worker: let the rank decide. It ends its workers itself, with another SIGTERM if need be."""
+    received = []
+
+    def handle(number: int, frame: object) -> None:
+        received.append(number)
+        if len(received) > 1:
+            os._exit(128 + number)
+
+    signal.signal(signal.SIGTERM, handle)
+
+
+def exit_status() -> int:
+    """The status to exit with after a run that was asked to stop: 0 under our launcher, which is told."""
+    if file := os.environ.get(STATUS_FILE):
+        Path(file).write_text(str(EXIT_STATUS))
+        return 0
+    return EXIT_STATUS

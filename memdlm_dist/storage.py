@@ -1,0 +1,139 @@
+"""A folder on disk or at any URL that fsspec knows (s3://, gs://, abfs://, ...), and patience with remote ones."""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import fsspec
+
+from memdlm_dist.errors import UserError
+
+logger = logging.getLogger()
+T = TypeVar("T")
+
+# Waits of 1, 2, 4, 8 and 16 s between them: a store that is away for half a minute is waited for.
+ATTEMPTS = 6
+FIRST_WAIT = 1.0
+# Errors that another attempt will not mend.
+_LASTING = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, ImportError)
+
+
+def is_remote(location: str) -> bool:
+    return "://" in location
+
+
+def retrying(action: Callable[[], T], what: str, attempts: int = ATTEMPTS) -> T:
+    """The result of `action`, tried up to `attempts` times with exponential backoff.
+
+    Args:
+        action: raises while the store does not answer.
+        what: what it does, for the log: "reading s3://...".
+
+    Raises:
+        Exception: of the last attempt, or at once one that says that the object is not there or not allowed.
+    """
+    for attempt in range(attempts):
+        try:
+            return action()
+        except _LASTING:
+            raise
+        except Exception as error:  # every remote file system raises its own
+            if attempt + 1 == attempts:
+                raise
+            wait = FIRST_WAIT * 2**attempt
+            logger.warning(f"Attempt {attempt + 1} of {attempts} at {what} failed ({error}); next in {wait:g} s.")
+            time.sleep(wait)
+    raise AssertionError("attempts is positive")
+
+
+class Storage:
+    """The files under one location; names are relative to it, with `/` between their parts.
+
+    Args:
+        location: a path, or a URL.
+
+    Raises:
+        UserError: if no file system is known for the URL, or its package is not installed.
+    """
+
+    def __init__(self, location: str):
+        self.location = location.rstrip("/")
+        self.remote = is_remote(location)
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(self.location)
+        except ImportError as error:
+            hint = "pip install 'memdlm_dist[s3]'" if location.startswith("s3") else "install it"
+            raise UserError(f"{location} needs a package that is not installed ({error}); {hint}.") from None
+        except ValueError as error:
+            raise UserError(f"{location} is not a location that can be opened ({error}); correct the URL.") from None
+
+    def url(self, name: str = "") -> str:
+        """The whole path or URL of a name, as other libraries take it."""
+        return f"{self.location}/{name}" if name else self.location
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}" if name else self._root
+
+    def _try(self, action: Callable[[], T], name: str) -> T:
+        return retrying(action, f"accessing {self.url(name)}", ATTEMPTS if self.remote else 1)
+
+    def sizes(self, name: str = "") -> dict[str, int | None]:
+        """What lies directly in a folder: name -> bytes, None for a folder. Empty if there is no such folder."""
+
+        def listing() -> dict[str, int | None]:
+            self._fs.invalidate_cache()
+            try:
+                entries = self._fs.ls(self._path(name), detail=True)
+            except (FileNotFoundError, NotADirectoryError):
+                return {}
+            return {
+                os.path.basename(entry["name"].rstrip("/")): None if entry["type"] == "directory" else entry["size"]
+                for entry in entries
+            }
+
+        found = self._try(listing, name)
+        found.pop("", None)
+        return found
+
+    def read(self, name: str) -> bytes:
+        return self._try(lambda: self._fs.cat_file(self._path(name)), name)
+
+    def open(self, name: str) -> Any:
+        """The file opened for reading bytes."""
+        return self._try(lambda: self._fs.open(self._path(name), "rb"), name)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a small file, and the folders above it."""
+        data = (json.dumps(value, indent=2) + "\n").encode()
+
+        def write() -> None:
+            self._fs.makedirs(os.path.dirname(self._path(name)), exist_ok=True)
+            self._fs.pipe_file(self._path(name), data)
+
+        self._try(write, name)
+
+    def read_json(self, name: str) -> Any:
+        """
+        Raises:
+            FileNotFoundError: if it is not there.
+            ValueError: if it is not JSON.
+        """
+        return json.loads(self.read(name))
+
+    def remove(self, name: str, first: str = "") -> None:
+        """Remove a folder and all in it, the file `first` before everything else. Nothing happens if it is not there."""
+
+        def remove() -> None:
+            self._fs.invalidate_cache()
+            for path, recursive in ((self._path(f"{name}/{first}"), False), (self._path(name), True)):
+                if self._fs.exists(path):
+                    self._fs.rm(path, recursive=recursive)
+
+        self._try(remove, name)
+
+    def move(self, name: str, to: str) -> None:
+        """Rename a folder; on an object store, which cannot, copy and remove it."""
+        self._try(lambda: self._fs.mv(self._path(name), self._path(to), recursive=True), name)
