@@ -30,20 +30,27 @@ class StopRequest:
         self.requested = False
         self._first = 0.0
 
-    def install(self) -> None:
+    def __enter__(self) -> "StopRequest":
         """Take over the signals; in the main thread only."""
-        reads, writes = os.pipe()
-        os.set_blocking(writes, False)
-        signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
-        for number in SIGNALS:
-            signal.signal(number, lambda *_: None)
-        threading.Thread(target=self._listen, args=(reads, os.getpid()), daemon=True, name="signals").start()
+        reads, self._writes = os.pipe()
+        os.set_blocking(self._writes, False)
+        self._wakeup = signal.set_wakeup_fd(self._writes, warn_on_full_buffer=False)
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        threading.Thread(target=self._listen, args=(reads,), daemon=True, name="signals").start()
+        return self
 
-    def _listen(self, reads: int, process: int) -> None:
-        while os.getpid() == process:
-            for number in os.read(reads, 64):
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        os.close(self._writes)
+
+    def _listen(self, reads: int) -> None:
+        while received := os.read(reads, 64):
+            for number in received:
                 if number in SIGNALS:
                     self._receive(signal.Signals(number))
+        os.close(reads)
 
     def _receive(self, number: signal.Signals) -> None:
         if not self.requested:

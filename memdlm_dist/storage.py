@@ -124,7 +124,7 @@ class Storage:
         return json.loads(self.read(name))
 
     def remove(self, name: str, first: str = "") -> None:
-        """Remove a folder and all in it, the file `first` before everything else. Nothing happens if it is not there."""
+        """Remove a folder and all in it, the file `first` before everything else; if it is there."""
 
         def remove() -> None:
             self._fs.invalidate_cache()

@@ -34,7 +34,7 @@ from memdlm_dist.metrics import HARDWARE_FLOPS, MASK_RATIO, SKIPPED_BATCHES, Mem
 from memdlm_dist.models import backbone_args
 from memdlm_dist.objective import Objective, build_objective
 from memdlm_dist.preemption import StopRequest
-from memdlm_dist.watchdog import start_watchdog
+from memdlm_dist.watchdog import connection_loss, start_watchdog
 
 # torchtitan's Trainer has no builder for its checkpoints, as it has for the rest: it constructs this name.
 torchtitan_train.CheckpointManager = ResumableCheckpoints
@@ -205,8 +205,17 @@ def run(argv: Sequence[str]) -> int:
     parse_config.check_backbone(config, backbone_args(config.model.name, config.model.flavor))
     check_output(config.job.dump_folder)
     _single_process_environment()
-    stop = StopRequest()
-    stop.install()
+    with StopRequest() as stop:
+        trainer = _train(config, stop)
+    if not trainer.stopped_early:
+        return 0
+    saved = f"saved in {trainer.checkpointer.folder}" if config.checkpoint.enable else "not saved (checkpoint.enable)"
+    logger.info(f"Stopped after step {trainer.step}, {saved}; start it again to go on.")
+    return preemption.exit_status()
+
+
+def _train(config: Any, stop: StopRequest) -> MemDLMTrainer:
+    """Build, load and train; returns the trainer when all is closed."""
     trainer: MemDLMTrainer | None = None
     done = False
     try:
@@ -222,23 +231,21 @@ def run(argv: Sequence[str]) -> int:
                 print(table, flush=True)
         done = True
     except RuntimeError as error:
-        if trainer is not None and is_connection_loss(error):
-            raise UserError(
-                f"Rank {os.environ['RANK']} lost the other ranks while {trainer.watchdog.doing}: "
-                f"{str(error).strip().splitlines()[0]}; the rank that ended first says why."
-            ) from None
-        raise
+        if trainer is None or not (reason := connection_loss(error)):
+            raise
+        if "timed out" in reason.lower():
+            raise UserError(trainer.watchdog.explain()) from None
+        raise UserError(
+            f"Rank {os.environ['RANK']} lost another rank while {trainer.watchdog.doing} ({reason}); see what the rank "
+            "that ended first says, and start again from the last checkpoint."
+        ) from None
     finally:
         if trainer is not None:
             trainer.close()
         # A rank that fails alone must not wait for its peers: the launcher stops them.
-        if torch.distributed.is_initialized() and (done or world_size == 1):
+        if torch.distributed.is_initialized() and (done or torch.distributed.get_world_size() == 1):
             torch.distributed.destroy_process_group()
-    if not trainer.stopped_early:
-        return 0
-    saved = f"saved in {trainer.checkpointer.folder}" if config.checkpoint.enable else "not saved (checkpoint.enable)"
-    logger.info(f"Stopped after step {trainer.step}, {saved}; start it again to go on.")
-    return preemption.exit_status()
+    return trainer
 
 
 def _single_process_environment() -> None:

@@ -8,6 +8,7 @@ reads that, names who is missing, and ends.
 import json
 import logging
 import os
+import re
 import socket
 import sys
 import threading
@@ -24,6 +25,9 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from memdlm_dist.errors import EXIT_STATUS, UserError
 
 logger = logging.getLogger()
+
+# The watchdog speaks a little before the collective itself gives up, which on some backends ends the process.
+PATIENCE = 0.85
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Watchdog:
     Args:
         rank, ranks: of the world.
         store: torch.distributed's, a connection of its own.
-        timeout: seconds without progress, where progress needs the other ranks.
+        timeout: of the collectives (s).
         on_hang: called once with the explanation.
     """
 
@@ -85,14 +89,18 @@ class Watchdog:
 
     @property
     def _period(self) -> float:
+        """Seconds between two messages to the store: many ranks write to one."""
         return min(max(self.timeout / 20, 0.2), 5.0)
 
     def _watch(self) -> None:
-        while not self._stopped.wait(self._period):
+        published = -1e9
+        while not self._stopped.wait(0.2):
             try:
-                self._store.set(_key(self._rank), json.dumps(asdict(self._here())))
+                if time.monotonic() - published > self._period:
+                    published = time.monotonic()
+                    self._store.set(_key(self._rank), json.dumps(asdict(self._here())))
                 waited = time.monotonic() - self._since
-                if self._needs_others and waited > self.timeout:
+                if self._needs_others and waited > PATIENCE * self.timeout:
                     self._on_hang(self.explain())
                     return
             except Exception as error:  # the store goes down with the node that has it, or at the end
@@ -114,7 +122,7 @@ class Watchdog:
                 places.append(Place(**json.loads(self._store.get(_key(rank)))))
             else:
                 unknown.append(rank)
-        return explanation(places, unknown, time.monotonic() - self._since, 3 * self._period + 2)
+        return explanation(places, unknown, time.monotonic() - self._since, 3 * self._period + 1)
 
 
 def explanation(places: Sequence[Place], unknown: Sequence[int], waited: float, silence: float) -> str:
@@ -180,12 +188,15 @@ def start_watchdog(timeout: float) -> Watchdog:
         sys.stdout.flush()
         os._exit(EXIT_STATUS)
 
-    watchdog = Watchdog(dist.get_rank(), dist.get_world_size(), _get_default_store().clone(), timeout, end)
+    store: Any = _get_default_store()
+    store = store.clone()  # a connection of its own: the other one may be waiting for something
+    watchdog = Watchdog(dist.get_rank(), dist.get_world_size(), store, timeout, end)
     watchdog.start()
     return watchdog
 
 
-def is_connection_loss(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank is gone or did not come in time."""
-    text = str(error)
-    return isinstance(error, dist.DistError) or "/gloo/" in text or "gloo" in text and "timed out" in text.lower()
+def connection_loss(error: RuntimeError) -> str:
+    """Why a collective failed, if it did because another rank is gone or did not come in time; else empty."""
+    if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
+        return ""
+    return re.sub(r"^\[[^]]*\] *", "", str(error).strip().splitlines()[0])

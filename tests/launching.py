@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -18,11 +20,12 @@ def _run(command, **env) -> str:
         command,
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         timeout=TIMEOUT,
     )
-    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
+    assert done.returncode == 0, done.stdout[-10000:]
     return done.stdout
 
 
@@ -40,9 +43,14 @@ def launch(processes: int, out: Path, *args: str) -> str:
     return _run(["bash", "launch/train.sh", config, *rest], NGPU=str(processes))
 
 
-def run_many(runs: Sequence[tuple[int, list[str]] | tuple[int, list[str], str]]) -> str:
-    """Several runs of (processes, arguments[, folder to record the draws in]), one after the other; see run_many.py."""
-    return _run([sys.executable, "tests/run_many.py", json.dumps([[*run, None][:3] for run in runs])])
+def run_many(runs: Sequence[tuple[int, list[str]] | tuple[int, list[str], dict[str, Any]]]) -> list[str]:
+    """Several runs of (processes, arguments[, options]), one after the other; returns what each prints.
+
+    See run_many.py for the options.
+    """
+    entries = [{"processes": n, "arguments": arguments, **(rest[0] if rest else {})} for n, arguments, *rest in runs]
+    out = _run([sys.executable, "tests/run_many.py", json.dumps(entries)])
+    return re.split(r"^status .*\n", out, flags=re.MULTILINE)[:-1]
 
 
 def run_script(*command: str) -> str:

@@ -2,20 +2,24 @@
 
     python tests/run_many.py JSON
 
-JSON is a list of [processes, arguments, folder or null]. Importing torch and torchtitan costs ten times
-what a few debug steps do, so this imports once and forks the ranks of each run, one run after the other.
-Each run has fresh processes and a rendezvous of its own. With a folder, every rank writes down there what
-it drew (see `record`). The flavour `tiny` exists here alone.
+JSON is a list of {"processes", "arguments"} and, optionally, "record": a folder where every rank writes down what it
+drew (see `record`), "faults" (see faults.py), "status": the exit status that is expected, 0 by default, or "any", and
+"environment". Importing torch and torchtitan costs ten times what a few debug steps do, so this imports once and forks
+the ranks of each run, one run after the other. Each run has fresh processes and a rendezvous of its own. The flavour
+`tiny` exists here alone.
 """
 
 import hashlib
 import json
+import os
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
+from faults import inject
 from ranks import fork
 from torch.distributed.tensor import DTensor
 
@@ -42,7 +46,7 @@ def digest(*tensors: torch.Tensor) -> str:
 def record(folder: str, number: int) -> None:
     """Write down, for every step and sample: its noise level, its states as the model reads them, its A."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    file = open(Path(folder) / f"rank{number}.jsonl", "w", buffering=1)  # noqa: SIM115  (open until the process ends)
+    file = open(Path(folder) / f"rank{number}.jsonl", "a", buffering=1)  # noqa: SIM115  (open until the process ends)
 
     def write(kind: str, step: int, ids: torch.Tensor, *per_row: torch.Tensor) -> None:
         for row, sample in enumerate(ids.tolist()):
@@ -68,20 +72,24 @@ def record(folder: str, number: int) -> None:
     trajectory.draw, Objective.micro_batch, Memory.draw = draw, micro_batch, fast
 
 
-def run(world_size: int, arguments: list[str], folder: str | None) -> int:
+def run(processes: int, arguments: list[str], **options: Any) -> int:
     def rank(number: int) -> int:
-        if folder:
+        os.environ.update(options.get("environment", {}))
+        if folder := options.get("record"):
             record(folder, number)
+        if faults := options.get("faults"):
+            inject(faults)
         return train.main(arguments)
 
-    return fork(world_size, rank)
+    return fork(processes, rank)
 
 
 if __name__ == "__main__":
-    for world_size, arguments, folder in json.loads(sys.argv[1]):
+    for entry in json.loads(sys.argv[1]):
         began = time.perf_counter()
-        status = run(world_size, arguments, folder)
+        expected = entry.pop("status", 0)
+        status = run(**entry)
         seconds = time.perf_counter() - began
-        print(f"status {status} after {seconds:.1f} s: {world_size} x {' '.join(arguments)}", flush=True)
-        if status:
+        print(f"status {status} after {seconds:.1f} s: {entry}", flush=True)
+        if expected not in (status, "any"):
             sys.exit(1)

@@ -13,7 +13,8 @@ import torch
 import zstandard
 
 from memdlm_dist.data import corpus, prepare, sequences, shards
-from memdlm_dist.data.loader import EpochLoader, TokenDataset, open_dataset
+from memdlm_dist.data.dataset import TokenDataset, open_dataset
+from memdlm_dist.data.loader import EpochLoader
 from memdlm_dist.data.prepare import Request
 from memdlm_dist.data.sequences import Fields, Packer, pad
 from memdlm_dist.errors import UserError
@@ -219,7 +220,7 @@ def test_a_preparation_that_fails_leaves_the_earlier_one(tmp_path):
 def make_loader(folder, **changes):
     settings = {"batch_size": 4, "shuffle": True, "num_canonical_nodes": 1, "check_hash": "xxh64"}
     dataset = TokenDataset(local=str(folder), **(settings | changes))
-    return EpochLoader(dataset, dataset.batch_size, num_workers=0, persistent_workers=False, prefetch_factor=None)
+    return EpochLoader(dataset, dataset.batch_size, ranks=1, global_batch_size=dataset.batch_size)
 
 
 def ids(loader, batches):
@@ -278,6 +279,6 @@ def test_mixing_streams_by_proportion(tmp_path):
     dataset = open_dataset(
         config_with(tmp_path), folders, [3.0, 1.0], batch_size=4, shuffle=True, num_canonical_nodes=1
     )
-    loader = EpochLoader(dataset, 4)
+    loader = EpochLoader(dataset, 4, ranks=1, global_batch_size=4)
     seen = np.array(sum(ids(loader, 20), ()))
     assert (seen < 40).sum() == 60 and (seen >= 40).sum() == 20

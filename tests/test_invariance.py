@@ -42,7 +42,7 @@ def root(tmp_path_factory):
     for variant, options in VARIANTS.items():
         for layout, (processes, _, arguments) in LAYOUTS.items():
             run = (processes, debug(root / variant / layout, *common, *options, *arguments))
-            runs.append((*run, str(root / "draws" / layout)) if variant == RECORDED else run)
+            runs.append((*run, {"record": str(root / "draws" / layout)}) if variant == RECORDED else run)
     run_many(runs)
     return root
 

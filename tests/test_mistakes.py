@@ -43,7 +43,7 @@ MISTAKES = [
     Mistake("sequence length", "hold sequences of 128 tokens, but training.seq_len is 64", ("--training.seq_len", "64")),
     Mistake("unwritable output", "cannot be written to", ("--job.dump_folder", "pyproject.toml/out")),
     Mistake("batch size", "must be a multiple of training.local_batch_size 4", ("--training.global_batch_size", "6")),
-    Mistake("too few samples", "fewer than one batch", ("--training.local_batch_size", "5000")),
+    Mistake("too few samples", "fewer than one global batch of 5000", ("--training.local_batch_size", "5000")),
     Mistake("no layer", "parametric_memory.layer_fraction = 0.0 selects no layer", ("--parametric_memory.layer_fraction", "0")),
     Mistake("rank", "parametric_memory.rank must be at least 1", ("--parametric_memory.rank", "0")),
     Mistake("target module", "'gaet', which model llada does not have", ("--parametric_memory.target_modules", "gaet,up")),
@@ -174,7 +174,10 @@ def test_checkpoint_of_another_model(tmp_path, capsys, monkeypatch):
     sentence = fail(capsys, [*args, "--model.flavor", "shallow"])
     assert "layers.3." in sentence and "this model's absent" in sentence
     (tmp_path / "out/checkpoint/step-2/.metadata").write_bytes(b"junk")
-    assert "cannot be read" in fail(capsys, args)
+    # Asked for by name it fails; otherwise there is none to fall back on.
+    assert "step-2 has a .metadata that cannot be read" in fail(capsys, [*args, "--checkpoint.load_step", "2"])
+    assert "No checkpoint in" in (sentence := fail(capsys, args)) and "step-2 are damaged); restore one" in sentence
+    assert "step-9 does not exist" in fail(capsys, [*args, "--checkpoint.load_step", "9"])
 
 
 @pytest.mark.parametrize(

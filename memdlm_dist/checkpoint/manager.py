@@ -8,13 +8,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchtitan.components.checkpoint import DATALOADER, MODEL, AsyncMode, CheckpointManager
 from torchtitan.tools.utils import GarbageCollection
 
 from memdlm_dist.checkpoint import continuity
-from memdlm_dist.checkpoint.catalogue import METADATA, RUN, Catalogue, name_of, read_metadata, read_run, superfluous
+from memdlm_dist.checkpoint.catalogue import (
+    METADATA,
+    RUN,
+    Catalogue,
+    name_of,
+    read_metadata,
+    read_run,
+    reader,
+    superfluous,
+)
 from memdlm_dist.errors import UserError
 from memdlm_dist.storage import ATTEMPTS, FIRST_WAIT, Storage, is_remote
 
@@ -115,7 +125,9 @@ class ResumableCheckpoints(CheckpointManager):
         logger.info(f"Loading the checkpoint {location}.")
         began = time.perf_counter()
         try:
-            self.dcp_load(self._states_to_load(model_only), location, from_hf=False, from_quantized=False)
+            states = self._states_to_load(model_only)
+            dcp.load(states, storage_reader=reader(location))
+            self.states[MODEL].load_state_dict(states)  # torchtitan keeps the model's tensors at the top level
         except CheckpointException as failure:  # DCP's own, on every rank
             return f"cannot be read ({_reason(failure)})"
         if not same_data:
