@@ -5,9 +5,11 @@
 #
 # NGPU: number of processes (default: all accelerators, or 2 on a machine without any).
 # TORCHRUN_FLAGS: further flags for torchrun, such as --max-restarts=3.
+# SIGTERM and SIGUSR1: finish the step, save, exit with status 75; a second one ends it at once.
+# For several nodes see launch/multinode.sh.
 set -euo pipefail
 
-usage() { sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 if [[ $# -lt 1 || $1 == -h || $1 == --help ]]; then
     usage
@@ -43,7 +45,7 @@ fi
 
 # One thread per process: several processes on one machine otherwise fight for its cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# shellcheck disable=SC2086  # TORCHRUN_FLAGS is a list of words
-exec "$python" "$root/launch/torchrun.py" --nproc-per-node="$NGPU" --rdzv-backend=c10d \
-    --rdzv-endpoint=localhost:0 --local-ranks-filter="${LOG_RANK:-0}" --role=rank --tee=3 \
-    ${TORCHRUN_FLAGS:-} "${torchrun_flags[@]}" -m memdlm_dist.train --job.config_file "$config" "$@"
+# shellcheck disable=SC2086  # RENDEZVOUS (of multinode.sh) and TORCHRUN_FLAGS are lists of words
+exec "$python" "$root/launch/torchrun.py" --nproc-per-node="$NGPU" \
+    ${RENDEZVOUS:---rdzv-backend=c10d --rdzv-endpoint=localhost:0} \
+    --local-ranks-filter="${LOG_RANK:-0}" --role=rank --tee=3 ${TORCHRUN_FLAGS:-} "${torchrun_flags[@]}" -m memdlm_dist.train --job.config_file "$config" "$@"

@@ -199,4 +199,4 @@ def connection_loss(error: RuntimeError) -> str:
     """Why a collective failed, if it did because another rank is gone or did not come in time; else empty."""
     if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
         return ""
-    return re.sub(r"^\[[^]]*\] *", "", str(error).strip().splitlines()[0])
+    return re.sub(r"^\[[^]]*\] *", "", str(error).strip().splitlines()[0]).split(". ")[0]

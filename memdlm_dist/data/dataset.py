@@ -11,7 +11,7 @@ import torch
 from streaming import Stream, StreamingDataset
 from streaming.base.hashing import get_hash
 
-from memdlm_dist.data import downloads, leftovers
+from memdlm_dist.data import downloads, shared_memory
 from memdlm_dist.data.shards import HASH, read_card
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError
@@ -163,9 +163,10 @@ def open_dataset(job_config: Any, locations: list[str], proportions: list[float]
                 **share,
             )
         )
+    shared_memory.number_by_node()
     leader = int(os.environ.get("LOCAL_RANK", "0")) == 0
     if leader:
-        leftovers.remove(folders, cached)
+        shared_memory.remove_leftovers(folders, cached)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # all ranks look for a free name in shared memory next
     try:

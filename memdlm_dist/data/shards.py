@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 from streaming import MDSWriter
 
 from memdlm_dist.data.sequences import Sequence
 from memdlm_dist.errors import UserError
+from memdlm_dist.storage import Storage
 
 CARD = "memdlm.json"
 HASH = "xxh64"
@@ -86,14 +86,13 @@ def read_card(location: str) -> Card:
     Raises:
         UserError: if there is none or it cannot be read.
     """
-    url = f"{location.rstrip('/')}/{CARD}"
+    storage = Storage(location)
     try:
-        with fsspec.open(url, "r") as file:
-            return Card(**json.load(file))
+        return Card(**storage.read_json(CARD))
     except FileNotFoundError:
         raise UserError(
             f"There are no shards in {location} ({CARD} is missing); prepare them with tools/prepare_data.py "
             "or correct data.train and data.validation."
         ) from None
     except Exception as error:  # every remote file system raises its own
-        raise UserError(f"The shards' card {url} cannot be read: {error}.") from None
+        raise UserError(f"The shards' card {storage.url(CARD)} cannot be read: {error}.") from None

@@ -1,10 +1,12 @@
-"""What streaming leaves in shared memory when a run is killed: it would refuse the same cache folder afterwards.
+"""streaming's shared memory: what a killed run leaves, and two nodes of one run that are the same machine.
 
-streaming can clear all shared memory of the node, which would take it from other live jobs too. Here only that of our
-own folders is removed, and only if no process has it mapped.
+What a killed run leaves makes streaming refuse the same cache folder afterwards. streaming can clear all shared memory
+of the node, which would take it from other live jobs too. Here only that of our own folders is removed, and only if no
+process has it mapped.
 """
 
 import glob
+import itertools
 import logging
 import os
 import tempfile
@@ -13,6 +15,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, LOCALS
+from streaming.base.shared import prefix
 from streaming.base.shared.prefix import _unpack_locals
 
 from memdlm_dist.errors import UserError
@@ -24,7 +27,7 @@ SHARED_MEMORY = "/dev/shm"
 PATIENCE = 30.0
 
 
-def remove(folders: Collection[str], cached: Collection[str]) -> None:
+def remove_leftovers(folders: Collection[str], cached: Collection[str]) -> None:
     """Remove the shared memory of ended processes that served some of these folders.
 
     Args:
@@ -36,14 +39,14 @@ def remove(folders: Collection[str], cached: Collection[str]) -> None:
     """
     deadline = time.monotonic() + PATIENCE
     for registration in sorted(glob.glob(f"{SHARED_MEMORY}/*_{LOCALS}")):
-        prefix = os.path.basename(registration).removesuffix(LOCALS)
+        number = os.path.basename(registration).removesuffix(LOCALS)
         theirs = _folders(registration)
         if not theirs & set(folders):
             continue
-        users = _users(prefix)
+        users = _users(number)
         while users and theirs & set(cached) and time.monotonic() < deadline:
             time.sleep(0.5)
-            users = _users(prefix)
+            users = _users(number)
         if users and theirs & set(cached):
             raise UserError(
                 f"Another job (process {min(users)}) uses the cache folder {min(theirs & set(cached))}; give this run "
@@ -52,10 +55,19 @@ def remove(folders: Collection[str], cached: Collection[str]) -> None:
         if not users:
             logger.info(f"Removing shared memory of an earlier run that was killed ({registration}).")
             for path in [
-                *glob.glob(f"{SHARED_MEMORY}/{prefix}*"),
-                *(f"{tempfile.gettempdir()}/{prefix}{lock}" for lock in (BARRIER_FILELOCK, CACHE_FILELOCK)),
+                *glob.glob(f"{SHARED_MEMORY}/{number}*"),
+                *(f"{tempfile.gettempdir()}/{number}{lock}" for lock in (BARRIER_FILELOCK, CACHE_FILELOCK)),
             ]:
                 Path(path).unlink(missing_ok=True)
+
+
+def number_by_node() -> None:
+    """Let the nodes of a run number their shared memory differently.
+
+    streaming takes the first free number on each node; two agents on one machine would take the same one.
+    """
+    node = int(os.environ.get("GROUP_RANK", "0"))
+    prefix._each_prefix_int = lambda: itertools.count(node * 100_000)
 
 
 def _folders(registration: str) -> set[str]:
@@ -66,13 +78,13 @@ def _folders(registration: str) -> set[str]:
         return set()
 
 
-def _users(prefix: str) -> set[int]:
-    """The processes that have shared memory of a prefix mapped, this one apart."""
+def _users(number: str) -> set[int]:
+    """The processes that have shared memory of a number mapped, this one apart."""
     users = set()
     for maps in glob.glob("/proc/[0-9]*/maps"):
         process = int(maps.split("/")[2])
         try:
-            if process != os.getpid() and f"{SHARED_MEMORY}/{prefix}" in Path(maps).read_text():
+            if process != os.getpid() and f"{SHARED_MEMORY}/{number}" in Path(maps).read_text():
                 users.add(process)
         except OSError:  # it ended, or is another user's
             continue
