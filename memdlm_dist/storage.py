@@ -14,8 +14,9 @@ from memdlm_dist.errors import UserError
 logger = logging.getLogger()
 T = TypeVar("T")
 
-# Waits of 1, 2, 4, 8 and 16 s between them: a store that is away for half a minute is waited for.
-ATTEMPTS = 6
+# Seconds that a store may be away. File systems retry by themselves too (s3fs for some half a minute), and the other
+# ranks wait meanwhile, comm.train_timeout_seconds at most.
+PATIENCE = 30.0
 FIRST_WAIT = 1.0
 # Errors that another attempt will not mend.
 _LASTING = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, ImportError)
@@ -25,8 +26,8 @@ def is_remote(location: str) -> bool:
     return "://" in location
 
 
-def retrying(action: Callable[[], T], what: str, attempts: int = ATTEMPTS) -> T:
-    """The result of `action`, tried up to `attempts` times with exponential backoff.
+def retrying(action: Callable[[], T], what: str) -> T:
+    """The result of `action`, tried for `PATIENCE` seconds with waits of 1, 2, 4, ... s between.
 
     Args:
         action: raises while the store does not answer.
@@ -35,18 +36,18 @@ def retrying(action: Callable[[], T], what: str, attempts: int = ATTEMPTS) -> T:
     Raises:
         Exception: of the last attempt, or at once one that says that the object is not there or not allowed.
     """
-    for attempt in range(attempts):
+    began, wait = time.monotonic(), FIRST_WAIT
+    while True:
         try:
             return action()
         except _LASTING:
             raise
         except Exception as error:  # every remote file system raises its own
-            if attempt + 1 == attempts:
+            if time.monotonic() + wait - began > PATIENCE:
                 raise
-            wait = FIRST_WAIT * 2**attempt
-            logger.warning(f"Attempt {attempt + 1} of {attempts} at {what} failed ({error}); next in {wait:g} s.")
+            logger.warning(f"{what} failed ({error}); trying again in {wait:g} s.")
             time.sleep(wait)
-    raise AssertionError("attempts is positive")
+            wait *= 2
 
 
 class Storage:
@@ -78,7 +79,7 @@ class Storage:
         return f"{self._root}/{name}" if name else self._root
 
     def _try(self, action: Callable[[], T], name: str) -> T:
-        return retrying(action, f"accessing {self.url(name)}", ATTEMPTS if self.remote else 1)
+        return retrying(action, f"Accessing {self.url(name)}") if self.remote else action()
 
     def sizes(self, name: str = "") -> dict[str, int | None]:
         """What lies directly in a folder: name -> bytes, None for a folder. Empty if there is no such folder."""

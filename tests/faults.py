@@ -6,7 +6,8 @@ FAULTS is a JSON list of {"do", "at", "step"} and, optionally, "rank" (all by de
 when it happens, and keeps it from happening again in a run that is started anew.
 
 do: a signal's name (sent to this very process), "nan" (the loss), "hang" (for ever), "sleep" (2 s), "full" (no file
-can grow beyond 4 KiB from here on), "room" (they can again).
+can grow beyond 4 KiB from here on), "room" (they can again), "mark" (nothing but its file "once"), "raise" (an
+OSError), "impatient" (from the start on: nothing is tried again).
 at: "step" (before its forward pass), "data" (when its batch is to be loaded), "write" (with half of this rank's
 checkpoint file written), "metadata" (with all files of the checkpoint written and its metadata not).
 """
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from memdlm_dist import train
+from memdlm_dist import storage, train
 from memdlm_dist.data.loader import EpochLoader
 from memdlm_dist.objective import Objective
 
@@ -42,7 +43,7 @@ def inject(faults: Iterable[dict[str, Any]]) -> None:
     def happen(at: str) -> set[str]:
         done = set()
         for fault in mine:
-            if fault["at"] != at or fault["step"] != now["step"]:
+            if fault.get("at") != at or fault["step"] != now["step"]:
                 continue
             if once := fault.get("once"):
                 if Path(once).exists():
@@ -54,11 +55,16 @@ def inject(faults: Iterable[dict[str, Any]]) -> None:
                 hang()
             elif fault["do"] == "sleep":
                 time.sleep(2)
+            elif fault["do"] == "raise":
+                raise OSError("away for a moment")
             elif fault["do"] in ("full", "room"):
                 limit = 4096 if fault["do"] == "full" else resource.RLIM_INFINITY
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
             done.add(fault["do"])
         return done
+
+    if any(fault["do"] == "impatient" for fault in mine):
+        storage.PATIENCE = 0
 
     plain_step, plain_loss, plain_read = train.MemDLMTrainer.train_step, Objective.loss_sum, EpochLoader._read
     plain_write, plain_finish = FileSystemWriter.write_data, FileSystemWriter.finish
@@ -80,7 +86,7 @@ def inject(faults: Iterable[dict[str, Any]]) -> None:
     def write_data(self, plan, planner):
         written = plain_write(self, plan, planner)
         for file in Path(self.path).glob(f"__{os.environ['RANK']}_*"):
-            if any(fault["at"] == "write" and fault["step"] == now["step"] for fault in mine):
+            if any(fault.get("at") == "write" and fault["step"] == now["step"] for fault in mine):
                 os.truncate(file, file.stat().st_size // 2)
         happen("write")
         return written

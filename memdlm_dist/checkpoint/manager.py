@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchtitan.components.checkpoint import DATALOADER, MODEL, AsyncMode, CheckpointManager
 from torchtitan.tools.utils import GarbageCollection
 
+from memdlm_dist import storage
 from memdlm_dist.checkpoint import continuity
 from memdlm_dist.checkpoint.catalogue import (
     METADATA,
@@ -26,7 +27,7 @@ from memdlm_dist.checkpoint.catalogue import (
     superfluous,
 )
 from memdlm_dist.errors import UserError
-from memdlm_dist.storage import ATTEMPTS, FIRST_WAIT, Storage, is_remote
+from memdlm_dist.storage import Storage, is_remote
 
 logger = logging.getLogger()
 
@@ -44,6 +45,8 @@ class ResumableCheckpoints(CheckpointManager):
     save_future: Any
 
     def __init__(self, *, checkpoint_config: Any, base_folder: str = "", **components: Any):
+        if is_remote(checkpoint_config.folder):
+            base_folder = ""
         super().__init__(checkpoint_config=checkpoint_config, base_folder=base_folder, **components)
         self.identity, self.stop_on_save_failure = {}, False
         # Save after this step whatever the interval; set for the step at which a run is stopped.
@@ -52,8 +55,6 @@ class ResumableCheckpoints(CheckpointManager):
         self._saving: int | None = None  # the step whose asynchronous save may still be under way
         if not self.enable:
             return
-        if is_remote(checkpoint_config.folder):
-            self.folder = checkpoint_config.folder.rstrip("/")
         self._catalogue = Catalogue(self.folder)
         self._remover = ThreadPoolExecutor(1)
 
@@ -147,17 +148,16 @@ class ResumableCheckpoints(CheckpointManager):
         if not self._should_save(curr_step, last_step):
             return
         self.wait()
-        # A store that is away comes back; a disk that is full stays full.
-        attempts = ATTEMPTS if self._catalogue.storage.remote else 1
-        for attempt in range(attempts):
-            reason = self._try_to_save(curr_step, last_step)
-            if not reason:
+        began, pause = time.monotonic(), storage.FIRST_WAIT
+        while reason := self._try_to_save(curr_step, last_step):
+            # A store that is away comes back; a disk that is full stays full.
+            late = time.monotonic() + pause - began > storage.PATIENCE
+            if not self._catalogue.storage.remote or _from_rank_0(lambda late=late: late):
+                self._give_up(curr_step, reason, final=last_step or self.save_now)
                 return
-            if attempt + 1 < attempts:
-                pause = FIRST_WAIT * 2**attempt
-                logger.warning(f"Saving the checkpoint of step {curr_step} failed ({reason}); again in {pause:g} s.")
-                time.sleep(pause)
-        self._give_up(curr_step, reason, final=last_step or self.save_now)
+            logger.warning(f"Saving the checkpoint of step {curr_step} failed ({reason}); trying again in {pause:g} s.")
+            time.sleep(pause)
+            pause *= 2
 
     def _try_to_save(self, step: int, last_step: bool) -> str:
         """Save, or begin to; returns why it failed."""
@@ -201,20 +201,20 @@ class ResumableCheckpoints(CheckpointManager):
         """Make the folder with what the run says of itself; what is there already is kept under another name."""
 
         def prepare() -> OSError | None:
-            name, storage = name_of(step), self._catalogue.storage
+            name, folder = name_of(step), self._catalogue.storage
             try:
-                found = storage.sizes(name)
+                found = folder.sizes(name)
                 if METADATA in found:
                     # A run that went back to an earlier step has come here again.
-                    others = [other for other in storage.sizes() if other.startswith(f"{name}.replaced")]
-                    storage.move(name, f"{name}.replaced-{len(others) + 1}")
+                    others = [other for other in folder.sizes() if other.startswith(f"{name}.replaced")]
+                    folder.move(name, f"{name}.replaced-{len(others) + 1}")
                     logger.warning(
                         f"Keeping the earlier checkpoint of step {step} as {name}.replaced-{len(others) + 1}."
                     )
                 elif found:
                     self._catalogue.remove(step)  # of a save that was interrupted
                 run = {"step": step, "ranks": dist.get_world_size(), "identity": dict(self.identity)}
-                storage.write_json(f"{name}/{RUN}", run)
+                folder.write_json(f"{name}/{RUN}", run)
             except OSError as error:
                 return error
             except Exception as error:  # remote file systems have their own
