@@ -7,7 +7,7 @@ and SIGUSR1 reach the workers, which finish their step and save, for as long as 
     2    a mistake, or a fault that one sentence explains
     75   stopped by a signal and saved: start it again to go on
     128+n  stopped at once by a second signal n
-    1    anything else; torchrun's traceback and that of the worker say what
+    1    a process was killed, or anything else: then tracebacks say what
 """
 
 import contextlib
@@ -128,15 +128,15 @@ def main() -> int:
         try:
             run.run(arguments)
         except ChildFailedError as failure:
-            if not _explain(list(failure.failures.values())):
+            failures = list(failure.failures.values())
+            if not _explain(failures):
                 raise
-            mistaken = any(process.exitcode == USER_ERROR for process in failure.failures.values())
-            return USER_ERROR if mistaken else 1
+            return 1 if any(process.exitcode < 0 for process in failures) else USER_ERROR
         except RendezvousError as error:
             reason = str(error) or type(error).__name__
             print(
-                f"error: The nodes did not come together at {arguments.rdzv_endpoint} ({reason}); start all of them with "
-                "the same NNODES, RDZV_ENDPOINT and RDZV_ID.",
+                f"error: The nodes did not come together at {arguments.rdzv_endpoint} ({reason}); start all of them "
+                "with the same NNODES, RDZV_ENDPOINT and RDZV_ID.",
                 file=sys.stderr,
             )
             return 1

@@ -12,7 +12,7 @@ from typing import Any
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parent.parent
-TIMEOUT = 200
+TIMEOUT = 500
 
 
 def _run(command, **env) -> str:
