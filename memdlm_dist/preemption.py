@@ -66,13 +66,14 @@ class StopRequest:
 
 def outlive_first_sigterm() -> None:
     """In a loader's worker: let the rank decide. It ends its workers itself, with another SIGTERM if need be."""
-    received = []
+    received: list[int] = []
 
     def handle(number: int, frame: object) -> None:
         received.append(number)
         if len(received) > 1:
             os._exit(128 + number)
 
+    signal.set_wakeup_fd(-1)  # inherited: what this process receives would be its rank's
     signal.signal(signal.SIGTERM, handle)
 
 

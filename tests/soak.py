@@ -6,12 +6,13 @@
 The undisturbed run comes first. Then the same run is started over and over through launch/torchrun.py, and each time
 something happens to it after a random number of seconds (see `HAPPENINGS`). After each start it must have gone on right
 after the newest good checkpoint, and each step's loss (to the last bit), samples and masks must be those of the
-undisturbed run. A run that comes to its end must have its very last checkpoint, and a new one begins. Ends with a table,
-and with 1 if anything differed.
+undisturbed run. A run that comes to its end must have its very last checkpoint, and a new one begins. Ends with a
+table, and with 1 if anything differed.
 """
 
 import argparse
 import collections
+import contextlib
 import json
 import os
 import random
@@ -99,10 +100,8 @@ def _read(process: int) -> bytes:
 
 
 def kill(process: int, number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):  # it was faster
         os.kill(process, number)
-    except ProcessLookupError:
-        pass  # it was faster
 
 
 def kill_a_rank(run: Run, dice: random.Random) -> None:
@@ -145,12 +144,24 @@ def _step(path: Path) -> int:
     return int(number) if number.isdigit() else -1
 
 
+def ask_every_process(run: Run, dice: random.Random) -> None:
+    """SIGTERM to launcher, ranks and their loader workers alike, as batch systems send it."""
+    everyone = [run.process.pid]
+    for process in everyone:
+        for children in Path(f"/proc/{process}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                everyone += map(int, children.read_text().split())
+    for process in everyone:
+        kill(process, signal.SIGTERM)
+
+
 HAPPENINGS = {
     "kill -9 of one rank": kill_a_rank,
     "kill -9 of launcher and ranks": kill_everything,
     "kill -9 while saving": kill_while_saving,
     "kill -9, newest checkpoint truncated": kill_and_truncate,
     "SIGTERM or SIGUSR1 to the launcher": ask_to_stop,
+    "SIGTERM to every process": ask_every_process,
     "SIGUSR1 to one rank": ask_one_rank_to_stop,
 }
 
