@@ -1,4 +1,4 @@
-"""Our TOML sections, which extend torchtitan's JobConfig (`job.custom_config_module`).
+"""Our TOML sections, which extend torchtitan's JobConfig.
 
 Each field's docstring is what `--help` shows. Reading and checking is in `parse_config`.
 """
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torchtitan.config.job_config import Checkpoint as TitanCheckpoint
+from torchtitan.config.job_config import JobConfig as TitanJobConfig
 from torchtitan.config.job_config import Validation as TitanValidation
 
 from memdlm_dist.diffusion import SCHEDULES, WEIGHTS
@@ -181,8 +182,8 @@ class Validation(TitanValidation):
 
 
 @dataclass
-class JobConfig:
-    """What torchtitan's JobConfig is extended by."""
+class JobConfig(TitanJobConfig):
+    """torchtitan's JobConfig and our sections."""
 
     diffusion: Diffusion = field(default_factory=Diffusion)
     parametric_memory: ParametricMemory = field(default_factory=ParametricMemory)

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import typeguard
 from torchtitan.config import ConfigManager
-from torchtitan.config import JobConfig as TitanJobConfig
 
 from memdlm_dist.checkpoint.continuity import KEYS as CONTINUITY
 from memdlm_dist.errors import UserError
@@ -36,7 +35,7 @@ def parse(argv: Sequence[str]) -> Any:
     Raises:
         UserError: naming the key and the remedy.
     """
-    manager = ConfigManager(ConfigManager._merge_configs(TitanJobConfig, JobConfig))
+    manager = ConfigManager(JobConfig)
     if not {"-h", "--help"} & set(argv):
         _check_file(manager.config_cls, argv)
         _check_flags(manager.config_cls, argv)

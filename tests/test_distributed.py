@@ -169,17 +169,14 @@ def test_every_option_is_the_same_on_every_layout(options, name, layout):
 
 @pytest.fixture(scope="module")
 def continued(tmp_path_factory):
-    """Six steps at a stretch; the same in two halves; the second half without the memory, and the reverse."""
+    """Steps with memory, without and with again in one folder, and the reverse."""
     root = tmp_path_factory.mktemp("resume")
     save = ["--checkpoint.enable", "--checkpoint.interval", "3", LOCAL, "2"]
-    schedule = ["--lr_scheduler.total_steps", "6"]
     off = ["--parametric_memory.no_enable"]
     runs = [
-        debug(root / "straight", *save, *schedule, "--training.steps", "6"),
-        debug(root / "halves", *save, *schedule, "--training.steps", "3"),
-        debug(root / "halves", *save, *schedule, "--training.steps", "6"),
-        debug(root / "halves", *save, *schedule, "--training.steps", "7", *off),
-        debug(root / "halves", *save, *schedule, "--training.steps", "8"),
+        debug(root / "on", *save, "--training.steps", "3"),
+        debug(root / "on", *save, "--training.steps", "4", *off),
+        debug(root / "on", *save, "--training.steps", "5"),
         debug(root / "off", *save, *off, "--training.steps", "3"),
         debug(root / "off", *save, "--training.steps", "4"),
     ]
@@ -192,16 +189,10 @@ def continued(tmp_path_factory):
     return root
 
 
-def test_resuming_continues_exactly(continued):
-    straight, halves = scalars(continued / "straight"), scalars(continued / "halves")
-    for name in ("loss_metrics/global_avg_loss", "grad_norm", "parametric_memory/inner_loss_step_2"):
-        assert [halves[name][step] for step in range(1, 7)] == [straight[name][step] for step in range(1, 7)], name
-
-
 def test_memory_can_be_switched_between_runs(continued):
-    halves, off = scalars(continued / "halves"), scalars(continued / "off")
-    assert set(halves["loss_metrics/global_avg_loss"]) == set(range(1, 9))
-    assert set(halves["parametric_memory/inner_loss_step_1"]) == {1, 2, 3, 4, 5, 6, 8}
+    on, off = scalars(continued / "on"), scalars(continued / "off")
+    assert set(on["loss_metrics/global_avg_loss"]) == {1, 2, 3, 4, 5}
+    assert set(on["parametric_memory/inner_loss_step_1"]) == {1, 2, 3, 5}
     assert set(off["parametric_memory/inner_loss_step_1"]) == {4}
 
 
@@ -216,7 +207,7 @@ def test_compiled_blocks_take_every_pass(continued):
 def test_fast_weights_are_never_saved(continued):
     with_memory, without = (
         set(FileSystemReader(continued / name / "checkpoint/step-3").read_metadata().state_dict_metadata)
-        for name in ("straight", "off")
+        for name in ("on", "off")
     )
     assert with_memory == without
 

@@ -13,7 +13,7 @@ COMMON = [
     "--checkpoint.interval", "2", "--lr_scheduler.total_steps", "8",
 ]  # fmt: skip
 SKIP = ["--reliability.on_nonfinite", "skip"]
-SHORT = ["--comm.train_timeout_seconds", "3", "--checkpoint.no_enable"]
+SHORT = ["--comm.train_timeout_seconds", "2", "--checkpoint.no_enable"]
 
 
 def fault(do: str, at: str, step: int, rank: int | None = 1, **more) -> dict:

@@ -86,30 +86,24 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    out = tmp_path_factory.mktemp("straight")
-    run_many([(2, debug(out, *COMMON, "--training.steps", "12"))])
-    return scalars(out)[LOSS]
+NODES = ["--training.steps", "12", "--lr_scheduler.total_steps", "12"]
 
 
-def test_a_killed_rank_is_started_again_and_a_signal_ends_it(straight, tmp_path):
+def with_faults(folder: Path, faults: list[dict]) -> None:
+    """Copies of the launch scripts that start tests/faults.py instead of the module."""
+    for script in ("train.sh", "multinode.sh"):
+        text = (ROOT / "launch" / script).read_text()
+        text = text.replace("-m memdlm_dist.train", f"tests/faults.py '{json.dumps(faults)}'")
+        (folder / script).write_text(text.replace('$(dirname "${BASH_SOURCE[0]}")/..', str(ROOT)))
+
+
+def test_a_killed_rank_is_started_again_and_a_signal_ends_it(tmp_path):
     """kill -9 of a rank in mid-step under --max-restarts; then SIGTERM to the launcher; then on to the end."""
     out = tmp_path / "out"
-    config, *arguments = debug(out, *COMMON, "--training.steps", "12", "--lr_scheduler.total_steps", "12")[1:]
-    faults = [
-        {"do": "SIGKILL", "at": "step", "step": 8, "rank": 1, "once": str(tmp_path / "killed")},
-        {"do": "sleep", "at": "step", "step": 11},
-        {"do": "sleep", "at": "step", "step": 12},
-    ]
-    # The script as it is, with the module that it starts replaced by one that has faults.
-    script = tmp_path / "train.sh"
-    source = (ROOT / "launch/train.sh").read_text()
-    command = f"tests/faults.py '{json.dumps(faults)}'"
-    script.write_text(
-        source.replace("-m memdlm_dist.train", command).replace('$(dirname "${BASH_SOURCE[0]}")/..', str(ROOT))
-    )
-    run = Launched(tmp_path / "log", str(script), config, "--max-restarts=1", "--", *arguments, NGPU="2")
+    config, *arguments = debug(out, *COMMON, *NODES)[1:]
+    killed = {"do": "SIGKILL", "at": "step", "step": 8, "rank": 1, "once": str(tmp_path / "killed")}
+    with_faults(tmp_path, [killed, *({"do": "sleep", "at": "step", "step": step} for step in (11, 12))])
+    run = Launched(tmp_path / "log", str(tmp_path / "train.sh"), config, "--max-restarts=1", "--", *arguments, NGPU="2")
     run.until(r"step: 10 ")
     run.process.send_signal(signal.SIGTERM)
     assert run.status() == 75, run.text()[-5000:]
@@ -118,36 +112,22 @@ def test_a_killed_rank_is_started_again_and_a_signal_ends_it(straight, tmp_path)
     assert re.search(r"lost another rank while taking step 8 \(.*\); see what the rank that ended first says", text)
     assert re.search(r"Loading the checkpoint \S+step-5\.", text) and re.search(r"Stopped after step 1\d, saved", text)
     assert not re.search(r"step: +12 ", text)
-    again = Launched(tmp_path / "log2", "launch/train.sh", config, *arguments, NGPU="2")
-    assert again.status() == 0
-    assert scalars(out)[LOSS] == straight
-
-
-NODES = ["--training.steps", "12", "--lr_scheduler.total_steps", "12"]
+    run_many([(2, debug(out, *COMMON, *NODES)), (2, debug(tmp_path / "straight", *COMMON, *NODES))])
+    assert scalars(out)[LOSS] == scalars(tmp_path / "straight")[LOSS]
 
 
 @pytest.mark.slow
-def test_two_nodes_of_which_one_is_killed_and_comes_back(straight, tmp_path):
+def test_two_nodes_of_which_one_is_killed_and_comes_back(tmp_path):
     """Two agents on loopback, one rank each. The second goes down in mid-run and is started again."""
     config, *arguments = debug(tmp_path / "out", *COMMON, *NODES)[1:]
-    faults = [{"do": "hang", "at": "step", "step": 8, "rank": 1, "once": str(tmp_path / "hung")}]
-    script = tmp_path / "train.sh"
-    source = (ROOT / "launch/train.sh").read_text()
-    script.write_text(
-        source.replace("-m memdlm_dist.train", f"tests/faults.py '{json.dumps(faults)}'").replace(
-            '$(dirname "${BASH_SOURCE[0]}")/..', str(ROOT)
-        )
-    )
-    (tmp_path / "multinode.sh").write_text((ROOT / "launch/multinode.sh").read_text())
+    with_faults(tmp_path, [{"do": "hang", "at": "step", "step": 8, "rank": 1, "once": str(tmp_path / "hung")}])
     variables = {"NNODES": "2", "RDZV_ENDPOINT": f"localhost:{free_port()}", "NGPU": "1", "MAX_RESTARTS": "3"}
 
     def node(rank: int, log: str) -> Launched:
-        return Launched(
-            tmp_path / log, str(tmp_path / "multinode.sh"), config, *arguments, NODE_RANK=str(rank), **variables
-        )
+        script = str(tmp_path / "multinode.sh")
+        return Launched(tmp_path / log, script, config, *arguments, NODE_RANK=str(rank), **variables)
 
-    first = node(0, "node0")
-    second = node(1, "node1")
+    first, second = node(0, "node0"), node(1, "node1")
     first.until(r"step:  7 ")
     deadline = time.monotonic() + TIMEOUT
     while not (tmp_path / "hung").exists():
@@ -161,9 +141,11 @@ def test_two_nodes_of_which_one_is_killed_and_comes_back(straight, tmp_path):
     assert "[node 0 rank 0]" in text and "[node 1 rank 1]" in second.text() + back.text()
     assert " step:  " in text and " step:  " not in second.text() + back.text(), "rank 0 alone prints step lines"
     assert re.search(r"Loading the checkpoint \S+step-5\.", text)
-    assert scalars(tmp_path / "out")[LOSS] == straight
+    run_many([(2, debug(tmp_path / "straight", *COMMON, *NODES))])
+    assert scalars(tmp_path / "out")[LOSS] == scalars(tmp_path / "straight")[LOSS]
 
 
+@pytest.mark.slow
 def test_slurm_queues_the_job_again(tmp_path):
     """The batch script with a stand-in for Slurm's commands: srun runs a node here, and signals it."""
     tools = tmp_path / "bin"
