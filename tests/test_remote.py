@@ -180,6 +180,8 @@ def test_shared_memory_of_a_killed_run(runs, live, monkeypatch):
     folder = os.path.abspath("tests/assets/debug/heldout")
     monkeypatch.setattr(shared_memory, "PATIENCE", 0)
     monkeypatch.setattr(shared_memory.os, "getpid", lambda: 0)
+    shared_memory.remove_leftovers([folder], [])
+    assert theirs <= set(glob.glob("/dev/shm/*")), "a folder without a remote is shared: what is in use stays"
     with pytest.raises(UserError, match=rf"Another job \(process \d+\) uses the cache folder {folder}; give this run"):
         shared_memory.remove_leftovers([folder], [folder])
     assert theirs <= set(glob.glob("/dev/shm/*"))
