@@ -2,10 +2,14 @@
 
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 from launching import debug, run_many, scalars
+
+from memdlm_dist import train
+from memdlm_dist.checkpoint.catalogue import Catalogue
 
 LOSS = "loss_metrics/global_avg_loss"
 COMMON = [
@@ -144,7 +148,7 @@ def test_a_full_disk(done):
         assert re.search(
             rf"ERROR - The checkpoint \S+step-{step} could not be saved \(rank 1: .*\); earlier ones", goes_on
         )
-    assert "File too large" in goes_on and "Traceback" not in goes_on + stops + last
+    assert re.search(r"; [\d,]+ MiB were free\)", goes_on) and "Traceback" not in goes_on + stops + last
     assert same_end(root, "full")
     assert {path.name for path in (root / "full/checkpoint").iterdir()} == {"step-2", "step-8"}
     assert re.search(r"error: The checkpoint \S+step-4 could not be saved .*make room", stops)
@@ -201,3 +205,19 @@ def test_retention(done):
     root, outputs = done
     assert {path.name for path in (root / "retention/checkpoint").iterdir()} == {"step-3", "step-6", "step-7", "step-8"}
     assert "Removing the checkpoint of step 1." in outputs["retention"][0]
+
+
+def test_a_disk_that_is_really_full(tmp_path, capsys):
+    """A small file system of its own, where that is allowed: one checkpoint fits, a second does not."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting needs root")
+    try:
+        arguments = debug(disk, "--checkpoint.enable", "--checkpoint.interval", "1", "--training.steps", "2")
+        assert train.main(arguments) == 2
+        assert "step-2 could not be saved (rank 0: " in (error := capsys.readouterr().err) and " MiB were free" in error
+        assert [path.name for path in (disk / "checkpoint").iterdir()] == ["step-1"]
+        assert Catalogue(str(disk / "checkpoint")).look(1).good
+    finally:
+        subprocess.run(["umount", disk], check=True)

@@ -1,6 +1,7 @@
 """torchtitan's CheckpointManager, which finds its way around what was interrupted or damaged."""
 
 import logging
+import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -101,8 +102,7 @@ class ResumableCheckpoints(CheckpointManager):
             raise UserError("checkpoint.initial_load_in_hf is not supported yet; load a DCP checkpoint instead.")
         if not location:
             return False
-        storage = Storage(location)
-        if METADATA not in _from_rank_0(storage.sizes):
+        if METADATA not in _from_rank_0(Storage(location).sizes):
             raise UserError(f"There is no complete checkpoint in {location}; correct checkpoint.initial_load_path.")
         problem = self._load_from(location, self.initial_load_model_only)
         if problem:
@@ -131,7 +131,7 @@ class ResumableCheckpoints(CheckpointManager):
             self.states[MODEL].load_state_dict(states)  # torchtitan keeps the model's tensors at the top level
         except CheckpointException as failure:  # DCP's own, on every rank
             return f"cannot be read ({_reason(failure)})"
-        if not same_data:
+        if not same_data and DATALOADER not in self.exclude_from_loading:
             self.states[DATALOADER].next_epoch()
         GarbageCollection.collect("after loading a checkpoint")
         logger.info(f"Loaded the checkpoint in {time.perf_counter() - began:.1f} s.")
@@ -190,7 +190,10 @@ class ResumableCheckpoints(CheckpointManager):
             self._give_up(step, _reason(failure), final=False)
 
     def _give_up(self, step: int, reason: str, final: bool) -> None:
-        location = self._catalogue.storage.url(name_of(step))
+        folder = self._catalogue.storage
+        if not folder.remote:
+            reason += f"; {shutil.disk_usage(self.folder).free / 2**20:,.0f} MiB were free"
+        location = folder.url(name_of(step))
         sentence = f"The checkpoint {location} could not be saved ({reason}); earlier ones are as they were"
         _from_rank_0(lambda: _attempt(lambda: self._catalogue.remove(step)))
         if final or self.stop_on_save_failure:
@@ -207,10 +210,9 @@ class ResumableCheckpoints(CheckpointManager):
                 if METADATA in found:
                     # A run that went back to an earlier step has come here again.
                     others = [other for other in folder.sizes() if other.startswith(f"{name}.replaced")]
-                    folder.move(name, f"{name}.replaced-{len(others) + 1}")
-                    logger.warning(
-                        f"Keeping the earlier checkpoint of step {step} as {name}.replaced-{len(others) + 1}."
-                    )
+                    kept = f"{name}.replaced-{len(others) + 1}"
+                    folder.move(name, kept)
+                    logger.warning(f"Keeping the earlier checkpoint of step {step} as {kept}.")
                 elif found:
                     self._catalogue.remove(step)  # of a save that was interrupted
                 run = {"step": step, "ranks": dist.get_world_size(), "identity": dict(self.identity)}
@@ -232,17 +234,16 @@ class ResumableCheckpoints(CheckpointManager):
     def _purge_stale_checkpoints(self) -> None:
         """Remove what retention does not keep, in the background. Only complete checkpoints count."""
         # torchtitan calls this right after an asynchronous save has begun, when its metadata is not there yet.
-        if dist.get_rank() != 0 or self.load_only:
+        if dist.get_rank() == 0:
+            self._remover.submit(_attempt, self._remove_superfluous)
+
+    def _remove_superfluous(self) -> None:
+        complete = self._catalogue.complete_steps()
+        if not complete or self._catalogue.look(complete[-1]).problem:
             return
-        try:
-            complete = self._catalogue.complete_steps()
-            if not complete or self._catalogue.look(complete[-1]).problem:
-                return
-            for step in superfluous(complete, self._config.keep_latest_k, self._config.keep_every):
-                logger.info(f"Removing the checkpoint of step {step}.")
-                self._remover.submit(_attempt, lambda step=step: self._catalogue.remove(step))
-        except Exception as error:  # housekeeping must not end a run
-            logger.warning(f"Old checkpoints in {self.folder} could not be removed now: {error}.")
+        for step in superfluous(complete, self._config.keep_latest_k, self._config.keep_every):
+            logger.info(f"Removing the checkpoint of step {step}.")
+            self._catalogue.remove(step)
 
     def close(self) -> None:
         super().close()
@@ -284,7 +285,10 @@ def _from_rank_0(action: Any) -> Any:
         try:
             outcome = [action()]
         except Exception as error:
-            outcome = [_Failed(error if isinstance(error, UserError) else UserError(str(error)))]
+            sentence = (
+                f"The checkpoints cannot be accessed ({type(error).__name__}: {_one_line(error)}); see the store."
+            )
+            outcome = [_Failed(error if isinstance(error, UserError) else UserError(sentence))]
     dist.broadcast_object_list(outcome)
     if isinstance(outcome[0], _Failed):
         raise outcome[0].error
@@ -297,10 +301,11 @@ class _Failed:
 
 
 def _attempt(action: Any) -> None:
+    """Housekeeping, which must not end a run."""
     try:
         action()
     except Exception as error:
-        logger.warning(f"Removing a checkpoint failed: {error}.")
+        logger.warning(f"Removing a checkpoint failed ({_one_line(error)}).")
 
 
 def _reason(failure: BaseException) -> str:
@@ -313,4 +318,7 @@ def _reason(failure: BaseException) -> str:
 
 def _one_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
+    if text and "inline_container.cc" in text[0]:
+        # What torch.save makes of any error of the file it writes to, a full disk for one.
+        return "a file could not be written to its end"
     return text[0] if text else type(error).__name__
