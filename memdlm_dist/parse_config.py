@@ -225,7 +225,7 @@ def _check_values(config: Any) -> None:
         f"checkpoint.keep_every must not be negative (0 is off), but is {config.checkpoint.keep_every}.",
     )
     _require(
-        config.checkpoint.interval >= 1, f"checkpoint.interval must be positive, not {config.checkpoint.interval}."
+        config.checkpoint.interval >= 1, f"checkpoint.interval must be at least 1, but is {config.checkpoint.interval}."
     )
     unknown = [key for key in config.checkpoint.accept_changes if key not in CONTINUITY]
     _require(
@@ -235,6 +235,11 @@ def _check_values(config: Any) -> None:
     _require(
         config.reliability.max_consecutive_skips >= 1,
         f"reliability.max_consecutive_skips must be at least 1, but is {config.reliability.max_consecutive_skips}.",
+    )
+    _require(
+        config.reliability.on_nonfinite == "stop" or not config.optimizer.early_step_in_backward,
+        "reliability.on_nonfinite = 'skip' needs all gradients before the optimizer moves; unset "
+        "optimizer.early_step_in_backward.",
     )
     _require(
         config.data.download_retry >= 1, f"data.download_retry must be at least 1, not {config.data.download_retry}."

@@ -62,6 +62,15 @@ MISTAKES = [
     Mistake("validation steps", "validation steps must be positive or -1", ("--validation.steps", "0")),
     Mistake("missing checkpoint", "There is no complete checkpoint in nowhere", ("--checkpoint.enable", "--checkpoint.initial_load_path", "nowhere")),
     Mistake("seed checkpoint without checkpoints", "needs checkpoint.enable", ("--checkpoint.create_seed_checkpoint",)),
+    Mistake("negative interval of kept checkpoints", "checkpoint.keep_every must not be negative", ("--checkpoint.keep_every", "-1")),
+    Mistake("no interval", "checkpoint.interval must be at least 1", ("--checkpoint.interval", "0")),
+    Mistake("unknown change", "accept_changes names data.tain; choose among training.global_batch_size,", ("--checkpoint.accept_changes", "data.tain")),
+    Mistake("no skips", "max_consecutive_skips must be at least 1", ("--reliability.max_consecutive_skips", "0")),
+    Mistake("skipping too late", "unset optimizer.early_step_in_backward", ("--reliability.on_nonfinite", "skip", "--optimizer.early_step_in_backward")),
+    Mistake("no download", "data.download_retry must be at least 1", ("--data.download_retry", "0")),
+    Mistake("unknown store", "s4://b/run is not a location that can be opened", ("--checkpoint.enable", "--checkpoint.folder", "s4://b/run")),
+    Mistake("unknown store of shards", "s4://b/train is not a location", ("--data.train", "s4://b/train")),
+    Mistake("state that is not there", "exclude_from_loading names dataloder; choose among train_state, model,", ("--checkpoint.enable", "--checkpoint.exclude_from_loading", "dataloder")),
     Mistake("seed checkpoint on two", "needs a single process", ("--checkpoint.enable", "--checkpoint.create_seed_checkpoint"), env={"WORLD_SIZE": "2"}),
 ]  # fmt: skip
 
