@@ -1,11 +1,13 @@
 """Being asked to stop: SIGTERM or SIGUSR1 end a run after the step that it is in, saved."""
 
+import contextlib
 import logging
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 logger = logging.getLogger()
@@ -64,6 +66,22 @@ class StopRequest:
             os._exit(128 + number)
 
 
+def ignore_outside_of_training() -> None:
+    """In a training program, before and after `StopRequest`: a signal that comes late does not undo a good end."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def starting_workers() -> Iterator[None]:
+    """Processes that are started meanwhile have SIGTERM blocked until they call `outlive_first_sigterm`."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
 def outlive_first_sigterm() -> None:
     """In a loader's worker: let the rank decide. It ends its workers itself, with another SIGTERM if need be."""
     received: list[int] = []
@@ -75,6 +93,7 @@ def outlive_first_sigterm() -> None:
 
     signal.set_wakeup_fd(-1)  # inherited: what this process receives would be its rank's
     signal.signal(signal.SIGTERM, handle)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def exit_status() -> int:

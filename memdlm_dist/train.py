@@ -277,4 +277,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    preemption.ignore_outside_of_training()
     sys.exit(main())

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from memdlm_dist import storage, train
+from memdlm_dist import preemption, storage, train
 from memdlm_dist.data.loader import EpochLoader
 from memdlm_dist.objective import Objective
 
@@ -102,4 +102,5 @@ def inject(faults: Iterable[dict[str, Any]]) -> None:
 if __name__ == "__main__":
     os.environ.setdefault("RANK", "0")
     inject(json.loads(sys.argv[1]))
+    preemption.ignore_outside_of_training()  # as the program does
     sys.exit(train.main(sys.argv[2:]))

@@ -41,7 +41,7 @@ def worker(folder: Path, arguments: list[str]) -> int:
     """One rank, which writes down what it draws and, rank 0, each step's loss."""
     from run_many import record
 
-    from memdlm_dist import train
+    from memdlm_dist import preemption, train
     from memdlm_dist.metrics import MemDLMMetrics
 
     rank = int(os.environ["RANK"])
@@ -54,6 +54,7 @@ def worker(folder: Path, arguments: list[str]) -> int:
         plain(self, step, loss, *rest, **named)
 
     MemDLMMetrics.log = log
+    preemption.ignore_outside_of_training()  # as the program does
     return train.main(arguments)
 
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import ROOT, debug, run_many, scalars
+from launching import ROOT, debug, run_many, run_script, scalars
 
 SCRIPTS = ["launch/train.sh", "launch/multinode.sh", "launch/slurm.sbatch", "launch/setup.sh", "launch/quickstart.sh"]
 LOSS = "loss_metrics/global_avg_loss"
@@ -117,15 +117,22 @@ def test_a_killed_rank_is_started_again_and_a_signal_ends_it(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_nodes_of_which_one_is_killed_and_comes_back(tmp_path):
-    """Two agents on loopback, one rank each. The second goes down in mid-run and is started again."""
+def test_two_nodes_of_which_one_is_asked_to_stop_or_killed(tmp_path):
+    """Two agents on loopback, one rank each. One is signalled: both stop. One goes down in mid-run and comes back."""
     config, *arguments = debug(tmp_path / "out", *COMMON, *NODES)[1:]
-    with_faults(tmp_path, [{"do": "hang", "at": "step", "step": 8, "rank": 1, "once": str(tmp_path / "hung")}])
+    hang = {"do": "hang", "at": "step", "step": 8, "rank": 1, "once": str(tmp_path / "hung")}
+    with_faults(tmp_path, [hang, *({"do": "sleep", "at": "step", "step": step} for step in (3, 4))])
     variables = {"NNODES": "2", "RDZV_ENDPOINT": f"localhost:{free_port()}", "NGPU": "1", "MAX_RESTARTS": "3"}
 
     def node(rank: int, log: str) -> Launched:
         script = str(tmp_path / "multinode.sh")
         return Launched(tmp_path / log, script, config, *arguments, NODE_RANK=str(rank), **variables)
+
+    first, second = node(0, "asked0"), node(1, "asked1")
+    first.until(r"step:  2 ")
+    second.process.send_signal(signal.SIGUSR1)
+    assert first.status() == 75 and second.status() == 75, first.text()[-5000:]
+    assert re.search(r"Stopped after step [34], saved", first.text())
 
     first, second = node(0, "node0"), node(1, "node1")
     first.until(r"step:  7 ")
@@ -143,6 +150,11 @@ def test_two_nodes_of_which_one_is_killed_and_comes_back(tmp_path):
     assert re.search(r"Loading the checkpoint \S+step-5\.", text)
     run_many([(2, debug(tmp_path / "straight", *COMMON, *NODES))])
     assert scalars(tmp_path / "out")[LOSS] == scalars(tmp_path / "straight")[LOSS]
+
+
+@pytest.mark.slow
+def test_the_soak_finds_no_difference():
+    assert ", 0 mismatches." in run_script("tests/soak.py", "--minutes", "1", "--seed", "1")
 
 
 @pytest.mark.slow

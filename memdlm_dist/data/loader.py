@@ -11,7 +11,7 @@ from torchtitan.components.dataloader import BaseDataLoader
 from memdlm_dist.data.dataset import TokenDataset, check_cards, open_dataset
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError
-from memdlm_dist.preemption import outlive_first_sigterm
+from memdlm_dist.preemption import outlive_first_sigterm, starting_workers
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
@@ -63,7 +63,12 @@ class EpochLoader(BaseDataLoader):
 
     def _read(self) -> Iterator[dict[str, torch.Tensor]]:
         try:
-            yield from self._loader
+            batches = iter(self._loader)
+            with starting_workers():
+                first = next(batches, None)
+            if first is not None:
+                yield first
+                yield from batches
         except UserError as error:
             # A worker's exception arrives with its traceback as text; its last line is the sentence.
             message = str(error).strip().splitlines()[-1].removeprefix("memdlm_dist.errors.UserError: ")
