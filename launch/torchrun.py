@@ -31,10 +31,16 @@ STATUS_FILE = "MEMDLM_STATUS_FILE"
 ONE_REQUEST_SECONDS = 1.0
 
 
-class _NotOurs(logging.Filter):
-    """Drops the agent's report of a process that ended with the user-error status."""
+class AgentLog(logging.Filter):
+    """Drops the agent's report of a process that ended with the user-error status; notes whom the agent kills."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.killed: set[int] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if str(record.msg).startswith("Unable to shutdown process") and isinstance(record.args, tuple):
+            self.killed |= {pid for pid in record.args if isinstance(pid, int)}
         return f"exitcode: {USER_ERROR})" not in record.getMessage()
 
 
@@ -99,10 +105,13 @@ def _read(process: int, name: str) -> bytes:
         return b""
 
 
-def _explain(failures: list[ProcessFailure]) -> bool:
-    """Say what the workers that ended first ended of; False if only a traceback can."""
+def _explain(failures: list[ProcessFailure], by_agent: set[int]) -> int | None:
+    """Say what the workers ended of; the exit status, or None if only a traceback can say more."""
     mistakes = [process for process in failures if process.exitcode == USER_ERROR]
-    killed = [process for process in failures if process.exitcode < 0]
+    # The agent itself ends those that remain.
+    killed = [process for process in failures if process.exitcode < 0 and process.pid not in by_agent]
+    if len(killed) < len(failures):
+        killed = [process for process in killed if process.exitcode != -signal.SIGTERM]
     for process in killed:
         name = signal.Signals(-process.exitcode).name
         hint = " (a machine that runs out of memory does that)" if name == "SIGKILL" else ""
@@ -112,11 +121,14 @@ def _explain(failures: list[ProcessFailure]) -> bool:
         message = mistakes[0].message
         sentence = message["message"] if isinstance(message, dict) else message
         print(f"error on local rank {mistakes[0].local_rank}: {sentence.removeprefix('UserError: ')}", file=sys.stderr)
-    return bool(mistakes or killed)
+    if killed:
+        return 1
+    return USER_ERROR if mistakes else None
 
 
 def main() -> int:
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(_NotOurs())
+    agent = AgentLog()
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(agent)
     # torchrun's own handlers keep to the keyboard. Workers that remain when another one has failed wait for it in
     # vain: they get 5 seconds.
     arguments = run.parse_args(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", "--shutdown-timeout=5", *sys.argv[1:]])
@@ -128,10 +140,10 @@ def main() -> int:
         try:
             run.run(arguments)
         except ChildFailedError as failure:
-            failures = list(failure.failures.values())
-            if not _explain(failures):
+            explained = _explain(list(failure.failures.values()), agent.killed)
+            if explained is None:
                 raise
-            return 1 if any(process.exitcode < 0 for process in failures) else USER_ERROR
+            return explained
         except RendezvousError as error:
             reason = str(error) or type(error).__name__
             print(

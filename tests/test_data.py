@@ -250,11 +250,12 @@ def config_with(tmp_path, **data):
     return SimpleNamespace(data=Data(cache_folder=str(tmp_path / "cache"), **data))
 
 
-def test_streams_at_a_url_are_cached_and_checked(tmp_path):
+@pytest.mark.parametrize("scheme", ["file", "local"], ids=["streaming's own way", "through fsspec"])
+def test_streams_at_a_url_are_cached_and_checked(tmp_path, scheme):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"q{i}", "response": f"a{i}"} for i in range(8)])
     prepare.prepare(request(tmp_path, path))
     remote = tmp_path / "out/train"
-    url = f"file://{remote}"
+    url = f"{scheme}://{remote}"
     dataset = open_dataset(config_with(tmp_path), [url], [], batch_size=1, shuffle=False)
     here = [dataset[i]["tokens"] for i in range(8)]
     assert all(torch.equal(a, b["tokens"]) for a, b in zip(here, read(remote), strict=True))
@@ -268,6 +269,8 @@ def test_streams_at_a_url_are_cached_and_checked(tmp_path):
     fresh = config_with(tmp_path / "again")
     with pytest.raises(UserError, match=r"shard\.00000\.mds is corrupt: its xxh64 checksum is wrong"):
         open_dataset(fresh, [url], [], batch_size=1, shuffle=False)[0]
+    with pytest.raises(UserError, match="s4://b/train cannot be opened: Protocol not known: s4"):
+        open_dataset(fresh, ["s4://b/train"], [], batch_size=1)
 
 
 def test_mixing_streams_by_proportion(tmp_path):

@@ -34,7 +34,6 @@ LAYOUTS = {
     "tp2": (2, [LOCAL, "4", TP, "2"]),
     "tp2-no-loss-parallel": (2, [LOCAL, "4", TP, "2", "--parallelism.disable_loss_parallel"]),
     "operator-checkpointing": (2, [LOCAL, "2", AC, "selective", "--activation_checkpoint.selective_ac_option", "op"]),
-    "compiled": (2, [LOCAL, "2", "--compile.enable"]),
     "fsdp4": (4, [LOCAL, "1"]),
     "fsdp2-tp2-accumulation": (4, [LOCAL, "1", TP, "2"]),
 }
@@ -77,6 +76,17 @@ def test_every_layout_takes_the_same_step(results, layout):
         ours, theirs = results[layout][name], reference[name]
         assert set(ours) == set(theirs)
         assert relative_difference(ours, theirs) < TOLERANCE, f"{name}: {ours} against {theirs}"
+
+
+@pytest.mark.slow
+def test_inductor_takes_the_same_step(tmp_path):
+    """The options below are compiled without it: it takes half a minute."""
+    seed, common = from_one_seed(tmp_path, *COMMON)
+    compiled = debug(tmp_path / "compiled", *common, LOCAL, "2", "--compile.enable")
+    run_many([seed, (1, debug(tmp_path / "single", *common, LOCAL, "4")), (2, compiled)])
+    ours, theirs = scalars(tmp_path / "compiled"), scalars(tmp_path / "single")
+    for name in TRACKED[:7]:
+        assert relative_difference(ours[name], theirs[name]) < TOLERANCE, name
 
 
 @pytest.mark.parametrize("layout", BFLOAT16)
@@ -213,9 +223,9 @@ def test_fast_weights_are_never_saved(continued):
 
 
 def test_as_a_user_starts_it(tmp_path):
-    """launch/train.sh on four processes, FSDP 2 x TP 2, with everything on: console, TensorBoard, files."""
+    """launch/train.sh on two processes, with everything on: console, TensorBoard, files."""
     out = launch(
-        4, tmp_path, "--parallelism.data_parallel_shard_degree", "2", TP, "2", "--training.steps", "4",
+        2, tmp_path, "--training.steps", "4",
         "--checkpoint.enable", "--validation.enable", "--validation.freq", "2", "--validation.steps", "1",
         "--metrics.log_freq", "2",
     )  # fmt: skip
@@ -231,5 +241,6 @@ def test_as_a_user_starts_it(tmp_path):
     assert [row["step"] for row in history] == [0, 2, 4]
     assert (tmp_path / "checkpoint/step-4/.metadata").is_file()
 
-    again = run_many([(1, debug(tmp_path, "--training.steps", "4", "--checkpoint.enable", "--validation.enable"))])
+    same = ["--training.steps", "4", "--training.global_batch_size", "8", "--checkpoint.enable", "--validation.enable"]
+    (again,) = run_many([(1, debug(tmp_path, *same))])
     assert "This run is complete: its checkpoint is at step 4" in again and " step:  " not in again

@@ -59,7 +59,7 @@ def results(tmp_path_factory):
     )
     seed, common = from_one_seed(root, *data, "--training.steps", str(STEPS))
     runs = [
-        (n, debug(root / name / layout, *common, *options, *args), str(root / "draws" / name / layout))
+        (n, debug(root / name / layout, *common, *options, *args), {"record": str(root / "draws" / name / layout)})
         for name, options in OPTIONS.items()
         for layout, (n, args) in LAYOUTS.items()
     ]

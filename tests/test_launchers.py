@@ -97,6 +97,7 @@ def with_faults(folder: Path, faults: list[dict]) -> None:
         (folder / script).write_text(text.replace('$(dirname "${BASH_SOURCE[0]}")/..', str(ROOT)))
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_started_again_and_a_signal_ends_it(tmp_path):
     """kill -9 of a rank in mid-step under --max-restarts; then SIGTERM to the launcher; then on to the end."""
     out = tmp_path / "out"

@@ -37,27 +37,39 @@ def tensors(checkpoint: Path) -> dict[str, bytes]:
 # Exactly
 
 
-@pytest.fixture(scope="module")
-def exact(tmp_path_factory):
+def exact_runs(root: Path) -> list:
     """20 steps at a stretch; and in halves, saved in the background. Both with loader workers."""
-    root = tmp_path_factory.mktemp("exact")
     runs = []
     for name, steps, mode in (("straight", "20", "disabled"), ("halves", "10", "async"), ("halves", "20", "async")):
-        arguments = [
-            *SMALL,
-            *SAVE,
-            "5",
-            "--checkpoint.async_mode",
-            mode,
-            *WORKERS,
-            LOCAL,
-            "3",
-            "--training.steps",
-            steps,
-        ]
-        runs.append((2, debug(root / name, *arguments), {"record": str(root / name / "draws")}))
-    run_many(runs)
-    return root
+        arguments = [*SMALL, *SAVE, "5", "--checkpoint.async_mode", mode, *WORKERS, LOCAL, "3"]
+        run = debug(root / name, *arguments, "--training.steps", steps)
+        runs.append((2, run, {"record": str(root / name / "draws")}))
+    return runs
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """All runs of this file for one start of Python: a folder for each part, and what each run of the last printed."""
+    root = tmp_path_factory.mktemp("resume")
+    exact, elastic = exact_runs(root / "exact"), elastic_runs(root / "elastic")
+    changed = changed_runs(root / "changed")
+    outputs = run_many([*exact, *elastic, *changed.values()])
+    return root, dict(zip(changed, outputs[-len(changed) :], strict=True))
+
+
+@pytest.fixture
+def exact(done):
+    return done[0] / "exact"
+
+
+@pytest.fixture
+def elastic(done):
+    return done[0] / "elastic"
+
+
+@pytest.fixture
+def changed(done):
+    return done[0] / "changed", done[1]
 
 
 def test_two_halves_are_the_whole_to_the_last_bit(exact):
@@ -87,10 +99,8 @@ LAYOUTS = {
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(scope="module")
-def elastic(tmp_path_factory):
+def elastic_runs(root: Path) -> list:
     """12 steps on FSDP 2, and steps 8 to 12 of it on each layout; the epoch ends at step 10."""
-    root = tmp_path_factory.mktemp("elastic")
     common = [*SMALL, *SAVE, "7", GLOBAL, "4", "--training.steps", "12"]
     straight = debug(root / "straight", *common, LOCAL, "2")
     runs = [(2, straight, {"record": str(root / "straight/draws")})]
@@ -98,8 +108,7 @@ def elastic(tmp_path_factory):
     for name, (processes, layout) in LAYOUTS.items():
         out = root / name
         runs.append((processes, debug(out, *common, *saved, *layout), {"record": str(out / "draws")}))
-    run_many(runs)
-    return root
+    return runs
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -118,10 +127,8 @@ def test_a_checkpoint_continues_on_another_layout(elastic, layout):
 # The same run only
 
 
-@pytest.fixture(scope="module")
-def changed(tmp_path_factory):
+def changed_runs(root: Path) -> dict:
     """Continuing a run with something changed: refused; then accepted, and then with the change undone."""
-    root = tmp_path_factory.mktemp("changed")
     out = root / "run"
     common = [*SMALL, *SAVE, "3", LOCAL, "2"]
     change = [GLOBAL, "8", "--data.shuffle_seed", "5", "--data.train", "tests/assets/debug/train"]
@@ -136,11 +143,10 @@ def changed(tmp_path_factory):
                       "training.global_batch_size,data.shuffle_seed,data.train"),
     }  # fmt: skip
     status = {"refused": 2, "partly": 2}
-    outputs = run_many(
-        (1, arguments, {"status": status.get(name, 0), "record": str(root / f"draws-{name}")})
+    return {
+        name: (1, arguments, {"status": status.get(name, 0), "record": str(root / f"draws-{name}")})
         for name, arguments in runs.items()
-    )
-    return root, dict(zip(runs, outputs, strict=True))
+    }
 
 
 def test_another_run_is_not_continued_unasked(changed):
