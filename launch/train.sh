@@ -48,4 +48,5 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # shellcheck disable=SC2086  # RENDEZVOUS (of multinode.sh) and TORCHRUN_FLAGS are lists of words
 exec "$python" "$root/launch/torchrun.py" --nproc-per-node="$NGPU" \
     ${RENDEZVOUS:---rdzv-backend=c10d --rdzv-endpoint=localhost:0} \
-    --local-ranks-filter="${LOG_RANK:-0}" --role=rank --tee=3 ${TORCHRUN_FLAGS:-} "${torchrun_flags[@]}" -m memdlm_dist.train --job.config_file "$config" "$@"
+    --local-ranks-filter="${LOG_RANK:-0}" --role=rank --tee=3 ${TORCHRUN_FLAGS:-} "${torchrun_flags[@]}" \
+    -m memdlm_dist.train --job.config_file "$config" "$@"
