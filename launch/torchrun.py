@@ -147,8 +147,8 @@ def main() -> int:
         except RendezvousError as error:
             reason = str(error) or type(error).__name__
             print(
-                f"error: The nodes did not come together at {arguments.rdzv_endpoint} ({reason}); start all of them "
-                "with the same NNODES, RDZV_ENDPOINT and RDZV_ID.",
+                f"error: The nodes did not come together, or lost the one at {arguments.rdzv_endpoint} ({reason}); "
+                "start all of them with the same NNODES, RDZV_ENDPOINT and RDZV_ID.",
                 file=sys.stderr,
             )
             return 1
