@@ -132,15 +132,16 @@ class MemDLMTrainer(Trainer):
 
     def state_dict(self) -> dict[str, Any]:
         """torchtitan's, but for the run as a whole: a checkpoint keeps what one rank says."""
-        ranks = self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
-        return {
-            "step": self.step, "ntokens_seen": self.ntokens_seen * ranks, "skipped_batches": self.agreement.skipped,
-        }  # fmt: skip
+        seen = self.ntokens_seen * self._data_parallel_ranks
+        return {"step": self.step, "ntokens_seen": seen, "skipped_batches": self.agreement.skipped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        ranks = self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
-        self.step, self.ntokens_seen = state_dict["step"], state_dict["ntokens_seen"] // ranks
+        self.step, self.ntokens_seen = state_dict["step"], state_dict["ntokens_seen"] // self._data_parallel_ranks
         self.agreement.skipped = state_dict["skipped_batches"]
+
+    @property
+    def _data_parallel_ranks(self) -> int:
+        return self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
 
     def close(self) -> None:
         if hasattr(self, "watchdog"):

@@ -187,6 +187,9 @@ def test_checkpoint_of_another_model(tmp_path, capsys, monkeypatch):
     assert "step-2 has a .metadata that cannot be read" in fail(capsys, [*args, "--checkpoint.load_step", "2"])
     assert "No checkpoint in" in (sentence := fail(capsys, args)) and "step-2 are damaged); restore one" in sentence
     assert "step-9 does not exist" in fail(capsys, [*args, "--checkpoint.load_step", "9"])
+    (tmp_path / "out/checkpoint/step-8").mkdir()
+    (tmp_path / "out/checkpoint/step-8/model.safetensors").touch()
+    assert "step-8 holds weights alone, in safetensors" in fail(capsys, [*args, "--checkpoint.load_step", "8"])
 
 
 @pytest.mark.parametrize(

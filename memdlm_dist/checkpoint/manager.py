@@ -80,9 +80,10 @@ class ResumableCheckpoints(CheckpointManager):
             saved = _from_rank_0(lambda candidate=candidate: self._catalogue.look(candidate))
             location = folder.url(saved.name)
             if saved.exported:
-                continue
-            # A checkpoint of step 0 is one of initial weights alone.
-            problem = saved.problem or self._load_from(location, model_only=candidate == 0)
+                problem = "holds weights alone, in safetensors"
+            else:
+                # A checkpoint of step 0 is one of initial weights alone.
+                problem = saved.problem or self._load_from(location, model_only=candidate == 0)
             if not problem:
                 return True
             if step != -1:
