@@ -18,7 +18,7 @@ from memdlm_dist.inner_loop import InnerStatistics
 from memdlm_dist.inner_loss import InnerLoss, whole
 from memdlm_dist.logit_loss import HeadLoss, cross_entropy
 from memdlm_dist.models.llada import LLaDA
-from memdlm_dist.trajectory import InnerStep, MicroBatch, Scored
+from memdlm_dist.trajectory import MicroBatch, Scored
 
 
 @dataclass(frozen=True)
@@ -64,30 +64,46 @@ def outer_loss(
     Returns:
         The loss sum, a scalar, and the inner loop's statistics.
     """
-    anchor, index_M = batch.anchor, batch.anchor.index_SM[shard]
+    anchor, index_M, attended_BL = batch.anchor, batch.anchor.index_SM[shard], batch.attended_BL
     if memory is None:
-        return model(batch.inputs[0], index_M, readout=_outer_head(anchor)).sum(), None
+        return model(batch.inputs[0], index_M, None, _outer_head(anchor), attended_BL).sum(), None
 
     assert fast is not None
     cut = memory.first_layer
-    h_anchor, *others = model.trunk(batch.inputs, cut)
+    h_anchor, *others = model.trunk(batch.inputs, cut, attended_BL)
     # Inner steps that read the anchor take the same activations, without their graph.
     hidden = [h_anchor.detach(), *others]
     with model.residency.tail(cut):
-        with model.residency.inner_steps(cut):
-            fast, statistics = inner_loop.adapt(
-                _state_loss(model, batch.inner, memory, hidden, shard),
-                [step.scored for step in batch.inner],
-                fast,
-                n_sets=len(batch.sample_ids_B) if memory.per_sample else 1,
-                optimiser=memory.optimiser,
-            )
+        fast, statistics = _write(model, batch, memory, fast, hidden, shard)
         # The activations of the other states are not needed again: free them before the outer tail.
         hidden.clear()
         others.clear()
         if on_adapted is not None:
             on_adapted(fast)
-        return model.tail(h_anchor, cut, index_M, fast, _outer_head(anchor)).sum(), statistics
+        return model.tail(h_anchor, cut, index_M, fast, _outer_head(anchor), attended_BL).sum(), statistics
+
+
+@torch.no_grad()
+def remember(
+    model: LLaDA, batch: MicroBatch, memory: Memory, fast: FastWeights, shard: int = 0
+) -> tuple[FastWeights, InnerStatistics]:
+    """The inner loop alone: what a micro-batch's trajectory writes, to read with; the arguments are `outer_loss`'s."""
+    hidden = model.trunk(batch.inputs, memory.first_layer, batch.attended_BL)
+    with model.residency.tail(memory.first_layer):
+        return _write(model, batch, memory, fast, hidden, shard)
+
+
+def _write(
+    model: LLaDA, batch: MicroBatch, memory: Memory, fast: FastWeights, hidden: Sequence[Tensor], shard: int
+) -> tuple[FastWeights, InnerStatistics]:
+    with model.residency.inner_steps(memory.first_layer):
+        return inner_loop.adapt(
+            _state_loss(model, batch, memory, hidden, shard),
+            [step.scored for step in batch.inner],
+            fast,
+            n_sets=len(batch.sample_ids_B) if memory.per_sample else 1,
+            optimiser=memory.optimiser,
+        )
 
 
 def _outer_head(anchor: Scored) -> HeadLoss:
@@ -97,25 +113,25 @@ def _outer_head(anchor: Scored) -> HeadLoss:
 
 
 def _state_loss(
-    model: LLaDA, steps: Sequence[InnerStep], memory: Memory, hidden: Sequence[Tensor], shard: int
+    model: LLaDA, batch: MicroBatch, memory: Memory, hidden: Sequence[Tensor], shard: int
 ) -> Callable[[int, FastWeights, SetSum], Tensor]:
     """The inner loop's loss as a function of the step and the fast weights, on the trunk's activations."""
-    loss, cut = memory.loss, memory.first_layer
+    loss, cut, attended_BL = memory.loss, memory.first_layer, batch.attended_BL
 
     def state_loss(k: int, current: FastWeights, sums: SetSum) -> Tensor:
-        step = steps[k]
+        step = batch.inner[k]
         index_M = step.scored.index_SM[shard]
         if loss.teacher is None:
             target = step.scored.label_N
         else:
             assert step.teacher is not None
             with _no_gradient():
-                target = model.tail(hidden[step.teacher], cut, index_M, current, loss.teacher)
+                target = model.tail(hidden[step.teacher], cut, index_M, current, loss.teacher, attended_BL)
         if loss.of_logits is not None:
             head = HeadLoss(loss.of_logits, whole(target), sums, train_head=False)
-            return model.tail(hidden[step.student], cut, index_M, current, head)
+            return model.tail(hidden[step.student], cut, index_M, current, head, attended_BL)
         assert loss.of_hidden is not None
-        student = model.tail(hidden[step.student], cut, index_M, current, loss.student)
+        student = model.tail(hidden[step.student], cut, index_M, current, loss.student, attended_BL)
         return sums(loss.of_hidden(student, target))
 
     return state_loss

@@ -188,6 +188,17 @@ def map_leaves(function: Callable[..., Tensor], fast: FastWeights, *others: Sequ
     return {layer: {target: rebuilt(linear) for target, linear in targets.items()} for layer, targets in fast.items()}
 
 
+def select(fast: FastWeights, index_B: Sequence[int]) -> FastWeights:
+    """Sets by their numbers, in any order and as often as they are named."""
+
+    def picked(x: Tensor) -> Tensor:
+        if not isinstance(x, DTensor):
+            return x[list(index_B)]
+        return DTensor.from_local(x.to_local()[list(index_B)], x.device_mesh, x.placements, run_check=False)
+
+    return map_leaves(picked, fast)
+
+
 def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
     """Squared 2-norm of every set of every tensor, `[T, G]`, plain and equal on all ranks.
 

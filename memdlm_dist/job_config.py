@@ -44,6 +44,10 @@ class ParametricMemory:
     """First step that trains with the memory; earlier ones are plain masked diffusion. A model trained from
     scratch should first learn without it: the inner loop assumes a base that predicts."""
 
+    probability: float = 1.0
+    """Share of the sequences that train with the memory, drawn for each anew (for each step, with granularity batch);
+    the others are plain masked diffusion. Below 1 it keeps the base from leaning on fast weights."""
+
     trajectory: _one_of(TRAJECTORIES) = "anchor_consistent"  # type: ignore[valid-type]
     """States that the inner loop visits. anchor_consistent: from the pre-anchor down to the anchor, the state of
     the outer loss; pre_anchor_only and anchor_only: one step on the first or the last of these; progressive: mask

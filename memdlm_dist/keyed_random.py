@@ -25,6 +25,9 @@ class Stream(IntEnum):
     MASK = 2
     FAST_WEIGHTS = 3
     INNER_MASK = 4
+    MEMORY = 5
+    DECODING = 6
+    LIKELIHOOD = 7
 
 
 def _signed(value: int) -> int:
@@ -44,13 +47,13 @@ def _mix(x: Tensor) -> Tensor:
     return _xor_shift(x, 31)
 
 
-def key(seed: int, stream: Stream, step: int, ids: Tensor) -> Tensor:
+def key(seed: int, stream: Stream, step: int | Tensor, ids: Tensor) -> Tensor:
     """One 64-bit key for each entry of `ids`.
 
     Args:
         seed: the run's seed.
         stream: which family of numbers.
-        step: training step, 0 for numbers that stay fixed.
+        step: training step, 0 for numbers that stay fixed; one for each entry of `ids`, or one for all.
         ids: int64 tensor of any shape, for instance the global sample ids `[B]`.
 
     Returns:
@@ -58,7 +61,8 @@ def key(seed: int, stream: Stream, step: int, ids: Tensor) -> Tensor:
     """
     state = torch.zeros_like(ids)
     for word in (seed, int(stream), step):
-        state = _mix(state + _signed((word + 1) * _GAMMA))
+        offset = (word + 1) * _signed(_GAMMA) if isinstance(word, Tensor) else _signed((word + 1) * _GAMMA)
+        state = _mix(state + offset)
     return _mix(state + (ids + 1) * _signed(_GAMMA))
 
 

@@ -3,20 +3,22 @@
 The one place where configuration, parallel layout and mathematics meet; training and validation share it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.distributed import ParallelDims
 
-from memdlm_dist import trajectory
+from memdlm_dist import keyed_random, trajectory
 from memdlm_dist.bilevel import Memory, outer_loss
 from memdlm_dist.fast_weights import InnerSGD
 from memdlm_dist.inner_loop import InnerStatistics
 from memdlm_dist.inner_loss import inner_loss
+from memdlm_dist.keyed_random import Stream
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs
-from memdlm_dist.trajectory import IGNORE_INDEX, MicroBatch, Plan
+from memdlm_dist.trajectory import IGNORE_INDEX, Draw, MicroBatch, Plan, State
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Objective:
     seed: int
     shards: int  # sequence shards: the tensor-parallel degree
     shard: int  # this rank's
+    probability: float = 1.0  # share of the sequences that have a memory
+    shifted: bool = False  # the backbone predicts the next token
 
     def micro_batch(
         self,
@@ -50,6 +54,8 @@ class Objective:
             outer_weight: loss weight of the outer loss, if not the plan's own.
         """
         maskable_BL = labels_BL != IGNORE_INDEX
+        if self.shifted:
+            maskable_BL[:, 0] = False  # nothing predicts it
         draw = trajectory.draw(self.seed, step, sample_ids_B, maskable_BL, t_B)
         anchor = trajectory.anchor_state(draw, self.plan.schedule, outer_weight or self.plan.loss_weight)
         return trajectory.micro_batch(
@@ -57,11 +63,26 @@ class Objective:
             maskable_BL,
             sample_ids_B,
             anchor,
-            states=self.plan.states(draw, anchor) if self.memory is not None else [],
+            states=self._inner_states(draw, anchor, step, sample_ids_B) if self.memory is not None else [],
             mask_token_id=self.mask_token_id,
             with_teacher=self.memory is not None and self.memory.loss.teacher is not None,
             shards=self.shards,
+            shifted=self.shifted,
         )
+
+    def _inner_states(self, draw: Draw, anchor: State, step: int, sample_ids_B: Tensor) -> list[State]:
+        """The plan's, with nothing to score where the sequence has no memory: then nothing is written for it.
+
+        Sequences that share their fast weights share the draw too, over all ranks.
+        """
+        states = self.plan.states(draw, anchor)
+        assert self.memory is not None
+        if self.probability == 1:
+            return states
+        ids = sample_ids_B if self.memory.per_sample else torch.zeros_like(sample_ids_B)
+        u_B = keyed_random.uniform(keyed_random.key(self.seed, Stream.MEMORY, step, ids), torch.zeros(1).long())
+        chosen_B1 = u_B < self.probability
+        return [replace(state, target_BL=state.target_BL & chosen_B1) for state in states]
 
     def loss_sum(
         self, model: LLaDA, batch: MicroBatch, step: int, use_memory: bool = True
@@ -97,6 +118,8 @@ def build_objective(
         seed=job_config.debug.seed or 0,
         shards=tp_mesh.size() if tp_mesh else 1,
         shard=tp_mesh.get_local_rank() if tp_mesh else 0,
+        probability=memory.probability,
+        shifted=args.shifted,
     )
 
 

@@ -175,6 +175,11 @@ def _check_values(config: Any) -> None:
         f"parametric_memory.learning_rate must not be negative, but is {memory.learning_rate}.",
     )
     _require(
+        0 < memory.probability <= 1,
+        f"parametric_memory.probability = {memory.probability} must be above 0, at most 1; for no memory at all set "
+        "parametric_memory.enable = false.",
+    )
+    _require(
         memory.gradient_clip >= 0,
         f"parametric_memory.gradient_clip must not be negative (0 is off), but is {memory.gradient_clip}.",
     )

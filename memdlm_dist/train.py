@@ -6,7 +6,6 @@ under torchrun (see launch/train.sh).
 """
 
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -34,6 +33,7 @@ from memdlm_dist.metrics import HARDWARE_FLOPS, MASK_RATIO, SKIPPED_BATCHES, Mem
 from memdlm_dist.models import backbone_args
 from memdlm_dist.objective import Objective, build_objective
 from memdlm_dist.preemption import StopRequest
+from memdlm_dist.single_process import single_process_environment
 from memdlm_dist.watchdog import connection_loss, start_watchdog
 
 # torchtitan's Trainer has no builder for its checkpoints, as it has for the rest: it constructs this name.
@@ -205,7 +205,7 @@ def run(argv: Sequence[str]) -> int:
     parse_config.check_launch(config, world_size)
     parse_config.check_backbone(config, backbone_args(config.model.name, config.model.flavor))
     check_output(config.job.dump_folder)
-    _single_process_environment()
+    single_process_environment()
     with StopRequest() as stop:
         trainer = _train(config, stop)
     if not trainer.stopped_early:
@@ -247,18 +247,6 @@ def _train(config: Any, stop: StopRequest) -> MemDLMTrainer:
         if torch.distributed.is_initialized() and (done or torch.distributed.get_world_size() == 1):
             torch.distributed.destroy_process_group()
     return trainer
-
-
-def _single_process_environment() -> None:
-    """What torchrun sets, so that one process also runs without it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    for name, value in {
-        "RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }.items():  # fmt: skip
-        os.environ.setdefault(name, str(value))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -105,6 +105,7 @@ class MicroBatch(NamedTuple):
     sample_ids_B: Tensor
     masked: Tensor  # number of tokens that the anchor masks, scalar
     maskable: Tensor  # and of those that may be masked
+    attended_BL: Tensor | None = None  # bool, the tokens that are attended to; None: all
 
     def to(self, device: torch.device | str) -> "MicroBatch":
         return tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), self)
@@ -136,6 +137,14 @@ def anchor_state(draw: Draw, schedule: str, weight: str) -> State:
     return State(mask_BL, mask_BL, noise.weight.float())
 
 
+def prompt_anchor(draw: Draw, ratio: float) -> State:
+    """The anchor of a prompt that is to be remembered: int(n * ratio) of its n maskable tokens, at least one."""
+    n_B = draw.maskable_BL.sum(1)
+    count_B = torch.maximum((n_B.double() * ratio).long(), n_B.clamp(max=1))
+    mask_BL = smallest(draw.u_BL, draw.maskable_BL, count_B)
+    return State(mask_BL, mask_BL, torch.ones_like(draw.t_B, dtype=torch.float32))
+
+
 def _anchor_consistent(draw: Draw, anchor: State, plan: Plan) -> list[State]:
     """K states from the pre-anchor down to the anchor, nested by construction.
 
@@ -159,7 +168,7 @@ def _anchor_consistent(draw: Draw, anchor: State, plan: Plan) -> list[State]:
         weights.append(plan.weight(torch.where(count_B > 0, realised_B, 1.0)))
         # The last state is the anchor, and the same tensor: it is to share the anchor's trunk pass.
         is_anchor = left == 0 and plan.inner_steps > 1
-        masks.append(anchor.mask_BL if is_anchor else _smallest(draw.u_BL, draw.maskable_BL, count_B))
+        masks.append(anchor.mask_BL if is_anchor else smallest(draw.u_BL, draw.maskable_BL, count_B))
         if left:
             count_B = count_B - (count_B - floor_B + left - 1) // left
     return _chain(masks, weights)
@@ -191,7 +200,7 @@ def _progressive(draw: Draw, anchor: State, plan: Plan) -> list[State]:
     for k, ratio in enumerate(ratios):
         if k:
             count_B = torch.minimum(count_B, (n_B.double() * ratio).long())
-        masks.append(_smallest(draw.v_BL, draw.maskable_BL, count_B))
+        masks.append(smallest(draw.v_BL, draw.maskable_BL, count_B))
     return _chain(masks, [plan.weight(torch.full_like(draw.t_B, ratio)) for ratio in ratios])
 
 
@@ -211,7 +220,7 @@ SUPERVISION: dict[str, Callable[[State], Tensor]] = {
 }
 
 
-def _smallest(u_BL: Tensor, maskable_BL: Tensor, count_B: Tensor) -> Tensor:
+def smallest(u_BL: Tensor, maskable_BL: Tensor, count_B: Tensor) -> Tensor:
     """Mask of every row's `count_B` maskable tokens with the smallest u."""
     rank_BL = torch.where(maskable_BL, u_BL, 2.0).argsort(1).argsort(1)
     return maskable_BL & (rank_BL < count_B.unsqueeze(1))
@@ -231,6 +240,7 @@ def micro_batch(
     mask_token_id: int,
     with_teacher: bool = False,
     shards: int = 1,
+    shifted: bool = False,
 ) -> MicroBatch:
     """Corrupt the clean tokens by every state and gather what is scored.
 
@@ -244,6 +254,7 @@ def micro_batch(
         mask_token_id: what a masked token is shown as.
         with_teacher: the inner loss compares with a prediction from the next state.
         shards: number of sequence shards S, by which L must be divisible.
+        shifted: the backbone predicts the next token; see `gather_scored`.
     """
     inputs: dict[int, tuple[int, Tensor]] = {}  # id of a mask -> number and tokens; the states keep the masks alive
 
@@ -258,13 +269,13 @@ def micro_batch(
         InnerStep(
             student=number(state.mask_BL),
             teacher=number(state.next_BL) if with_teacher else None,
-            scored=gather_scored(state, tokens_BL, shards),
+            scored=gather_scored(state, tokens_BL, shards, shifted),
         )
         for state in states
     )
     return MicroBatch(
         inputs=tuple(noisy_BL for _, noisy_BL in inputs.values()),
-        anchor=gather_scored(anchor, tokens_BL, shards),
+        anchor=gather_scored(anchor, tokens_BL, shards, shifted),
         inner=inner,
         sample_ids_B=sample_ids_B,
         masked=anchor.mask_BL.sum(),
@@ -272,8 +283,11 @@ def micro_batch(
     )
 
 
-def gather_scored(state: State, tokens_BL: Tensor, shards: int = 1) -> Scored:
+def gather_scored(state: State, tokens_BL: Tensor, shards: int = 1, shifted: bool = False) -> Scored:
     """Positions, labels and weights of a state's targets; see `Scored`.
+
+    A backbone that was converted from an autoregressive one predicts a token at the position before it
+    (`shifted`): that position is picked. The first token, which has none before it, cannot be a target then.
 
     M is the largest number of targets in one shard, rounded up to a sixteenth of its tokens: the head then
     sees few different shapes, which DTensor and compilers keep the preparation of; and never runs on nothing.
@@ -281,11 +295,14 @@ def gather_scored(state: State, tokens_BL: Tensor, shards: int = 1) -> Scored:
     batch, length = tokens_BL.shape
     assert length % shards == 0, "the sequence length must be divisible by the tensor-parallel degree"
     width = length // shards
+    target_BL = state.target_BL
+    if shifted:
+        target_BL, tokens_BL = target_BL.roll(-1, dims=1), tokens_BL.roll(-1, dims=1)
 
     def by_shard(x_BL: Tensor) -> Tensor:
         return x_BL.reshape(batch, shards, width).transpose(0, 1).reshape(shards, batch * width)
 
-    target_SP = by_shard(state.target_BL)
+    target_SP = by_shard(target_BL)
     count_S = target_SP.sum(1)
     quantum = -(-batch * width // _HEAD_SHAPES)
     slots = quantum * max(1, -(-int(count_S.max()) // quantum))

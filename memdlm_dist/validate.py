@@ -1,6 +1,7 @@
 """Held-out loss with the memory off and on, on the same noise every time."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -60,13 +61,16 @@ class HeldOutValidator(BaseValidator):
         self._parallel_dims, self._metrics = parallel_dims, metrics_processor
         self._context, self._amp = validation_context, maybe_enable_amp
         args = backbone_args(job_config.model.name, job_config.model.flavor)
-        self._objective = replace(build_objective(job_config, args, tokenizer.mask_id, parallel_dims), seed=0)
+        self._objective = replace(
+            build_objective(job_config, args, tokenizer.mask_id, parallel_dims), seed=0, probability=1.0
+        )
         data, training = job_config.data, job_config.training
         check_cards(job_config, data.validation, tokenizer)
         self._batch_size = job_config.validation.local_batch_size or training.local_batch_size
         self._dataset = open_dataset(job_config, data.validation, [], batch_size=self._batch_size, shuffle=False)
         steps, every = job_config.validation.steps, self._batch_size * dp_world_size
         self._samples = self._dataset.size if steps == -1 else min(self._dataset.size, steps * every)
+        self._leaning = Leaning()
 
     def should_validate(self, step: int) -> bool:
         """Besides every `validation.freq` steps, after the last one."""
@@ -109,6 +113,8 @@ class HeldOutValidator(BaseValidator):
         *totals, tokens_seen = sums.tolist()
         losses = {name: total / max(tokens_seen, 1) for name, total in zip(names, totals, strict=True)}
         self._report(losses, step)
+        if len(names) == 2 and (warning := self._leaning.look(step, *losses.values())):
+            logger.warning(warning)
         self._metrics.exclude(time.perf_counter() - began)
         return losses
 
@@ -119,6 +125,31 @@ class HeldOutValidator(BaseValidator):
             logger.info(f"validate step: {step}  {text}  ({self._samples} held-out sequences)")
             with open(history_path(self.job_config), "a") as file:
                 file.write(json.dumps({"step": step, **losses}) + "\n")
+
+
+class Leaning:
+    """Watches for a base that comes to lean on fast weights that were just written on its targets.
+
+    The sign is a loss with the memory off that is above its best by more than 1 % while the loss with the memory on
+    is below what it was then.
+    """
+
+    def __init__(self) -> None:
+        self._step, self._off, self._on = 0, math.inf, math.inf
+
+    def look(self, step: int, off: float, on: float) -> str:
+        """A warning as one sentence; empty if there is nothing to warn of."""
+        if off <= self._off:
+            self._step, self._off, self._on = step, off, on
+            return ""
+        if off <= 1.01 * self._off or on >= self._on:
+            return ""
+        return (
+            f"The held-out loss with the memory off rose from {self._off:.4f} (step {self._step}) to {off:.4f}, while "
+            f"with the memory on it fell from {self._on:.4f} to {on:.4f}: the model comes to lean on its fast weights, "
+            "and will be worse without them; start from a pre-trained base (checkpoint.initial_load_path), or lower "
+            "parametric_memory.probability, parametric_memory.learning_rate or optimizer.lr."
+        )
 
 
 def history_path(job_config: Any) -> Path:

@@ -27,6 +27,7 @@ from golden_fixture import (
     published_states,
     split_adapter,
 )
+from golden_sampler import sampler_differences
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -115,6 +116,10 @@ def check(folder: Path) -> Iterator[Line]:
     """
     manifest = json.loads((folder / "manifest.json").read_text())
     check_supported(manifest)
+    if "sampler" in manifest:
+        for quantity, differing in sampler_differences(folder, manifest):
+            yield Line(quantity, float(differing), float(differing > 0), not differing)
+        return
     settings = Settings.read(manifest["memory"]) if "memory" in manifest else None
     files = manifest.get("files") or {path.stem: path.name for path in folder.glob("*.safetensors")}
     part = {name: load_file(folder / path) for name, path in files.items()}

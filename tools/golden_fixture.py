@@ -58,8 +58,6 @@ class Unsupported(Exception):
 
 
 def check_supported(manifest: dict) -> None:
-    if "sampler" in manifest:
-        raise Unsupported("a sampler's fixture is not supported yet")
     arch = manifest["arch"]
     if arch["kind"] != "dense" or arch.get("tied"):
         raise Unsupported(

@@ -74,10 +74,10 @@ class ResumableCheckpoints(CheckpointManager):
             if name not in self.states:
                 raise UserError(f"checkpoint.exclude_from_loading names {name}; choose among {', '.join(self.states)}.")
         folder = self._catalogue.storage
-        steps = _from_rank_0(lambda: self._catalogue.steps()[::-1]) if step == -1 else [step]
+        steps = from_rank_0(lambda: self._catalogue.steps()[::-1]) if step == -1 else [step]
         damaged = []
         for candidate in steps:
-            saved = _from_rank_0(lambda candidate=candidate: self._catalogue.look(candidate))
+            saved = from_rank_0(lambda candidate=candidate: self._catalogue.look(candidate))
             location = folder.url(saved.name)
             if saved.exported:
                 problem = "holds weights alone, in safetensors"
@@ -103,7 +103,7 @@ class ResumableCheckpoints(CheckpointManager):
             raise UserError("checkpoint.initial_load_in_hf is not supported yet; load a DCP checkpoint instead.")
         if not location:
             return False
-        if METADATA not in _from_rank_0(Storage(location).sizes):
+        if METADATA not in from_rank_0(Storage(location).sizes):
             raise UserError(f"There is no complete checkpoint in {location}; correct checkpoint.initial_load_path.")
         problem = self._load_from(location, self.initial_load_model_only)
         if problem:
@@ -116,11 +116,11 @@ class ResumableCheckpoints(CheckpointManager):
         Raises:
             UserError: if it is whole, but not of this model or this run.
         """
-        if problem := _from_rank_0(lambda: check_model(location, self.states)):
+        if problem := from_rank_0(lambda: check_model(location, self.states)):
             return problem
         same_data = True
         if not model_only:
-            saved = _from_rank_0(lambda: read_run(Storage(location)))
+            saved = from_rank_0(lambda: read_run(Storage(location)))
             same_data = continuity.check(
                 location, saved.get("identity", {}), self.identity, self._config.accept_changes
             )
@@ -131,7 +131,7 @@ class ResumableCheckpoints(CheckpointManager):
             dcp.load(states, storage_reader=reader(location))
             self.states[MODEL].load_state_dict(states)  # torchtitan keeps the model's tensors at the top level
         except CheckpointException as failure:  # DCP's own, on every rank
-            return f"cannot be read ({_reason(failure)})"
+            return f"cannot be read ({reason_of(failure)})"
         if not same_data and DATALOADER not in self.exclude_from_loading:
             self.states[DATALOADER].next_epoch()
         GarbageCollection.collect("after loading a checkpoint")
@@ -153,7 +153,7 @@ class ResumableCheckpoints(CheckpointManager):
         while reason := self._try_to_save(curr_step, last_step):
             # A store that is away comes back; a disk that is full stays full.
             late = time.monotonic() + pause - began > storage.PATIENCE
-            if not self._catalogue.storage.remote or _from_rank_0(lambda late=late: late):
+            if not self._catalogue.storage.remote or from_rank_0(lambda late=late: late):
                 self._give_up(curr_step, reason, final=last_step or self.save_now)
                 return
             logger.warning(f"Saving the checkpoint of step {curr_step} failed ({reason}); trying again in {pause:g} s.")
@@ -173,7 +173,7 @@ class ResumableCheckpoints(CheckpointManager):
                     self._finish_saving()
         except (CheckpointException, OSError) as failure:
             self.save_future = None
-            return _reason(failure)
+            return reason_of(failure)
         return ""
 
     def _finish_saving(self) -> None:
@@ -188,7 +188,7 @@ class ResumableCheckpoints(CheckpointManager):
             self._finish_saving()
         except (CheckpointException, OSError) as failure:
             self.save_future = None
-            self._give_up(step, _reason(failure), final=False)
+            self._give_up(step, reason_of(failure), final=False)
 
     def _give_up(self, step: int, reason: str, final: bool) -> None:
         folder = self._catalogue.storage
@@ -196,7 +196,7 @@ class ResumableCheckpoints(CheckpointManager):
             reason += f"; {shutil.disk_usage(self.folder).free / 2**20:,.0f} MiB were free"
         location = folder.url(name_of(step))
         sentence = f"The checkpoint {location} could not be saved ({reason}); earlier ones are as they were"
-        _from_rank_0(lambda: _attempt(lambda: self._catalogue.remove(step)))
+        from_rank_0(lambda: _attempt(lambda: self._catalogue.remove(step)))
         if final or self.stop_on_save_failure:
             raise UserError(f"{sentence}; make room or choose another checkpoint.folder, and start again.")
         logger.error(f"{sentence}. Training goes on, and saves again after {self.interval} steps.")
@@ -224,7 +224,7 @@ class ResumableCheckpoints(CheckpointManager):
                 return OSError(f"{type(error).__name__}: {error}")
             return None
 
-        if failure := _from_rank_0(prepare):
+        if failure := from_rank_0(prepare):
             raise failure
 
     def _should_save(self, curr_step: int, last_step: bool = False) -> bool:
@@ -279,7 +279,7 @@ def check_model(location: str, states: Mapping[str, Any]) -> str:
     return ""
 
 
-def _from_rank_0(action: Any) -> Any:
+def from_rank_0(action: Any) -> Any:
     """What rank 0 gets from an action, on all ranks; an error of it is raised on all."""
     outcome: list[Any] = [None]
     if dist.get_rank() == 0:
@@ -309,7 +309,7 @@ def _attempt(action: Any) -> None:
         logger.warning(f"Removing a checkpoint failed ({_one_line(error)}).")
 
 
-def _reason(failure: BaseException) -> str:
+def reason_of(failure: BaseException) -> str:
     """The first rank's reason, in one line."""
     if isinstance(failure, CheckpointException) and failure.failures:
         rank, (error, _) = next(iter(failure.failures.items()))

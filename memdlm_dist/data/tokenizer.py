@@ -50,6 +50,11 @@ class DiffusionTokenizer(HuggingFaceTokenizer):
             )
         return token_id
 
+    @property
+    def mask_token(self) -> str:
+        """As it is written in text."""
+        return str(self.tokenizer.id_to_token(self.mask_id))
+
     def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, with nothing added around it."""
         return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]

@@ -10,7 +10,7 @@ sharded on the sequence, [B, L / tp, D].
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -50,6 +50,8 @@ class LLaDAArgs(BaseModelArgs):
     rope_theta: float = 500_000.0
     max_seq_len: int = 4096
     attn_type: str = "sdpa"
+    # It predicts the token after each position, as backbones that were converted from autoregressive ones do.
+    shifted: bool = False
 
     def update_from_config(self, job_config, **kwargs) -> None:
         self.max_seq_len = job_config.training.seq_len
@@ -92,6 +94,8 @@ FLAVOURS = {
     "debug": LLaDAArgs(dim=64, n_layers=4, n_heads=8, n_kv_heads=4, hidden_dim=160, vocab_size=512),
     # 5.3 million parameters: learns something in minutes on two CPU cores.
     "quickstart": LLaDAArgs(dim=256, n_layers=5, n_heads=4, hidden_dim=768, vocab_size=2048),
+    # launch/needle.sh: learns to look up facts in a short context within the hour on two CPU cores.
+    "needle": LLaDAArgs(dim=128, n_layers=6, n_heads=4, hidden_dim=352, vocab_size=2048),
     # tools/bench.py on a CPU: the proportions of a large model, seconds a step.
     "bench": LLaDAArgs(dim=512, n_layers=10, n_heads=8, hidden_dim=1376, vocab_size=4096),
     "1B": LLaDAArgs(dim=2048, n_layers=16, n_heads=16, hidden_dim=5632),
@@ -118,10 +122,18 @@ def rotate(x_BLHd: Tensor, frequencies_Lj: Tensor) -> Tensor:
 
 
 class BidirectionalAttentionKernel(ScaledDotProductAttentionWrapper):
-    """torchtitan's wrapper around scaled dot-product attention, which is causal unless told otherwise."""
+    """torchtitan's wrapper around scaled dot-product attention, which is causal unless told otherwise.
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, enable_gqa: bool = False) -> Tensor:
-        return super().forward(q, k, v, enable_gqa=enable_gqa, is_causal=False)
+    It takes no mask either: where some tokens must not be attended to, torch's function is called directly.
+    """
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, enable_gqa: bool = False, attended_BL: Tensor | None = None
+    ) -> Tensor:
+        if attended_BL is None:
+            return super().forward(q, k, v, enable_gqa=enable_gqa, is_causal=False)
+        mask_B11L = attended_BL[:, None, None, :]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B11L, enable_gqa=enable_gqa)
 
 
 class BidirectionalAttention(Attention):
@@ -138,10 +150,11 @@ class BidirectionalAttention(Attention):
         self,
         x: Tensor,
         freqs_cis: Tensor,
-        attention_masks: None = None,
+        attention_masks: Tensor | None = None,
         positions: None = None,
         fast: dict[str, FastLinear] | None = None,
     ) -> Tensor:
+        """`attention_masks` is bool `[B, L]`, the tokens that are attended to; None for all."""
         # The signature is that of llama3's tensor-parallel plan; see `TransformerBlock.forward`.
         fast = fast or {}
         batch, length, _ = x.shape
@@ -152,7 +165,7 @@ class BidirectionalAttention(Attention):
         )
         q, k = rotate(q, freqs_cis[:length]), rotate(k, freqs_cis[:length])
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-        y_BHLd = self.inner_attention(q, k, v, enable_gqa=self.enable_gqa)
+        y_BHLd = self.inner_attention(q, k, v, enable_gqa=self.enable_gqa, attended_BL=attention_masks)
         return adapted(self.wo, y_BHLd.transpose(1, 2).reshape(batch, length, -1), fast.get("o"))
 
 
@@ -210,9 +223,15 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.weight_init_std = 0.02 / (2 * (layer_id + 1)) ** 0.5
 
-    def forward(self, x_BLD: Tensor, freqs_cis: Tensor, fast: dict[str, FastLinear] | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BLD: Tensor,
+        freqs_cis: Tensor,
+        fast: dict[str, FastLinear] | None = None,
+        attended_BL: Tensor | None = None,
+    ) -> Tensor:
         # Four positional arguments, as llama3's tensor-parallel plan describes the attention's inputs.
-        h_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), freqs_cis, None, None, fast=fast)
+        h_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), freqs_cis, attended_BL, None, fast=fast)
         return h_BLD + self.feed_forward(self.ffn_norm(h_BLD), fast=fast)
 
     def init_weights(self) -> None:
@@ -246,6 +265,13 @@ class LLaDA(ModelProtocol):
         args = self.model_args
         return rotary_frequencies(args.dim // args.n_heads, args.max_seq_len, args.rope_theta)
 
+    def reach(self, length: int) -> None:
+        """Make the table of rotary positions long enough; beyond the length of training the model extrapolates."""
+        if length > len(self.freqs_cis):
+            self.model_args = replace(self.model_args, max_seq_len=length)
+            with torch.device(self.freqs_cis.device):
+                self.freqs_cis = self._rotary()
+
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         with torch.device(buffer_device or self.freqs_cis.device):
             self.freqs_cis = self._rotary()
@@ -262,11 +288,12 @@ class LLaDA(ModelProtocol):
         index_M: Tensor,
         fast: FastWeights | None = None,
         readout: Readout | HeadLoss = "logits",
+        attended_BL: Tensor | None = None,
     ) -> Tensor:
         """The whole model on the positions `index_M` of this rank's flattened activations; returns as `tail` does."""
-        return self._head(self._layers(self._embed(tokens_BL), 0, fast), index_M, readout)
+        return self._head(self._layers(self._embed(tokens_BL), 0, fast, attended_BL), index_M, readout)
 
-    def trunk(self, inputs: Sequence[Tensor], stop: int) -> list[Tensor]:
+    def trunk(self, inputs: Sequence[Tensor], stop: int, attended_BL: Tensor | None = None) -> list[Tensor]:
         """Embedding and layers `0 .. stop - 1` of several inputs: the activations that layer `stop` reads.
 
         The inputs go through each layer together, while its parameters are gathered. The first has a
@@ -274,6 +301,7 @@ class LLaDA(ModelProtocol):
 
         Args:
             inputs: tokens `[B, L]` each.
+            attended_BL: bool, the tokens that are attended to; None for all.
         """
         # The first goes first in every layer. Some versions of torch leave the casts of a no_grad pass in
         # autocast's cache, and a pass that takes those has no gradient.
@@ -281,7 +309,7 @@ class LLaDA(ModelProtocol):
             streams = _first_with_gradient(self._embed, inputs)
         for layer in range(stop):
             with self.residency.gathered(layer + 1):
-                streams = _first_with_gradient(self.layers[str(layer)], streams, self.freqs_cis, None)
+                streams = _first_with_gradient(self.layers[str(layer)], streams, self.freqs_cis, None, attended_BL)
         return streams
 
     def tail(
@@ -291,6 +319,7 @@ class LLaDA(ModelProtocol):
         index_M: Tensor,
         fast: FastWeights | None,
         readout: Readout | HeadLoss = "logits",
+        attended_BL: Tensor | None = None,
     ) -> Tensor:
         """Layers `start .. n - 1` on the trunk's activations, then the head at `index_M`.
 
@@ -298,7 +327,7 @@ class LLaDA(ModelProtocol):
             Losses `[G]` if `readout` describes them; logits `[N, V]`; or the last layer's output `[N, D]`
             before or after the final norm.
         """
-        return self._head(self._layers(h_BLD, start, fast), index_M, readout)
+        return self._head(self._layers(h_BLD, start, fast, attended_BL), index_M, readout)
 
     def _embed(self, tokens_BL: Tensor) -> Tensor:
         h_BLD = self.tok_embeddings(tokens_BL)
@@ -306,10 +335,10 @@ class LLaDA(ModelProtocol):
         # no gradient for such an input (torch 2.13), and the embedding would not train: wait for it.
         return h_BLD.clone() if isinstance(h_BLD, AsyncCollectiveTensor) else h_BLD
 
-    def _layers(self, h_BLD: Tensor, start: int, fast: FastWeights | None) -> Tensor:
+    def _layers(self, h_BLD: Tensor, start: int, fast: FastWeights | None, attended_BL: Tensor | None) -> Tensor:
         for layer in range(start, self.model_args.n_layers):
             name = str(layer)
-            h_BLD = self.layers[name](h_BLD, self.freqs_cis, (fast or {}).get(name))
+            h_BLD = self.layers[name](h_BLD, self.freqs_cis, (fast or {}).get(name), attended_BL)
         return h_BLD
 
     def _head(self, h_BLD: Tensor, index_M: Tensor, readout: Readout | HeadLoss) -> Tensor:

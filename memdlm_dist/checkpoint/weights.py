@@ -1,0 +1,57 @@
+"""The weights alone of a checkpoint, for whoever reads with a model and does not train it."""
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torchtitan.components.checkpoint import DATALOADER, LR_SCHEDULER, MODEL, OPTIMIZER, TRAIN_STATE, ModelWrapper
+
+from memdlm_dist.checkpoint.catalogue import METADATA, Catalogue, name_of, reader
+from memdlm_dist.checkpoint.manager import check_model, from_rank_0, reason_of
+from memdlm_dist.errors import UserError
+from memdlm_dist.storage import Storage
+
+
+def find(location: str) -> str:
+    """Where a checkpoint is: `location` itself, or the newest good one in that folder.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if METADATA in Storage(location).sizes():
+        return location
+    catalogue = Catalogue(location)
+    found = catalogue.all()
+    good = [saved.step for saved in found if saved.good]
+    if good:
+        return catalogue.storage.url(name_of(good[-1]))
+    problems = "; ".join(f"{saved.name} {saved.problem or 'holds weights alone, in safetensors'}" for saved in found)
+    raise UserError(
+        f"There is no checkpoint that can be used in {location}{f' ({problems})' if problems else ''}; name a folder "
+        "step-N, or one that holds such folders."
+    )
+
+
+@torch.no_grad()
+def load(model: nn.Module, location: str) -> str:
+    """Load weights into a model of any layout, each rank its own part; returns where they were found.
+
+    Call on all ranks.
+
+    Raises:
+        UserError: if there is no checkpoint at `location`, or it is damaged or of another model.
+    """
+    found: str = from_rank_0(lambda: find(location))
+    weights = ModelWrapper(model)
+    others = dict.fromkeys((OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE))
+    problem = from_rank_0(lambda: check_model(found, {MODEL: weights, **others}))
+    if not problem:
+        try:
+            states = weights.state_dict()
+            dcp.load(states, storage_reader=reader(found))
+            weights.load_state_dict(states)
+        except CheckpointException as failure:
+            problem = f"cannot be read ({reason_of(failure)})"
+    if problem:
+        raise UserError(f"The checkpoint {found} {problem}; choose another.")
+    return found

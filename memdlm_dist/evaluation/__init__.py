@@ -1,0 +1,1 @@
+"""What a trained model can do: needle tasks, exposure bias, and the lm-evaluation-harness."""
