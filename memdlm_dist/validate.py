@@ -19,6 +19,7 @@ from torchtitan.tools.utils import device_type
 from memdlm_dist.data.dataset import check_cards, open_dataset
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.diffusion import level_from_uniform
+from memdlm_dist.errors import UserError
 from memdlm_dist.metrics import MemDLMMetrics
 from memdlm_dist.models import backbone_args
 from memdlm_dist.models.llada import LLaDA
@@ -156,15 +157,28 @@ def history_path(job_config: Any) -> Path:
     return Path(job_config.job.dump_folder) / HISTORY_FILE
 
 
+def history(path: Path) -> list[dict[str, float]]:
+    """The validations of a folder's last run.
+
+    Raises:
+        UserError: if they cannot be read.
+    """
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"The validations in {path} cannot be read: {error}.") from None
+    # The file outlives a run that was started anew in the same folder: the last one began at its last step 0.
+    begin = max((i for i, row in enumerate(rows) if row["step"] == 0), default=0)
+    return rows[begin:]
+
+
 def summary_table(job_config: Any) -> str | None:
     """The first and the last validation of a run as a table; None if there is none yet."""
     path = history_path(job_config)
     if not path.is_file():
         return None
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    # The file outlives a run that was started anew in the same folder: the last one began at its last step 0.
-    begin = max((i for i, row in enumerate(rows) if row["step"] == 0), default=0)
-    first, last = rows[begin], rows[-1]
+    rows = history(path)
+    first, last = rows[0], rows[-1]
     lines = ["held-out loss (nats per token)    memory off    memory on"]
     for label, row in (("start", first), ("end", last)):
         values = "".join(f"{row[name]:>13.4f}" if name in row else f"{'-':>13}" for name in LOSSES)

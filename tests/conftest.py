@@ -30,3 +30,13 @@ def no_stale_log_handlers():
 @pytest.fixture
 def root() -> Path:
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A small model, trained for two steps, and what reading.py found on every layout."""
+    from launching import run_script
+
+    folder = tmp_path_factory.mktemp("trained")
+    run_script("tests/reading.py", str(folder))
+    return folder

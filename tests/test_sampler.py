@@ -32,7 +32,7 @@ def toy(start, log=None):
 
 def run(prompts, new_tokens, decoding, ids=None):
     start = canvas(prompts, new_tokens, MASK, EOS, ids)
-    return start, finished(denoise(toy(start), start, decoding, MASK, EOS), start)
+    return finished(denoise(toy(start), start, decoding, MASK, EOS), start)
 
 
 def naive(prompt, new_tokens, decoding, row_id):
@@ -88,7 +88,7 @@ prompt = st.lists(st.integers(0, MASK), max_size=5)
 def test_batches_are_as_the_naive_rows(prompts, new_tokens, block, steps, temperature, remasking, stop):
     decoding = Decoding(block, steps, temperature, remasking, stop, seed=3)
     ids = [7 * number + 1 for number in range(len(prompts))]
-    start, tokens_BL = run(prompts, new_tokens, decoding, ids)
+    tokens_BL = run(prompts, new_tokens, decoding, ids)
     for row, (one, tokens) in enumerate(zip(prompts, tokens_BL.tolist(), strict=True)):
         length = len(one) + new_tokens
         assert tokens[:length] == naive(one, new_tokens, decoding, ids[row])

@@ -47,3 +47,15 @@ def test_held_out_noise_does_not_depend_on_the_run(tmp_path, root, monkeypatch):
         assert train.main([*run, "--training.steps", "1"]) == 0
         found.append(scalars(tmp_path / name)[validate.LOSSES[0]][0])
     assert found[0] == found[1]
+
+
+def test_a_base_that_leans_on_its_memory_is_warned_of():
+    watch = validate.Leaning()
+    assert watch.look(0, 5.0, 5.0) == ""
+    assert watch.look(10, 4.0, 3.9) == ""  # both fall
+    assert watch.look(20, 4.02, 3.0) == ""  # within 1 % of the best
+    assert watch.look(30, 4.5, 4.4) == ""  # both rise: something else is wrong
+    warning = watch.look(40, 4.5, 3.0)
+    assert "from 4.0000 (step 10) to 4.5000" in warning and "from 3.9000 to 3.0000" in warning
+    assert "parametric_memory.probability" in warning
+    assert watch.look(50, 3.9, 2.0) == ""  # better than ever without it

@@ -7,7 +7,7 @@
 `needle` asks about facts hidden in real text (see tools/needle_data.py), with keys, names and passages that the
 training part never uses, and writes needle.json and needle.png. Works under torchrun too. `compare` puts several such
 results in one table: NAME=DIR,DIR,... are the runs of one kind that differ by their seed; accuracy is their mean and
-spread.
+spread (standard deviation). `losses` does so with the held-out losses of training runs (their validation.jsonl).
 """
 
 import argparse
@@ -36,8 +36,10 @@ from memdlm_dist.evaluation import report
 from memdlm_dist.evaluation.haystack import Haystack
 from memdlm_dist.evaluation.needle import Needles
 from memdlm_dist.evaluation.retrieval import MEMORY, Score, evaluate
+from memdlm_dist.validate import HISTORY_FILE, history
+from memdlm_dist.validate import LOSSES as HELD_OUT
 
-JSON, PNG, COMPARISON = "needle.json", "needle.png", "comparison"
+JSON, PNG, COMPARISON, LOSSES = "needle.json", "needle.png", "comparison", "losses"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,7 +58,9 @@ def parser() -> argparse.ArgumentParser:
     add_decoding_arguments(needle, 64)
     compare = commands.add_parser("compare", help="one table and plot of several results")
     compare.add_argument("arms", nargs="+", metavar="NAME=DIR[,DIR]", help="results of the runs of one kind")
-    for command in (needle, compare):
+    losses = commands.add_parser("losses", help="held-out losses over the steps of several runs")
+    losses.add_argument("arms", nargs="+", metavar="NAME=DIR[,DIR]", help="output folders of the runs of one kind")
+    for command in (needle, compare, losses):
         command.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for JSON and plot")
         command.add_argument("--overwrite", action="store_true", help="replace results that are there")
     return p
@@ -148,16 +152,61 @@ def draw(arms: dict[str, Cells], path: Path) -> None:
     report.save(figure, path)
 
 
+def named_folders(arms: Sequence[str]) -> list[tuple[str, list[Path]]]:
+    """NAME=DIR,DIR as names and folders.
+
+    Raises:
+        UserError: for one that is not of that form.
+    """
+    found = []
+    for text in arms:
+        name, equals, folders = text.partition("=")
+        if not equals or not folders:
+            raise UserError(f"{text!r} names no results; write NAME=DIR, or NAME=DIR,DIR for several seeds.")
+        found.append((name, [Path(folder) for folder in folders.split(",")]))
+    return found
+
+
+def run_losses(options: argparse.Namespace) -> int:
+    """Held-out losses over the steps, by arm: mean and spread over the runs."""
+    report.check_output(options.output, f"{LOSSES}.json", f"{LOSSES}.png", overwrite=options.overwrite)
+    found: dict[str, dict[int, list[float]]] = {}
+    for name, folders in named_folders(options.arms):
+        for folder in folders:
+            for row in history(folder / HISTORY_FILE):
+                for key, label in zip(HELD_OUT, MEMORY, strict=True):
+                    if key in row:
+                        found.setdefault(f"{name}, memory {label}", {}).setdefault(int(row["step"]), []).append(
+                            row[key]
+                        )
+    steps = sorted({step for curve in found.values() for step in curve})
+
+    def cell(values: list[float]) -> str:
+        return f"{mean(values):.4f} ± {_spread(values):.4f}" if values else "-"
+
+    rows = [[str(step), *(cell(curve.get(step, [])) for curve in found.values())] for step in steps]
+    print(report.table(["held-out loss at step", *found], rows))
+    report.write_json(options.output / f"{LOSSES}.json", found)
+    figure, axes = report.pyplot().subplots(1, len(MEMORY), figsize=(10, 3.6))
+    for axis, memory in zip(axes, MEMORY, strict=True):
+        for name, curve in found.items():
+            if name.endswith(f"memory {memory}"):
+                means, spreads = ([of(curve[step]) for step in sorted(curve)] for of in (mean, _spread))
+                axis.errorbar(sorted(curve), means, spreads, marker=".", capsize=2, label=name.split(",")[0])
+        axis.set(title=f"held-out loss, memory {memory}", xlabel="step", ylabel="nats per token")
+        if axis.has_data():
+            axis.legend(fontsize=8)
+    report.save(figure, options.output / f"{LOSSES}.png")
+    return 0
+
+
 def run_compare(options: argparse.Namespace) -> int:
     report.check_output(options.output, f"{COMPARISON}.json", f"{COMPARISON}.png", overwrite=options.overwrite)
     arms: dict[str, Cells] = {}
     settings: dict[str, Any] = {}
-    for text in options.arms:
-        name, equals, folders = text.partition("=")
-        if not equals or not folders:
-            raise UserError(f"{text!r} names no results; write NAME=DIR, or NAME=DIR,DIR for several seeds.")
-        results = [report.read_json(Path(folder) / JSON) for folder in folders.split(",")]
-        for folder, result in zip(folders.split(","), results, strict=True):
+    for name, folders in named_folders(options.arms):
+        results = [report.read_json(folder / JSON) for folder in folders]
+        for folder, result in zip(folders, results, strict=True):
             if settings.setdefault("of", result["settings"]) != result["settings"]:
                 raise UserError(f"{folder} was asked other questions than the first results; evaluate all alike.")
         for memory in MEMORY:
@@ -183,7 +232,9 @@ def run_compare(options: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options, overrides = parse(parser(), argv)
-    return guarded(lambda: run_needle(options, overrides) if options.command == "needle" else run_compare(options))
+    if options.command == "needle":
+        return guarded(lambda: run_needle(options, overrides))
+    return guarded(lambda: run_compare(options) if options.command == "compare" else run_losses(options))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def add_model_arguments(p: argparse.ArgumentParser, several_checkpoints: bool = 
     p.add_argument("config", metavar="CONFIG", help="TOML file of the run that trained the model")
     p.add_argument(
         "--checkpoint",
-        nargs="+" if several_checkpoints else None,  # type: ignore[arg-type]
+        nargs="+" if several_checkpoints else None,
         metavar="DIR",
         help="checkpoint step-N, or a folder or URL of them (the newest good one); default: the run's own. One's own "
         "alone: its metadata is a pickle",

@@ -142,9 +142,9 @@ class HarnessModel(TemplateLM):
 
     def _bounds(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[float]:
         """The likelihood bound of every text given its context, in nats."""
-        todo = [
-            one for number, (_, text) in enumerate(pairs) for one in passes(number, len(text), self._samples, self._seed)
-        ]
+        todo: list[Pass] = []
+        for number, (_, text) in enumerate(pairs):
+            todo += passes(number, len(text), self._samples, self._seed)
         totals = [0.0] * len(pairs)
         with self._progress(len(todo), "Likelihoods") as bar:
             nlls = self._spread(todo, lambda batch, _: self._nll(pairs, batch), bar)

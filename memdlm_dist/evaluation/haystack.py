@@ -7,7 +7,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Literal
 
-from memdlm_dist.data.corpus import is_held_out
+from memdlm_dist.data import corpus
 from memdlm_dist.errors import UserError
 
 Part = Literal["train", "heldout"]
@@ -22,7 +22,7 @@ _LEAST_WORDS = 40
 
 def belongs(name: str, part: Part) -> bool:
     """Whether a passage, word or name is one of `part`'s; a function of its text alone."""
-    return is_held_out(name, HELD_OUT) == (part == "heldout")
+    return corpus.is_held_out(name, HELD_OUT) == (part == "heldout")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,14 @@ class Haystack:
         """
         texts = [_read(path) for path in files] if files else list(topics.values())
         passages = [passage for text in texts for passage in _passages(text)]
-        sentences = [sentence for passage in passages if belongs(passage, part) for sentence in _sentences(passage)]
+        held_out = [(sentence, belongs(passage, "heldout")) for passage in passages for sentence in _sentences(passage)]
+        # A sentence that stands in several passages is of the part of the first of them alone.
+        owner: dict[str, bool] = {}
+        for sentence, is_held_out in held_out:
+            owner.setdefault(sentence, is_held_out)
+        sentences = [
+            sentence for sentence, of in held_out if of == owner[sentence] == (part == "heldout")
+        ]  # fmt: skip
         words = sorted({word for text in texts for word in _WORD.findall(text)})
         words = [word for word in words if belongs(word, part)]
         if not sentences or len(words) < _LEAST_WORDS:

@@ -22,7 +22,7 @@ class Sizes:
     """How much a task asks for. The defaults are RULER's; short contexts need smaller ones."""
 
     values: int = 4  # multi_value: numbers of the key in question
-    distractors: int = 2  # multi_value: numbers of other keys
+    distractors: int = 0  # multi_value: numbers of other keys
     digits: int = 7  # of a number
     hops: int = 4  # variable_tracking: assignments from one variable to the next
     letters: int = 5  # of a variable's name

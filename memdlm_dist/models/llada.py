@@ -50,6 +50,11 @@ class LLaDAArgs(BaseModelArgs):
     rope_theta: float = 500_000.0
     max_seq_len: int = 4096
     attn_type: str = "sdpa"
+    # Standard deviation of the blocks' linears at the start. llama3's suits widths of thousands; a narrow model's
+    # attention stays flat for long with it, where 1 / sqrt(dim) lets it begin to look things up.
+    init_std: float = 0.02
+    # The output head starts as the embedding (they are not tied): copying a token then needs no learning of each one.
+    head_from_embedding: bool = False
     # It predicts the token after each position, as backbones that were converted from autoregressive ones do.
     shifted: bool = False
 
@@ -95,7 +100,12 @@ FLAVOURS = {
     # 5.3 million parameters: learns something in minutes on two CPU cores.
     "quickstart": LLaDAArgs(dim=256, n_layers=5, n_heads=4, hidden_dim=768, vocab_size=2048),
     # launch/needle.sh: learns to look up facts in a short context within the hour on two CPU cores.
-    "needle": LLaDAArgs(dim=128, n_layers=6, n_heads=4, hidden_dim=352, vocab_size=2048),
+    "needle": LLaDAArgs(
+        dim=128, n_layers=4, n_heads=4, hidden_dim=352, vocab_size=2048, init_std=0.088, head_from_embedding=True
+    ),
+    "needle_gpu": LLaDAArgs(
+        dim=512, n_layers=8, n_heads=8, hidden_dim=1408, vocab_size=2048, init_std=0.044, head_from_embedding=True
+    ),
     # tools/bench.py on a CPU: the proportions of a large model, seconds a step.
     "bench": LLaDAArgs(dim=512, n_layers=10, n_heads=8, hidden_dim=1376, vocab_size=4096),
     "1B": LLaDAArgs(dim=2048, n_layers=16, n_heads=16, hidden_dim=5632),
@@ -222,6 +232,7 @@ class TransformerBlock(nn.Module):
         self.attention_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.ffn_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.weight_init_std = 0.02 / (2 * (layer_id + 1)) ** 0.5
+        self.init_scale = args.init_std / 0.02
 
     def forward(
         self,
@@ -239,6 +250,10 @@ class TransformerBlock(nn.Module):
             norm.reset_parameters()
         self.attention.init_weights(self.weight_init_std)
         self.feed_forward.init_weights(self.weight_init_std)
+        if self.init_scale != 1:
+            with torch.no_grad():
+                for parameter in (*self.attention.parameters(), *self.feed_forward.parameters()):
+                    parameter.mul_(self.init_scale)
 
 
 class LLaDA(ModelProtocol):
@@ -281,6 +296,9 @@ class LLaDA(ModelProtocol):
         self.norm.reset_parameters()
         std = self.model_args.dim**-0.5
         trunc_normal_(self.output.weight, mean=0.0, std=std, a=-3 * std, b=3 * std)
+        if self.model_args.head_from_embedding:
+            with torch.no_grad():
+                self.output.weight.copy_(self.tok_embeddings.weight * std)
 
     def forward(
         self,

@@ -1,0 +1,150 @@
+#!/usr/bin/env bash
+# The needle experiment: one base, fine-tuned with plain masked diffusion and with MemDLM, compared.
+#
+#   [SIZE=cpu|gpu] [SEEDS="0 1 2"] bash launch/needle.sh [STAGE ...]
+#
+# STAGE: data, base, tune, evaluate, report; all of them in this order by default. What is there already is kept, so
+# that the script goes on where it was interrupted. Needs the [eval] extra and, for compilation on a CPU, a C++ compiler.
+# SIZE: cpu is 1.2 million parameters, within 90 minutes on two cores; gpu is 30 million at four times the length.
+# DATA, OUT: folders (default: data/needle, outputs/needle, with -gpu for that size).
+# NGPU: processes (default: all accelerators; one with all cores on a machine without any).
+set -euo pipefail
+
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    exit 0
+fi
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+size=${SIZE:-cpu}
+seeds=${SEEDS:-0 1 2}
+python=python
+if [[ -z ${VIRTUAL_ENV:-} && -x .venv/bin/python ]]; then
+    python=$PWD/.venv/bin/python
+fi
+
+case $size in
+cpu)
+    DATA=${DATA:-data/needle} OUT=${OUT:-outputs/needle}
+    short_length=84 lengths=112,160 length=160 samples=2000 questions=50 new_tokens=16
+    model=() base=() tune=()
+    short_sizes=(--values 1 --digits 3 --hops 1 --letters 2 --common 1 --repeats 4 --rare-repeats 1 --facts 2 --words 10)
+    sizes=(--values 2 --digits 3 --hops 2 --letters 2 --common 1 --repeats 5 --rare-repeats 1 --facts 3 --words 10)
+    ;;
+gpu)
+    DATA=${DATA:-data/needle-gpu} OUT=${OUT:-outputs/needle-gpu}
+    short_length=192 lengths=256,512 length=512 samples=20000 questions=200 new_tokens=48
+    model=(--model.flavor needle_gpu --training.mixed_precision_param bfloat16)
+    base=(--training.seq_len 192 --training.local_batch_size 128 --training.global_batch_size 128
+        --training.steps 20000 --optimizer.lr 1e-3 --checkpoint.interval 2000 --validation.freq 2000)
+    tune=(--training.seq_len 512 --training.steps 2000 --optimizer.lr 1e-4 --checkpoint.interval 2000
+        --validation.freq 250)
+    short_sizes=(--values 2 --digits 4 --hops 2 --letters 3 --common 2 --repeats 6 --rare-repeats 1 --facts 4 --words 20)
+    sizes=(--values 4 --digits 5 --hops 4 --letters 3 --common 3 --repeats 10 --rare-repeats 2 --facts 6 --words 20)
+    ;;
+*)
+    echo "error: SIZE must be cpu or gpu, but is '$size'." >&2
+    exit 2
+    ;;
+esac
+tasks=multi_value,variable_tracking,common_words,facts_1,facts_2
+model+=(--model.hf_assets_path "$DATA/tokenizer")
+
+if [[ -z ${NGPU:-} ]]; then
+    NGPU=$("$python" -c 'import torch; print(torch.accelerator.device_count() or 1)')
+    [[ $NGPU != 1 ]] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}
+fi
+export NGPU
+
+needles() { # NAME PART LENGTHS SAMPLES FORMAT SEED TASKS SIZES...
+    [[ -f $DATA/$1.jsonl ]] || "$python" tools/needle_data.py --tokenizer "$DATA/tokenizer" --output "$DATA/$1.jsonl" \
+        --part "$2" --lengths "$3" --samples "$4" --format "$5" --seed "$6" --tasks "$7" "${@:8}"
+}
+
+shards() { # NAME SEQ_LEN HELD_OUT SOURCE...
+    [[ -f $DATA/$1/summary.json ]] || "$python" tools/prepare_data.py "${@:4}" --tokenizer "$DATA/tokenizer" \
+        --seq-len "$2" --held-out "$3" --output "$DATA/$1" --overwrite
+}
+
+data() {
+    mkdir -p "$DATA"
+    if [[ ! -d $DATA/tokenizer ]]; then
+        # A tokenizer that knows the tasks' own words is trained on them; one is needed to measure these.
+        "$python" tools/prepare_data.py --builtin --train-tokenizer 2048 --seq-len 256 --output "$DATA/first" --overwrite
+        "$python" tools/needle_data.py --tokenizer "$DATA/first/tokenizer" --lengths 192 --samples 1600 --tasks $tasks \
+            --format text --output "$DATA/first.jsonl" --overwrite "${short_sizes[@]}"
+        "$python" tools/prepare_data.py --input "$DATA/first.jsonl" --train-tokenizer 2048 --seq-len 128 \
+            --output "$DATA/second" --overwrite
+        cp -r "$DATA/second/tokenizer" "$DATA/tokenizer"
+    fi
+    shards text "$short_length" 0.01 --builtin
+    needles repeat train "$short_length" $((samples * 6)) prompt_response 5 repeat "${short_sizes[@]}"
+    needles short train "$short_length" $((samples * 4)) prompt_response 3 $tasks "${short_sizes[@]}"
+    needles short_heldout heldout "$short_length" 40 prompt_response 0 $tasks "${short_sizes[@]}"
+    needles train train "$lengths" "$samples" prompt_response 1 $tasks "${sizes[@]}"
+    needles heldout heldout "$lengths" 40 prompt_response 9 $tasks "${sizes[@]}"
+    for name in repeat short; do shards $name "$short_length" 0.005 --input "$DATA/$name.jsonl"; done
+    shards short_heldout "$short_length" 0 --input "$DATA/short_heldout.jsonl"
+    shards train "$length" 0.005 --input "$DATA/train.jsonl"
+    shards heldout "$length" 0 --input "$DATA/heldout.jsonl"
+}
+
+base() {
+    bash launch/train.sh train_configs/needle_base.toml --job.dump_folder "$OUT/base" "${model[@]}" "${base[@]}" \
+        --data.train "$DATA/text/train,$DATA/repeat/train,$DATA/short/train" \
+        --data.validation "$DATA/short_heldout/train"
+}
+
+base_checkpoint() {
+    find "$OUT/base/checkpoint" -maxdepth 1 -name 'step-*' | sort -V | tail -1
+}
+
+run_flags() { # of the fine-tuned runs, which the evaluations share
+    flags=("${model[@]}" "${tune[@]}" --data.train "$DATA/train/train" --data.validation "$DATA/heldout/train")
+}
+
+tune() {
+    run_flags
+    for seed in $seeds; do
+        for arm in mdlm memdlm; do
+            bash launch/train.sh "train_configs/needle_$arm.toml" --job.dump_folder "$OUT/$arm-$seed" "${flags[@]}" \
+                --debug.seed "$seed" --data.shuffle_seed "$((9176 + seed))" \
+                --checkpoint.initial_load_path "$(base_checkpoint)"
+        done
+    done
+}
+
+evaluate() {
+    run_flags
+    for run in base $(for seed in $seeds; do echo "mdlm-$seed" "memdlm-$seed"; done); do
+        if [[ ! -f $OUT/$run/needle/needle.json ]]; then
+            "$python" tools/evaluate.py needle train_configs/needle_memdlm.toml --checkpoint "$OUT/$run/checkpoint" \
+                --output "$OUT/$run/needle" --lengths "$lengths" --samples "$questions" --new-tokens "$new_tokens" \
+                --tasks $tasks --batch-size 50 "${sizes[@]}" "${flags[@]}"
+        fi
+    done
+    if [[ ! -f $OUT/exposure/exposure_bias.json ]]; then
+        "$python" tools/exposure_bias.py train_configs/needle_memdlm.toml --output "$OUT/exposure" --batch-size 50 \
+            --samples 200 --names MDLM MemDLM "${flags[@]}" \
+            --checkpoint "$OUT/mdlm-${seeds%% *}/checkpoint" "$OUT/memdlm-${seeds%% *}/checkpoint"
+    fi
+}
+
+report() {
+    folders() { for seed in $seeds; do echo -n "$OUT/$1-$seed$2,"; done | sed 's/,$//'; }
+    "$python" tools/evaluate.py compare base="$OUT/base/needle" MDLM="$(folders mdlm /needle)" \
+        MemDLM="$(folders memdlm /needle)" --output "$OUT/report" --overwrite
+    "$python" tools/evaluate.py losses MDLM="$(folders mdlm)" MemDLM="$(folders memdlm)" \
+        --output "$OUT/report" --overwrite
+}
+
+for stage in "${@:-data base tune evaluate report}"; do
+    for one in $stage; do
+        case $one in
+        data | base | tune | evaluate | report) "$one" ;;
+        *)
+            echo "error: there is no stage '$one'; choose among data, base, tune, evaluate, report." >&2
+            exit 2
+            ;;
+        esac
+    done
+done

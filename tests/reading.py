@@ -1,0 +1,77 @@
+"""A checkpoint read on several layouts: what is generated and how likely it is, memory off and on.
+
+    python tests/reading.py FOLDER
+
+Trains two steps with the memory in FOLDER/run, then writes FOLDER/LAYOUT.json for every layout.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import run_many
+import torch
+from launching import debug
+from ranks import fork
+
+from memdlm_dist import parse_config
+from memdlm_dist.evaluation.exposure_bias import Row, measure
+from memdlm_dist.inference import TrainedModel
+from memdlm_dist.sampler import Decoding
+
+SHARD, TENSOR = "--parallelism.data_parallel_shard_degree", "--parallelism.tensor_parallel_degree"
+LAYOUTS = {
+    "one": (1, []),
+    "fsdp2": (2, [SHARD, "2"]),
+    "tp2": (2, [TENSOR, "2"]),
+    "tp2-replicated-logits": (2, [TENSOR, "2", "--parallelism.disable_loss_parallel"]),
+    "fsdp2-tp2": (4, [SHARD, "2", TENSOR, "2"]),
+}
+# A model of two training steps hardly predicts, and its inner gradients are small: with this rate they matter.
+BOLD = ["--parametric_memory.learning_rate", "20", "--parametric_memory.gradient_clip", "0"]
+PROMPTS = ["def read(self, size):", "import", "class Reader:\n    def close(self):\n        return", "x = [", "", "for"]
+
+
+def read(model: TrainedModel, new_tokens: int = 6) -> dict:
+    """Everything that must not depend on the layout or on the batches."""
+    found: dict = {}
+    prompts = model.tokenizer.encode_plain(PROMPTS)
+    for memory in (False, True):
+        for temperature in (0.0, 1.0):
+            decoding = Decoding(block_size=4, steps=2, temperature=temperature, stop_at_eos=False)
+
+            def work(batch, ids, memory=memory, decoding=decoding):
+                return model.generate(batch, new_tokens, decoding, memory, ids=ids).responses
+
+            found[f"memory {memory}, temperature {temperature}"] = model.spread(prompts, 2, work)
+        rows = [Row(prompt, [5, 6, 7, 8]) for prompt in prompts]
+        points = measure(model, rows, memory, ratios=(0.5, 1.0), batch_size=2)
+        found[f"losses, memory {memory}"] = [[p.static, p.sequential, p.same_positions] for p in points]
+    return found
+
+
+def arguments_of(folder: Path) -> list[str]:
+    """The configuration of the run that trained the model."""
+    return debug(folder / "run", "--model.flavor", "tiny", "--parametric_memory.layer_fraction", "0.5")
+
+
+def main(folder: Path) -> None:
+    arguments = arguments_of(folder)
+    saving = ["--training.steps", "2", "--checkpoint.enable", "--checkpoint.interval", "2"]
+    assert run_many.run(1, [*arguments, *saving]) == 0
+    for name, (processes, layout) in LAYOUTS.items():
+
+        def rank(number: int, layout: list[str] = layout, name: str = name) -> int:
+            torch.set_num_threads(1)
+            model = TrainedModel(parse_config.parse([*arguments, *layout, *BOLD]))
+            found = read(model)
+            if number == 0:
+                (folder / f"{name}.json").write_text(json.dumps(found))
+            model.close()
+            return 0
+
+        assert fork(processes, rank) == 0, name
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
