@@ -25,7 +25,7 @@ fi
 case $size in
 cpu)
     DATA=${DATA:-data/needle} OUT=${OUT:-outputs/needle}
-    short_length=84 lengths=112,160 length=160 samples=2000 questions=50 new_tokens=16
+    short_length=84 lengths=112,160 length=160 samples=2000 questions=40 new_tokens=16
     model=() base=() tune=()
     short_sizes=(--values 1 --digits 3 --hops 1 --letters 2 --common 1 --repeats 4 --rare-repeats 1 --facts 2 --words 10)
     sizes=(--values 2 --digits 3 --hops 2 --letters 2 --common 1 --repeats 5 --rare-repeats 1 --facts 3 --words 10)
@@ -116,23 +116,29 @@ tune() {
 evaluate() {
     run_flags
     for run in base $(for seed in $seeds; do echo "mdlm-$seed" "memdlm-$seed"; done); do
-        if [[ ! -f $OUT/$run/needle/needle.json ]]; then
-            "$python" tools/evaluate.py needle train_configs/needle_memdlm.toml --checkpoint "$OUT/$run/checkpoint" \
-                --output "$OUT/$run/needle" --lengths "$lengths" --samples "$questions" --new-tokens "$new_tokens" \
-                --tasks $tasks --batch-size 50 "${sizes[@]}" "${flags[@]}"
-        fi
+        # New names and passages; and those of training in samples that it did not see.
+        for part in heldout train; do
+            if [[ ! -f $OUT/$run/needle-$part/needle.json ]]; then
+                "$python" tools/evaluate.py needle train_configs/needle_memdlm.toml --part $part --seed 77 \
+                    --checkpoint "$OUT/$run/checkpoint" --output "$OUT/$run/needle-$part" --lengths "$lengths" \
+                    --samples "$questions" --new-tokens "$new_tokens" --tasks $tasks --batch-size 50 \
+                    "${sizes[@]}" "${flags[@]}"
+            fi
+        done
     done
     if [[ ! -f $OUT/exposure/exposure_bias.json ]]; then
         "$python" tools/exposure_bias.py train_configs/needle_memdlm.toml --output "$OUT/exposure" --batch-size 50 \
-            --samples 200 --names MDLM MemDLM "${flags[@]}" \
+            --samples 100 --names MDLM MemDLM "${flags[@]}" \
             --checkpoint "$OUT/mdlm-${seeds%% *}/checkpoint" "$OUT/memdlm-${seeds%% *}/checkpoint"
     fi
 }
 
 report() {
     folders() { for seed in $seeds; do echo -n "$OUT/$1-$seed$2,"; done | sed 's/,$//'; }
-    "$python" tools/evaluate.py compare base="$OUT/base/needle" MDLM="$(folders mdlm /needle)" \
-        MemDLM="$(folders memdlm /needle)" --output "$OUT/report" --overwrite
+    for part in heldout train; do
+        "$python" tools/evaluate.py compare base="$OUT/base/needle-$part" MDLM="$(folders mdlm "/needle-$part")" \
+            MemDLM="$(folders memdlm "/needle-$part")" --output "$OUT/report-$part" --overwrite
+    done
     "$python" tools/evaluate.py losses MDLM="$(folders mdlm)" MemDLM="$(folders memdlm)" \
         --output "$OUT/report" --overwrite
 }

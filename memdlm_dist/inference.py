@@ -56,6 +56,7 @@ class Generated:
 
     responses: list[list[int]]
     tokens_BL: Tensor
+    fast: FastWeights | None  # what they were read with
     memory_seconds: float
     decoding_seconds: float
 
@@ -240,6 +241,7 @@ class TrainedModel:
         return Generated(
             sampler.responses(tokens_BL, start, self.eos_id),
             tokens_BL,
+            remembered.fast if remembered else None,
             remembered.seconds if remembered else 0.0,
             time.perf_counter() - began,
         )

@@ -82,7 +82,7 @@ def test_generate_fills_in(call, monkeypatch):
     ],
 )
 def test_mistakes_are_one_sentence(call, arguments, message):
-    status, out, err = call(generate.main, *arguments)
+    status, _, err = call(generate.main, *arguments)
     assert status == 2 and message in err and err.startswith("error: ") and err.count("\n") == 1
 
 

@@ -98,7 +98,7 @@ def run_needle(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         found = {"checkpoint": checkpoint, "settings": settings, "scores": [asdict(score) for score in scores]}
         report.write_json(options.output / JSON, {**found, "answers": records})
         arms = {f"memory {memory}": [found] for memory in memories}
-        draw({name: _accuracies(arms[name], name.split()[1]) for name in arms}, options.output / PNG)
+        draw({name: _cells(arms[name], name.split()[1]) for name in arms}, options.output / PNG)
         print(f"{checkpoint}: written to {options.output / JSON} and {options.output / PNG}")
     return 0
 
@@ -109,8 +109,10 @@ def show(scores: Sequence[Score], memories: Sequence[str]) -> None:
     cells = {(score.task, score.length, score.memory): score for score in scores}
     for task, length in dict.fromkeys((score.task, score.length) for score in scores):
         found = [cells[task, length, memory] for memory in memories]
-        rows.append([task, str(length), *(f"{100 * score.accuracy:.1f} ± {100 * score.error:.1f}" for score in found)])
-    print(report.table(["accuracy (%)", "length", *(f"memory {memory}" for memory in memories)], rows))
+        accuracies = [f"{100 * score.accuracy:.1f} ± {100 * score.error:.1f}" for score in found]
+        rows.append([task, str(length), *accuracies, *(f"{score.answer_nll:.3f}" for score in found)])
+    header = [f"{what}memory {memory}" for what in ("", "answer NLL, ") for memory in memories]
+    print(report.table(["accuracy (%)", "length", *header], rows))
     for memory in memories:
         of_it = [score for score in scores if score.memory == memory]
         decoding = sum(score.decoding_seconds for score in of_it)
@@ -119,15 +121,18 @@ def show(scores: Sequence[Score], memories: Sequence[str]) -> None:
         print(f"memory {memory}: decoding {decoding:.1f} s{added}, {sum(score.samples for score in of_it)} questions")
 
 
-Cells = dict[tuple[str, int], list[float]]  # (task, length) -> accuracy of each run, in per cent
+Cells = dict[tuple[str, int], list[float]]  # (task, length) -> what each run scored
+# What is compared: key of a score -> heading and factor.
+MEASURES = {"accuracy": ("accuracy (%)", 100.0), "answer_nll": ("answer NLL (nats per token)", 1.0)}
 
 
-def _accuracies(results: Sequence[dict[str, Any]], memory: str) -> Cells:
+def _cells(results: Sequence[dict[str, Any]], memory: str, measure: str = "accuracy") -> Cells:
     cells: Cells = {}
     for result in results:
         for score in result["scores"]:
             if score["memory"] == memory:
-                cells.setdefault((score["task"], score["length"]), []).append(100 * score["accuracy"])
+                value = MEASURES[measure][1] * score[measure]
+                cells.setdefault((score["task"], score["length"]), []).append(value)
     return cells
 
 
@@ -202,7 +207,7 @@ def run_losses(options: argparse.Namespace) -> int:
 
 def run_compare(options: argparse.Namespace) -> int:
     report.check_output(options.output, f"{COMPARISON}.json", f"{COMPARISON}.png", overwrite=options.overwrite)
-    arms: dict[str, Cells] = {}
+    arms: dict[str, dict[str, Cells]] = {}  # name -> measure -> cells
     settings: dict[str, Any] = {}
     for name, folders in named_folders(options.arms):
         results = [report.read_json(folder / JSON) for folder in folders]
@@ -210,23 +215,28 @@ def run_compare(options: argparse.Namespace) -> int:
             if settings.setdefault("of", result["settings"]) != result["settings"]:
                 raise UserError(f"{folder} was asked other questions than the first results; evaluate all alike.")
         for memory in MEMORY:
-            if cells := _accuracies(results, memory):
-                arms[f"{name}, memory {memory}"] = cells
-    keys = list(dict.fromkeys(key for cells in arms.values() for key in cells))
-    rows = []
-    for name, cells in arms.items():
-        found = [cells.get(key, []) for key in keys]
-        runs = max(map(len, found))
-        averages = [mean(run) for run in zip(*filter(None, found), strict=True)]
-        texts = [f"{mean(values):.1f} ± {_spread(values):.1f}" if values else "-" for values in [*found, averages]]
-        rows.append([f"{name} ({runs})", *texts])
-    print(report.table(["accuracy (%)", *(f"{task} {length}" for task, length in keys), "average"], rows))
+            if _cells(results, memory):
+                arms[f"{name}, memory {memory}"] = {measure: _cells(results, memory, measure) for measure in MEASURES}
+    keys = list(dict.fromkeys(key for cells in arms.values() for key in cells["accuracy"]))
+    for measure, (heading, _) in MEASURES.items():
+        rows = []
+        for name, cells in arms.items():
+            found = [cells[measure].get(key, []) for key in keys]
+            averages = [mean(run) for run in zip(*filter(None, found), strict=True)]
+            digits = 1 if measure == "accuracy" else 3
+            texts = [
+                f"{mean(values):.{digits}f} ± {_spread(values):.{digits}f}" if values else "-"
+                for values in [*found, averages]
+            ]
+            rows.append([f"{name} ({max(map(len, found))})", *texts])
+        print(report.table([heading, *(f"{task} {length}" for task, length in keys), "average"], rows) + "\n")
     report.write_json(
         options.output / f"{COMPARISON}.json",
-        [{"arm": name, "task": task, "length": length, "accuracies": values}
-         for name, cells in arms.items() for (task, length), values in cells.items()],
+        [{"arm": name, "measure": measure, "task": task, "length": length, "runs": values}
+         for name, cells in arms.items() for measure in MEASURES
+         for (task, length), values in cells[measure].items()],
     )  # fmt: skip
-    draw(arms, options.output / f"{COMPARISON}.png")
+    draw({name: cells["accuracy"] for name, cells in arms.items()}, options.output / f"{COMPARISON}.png")
     return 0
 
 

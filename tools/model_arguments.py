@@ -81,6 +81,9 @@ def load_model(options: argparse.Namespace, overrides: Sequence[str], checkpoint
         raise UserError(f"--anchor-ratio must be above 0, at most 1, but is {options.anchor_ratio}.")
     start_logging()
     logging.getLogger().setLevel(logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)  # standard output is for what the tool makes
     config = parse_config.parse(["--job.config_file", options.config, *overrides])
     return TrainedModel(config, checkpoint)
 
