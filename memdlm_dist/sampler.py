@@ -5,12 +5,13 @@ Shapes: B sequences, L tokens, N predicted positions, V vocabulary.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from memdlm_dist import keyed_random
+from memdlm_dist.errors import UserError
 from memdlm_dist.keyed_random import Stream
 
 # (tokens [B, L], targets [B, L] bool) -> logits [N, V] of the targets, in the order of the flattened canvas; on the
@@ -41,6 +42,15 @@ class Decoding:
     remasking: Remasking = "low_confidence"
     stop_at_eos: bool = True
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1 or (self.steps is not None and self.steps < 1) or self.temperature < 0:
+            raise UserError(
+                f"block_size = {self.block_size} and steps = {self.steps} must be at least 1, temperature = "
+                f"{self.temperature} not negative."
+            )
+        if self.remasking not in get_args(Remasking):
+            raise UserError(f"remasking must be one of {', '.join(get_args(Remasking))}, not {self.remasking}.")
 
 
 class Canvas(NamedTuple):

@@ -16,6 +16,7 @@ from test_needle import SMALL
 
 from memdlm_dist import parse_config, trajectory
 from memdlm_dist.evaluation.exposure_bias import Row, measure, row_of
+from memdlm_dist.evaluation.harness import main as harness_command
 from memdlm_dist.inference import TrainedModel
 from memdlm_dist.trajectory import IGNORE_INDEX
 
@@ -56,7 +57,7 @@ def test_generate(call, monkeypatch, tmp_path):
     asked = iter(["def read(self):", "  ", "import"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(asked, None) or (_ for _ in ()).throw(EOFError))
     _, out, _ = call(generate.main, "--interactive", "--new-tokens", "5", "--json")
-    assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["def read(self):"]
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["def read(self):", "import"]
 
 
 def test_generate_fills_in(call, monkeypatch):
@@ -213,10 +214,17 @@ def test_the_harness_runs_its_own_tasks(trained, tmp_path):
     assert all(isinstance(json.loads(line)["resps"][0][0], str) for line in samples.read_text().splitlines())
 
 
-def test_the_harness_names_mistakes(trained):
-    done = harness(trained, "--tasks", "niah_single_1", "--model_args", "memory=on")
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("error: --model_args must name the run's configuration")
+@pytest.mark.parametrize(
+    "model_args, message",
+    [
+        ("memory=on", "error: --model_args must name the run's configuration"),
+        ("config=/nowhere.toml", "error: The configuration file /nowhere.toml does not exist"),
+    ],
+)
+def test_the_harness_names_mistakes(monkeypatch, capsys, model_args, message):
+    monkeypatch.setattr(sys, "argv", ["harness"])
+    assert harness_command(["--tasks", "niah_single_1", "--model_args", model_args]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -76,11 +76,11 @@ def decoding_of(options: argparse.Namespace) -> Decoding:
 
 
 def load_model(options: argparse.Namespace, overrides: Sequence[str], checkpoint: str | None = None) -> TrainedModel:
-    """The model that the arguments describe; torchtitan's own log lines are left out."""
+    """The model that the arguments describe; torchtitan's log lines are left out."""
     if not 0 < options.anchor_ratio <= 1:
         raise UserError(f"--anchor-ratio must be above 0, at most 1, but is {options.anchor_ratio}.")
     start_logging()
-    logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger().setLevel(logging.ERROR)
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(sys.stderr)  # standard output is for what the tool makes

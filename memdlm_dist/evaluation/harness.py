@@ -51,11 +51,17 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _complete(options: Any) -> None:
-    """Name the run's tokenizer to tasks that make their own documents."""
+    """Name the run's tokenizer to tasks that make their own documents.
+
+    Raises:
+        UserError: if the model arguments name no configuration.
+    """
     arguments: dict[str, Any] = options.model_args or {}
     config = arguments.get("config")
+    if not config:  # before any task is built, which can take minutes
+        raise UserError("--model_args must name the run's configuration: --model_args config=FILE.toml.")
     metadata: dict[str, Any] = dict(getattr(options, "metadata", None) or {})
-    if config and not {"tokenizer", "pretrained"} & metadata.keys():
+    if not {"tokenizer", "pretrained"} & metadata.keys():
         parsed = parse_config.parse(["--job.config_file", str(config)])
         metadata["tokenizer"] = _plain_copy(arguments.get("model.hf_assets_path", parsed.model.hf_assets_path))
     options.metadata = metadata

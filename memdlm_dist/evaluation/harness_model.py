@@ -79,6 +79,11 @@ class HarnessModel(TemplateLM):
     def eot_token_id(self) -> int:
         return self._model.eos_id
 
+    @property
+    def tokenizer_name(self) -> str:
+        """By which the harness keeps cached requests apart."""
+        return str(self._model.tokenizer.tokenizer_path)
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids, with nothing added."""
         del add_special_tokens, kwargs
