@@ -150,13 +150,14 @@ def test_exposure_bias_tool(call, trained, tmp_path):
     assert (tmp_path / "exposure_bias.png").read_bytes().startswith(PICTURE)
 
 
-def test_exposure_bias_by_hand(trained):
+@pytest.mark.parametrize("memory", [False, True])
+def test_exposure_bias_by_hand(trained, memory):
     """One row, one token at a time, by the definition; float32 sums of the same logits."""
     model = TrainedModel(parse_config.parse([*arguments_of(trained), *BOLD]))
     row = Row([5, 6, 7, 8, 9], [20, 21, 22, 23])
-    (half,) = measure(model, [row], memory=True, ratios=[0.5])
+    (point,) = measure(model, [row], memory, ratios=[0.25])
     start = model.canvas([row.prompt], 4)
-    attended, fast = start.attended_BL, model.remember([row.prompt]).fast
+    attended, fast = start.attended_BL, model.remember([row.prompt]).fast if memory else None
     clean = torch.tensor([[*row.prompt, *row.response]])
 
     def nll(visible, masked):
@@ -165,18 +166,20 @@ def test_exposure_bias_by_hand(trained):
         return torch.nn.functional.cross_entropy(logits, clean[masked]).item()
 
     u = trajectory.draw(0, 0, start.ids_B, start.response_BL).u_BL
-    static = start.response_BL & (u <= u[start.response_BL].sort().values[1])
+    static = start.response_BL & (u == u[start.response_BL].min())
     own, masked = start.tokens_BL.clone(), start.response_BL.clone()
-    for _ in range(2):
+    for _ in range(3):
         logits = model.logits(own, masked, attended, fast)
         logits[:, model.mask_id] = -torch.inf
         sure, token = logits.softmax(-1).max(-1)
         place = masked[0].nonzero()[sure.argmax(), 0]
         own[0, place], masked[0, place] = token[sure.argmax()], False
     expected = [nll(clean, static), nll(own, masked), nll(clean, masked)]
-    assert [half.static, half.sequential, half.same_positions] == pytest.approx(expected, rel=1e-5)
-    assert half.tokens == 2 and half.exposure_bias == pytest.approx(expected[1] / expected[0], rel=1e-5)
-    (everything,) = measure(model, [row], memory=False, ratios=[1.0])
+    # The model's own choices matter by more than what is asked for here: 1e-4 and 2e-4 are seen.
+    assert abs(expected[1] / expected[2] - 1) > 3e-5
+    assert [point.static, point.sequential, point.same_positions] == pytest.approx(expected, rel=1e-6)
+    assert point.tokens == 1 and point.exposure_bias == pytest.approx(expected[1] / expected[0], rel=1e-6)
+    (everything,) = measure(model, [row], memory, ratios=[1.0])
     assert everything.static == everything.sequential == everything.same_positions
     model.close()
 
