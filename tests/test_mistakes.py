@@ -44,6 +44,7 @@ MISTAKES = [
     Mistake("unwritable output", "cannot be written to", ("--job.dump_folder", "pyproject.toml/out")),
     Mistake("batch size", "must be a multiple of training.local_batch_size 4", ("--training.global_batch_size", "6")),
     Mistake("too few samples", "fewer than one global batch of 5000", ("--training.local_batch_size", "5000")),
+    Mistake("no memory at all", "parametric_memory.probability = 0.0 must be above 0", ("--parametric_memory.probability", "0")),
     Mistake("no layer", "parametric_memory.layer_fraction = 0.0 selects no layer", ("--parametric_memory.layer_fraction", "0")),
     Mistake("rank", "parametric_memory.rank must be at least 1", ("--parametric_memory.rank", "0")),
     Mistake("target module", "'gaet', which model llada does not have", ("--parametric_memory.target_modules", "gaet,up")),

@@ -6,7 +6,8 @@ every token of it masked, which moves earlier.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from statistics import mean, stdev
+from typing import Any, NamedTuple
 
 import torch
 
@@ -62,50 +63,54 @@ def evaluate(
         for length in lengths:
             asked = [needles.sample(task, length, i) for i in range(samples)]
             for memory in memories:
-                seconds = [0.0, 0.0]
-
-                def answer(
-                    batch: list[Sample], ids: list[int], memory: str = memory, seconds: list[float] = seconds
-                ) -> list[tuple[str, float, int]]:
-                    prompts = model.tokenizer.encode_plain([sample.prompt for sample in batch])
-                    made = model.generate(prompts, new_tokens, decoding, MEMORY[memory], anchor_ratio, ids)
-                    seconds[0] += made.memory_seconds
-                    seconds[1] += made.decoding_seconds
-                    truth = model.tokenizer.encode_plain([sample.response for sample in batch])
-                    texts = [model.tokenizer.decode(response) for response in made.responses]
-                    nll = _answer_nll(model, prompts, truth, made.fast)
-                    return list(zip(texts, nll, map(len, truth), strict=True))
-
-                found = model.spread(asked, batch_size, answer, progress)
-                responses = [text for text, _, _ in found]
-                right = [sample.accuracy(text) for sample, text in zip(asked, responses, strict=True)]
-                nll = sum(one for _, one, _ in found) / sum(tokens for _, _, tokens in found)
-                scores.append(Score(task, length, memory, samples, *mean_and_error(right), nll, *seconds))
+                exam = _Exam(model, decoding, new_tokens, MEMORY[memory], anchor_ratio)
+                answers = model.spread(asked, batch_size, exam.answer, progress)
+                right = [sample.accuracy(one.text) for sample, one in zip(asked, answers, strict=True)]
+                error = stdev(right) / len(right) ** 0.5 if len(right) > 1 else 0.0
+                nll = sum(one.nll for one in answers) / sum(one.tokens for one in answers)
+                scores.append(
+                    Score(
+                        task, length, memory, samples, mean(right), error, nll, exam.memory_seconds,
+                        exam.decoding_seconds,
+                    )
+                )  # fmt: skip
                 records += [
                     {"task": task, "length": length, "memory": memory, "sample": i, "answers": list(sample.answers),
-                     "response": text, "accuracy": accuracy}
-                    for i, (sample, text, accuracy) in enumerate(zip(asked, responses, right, strict=True))
+                     "response": one.text, "accuracy": accuracy}
+                    for i, (sample, one, accuracy) in enumerate(zip(asked, answers, right, strict=True))
                 ]  # fmt: skip
     return scores, records
 
 
+class _Answer(NamedTuple):
+    text: str
+    nll: float  # of the true response, summed over its tokens
+    tokens: int
+
+
+class _Exam:
+    """Asks with one memory setting, and adds up the time."""
+
+    def __init__(self, model: TrainedModel, decoding: Decoding, new_tokens: int, memory: bool, anchor_ratio: float):
+        self._model, self._decoding, self._new_tokens = model, decoding, new_tokens
+        self._memory, self._anchor_ratio = memory, anchor_ratio
+        self.memory_seconds = self.decoding_seconds = 0.0
+
+    def answer(self, batch: list[Sample], ids: list[int]) -> list[_Answer]:
+        encode, decode = self._model.tokenizer.encode_plain, self._model.tokenizer.decode
+        prompts, truth = encode([sample.prompt for sample in batch]), encode([sample.response for sample in batch])
+        made = self._model.generate(prompts, self._new_tokens, self._decoding, self._memory, self._anchor_ratio, ids)
+        self.memory_seconds += made.memory_seconds
+        self.decoding_seconds += made.decoding_seconds
+        nll = _answer_nll(self._model, prompts, truth, made.fast)
+        return list(map(_Answer, map(decode, made.responses), nll, map(len, truth)))
+
+
 def _answer_nll(
-    model: TrainedModel,
-    prompts: Sequence[list[int]],
-    responses: Sequence[list[int]],
-    fast: FastWeights | None,
+    model: TrainedModel, prompts: Sequence[list[int]], responses: Sequence[list[int]], fast: FastWeights | None
 ) -> list[float]:
     """The sum of the NLL of each true response's tokens, all of them masked, in nats."""
     start = model.canvas(prompts, [len(response) for response in responses])
     clean_BL = start.tokens_BL.clone()
     clean_BL[start.response_BL] = torch.tensor([token for response in responses for token in response])
     return model.nll(start.tokens_BL, start.response_BL, clean_BL, start.attended_BL, fast).tolist()
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and its standard error."""
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return mean, 0.0
-    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return mean, (variance / len(values)) ** 0.5
