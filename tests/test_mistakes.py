@@ -52,7 +52,7 @@ MISTAKES = [
     Mistake("inner steps", "inner_steps must be at least 1", ("--parametric_memory.inner_steps", "0")),
     Mistake("steps of a single state", "cannot be taken along the anchor_only trajectory", ("--parametric_memory.inner_steps", "3", "--parametric_memory.trajectory", "anchor_only")),
     Mistake("inner loss", "error: invalid choice 'mse' for argument '--parametric-memory.inner-loss'", ("--parametric_memory.inner_loss", "mse")),
-    Mistake("flavour", "choose among debug, quickstart, bench, 1B, 8B", ("--model.flavor", "7B")),
+    Mistake("flavour", "choose among debug, quickstart, needle, needle_gpu, bench, 1B, 8B", ("--model.flavor", "7B")),
     Mistake("model", "is not a diffusion backbone", ("--model.name", "llama3")),
     Mistake("converters", "model.converters = ['float8'] is not supported", ("--model.converters", "float8")),
     Mistake("pipeline", "pipeline_parallel_degree = 2 is not supported", ("--parallelism.pipeline_parallel_degree", "2")),
