@@ -134,7 +134,7 @@ evaluate() {
 }
 
 report() {
-    folders() { for seed in $seeds; do echo -n "$OUT/$1-$seed$2,"; done | sed 's/,$//'; }
+    folders() { for seed in $seeds; do echo -n "$OUT/$1-$seed${2:-},"; done | sed 's/,$//'; }
     for part in heldout train; do
         "$python" tools/evaluate.py compare base="$OUT/base/needle-$part" MDLM="$(folders mdlm "/needle-$part")" \
             MemDLM="$(folders memdlm "/needle-$part")" --output "$OUT/report-$part" --overwrite
