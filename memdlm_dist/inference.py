@@ -55,7 +55,6 @@ class Generated:
     """Responses to a batch of prompts, as token ids up to end-of-text."""
 
     responses: list[list[int]]
-    tokens_BL: Tensor
     fast: FastWeights | None  # what they were read with
     memory_seconds: float
     decoding_seconds: float
@@ -93,7 +92,6 @@ class TrainedModel:
         self.checkpoint = ""
         self.load(checkpoint or checkpoint_folder(config))
         self.trained_length: int = config.training.seq_len
-        self.vocab_size = args.vocab_size
         dtype = config.training.mixed_precision_param
         # torch warns of an autocast that changes nothing.
         self._amp: Any = nullcontext()
@@ -114,11 +112,6 @@ class TrainedModel:
         self.checkpoint = weights.load(self.model, checkpoint)
 
     @property
-    def sharded(self) -> int:
-        """By which the length of a canvas must be divisible."""
-        return self._objective.shards
-
-    @property
     def mask_id(self) -> int:
         return self.tokenizer.mask_id
 
@@ -130,7 +123,7 @@ class TrainedModel:
         self, prompts: Sequence[Sequence[int]], new_tokens: int | Sequence[int], ids: Sequence[int] | None = None
     ) -> Canvas:
         """`sampler.canvas` with this model's tokens and sharding."""
-        return sampler.canvas(prompts, new_tokens, self.mask_id, self.eos_id, ids, self.sharded)
+        return sampler.canvas(prompts, new_tokens, self.mask_id, self.eos_id, ids, self._objective.shards)
 
     def remember(
         self, prompts: Sequence[Sequence[int]], anchor_ratio: float = ANCHOR_RATIO, ids: Sequence[int] | None = None
@@ -240,7 +233,6 @@ class TrainedModel:
         tokens_BL = sampler.finished(self.denoise(start, decoding, remembered.fast if remembered else None), start)
         return Generated(
             sampler.responses(tokens_BL, start, self.eos_id),
-            tokens_BL,
             remembered.fast if remembered else None,
             remembered.seconds if remembered else 0.0,
             time.perf_counter() - began,

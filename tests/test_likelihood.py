@@ -54,7 +54,7 @@ class Joint:
 class ToyModel:
     """What the harness's model asks of a TrainedModel, answered from the joint distribution."""
 
-    trained_length, eos_id, mask_id, rank, ranks, sharded, _group = 8, EOS, MASK, 0, 1, 1, None
+    trained_length, eos_id, mask_id, rank, ranks, _group = 8, EOS, MASK, 0, 1, None
 
     def __init__(self):
         self.joint = Joint()

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from memdlm_dist import parse_config
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import EXIT_STATUS, UserError
@@ -87,8 +89,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {mistake}", file=sys.stderr)
         return EXIT_STATUS
     finally:
-        import torch.distributed as dist
-
         if dist.is_initialized():
             dist.destroy_process_group()
     return 0

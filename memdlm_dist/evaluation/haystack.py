@@ -50,9 +50,7 @@ class Haystack:
         owner: dict[str, bool] = {}
         for sentence, is_held_out in held_out:
             owner.setdefault(sentence, is_held_out)
-        sentences = [
-            sentence for sentence, of in held_out if of == owner[sentence] == (part == "heldout")
-        ]  # fmt: skip
+        sentences = [sentence for sentence, of in held_out if of == owner[sentence] == (part == "heldout")]
         words = sorted({word for text in texts for word in _WORD.findall(text)})
         words = [word for word in words if belongs(word, part)]
         if not sentences or len(words) < _LEAST_WORDS:
