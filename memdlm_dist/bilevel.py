@@ -34,11 +34,13 @@ class Memory:
     optimiser: InnerSGD
     per_sample: bool
     tp_mesh: DeviceMesh | None = None
+    # Expert parallelism: the ranks of a group have one set together, of which each keeps its own experts' terms.
+    ep_mesh: DeviceMesh | None = None
 
     def draw(self, seed: int, step: int, sample_ids_B: Tensor) -> FastWeights:
         """The fast weights with which a micro-batch starts."""
         keys_G = fast_weights.keys(seed, step, sample_ids_B, self.per_sample)
-        return fast_weights.draw(self.adapter, self.linears, self.rank, self.alpha, keys_G, self.tp_mesh)
+        return fast_weights.draw(self.adapter, self.linears, self.rank, self.alpha, keys_G, self.tp_mesh, self.ep_mesh)
 
 
 def outer_loss(
@@ -103,6 +105,7 @@ def _write(
             fast,
             n_sets=len(batch.sample_ids_B) if memory.per_sample else 1,
             optimiser=memory.optimiser,
+            pool=memory.ep_mesh.get_group() if memory.ep_mesh is not None else None,
         )
 
 

@@ -8,6 +8,7 @@ import os
 import platform
 import resource
 import sys
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -33,6 +34,17 @@ def prepare() -> None:
     cpu.memory_stats = lambda device=None: _memory_stats()
     cpu.reset_peak_memory_stats = lambda device=None: None
     cpu.empty_cache = lambda: None
+    torch.histc = _histc_of_integers(torch.histc)
+
+
+def prepare_experts() -> None:
+    """Make torchtitan's mixture of experts run: its token permutation is a Triton kernel."""
+    if has_accelerator():
+        return
+    # Not above: this import needs `prepare` to have been called.
+    from torchtitan.models.moe import kernels, utils
+
+    utils.generate_permute_indices = partial(kernels.generate_permute_indices, use_cpu=True)
 
 
 def prepare_collectives(model: torch.nn.Module) -> None:
@@ -42,6 +54,18 @@ def prepare_collectives(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, torch.distributed.fsdp.FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _histc_of_integers(histc: Any) -> Any:
+    """`torch.histc`, which on a CPU does not take integers; torchtitan counts with it the tokens of each expert."""
+
+    def counted(x: torch.Tensor, bins: int, min: int = 0, max: int = 0, **rest: Any) -> torch.Tensor:
+        if x.is_floating_point() or (min, max) != (0, bins):
+            found: torch.Tensor = histc(x, bins, min, max, **rest)
+            return found
+        return torch.bincount(x, minlength=bins)
+
+    return counted
 
 
 def _total_memory() -> int:

@@ -10,3 +10,9 @@ class UserError(ValueError):
 
 
 EXIT_STATUS = 2
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises UserError with the message unless the condition holds."""
+    if not condition:
+        raise UserError(message)

@@ -3,8 +3,11 @@
 They are arguments of the forward pass, never parameters or module state. So the optimizer, FSDP2,
 checkpoints and `state_dict` know nothing of them, and they are gone when the step is over.
 
+A mixture of experts has a term for each expert. Their tensors have the experts, E of them, where others
+have the sets: there is one set then, which belongs to the micro-batch.
+
 Shapes: G sets of fast weights (one per sequence, or one per micro-batch), B sequences, L tokens,
-R rank, T tensors of the tree.
+R rank, E experts of this rank, S slots (a token as often as experts see it), sorted by expert.
 """
 
 import math
@@ -15,6 +18,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup, all_reduce, broadcast, get_global_rank
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
@@ -32,6 +36,14 @@ class AdaptedLinear:
     out_features: int
     row_wise: bool  # tensor-parallel style: row-wise shards `in`, column-wise shards `out`
     number: int  # its own among all linears of the backbone, whichever are adapted: the key of its draw
+    # Of a mixture of experts: this linear of each of so many experts, with a term of its own for each (their numbers
+    # follow on), of which so many apply to a token. 0 for a linear that all tokens pass through.
+    experts: int = 0
+    experts_per_token: int = 1
+
+
+# Slots `[S, i]`, sorted by expert, times each expert's own matrix `[E, o, i]`: `[S, o]`.
+ExpertProduct = Callable[[Tensor, Tensor], Tensor]
 
 
 class LowRank(NamedTuple):
@@ -68,6 +80,10 @@ class LowRank(NamedTuple):
             z_BLR = cast(DTensor, z_BLR).redistribute(placements=[Shard(1)])
         return _local_output(self.scale * _project(z_BLR, self.B_GoR), row_wise)
 
+    def expert_term(self, x_Si: Tensor, product: ExpertProduct) -> Tensor:
+        """The term for each expert; see `adapted_experts`."""
+        return self.scale * product(product(x_Si, _part(self.A_GRi)), _part(self.B_GoR))
+
 
 class Full(NamedTuple):
     """Full-matrix fast weights of one linear: y = (W + delta) x.
@@ -90,6 +106,10 @@ class Full(NamedTuple):
         row_wise = isinstance(self.delta_Goi, DTensor) and self.delta_Goi.placements[0].is_shard(2)
         return _local_output(_project(_layout(x_BLi, self.delta_Goi, row_wise), self.delta_Goi), row_wise)
 
+    def expert_term(self, x_Si: Tensor, product: ExpertProduct) -> Tensor:
+        """The term for each expert; see `adapted_experts`."""
+        return product(x_Si, _part(self.delta_Goi))
+
 
 # An adapter is a named tuple of tensors with two functions: how they start, and what they add to a linear.
 FastLinear = LowRank | Full
@@ -106,6 +126,7 @@ def draw(
     alpha: float,
     keys_G: Tensor,
     tp_mesh: DeviceMesh | None = None,
+    ep_mesh: DeviceMesh | None = None,
 ) -> FastWeights:
     """Fresh fast weights, with which the model is as without them.
 
@@ -115,10 +136,19 @@ def draw(
         rank, alpha: of the low-rank term.
         keys_G: one key per set, from `keys`; the draw lands on its device, in float32.
         tp_mesh: one-dimensional; makes DTensors.
+        ep_mesh: one-dimensional; each rank draws its own experts' terms, from the keys of the first one's set.
     """
+    if ep_mesh is not None:
+        keys_G, group = keys_G.clone(), ep_mesh.get_group()
+        broadcast(keys_G, get_global_rank(group, 0), group)
     fast: FastWeights = {}
     for linear in linears:
-        new = ADAPTERS[adapter].start(linear, rank, alpha, keys_G + linear.number, tp_mesh)
+        keys = keys_G + linear.number
+        if linear.experts:
+            ranks, place = (ep_mesh.size(), ep_mesh.get_local_rank()) if ep_mesh is not None else (1, 0)
+            count = linear.experts // ranks
+            keys = keys + torch.arange(place * count, (place + 1) * count, device=keys.device)
+        new = ADAPTERS[adapter].start(linear, rank, alpha, keys, tp_mesh)
         fast.setdefault(linear.layer, {})[linear.target] = new
     return fast
 
@@ -137,6 +167,23 @@ def adapted(linear: nn.Module, x_BLi: Tensor, fast: FastLinear | None) -> Tensor
     """
     y_BLo = linear(x_BLi)
     return y_BLo if fast is None else y_BLo + fast.term(x_BLi).type_as(y_BLo)
+
+
+def adapted_experts(weight_Eoi: Tensor, x_Si: Tensor, fast: FastLinear | None, product: ExpertProduct) -> Tensor:
+    """The output `[S, out]` of a linear that each expert has of its own, with the fast term of each expert added.
+
+    All tensors are this rank's. Under tensor parallelism the output of a row-wise linear is a partial sum, and
+    so is the term's: the caller reduces both at once.
+    """
+    y_So = product(x_Si, weight_Eoi)
+    return y_So if fast is None else y_So + fast.expert_term(x_Si, product).type_as(y_So)
+
+
+def _part(x: Tensor) -> Tensor:
+    """This rank's part of a fast tensor; the gradient of one that is replicated is what this rank adds to it."""
+    if not isinstance(x, DTensor):
+        return x
+    return x.to_local(grad_placements=[Partial() if x.placements[0].is_replicate() else x.placements[0]])
 
 
 def _local_sizes(linear: AdaptedLinear, tp_mesh: DeviceMesh | None) -> tuple[int, int]:
@@ -199,8 +246,9 @@ def select(fast: FastWeights, index_B: Sequence[int]) -> FastWeights:
     return map_leaves(picked, fast)
 
 
-def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
-    """Squared 2-norm of every set of every tensor, `[T, G]`, plain and equal on all ranks.
+def squared_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Squared 2-norm of every set of every tensor (of every expert), `[G]` or `[E]` each, plain and equal on all
+    tensor-parallel ranks.
 
     DTensors must be replicated or sharded, not partial. All sharded ones are reduced in one collective.
     """
@@ -209,19 +257,42 @@ def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
         x = x.to_local() if isinstance(x, DTensor) else x
         return x.float().square().sum((1, 2))
 
-    norms_TG = torch.stack([local(x) for x in tensors])
+    squares = [local(x) for x in tensors]
     sharded = [i for i, x in enumerate(tensors) if isinstance(x, DTensor) and x.placements[0].is_shard()]
     if sharded:
         mesh = tensors[sharded[0]].device_mesh  # type: ignore[attr-defined]
-        part = DTensor.from_local(norms_TG[sharded], mesh, [Partial()], run_check=False)
-        norms_TG[sharded] = part.full_tensor()
-    return norms_TG
+        part = DTensor.from_local(torch.cat([squares[i] for i in sharded]), mesh, [Partial()], run_check=False)
+        whole = part.full_tensor().split([len(squares[i]) for i in sharded])
+        for i, reduced in zip(sharded, whole, strict=True):
+            squares[i] = reduced
+    return squares
 
 
-# What a tensor's clipping goes by: its own norm, or the norm of all the set's tensors together.
-GRADIENT_NORMS: dict[str, Callable[[Tensor], Tensor]] = {
-    "per_parameter": lambda squares_TG: squares_TG.sqrt(),
-    "global": lambda squares_TG: squares_TG.sum(0, keepdim=True).sqrt().expand_as(squares_TG),
+def set_totals(squares: Sequence[Tensor], n_sets: int, pool: ProcessGroup | None = None) -> Tensor:
+    """Squared 2-norm of every set `[G]`, all its tensors and experts together.
+
+    Args:
+        squares: from `squared_norms`.
+        n_sets: G.
+        pool: the expert-parallel ranks, each with other experts of the one set.
+    """
+    totals = [x if len(x) == n_sets else x.sum(0, keepdim=True) for x in squares]
+    return pooled(torch.stack(totals).sum(0), pool)
+
+
+def pooled(x: Tensor, pool: ProcessGroup | None) -> Tensor:
+    """The sum over the ranks that share their set of fast weights: those of an expert-parallel group."""
+    if pool is None:
+        return x
+    x = x.clone()
+    all_reduce(x, group=pool)
+    return x
+
+
+# What a tensor's clipping goes by, of squared norms: its own `[n]`, or that of all the set's tensors together `[G]`.
+GRADIENT_NORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "per_parameter": lambda own_n, set_G: own_n,
+    "global": lambda own_n, set_G: set_G.expand_as(own_n),
 }
 
 
@@ -235,7 +306,11 @@ class InnerSGD:
 
 
 def sgd_update(
-    fast: FastWeights, grads: Sequence[Tensor], optimiser: InnerSGD, keep_G: Tensor
+    fast: FastWeights,
+    grads: Sequence[Tensor],
+    optimiser: InnerSGD,
+    keep_G: Tensor,
+    pool: ProcessGroup | None = None,
 ) -> tuple[FastWeights, Tensor]:
     """One SGD step, every set's every tensor clipped by its norm: g *= clip / (norm + 1e-12) above it.
 
@@ -243,6 +318,7 @@ def sgd_update(
         grads: gradients of `leaves(fast)`.
         keep_G: bool; sets where it is False are left as they are, and so are those whose gradient is
             not finite.
+        pool: the expert-parallel ranks; see `set_totals`.
 
     Returns:
         The new fast weights, and the 2-norm `[G]` of each set's whole gradient before clipping.
@@ -252,17 +328,20 @@ def sgd_update(
         g.redistribute(placements=x.placements) if isinstance(x, DTensor) and isinstance(g, DTensor) else g
         for x, g in zip(leaves(fast), grads, strict=True)
     ]
-    squares_TG = squared_norms(grads)
-    keep_G = keep_G & squares_TG.isfinite().all(0)
-    norms_TG, clip = GRADIENT_NORMS[optimiser.gradient_norm](squares_TG), optimiser.clip
-    factor_TG = torch.where(norms_TG > clip, clip / (norms_TG + 1e-12), 1.0) if clip > 0 else torch.ones_like(norms_TG)
+    squares = squared_norms(grads)
+    total_G = set_totals(squares, len(keep_G), pool)
+    keep_G = keep_G & total_G.isfinite()
+    clip = optimiser.clip
 
-    def step(x: Tensor, g: Tensor, factor_G: Tensor) -> Tensor:
+    def step(x: Tensor, g: Tensor, own_n: Tensor) -> Tensor:
+        norm_n = GRADIENT_NORMS[optimiser.gradient_norm](own_n, total_G).sqrt()
+        factor_n = torch.where(norm_n > clip, clip / (norm_n + 1e-12), 1.0) if clip > 0 else torch.ones_like(norm_n)
+        keep_n = keep_G.expand_as(factor_n)
         # Local arithmetic: the factor is one number per set, the same on every tensor-parallel rank.
         placements = (x.device_mesh, x.placements) if isinstance(x, DTensor) else None
         x, g = (y.to_local() if isinstance(y, DTensor) else y for y in (x, g))
-        moved = x - optimiser.learning_rate * factor_G[:, None, None] * g
-        new = torch.where(keep_G[:, None, None], moved, x)
+        moved = x - optimiser.learning_rate * factor_n[:, None, None] * g
+        new = torch.where(keep_n[:, None, None], moved, x)
         return DTensor.from_local(new, *placements, run_check=False) if placements else new
 
-    return map_leaves(step, fast, grads, list(factor_TG)), squares_TG.sum(0).sqrt()
+    return map_leaves(step, fast, grads, squares), total_G.sqrt()

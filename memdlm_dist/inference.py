@@ -20,7 +20,7 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.utils import device_module, device_type, set_default_dtype
 
-from memdlm_dist import bilevel, parse_config, sampler, train_spec, trajectory  # noqa: F401  (registers backbones)
+from memdlm_dist import bilevel, check_layout, parse_config, sampler, train_spec, trajectory  # noqa: F401  (registers backbones)
 from memdlm_dist.checkpoint import weights
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.diffusion import SetSum
@@ -75,9 +75,9 @@ class TrainedModel:
 
     def __init__(self, config: Any, checkpoint: str | None = None):
         config = _for_reading(config)
-        parse_config.check_launch(config, int(os.environ.get("WORLD_SIZE", "1")))
+        check_layout.check_launch(config, int(os.environ.get("WORLD_SIZE", "1")))
         args = backbone_args(config.model.name, config.model.flavor)
-        parse_config.check_backbone(config, args)
+        check_layout.check_backbone(config, args)
         self.tokenizer = DiffusionTokenizer(config.model.hf_assets_path)
         self.device, parallel_dims = _start(config)
         args.update_from_config(config)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from memdlm_dist import fast_weights
 from memdlm_dist.diffusion import SetSum
@@ -32,6 +33,7 @@ def adapt(
     fast: FastWeights,
     n_sets: int,
     optimiser: InnerSGD,
+    pool: ProcessGroup | None = None,
 ) -> tuple[FastWeights, InnerStatistics]:
     """K steps of SGD on the fast weights, first order, along K states of a trajectory.
 
@@ -46,6 +48,7 @@ def adapt(
         fast: initial fast weights with `n_sets` sets; not modified.
         n_sets: G; 1 pools all rows, otherwise row g belongs to set g.
         optimiser: of the fast weights.
+        pool: ranks that have one set together, each with other experts and tokens: losses and norms are theirs all.
 
     Returns:
         The fast weights after the last step, detached, and the statistics.
@@ -55,28 +58,29 @@ def adapt(
     with torch.enable_grad():
         for k, tokens in enumerate(scored):
             fast = fast_weights.map_leaves(lambda x: x.detach().requires_grad_(), fast)
-            sums, count_G = _set_means(tokens, n_sets, fast_weights.leaves(fast)[0].dtype)
+            sums, count_G = _set_means(tokens, n_sets, fast_weights.leaves(fast)[0].dtype, pool)
             loss_G = state_loss(k, fast, sums)
             grads = torch.autograd.grad(loss_G.sum(), fast_weights.leaves(fast))
             with torch.no_grad():
-                fast, norm_G = fast_weights.sgd_update(fast, grads, optimiser, keep_G=loss_G.isfinite())
+                loss_G = fast_weights.pooled(loss_G.detach(), pool)
+                fast, norm_G = fast_weights.sgd_update(fast, grads, optimiser, loss_G.isfinite(), pool)
             finite_G = loss_G.isfinite() & norm_G.isfinite()
-            losses.append(loss_G.detach())
+            losses.append(loss_G)
             norms.append(norm_G)
             counted.append(finite_G & (count_G > 0))
             skipped.append(~finite_G)
     with torch.no_grad():
         change = [new - old for new, old in zip(*map(fast_weights.leaves, (fast, initial)), strict=True)]
-        written_G = fast_weights.squared_norms(change).sum(0).sqrt()
+        written_G = fast_weights.set_totals(fast_weights.squared_norms(change), n_sets, pool).sqrt()
     statistics = InnerStatistics(
         torch.stack(losses), torch.stack(norms), torch.stack(counted), torch.stack(skipped), written_G
     )
     return fast, statistics
 
 
-def _set_means(tokens: Scored, n_sets: int, dtype: torch.dtype) -> tuple[SetSum, Tensor]:
+def _set_means(tokens: Scored, n_sets: int, dtype: torch.dtype, pool: ProcessGroup | None) -> tuple[SetSum, Tensor]:
     """The mean weighted loss of every set's scored tokens, as a sum; and the number `[G]` of these tokens."""
     set_N = tokens.row_N if n_sets > 1 else torch.zeros_like(tokens.row_N)
     valid_N = tokens.valid_N.to(dtype)
-    count_G = valid_N.new_zeros(n_sets).index_add(0, set_N, valid_N)
+    count_G = fast_weights.pooled(valid_N.new_zeros(n_sets).index_add(0, set_N, valid_N), pool)
     return SetSum(valid_N * tokens.weight_N / count_G.clamp(min=1)[set_N], set_N, n_sets), count_G

@@ -106,6 +106,25 @@ class ParametricMemory:
 
 
 @dataclass
+class Lora:
+    """Outer LoRA, with model.converters = ["lora"]: the base is frozen and adapters of its linears are trained."""
+
+    rank: int = 32
+    """Rank of the adapters."""
+
+    alpha: float = 64.0
+    """The adapter's term is multiplied by alpha / rank."""
+
+    target_modules: list[str] = field(default_factory=lambda: ["attention", "ffn"])
+    """Linears of all layers that get an adapter: ffn (which is gate, up, down), attention (q, k, v, o), or any of
+    these linears by name. llada_moe's experts cannot have one."""
+
+    export: Literal["merged", "adapter"] = "merged"
+    """What the last save writes with checkpoint.last_save_in_hf: the whole model with the adapters merged into it, or
+    the adapters alone in PEFT's layout."""
+
+
+@dataclass
 class Data:
     """Streams of tokenised shards, as tools/prepare_data.py writes them."""
 
@@ -191,6 +210,7 @@ class JobConfig(TitanJobConfig):
 
     diffusion: Diffusion = field(default_factory=Diffusion)
     parametric_memory: ParametricMemory = field(default_factory=ParametricMemory)
+    lora: Lora = field(default_factory=Lora)
     data: Data = field(default_factory=Data)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     reliability: Reliability = field(default_factory=Reliability)

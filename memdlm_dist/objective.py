@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.distributed import ParallelDims
 
 from memdlm_dist import keyed_random, trajectory
@@ -112,7 +111,7 @@ def build_objective(
             schedule=diffusion.schedule,
             loss_weight=diffusion.loss_weight,
         ),
-        memory=_memory(memory, args, tp_mesh) if memory.enable else None,
+        memory=_memory(memory, args, parallel_dims) if memory.enable else None,
         # Without a seed torchtitan draws one for the weights; the noise then starts from 0, so that a
         # resumed run goes on with its own.
         seed=job_config.debug.seed or 0,
@@ -123,7 +122,7 @@ def build_objective(
     )
 
 
-def _memory(config: Any, args: LLaDAArgs, tp_mesh: DeviceMesh | None) -> Memory:
+def _memory(config: Any, args: LLaDAArgs, parallel_dims: ParallelDims) -> Memory:
     first_layer = int(args.n_layers * (1 - config.layer_fraction))
     return Memory(
         first_layer=first_layer,
@@ -134,5 +133,6 @@ def _memory(config: Any, args: LLaDAArgs, tp_mesh: DeviceMesh | None) -> Memory:
         loss=inner_loss(config.inner_loss, config.student_hidden, config.teacher_hidden),
         optimiser=InnerSGD(config.learning_rate, config.gradient_clip, config.gradient_norm),
         per_sample=config.granularity == "sample",
-        tp_mesh=tp_mesh,
+        tp_mesh=parallel_dims.get_optional_mesh("tp"),
+        ep_mesh=parallel_dims.get_optional_mesh("ep"),
     )

@@ -18,9 +18,9 @@ import typeguard
 from torchtitan.config import ConfigManager
 
 from memdlm_dist.checkpoint.continuity import KEYS as CONTINUITY
-from memdlm_dist.errors import UserError
+from memdlm_dist.errors import UserError, require
 from memdlm_dist.job_config import JobConfig
-from memdlm_dist.models.llada import LLaDAArgs
+from memdlm_dist.storage import is_remote
 from memdlm_dist.trajectory import SINGLE_STATE
 
 _CONFIG_FILE_FLAGS = ("--job.config_file", "--job.config-file")
@@ -150,204 +150,145 @@ def _plain(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip().rstrip(".")
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
 def _check_values(config: Any) -> None:
     """What the configuration alone can tell to be impossible, apart from the backbone's sizes."""
     memory, parallel = config.parametric_memory, config.parallelism
-    _require(memory.rank >= 1, f"parametric_memory.rank must be at least 1, but is {memory.rank}.")
-    _require(memory.inner_steps >= 1, f"parametric_memory.inner_steps must be at least 1, but is {memory.inner_steps}.")
-    _require(
+    require(memory.rank >= 1, f"parametric_memory.rank must be at least 1, but is {memory.rank}.")
+    require(memory.inner_steps >= 1, f"parametric_memory.inner_steps must be at least 1, but is {memory.inner_steps}.")
+    require(
         # 2 is the default: choosing such a trajectory takes one key.
         memory.trajectory not in SINGLE_STATE or memory.inner_steps <= 2,
         f"parametric_memory.inner_steps = {memory.inner_steps} cannot be taken along the {memory.trajectory} "
         "trajectory, which has a single state; remove inner_steps, or choose anchor_consistent or progressive.",
     )
-    _require(
+    require(
         memory.pre_anchor_scale > 0,
         f"parametric_memory.pre_anchor_scale must be positive, but is {memory.pre_anchor_scale}.",
     )
-    _require(
+    require(
         memory.learning_rate >= 0,
         f"parametric_memory.learning_rate must not be negative, but is {memory.learning_rate}.",
     )
-    _require(
+    require(
         0 < memory.probability <= 1,
         f"parametric_memory.probability = {memory.probability} must be above 0, at most 1; for no memory at all set "
         "parametric_memory.enable = false.",
     )
-    _require(
+    require(
         memory.gradient_clip >= 0,
         f"parametric_memory.gradient_clip must not be negative (0 is off), but is {memory.gradient_clip}.",
     )
-    _require(
+    require(
         0 < memory.layer_fraction <= 1,
         f"parametric_memory.layer_fraction = {memory.layer_fraction} selects no layer; give a value above 0, "
         "at most 1, or set parametric_memory.enable = false.",
     )
-    _require(
+    require(
         bool(memory.target_modules),
         "parametric_memory.target_modules is empty; name ffn, attention or linears of theirs, or "
         "set parametric_memory.enable = false.",
     )
-    _require(
+    require(
         bool(config.data.train),
         "data.train is empty; name at least one folder of shards (tools/prepare_data.py).",
     )
-    _require(
+    require(
         len(config.data.proportions) in (0, len(config.data.train)),
         f"data.proportions has {len(config.data.proportions)} entries for {len(config.data.train)} streams in "
         "data.train; give one for each, or none.",
     )
-    _require(all(share > 0 for share in config.data.proportions), "data.proportions must all be positive numbers.")
-    _require(
+    require(all(share > 0 for share in config.data.proportions), "data.proportions must all be positive numbers.")
+    require(
         not config.validation.enable or bool(config.data.validation),
         "validation.enable is set but data.validation is empty; name the held-out shards or disable validation.",
     )
-    _require(config.training.steps >= 1, f"training.steps must be at least 1, but is {config.training.steps}.")
-    _require(
+    require(config.training.steps >= 1, f"training.steps must be at least 1, but is {config.training.steps}.")
+    require(
         config.training.local_batch_size >= 1,
         f"training.local_batch_size must be at least 1, but is {config.training.local_batch_size}.",
     )
-    _require(
+    require(
         config.training.seq_len >= 1,
         f"training.seq_len must be at least 1, but is {config.training.seq_len}.",
     )
-    _require(
+    require(
         config.metrics.log_freq >= 1,
         f"metrics.log_freq must be at least 1, but is {config.metrics.log_freq}.",
     )
-    _require(config.validation.freq >= 1, f"validation.freq must be at least 1, but is {config.validation.freq}.")
-    _require(
+    require(config.validation.freq >= 1, f"validation.freq must be at least 1, but is {config.validation.freq}.")
+    require(
         config.checkpoint.keep_latest_k != 1,
         "checkpoint.keep_latest_k must be 0 (keep all) or at least 2: the newest may still be in the writing.",
     )
-    _require(
+    require(
         config.checkpoint.keep_every >= 0,
         f"checkpoint.keep_every must not be negative (0 is off), but is {config.checkpoint.keep_every}.",
     )
-    _require(
+    require(
         config.checkpoint.interval >= 1, f"checkpoint.interval must be at least 1, but is {config.checkpoint.interval}."
     )
     unknown = [key for key in config.checkpoint.accept_changes if key not in CONTINUITY]
-    _require(
+    require(
         not unknown,
         f"checkpoint.accept_changes names {', '.join(unknown)}; choose among {', '.join(CONTINUITY)}.",
     )
-    _require(
+    require(
         config.reliability.max_consecutive_skips >= 1,
         f"reliability.max_consecutive_skips must be at least 1, but is {config.reliability.max_consecutive_skips}.",
     )
-    _require(
+    require(
         config.reliability.on_nonfinite == "stop" or not config.optimizer.early_step_in_backward,
         "reliability.on_nonfinite = 'skip' needs all gradients before the optimizer moves; unset "
         "optimizer.early_step_in_backward.",
     )
-    _require(
+    require(
         config.data.download_retry >= 1, f"data.download_retry must be at least 1, not {config.data.download_retry}."
     )
-    _require(
+    require(
         parallel.pipeline_parallel_degree == 1,
         f"parallelism.pipeline_parallel_degree = {parallel.pipeline_parallel_degree} is not supported: the inner "
         "loop runs trunk and tail several times a step; use FSDP and tensor parallelism and set it to 1.",
     )
-    _require(
+    require(
         parallel.context_parallel_degree == 1,
         f"parallelism.context_parallel_degree = {parallel.context_parallel_degree} is not supported yet; set it to 1.",
     )
-    _require(
-        parallel.expert_parallel_degree == 1,
-        f"parallelism.expert_parallel_degree = {parallel.expert_parallel_degree} needs a mixture-of-experts "
-        "backbone; set it to 1.",
+    require(
+        config.model.converters in ([], ["lora"]),
+        f'model.converters = {config.model.converters} is not supported but for ["lora"]: fast weights attach to plain '
+        "linears, and the output head computes its losses itself; remove it.",
     )
-    _require(
-        not config.model.converters,
-        f"model.converters = {config.model.converters} is not supported: fast weights attach to plain linears, and "
-        "the output head computes its losses itself; remove it.",
-    )
-    _require(
+    require(config.lora.rank >= 1, f"lora.rank must be at least 1, but is {config.lora.rank}.")
+    require(bool(config.lora.target_modules), "lora.target_modules is empty; name attention, ffn or linears of theirs.")
+    _check_hugging_face(config)
+    require(
         config.checkpoint.enable or not config.checkpoint.create_seed_checkpoint,
         "checkpoint.create_seed_checkpoint needs checkpoint.enable; set both.",
     )
 
 
-def check_launch(config: Any, world_size: int) -> None:
-    """The parallel layout fits the number of processes and the batch.
-
-    Raises:
-        UserError: naming the degree or the batch size.
-    """
-    parallel, training = config.parallelism, config.training
-    replicate, shard = parallel.data_parallel_replicate_degree, parallel.data_parallel_shard_degree
-    tensor = parallel.tensor_parallel_degree
-    for name, degree in (("data_parallel_replicate_degree", replicate), ("tensor_parallel_degree", tensor)):
-        _require(degree >= 1, f"parallelism.{name} must be at least 1, but is {degree}.")
-    _require(
-        shard == -1 or shard >= 1,
-        f"parallelism.data_parallel_shard_degree must be -1 (all that is left) or at least 1, but is {shard}.",
+def _check_hugging_face(config: Any) -> None:
+    """The exchange of weights: what can be asked of the first load and the last save."""
+    checkpoint = config.checkpoint
+    require(
+        not checkpoint.initial_load_in_hf or checkpoint.enable,
+        "checkpoint.initial_load_in_hf needs checkpoint.enable; set both.",
     )
-    layout = f"data_parallel_replicate_degree {replicate} x tensor_parallel_degree {tensor}"
-    if shard == -1:
-        _require(
-            world_size % (replicate * tensor) == 0,
-            f"{world_size} processes cannot be divided into {layout}; change NGPU or the degrees under [parallelism].",
-        )
-        shard = world_size // (replicate * tensor)
-    _require(
-        replicate * shard * tensor == world_size,
-        f"{layout} x data_parallel_shard_degree {shard} makes {replicate * shard * tensor} ranks, but "
-        f"{world_size} processes were started; change NGPU or the degrees under [parallelism].",
+    require(
+        not checkpoint.initial_load_in_hf or checkpoint.initial_load_model_only,
+        "checkpoint.initial_load_in_hf loads weights alone; set checkpoint.initial_load_model_only = true.",
     )
-    _require(
-        replicate == 1 or shard > 1,
-        "parallelism.data_parallel_replicate_degree > 1 needs data_parallel_shard_degree > 1 (HSDP): replication "
-        "without sharding is not supported; use data_parallel_shard_degree instead.",
+    require(
+        not checkpoint.initial_load_in_hf_quantized,
+        "checkpoint.initial_load_in_hf_quantized is not supported; load weights that are not quantised and unset it.",
     )
-    _require(
-        world_size == 1 or not config.checkpoint.create_seed_checkpoint,
-        "checkpoint.create_seed_checkpoint needs a single process, so that nothing is sharded; set NGPU=1.",
+    require(
+        not checkpoint.last_save_in_hf or checkpoint.last_save_model_only,
+        "checkpoint.last_save_in_hf saves weights alone, from which the run cannot go on; set "
+        "checkpoint.last_save_model_only = true as well.",
     )
-    micro = training.local_batch_size * replicate * shard
-    _require(
-        training.global_batch_size < 0 or (training.global_batch_size > 0 and training.global_batch_size % micro == 0),
-        f"training.global_batch_size = {training.global_batch_size} must be a multiple of "
-        f"training.local_batch_size {training.local_batch_size} x {replicate * shard} data-parallel ranks = {micro}.",
+    require(
+        not checkpoint.last_save_in_hf or not is_remote(checkpoint.folder),
+        f"checkpoint.last_save_in_hf needs a checkpoint.folder on disk, not {checkpoint.folder}; write there and copy, "
+        "or convert the last checkpoint with tools/convert_checkpoint.py.",
     )
-
-
-def check_backbone(config: Any, args: LLaDAArgs) -> None:
-    """The backbone's sizes fit the parallel layout and the memory's targets.
-
-    Raises:
-        UserError: naming the size, the degree or the module.
-    """
-    targets = config.parametric_memory.target_modules
-    known = [*args.targets, *args.linears_of(list(args.targets))]
-    for target in targets:
-        _require(
-            target in known,
-            f"parametric_memory.target_modules names {target!r}, which model {config.model.name} does not have; "
-            f"choose among {', '.join(known)}.",
-        )
-    chosen = args.linears_of(targets)
-    _require(
-        len(set(chosen)) == len(chosen),
-        f"parametric_memory.target_modules names a linear twice: {', '.join(targets)} is {', '.join(chosen)}.",
-    )
-    tensor = config.parallelism.tensor_parallel_degree
-    flavour = f"model.flavor {config.model.flavor}"
-    sizes = {
-        "training.seq_len": config.training.seq_len,
-        f"the attention heads of {flavour}": args.n_heads,
-        f"the key-value heads of {flavour}": args.n_kv_heads or args.n_heads,
-        f"the FFN width of {flavour}": args.hidden_dim,
-        f"the vocabulary of {flavour}": args.vocab_size,
-    }
-    for name, size in sizes.items():
-        _require(
-            size % tensor == 0,
-            f"{name} ({size}) is not divisible by parallelism.tensor_parallel_degree ({tensor}); change one of them.",
-        )

@@ -21,7 +21,7 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
 
-from memdlm_dist import parse_config, preemption, train_spec, validate  # noqa: F401  (train_spec registers backbones)
+from memdlm_dist import check_layout, parse_config, preemption, train_spec, validate  # noqa: F401  (train_spec registers backbones)
 from memdlm_dist.agreement import StepAgreement
 from memdlm_dist.checkpoint.continuity import identity
 from memdlm_dist.checkpoint.manager import ResumableCheckpoints
@@ -202,8 +202,8 @@ def run(argv: Sequence[str]) -> int:
     """
     config = parse_config.parse(argv)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    parse_config.check_launch(config, world_size)
-    parse_config.check_backbone(config, backbone_args(config.model.name, config.model.flavor))
+    check_layout.check_launch(config, world_size)
+    check_layout.check_backbone(config, backbone_args(config.model.name, config.model.flavor))
     check_output(config.job.dump_folder)
     single_process_environment()
     with StopRequest() as stop:

@@ -31,7 +31,7 @@ from torchtitan.components.optimizer import build_optimizers
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.utils import device_module, device_type, get_peak_flops
 
-from memdlm_dist import parse_config
+from memdlm_dist import check_layout, parse_config
 from memdlm_dist.errors import EXIT_STATUS, UserError
 from memdlm_dist.flops import Recomputation, step_flops
 from memdlm_dist.models import backbone_args
@@ -220,9 +220,9 @@ def _check_output(path: str | None) -> None:
 
 def _configuration(path: Path, overrides: Sequence[str], world_size: int) -> Any:
     config = parse_config.parse(["--job.config_file", str(path), *overrides])
-    parse_config.check_launch(config, world_size)
+    check_layout.check_launch(config, world_size)
     args = backbone_args(config.model.name, config.model.flavor)
-    parse_config.check_backbone(config, args)
+    check_layout.check_backbone(config, args)
     if not config.parametric_memory.enable:
         raise UserError("parametric_memory.enable is false, so there is nothing to compare; set it to true.")
     return config

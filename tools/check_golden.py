@@ -20,12 +20,11 @@ import torch
 from golden_fixture import (
     Settings,
     Unsupported,
-    build_model,
-    check_supported,
-    our_name,
+    adapter_of,
+    leaf_of,
+    load_model,
     published_anchor,
     published_states,
-    split_adapter,
 )
 from golden_sampler import sampler_differences
 from safetensors import SafetensorError
@@ -33,7 +32,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from memdlm_dist.bilevel import Memory, outer_loss
+from memdlm_dist.errors import UserError
 from memdlm_dist.fast_weights import FastWeights, map_leaves
+from memdlm_dist.models.hugging_face import Adapter
 from memdlm_dist.models.llada import LLaDA
 from memdlm_dist.trajectory import IGNORE_INDEX, PROGRESSIVE_RATIOS, Draw, MicroBatch, Plan, State, micro_batch
 
@@ -115,7 +116,6 @@ def check(folder: Path) -> Iterator[Line]:
         Unsupported: the fixture is of a kind that this version does not cover.
     """
     manifest = json.loads((folder / "manifest.json").read_text())
-    check_supported(manifest)
     if "sampler" in manifest:
         for quantity, differing in sampler_differences(folder, manifest):
             yield Line(quantity, float(differing), float(differing > 0), not differing)
@@ -123,13 +123,16 @@ def check(folder: Path) -> Iterator[Line]:
     settings = Settings.read(manifest["memory"]) if "memory" in manifest else None
     files = manifest.get("files") or {path.stem: path.name for path in folder.glob("*.safetensors")}
     part = {name: load_file(folder / path) for name, path in files.items()}
-    inputs, results = part["inputs"], manifest["results"]
+    inputs, results = part["inputs"], manifest.get("results", {})
     tokens_BL = inputs["input_ids"]
+    adapter = adapter_of(manifest["arch"], tokens_BL.shape[1])
+    model = load_model(adapter, folder / files["weights"])
+    parameters = dict(model.named_parameters())
+    if "anchor_mask" not in inputs and "memory" not in manifest:
+        yield from compare_forward(model, inputs, part["outputs"])
+        return
     maskable_BL = inputs.get("labels", tokens_BL) != IGNORE_INDEX
     n_maskable = maskable_BL.sum().clamp(min=1)
-    model = build_model(manifest["arch"], part["weights"], tokens_BL.shape[1])
-    parameters = dict(model.named_parameters())
-
     plan = settings.plan if settings else Plan()
     anchor = published_anchor(plan, inputs)
     with_teacher = settings is not None and settings.loss.teacher is not None
@@ -146,17 +149,14 @@ def check(folder: Path) -> Iterator[Line]:
     if "plain" in part:
         loss = outer_loss(model, batch, memory=None)[0] / n_maskable
         loss.backward()
-        yield from compare_outer("plain", loss, model, batch, part["plain"], results, "plain_loss")
+        yield from compare_outer("plain", loss, model, adapter, batch, part["plain"], results, "plain_loss")
         yield from compare_norm("plain", parameters.values(), results, "plain_grad_norm")
     if settings is None:
         return
 
     if "anchor_mask" in inputs and ("t" in inputs or plan.trajectory != "anchor_only"):
         yield from compare_trajectory(settings, inputs, maskable_BL, anchor, states)
-    fast: FastWeights = {}
-    for name in manifest["adapters"]:
-        layer, target = split_adapter(name)
-        fast.setdefault(layer, {})[target] = settings.start(name, part["weights"][f"{name}.weight"], inputs)
+    fast = settings.start(manifest["adapters"], part["weights"], inputs)
     memory = Memory(
         first_layer=min(map(int, fast)),
         linears=(),
@@ -180,15 +180,27 @@ def check(folder: Path) -> Iterator[Line]:
     yield compare("inner gradient norms", norms, results["inner_grad_norms"], GRADIENT_ATOL, NORM_RTOL)
     pairs = {}
     for name in manifest["adapters"]:
-        layer, target = split_adapter(name)
-        final = adapted[0][layer][target]
+        final, entry = leaf_of(adapted[0], name)
         for field, tensor in zip(final._fields, final, strict=True):
             if isinstance(tensor, Tensor):
                 letter = field.split("_")[0]  # A, B or delta
-                pairs[f"{letter} {name}"] = (tensor[0], outputs[f"{letter}_final.{name}"])
+                pairs[f"{letter} {name}"] = (tensor[entry], outputs[f"{letter}_final.{name}"])
     yield worst("fast weights", pairs, FAST_ATOL)
-    yield from compare_outer("outer", loss, model, batch, outputs, results, "outer_loss", adapted[0])
+    yield from compare_outer("outer", loss, model, adapter, batch, outputs, results, "outer_loss", adapted[0])
     yield from compare_norm("outer", parameters.values(), results, "outer_grad_norm_base")
+
+
+def compare_forward(model: LLaDA, inputs: dict[str, Tensor], theirs: dict[str, Tensor]) -> Iterator[Line]:
+    """Logits at every position of a fixture of an architecture alone; where some are not attended to, at the others."""
+    tokens_BL = inputs["input_ids"]
+    everywhere = torch.arange(tokens_BL.numel())
+    for name, mask in (("logits", None), ("logits_padded", "attention_mask_padded")):
+        if name in theirs:
+            attended_BL = inputs[mask].bool() if mask else None
+            with torch.no_grad():
+                logits = model(tokens_BL, everywhere, attended_BL=attended_BL).view_as(theirs[name])
+            chosen = attended_BL if attended_BL is not None else torch.ones_like(tokens_BL).bool()
+            yield compare(name, logits[chosen], theirs[name][chosen], LOGITS_ATOL)
 
 
 def compare_norm(label: str, parameters: Iterable[Tensor], results: dict, key: str) -> Iterator[Line]:
@@ -202,6 +214,7 @@ def compare_outer(
     label: str,
     loss: Tensor,
     model: LLaDA,
+    adapter: Adapter,
     batch: MicroBatch,
     theirs: dict[str, Tensor],
     results: dict[str, Any],
@@ -217,13 +230,14 @@ def compare_outer(
             plain = map_leaves(lambda x: x.detach(), fast) if fast else None
             logits = model(batch.inputs[0], everywhere, plain)
         yield compare(f"{label} logits", logits.view_as(theirs["logits"]), theirs["logits"], LOGITS_ATOL)
-    pairs = {}
-    parameters = dict(model.named_parameters())
-    for key, tensor in theirs.items():
-        if key.startswith("grad."):
-            name = key.removeprefix("grad.")
-            gradient = parameters[our_name(name)].grad
-            pairs[name] = (torch.zeros_like(tensor) if gradient is None else gradient, tensor)
+    gradients = adapter.to_hf(
+        {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    )
+    pairs = {
+        key.removeprefix("grad."): (gradients[key.removeprefix("grad.")], tensor)
+        for key, tensor in theirs.items()
+        if key.startswith("grad.")
+    }
     if pairs:
         yield worst(f"{label} base gradients", pairs, GRADIENT_ATOL)
 
@@ -243,6 +257,9 @@ def main(argv: list[str] | None = None) -> int:
                     status = max(status, 1)
         except Unsupported as reason:
             print(f"  {reason}")
+            status = 2
+        except UserError as mistake:
+            print(f"  {mistake}")
             status = 2
         except (OSError, KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
             print(f"  cannot read the fixture ({type(error).__name__}: {error}); see the format's README")

@@ -3,31 +3,26 @@
 Shapes: B sequences, L tokens, S inner steps, R rank.
 """
 
+import re
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from memdlm_dist.fast_weights import FastLinear, Full, InnerSGD, LowRank
+from memdlm_dist.checkpoint.hugging_face import check, read_into
+from memdlm_dist.fast_weights import FastLinear, FastWeights, Full, InnerSGD, LowRank
 from memdlm_dist.inner_loss import InnerLoss, inner_loss
+from memdlm_dist.models.hugging_face import Adapter, LLaDAMoEStateDictAdapter, LLaDAStateDictAdapter
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs
+from memdlm_dist.models.llada_moe import LLaDAMoEArgs
 from memdlm_dist.trajectory import PROGRESSIVE_RATIOS, Plan, State
 
-# Fixture name of a linear -> our name, and ours -> the fast weights' target name.
-BLOCK_NAMES = {
-    "self_attn.q_proj": "attention.wq",
-    "self_attn.k_proj": "attention.wk",
-    "self_attn.v_proj": "attention.wv",
-    "self_attn.o_proj": "attention.wo",
-    "mlp.gate_proj": "feed_forward.w1",
-    "mlp.down_proj": "feed_forward.w2",
-    "mlp.up_proj": "feed_forward.w3",
-    "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-TOP_NAMES = {"model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output"}
-TARGETS = {name: name.split(".")[1].removesuffix("_proj") for name in BLOCK_NAMES if name.endswith("_proj")}
+# Last word of an adapted linear's name -> the fast weights' target, but for the word _proj.
+TARGETS = ("gate", "up", "down", "q", "k", "v", "o")
 
 # A manifest's words -> ours. A value that is not here is of a kind that this version does not cover.
 WORDS: dict[str, dict[Any, Any]] = {
@@ -57,47 +52,75 @@ class Unsupported(Exception):
     """The fixture is of a kind that this version does not cover."""
 
 
-def check_supported(manifest: dict) -> None:
-    arch = manifest["arch"]
-    if arch["kind"] != "dense" or arch.get("tied"):
+def adapter_of(arch: dict[str, Any], length: int) -> Adapter:
+    """The architecture of a manifest as one of our backbones under its published names.
+
+    Raises:
+        Unsupported: if it is none of ours.
+    """
+    kind = arch["kind"]
+    if kind not in ("dense", "moe", "llada8b") or arch.get("tied"):
         raise Unsupported(
-            f"architecture {arch['kind']!r}{' with tied embeddings' if arch.get('tied') else ''} is not supported yet"
+            f"architecture {kind!r}{' with tied embeddings' if arch.get('tied') else ''} is not supported yet"
         )
-
-
-def our_name(name: str) -> str:
-    """`model.layers.3.mlp.gate_proj.weight` -> `layers.3.feed_forward.w1.weight`."""
-    module = name.removesuffix(".weight")
-    if module in TOP_NAMES:
-        return f"{TOP_NAMES[module]}.weight"
-    layer, linear = module.removeprefix("model.layers.").split(".", 1)
-    return f"layers.{layer}.{BLOCK_NAMES[linear]}.weight"
-
-
-def build_model(arch: dict, weights: dict[str, Tensor], length: int) -> LLaDA:
-    model = LLaDA(
-        LLaDAArgs(
-            dim=arch["hidden"],
-            n_layers=arch["layers"],
-            n_heads=arch["heads"],
-            n_kv_heads=arch.get("kv_heads"),
-            hidden_dim=arch["intermediate"],
-            vocab_size=arch["vocab"],
-            norm_eps=arch["eps"],
-            rope_theta=arch["rope_theta"],
-            max_seq_len=length,
+    sizes = {
+        "dim": arch["hidden"],
+        "n_layers": arch["layers"],
+        "n_heads": arch["heads"],
+        "n_kv_heads": arch.get("kv_heads"),
+        "hidden_dim": arch["expert_intermediate" if kind == "moe" else "intermediate"],
+        "vocab_size": arch["vocab"],
+        "norm_eps": arch["eps"],
+        "rope_theta": arch["rope_theta"],
+        "max_seq_len": length,
+    }
+    if kind == "llada8b":
+        return LLaDAStateDictAdapter(LLaDAArgs(**sizes))
+    if kind == "dense":
+        return PlainAdapter(LLaDAArgs(**sizes))
+    if arch.get("renormalise_top_k") or arch.get("shared_experts"):
+        raise Unsupported("experts whose weights are normalised again, or that are shared, are not supported yet")
+    return LLaDAMoEStateDictAdapter(
+        LLaDAMoEArgs(
+            **sizes, n_experts=arch["experts"], experts_per_token=arch["top_k"], qk_norm=arch.get("qk_norm", True)
         )
     )
-    model.load_state_dict({our_name(name): tensor for name, tensor in weights.items()})
+
+
+class PlainAdapter(LLaDAMoEStateDictAdapter):
+    """The names of the fixtures' dense backbone: those of LLaDA-MoE, with one FFN for all tokens."""
+
+    model_cls = LLaDA
+
+
+def load_model(adapter: Adapter, weights: Path) -> LLaDA:
+    """The backbone with a file of weights, through the import that `checkpoint.initial_load_in_hf` takes.
+
+    Raises:
+        UserError: if they do not fit.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "model.safetensors").symlink_to(weights.resolve())
+        check(folder, adapter)
+        model = adapter.model_cls(adapter.args)
+        model.load_state_dict(read_into(model.state_dict(), adapter, folder))
     return model
 
 
-def split_adapter(name: str) -> tuple[str, str]:
-    """`model.layers.3.mlp.gate_proj` -> ("3", "gate")."""
+def split_adapter(name: str) -> tuple[str, str, int | None]:
+    """`model.layers.3.mlp.gate_proj` -> ("3", "gate", None); `...mlp.experts.5.gate_proj` -> ("3", "gate", 5)."""
     layer, linear = name.removeprefix("model.layers.").split(".", 1)
-    if linear not in TARGETS:
+    target = linear.split(".")[-1].removesuffix("_proj")
+    if target not in TARGETS:
         raise Unsupported(f"fast weights on {linear!r} are not supported yet")
-    return layer, TARGETS[linear]
+    expert = re.search(r"experts\.(\d+)\.", linear)
+    return layer, target, int(expert[1]) if expert else None
+
+
+def leaf_of(fast: FastWeights, name: str) -> tuple[FastLinear, int]:
+    """The fast weights of one adapted linear: which of the tree's, and which entry of its tensors."""
+    layer, target, expert = split_adapter(name)
+    return fast[layer][target], expert or 0
 
 
 @dataclass(frozen=True)
@@ -146,12 +169,28 @@ class Settings:
             last_ratio=section.get("prompt_mask_ratio", PROGRESSIVE_RATIOS[1]),
         )
 
-    def start(self, name: str, weight_oi: Tensor, inputs: dict[str, Tensor]) -> FastLinear:
-        """The fast weights of one linear before the first step: the fixture's draw of A, zeros otherwise."""
-        if self.adapter == "full":
-            return Full(torch.zeros_like(weight_oi)[None])
-        A_Ri = inputs[f"A_init.{name}"]
-        return LowRank(A_Ri[None], torch.zeros(1, len(weight_oi), len(A_Ri)), self.alpha / self.rank)
+    def start(self, names: Sequence[str], weights: dict[str, Tensor], inputs: dict[str, Tensor]) -> FastWeights:
+        """The fast weights before the first step: the fixture's draw of A, zeros otherwise.
+
+        Experts are entries of one tensor, in their order.
+        """
+        found: dict[tuple[str, str], list[str]] = {}
+        for name in names:
+            layer, target, expert = split_adapter(name)
+            same = found.setdefault((layer, target), [])
+            assert expert in (None, len(same)), name
+            same.append(name)
+        fast: FastWeights = {}
+        for (layer, target), same in found.items():
+            weight_Goi = torch.stack([weights[f"{name}.weight"] for name in same])
+            if self.adapter == "full":
+                new: FastLinear = Full(torch.zeros_like(weight_Goi))
+            else:
+                A_GRi = torch.stack([inputs[f"A_init.{name}"] for name in same])
+                B_GoR = torch.zeros(*weight_Goi.shape[:2], A_GRi.shape[1])
+                new = LowRank(A_GRi, B_GoR, self.alpha / self.rank)
+            fast.setdefault(layer, {})[target] = new
+        return fast
 
 
 def published_anchor(plan: Plan, inputs: dict[str, Tensor]) -> State:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from golden_fixture import Unsupported, build_model
+from golden_fixture import Unsupported, adapter_of, load_model
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -35,7 +35,8 @@ def sampler_differences(folder: Path, manifest: dict[str, Any]) -> Iterator[tupl
     ]
     new_tokens, block = settings["max_new_tokens"], settings["block_size"]
     start = sampler.canvas(prompts, new_tokens, manifest["mask_token_id"], manifest["eos_token_id"])
-    model = build_model(manifest["arch"], part["weights"], start.tokens_BL.shape[1])
+    adapter = adapter_of(manifest["arch"], start.tokens_BL.shape[1])
+    model = load_model(adapter, folder / manifest["files"]["weights"])
     for steps in settings["steps"]:
         decoding = Decoding(block_size=block, steps=-(-steps // -(-new_tokens // block)), stop_at_eos=False)
         canvases = [start.tokens_BL]

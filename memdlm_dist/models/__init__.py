@@ -1,9 +1,25 @@
 """Backbones by name."""
 
-from memdlm_dist.errors import UserError
-from memdlm_dist.models.llada import FLAVOURS, LLaDA, LLaDAArgs
+from typing import NamedTuple
 
-BACKBONES: dict[str, tuple[type[LLaDA], dict[str, LLaDAArgs]]] = {"llada": (LLaDA, FLAVOURS)}
+from memdlm_dist.errors import UserError
+from memdlm_dist.models import llada, llada_moe
+from memdlm_dist.models.hugging_face import Adapter, LLaDAMoEStateDictAdapter, LLaDAStateDictAdapter
+from memdlm_dist.models.llada import LLaDA, LLaDAArgs
+
+
+class Backbone(NamedTuple):
+    """A kind of model, its sizes by name, and its names on Hugging Face."""
+
+    model: type[LLaDA]
+    flavours: dict[str, LLaDAArgs]
+    adapter: type[Adapter]
+
+
+BACKBONES = {
+    "llada": Backbone(LLaDA, llada.FLAVOURS, LLaDAStateDictAdapter),
+    "llada_moe": Backbone(llada_moe.LLaDAMoE, llada_moe.FLAVOURS, LLaDAMoEStateDictAdapter),
+}
 
 
 def backbone_args(name: str, flavour: str) -> LLaDAArgs:
@@ -14,7 +30,7 @@ def backbone_args(name: str, flavour: str) -> LLaDAArgs:
     """
     if name not in BACKBONES:
         raise UserError(f"model.name {name!r} is not a diffusion backbone; choose among {', '.join(BACKBONES)}.")
-    flavours = BACKBONES[name][1]
+    flavours = BACKBONES[name].flavours
     if flavour not in flavours:
         raise UserError(
             f"model.flavor {flavour!r} does not exist for model {name}; choose among {', '.join(flavours)}."

@@ -4,33 +4,30 @@ Pre-norm blocks with RMSNorm, rotary positions (half-rotation form), SwiGLU, opt
 attention, an untied output head, no biases, no causal mask and no time embedding. Module names are
 those of torchtitan's llama3, whose parallelisation then applies as it is.
 
-Shapes: B sequences, L tokens, D model, H heads, d head, F ffn, V vocabulary, M scored tokens of this
-rank, N of all tensor-parallel ranks. Under tensor parallelism the activations between blocks are
+Shapes: B sequences, L tokens, D model, V vocabulary, M scored tokens of this rank, N of all
+tensor-parallel ranks. Under tensor parallelism the activations between blocks are
 sharded on the sequence, [B, L / tp, D].
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed.tensor import DTensor, Partial, Placement, Shard
-from torchtitan.models.attention import ScaledDotProductAttentionWrapper
-from torchtitan.models.llama3.model.model import Attention
+from torch.distributed.tensor import DTensor
 from torchtitan.models.qwen3.model.model import FeedForward
 from torchtitan.models.utils import get_dense_model_nparams_and_flops, trunc_normal_
 from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 
 from memdlm_dist.fast_weights import AdaptedLinear, FastLinear, FastWeights, adapted
-from memdlm_dist.inner_loss import Hidden
-from memdlm_dist.logit_loss import HeadLoss, set_losses
+from memdlm_dist.logit_loss import HeadLoss
+from memdlm_dist.models.attention import BidirectionalAttention, rotary_frequencies
+from memdlm_dist.models.head import OutputHead, Readout
+from memdlm_dist.models.lora import LoRALinear
 from memdlm_dist.models.residency import Residency
-
-# What is read off the model: the output head's logits, or a hidden state that it gets.
-Readout = Literal["logits"] | Hidden
 
 
 @dataclass
@@ -39,6 +36,8 @@ class LLaDAArgs(BaseModelArgs):
 
     # The linears of a layer that can have fast weights, by group.
     targets: ClassVar[dict[str, tuple[str, ...]]] = {"ffn": ("gate", "up", "down"), "attention": ("q", "k", "v", "o")}
+
+    enable_weight_tying: ClassVar[bool] = False  # torchtitan's adapters of Hugging Face names ask
 
     dim: int = 4096
     n_layers: int = 32
@@ -55,6 +54,8 @@ class LLaDAArgs(BaseModelArgs):
     init_std: float = 0.02
     # The output head starts as the embedding (they are not tied): copying a token then needs no learning of each one.
     head_from_embedding: bool = False
+    # Queries and keys are RMS-normalised per head.
+    qk_norm: bool = False
     # It predicts the token after each position, as backbones that were converted from autoregressive ones do.
     shifted: bool = False
 
@@ -113,72 +114,6 @@ FLAVOURS = {
 }
 
 
-def rotary_frequencies(head_dim: int, length: int, theta: float) -> Tensor:
-    """exp(i p theta^(-2j/d)) for position p and pair j, complex64 `[L, d/2]`.
-
-    Complex, as in torchtitan's llama3, so that mixed precision leaves it in float32.
-    """
-    inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
-    angle = torch.outer(torch.arange(length).float(), inverse)
-    return torch.polar(torch.ones_like(angle), angle)
-
-
-def rotate(x_BLHd: Tensor, frequencies_Lj: Tensor) -> Tensor:
-    """Rotary positions in the half-rotation form: pairs are (x_j, x_{j + d/2}); in float32 at least."""
-    cos, sin = (part[:, None, :] for part in torch.view_as_real(frequencies_Lj).unbind(-1))
-    x = x_BLHd.to(torch.promote_types(x_BLHd.dtype, torch.float32))
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x_BLHd)
-
-
-class BidirectionalAttentionKernel(ScaledDotProductAttentionWrapper):
-    """torchtitan's wrapper around scaled dot-product attention, which is causal unless told otherwise.
-
-    It takes no mask either: where some tokens must not be attended to, torch's function is called directly.
-    """
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, enable_gqa: bool = False, attended_BL: Tensor | None = None
-    ) -> Tensor:
-        if attended_BL is None:
-            return super().forward(q, k, v, enable_gqa=enable_gqa, is_causal=False)
-        mask_B11L = attended_BL[:, None, None, :]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B11L, enable_gqa=enable_gqa)
-
-
-class BidirectionalAttention(Attention):
-    """Every token attends to every token of its sequence. Projections and initialisation are llama3's.
-
-    Each projection has fast weights if it is given any: "q", "k", "v", "o".
-    """
-
-    def __init__(self, args: LLaDAArgs):
-        super().__init__(args)
-        self.inner_attention = BidirectionalAttentionKernel()
-
-    def forward(
-        self,
-        x: Tensor,
-        freqs_cis: Tensor,
-        attention_masks: Tensor | None = None,
-        positions: None = None,
-        fast: dict[str, FastLinear] | None = None,
-    ) -> Tensor:
-        """`attention_masks` is bool `[B, L]`, the tokens that are attended to; None for all."""
-        # The signature is that of llama3's tensor-parallel plan; see `TransformerBlock.forward`.
-        fast = fast or {}
-        batch, length, _ = x.shape
-        projections = (("q", self.wq), ("k", self.wk), ("v", self.wv))
-        # -1 heads: tensor parallelism leaves each rank a part of them.
-        q, k, v = (
-            adapted(linear, x, fast.get(name)).view(batch, length, -1, self.head_dim) for name, linear in projections
-        )
-        q, k = rotate(q, freqs_cis[:length]), rotate(k, freqs_cis[:length])
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-        y_BHLd = self.inner_attention(q, k, v, enable_gqa=self.enable_gqa, attended_BL=attention_masks)
-        return adapted(self.wo, y_BHLd.transpose(1, 2).reshape(batch, length, -1), fast.get("o"))
-
-
 class AdaptableFeedForward(FeedForward):
     """SwiGLU, W_down(silu(W_gate x) * W_up x). Each linear has fast weights if it is given any."""
 
@@ -188,51 +123,25 @@ class AdaptableFeedForward(FeedForward):
         return adapted(self.w2, h, fast.get("down"))
 
 
-class OutputHead(nn.Linear):
-    """The output head, which can return the losses of its logits, or hand on the hidden states that it gets.
-
-    All pass through its `forward` because FSDP2 gathers it in one group with the final norm, which has to
-    run whole, and because tensor parallelism gathers the tokens of the sequence shards at its input. What
-    it returns is then laid out by torchtitan's plan as logits are, on the last dimension.
-    """
-
-    placement: Placement = Shard(-1)  # of the logits under tensor parallelism
-
-    def forward(self, x_1ND: Tensor, readout: Readout | HeadLoss = "logits") -> Tensor:
-        """Logits `[1, N, V]`, the input itself, or losses `[G]`."""
-        if isinstance(readout, HeadLoss):
-            return self._losses(x_1ND, readout)
-        return super().forward(x_1ND) if readout == "logits" else x_1ND
-
-    def _losses(self, x_1ND: Tensor, head: HeadLoss) -> Tensor:
-        x_1ND, weight = self._autocast(x_1ND, self.weight)
-        if not isinstance(weight, DTensor):
-            return set_losses(x_1ND.squeeze(0), weight, head)
-        # Every rank computes all sets' losses, so that "as logits are" each holds its own copy of them.
-        mesh = weight.device_mesh
-        h_ND = cast(DTensor, x_1ND).to_local(grad_placements=[Partial()]).squeeze(0)
-        loss_G = set_losses(h_ND, weight.to_local(), head, mesh.get_group())
-        return DTensor.from_local(loss_G, mesh, [self.placement], run_check=False)
-
-    @staticmethod
-    def _autocast(*tensors: Tensor) -> list[Tensor]:
-        """What autocast would do to a matrix product's arguments; it does not look into `set_losses`."""
-        device = tensors[0].device.type
-        if not torch.is_autocast_enabled(device):
-            return list(tensors)
-        dtype = torch.get_autocast_dtype(device)
-        return [x.to(dtype) for x in tensors]
-
-
 class TransformerBlock(nn.Module):
+    """Attention and FFN; a backbone with another FFN replaces `_build_ffn` and `ffn`."""
+
+    moe_enabled = False  # by which torchtitan's recipes tell the kinds of blocks apart
+
     def __init__(self, layer_id: int, args: LLaDAArgs):
         super().__init__()
         self.attention = BidirectionalAttention(args)
-        self.feed_forward = AdaptableFeedForward(args.dim, args.hidden_dim)
+        self._build_ffn(args)
         self.attention_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.ffn_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.weight_init_std = 0.02 / (2 * (layer_id + 1)) ** 0.5
         self.init_scale = args.init_std / 0.02
+
+    def _build_ffn(self, args: Any) -> None:
+        self.feed_forward = AdaptableFeedForward(args.dim, args.hidden_dim)
+
+    def ffn(self, x_BLD: Tensor, fast: dict[str, FastLinear] | None) -> Tensor:
+        return self.feed_forward(x_BLD, fast=fast)
 
     def forward(
         self,
@@ -243,17 +152,21 @@ class TransformerBlock(nn.Module):
     ) -> Tensor:
         # Four positional arguments, as llama3's tensor-parallel plan describes the attention's inputs.
         h_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), freqs_cis, attended_BL, None, fast=fast)
-        return h_BLD + self.feed_forward(self.ffn_norm(h_BLD), fast=fast)
+        return h_BLD + self.ffn(self.ffn_norm(h_BLD), fast)
 
     def init_weights(self) -> None:
         for norm in (self.attention_norm, self.ffn_norm):
             norm.reset_parameters()
         self.attention.init_weights(self.weight_init_std)
-        self.feed_forward.init_weights(self.weight_init_std)
+        self._init_ffn()
         if self.init_scale != 1:
             with torch.no_grad():
-                for parameter in (*self.attention.parameters(), *self.feed_forward.parameters()):
-                    parameter.mul_(self.init_scale)
+                for parameter in self.parameters():
+                    if parameter.ndim > 1:  # the norms are not scaled
+                        parameter.mul_(self.init_scale)
+
+    def _init_ffn(self) -> None:
+        self.feed_forward.init_weights(self.weight_init_std)
 
 
 class LLaDA(ModelProtocol):
@@ -263,6 +176,7 @@ class LLaDA(ModelProtocol):
     step and the outer step alike.
     """
 
+    block: ClassVar[type[TransformerBlock]] = TransformerBlock
     freqs_cis: Tensor
     layers: nn.ModuleDict
     residency = Residency()  # its own where FSDP2 shards the backbone
@@ -272,7 +186,7 @@ class LLaDA(ModelProtocol):
         self.model_args = args
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.register_buffer("freqs_cis", self._rotary(), persistent=False)
-        self.layers = nn.ModuleDict({str(i): TransformerBlock(i, args) for i in range(args.n_layers)})
+        self.layers = nn.ModuleDict({str(i): self.block(i, args) for i in range(args.n_layers)})
         self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.output = OutputHead(args.dim, args.vocab_size, bias=False)
 
@@ -288,6 +202,7 @@ class LLaDA(ModelProtocol):
                 self.freqs_cis = self._rotary()
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
+        """Start all weights; call under no_grad."""
         with torch.device(buffer_device or self.freqs_cis.device):
             self.freqs_cis = self._rotary()
         nn.init.normal_(self.tok_embeddings.weight)
@@ -299,6 +214,9 @@ class LLaDA(ModelProtocol):
         if self.model_args.head_from_embedding:
             with torch.no_grad():
                 self.output.weight.copy_(self.tok_embeddings.weight * std)
+        for module in self.modules():
+            if isinstance(module, LoRALinear):
+                module.reset_adapter()
 
     def forward(
         self,

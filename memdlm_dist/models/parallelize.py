@@ -1,4 +1,4 @@
-"""How a `llada` backbone is spread over ranks: the steps of torchtitan's llama3 recipe, and what ours needs besides."""
+"""How a backbone is spread over ranks: the steps of torchtitan's recipes, and what ours needs besides."""
 
 from typing import Any
 
@@ -6,19 +6,22 @@ import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.tensor_parallel import maybe_enable_async_tp
-from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list, apply_compile, apply_fsdp, apply_tp
+from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list, apply_compile
+from torchtitan.models.llama4.infra.parallelize import apply_fsdp, apply_moe_ep_tp, apply_non_moe_tp
 
 from memdlm_dist import cpu
 from memdlm_dist.models.llada import LLaDA
+from memdlm_dist.models.llada_moe import LLaDAMoE
 from memdlm_dist.models.residency import Residency
 
 
 def parallelize_llada(model: LLaDA, parallel_dims: ParallelDims, job_config: Any) -> LLaDA:
-    """Apply tensor parallelism, activation checkpointing, compilation and FSDP2, in that order.
+    """Apply tensor and expert parallelism, activation checkpointing, compilation and FSDP2, in that order.
 
     TP goes first, since the others wrap what it shards; checkpointing inside compilation, so that the
     compiler sees both (but around it with TP, see `_compile_below_checkpoints`); FSDP outermost, one group
@@ -28,15 +31,31 @@ def parallelize_llada(model: LLaDA, parallel_dims: ParallelDims, job_config: Any
 
     if parallel_dims.tp_enabled:
         tp_mesh = parallel_dims.get_mesh("tp")
-        apply_tp(
+        apply_non_moe_tp(
             model,
             tp_mesh,
             loss_parallel=not parallelism.disable_loss_parallel,
-            enable_float8_tensorwise_tp=False,  # model.converters is refused
+            enable_float8_tensorwise_tp=False,  # the converter is refused
         )
+        if model.model_args.qk_norm:
+            # One weight for all heads, of which each rank has some.
+            for block in model.layers.values():
+                for name in ("attention.q_norm", "attention.k_norm"):
+                    style = SequenceParallel(sequence_dim=2, use_local_output=True)
+                    parallelize_module(block.get_submodule(name), tp_mesh, style)
         maybe_enable_async_tp(job_config, tp_mesh)
         # How this plan lays out what leaves the head, which the head has to know of its losses.
         model.output.placement = Replicate() if parallelism.disable_loss_parallel else Shard(-1)
+
+    if isinstance(model, LLaDAMoE) and (parallel_dims.tp_enabled or parallel_dims.ep_enabled):
+        apply_moe_ep_tp(
+            model,
+            tp_mesh=parallel_dims.get_optional_mesh("tp"),
+            ep_mesh=parallel_dims.get_optional_mesh("ep"),
+            etp_mesh=parallel_dims.get_optional_mesh("etp"),
+            ep_etp_mesh=parallel_dims.get_optional_mesh(["ep", "etp"]),
+        )
+        model.set_tensor_parallel(parallel_dims.get_optional_mesh("tp"))
 
     compiled = job_config.compile.enable and "model" in job_config.compile.components
     if job_config.activation_checkpoint.mode != "none":
@@ -66,6 +85,10 @@ def parallelize_llada(model: LLaDA, parallel_dims: ParallelDims, job_config: Any
             pp_enabled=False,
             cpu_offload=training.enable_cpu_offload,
             reshard_after_forward_policy=parallelism.fsdp_reshard_after_forward,
+            ep_degree=parallel_dims.ep,
+            edp_mesh=parallel_dims.get_optional_mesh(
+                ["dp_replicate", "efsdp"] if parallel_dims.dp_replicate_enabled else ["efsdp"]
+            ),
         )
         # The bi-level step enters through `trunk` and `tail` as well as `forward`; FSDP's root has to see
         # each entry, to set itself up on the first and to order its streams on all.

@@ -20,10 +20,13 @@ from torch.distributed.fsdp import FSDPModule
 
 @dataclass(frozen=True)
 class Residency:
-    """FSDP2's groups of a backbone: the embedding is group 0, layer i group i + 1, norm and head the last."""
+    """FSDP2's groups of a backbone: the embedding is group 0, layer i group i + 1, norm and head the last.
+
+    With expert parallelism a layer is two of FSDP2's: its experts are sharded over fewer ranks than the rest.
+    """
 
     root: FSDPModule | None = None
-    groups: Sequence[FSDPModule] = ()
+    groups: Sequence[Sequence[FSDPModule]] = ()
     freed: Sequence[bool] = ()  # whether plain training frees the group after the forward pass
 
     @classmethod
@@ -34,12 +37,13 @@ class Residency:
             model: after `fully_shard`.
             policy: `parallelism.fsdp_reshard_after_forward`, by which the recipe frees them.
         """
-        groups = [model.tok_embeddings, *model.layers.values(), model.output]
+        layers = [[block, *_experts(block)] for block in model.layers.values()]
+        groups = [[model.tok_embeddings], *layers, [model.output]]
         freed = [policy != "never"] * (len(groups) - 1) + [policy == "always"]
         # FSDP2 would prefetch by the order of past forward passes, of which the inner loop makes many. The
         # first group has nothing before it: it names itself, since an empty list asks for that order.
         for group, before in zip(groups, [groups[0], *groups], strict=False):
-            group.set_modules_to_backward_prefetch([before])
+            group[0].set_modules_to_backward_prefetch(list(before))
         return cls(model, groups, freed)
 
     @contextmanager
@@ -48,30 +52,32 @@ class Residency:
         if not self.groups or not self.freed[group]:
             yield
             return
-        module = self.groups[group]
-        module.set_reshard_after_forward(False, recurse=False)
+        for module in self.groups[group]:
+            module.set_reshard_after_forward(False, recurse=False)
         try:
             yield
         finally:
-            module.set_reshard_after_forward(True, recurse=False)
-            module.reshard()
+            for module in self.groups[group]:
+                module.set_reshard_after_forward(True, recurse=False)
+                module.reshard()
 
     @contextmanager
     def tail(self, first_layer: int) -> Iterator[None]:
         """Groups from a layer on stay gathered, and past the end of this context until the backward pass of what
         was computed in it; freed at the end if there is to be none."""
         groups, freed = self.groups[first_layer + 1 :], self.freed[first_layer + 1 :]
-        for group in groups:
-            group.set_reshard_after_forward(False, recurse=False)
+        modules = [(module, frees) for group, frees in zip(groups, freed, strict=True) for module in group]
+        for module, _ in modules:
+            module.set_reshard_after_forward(False, recurse=False)
         awaits_backward = False
         try:
             yield
             awaits_backward = torch.is_grad_enabled()
         finally:
-            for group, frees in zip(groups, freed, strict=True):
-                group.set_reshard_after_forward(frees, recurse=False)
+            for module, frees in modules:
+                module.set_reshard_after_forward(frees, recurse=False)
                 if not awaits_backward:
-                    group.reshard()
+                    module.reshard()
 
     @contextmanager
     def inner_steps(self, first_layer: int) -> Iterator[None]:
@@ -82,11 +88,11 @@ class Residency:
         first, before = self.groups[first_layer + 1], self.groups[first_layer]
         try:
             self._set_outer_backward(False)
-            first.set_modules_to_backward_prefetch([first])
+            first[0].set_modules_to_backward_prefetch(list(first))
             yield
         finally:
             self._set_outer_backward(True)
-            first.set_modules_to_backward_prefetch([before])
+            first[0].set_modules_to_backward_prefetch(list(before))
 
     def _set_outer_backward(self, outer: bool) -> None:
         assert self.root is not None
@@ -94,3 +100,8 @@ class Residency:
         self.root.set_requires_gradient_sync(outer)
         # Otherwise the end of each backward pass waits for reductions and drops what the outer one needs.
         self.root.set_is_last_backward(outer)
+
+
+def _experts(block: Any) -> list[FSDPModule]:
+    """The experts of a block, if FSDP2 has them in a group of their own."""
+    return [module for module in block.modules() if isinstance(module, FSDPModule) and module is not block]

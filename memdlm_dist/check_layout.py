@@ -1,0 +1,151 @@
+"""Whether a configuration fits the number of processes and the backbone, found before anything is built."""
+
+from typing import Any
+
+from torchtitan.tools.utils import has_cuda_capability
+
+from memdlm_dist.errors import require
+from memdlm_dist.models import lora
+from memdlm_dist.models.llada import LLaDAArgs
+from memdlm_dist.models.llada_moe import LLaDAMoEArgs
+
+
+def check_launch(config: Any, world_size: int) -> None:
+    """The parallel layout fits the number of processes and the batch.
+
+    Raises:
+        UserError: naming the degree or the batch size.
+    """
+    parallel, training = config.parallelism, config.training
+    replicate, shard = parallel.data_parallel_replicate_degree, parallel.data_parallel_shard_degree
+    tensor = parallel.tensor_parallel_degree
+    for name, degree in (("data_parallel_replicate_degree", replicate), ("tensor_parallel_degree", tensor)):
+        require(degree >= 1, f"parallelism.{name} must be at least 1, but is {degree}.")
+    require(
+        shard == -1 or shard >= 1,
+        f"parallelism.data_parallel_shard_degree must be -1 (all that is left) or at least 1, but is {shard}.",
+    )
+    layout = f"data_parallel_replicate_degree {replicate} x tensor_parallel_degree {tensor}"
+    if shard == -1:
+        require(
+            world_size % (replicate * tensor) == 0,
+            f"{world_size} processes cannot be divided into {layout}; change NGPU or the degrees under [parallelism].",
+        )
+        shard = world_size // (replicate * tensor)
+    require(
+        replicate * shard * tensor == world_size,
+        f"{layout} x data_parallel_shard_degree {shard} makes {replicate * shard * tensor} ranks, but "
+        f"{world_size} processes were started; change NGPU or the degrees under [parallelism].",
+    )
+    require(
+        replicate == 1 or shard > 1,
+        "parallelism.data_parallel_replicate_degree > 1 needs data_parallel_shard_degree > 1 (HSDP): replication "
+        "without sharding is not supported; use data_parallel_shard_degree instead.",
+    )
+    require(
+        world_size == 1 or not config.checkpoint.create_seed_checkpoint,
+        "checkpoint.create_seed_checkpoint needs a single process, so that nothing is sharded; set NGPU=1.",
+    )
+    micro = training.local_batch_size * replicate * shard
+    require(
+        training.global_batch_size < 0 or (training.global_batch_size > 0 and training.global_batch_size % micro == 0),
+        f"training.global_batch_size = {training.global_batch_size} must be a multiple of "
+        f"training.local_batch_size {training.local_batch_size} x {replicate * shard} data-parallel ranks = {micro}.",
+    )
+
+
+def check_backbone(config: Any, args: LLaDAArgs) -> None:
+    """The backbone's sizes fit the parallel layout and the memory's targets.
+
+    Raises:
+        UserError: naming the size, the degree or the module.
+    """
+    known = [*args.targets, *args.linears_of(list(args.targets))]
+    for key, targets in {
+        "parametric_memory.target_modules": config.parametric_memory.target_modules,
+        "lora.target_modules": config.lora.target_modules,
+    }.items():
+        for target in targets:
+            require(
+                target in known,
+                f"{key} names {target!r}, which model {config.model.name} does not have; choose among "
+                f"{', '.join(known)}.",
+            )
+        chosen = args.linears_of(targets)
+        require(
+            len(set(chosen)) == len(chosen),
+            f"{key} names a linear twice: {', '.join(targets)} is {', '.join(chosen)}.",
+        )
+    if isinstance(args, LLaDAMoEArgs):
+        _check_experts(config, args)
+    else:
+        require(
+            config.parallelism.expert_parallel_degree == 1,
+            f"parallelism.expert_parallel_degree = {config.parallelism.expert_parallel_degree} needs a "
+            "mixture-of-experts backbone; set it to 1.",
+        )
+    tensor = config.parallelism.tensor_parallel_degree
+    flavour = f"model.flavor {config.model.flavor}"
+    sizes = {
+        "training.seq_len": config.training.seq_len,
+        f"the attention heads of {flavour}": args.n_heads,
+        f"the key-value heads of {flavour}": args.n_kv_heads or args.n_heads,
+        f"the FFN width of {flavour}": args.hidden_dim,
+        f"the vocabulary of {flavour}": args.vocab_size,
+    }
+    for name, size in sizes.items():
+        require(
+            size % tensor == 0,
+            f"{name} ({size}) is not divisible by parallelism.tensor_parallel_degree ({tensor}); change one of them.",
+        )
+
+
+def _check_experts(config: Any, args: LLaDAMoEArgs) -> None:
+    """A mixture of experts: how its experts are spread, and what its memory and its adapters can be."""
+    memory, parallel = config.parametric_memory, config.parallelism
+    experts, tensor = parallel.expert_parallel_degree, parallel.tensor_parallel_degree
+    name = f"model {config.model.name}"
+    of_experts = set(args.linears_of(memory.target_modules)) & set(args.targets["ffn"])
+    require(
+        not memory.enable or memory.granularity == "batch" or not of_experts,
+        f"parametric_memory.granularity = 'sample' is not supported for the experts of {name}: their tokens are sorted "
+        "by expert, not by sequence; set it to 'batch'.",
+    )
+    require(
+        not memory.enable or experts == 1 or of_experts == set(args.linears_of(memory.target_modules)),
+        "parametric_memory.target_modules can only be the experts' linears with expert parallelism, whose ranks share "
+        'one set of fast weights; set it to ["ffn"], or parallelism.expert_parallel_degree to 1.',
+    )
+    require(
+        not memory.enable or not has_cuda_capability(9, 0) or memory.adapter == "full" or memory.rank % 8 == 0,
+        f"parametric_memory.rank = {memory.rank} must be a multiple of 8: grouped matrix products need it.",
+    )
+    beyond = set(args.linears_of(config.lora.target_modules)) - set(
+        lora.adaptable(args.linears_of(config.lora.target_modules), moe=True)
+    )
+    require(
+        not config.model.converters or not beyond,
+        f"lora.target_modules names linears of the experts of {name} ({', '.join(sorted(beyond))}), which cannot have "
+        'an adapter; set it to ["attention"].',
+    )
+    require(experts >= 1, f"parallelism.expert_parallel_degree must be at least 1, but is {experts}.")
+    require(
+        args.n_experts % experts == 0,
+        f"The {args.n_experts} experts of model.flavor {config.model.flavor} are not divisible by "
+        f"parallelism.expert_parallel_degree ({experts}); change it.",
+    )
+    require(
+        experts == 1 or tensor == parallel.expert_tensor_parallel_degree,
+        f"parallelism.expert_tensor_parallel_degree ({parallel.expert_tensor_parallel_degree}) must be "
+        f"tensor_parallel_degree ({tensor}) where experts are spread over ranks too; set it to {tensor}.",
+    )
+    require(
+        parallel.expert_parallel_comm_backend == "standard",
+        "parallelism.expert_parallel_comm_backend = 'deepep' is not supported: it has no place for fast weights; set "
+        "it to 'standard'.",
+    )
+    require(
+        not config.compile.enable or "model" not in config.compile.components,
+        f"compile.enable is not supported for {name}: the number of an expert's tokens changes with every batch; unset "
+        "it.",
+    )

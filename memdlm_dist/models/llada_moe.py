@@ -1,0 +1,211 @@
+"""`llada_moe`: LLaDA with a mixture of experts in place of every FFN, on torchtitan's components.
+
+The router's softmax is over all experts, in float32; the weights of the chosen ones are not normalised again,
+and there is no shared expert. Queries and keys are RMS-normalised per head. Each expert's gate, up and down
+linear has fast weights of its own.
+
+Shapes: B sequences, L tokens, D model, F width of an expert, N = B L tokens, k experts of a token, E experts of
+this rank, S slots: the N k pairs of a token and an expert, sorted by expert.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate
+from torchtitan.models.moe import MoE, MoEArgs
+from torchtitan.models.moe.moe import GroupedExperts
+from torchtitan.models.moe.utils import indices_padding_wrapper
+from torchtitan.models.utils import get_moe_model_nparams_and_flops
+from torchtitan.tools.utils import has_cuda_capability
+
+from memdlm_dist import cpu
+from memdlm_dist.fast_weights import AdaptedLinear, ExpertProduct, FastLinear, adapted_experts
+from memdlm_dist.models.llada import LLaDA, LLaDAArgs, TransformerBlock
+
+cpu.prepare_experts()
+
+
+@dataclass
+class LLaDAMoEArgs(LLaDAArgs):
+    """Sizes of a `llada_moe` backbone; the defaults are LLaDA-MoE-7B-A1B's. `hidden_dim` is an expert's width."""
+
+    dim: int = 2048
+    n_layers: int = 16
+    n_heads: int = 16
+    hidden_dim: int = 1024
+    vocab_size: int = 157184
+    rope_theta: float = 50_000.0
+    qk_norm: bool = True
+    n_experts: int = 64
+    experts_per_token: int = 8
+    # One grouped matrix product for all experts, in bfloat16, as devices have it that can; otherwise a loop over them.
+    grouped: bool = False
+
+    @property
+    def moe_args(self) -> MoEArgs:
+        """What torchtitan's components are told."""
+        return MoEArgs(
+            num_experts=self.n_experts,
+            num_shared_experts=0,
+            score_func="softmax",
+            route_norm=False,
+            score_before_experts=False,
+            top_k=self.experts_per_token,
+            use_grouped_mm=self.grouped,
+            load_balance_coeff=None,  # a bias of the routing, which the published model does not have
+        )
+
+    def update_from_config(self, job_config: Any, **kwargs: Any) -> None:
+        super().update_from_config(job_config, **kwargs)
+        self.grouped = has_cuda_capability(9, 0)
+
+    def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
+        return get_moe_model_nparams_and_flops(self, model, 2 * (self.dim // self.n_heads), seq_len)
+
+    def adapted_linears(self, first_layer: int, targets: Sequence[str]) -> list[AdaptedLinear]:
+        dense = super().adapted_linears(first_layer, targets)
+        return [self._of_experts(linear) if linear.target in self.targets["ffn"] else linear for linear in dense]
+
+    def _of_experts(self, linear: AdaptedLinear) -> AdaptedLinear:
+        # Numbers beyond those of the dense linears, as many for each linear as there are experts.
+        first = (linear.number + self.n_layers * sum(map(len, self.targets.values()))) * self.n_experts
+        return AdaptedLinear(
+            linear.layer, linear.target, linear.in_features, linear.out_features, linear.row_wise, first,
+            self.n_experts, self.experts_per_token,
+        )  # fmt: skip
+
+
+FLAVOURS = {
+    # For tests: four tensor-parallel or expert-parallel ranks fit.
+    "debug": LLaDAMoEArgs(
+        dim=64, n_layers=4, n_heads=8, hidden_dim=32, vocab_size=512, n_experts=8, experts_per_token=2
+    ),
+    "7B-A1B": LLaDAMoEArgs(),
+}
+
+
+class AdaptableExperts(GroupedExperts):
+    """torchtitan's experts, W_down(silu(W_gate x) * W_up x) each, with fast weights where they are given any."""
+
+    w1: nn.Parameter  # gate [E, F, D]
+    w2: nn.Parameter  # down [E, D, F]
+    w3: nn.Parameter  # up   [E, F, D]
+
+    def forward(self, x: Tensor, num_tokens_per_expert: Tensor, fast: dict[str, FastLinear] | None = None) -> Tensor:
+        """Output `[S, D]` of the slots `x`, of which each expert has `num_tokens_per_expert` in turn.
+
+        Under tensor parallelism it is the part that this rank's share of F adds.
+        """
+        # The signature is that of torchtitan's expert parallelism, whose hooks replace the first two arguments.
+        if fast is None:
+            return cast(Tensor, super().forward(x, num_tokens_per_expert))
+
+        def run(w1: Tensor, w2: Tensor, w3: Tensor, x: Tensor, counts_E: Tensor) -> Tensor:
+            product = _grouped(counts_E) if self.use_grouped_mm else _loop(counts_E)
+            gate, up = (adapted_experts(w, x, fast.get(name), product) for name, w in (("gate", w1), ("up", w3)))
+            return adapted_experts(w2, F.silu(gate) * up, fast.get("down"), product).type_as(x)
+
+        w1, w2, w3 = (w.to_local() if isinstance(w, DTensor) else w for w in (self.w1, self.w2, self.w3))
+        # A grouped product needs every expert's number of slots to be a multiple of 8; with expert parallelism
+        # the exchange of tokens has filled them up.
+        filled = isinstance(self.w1, DTensor) and "ep" in (self.w1.device_mesh.mesh_dim_names or ())
+        runner = indices_padding_wrapper(run) if self.use_grouped_mm and not filled else run
+        return cast(Tensor, runner(w1, w2, w3, x, num_tokens_per_expert))
+
+
+def _grouped(counts_E: Tensor) -> ExpertProduct:
+    ends_E = counts_E.cumsum(0, dtype=torch.int32)
+
+    def product(x_Si: Tensor, weight_Eoi: Tensor) -> Tensor:
+        return torch._grouped_mm(x_Si.bfloat16(), weight_Eoi.bfloat16().transpose(-2, -1), offs=ends_E)
+
+    return product
+
+
+def _loop(counts_E: Tensor) -> ExpertProduct:
+    counts = counts_E.tolist()
+
+    def product(x_Si: Tensor, weight_Eoi: Tensor) -> Tensor:
+        # What lies behind the last expert's slots fills up, and is of no expert.
+        parts = x_Si.split([*counts, len(x_Si) - sum(counts)])
+        outputs = [F.linear(part, weight) for part, weight in zip(parts, weight_Eoi.unbind(), strict=False)]
+        rest = parts[-1].new_zeros(len(parts[-1]), weight_Eoi.shape[1], dtype=outputs[0].dtype)
+        return torch.cat([*outputs, rest])
+
+    return product
+
+
+class MixtureOfExperts(MoE):
+    """torchtitan's router, reorderer and experts; the experts take fast weights."""
+
+    experts: AdaptableExperts
+    tokens_per_expert: Tensor
+
+    def __init__(self, args: LLaDAMoEArgs):
+        super().__init__(args.moe_args, args.dim, args.hidden_dim)
+        self.experts = AdaptableExperts(args.dim, args.hidden_dim, args.n_experts, args.grouped)
+        self.tp_mesh: DeviceMesh | None = None  # set where tensor parallelism applies
+
+    def forward(self, x: Tensor, fast: dict[str, FastLinear] | None = None) -> Tensor:
+        """Sum over a token's experts of router weight times the expert's output, `[B, L, D]`.
+
+        Under tensor parallelism the input is whole and the output a partial sum.
+        """
+        x_ND = x.flatten(0, 1)
+        score_Nk, expert_Nk, count_E = self.router(x_ND)
+        # The training loss's pass alone counts: inner steps have fast weights with gradients.
+        if torch.is_grad_enabled() and not _inner(fast):
+            with torch.no_grad():
+                self.tokens_per_expert.add_(count_E)
+        if self.tp_mesh is not None:
+            # Each rank weights what it has of the experts' outputs, so that the score's gradient is a partial sum.
+            score = DTensor.from_local(score_Nk, self.tp_mesh, [Replicate()], run_check=False)
+            score_Nk = score.to_local(grad_placements=[Partial()])
+        _, slot_S, counts_E = self.reorderer(score_Nk, expert_Nk)
+        routed_SD = self.experts(x_ND[slot_S // self.router.top_k], counts_E, fast=fast)
+        # Back in the tokens' order, which unlike adding them up at their places gives the same sums every time.
+        routed_NkD = routed_SD.new_zeros(score_Nk.numel(), x.shape[-1]).index_copy(0, slot_S, routed_SD)
+        routed_NkD = routed_NkD.unflatten(0, score_Nk.shape)
+        out_N1D = torch.bmm(score_Nk.unsqueeze(1), routed_NkD.float())
+        return out_N1D.type_as(x).view_as(x)
+
+
+def _inner(fast: dict[str, FastLinear] | None) -> bool:
+    return any(isinstance(x, Tensor) and x.requires_grad for linear in (fast or {}).values() for x in linear)
+
+
+class MoEBlock(TransformerBlock):
+    """A block whose FFN is a mixture of experts, named `moe` as torchtitan's recipes expect."""
+
+    moe_enabled = True
+
+    def _build_ffn(self, args: Any) -> None:
+        self.moe = MixtureOfExperts(args)
+
+    def ffn(self, x_BLD: Tensor, fast: dict[str, FastLinear] | None) -> Tensor:
+        # Fast weights of the attention are not the experts' business.
+        ours = {name: linear for name, linear in (fast or {}).items() if name in LLaDAArgs.targets["ffn"]}
+        return cast(Tensor, self.moe(x_BLD, fast=ours or None))
+
+    def _init_ffn(self) -> None:
+        self.moe.init_weights(self.weight_init_std, self.moe.tokens_per_expert.device)
+
+
+class LLaDAMoE(LLaDA):
+    """The backbone; everything but its blocks is LLaDA's."""
+
+    block = MoEBlock
+
+    def mixtures(self) -> list[MixtureOfExperts]:
+        """Those of all layers, in order."""
+        return [cast(MoEBlock, block).moe for block in self.layers.values()]
+
+    def set_tensor_parallel(self, tp_mesh: DeviceMesh | None) -> None:
+        """Tell the mixtures that their output is a partial sum over the ranks of a mesh."""
+        for mixture in self.mixtures():
+            mixture.tp_mesh = tp_mesh
