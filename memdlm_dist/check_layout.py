@@ -54,7 +54,7 @@ def check_launch(config: Any, world_size: int) -> None:
     )
 
 
-def check_backbone(config: Any, args: LLaDAArgs) -> None:
+def check_backbone(config: Any, args: LLaDAArgs, world_size: int) -> None:
     """The backbone's sizes fit the parallel layout and the memory's targets.
 
     Raises:
@@ -77,7 +77,7 @@ def check_backbone(config: Any, args: LLaDAArgs) -> None:
             f"{key} names a linear twice: {', '.join(targets)} is {', '.join(chosen)}.",
         )
     if isinstance(args, LLaDAMoEArgs):
-        _check_experts(config, args)
+        _check_experts(config, args, world_size)
     else:
         require(
             config.parallelism.expert_parallel_degree == 1,
@@ -100,7 +100,7 @@ def check_backbone(config: Any, args: LLaDAArgs) -> None:
         )
 
 
-def _check_experts(config: Any, args: LLaDAMoEArgs) -> None:
+def _check_experts(config: Any, args: LLaDAMoEArgs, world_size: int) -> None:
     """A mixture of experts: how its experts are spread, and what its memory and its adapters can be."""
     memory, parallel = config.parametric_memory, config.parallelism
     experts, tensor = parallel.expert_parallel_degree, parallel.tensor_parallel_degree
@@ -138,6 +138,20 @@ def _check_experts(config: Any, args: LLaDAMoEArgs) -> None:
         experts == 1 or tensor == parallel.expert_tensor_parallel_degree,
         f"parallelism.expert_tensor_parallel_degree ({parallel.expert_tensor_parallel_degree}) must be "
         f"tensor_parallel_degree ({tensor}) where experts are spread over ranks too; set it to {tensor}.",
+    )
+    shard = parallel.data_parallel_shard_degree
+    if shard == -1:
+        shard = world_size // (parallel.data_parallel_replicate_degree * tensor)
+    require(
+        shard % experts == 0,
+        f"parallelism.expert_parallel_degree ({experts}) must divide the {shard} ranks of data_parallel_shard_degree, "
+        "from which it takes its own; change one of them.",
+    )
+    require(
+        experts > 1 or args.n_experts % shard == 0,
+        f"The {args.n_experts} experts of model.flavor {config.model.flavor} cannot be sharded evenly over "
+        f"data_parallel_shard_degree {shard}; raise parallelism.expert_parallel_degree, or set "
+        "parallelism.data_parallel_replicate_degree so that fewer ranks share them.",
     )
     require(
         parallel.expert_parallel_comm_backend == "standard",

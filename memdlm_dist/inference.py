@@ -17,6 +17,7 @@ from torch import Tensor
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
+from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.utils import device_module, device_type, set_default_dtype
 
@@ -75,15 +76,18 @@ class TrainedModel:
 
     def __init__(self, config: Any, checkpoint: str | None = None):
         config = _for_reading(config)
-        check_layout.check_launch(config, int(os.environ.get("WORLD_SIZE", "1")))
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        check_layout.check_launch(config, world_size)
         args = backbone_args(config.model.name, config.model.flavor)
-        check_layout.check_backbone(config, args)
+        check_layout.check_backbone(config, args, world_size)
         self.tokenizer = DiffusionTokenizer(config.model.hf_assets_path)
         self.device, parallel_dims = _start(config)
         args.update_from_config(config)
-        spec = get_train_spec(config.model.name)
+        spec: Any = get_train_spec(config.model.name)
+        self._adapter = spec.state_dict_adapter(args, config.model.hf_assets_path)
         with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
             model: Any = spec.model_cls(args)
+        build_model_converters(config, parallel_dims).convert(model)
         model = spec.parallelize_fn(model, parallel_dims, config)
         model.to_empty(device=self.device)
         with torch.no_grad():
@@ -99,7 +103,9 @@ class TrainedModel:
             self._amp = dist_utils.maybe_enable_amp(parallel_dims, dtype, device_type)
         objective = build_objective(config, args, self.tokenizer.mask_id, parallel_dims)
         assert objective.memory is not None
-        self._memory = replace(objective.memory, per_sample=True)
+        # One set for each prompt; experts have one set at a time.
+        self._one_at_a_time = any(linear.experts for linear in objective.memory.linears)
+        self._memory = replace(objective.memory, per_sample=not self._one_at_a_time)
         # The prompt is no random corruption whose weight would make a likelihood bound: uniform weights.
         self._objective = replace(objective, plan=replace(objective.plan, loss_weight="uniform"))
         mesh = parallel_dims.get_optional_mesh("batch")
@@ -109,7 +115,7 @@ class TrainedModel:
 
     def load(self, checkpoint: str) -> None:
         """Replace the weights by another checkpoint's."""
-        self.checkpoint = weights.load(self.model, checkpoint)
+        self.checkpoint = weights.load(self.model, checkpoint, self._adapter)
 
     @property
     def mask_id(self) -> int:
@@ -135,6 +141,11 @@ class TrainedModel:
         Args:
             ids: keys of the rows' masks and initial fast weights; their numbers if None.
         """
+        if self._one_at_a_time and len(prompts) > 1:
+            raise UserError(
+                "The experts of this backbone have one memory at a time: with the memory on, prompts are read one by "
+                "one; set --batch-size 1."
+            )
         began = time.perf_counter()
         start = self.canvas(prompts, 0, ids)
         maskable_BL = start.attended_BL & ~start.open_BL
@@ -295,6 +306,8 @@ def _for_reading(config: Any) -> Any:
     config.parametric_memory.enable = True
     config.activation_checkpoint.mode = "none"
     config.compile.enable = False
+    # Each rank's prompts have memories of their own, so every rank has all experts.
+    config.parallelism.expert_parallel_degree = 1
     config.comm.trace_buf_size = 0  # its folder would be made wherever one happens to be
     config.training.global_batch_size = -1
     return config

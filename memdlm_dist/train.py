@@ -64,6 +64,7 @@ class MemDLMTrainer(Trainer):
         self.checkpointer.identity = identity(
             job_config, self.dataloader.global_batch_size, self.dataloader.fingerprint
         )
+        self.checkpointer.lora = job_config.lora if job_config.model.converters else None
         self.checkpointer.stop_on_save_failure = job_config.reliability.on_save_failure == "stop"
         self.agreement = StepAgreement(self.model_parts, job_config.reliability, self.device)
         self.optimizers.register_step_pre_hook(self._before_optimizer)
@@ -203,7 +204,7 @@ def run(argv: Sequence[str]) -> int:
     config = parse_config.parse(argv)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     check_layout.check_launch(config, world_size)
-    check_layout.check_backbone(config, backbone_args(config.model.name, config.model.flavor))
+    check_layout.check_backbone(config, backbone_args(config.model.name, config.model.flavor), world_size)
     check_output(config.job.dump_folder)
     single_process_environment()
     with StopRequest() as stop:

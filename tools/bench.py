@@ -222,7 +222,7 @@ def _configuration(path: Path, overrides: Sequence[str], world_size: int) -> Any
     config = parse_config.parse(["--job.config_file", str(path), *overrides])
     check_layout.check_launch(config, world_size)
     args = backbone_args(config.model.name, config.model.flavor)
-    check_layout.check_backbone(config, args)
+    check_layout.check_backbone(config, args, world_size)
     if not config.parametric_memory.enable:
         raise UserError("parametric_memory.enable is false, so there is nothing to compare; set it to true.")
     return config

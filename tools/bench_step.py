@@ -52,8 +52,8 @@ class Bench:
             cp=1,
             tp=parallel.tensor_parallel_degree,
             pp=1,
-            ep=1,
-            etp=1,
+            ep=parallel.expert_parallel_degree,
+            etp=parallel.expert_tensor_parallel_degree,
             world_size=dist.get_world_size(),
         )
         dims.build_mesh()
@@ -62,7 +62,7 @@ class Bench:
         args.update_from_config(config)
         torch.manual_seed(_SEED)
         with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
-            model = BACKBONES[config.model.name][0](args)
+            model = BACKBONES[config.model.name].model(args)
         _, flops = args.get_nparams_and_flops(model, config.training.seq_len)
         model = parallelize_llada(model, dims, config)
         model.to_empty(device=device_type)

@@ -75,15 +75,20 @@ def decoding_of(options: argparse.Namespace) -> Decoding:
     )
 
 
-def load_model(options: argparse.Namespace, overrides: Sequence[str], checkpoint: str | None = None) -> TrainedModel:
-    """The model that the arguments describe; torchtitan's log lines are left out."""
-    if not 0 < options.anchor_ratio <= 1:
-        raise UserError(f"--anchor-ratio must be above 0, at most 1, but is {options.anchor_ratio}.")
+def quiet() -> None:
+    """Leave out torchtitan's log lines, and keep standard output for what the tool makes."""
     start_logging()
     logging.getLogger().setLevel(logging.ERROR)
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.StreamHandler):
-            handler.setStream(sys.stderr)  # standard output is for what the tool makes
+            handler.setStream(sys.stderr)
+
+
+def load_model(options: argparse.Namespace, overrides: Sequence[str], checkpoint: str | None = None) -> TrainedModel:
+    """The model that the arguments describe; torchtitan's log lines are left out."""
+    if not 0 < options.anchor_ratio <= 1:
+        raise UserError(f"--anchor-ratio must be above 0, at most 1, but is {options.anchor_ratio}.")
+    quiet()
     config = parse_config.parse(["--job.config_file", options.config, *overrides])
     return TrainedModel(config, checkpoint)
 

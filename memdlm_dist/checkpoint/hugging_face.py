@@ -20,7 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 
+from memdlm_dist.checkpoint.rank_0 import from_rank_0, reason_of
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import lora
 from memdlm_dist.models.hugging_face import Adapter, file_of_each
@@ -126,8 +128,22 @@ def read_into(state: dict[str, Any], adapter: Adapter, folder: str) -> dict[str,
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is meant
             dcp.load(theirs, storage_reader=HuggingFaceStorageReader(folder), no_dist=not dist.is_initialized())
     except (CheckpointException, OSError, SafetensorError) as failure:
-        raise UserError(f"The weights in {folder} cannot be read ({_first_line(failure)}); fetch them again.") from None
+        raise UserError(f"The weights in {folder} cannot be read ({reason_of(failure)}); fetch them again.") from None
     return adapter.from_hf(theirs)
+
+
+def load(weights: Any, adapter: Any, folder: str) -> None:
+    """Load Hugging Face weights into a model of any layout, each rank its own part; adapters start anew.
+
+    Args:
+        weights: torchtitan's wrapper of the model.
+
+    Raises:
+        UserError: if the folder does not hold this model's weights, whole.
+    """
+    from_rank_0(lambda: check(folder, adapter))
+    base = lora.without_adapters(weights.state_dict())
+    weights.load_state_dict(read_into(base, adapter, folder))
 
 
 def write(tensors: Mapping[str, Tensor], folder: str) -> None:
@@ -142,7 +158,7 @@ def write(tensors: Mapping[str, Tensor], folder: str) -> None:
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
     except (CheckpointException, OSError) as failure:
-        raise UserError(f"The weights could not be written to {folder} ({_first_line(failure)}).") from None
+        raise UserError(f"The weights could not be written to {folder} ({reason_of(failure)}).") from None
 
 
 def describe(folder: str, adapter: Adapter, sources: list[str]) -> list[str]:
@@ -189,13 +205,13 @@ def write_peft(state: Mapping[str, Tensor], folder: str, adapter: Adapter, rank:
     (Path(folder) / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+def whole_adapters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The adapters among a model's tensors, gathered; call on all ranks."""
+    adapters = {name: tensor for name, tensor in state.items() if lora.is_adapter(name)}
+    return {name: (x.full_tensor() if isinstance(x, DTensor) else x).cpu() for name, x in adapters.items()}
+
+
 def tidy(folder: str) -> None:
     """Remove the ranks' parts, which DCP leaves beside the files that it has put together from them."""
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(os.path.join(folder, "sharded"))
-
-
-def _first_line(failure: BaseException) -> str:
-    if isinstance(failure, CheckpointException) and failure.failures:
-        failure = next(iter(failure.failures.values()))[0]
-    return (str(failure).strip() or type(failure).__name__).splitlines()[0]

@@ -16,7 +16,7 @@ from torchtitan.components.checkpoint import DATALOADER, MODEL, AsyncMode, Check
 from torchtitan.tools.utils import GarbageCollection
 
 from memdlm_dist import storage
-from memdlm_dist.checkpoint import continuity
+from memdlm_dist.checkpoint import continuity, hugging_face
 from memdlm_dist.checkpoint.catalogue import (
     METADATA,
     RUN,
@@ -27,7 +27,10 @@ from memdlm_dist.checkpoint.catalogue import (
     reader,
     superfluous,
 )
+from memdlm_dist.checkpoint.rank_0 import from_rank_0, one_line, reason_of
 from memdlm_dist.errors import UserError
+from memdlm_dist.models import lora
+from memdlm_dist.models.hugging_face import file_of_each
 from memdlm_dist.storage import Storage, is_remote
 
 logger = logging.getLogger()
@@ -43,7 +46,9 @@ class ResumableCheckpoints(CheckpointManager):
     # Set by the trainer once it is built: what the run is (see `continuity`), and what a failed save leads to.
     identity: Mapping[str, Any]
     stop_on_save_failure: bool
+    lora: Any = None  # the configuration's section, if adapters are trained
     save_future: Any
+    sd_adapter: Any
 
     def __init__(self, *, checkpoint_config: Any, base_folder: str = "", **components: Any):
         if is_remote(checkpoint_config.folder):
@@ -100,23 +105,32 @@ class ResumableCheckpoints(CheckpointManager):
     def _load_initial(self) -> bool:
         location = self.initial_load_path
         if self.initial_load_in_hf:
-            raise UserError("checkpoint.initial_load_in_hf is not supported yet; load a DCP checkpoint instead.")
+            location = location or self.sd_adapter.assets or ""
+            logger.info(f"Loading the weights in {location}.")
+            began = time.perf_counter()
+            hugging_face.load(self.states[MODEL], self.sd_adapter, location)
+            logger.info(f"Loaded the weights in {time.perf_counter() - began:.1f} s.")
+            return True
         if not location:
             return False
         if METADATA not in from_rank_0(Storage(location).sizes):
             raise UserError(f"There is no complete checkpoint in {location}; correct checkpoint.initial_load_path.")
-        problem = self._load_from(location, self.initial_load_model_only)
+        # A run that trains adapters starts from a base that has none.
+        problem = self._load_from(location, self.initial_load_model_only, base=self.initial_load_model_only)
         if problem:
             raise UserError(f"The checkpoint {location} {problem}; choose another checkpoint.initial_load_path.")
         return True
 
-    def _load_from(self, location: str, model_only: bool) -> str:
+    def _load_from(self, location: str, model_only: bool, base: bool = False) -> str:
         """Load one checkpoint; returns what is wrong with it, as the end of a sentence.
+
+        Args:
+            base: it may lack the adapters, which then start anew.
 
         Raises:
             UserError: if it is whole, but not of this model or this run.
         """
-        if problem := from_rank_0(lambda: check_model(location, self.states)):
+        if problem := from_rank_0(lambda: check_model(location, self.states, base)):
             return problem
         same_data = True
         if not model_only:
@@ -128,6 +142,8 @@ class ResumableCheckpoints(CheckpointManager):
         began = time.perf_counter()
         try:
             states = self._states_to_load(model_only)
+            if base and from_rank_0(lambda: not any(map(lora.is_adapter, read_metadata(location).state_dict_metadata))):
+                states = lora.without_adapters(states)
             dcp.load(states, storage_reader=reader(location))
             self.states[MODEL].load_state_dict(states)  # torchtitan keeps the model's tensors at the top level
         except CheckpointException as failure:  # DCP's own, on every rank
@@ -165,6 +181,8 @@ class ResumableCheckpoints(CheckpointManager):
         try:
             self._prepare_folder(step)
             super().save(step, last_step)
+            if last_step and self.last_save_in_hf:
+                from_rank_0(lambda: self._complete_export(step))
             if last_step:
                 self._purge_stale_checkpoints()  # which torchtitan leaves out after the last step
             elif self.async_mode != AsyncMode.DISABLED:
@@ -175,6 +193,33 @@ class ResumableCheckpoints(CheckpointManager):
             self.save_future = None
             return reason_of(failure)
         return ""
+
+    def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str, *rest: Any, **options: Any) -> Any:
+        """torchtitan's; what is exported to others is the plain model, or the adapters alone."""
+        if not options.get("to_hf"):
+            return super().dcp_save(state_dict, checkpoint_id, *rest, **options)
+        if self.lora is not None and self.lora.export == "adapter":
+            adapters = hugging_face.whole_adapters(state_dict)
+            from_rank_0(lambda: self._write_adapters(adapters, checkpoint_id))
+            return None
+        if self.lora is not None:
+            state_dict = lora.merged(state_dict, self.lora.alpha / self.lora.rank)
+        assert self.sd_adapter is not None
+        self.sd_adapter.fqn_to_index_mapping = file_of_each(self.sd_adapter.expected(), self.export_dtype)
+        return super().dcp_save(state_dict, checkpoint_id, *rest, **options)
+
+    def _write_adapters(self, adapters: dict[str, torch.Tensor], folder: str) -> None:
+        assert self.lora is not None
+        base = self.initial_load_path or self.sd_adapter.assets or ""
+        hugging_face.write_peft(adapters, folder, self.sd_adapter, self.lora.rank, self.lora.alpha, base)
+
+    def _complete_export(self, step: int) -> None:
+        """What else belongs to weights in safetensors; rank 0 alone."""
+        folder = self._catalogue.storage.url(name_of(step))
+        hugging_face.tidy(folder)
+        sources = [path for path in (self.initial_load_path, self.sd_adapter.assets) if path]
+        if self.lora is None or self.lora.export == "merged":
+            hugging_face.describe(folder, self.sd_adapter, sources)
 
     def _finish_saving(self) -> None:
         self._saving = None
@@ -208,7 +253,7 @@ class ResumableCheckpoints(CheckpointManager):
             name, folder = name_of(step), self._catalogue.storage
             try:
                 found = folder.sizes(name)
-                if METADATA in found:
+                if METADATA in found or any(file.endswith(".safetensors") for file in found):
                     # A run that went back to an earlier step has come here again.
                     others = [other for other in folder.sizes() if other.startswith(f"{name}.replaced")]
                     kept = f"{name}.replaced-{len(others) + 1}"
@@ -252,8 +297,11 @@ class ResumableCheckpoints(CheckpointManager):
             self._remover.shutdown()
 
 
-def check_model(location: str, states: Mapping[str, Any]) -> str:
+def check_model(location: str, states: Mapping[str, Any], base: bool = False) -> str:
     """What is wrong with a checkpoint's metadata, as the end of a sentence; empty if nothing is.
+
+    Args:
+        base: it may lack the adapters.
 
     Raises:
         UserError: if it is whole but of another model, naming the first tensor that does not fit.
@@ -261,7 +309,7 @@ def check_model(location: str, states: Mapping[str, Any]) -> str:
     try:
         entries = read_metadata(location).state_dict_metadata
     except Exception as error:  # a broken pickle can raise anything
-        return f"has metadata that cannot be read ({_one_line(error)})"
+        return f"has metadata that cannot be read ({one_line(error)})"
     saved_shapes = {
         name: tuple(entry.size)
         for name, entry in entries.items()
@@ -269,6 +317,8 @@ def check_model(location: str, states: Mapping[str, Any]) -> str:
         if isinstance(entry, TensorStorageMetadata) and name.split(".")[0] not in states
     }
     shapes = {name: tuple(tensor.shape) for name, tensor in states[MODEL].state_dict().items()}
+    if base and not any(map(lora.is_adapter, saved_shapes)):
+        shapes = lora.without_adapters(shapes)
     for name in [*shapes, *saved_shapes]:
         ours, theirs = shapes.get(name), saved_shapes.get(name)
         if ours != theirs:
@@ -279,47 +329,9 @@ def check_model(location: str, states: Mapping[str, Any]) -> str:
     return ""
 
 
-def from_rank_0(action: Any) -> Any:
-    """What rank 0 gets from an action, on all ranks; an error of it is raised on all."""
-    outcome: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            outcome = [action()]
-        except Exception as error:
-            sentence = (
-                f"The checkpoints cannot be accessed ({type(error).__name__}: {_one_line(error)}); see the store."
-            )
-            outcome = [_Failed(error if isinstance(error, UserError) else UserError(sentence))]
-    dist.broadcast_object_list(outcome)
-    if isinstance(outcome[0], _Failed):
-        raise outcome[0].error
-    return outcome[0]
-
-
-class _Failed:
-    def __init__(self, error: UserError):
-        self.error = error
-
-
 def _attempt(action: Any) -> None:
     """Housekeeping, which must not end a run."""
     try:
         action()
     except Exception as error:
-        logger.warning(f"Removing a checkpoint failed ({_one_line(error)}).")
-
-
-def reason_of(failure: BaseException) -> str:
-    """The first rank's reason, in one line."""
-    if isinstance(failure, CheckpointException) and failure.failures:
-        rank, (error, _) = next(iter(failure.failures.items()))
-        return f"rank {rank}: {_one_line(error)}"
-    return _one_line(failure)
-
-
-def _one_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    if text and "inline_container.cc" in text[0]:
-        # What torch.save makes of any error of the file it writes to, a full disk for one.
-        return "a file could not be written to its end"
-    return text[0] if text else type(error).__name__
+        logger.warning(f"Removing a checkpoint failed ({one_line(error)}).")

@@ -6,9 +6,12 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.components.checkpoint import DATALOADER, LR_SCHEDULER, MODEL, OPTIMIZER, TRAIN_STATE, ModelWrapper
 
+from memdlm_dist.checkpoint import hugging_face
 from memdlm_dist.checkpoint.catalogue import METADATA, Catalogue, name_of, reader
-from memdlm_dist.checkpoint.manager import check_model, from_rank_0, reason_of
+from memdlm_dist.checkpoint.manager import check_model
+from memdlm_dist.checkpoint.rank_0 import from_rank_0, reason_of
 from memdlm_dist.errors import UserError
+from memdlm_dist.models.hugging_face import Adapter
 from memdlm_dist.storage import Storage
 
 
@@ -18,7 +21,8 @@ def find(location: str) -> str:
     Raises:
         UserError: if there is none.
     """
-    if METADATA in Storage(location).sizes():
+    files = Storage(location).sizes()
+    if METADATA in files or any(name.endswith(".safetensors") for name in files):
         return location
     catalogue = Catalogue(location)
     found = catalogue.all()
@@ -33,16 +37,23 @@ def find(location: str) -> str:
 
 
 @torch.no_grad()
-def load(model: nn.Module, location: str) -> str:
+def load(model: nn.Module, location: str, adapter: Adapter) -> str:
     """Load weights into a model of any layout, each rank its own part; returns where they were found.
 
     Call on all ranks.
+
+    Args:
+        location: a checkpoint, a folder of them, or a folder of Hugging Face weights.
+        adapter: the model's names on Hugging Face.
 
     Raises:
         UserError: if there is no checkpoint at `location`, or it is damaged or of another model.
     """
     found: str = from_rank_0(lambda: find(location))
     weights = ModelWrapper(model)
+    if METADATA not in from_rank_0(lambda: Storage(found).sizes()):
+        hugging_face.load(weights, adapter, found)
+        return found
     others = dict.fromkeys((OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE))
     problem = from_rank_0(lambda: check_model(found, {MODEL: weights, **others}))
     if not problem:

@@ -1,0 +1,177 @@
+"""Checkpoints of training runs from and to Hugging Face weights, offline: one process, on the host, no training.
+
+Tensors keep their type unless another is asked for, so that there and back again is the same bit for bit.
+"""
+
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.api import CheckpointException
+from torchtitan.components.checkpoint import DATALOADER, LR_SCHEDULER, MODEL, OPTIMIZER, TRAIN_STATE
+from torchtitan.protocols.model_converter import build_model_converters
+
+from memdlm_dist.checkpoint import hugging_face, weights
+from memdlm_dist.checkpoint.catalogue import METADATA, read_metadata, reader
+from memdlm_dist.checkpoint.manager import check_model
+from memdlm_dist.checkpoint.rank_0 import reason_of
+from memdlm_dist.errors import UserError
+from memdlm_dist.models import BACKBONES, backbone_args, lora
+from memdlm_dist.models.hugging_face import Adapter
+from memdlm_dist.storage import is_remote
+
+# Told what is done now.
+Progress = Callable[[str], object]
+
+
+def adapter_of(config: Any) -> Adapter:
+    """The names of a configuration's backbone.
+
+    Raises:
+        UserError: if there is no such backbone.
+    """
+    args = backbone_args(config.model.name, config.model.flavor)
+    args.update_from_config(config)
+    return BACKBONES[config.model.name].adapter(args, config.model.hf_assets_path)
+
+
+def from_hugging_face(
+    config: Any, source: str, output: str, dtype: torch.dtype | None, progress: Progress = lambda text: None
+) -> None:
+    """Hugging Face weights as a checkpoint that `checkpoint.initial_load_path` and the tools take.
+
+    Args:
+        config: names the backbone.
+        dtype: of the checkpoint; None keeps that of each tensor.
+
+    Raises:
+        UserError: if the weights are of another backbone, or the output cannot be written.
+    """
+    adapter = adapter_of(config)
+    hugging_face.check(source, adapter)
+    with _new_folder(output) as folder:
+        saved = HuggingFaceStorageReader(source).read_metadata().state_dict_metadata
+        state = {}
+        for name, tensor in _on_meta(config).items():
+            # Of a layer's experts, which are one tensor here, the first one tells.
+            first: Any = saved[next(iter(adapter.to_hf({name: tensor})))]
+            state[name] = torch.empty(tensor.shape, dtype=dtype or first.properties.dtype)
+        progress(f"reading {_size(state)} from {source}")
+        state = hugging_face.read_into(state, adapter, source)
+        progress(f"writing {output}")
+        with _alone(f"The checkpoint could not be written to {output}"):
+            dcp.save(state, checkpoint_id=folder, no_dist=True)
+        hugging_face.describe(folder, adapter, [source])
+
+
+def to_hugging_face(
+    config: Any,
+    checkpoint: str,
+    output: str,
+    dtype: torch.dtype | None,
+    assets: str | None = None,
+    adapters_alone: bool = False,
+    progress: Progress = lambda text: None,
+) -> str:
+    """A checkpoint's model as Hugging Face weights, its adapters merged, or its adapters alone in PEFT's layout.
+
+    Args:
+        config: of the run.
+        checkpoint: `step-N`, or a folder of them, whose newest good one is taken.
+        dtype: of the weights; None keeps that of each tensor.
+        assets: folder of the tokenizer and config.json; the checkpoint's own, then the tokenizer's, if None.
+
+    Returns:
+        The checkpoint that was found.
+
+    Raises:
+        UserError: if there is no good checkpoint, it is of another model, or the output cannot be written.
+    """
+    found = weights.find(checkpoint)
+    if not is_remote(found) and not (Path(found) / METADATA).is_file():
+        raise UserError(f"{found} holds Hugging Face weights already; name a checkpoint of a training run.")
+    if adapters_alone and not config.model.converters:
+        raise UserError('The configuration trains no adapters (model.converters = ["lora"]); leave --adapter out.')
+    adapter = adapter_of(config)
+    expected = _on_meta(config)
+    others = dict.fromkeys((OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE))
+    if problem := check_model(found, {MODEL: SimpleNamespace(state_dict=lambda: expected), **others}):
+        raise UserError(f"The checkpoint {found} {problem}; choose another.")
+    saved: Any = read_metadata(found).state_dict_metadata
+    with _new_folder(output) as folder:
+        names = [name for name in expected if not adapters_alone or lora.is_adapter(name)]
+        state = {name: torch.empty(expected[name].shape, dtype=saved[name].properties.dtype) for name in names}
+        progress(f"reading {_size(state)} from {found}")
+        with _alone(f"The checkpoint {found} cannot be read"):
+            dcp.load(state, storage_reader=reader(found), no_dist=True)
+        base = assets or config.checkpoint.initial_load_path or config.model.hf_assets_path
+        scale = config.lora.alpha / config.lora.rank
+        progress(f"writing {output}")
+        if adapters_alone:
+            hugging_face.write_peft(_cast(state, dtype), folder, adapter, config.lora.rank, config.lora.alpha, base)
+            return found
+        state = lora.merged(state, scale) if config.model.converters else state
+        hugging_face.write(adapter.to_hf(_cast(state, dtype)), folder)
+        sources = [assets] if assets else [found, config.checkpoint.initial_load_path, config.model.hf_assets_path]
+        hugging_face.describe(folder, adapter, [path for path in sources if path and not is_remote(path)])
+    return found
+
+
+def _on_meta(config: Any) -> dict[str, Tensor]:
+    """A model's tensors under our names, without contents; with its adapters, if the run trains any."""
+    with torch.device("meta"):
+        model = BACKBONES[config.model.name].model(backbone_args(config.model.name, config.model.flavor))
+    build_model_converters(config, None).convert(model)
+    return dict(model.state_dict())
+
+
+def _cast(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    return {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in state.items()}
+
+
+def _size(state: Mapping[str, Tensor]) -> str:
+    return f"{sum(x.numel() * x.itemsize for x in state.values()) / 1e9:,.2f} GB"
+
+
+@contextmanager
+def _new_folder(output: str) -> Iterator[str]:
+    """A folder beside the output, which takes its name when all is written.
+
+    Raises:
+        UserError: if the output exists, or cannot be made.
+    """
+    path = Path(output)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{output} exists and is not an empty folder; choose another --output, or remove it.")
+    part = path.with_name(f"{path.name}.part-{os.getpid()}")
+    try:
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written to ({error}); choose another --output.") from None
+    try:
+        yield str(part)
+        part.replace(path)
+    except OSError as error:
+        raise UserError(f"{output} could not be written ({error}); make room or choose another --output.") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def _alone(failing: str) -> Iterator[None]:
+    """DCP by one process without a process group, which it warns of."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            yield
+    except CheckpointException as failure:
+        raise UserError(f"{failing} ({reason_of(failure)}).") from None

@@ -1,0 +1,134 @@
+"""One step of a mixture of experts on several layouts: loss, inner statistics and every gradient.
+
+    python tests/sharded_experts.py FOLDER [LAYOUT ...]
+
+A single process writes FOLDER/weights in Hugging Face's format, which each layout reads as
+`checkpoint.initial_load_in_hf` does, every rank its part; FOLDER/LAYOUT.pt holds what it found.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from ranks import fork
+from torch.distributed.tensor import DTensor
+
+sys.path[:0] = [str(Path(__file__).parent.parent / "tools")]
+
+from bench_step import Bench  # noqa: E402
+from torchtitan.components.checkpoint import ModelWrapper  # noqa: E402
+from torchtitan.tools.logging import logger  # noqa: E402
+
+from memdlm_dist import parse_config  # noqa: E402
+from memdlm_dist.checkpoint import hugging_face  # noqa: E402
+from memdlm_dist.models import BACKBONES  # noqa: E402
+from memdlm_dist.models.llada_moe import FLAVOURS, LLaDAMoEArgs  # noqa: E402
+
+FLAVOURS["tiny"] = LLaDAMoEArgs(
+    dim=32, n_layers=2, n_heads=4, hidden_dim=16, vocab_size=64, n_experts=4, experts_per_token=2
+)
+ROWS, LENGTH = 4, 16
+SHARD, TENSOR = "--parallelism.data_parallel_shard_degree", "--parallelism.tensor_parallel_degree"
+EXPERT, EXPERT_TENSOR = "--parallelism.expert_parallel_degree", "--parallelism.expert_tensor_parallel_degree"
+# name -> (ranks, arguments, micro-batches in which a single process does the same: sets of fast weights)
+LAYOUTS = {
+    "one": (1, [], 1),
+    "one-twice": (1, [], 2),
+    "fsdp2": (2, [SHARD, "2"], 2),
+    "tp2": (2, [TENSOR, "2"], 1),
+    "ep2": (2, [SHARD, "2", EXPERT, "2"], 1),
+    "fsdp2-ep2": (4, [SHARD, "4", EXPERT, "2", "--activation_checkpoint.mode", "full"], 2),
+    "ep2-tp2": (4, [SHARD, "2", EXPERT, "2", TENSOR, "2", EXPERT_TENSOR, "2"], 1),
+}
+OPTIONS = {
+    "lora": [],
+    "full-global-kl": [
+        "--parametric_memory.adapter", "full", "--parametric_memory.gradient_norm", "global",
+        "--parametric_memory.inner_loss", "kl", "--parametric_memory.inner_steps", "3",
+    ],
+}  # fmt: skip
+
+
+def configuration(*arguments):
+    return parse_config.parse([
+        "--job.config_file", "train_configs/debug.toml", "--model.name", "llada_moe", "--model.flavor", "tiny",
+        "--training.seq_len", str(LENGTH), "--parametric_memory.layer_fraction", "0.5",
+        "--parametric_memory.granularity", "batch", "--parametric_memory.rank", "4",
+        # Small gradients of a model that predicts nothing yet: with this the memory matters.
+        "--parametric_memory.learning_rate", "0.3", *arguments,
+    ])  # fmt: skip
+
+
+def micro_batches(bench, count):
+    """This rank's micro-batches of the global batch: a single process has `count`, several ranks one each."""
+    mesh = bench.dims.get_optional_mesh("batch")
+    ranks, rank = (mesh.size(), mesh.get_local_rank()) if mesh is not None else (1, 0)
+    tokens = torch.randint(0, 63, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
+    labels = torch.where(torch.arange(LENGTH) < torch.tensor([[0], [9], [16], [15]]), -100, tokens)  # one has nothing
+    mine = torch.arange(ROWS).tensor_split(ranks)[rank]
+    for ids in mine.tensor_split(count if ranks == 1 else 1):
+        yield bench.objective.micro_batch(tokens[ids], labels[ids], ids, step=1)
+
+
+def whole(x):
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def step(bench, count):
+    found = {"loss": torch.zeros(())}
+    statistics = []
+    for batch in micro_batches(bench, count):
+        loss, inner = bench.loss_sum("ours", batch, 1)
+        loss.backward()
+        found["loss"] += loss.detach()
+        statistics.append(torch.stack([inner.loss_KG[:, 0], inner.grad_norm_KG[:, 0]]))
+        found.setdefault("written", inner.written_norm_G)
+    mesh = bench.dims.get_optional_mesh("batch")
+    if mesh is not None:
+        dist.all_reduce(found["loss"], group=mesh.get_group())
+    found["inner"] = statistics[0]  # of the first set, which the first rank has
+    for name, p in bench.model.named_parameters():
+        found[name.replace("_checkpoint_wrapped_module.", "")] = whole(p.grad).clone()
+    found["load"] = torch.stack([mixture.tokens_per_expert for mixture in bench.model.mixtures()])
+    if mesh is not None:
+        dist.all_reduce(found["load"], group=mesh.get_group())
+    bench.model.zero_grad()
+    return found
+
+
+def body(folder, layout):
+    processes, arguments, count = LAYOUTS[layout]
+
+    def rank(number):
+        logger.setLevel("WARNING")
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo")
+        results = {}
+        for options, more in OPTIONS.items():
+            config = configuration(*arguments, *more)
+            bench = Bench.build(config)
+            adapter = BACKBONES["llada_moe"].adapter(bench.args)
+            weights = f"{folder}/weights"
+            if layout == "one" and options == "lora":
+                with torch.no_grad():
+                    for parameter in bench.model.parameters():
+                        parameter.mul_(3)  # so that attention and router are not flat
+                hugging_face.write(adapter.to_hf(bench.model.state_dict()), weights)
+            hugging_face.check(weights, adapter)
+            wrapper = ModelWrapper(bench.model)
+            wrapper.load_state_dict(hugging_face.read_into(wrapper.state_dict(), adapter, weights))
+            results[options] = step(bench, count)
+        if number == 0:
+            torch.save(results, f"{folder}/{layout}.pt")
+        dist.destroy_process_group()
+        return 0
+
+    return fork(processes, rank)
+
+
+if __name__ == "__main__":
+    folder, *layouts = sys.argv[1:]
+    for layout in layouts or LAYOUTS:
+        if status := body(folder, layout):
+            sys.exit(status)

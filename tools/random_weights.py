@@ -1,0 +1,63 @@
+#!/usr/bin/env python
+"""Write a backbone with random weights as a Hugging Face folder: to try a recipe where the real weights are not.
+
+    python tools/random_weights.py train_configs/llada_8b_longalpaca.toml --output /tmp/llada --model.flavor debug
+
+The folder has the real names, the index, config.json and the tokenizer of model.hf_assets_path, and
+checkpoint.initial_load_in_hf reads it as it does the published one. Keys of the configuration can follow:
+--section.key value.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from model_arguments import guarded, parse, quiet
+
+from memdlm_dist import parse_config, train_spec  # noqa: F401  (registers the backbones)
+from memdlm_dist.checkpoint import hugging_face
+from memdlm_dist.checkpoint.convert import adapter_of
+from memdlm_dist.errors import require
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="random_weights.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("config", metavar="CONFIG", help="TOML file that names the backbone")
+    p.add_argument("--output", required=True, metavar="DIR", help="folder to make")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the weights (default: 0)")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the tensors (bfloat16)")
+    return p
+
+
+def make(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    quiet()
+    config = parse_config.parse(["--job.config_file", options.config, *overrides])
+    adapter = adapter_of(config)
+    output = Path(options.output)
+    require(
+        not output.exists() or (output.is_dir() and not any(output.iterdir())),
+        f"{output} exists and is not an empty folder; choose another --output, or remove it.",
+    )
+    torch.manual_seed(options.seed)
+    model = adapter.model_cls(adapter.args)
+    with torch.no_grad():
+        model.init_weights()
+    state = {name: tensor.to(getattr(torch, options.dtype)) for name, tensor in model.state_dict().items()}
+    hugging_face.write(adapter.to_hf(state), str(output))
+    made = hugging_face.describe(str(output), adapter, [config.model.hf_assets_path])
+    parameters = sum(tensor.numel() for tensor in state.values())
+    print(f"{output}: {config.model.name} {config.model.flavor}, {parameters:,} parameters; {', '.join(made)}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options, overrides = parse(parser(), argv)
+    return guarded(lambda: make(options, overrides))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
