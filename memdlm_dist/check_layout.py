@@ -5,7 +5,6 @@ from typing import Any
 from torchtitan.tools.utils import has_cuda_capability
 
 from memdlm_dist.errors import require
-from memdlm_dist.models import lora
 from memdlm_dist.models.llada import LLaDAArgs
 from memdlm_dist.models.llada_moe import LLaDAMoEArgs
 
@@ -120,13 +119,11 @@ def _check_experts(config: Any, args: LLaDAMoEArgs, world_size: int) -> None:
         not memory.enable or not has_cuda_capability(9, 0) or memory.adapter == "full" or memory.rank % 8 == 0,
         f"parametric_memory.rank = {memory.rank} must be a multiple of 8: grouped matrix products need it.",
     )
-    beyond = set(args.linears_of(config.lora.target_modules)) - set(
-        lora.adaptable(args.linears_of(config.lora.target_modules), moe=True)
-    )
+    adapters_of_experts = set(args.linears_of(config.lora.target_modules)) & set(args.targets["ffn"])
     require(
-        not config.model.converters or not beyond,
-        f"lora.target_modules names linears of the experts of {name} ({', '.join(sorted(beyond))}), which cannot have "
-        'an adapter; set it to ["attention"].',
+        not config.model.converters or not adapters_of_experts or tensor == 1,
+        f"lora.target_modules names linears of the experts of {name} ({', '.join(sorted(adapters_of_experts))}), whose "
+        'adapters tensor parallelism cannot shard; set it to ["attention"], or tensor_parallel_degree to 1.',
     )
     require(experts >= 1, f"parallelism.expert_parallel_degree must be at least 1, but is {experts}.")
     require(

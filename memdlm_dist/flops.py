@@ -61,15 +61,27 @@ class _Layer:
     """One block on one state: FLOPs of its passes."""
 
     def __init__(
-        self, args: LLaDAArgs, layer: int, tokens: int, length: int, memory: Memory | None, recomputation: Recomputation
+        self,
+        args: LLaDAArgs,
+        layer: int,
+        tokens: int,
+        length: int,
+        memory: Memory | None,
+        recomputation: Recomputation,
+        frozen: bool,
     ):
         # The layers are alike; the last one's linears are all that is listed from there on.
         sizes = {linear.target: linear for linear in args.adapted_linears(args.n_layers - 1, list(args.targets))}
-        self.linears = {name: 2.0 * tokens * sizes[name].in_features * sizes[name].out_features for name in _STAGES}
+        self.linears = {
+            name: 2.0 * tokens * x.experts_per_token * x.in_features * x.out_features
+            for name, x in ((name, sizes[name]) for name in _STAGES)
+        }
         self.attention = 4.0 * tokens * length * args.dim
         self.forward = sum(self.linears.values()) + self.attention
         self.again = recomputation.of_layer(layer, self.linears, self.attention)
-        self.backward = 2 * sum(self.linears.values()) + _ATTENTION_BACKWARD * self.attention + self.again
+        # To the linears' inputs and, if they are trained, to their weights.
+        gradients = (1 if frozen else 2) * sum(self.linears.values())
+        self.backward = gradients + _ATTENTION_BACKWARD * self.attention + self.again
         adapted = [x for x in memory.linears if x.layer == str(layer)] if memory is not None else []
         self.fast = {x.target: _fast_products(x, memory, tokens) for x in adapted} if memory is not None else {}
         self.fast_forward = sum(sum(pair) for pair in self.fast.values())
@@ -89,30 +101,36 @@ class _Layer:
 
 def _fast_products(linear: AdaptedLinear, memory: Memory, tokens: int) -> tuple[float, float]:
     """FLOPs of the fast term's products: the one that reads the linear's input, and the one after it if there is."""
+    tokens *= linear.experts_per_token
     if memory.adapter == "full":
         return 2.0 * tokens * linear.in_features * linear.out_features, 0.0
     return 2.0 * tokens * memory.rank * linear.in_features, 2.0 * tokens * memory.rank * linear.out_features
 
 
 def step_flops(
-    args: LLaDAArgs, batch: MicroBatch, memory: Memory | None, recomputation: Recomputation | None = None
+    args: LLaDAArgs,
+    batch: MicroBatch,
+    memory: Memory | None,
+    recomputation: Recomputation | None = None,
+    frozen: bool = False,
 ) -> StepFlops:
-    """FLOPs of one micro-batch's step.
+    """FLOPs of one micro-batch's step; routers and outer adapters, which are small, are not counted.
 
     Args:
         args: the backbone's sizes.
         batch: with the inner states, if there is a memory.
         memory: None for plain masked diffusion.
         recomputation: by activation checkpointing; none by default.
+        frozen: the base is, as outer LoRA has it: no gradients of its weights.
     """
     rows, length = batch.inputs[0].shape
     again = recomputation or Recomputation()
-    layers = [_Layer(args, i, rows * length, length, memory, again) for i in range(args.n_layers)]
+    layers = [_Layer(args, i, rows * length, length, memory, again, frozen) for i in range(args.n_layers)]
 
     def head(scored: Any) -> float:
         return 2.0 * len(scored.label_N) * args.dim * args.vocab_size
 
-    outer = sum(layer.forward + layer.backward for layer in layers) + 3 * head(batch.anchor)
+    outer = sum(layer.forward + layer.backward for layer in layers) + (2 if frozen else 3) * head(batch.anchor)
     if memory is None:
         return StepFlops(outer, 0.0)
     trunk, tail = layers[: memory.first_layer], layers[memory.first_layer :]

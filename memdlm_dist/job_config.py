@@ -117,7 +117,7 @@ class Lora:
 
     target_modules: list[str] = field(default_factory=lambda: ["attention", "ffn"])
     """Linears of all layers that get an adapter: ffn (which is gate, up, down), attention (q, k, v, o), or any of
-    these linears by name. llada_moe's experts cannot have one."""
+    these linears by name. In llada_moe ffn gives each expert's linears adapters of their own."""
 
     export: Literal["merged", "adapter"] = "merged"
     """What the last save writes with checkpoint.last_save_in_hf: the whole model with the adapters merged into it, or

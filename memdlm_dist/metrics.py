@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,9 @@ SKIPPED = "parametric_memory/skipped_updates"
 HARDWARE_FLOPS = "parametric_memory/hardware_flops_ratio"
 MASK_RATIO = "diffusion/mask_ratio"
 SKIPPED_BATCHES = "reliability/skipped_batches"
+LARGEST_LOAD = "experts/largest_load"
+UNUSED = "experts/unused"
+LOAD_ENTROPY = "experts/load_entropy"
 
 
 class MemDLMMetrics(MetricsProcessor):
@@ -37,6 +41,7 @@ class MemDLMMetrics(MetricsProcessor):
     def start_step(self) -> None:
         self._sums: dict[str, Tensor] = {}  # name -> [sum, number]
         self._rank_loss: Tensor | None = None  # [loss sum, maskable tokens] of this rank
+        self._expert_load: Tensor | None = None
 
     def record(self, name: str, values: Tensor, counted: Tensor | None = None) -> None:
         """Add the entries of `values` for which `counted` holds (all by default) to a scalar's average."""
@@ -60,6 +65,26 @@ class MemDLMMetrics(MetricsProcessor):
             self.record(INNER_GRAD_NORM.format(k + 1), statistics.grad_norm_KG[k], counted_G)
         self.record(WRITTEN, statistics.written_norm_G, statistics.counted_KG.any(0))
         self.record(SKIPPED, statistics.skipped_KG.float().sum().unsqueeze(0))
+
+    def record_expert_load(self, load_XE: Tensor) -> None:
+        """The tokens of every expert of X layers in this step, on this rank."""
+        self._expert_load = load_XE
+
+    def _load_balance(self) -> dict[str, float]:
+        """How evenly the tokens of the global batch were spread over experts, averaged over layers."""
+        if self._expert_load is None:
+            return {}
+        load_XE = self._expert_load.double()
+        mesh = self.parallel_dims.get_optional_mesh("loss")
+        if mesh is not None:
+            torch.distributed.all_reduce(load_XE, group=mesh.get_group())
+        share_XE = load_XE / load_XE.sum(1, keepdim=True).clamp(min=1)
+        largest = share_XE.amax(1).mean() * share_XE.shape[1]
+        unused = (load_XE == 0).double().mean()
+        entropy = torch.special.entr(share_XE).sum(1).mean() / math.log(share_XE.shape[1])
+        return dict(
+            zip((LARGEST_LOAD, UNUSED, LOAD_ENTROPY), torch.stack([largest, unused, entropy]).tolist(), strict=True)
+        )
 
     def _reduce(self) -> dict[str, float]:
         if not self._sums:
@@ -91,7 +116,7 @@ class MemDLMMetrics(MetricsProcessor):
         grad_norm: float,
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
-        ours = self._reduce()
+        ours = self._reduce() | self._load_balance()
         largest = self._largest_rank_loss()
         global_max_loss = global_avg_loss if largest is None else largest
         inner = [ours[name] for k in range(len(ours)) if (name := INNER_LOSS.format(k + 1)) in ours]

@@ -31,6 +31,7 @@ from memdlm_dist.flops import Recomputation, step_flops
 from memdlm_dist.logs import start_logging
 from memdlm_dist.metrics import HARDWARE_FLOPS, MASK_RATIO, SKIPPED_BATCHES, MemDLMMetrics
 from memdlm_dist.models import backbone_args
+from memdlm_dist.models.llada_moe import LLaDAMoE
 from memdlm_dist.objective import Objective, build_objective
 from memdlm_dist.preemption import StopRequest
 from memdlm_dist.single_process import single_process_environment
@@ -103,7 +104,12 @@ class MemDLMTrainer(Trainer):
         self.watchdog.at(f"finishing step {self.step} (checkpoint, validation)", needs_others=False)
 
     def _before_optimizer(self, *_: Any) -> None:
-        """What all ranks agree on when the gradients are there: whether they are finite, and whether to stop here."""
+        """Take down the load of the experts, and agree: are the gradients finite, is the run to stop here?"""
+        (model,) = self.model_parts
+        if isinstance(model, LLaDAMoE):
+            load_XE = model.take_load()
+            if self.metrics_processor.should_log(self.step):
+                self.metrics_processor.record_expert_load(load_XE)
         stop, wrong = self.agreement.reach(self.stop.requested)
         if stop:
             self._stopping = self.checkpointer.save_now = True
@@ -166,7 +172,13 @@ class MemDLMTrainer(Trainer):
             self.metrics_processor.record_ratio(MASK_RATIO, batch.masked, batch.maskable)
             if statistics is not None:
                 self.metrics_processor.record_inner_loop(statistics)
-                flops = step_flops(self.model_args, batch, self.objective.memory, self.recomputation)
+                flops = step_flops(
+                    self.model_args,
+                    batch,
+                    self.objective.memory,
+                    self.recomputation,
+                    self.checkpointer.lora is not None,
+                )
                 both, plain = torch.tensor([flops.outer + flops.inner, flops.outer], device=self.device)
                 self.metrics_processor.record_ratio(HARDWARE_FLOPS, both, plain)
         return loss

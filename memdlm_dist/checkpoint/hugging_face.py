@@ -188,12 +188,12 @@ def write_peft(state: Mapping[str, Tensor], folder: str, adapter: Adapter, rank:
     """
     tensors, modules = {}, []
     for name, tensor in state.items():
-        for suffix, letter in ((lora.A, "lora_A"), (lora.B, "lora_B")):
-            if name.endswith(suffix):
-                weight = f"{name.removesuffix(suffix)}.weight"
-                (theirs,) = adapter.to_hf({weight: tensor})
+        if lora.is_adapter(name):
+            # Adapters of a layer's experts are one tensor here, and one for each expert there.
+            for theirs, part in adapter.to_hf({lora.weight_of(name): tensor}).items():
                 modules.append(theirs.removesuffix(".weight"))
-                tensors[f"base_model.model.{modules[-1]}.{letter}.weight"] = tensor.contiguous()
+                key = f"base_model.model.{modules[-1]}.{name[-len(lora.A) :]}.weight"
+                tensors[key] = part.reshape(tensor.shape[-2:]).contiguous()
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {

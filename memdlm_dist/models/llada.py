@@ -26,7 +26,7 @@ from memdlm_dist.fast_weights import AdaptedLinear, FastLinear, FastWeights, ada
 from memdlm_dist.logit_loss import HeadLoss
 from memdlm_dist.models.attention import BidirectionalAttention, rotary_frequencies
 from memdlm_dist.models.head import OutputHead, Readout
-from memdlm_dist.models.lora import LoRALinear
+from memdlm_dist.models.lora import HasAdapters
 from memdlm_dist.models.residency import Residency
 
 
@@ -215,8 +215,8 @@ class LLaDA(ModelProtocol):
             with torch.no_grad():
                 self.output.weight.copy_(self.tok_embeddings.weight * std)
         for module in self.modules():
-            if isinstance(module, LoRALinear):
-                module.reset_adapter()
+            if isinstance(module, HasAdapters):
+                module.reset_adapters()
 
     def forward(
         self,

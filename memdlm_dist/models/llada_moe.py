@@ -26,6 +26,7 @@ from torchtitan.tools.utils import has_cuda_capability
 from memdlm_dist import cpu
 from memdlm_dist.fast_weights import AdaptedLinear, ExpertProduct, FastLinear, adapted_experts
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs, TransformerBlock
+from memdlm_dist.models.lora import HasAdapters
 
 cpu.prepare_experts()
 
@@ -89,12 +90,26 @@ FLAVOURS = {
 }
 
 
-class AdaptableExperts(GroupedExperts):
-    """torchtitan's experts, W_down(silu(W_gate x) * W_up x) each, with fast weights where they are given any."""
+class AdaptableExperts(GroupedExperts, HasAdapters):
+    """torchtitan's experts, W_down(silu(W_gate x) * W_up x) each, with fast weights where they are given any.
+
+    Outer LoRA gives each expert's linears adapters of their own, A `[E, R, in]` and B `[E, out, R]`.
+    """
 
     w1: nn.Parameter  # gate [E, F, D]
     w2: nn.Parameter  # down [E, D, F]
     w3: nn.Parameter  # up   [E, F, D]
+    adapter_scale: float = 0.0  # alpha / R; 0 without adapters
+
+    def add_adapters(self, weights: Sequence[str], rank: int, scale: float, dtype: torch.dtype) -> None:
+        """Give these of "w1", "w2", "w3" adapters, whose terms are multiplied by `scale`."""
+        for name in weights:
+            experts, out_features, in_features = (weight := self.get_parameter(name)).shape
+            A_ERi = torch.empty(experts, rank, in_features, dtype=dtype, device=weight.device)
+            B_EoR = torch.empty(experts, out_features, rank, dtype=dtype, device=weight.device)
+            self.register_parameter(f"{name}_lora_A", nn.Parameter(A_ERi))
+            self.register_parameter(f"{name}_lora_B", nn.Parameter(B_EoR))
+            self.adapter_scale = scale
 
     def forward(self, x: Tensor, num_tokens_per_expert: Tensor, fast: dict[str, FastLinear] | None = None) -> Tensor:
         """Output `[S, D]` of the slots `x`, of which each expert has `num_tokens_per_expert` in turn.
@@ -102,20 +117,28 @@ class AdaptableExperts(GroupedExperts):
         Under tensor parallelism it is the part that this rank's share of F adds.
         """
         # The signature is that of torchtitan's expert parallelism, whose hooks replace the first two arguments.
-        if fast is None:
+        if fast is None and not self.adapter_scale:
             return cast(Tensor, super().forward(x, num_tokens_per_expert))
+        own = {name: w.to_local() if isinstance(w, DTensor) else w for name, w in self.named_parameters(recurse=False)}
 
         def run(w1: Tensor, w2: Tensor, w3: Tensor, x: Tensor, counts_E: Tensor) -> Tensor:
             product = _grouped(counts_E) if self.use_grouped_mm else _loop(counts_E)
-            gate, up = (adapted_experts(w, x, fast.get(name), product) for name, w in (("gate", w1), ("up", w3)))
-            return adapted_experts(w2, F.silu(gate) * up, fast.get("down"), product).type_as(x)
 
-        w1, w2, w3 = (w.to_local() if isinstance(w, DTensor) else w for w in (self.w1, self.w2, self.w3))
+            def linear(name: str, weight_Eoi: Tensor, x_Si: Tensor, target: str) -> Tensor:
+                y_So = adapted_experts(weight_Eoi, x_Si, (fast or {}).get(target), product)
+                if f"{name}_lora_A" not in own:
+                    return y_So
+                term_So = product(product(x_Si, own[f"{name}_lora_A"]), own[f"{name}_lora_B"])
+                return y_So + (self.adapter_scale * term_So).type_as(y_So)
+
+            h_SF = F.silu(linear("w1", w1, x, "gate")) * linear("w3", w3, x, "up")
+            return linear("w2", w2, h_SF, "down").type_as(x)
+
         # A grouped product needs every expert's number of slots to be a multiple of 8; with expert parallelism
         # the exchange of tokens has filled them up.
         filled = isinstance(self.w1, DTensor) and "ep" in (self.w1.device_mesh.mesh_dim_names or ())
         runner = indices_padding_wrapper(run) if self.use_grouped_mm and not filled else run
-        return cast(Tensor, runner(w1, w2, w3, x, num_tokens_per_expert))
+        return cast(Tensor, runner(own["w1"], own["w2"], own["w3"], x, num_tokens_per_expert))
 
 
 def _grouped(counts_E: Tensor) -> ExpertProduct:
@@ -204,6 +227,16 @@ class LLaDAMoE(LLaDA):
     def mixtures(self) -> list[MixtureOfExperts]:
         """Those of all layers, in order."""
         return [cast(MoEBlock, block).moe for block in self.layers.values()]
+
+    def take_load(self) -> Tensor:
+        """Tokens of every expert `[X, E]` of X layers in the training passes since the last call, on this rank.
+
+        Activation checkpointing counts its layers twice, evenly.
+        """
+        load_XE = torch.stack([mixture.tokens_per_expert for mixture in self.mixtures()])
+        for mixture in self.mixtures():
+            mixture.tokens_per_expert.zero_()
+        return load_XE
 
     def set_tensor_parallel(self, tp_mesh: DeviceMesh | None) -> None:
         """Tell the mixtures that their output is a partial sum over the ranks of a mesh."""

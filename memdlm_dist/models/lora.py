@@ -8,8 +8,7 @@ half the memory of a trained model's, and no gathering in float32.
 Shapes: R rank.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -17,16 +16,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchtitan.config import TORCH_DTYPE_MAP
 
-# How the names of an adapter's two parameters end.
-A, B = ".lora_A", ".lora_B"
-# Target -> the linear in a block.
-_LINEARS = {
-    "q": "attention.wq", "k": "attention.wk", "v": "attention.wv", "o": "attention.wo",
-    "gate": "feed_forward.w1", "down": "feed_forward.w2", "up": "feed_forward.w3",
-}  # fmt: skip
+# How the names of an adapter's two parameters end: those of a linear, and those of a linear of each expert.
+A, B = "lora_A", "lora_B"
+_ATTENTION = {"q": "wq", "k": "wk", "v": "wv", "o": "wo"}
+_FFN = {"gate": "w1", "down": "w2", "up": "w3"}
 
 
-class LoRALinear(nn.Linear):
+class HasAdapters:
+    """A module with adapters, which start after the model's weights do."""
+
+    def reset_adapters(self) -> None:
+        """A ~ kaiming_uniform(a = sqrt 5), that is U(-1/sqrt(in), 1/sqrt(in)); B = 0: the model starts as the base."""
+        for name, parameter in cast(nn.Module, self).named_parameters(recurse=False):
+            if name.endswith(A):
+                nn.init.uniform_(parameter, -(parameter.shape[-1] ** -0.5), parameter.shape[-1] ** -0.5)
+            elif name.endswith(B):
+                nn.init.zeros_(parameter)
+
+
+class LoRALinear(nn.Linear, HasAdapters):
     """A frozen linear with a trained low-rank term."""
 
     def __init__(self, linear: nn.Linear, rank: int, scale: float, dtype: torch.dtype):
@@ -40,17 +48,13 @@ class LoRALinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
 
-    def reset_adapter(self) -> None:
-        """A ~ kaiming_uniform(a = sqrt 5), B = 0: the model starts as the base."""
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
-
 
 class LoRAConverter:
     """torchtitan's model converter `lora`; see `[lora]` in the configuration."""
 
     def __init__(self, job_config: Any, parallel_dims: Any):
         self._config = job_config.lora
+        self._scale = job_config.lora.alpha / job_config.lora.rank
         self._frozen_dtype = TORCH_DTYPE_MAP[job_config.training.mixed_precision_param]
         self._dtype = TORCH_DTYPE_MAP[job_config.training.dtype]
 
@@ -64,11 +68,18 @@ class LoRAConverter:
         args: Any = model.model_args
         targets = args.linears_of(self._config.target_modules)
         for layer in cast(nn.ModuleDict, model.layers).values():
-            for target in targets:
-                parent, name = layer.get_submodule(_LINEARS[target].split(".")[0]), _LINEARS[target].split(".")[1]
-                linear: Any = getattr(parent, name)
-                scale = self._config.alpha / self._config.rank
-                setattr(parent, name, LoRALinear(linear, self._config.rank, scale, self._dtype))
+            self._adapt(layer.attention, {name: _ATTENTION[name] for name in targets if name in _ATTENTION})
+            ffn = {name: _FFN[name] for name in targets if name in _FFN}
+            if layer.moe_enabled:
+                cast(Any, layer).moe.experts.add_adapters(
+                    list(ffn.values()), self._config.rank, self._scale, self._dtype
+                )
+            else:
+                self._adapt(layer.feed_forward, ffn)
+
+    def _adapt(self, parent: Any, linears: Mapping[str, str]) -> None:
+        for name in linears.values():
+            setattr(parent, name, LoRALinear(getattr(parent, name), self._config.rank, self._scale, self._dtype))
 
     def post_optimizer_hook(self, model: Any) -> None:
         """Nothing to do after a step."""
@@ -84,6 +95,13 @@ def without_adapters(state: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in state.items() if not is_adapter(name)}
 
 
+def weight_of(name: str) -> str:
+    """The name of the weight that an adapter's parameter belongs to."""
+    linear = name[: -len(A)]
+    # A linear's parameters are below its name, an expert's beside its weight's.
+    return f"{linear}weight" if linear.endswith(".") else linear.removesuffix("_")
+
+
 def merged(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
     """The state dict of the plain model that computes the same: W + (alpha / R) B A, computed in float32.
 
@@ -94,13 +112,7 @@ def merged(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
     found = without_adapters(state)
     for name in state:
         if name.endswith(A):
-            linear = name.removesuffix(A)
-            weight = found[f"{linear}.weight"]
-            term = state[f"{linear}{B}"].float() @ state[f"{linear}{A}"].float()
-            found[f"{linear}.weight"] = (weight.float() + scale * term).to(weight.dtype)
+            weight = found[weight_of(name)]
+            term = state[name[: -len(A)] + B].float() @ state[name].float()
+            found[weight_of(name)] = (weight.float() + scale * term).to(weight.dtype)
     return found
-
-
-def adaptable(targets: Sequence[str], moe: bool) -> list[str]:
-    """Those of the linears that can have an adapter: the experts' matrices are no linears of their own."""
-    return [target for target in targets if not moe or _LINEARS[target].startswith("attention")]
