@@ -111,7 +111,7 @@ def build_objective(
             schedule=diffusion.schedule,
             loss_weight=diffusion.loss_weight,
         ),
-        memory=_memory(memory, args, parallel_dims) if memory.enable else None,
+        memory=_memory(job_config, args, parallel_dims) if memory.enable else None,
         # Without a seed torchtitan draws one for the weights; the noise then starts from 0, so that a
         # resumed run goes on with its own.
         seed=job_config.debug.seed or 0,
@@ -122,8 +122,14 @@ def build_objective(
     )
 
 
-def _memory(config: Any, args: LLaDAArgs, parallel_dims: ParallelDims) -> Memory:
-    first_layer = int(args.n_layers * (1 - config.layer_fraction))
+def first_adapted_layer(config: Any, args: LLaDAArgs) -> int:
+    """The first layer with fast weights: int(n (1 - layer_fraction))."""
+    return int(args.n_layers * (1 - config.parametric_memory.layer_fraction))
+
+
+def _memory(job_config: Any, args: LLaDAArgs, parallel_dims: ParallelDims) -> Memory:
+    config = job_config.parametric_memory
+    first_layer = first_adapted_layer(job_config, args)
     return Memory(
         first_layer=first_layer,
         linears=args.adapted_linears(first_layer, config.target_modules),

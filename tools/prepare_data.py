@@ -7,8 +7,8 @@ Examples:
   python tools/prepare_data.py --input 's3://bucket/corpus/*.jsonl.zst' --tokenizer LLaDA-8B-Base \\
       --mask-token '<|mdm_mask|>' --seq-len 4096 --output data/corpus
   # LongAlpaca: instruction, input, output; loss on the responses only
-  python tools/prepare_data.py --input LongAlpaca-12k.json --tokenizer LLaDA-8B-Base \\
-      --mask-token '<|mdm_mask|>' --seq-len 4096 --output data/longalpaca
+  python tools/prepare_data.py --input LongAlpaca-12k.json --tokenizer LLaDA-8B-Base --chat-template llada \\
+      --mask-token '<|mdm_mask|>' --overlong truncate --seq-len 4096 --output data/longalpaca_8b
 
 Writes OUTPUT/train, OUTPUT/heldout, OUTPUT/tokenizer and OUTPUT/summary.json.
 """
@@ -17,6 +17,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from memdlm_dist.data.chat import TEMPLATES
 from memdlm_dist.data.prepare import Request, prepare
 from memdlm_dist.data.sequences import Fields
 from memdlm_dist.errors import EXIT_STATUS, UserError
@@ -45,6 +46,12 @@ def parser() -> argparse.ArgumentParser:
         "--format",
         choices=("text", "prompt_response", "alpaca", "messages"),
         help="what the rows hold (default: told from each row's fields)",
+    )
+    p.add_argument(
+        "--chat-template",
+        choices=TEMPLATES,
+        help="write fine-tuning rows as conversations: as LLaDA-8B does, or by the tokenizer's own template (default: "
+        "as plain text)",
     )
     p.add_argument("--text-field", default="text", metavar="NAME", help="field of a document (default: text)")
     p.add_argument("--prompt-field", default="prompt", metavar="NAME", help="field of a prompt (default: prompt)")
@@ -80,6 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         mask_token=a.mask_token,
         eos_token=a.eos_token,
         form=a.format,
+        chat_template=a.chat_template,
         fields=Fields(a.text_field, a.prompt_field, a.response_field),
         held_out=a.held_out,
         overlong=a.overlong,

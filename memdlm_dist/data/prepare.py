@@ -10,7 +10,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from memdlm_dist.data import corpus, sequences, tokenizer
+from memdlm_dist.data import chat, corpus, sequences, tokenizer
 from memdlm_dist.data.corpus import Row, Source
 from memdlm_dist.data.sequences import BadRow, Fields, Format
 from memdlm_dist.data.shards import CARD, Card, ShardWriter, replacing
@@ -34,6 +34,7 @@ class Request:
     mask_token: str | None = None
     eos_token: str | None = None
     form: Format | None = None
+    chat_template: str | None = None  # one of `chat.TEMPLATES`
     fields: Fields = field(default_factory=Fields)
     held_out: float = 0.01
     overlong: Literal["drop", "truncate"] = "drop"
@@ -183,6 +184,8 @@ class _Cutter:
 
     def __init__(self, request: Request, pieces: DiffusionTokenizer, summary: Summary):
         self._request, self._pieces, self._summary = request, pieces, summary
+        name = request.chat_template
+        self._template = chat.chat_template(name, pieces) if name is not None else None
         self._packers = {part: sequences.Packer(request.seq_len, pieces.eos_id) for part in PARTS}
 
     def add(self, batch: list[Row], report: Callable[[str], None]) -> Iterator[tuple[str, sequences.Sequence]]:
@@ -195,7 +198,7 @@ class _Cutter:
                 if form == "text":
                     texts.append((row, sequences.document(row.values, self._request.fields)))
                 else:
-                    yield from self._padded(row, sequences.segments(row.values, form, self._request.fields))
+                    yield from self._padded(row, self._segments(row, form))
             except BadRow as problem:
                 _bad_row(self._request, self._summary, report, row.location, str(problem))
         for (row, _), ids in zip(texts, self._pieces.encode_plain([text for _, text in texts]), strict=True):
@@ -204,10 +207,20 @@ class _Cutter:
             for sequence in self._packers[part].add(ids):
                 yield part, sequence
 
+    def _segments(self, row: Row, form: Format) -> list[tuple[str, bool]]:
+        if self._template is None:
+            return sequences.segments(row.values, form, self._request.fields)
+        try:
+            return chat.segments(self._template, sequences.conversation(row.values, form, self._request.fields))
+        except ValueError as problem:
+            raise BadRow(str(problem)) from None
+
     def _padded(self, row: Row, parts: list[tuple[str, bool]]) -> Iterator[tuple[str, sequences.Sequence]]:
         encoded = sequences.encode_segments(self._pieces, parts)
         self._summary.tokens += sum(len(ids) for ids, _ in encoded)
-        sequence, too_long = sequences.pad(encoded, self._request.seq_len, self._pieces.eos_id, self._request.overlong)
+        sequence, too_long = sequences.pad(
+            encoded, self._request.seq_len, self._pieces.eos_id, self._request.overlong, self._template is None
+        )
         if sequence is None:
             self._summary.overlong_dropped += 1
             return

@@ -87,6 +87,19 @@ def segments(values: dict[str, Any], form: Format, fields: Fields) -> list[tuple
     return parts
 
 
+def conversation(values: dict[str, Any], form: Format, fields: Fields) -> list[dict[str, str]]:
+    """A fine-tuning row as messages, for a chat template.
+
+    Raises:
+        BadRow: naming the field.
+    """
+    if form == "messages":
+        _turns(values.get("messages"))  # checks them
+        return [{"role": m["role"], "content": m["content"]} for m in values["messages"]]
+    (prompt, _), (response, _) = segments(values, form, fields)
+    return [{"role": "user", "content": prompt.rstrip("\n")}, {"role": "assistant", "content": response}]
+
+
 def _turns(messages: Any) -> list[tuple[str, bool]]:
     if not isinstance(messages, list) or not messages:
         raise BadRow("field 'messages' is not a non-empty list")
@@ -129,11 +142,18 @@ class Packer:
 
 
 def pad(
-    parts: list[tuple[list[int], bool]], length: int, eos_id: int, overlong: Literal["drop", "truncate"]
+    parts: list[tuple[list[int], bool]],
+    length: int,
+    eos_id: int,
+    overlong: Literal["drop", "truncate"],
+    every_turn: bool = True,
 ) -> tuple[Sequence | None, bool]:
     """One fine-tuning row as a sequence of `length` tokens, padded with end-of-text.
 
     The prompt is never masked. The responses and, as in the paper's recipe, the padding are.
+
+    Args:
+        every_turn: end-of-text ends every response; otherwise, where a chat template ends them, the row alone.
 
     Returns:
         The sequence, or None for a row that is dropped (too long, or left without a response by
@@ -141,8 +161,8 @@ def pad(
     """
     ids: list[int] = []
     maskable: list[bool] = []
-    for part, is_response in parts:
-        part = [*part, eos_id] if is_response else part
+    for number, (part, is_response) in enumerate(parts, start=1):
+        part = [*part, eos_id] if is_response and (every_turn or number == len(parts)) else part
         ids += part
         maskable += [is_response] * len(part)
     too_long = len(ids) > length

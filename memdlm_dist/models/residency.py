@@ -42,7 +42,10 @@ class Residency:
         freed = [policy != "never"] * (len(groups) - 1) + [policy == "always"]
         # FSDP2 would prefetch by the order of past forward passes, of which the inner loop makes many. The
         # first group has nothing before it: it names itself, since an empty list asks for that order.
-        for group, before in zip(groups, [groups[0], *groups], strict=False):
+        before_each = [groups[0], *groups]
+        if not any(p.requires_grad for p in model.tok_embeddings.parameters()):
+            before_each[1] = groups[1]  # a frozen embedding has no backward pass
+        for group, before in zip(groups, before_each, strict=False):
             group[0].set_modules_to_backward_prefetch(list(before))
         return cls(model, groups, freed)
 

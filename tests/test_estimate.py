@@ -1,0 +1,113 @@
+"""What the dry run foretells, against what a step does."""
+
+import json
+from dataclasses import replace
+
+import bench_step
+import dry_run
+import pytest
+import torch
+from collectives import Collectives
+from torch.distributed import destroy_process_group
+from torchtitan.distributed.utils import init_fake_mode
+
+from memdlm_dist import parse_config
+from memdlm_dist.estimate import estimate, saved_elements
+from memdlm_dist.models import BACKBONES, llada, llada_moe
+
+DEBUG = [
+    "--job.config_file", "train_configs/debug.toml", "--training.seq_len", "64", "--training.local_batch_size", "2",
+    "--parametric_memory.layer_fraction", "0.5",
+]  # fmt: skip
+SHARD, TENSOR = "--parallelism.data_parallel_shard_degree", "--parallelism.tensor_parallel_degree"
+
+
+@pytest.mark.parametrize(
+    "ranks, arguments",
+    [
+        (4, [SHARD, "4"]),
+        (4, [SHARD, "4", "--model.converters", "lora"]),
+        (4, [SHARD, "2", TENSOR, "2", "--parametric_memory.inner_loss", "kl", "--parametric_memory.inner_steps", "3"]),
+        (8, [SHARD, "4", "--parallelism.data_parallel_replicate_degree", "2"]),
+    ],
+    ids=["fsdp4", "lora", "fsdp2-tp2", "hsdp"],
+)
+def test_fsdp_sends_what_is_foretold(ranks, arguments):
+    """Counted in a step of a single process that takes itself for one of many."""
+    config = parse_config.parse([*DEBUG, *arguments])
+    init_fake_mode(ranks)
+    try:
+        bench = bench_step.Bench.build(config)
+        foretold = estimate(bench.model, bench.args, bench.dims, config).communication
+        counted: Collectives = bench.collectives("ours")
+        fsdp = bench.groups("fsdp")
+        shards = fsdp[0].size()
+        # Each collective's largest argument is the gathered tensor, padded to divide evenly: here all sizes do.
+        sums = {
+            kind: sum(4 * n * (shards - 1) / shards for found, n in counted.on(*fsdp) if found == kind)
+            for kind in ("all_gather", "reduce_scatter")
+        }
+        replicated = sum(4 * n for _, n in counted.on(*bench.groups("dp_replicate")))
+        assert foretold.gather == pytest.approx(sums["all_gather"])
+        assert foretold.reduce == pytest.approx(sums["reduce_scatter"] + 2 * replicated / 2)
+        if tensor := bench.groups("tp"):
+            # The layers' exchanges; those of embedding and head, and of the fast terms' middle, are left out.
+            half = 2 * 64 * bench.args.dim // 2
+            # What a reduce-scatter is given is whole, what an all-gather is given a half.
+            sizes = {"reduce_scatter": 2 * half, "all_gather": half}
+            sent = sum(4 * half for kind, n in counted.on(*tensor) if n == sizes.get(kind))
+            assert foretold.tensor == pytest.approx(sent, rel=0.1)
+    finally:
+        destroy_process_group()
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_autograd_keeps_the_foretold_elements_of_a_layer(name):
+    flavours = {"llada": llada.FLAVOURS, "llada_moe": llada_moe.FLAVOURS}[name]
+    args = replace(flavours["debug"], dim=128, hidden_dim=192, n_layers=1, max_seq_len=256)
+    model = BACKBONES[name].model(args)
+    with torch.no_grad():
+        model.init_weights()
+    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), model.freqs_cis]}
+    kept = {}
+
+    def keep(x):
+        if x.untyped_storage().data_ptr() not in own:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    x = torch.randn(2, 256, args.dim, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        y = model.layers["0"](x, model.freqs_cis)
+    y.sum().backward()
+    # Small things (norms' statistics, routing, the rotary table) are not in the estimate.
+    assert saved_elements(args)[1] == pytest.approx(sum(kept.values()) / 4 / (2 * 256), rel=0.12)
+
+
+def test_dry_run_of_the_recipes(tmp_path, capsys):
+    """At full size, on the meta device."""
+    found = {}
+    for name in ("llada_8b", "llada_moe_7b"):
+        file = tmp_path / f"{name}.json"
+        status = dry_run.main([f"train_configs/{name}_longalpaca.toml", "--world-size", "8", "32", "--json", str(file)])
+        assert status == 0
+        found[name] = json.loads(file.read_text())
+    out = capsys.readouterr().out
+    assert "llada 8B: 8,099,467,264 parameters, 83,886,080 trained" in out
+    dense, moe = found["llada_8b"], found["llada_moe_7b"]
+    base = 8_015_581_184  # LLaDA-8B
+    assert dense["8"]["parameters"] - dense["8"]["trained"] == base
+    assert dense["8"]["memory"]["weights"] == pytest.approx((2 * base + 4 * 83_886_080) / 8, rel=1e-3)
+    assert dense["8"]["memory"]["optimizer"] == 4 * dense["32"]["memory"]["optimizer"] == 2 * 4 * 83_886_080 / 8
+    assert moe["8"]["parameters"] - moe["8"]["trained"] == 7_356_880_896
+    assert moe["8"]["active"] < 2e9
+
+
+def test_dry_run_tells_what_will_not_fit(capsys):
+    recipe = "train_configs/llada_8b_longalpaca.toml"
+    assert dry_run.main([recipe, "--world-size", "8", "256", "--device-memory", "4"]) == 1
+    out = capsys.readouterr().out
+    assert "8 ranks: 8.4 GiB will not fit on devices of 4 GiB" in out and "tensor_parallel_degree" in out
+    assert "256 ranks: training.global_batch_size = 32 must be a multiple of" in out
+    assert dry_run.main(["train_configs/absent.toml", "--world-size", "8"]) == 2
+    assert "train_configs/absent.toml does not exist" in capsys.readouterr().err
