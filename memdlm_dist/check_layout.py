@@ -106,9 +106,9 @@ def _check_experts(config: Any, args: LLaDAMoEArgs, world_size: int) -> None:
     name = f"model {config.model.name}"
     of_experts = set(args.linears_of(memory.target_modules)) & set(args.targets["ffn"])
     require(
-        not memory.enable or memory.granularity == "batch" or not of_experts,
-        f"parametric_memory.granularity = 'sample' is not supported for the experts of {name}: their tokens are sorted "
-        "by expert, not by sequence; set it to 'batch'.",
+        not memory.enable or memory.granularity == "batch" or experts == 1,
+        "parametric_memory.granularity = 'sample' is not supported with expert parallelism: the ranks of a group share "
+        "one set of fast weights; set it to 'batch', or parallelism.expert_parallel_degree to 1.",
     )
     require(
         not memory.enable or experts == 1 or of_experts == set(args.linears_of(memory.target_modules)),

@@ -3,8 +3,8 @@
 They are arguments of the forward pass, never parameters or module state. So the optimizer, FSDP2,
 checkpoints and `state_dict` know nothing of them, and they are gone when the step is over.
 
-A mixture of experts has a term for each expert. Their tensors have the experts, E of them, where others
-have the sets: there is one set then, which belongs to the micro-batch.
+A mixture of experts has a term for each expert in every set: where other tensors have G entries, theirs have
+E G, expert by expert.
 
 Shapes: G sets of fast weights (one per sequence, or one per micro-batch), B sequences, L tokens,
 R rank, E experts of this rank, S slots (a token as often as experts see it), sorted by expert.
@@ -42,7 +42,8 @@ class AdaptedLinear:
     experts_per_token: int = 1
 
 
-# Slots `[S, i]`, sorted by expert, times each expert's own matrix `[E, o, i]`: `[S, o]`.
+# Slots `[S, i]`, sorted by expert, times matrices `[E, o, i]`, one for each expert, or `[E G, o, i]`, one for each
+# expert and each set: `[S, o]`.
 ExpertProduct = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -147,7 +148,8 @@ def draw(
         if linear.experts:
             ranks, place = (ep_mesh.size(), ep_mesh.get_local_rank()) if ep_mesh is not None else (1, 0)
             count = linear.experts // ranks
-            keys = keys + torch.arange(place * count, (place + 1) * count, device=keys.device)
+            expert_E1 = torch.arange(place * count, (place + 1) * count, device=keys.device).unsqueeze(1)
+            keys = (keys + expert_E1).flatten()
         new = ADAPTERS[adapter].start(linear, rank, alpha, keys, tp_mesh)
         fast.setdefault(linear.layer, {})[linear.target] = new
     return fast
@@ -235,20 +237,24 @@ def map_leaves(function: Callable[..., Tensor], fast: FastWeights, *others: Sequ
     return {layer: {target: rebuilt(linear) for target, linear in targets.items()} for layer, targets in fast.items()}
 
 
-def select(fast: FastWeights, index_B: Sequence[int]) -> FastWeights:
-    """Sets by their numbers, in any order and as often as they are named."""
+def select(fast: FastWeights, index_B: Sequence[int], n_sets: int) -> FastWeights:
+    """Sets by their numbers, in any order and as often as they are named, of as many as there are."""
 
     def picked(x: Tensor) -> Tensor:
-        if not isinstance(x, DTensor):
-            return x[list(index_B)]
-        return DTensor.from_local(x.to_local()[list(index_B)], x.device_mesh, x.placements, run_check=False)
+        local = x.to_local() if isinstance(x, DTensor) else x
+        chosen = local.unflatten(0, (-1, n_sets))[:, list(index_B)].flatten(0, 1)
+        return (
+            DTensor.from_local(chosen, x.device_mesh, x.placements, run_check=False)
+            if isinstance(x, DTensor)
+            else chosen
+        )
 
     return map_leaves(picked, fast)
 
 
 def squared_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Squared 2-norm of every set of every tensor (of every expert), `[G]` or `[E]` each, plain and equal on all
-    tensor-parallel ranks.
+    """Squared 2-norm of every set of every tensor, and of every expert, `[G]` or `[E G]` each, plain and equal on
+    all tensor-parallel ranks.
 
     DTensors must be replicated or sharded, not partial. All sharded ones are reduced in one collective.
     """
@@ -276,8 +282,7 @@ def set_totals(squares: Sequence[Tensor], n_sets: int, pool: ProcessGroup | None
         n_sets: G.
         pool: the expert-parallel ranks, each with other experts of the one set.
     """
-    totals = [x if len(x) == n_sets else x.sum(0, keepdim=True) for x in squares]
-    return pooled(torch.stack(totals).sum(0), pool)
+    return pooled(torch.stack([x.view(-1, n_sets).sum(0) for x in squares]).sum(0), pool)
 
 
 def pooled(x: Tensor, pool: ProcessGroup | None) -> Tensor:
@@ -289,10 +294,15 @@ def pooled(x: Tensor, pool: ProcessGroup | None) -> Tensor:
     return x
 
 
+def _of_experts(value_G: Tensor, like_n: Tensor) -> Tensor:
+    """What holds of each set, for every expert's entry of it."""
+    return value_G.repeat(len(like_n) // len(value_G))
+
+
 # What a tensor's clipping goes by, of squared norms: its own `[n]`, or that of all the set's tensors together `[G]`.
 GRADIENT_NORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "per_parameter": lambda own_n, set_G: own_n,
-    "global": lambda own_n, set_G: set_G.expand_as(own_n),
+    "global": lambda own_n, set_G: _of_experts(set_G, own_n),
 }
 
 
@@ -336,7 +346,7 @@ def sgd_update(
     def step(x: Tensor, g: Tensor, own_n: Tensor) -> Tensor:
         norm_n = GRADIENT_NORMS[optimiser.gradient_norm](own_n, total_G).sqrt()
         factor_n = torch.where(norm_n > clip, clip / (norm_n + 1e-12), 1.0) if clip > 0 else torch.ones_like(norm_n)
-        keep_n = keep_G.expand_as(factor_n)
+        keep_n = _of_experts(keep_G, factor_n)
         # Local arithmetic: the factor is one number per set, the same on every tensor-parallel rank.
         placements = (x.device_mesh, x.placements) if isinstance(x, DTensor) else None
         x, g = (y.to_local() if isinstance(y, DTensor) else y for y in (x, g))

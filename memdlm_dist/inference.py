@@ -103,9 +103,7 @@ class TrainedModel:
             self._amp = dist_utils.maybe_enable_amp(parallel_dims, dtype, device_type)
         objective = build_objective(config, args, self.tokenizer.mask_id, parallel_dims)
         assert objective.memory is not None
-        # One set for each prompt; experts have one set at a time.
-        self._one_at_a_time = any(linear.experts for linear in objective.memory.linears)
-        self._memory = replace(objective.memory, per_sample=not self._one_at_a_time)
+        self._memory = replace(objective.memory, per_sample=True)
         # The prompt is no random corruption whose weight would make a likelihood bound: uniform weights.
         self._objective = replace(objective, plan=replace(objective.plan, loss_weight="uniform"))
         mesh = parallel_dims.get_optional_mesh("batch")
@@ -141,11 +139,6 @@ class TrainedModel:
         Args:
             ids: keys of the rows' masks and initial fast weights; their numbers if None.
         """
-        if self._one_at_a_time and len(prompts) > 1:
-            raise UserError(
-                "The experts of this backbone have one memory at a time: with the memory on, prompts are read one by "
-                "one; set --batch-size 1."
-            )
         began = time.perf_counter()
         start = self.canvas(prompts, 0, ids)
         maskable_BL = start.attended_BL & ~start.open_BL

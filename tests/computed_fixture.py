@@ -45,29 +45,25 @@ def write_fixture(folder, memory, targets, shape, absent):
         gradient_clip=settings["grad_clip"],
         loss_weight=weighing,
     )
-    theirs = {ours: published for published, ours in golden_fixture.BLOCK_NAMES.items()}
-    theirs |= {ours: published for published, ours in golden_fixture.TOP_NAMES.items()}
+    published = golden_fixture.PlainAdapter(args)
+    ours = {theirs: name for name in state for theirs in published.to_hf({name: state[name]})}
 
     def published_name(name):
-        module = name.removesuffix(".weight")
-        if module in theirs:
-            return f"{theirs[module]}.weight"
-        _, layer, rest = module.split(".", 2)
-        return f"model.layers.{layer}.{theirs[rest]}.weight"
+        return next(iter(published.to_hf({name: state[name]})))
 
     adapters, fast, inputs = [], {}, {}
     for layer in ("1", "2"):
         for target in targets:
-            module = next(x for x in golden_fixture.BLOCK_NAMES if x.endswith(target))
-            adapters.append(name := f"model.layers.{layer}.{module}")
-            out, width = state[golden_fixture.our_name(f"{name}.weight")].shape
+            name = next(x for x in ours if f"layers.{layer}." in x and x.endswith(f"{target}.weight"))
+            adapters.append(name := name.removesuffix(".weight"))
+            out, width = state[ours[f"{name}.weight"]].shape
             if settings.get("adapter_type") == "full":
                 start = (torch.zeros(out, width).double(),)
             else:
                 A = (torch.rand(3, width, generator=generator) * 2 - 1) / width**0.5
                 inputs[f"A_init.{name}"] = A
                 start = (A.double(), torch.zeros(out, 3).double(), settings["alpha"] / 3)
-            fast.setdefault(layer, {})[golden_fixture.TARGETS[module]] = start
+            fast.setdefault(layer, {})[target.removesuffix("_proj")] = start
 
     state = {name: p.requires_grad_() for name, p in state.items()}
     model = naive.DenseModel(state, args)
@@ -105,7 +101,7 @@ def write_fixture(folder, memory, targets, shape, absent):
     }  # fmt: skip
     outputs = {}
     for name in adapters:
-        layer, target = golden_fixture.split_adapter(name)
+        layer, target, _ = golden_fixture.split_adapter(name)
         letters = ("delta",) if len(final[layer][target]) == 1 else ("A", "B")
         outputs |= {f"{letter}_final.{name}": x for letter, x in zip(letters, final[layer][target], strict=False)}
     results = {"inner_losses": losses, "inner_grad_norms": norms}

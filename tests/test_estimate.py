@@ -103,6 +103,29 @@ def test_dry_run_of_the_recipes(tmp_path, capsys):
     assert moe["8"]["active"] < 2e9
 
 
+@pytest.mark.parametrize(
+    "recipe, arguments",
+    [
+        ("llada_8b", [TENSOR, "2"]),
+        ("llada_moe_7b", ["--parallelism.expert_parallel_degree", "4", "--parametric_memory.granularity", "batch"]),
+        ("llada_moe_7b", [TENSOR, "2", "--lora.target_modules", "attention"]),
+    ],
+)
+def test_the_base_stays_frozen_on_every_layout(recipe, arguments):
+    """Styles of tensor and expert parallelism make new parameters, which by themselves are trained."""
+    path = f"train_configs/{recipe}_longalpaca.toml"
+    spread, plain = (
+        dry_run.look(parse_config.parse(["--job.config_file", path, *more]), 8) for more in (arguments, arguments[2:])
+    )
+    rank, width = 32, 2048
+    if recipe == "llada_8b":
+        assert spread.trained == plain.trained == 83_886_080
+    elif "attention" in arguments:
+        assert spread.trained == 16 * 4 * rank * 2 * width
+    else:
+        assert spread.trained == 16 * (4 * rank * 2 * width + 64 * 3 * rank * (width + 1024))
+
+
 def test_dry_run_tells_what_will_not_fit(capsys):
     recipe = "train_configs/llada_8b_longalpaca.toml"
     assert dry_run.main([recipe, "--world-size", "8", "256", "--device-memory", "4"]) == 1

@@ -11,7 +11,9 @@ import pytest
 from computed_fixture import write_fixture
 from safetensors.torch import load_file, save_file
 
-CASES = ("dense_pmc_ce", "dense_pmc_distill", "dense_pmc_full", "dense_pre_only", "dense_progressive_memory")
+CASES = (
+    "dense_pmc_ce", "dense_pmc_distill", "dense_pmc_full", "dense_pre_only", "dense_progressive_memory", "moe_pmc_ce",
+)  # fmt: skip
 
 
 def copy(root, tmp_path, case, change=None, **tensors):
@@ -53,6 +55,22 @@ def test_a_fixture_without_a_memory_is_checked_for_what_it_has(root, capsys):
     assert [line.split()[1] for line in lines_of(capsys)] == ["loss", "logits", "base", "gradient"]
 
 
+def test_the_architecture_of_llada_8b(root, tmp_path, capsys):
+    assert check_golden.main([str(root / "tests/golden/llada8b_forward")]) == 0
+    assert [line.split()[0] for line in lines_of(capsys)] == ["logits", "logits_padded"]
+
+    def change(manifest):
+        manifest["arch"]["rope_theta"] = 10_000.0
+
+    assert check_golden.main([copy(root, tmp_path, "llada8b_forward", change)]) == 1
+
+
+def test_weights_that_do_not_fit_are_named(root, tmp_path, capsys):
+    without = {"weights": lambda tensors: {k: x for k, x in tensors.items() if "experts.3.up" not in k}}
+    assert check_golden.main([copy(root, tmp_path, "moe_pmc_ce", **without)]) == 2
+    assert "lack the tensor model.layers.0.mlp.experts.3.up_proj.weight" in capsys.readouterr().out
+
+
 def scale(name):
     def changed(tensors):
         tensors[name] = tensors[name] * 1.001
@@ -65,6 +83,9 @@ def scale(name):
     [
         ("dense_pmc_ce", "outputs", "B_final.model.layers.4.mlp.up_proj", "fast weights"),
         ("dense_pmc_ce", "inputs", "step_t", "inner losses"),
+        ("moe_pmc_ce", "outputs", "B_final.model.layers.3.mlp.experts.1.up_proj", "fast weights"),
+        ("moe_pmc_ce", "outputs", "grad.model.layers.1.mlp.experts.2.down_proj.weight", "outer base gradients"),
+        ("moe_pmc_ce", "plain", "grad.model.layers.0.mlp.gate.weight", "plain base gradients"),
         ("dense_pmc_ce", "inputs", "step_t", "trajectory: weights"),
         ("dense_pmc_full", "outputs", "delta_final.model.layers.3.mlp.up_proj", "fast weights"),
         ("dense_progressive_memory", "outputs", "grad.model.layers.0.self_attn.q_proj.weight", "outer base gradients"),
@@ -127,7 +148,7 @@ def test_what_is_not_supported_says_so(root, tmp_path, capsys):
         manifest["memory"]["loss"] = "adversarial"
 
     def experts(manifest):
-        manifest["arch"]["kind"] = "moe"
+        manifest["arch"]["kind"] = "gpt"
 
     folders = []
     for number, change in enumerate((unknown, experts)):
@@ -141,7 +162,7 @@ def test_what_is_not_supported_says_so(root, tmp_path, capsys):
     assert check_golden.main([*folders, str(tmp_path / "broken"), str(tmp_path / "absent")]) == 2
     out = capsys.readouterr().out
     assert "memory.loss = 'adversarial' is not supported yet" in out
-    assert "architecture 'moe' is not supported yet" in out and out.count("cannot read the fixture") == 3
+    assert "architecture 'gpt' is not supported yet" in out and out.count("cannot read the fixture") == 3
 
 
 # Fixtures in the published format, computed by the oracle, for what the published ones leave out:

@@ -63,7 +63,7 @@ def test_a_prompt_is_remembered_as_if_it_were_alone(model, prompts):
         alone = model.remember([prompt], ids=ids[row : row + 1]).fast
         for x, y in zip(fast_weights.leaves(together), fast_weights.leaves(alone), strict=True):
             torch.testing.assert_close(x[row], y[0], rtol=0, atol=1e-6)
-    chosen = fast_weights.select(together, [2, 0, 2])
+    chosen = fast_weights.select(together, [2, 0, 2], len(prompts))
     for x, y in zip(fast_weights.leaves(chosen), fast_weights.leaves(together), strict=True):
         assert torch.equal(x, y[[2, 0, 2]])
 
@@ -94,7 +94,7 @@ def test_the_inner_loop_lowers_the_loss_on_its_prompt(model, prompts):
         return model.nll(noisy_BL, target_BL, start.tokens_BL, start.attended_BL, fast)
 
     fast = model.remember(prompts).fast
-    swapped = fast_weights.select(fast, list(range(len(prompts)))[::-1])
+    swapped = fast_weights.select(fast, list(range(len(prompts)))[::-1], len(prompts))
     assert loss(fast).sum() < loss(None).sum()
     assert not torch.allclose(loss(fast), loss(swapped))
 

@@ -23,8 +23,8 @@ def test_sizes(flavour, parameters):
 
 
 def test_every_flavour_fits_two_tensor_parallel_ranks():
-    for _, flavours in BACKBONES.values():
-        for args in flavours.values():
+    for backbone in BACKBONES.values():
+        for args in backbone.flavours.values():
             sizes = (args.n_heads, args.n_kv_heads or args.n_heads, args.hidden_dim, args.vocab_size)
             assert all(size % 2 == 0 for size in sizes) and args.dim % args.n_heads == 0
 

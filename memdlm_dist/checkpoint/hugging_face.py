@@ -83,7 +83,8 @@ def _check_config(path: Path, adapter: Adapter) -> None:
         raise UserError(f"{file} cannot be read ({error}); fetch it again.") from None
     if differences:
         raise UserError(
-            f"{file} describes another model than this run's: {', '.join(differences)}; choose another model.flavor."
+            f"{file} describes another model than this run's: {', '.join(differences)}; choose the model.name and "
+            "model.flavor that the weights are of."
         )
 
 

@@ -142,8 +142,7 @@ class ResumableCheckpoints(CheckpointManager):
         began = time.perf_counter()
         try:
             states = self._states_to_load(model_only)
-            if base and from_rank_0(lambda: not any(map(lora.is_adapter, read_metadata(location).state_dict_metadata))):
-                states = lora.without_adapters(states)
+            states = states_in(location, states) if base else states
             dcp.load(states, storage_reader=reader(location))
             self.states[MODEL].load_state_dict(states)  # torchtitan keeps the model's tensors at the top level
         except CheckpointException as failure:  # DCP's own, on every rank
@@ -327,6 +326,12 @@ def check_model(location: str, states: Mapping[str, Any], base: bool = False) ->
                 f"{ours or 'absent'}; choose another job.dump_folder, or the model.flavor that it was made with."
             )
     return ""
+
+
+def states_in(location: str, states: Mapping[str, Any]) -> dict[str, Any]:
+    """What there is to load: without the adapters, if the checkpoint is of a plain model. Call on all ranks."""
+    adapted = from_rank_0(lambda: any(map(lora.is_adapter, read_metadata(location).state_dict_metadata)))
+    return dict(states) if adapted else lora.without_adapters(states)
 
 
 def _attempt(action: Any) -> None:

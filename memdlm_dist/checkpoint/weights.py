@@ -8,10 +8,11 @@ from torchtitan.components.checkpoint import DATALOADER, LR_SCHEDULER, MODEL, OP
 
 from memdlm_dist.checkpoint import hugging_face
 from memdlm_dist.checkpoint.catalogue import METADATA, Catalogue, name_of, reader
-from memdlm_dist.checkpoint.manager import check_model
+from memdlm_dist.checkpoint.manager import check_model, states_in
 from memdlm_dist.checkpoint.rank_0 import from_rank_0, reason_of
 from memdlm_dist.errors import UserError
 from memdlm_dist.models.hugging_face import Adapter
+from memdlm_dist.models.lora import HasAdapters
 from memdlm_dist.storage import Storage
 
 
@@ -51,14 +52,17 @@ def load(model: nn.Module, location: str, adapter: Adapter) -> str:
     """
     found: str = from_rank_0(lambda: find(location))
     weights = ModelWrapper(model)
+    for module in model.modules():
+        if isinstance(module, HasAdapters):
+            module.reset_adapters()  # which weights of a plain model leave as they are
     if METADATA not in from_rank_0(lambda: Storage(found).sizes()):
         hugging_face.load(weights, adapter, found)
         return found
     others = dict.fromkeys((OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE))
-    problem = from_rank_0(lambda: check_model(found, {MODEL: weights, **others}))
+    problem = from_rank_0(lambda: check_model(found, {MODEL: weights, **others}, base=True))
     if not problem:
         try:
-            states = weights.state_dict()
+            states = states_in(found, weights.state_dict())
             dcp.load(states, storage_reader=reader(found))
             weights.load_state_dict(states)
         except CheckpointException as failure:

@@ -177,7 +177,7 @@ class HarnessModel(TemplateLM):
         first = [texts.index(text) for text in different]
         remembered = self._model.remember([contexts[row] for row in first], self._anchor_ratio, different)
         self.memory_seconds += remembered.seconds
-        return fast_weights.select(remembered.fast, [different.index(text) for text in texts])
+        return fast_weights.select(remembered.fast, [different.index(text) for text in texts], len(different))
 
     def _greedy(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[bool]:
         """Whether each text is what greedy decoding makes of its context, a token at a step."""

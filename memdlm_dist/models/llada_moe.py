@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torchtitan.models.moe import MoE, MoEArgs
 from torchtitan.models.moe.moe import GroupedExperts
-from torchtitan.models.moe.utils import indices_padding_wrapper
+from torchtitan.models.moe.utils import _permute, _unpermute
 from torchtitan.models.utils import get_moe_model_nparams_and_flops
 from torchtitan.tools.utils import has_cuda_capability
 
@@ -111,53 +111,71 @@ class AdaptableExperts(GroupedExperts, HasAdapters):
             self.register_parameter(f"{name}_lora_B", nn.Parameter(B_EoR))
             self.adapter_scale = scale
 
-    def forward(self, x: Tensor, num_tokens_per_expert: Tensor, fast: dict[str, FastLinear] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        num_tokens_per_expert: Tensor,
+        fast: dict[str, FastLinear] | None = None,
+        counts_EG: Tensor | None = None,
+    ) -> Tensor:
         """Output `[S, D]` of the slots `x`, of which each expert has `num_tokens_per_expert` in turn.
 
         Under tensor parallelism it is the part that this rank's share of F adds.
+
+        Args:
+            fast: with one set, or with one for each sequence.
+            counts_EG: each expert's number of slots of each sequence, which come in turn; needed with several sets.
         """
         # The signature is that of torchtitan's expert parallelism, whose hooks replace the first two arguments.
         if fast is None and not self.adapter_scale:
             return cast(Tensor, super().forward(x, num_tokens_per_expert))
         own = {name: w.to_local() if isinstance(w, DTensor) else w for name, w in self.named_parameters(recurse=False)}
-
-        def run(w1: Tensor, w2: Tensor, w3: Tensor, x: Tensor, counts_E: Tensor) -> Tensor:
-            product = _grouped(counts_E) if self.use_grouped_mm else _loop(counts_E)
-
-            def linear(name: str, weight_Eoi: Tensor, x_Si: Tensor, target: str) -> Tensor:
-                y_So = adapted_experts(weight_Eoi, x_Si, (fast or {}).get(target), product)
-                if f"{name}_lora_A" not in own:
-                    return y_So
-                term_So = product(product(x_Si, own[f"{name}_lora_A"]), own[f"{name}_lora_B"])
-                return y_So + (self.adapter_scale * term_So).type_as(y_So)
-
-            h_SF = F.silu(linear("w1", w1, x, "gate")) * linear("w3", w3, x, "up")
-            return linear("w2", w2, h_SF, "down").type_as(x)
-
-        # A grouped product needs every expert's number of slots to be a multiple of 8; with expert parallelism
-        # the exchange of tokens has filled them up.
+        counts = num_tokens_per_expert if counts_EG is None else counts_EG.flatten()
+        # A grouped product needs every group's number of slots to be a multiple of 8; with expert parallelism the
+        # exchange of tokens has filled them up.
         filled = isinstance(self.w1, DTensor) and "ep" in (self.w1.device_mesh.mesh_dim_names or ())
-        runner = indices_padding_wrapper(run) if self.use_grouped_mm and not filled else run
-        return cast(Tensor, runner(own["w1"], own["w2"], own["w3"], x, num_tokens_per_expert))
+        if not self.use_grouped_mm or filled:
+            return self._run(own, x, counts, fast or {})
+        shape, x_filled, places, counts = _permute(x, counts, 1, len(counts))
+        return _unpermute(self._run(own, x_filled, counts, fast or {}), shape, places)
+
+    @property
+    def local_experts(self) -> int:
+        """This rank's."""
+        return len(self.w1.to_local() if isinstance(self.w1, DTensor) else self.w1)
+
+    def _run(self, own: dict[str, Tensor], x_SD: Tensor, counts: Tensor, fast: dict[str, FastLinear]) -> Tensor:
+        product = (_grouped if self.use_grouped_mm else _loop)(counts)
+
+        def linear(name: str, x_Si: Tensor, target: str) -> Tensor:
+            y_So = adapted_experts(own[name], x_Si, fast.get(target), product)
+            if f"{name}_lora_A" not in own:
+                return y_So
+            term_So = product(product(x_Si, own[f"{name}_lora_A"]), own[f"{name}_lora_B"])
+            return y_So + (self.adapter_scale * term_So).type_as(y_So)
+
+        h_SF = F.silu(linear("w1", x_SD, "gate")) * linear("w3", x_SD, "up")
+        return linear("w2", h_SF, "down").type_as(x_SD)
 
 
-def _grouped(counts_E: Tensor) -> ExpertProduct:
-    ends_E = counts_E.cumsum(0, dtype=torch.int32)
-
-    def product(x_Si: Tensor, weight_Eoi: Tensor) -> Tensor:
-        return torch._grouped_mm(x_Si.bfloat16(), weight_Eoi.bfloat16().transpose(-2, -1), offs=ends_E)
+def _grouped(counts: Tensor) -> ExpertProduct:
+    def product(x_Si: Tensor, weight_noi: Tensor) -> Tensor:
+        ends_n = counts.view(len(weight_noi), -1).sum(1).cumsum(0, dtype=torch.int32)
+        return torch._grouped_mm(x_Si.bfloat16(), weight_noi.bfloat16().transpose(-2, -1), offs=ends_n)
 
     return product
 
 
-def _loop(counts_E: Tensor) -> ExpertProduct:
-    counts = counts_E.tolist()
+def _loop(counts: Tensor) -> ExpertProduct:
+    numbers = counts.tolist()
 
-    def product(x_Si: Tensor, weight_Eoi: Tensor) -> Tensor:
-        # What lies behind the last expert's slots fills up, and is of no expert.
-        parts = x_Si.split([*counts, len(x_Si) - sum(counts)])
-        outputs = [F.linear(part, weight) for part, weight in zip(parts, weight_Eoi.unbind(), strict=False)]
-        rest = parts[-1].new_zeros(len(parts[-1]), weight_Eoi.shape[1], dtype=outputs[0].dtype)
+    def product(x_Si: Tensor, weight_noi: Tensor) -> Tensor:
+        several = len(numbers) // len(weight_noi)  # groups that one matrix is for
+        sizes = [sum(numbers[i : i + several]) for i in range(0, len(numbers), several)]
+        # What lies behind the last group's slots fills up, and is of no expert.
+        parts = x_Si.split([*sizes, len(x_Si) - sum(sizes)])
+        outputs = [F.linear(part, weight) for part, weight in zip(parts, weight_noi.unbind(), strict=False)]
+        rest = parts[-1].new_zeros(len(parts[-1]), weight_noi.shape[1], dtype=outputs[0].dtype)
         return torch.cat([*outputs, rest])
 
     return product
@@ -190,12 +208,25 @@ class MixtureOfExperts(MoE):
             score = DTensor.from_local(score_Nk, self.tp_mesh, [Replicate()], run_check=False)
             score_Nk = score.to_local(grad_placements=[Partial()])
         _, slot_S, counts_E = self.reorderer(score_Nk, expert_Nk)
-        routed_SD = self.experts(x_ND[slot_S // self.router.top_k], counts_E, fast=fast)
+        counts_EG = self._counts_of_sets(expert_Nk, x.shape[0], fast)
+        routed_SD = self.experts(x_ND[slot_S // self.router.top_k], counts_E, fast=fast, counts_EG=counts_EG)
         # Back in the tokens' order, which unlike adding them up at their places gives the same sums every time.
         routed_NkD = routed_SD.new_zeros(score_Nk.numel(), x.shape[-1]).index_copy(0, slot_S, routed_SD)
         routed_NkD = routed_NkD.unflatten(0, score_Nk.shape)
         out_N1D = torch.bmm(score_Nk.unsqueeze(1), routed_NkD.float())
         return out_N1D.type_as(x).view_as(x)
+
+    def _counts_of_sets(self, expert_Nk: Tensor, rows: int, fast: dict[str, FastLinear] | None) -> Tensor | None:
+        """Each expert's number of slots of each sequence, `[E, B]`, if every sequence has a set of fast weights.
+
+        The slots of an expert are in the tokens' order, so those of a sequence follow each other already.
+        """
+        if fast is None or rows == 1 or len(next(iter(fast.values()))[0]) == self.experts.local_experts:
+            return None
+        row_N1 = torch.arange(rows, device=expert_Nk.device).repeat_interleave(len(expert_Nk) // rows).unsqueeze(1)
+        group_S = (expert_Nk * rows + row_N1).flatten()
+        counts = torch.zeros(self.experts.num_experts * rows, dtype=torch.int64, device=group_S.device)
+        return counts.scatter_add(0, group_S, torch.ones_like(group_S)).view(-1, rows)
 
 
 def _inner(fast: dict[str, FastLinear] | None) -> bool:

@@ -28,6 +28,7 @@ def parallelize_llada(model: LLaDA, parallel_dims: ParallelDims, job_config: Any
     per block.
     """
     parallelism, training = job_config.parallelism, job_config.training
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
 
     if parallel_dims.tp_enabled:
         tp_mesh = parallel_dims.get_mesh("tp")
@@ -56,6 +57,10 @@ def parallelize_llada(model: LLaDA, parallel_dims: ParallelDims, job_config: Any
             ep_etp_mesh=parallel_dims.get_optional_mesh(["ep", "etp"]),
         )
         model.set_tensor_parallel(parallel_dims.get_optional_mesh("tp"))
+
+    # The styles above make new parameters, some of which forget that they are not trained.
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
 
     compiled = job_config.compile.enable and "model" in job_config.compile.components
     if job_config.activation_checkpoint.mode != "none":
