@@ -17,6 +17,8 @@ from memdlm_dist.errors import EXIT_STATUS
 from memdlm_dist.models.llada import FLAVOURS
 
 DEBUG = "tests/assets/debug"
+MOE = ("--model.name", "llada_moe")
+POOLED = ("--parametric_memory.granularity", "batch")
 
 
 @dataclass
@@ -55,6 +57,24 @@ MISTAKES = [
     Mistake("flavour", "choose among debug, quickstart, needle, needle_gpu, bench, 1B, 8B", ("--model.flavor", "7B")),
     Mistake("model", "is not a diffusion backbone", ("--model.name", "llama3")),
     Mistake("converters", "model.converters = ['float8'] is not supported", ("--model.converters", "float8")),
+    Mistake("adapters' rank", "lora.rank must be at least 1", ("--lora.rank", "0")),
+    Mistake("adapters' linears", "lora.target_modules names 'w1', which model llada does not have", ("--lora.target_modules", "w1")),
+    Mistake("experts", "expert_parallel_degree = 2 needs a mixture-of-experts", ("--parallelism.expert_parallel_degree", "2"), env={"WORLD_SIZE": "2"}),
+    Mistake("experts of each sequence", "granularity = 'sample' is not supported with expert parallelism", (*MOE, "--parallelism.expert_parallel_degree", "2"), env={"WORLD_SIZE": "2"}),
+    Mistake("experts and attention", "can only be the experts' linears with expert parallelism", (*MOE, *POOLED, "--parametric_memory.target_modules", "ffn,attention", "--parallelism.expert_parallel_degree", "2"), env={"WORLD_SIZE": "2"}),
+    Mistake("experts over ranks", "The 8 experts of model.flavor debug are not divisible by parallelism.expert_parallel_degree (3)", (*MOE, *POOLED, "--parallelism.expert_parallel_degree", "3"), env={"WORLD_SIZE": "3"}),
+    Mistake("experts over shards", "The 8 experts of model.flavor debug cannot be sharded evenly over data_parallel_shard_degree 16", MOE, env={"WORLD_SIZE": "16"}),
+    Mistake("experts of too few ranks", "expert_parallel_degree (4) must divide the 2 ranks", (*MOE, *POOLED, "--parallelism.expert_parallel_degree", "4"), env={"WORLD_SIZE": "2"}),
+    Mistake("experts and TP", "expert_tensor_parallel_degree (1) must be tensor_parallel_degree (2)", (*MOE, *POOLED, "--parallelism.expert_parallel_degree", "2", "--parallelism.tensor_parallel_degree", "2"), env={"WORLD_SIZE": "4"}),
+    Mistake("adapters of experts and TP", "whose adapters tensor parallelism cannot shard", (*MOE, "--model.converters", "lora", "--parallelism.tensor_parallel_degree", "2"), env={"WORLD_SIZE": "2"}),
+    Mistake("compiled experts", "compile.enable is not supported for model llada_moe", (*MOE, "--compile.enable")),
+    Mistake("weights without checkpoints", "checkpoint.initial_load_in_hf needs checkpoint.enable", ("--checkpoint.initial_load_in_hf",)),
+    Mistake("weights and more", "set checkpoint.initial_load_model_only = true", ("--checkpoint.enable", "--checkpoint.initial_load_in_hf", "--checkpoint.no-initial_load_model_only")),
+    Mistake("quantised weights", "initial_load_in_hf_quantized is not supported", ("--checkpoint.initial_load_in_hf_quantized",)),
+    Mistake("missing weights", "There is no folder nowhere with Hugging Face weights", ("--checkpoint.enable", "--checkpoint.initial_load_in_hf", "--checkpoint.initial_load_path", "nowhere")),
+    Mistake("weights in another format", "There are no .safetensors files in tests/assets/debug/tokenizer", ("--checkpoint.enable", "--checkpoint.initial_load_in_hf")),
+    Mistake("last save without the rest", "set checkpoint.last_save_model_only = true as well", ("--checkpoint.enable", "--checkpoint.last_save_in_hf")),
+    Mistake("last save in a store", "needs a checkpoint.folder on disk, not s3://bucket/run", ("--checkpoint.enable", "--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only", "--checkpoint.folder", "s3://bucket/run")),
     Mistake("pipeline", "pipeline_parallel_degree = 2 is not supported", ("--parallelism.pipeline_parallel_degree", "2")),
     Mistake("replication alone", "needs data_parallel_shard_degree > 1", ("--parallelism.data_parallel_replicate_degree", "2", "--parallelism.data_parallel_shard_degree", "1"), env={"WORLD_SIZE": "2"}),
     Mistake("sequence over TP", "training.seq_len (127) is not divisible", ("--training.seq_len", "127", "--parallelism.tensor_parallel_degree", "2"), env={"WORLD_SIZE": "2"}),

@@ -1,0 +1,102 @@
+"""Chat templates: LLaDA's own, and those that come with a tokenizer."""
+
+import json
+import re
+import shutil
+
+import prepare_data
+import pytest
+from tokenizers import Tokenizer
+
+from memdlm_dist.data import chat
+from memdlm_dist.data.dataset import TokenDataset
+from memdlm_dist.data.tokenizer import DiffusionTokenizer
+from memdlm_dist.errors import UserError
+from memdlm_dist.trajectory import IGNORE_INDEX
+
+CONVERSATION = [
+    {"role": "user", "content": "Add 1 and 2."},
+    {"role": "assistant", "content": "3"},
+    {"role": "user", "content": "And 4?"},
+    {"role": "assistant", "content": "7"},
+]
+
+
+def templated(tmp_path, chat_template=None, tokens=()):
+    """The debug tokenizer with a template and special tokens of its own."""
+    folder = tmp_path / "tokenizer"
+    shutil.copytree("tests/assets/debug/tokenizer", folder)
+    pieces = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    pieces.add_special_tokens(list(tokens))
+    pieces.save(str(folder / "tokenizer.json"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": chat_template}))
+    return DiffusionTokenizer(str(folder))
+
+
+def test_the_chat_template_of_llada(tmp_path):
+    tokens = ["<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    template = chat.chat_template("llada", templated(tmp_path, tokens=tokens))
+    header = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    user, assistant = header.format("user"), header.format("assistant")
+    assert chat.segments(template, CONVERSATION) == [
+        (f"<|startoftext|>{user}Add 1 and 2.<|eot_id|>{assistant}", False),
+        ("3<|eot_id|>", True),
+        (f"{user}And 4?<|eot_id|>{assistant}", False),
+        ("7<|eot_id|>", True),
+    ]
+    with pytest.raises(UserError, match=r"lacks <\|startoftext\|>, which the chat template llada needs"):
+        chat.chat_template("llada", DiffusionTokenizer("tests/assets/debug/tokenizer"))
+
+
+def test_the_chat_template_of_a_tokenizer(tmp_path):
+    source = (
+        "{% for m in messages %}<role>{{ m.role | upper }}</role>{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<role>ASSISTANT</role>{% endif %}"
+    )
+    template = chat.chat_template("tokenizer", templated(tmp_path, source))
+    assert chat.segments(template, CONVERSATION)[:2] == [
+        ("<role>USER</role>Add 1 and 2.<role>ASSISTANT</role>", False),
+        ("3", True),
+    ]
+    with pytest.raises(UserError, match="has no chat template"):
+        chat.chat_template("tokenizer", DiffusionTokenizer("tests/assets/debug/tokenizer"))
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("{{ raise_exception('roles must alternate') }}", "the chat template refuses it (roles must alternate)"),
+        ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "refuses it"),  # out of the sandbox
+        ("{{ messages[-1].content }}", "does not write the turns one behind the other"),
+    ],
+)
+def test_a_template_that_misbehaves_makes_bad_rows(tmp_path, source, message):
+    template = chat.chat_template("tokenizer", templated(tmp_path, source))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        chat.segments(template, CONVERSATION)
+
+
+def test_alpaca_rows_as_conversations(tmp_path):
+    """As LongAlpaca is prepared: the template's turns, the loss on the response and the padding behind it."""
+    rows = [{"instruction": f"Add {i}.", "input": "to 1", "output": f"{i + 1}"} for i in range(20)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    source = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    pieces = templated(tmp_path, source)
+    arguments = [
+        "--input", str(tmp_path / "rows.json"), "--output", str(tmp_path / "out"), "--seq-len", "48",
+        "--tokenizer", pieces.tokenizer_path, "--chat-template", "tokenizer", "--held-out", "0",
+    ]  # fmt: skip
+    assert prepare_data.main(arguments) == 0
+    shards = TokenDataset(local=str(tmp_path / "out/train"), batch_size=1, shuffle=False, check_hash="xxh64")
+    assert shards.size == 20
+    sample = shards[4]
+    learned = sample["labels"] != IGNORE_INDEX
+    first = int(learned.int().argmax())
+    assert learned[first:].all()
+    assert pieces.tokenizer.decode(sample["tokens"][:first].tolist()) == "[user]Add 4.\n\nto 1[assistant]"
+    assert pieces.tokenizer.decode(sample["tokens"][first:].tolist()) == "5"
+    assert (sample["tokens"][first + 1 :] == pieces.eos_id).all()
