@@ -196,7 +196,8 @@ def _activations(args: LLaDAArgs, dims: ParallelDims, config: Any, first: int) -
     else:
         layers = args.n_layers * everything
     others = args.dim / dims.tp if first < args.n_layers else 0.0
-    return size * (layers + others + 2 * args.dim / dims.tp)
+    # A layer's backward pass makes a gradient of everything that its forward pass made.
+    return size * (layers + everything + others + 2 * args.dim / dims.tp)
 
 
 def _fast_weights(args: LLaDAArgs, dims: ParallelDims, config: Any, first: int) -> float:

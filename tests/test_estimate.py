@@ -130,7 +130,7 @@ def test_dry_run_tells_what_will_not_fit(capsys):
     recipe = "train_configs/llada_8b_longalpaca.toml"
     assert dry_run.main([recipe, "--world-size", "8", "256", "--device-memory", "4"]) == 1
     out = capsys.readouterr().out
-    assert "8 ranks: 8.4 GiB will not fit on devices of 4 GiB" in out and "tensor_parallel_degree" in out
+    assert "8 ranks: 9.1 GiB will not fit on devices of 4 GiB" in out and "tensor_parallel_degree" in out
     assert "256 ranks: training.global_batch_size = 32 must be a multiple of" in out
     assert dry_run.main(["train_configs/absent.toml", "--world-size", "8"]) == 2
     assert "train_configs/absent.toml does not exist" in capsys.readouterr().err
