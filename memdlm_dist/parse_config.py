@@ -253,6 +253,8 @@ def _check_values(config: Any) -> None:
         parallel.context_parallel_degree == 1,
         f"parallelism.context_parallel_degree = {parallel.context_parallel_degree} is not supported yet; set it to 1.",
     )
+    # An empty list is written as an empty name on the command line.
+    config.model.converters = [name for name in config.model.converters if name]
     require(
         config.model.converters in ([], ["lora"]),
         f'model.converters = {config.model.converters} is not supported but for ["lora"]: fast weights attach to plain '

@@ -89,8 +89,9 @@ def test_dry_run_of_the_recipes(tmp_path, capsys):
     found = {}
     for name in ("llada_8b", "llada_moe_7b"):
         file = tmp_path / f"{name}.json"
-        status = dry_run.main([f"train_configs/{name}_longalpaca.toml", "--world-size", "8", "32", "--json", str(file)])
-        assert status == 0
+        recipe = f"train_configs/{name}_longalpaca.toml"
+        sizes = ["--world-size", "8", "32", "--training.local_batch_size", "1"]
+        assert dry_run.main([recipe, "--json", str(file), *sizes]) == 0
         found[name] = json.loads(file.read_text())
     out = capsys.readouterr().out
     assert "llada 8B: 8,099,467,264 parameters, 83,886,080 trained" in out
@@ -130,7 +131,7 @@ def test_dry_run_tells_what_will_not_fit(capsys):
     recipe = "train_configs/llada_8b_longalpaca.toml"
     assert dry_run.main([recipe, "--world-size", "8", "256", "--device-memory", "4"]) == 1
     out = capsys.readouterr().out
-    assert "8 ranks: 9.1 GiB will not fit on devices of 4 GiB" in out and "tensor_parallel_degree" in out
+    assert "GiB will not fit on devices of 4 GiB" in out and "lower training.local_batch_size" in out
     assert "256 ranks: training.global_batch_size = 32 must be a multiple of" in out
     assert dry_run.main(["train_configs/absent.toml", "--world-size", "8"]) == 2
     assert "train_configs/absent.toml does not exist" in capsys.readouterr().err

@@ -147,6 +147,8 @@ def test_files_that_are_missing_or_broken_are_named(weights, adapter, tmp_path):
     config = json.loads((third / "config.json").read_text())
     (third / "config.json").write_text(json.dumps({**config, "rope_theta": 1e4, "max_position_embeddings": 1}))
     assert "config.json describes another model than this run's: rope_theta is 10000.0 there" in refusal(third, adapter)
+    (third / "config.json").write_text(json.dumps({**config, "hidden_act": "gelu", "activation_type": "gelu"}))
+    assert "is 'gelu' there and 'silu' here" in refusal(third, adapter)
     (third / "config.json").write_text("{")
     assert "config.json cannot be read" in refusal(third, adapter)
     (tmp_path / "pickles").mkdir()

@@ -20,10 +20,10 @@ TOKENIZER = "tests/assets/debug/tokenizer"
 SMALL = [
     "--model.flavor", "debug", "--model.hf_assets_path", TOKENIZER, "--data.train", "tests/assets/debug/train",
     "--data.validation", "tests/assets/debug/heldout", "--validation.steps", "1", "--training.seq_len", "128",
-    "--training.steps", "3", "--training.global_batch_size", "4", "--training.mixed_precision_param", "float32",
-    "--optimizer.implementation", "foreach", "--optimizer.lr", "0.02", "--lr_scheduler.warmup_steps", "1",
-    "--checkpoint.interval", "2", "--checkpoint.async_mode", "disabled", "--compile.no-enable",
-    "--parametric_memory.rank", "8", "--metrics.log_freq", "1",
+    "--training.steps", "3", "--training.global_batch_size", "4", "--training.local_batch_size", "1",
+    "--training.mixed_precision_param", "float32", "--optimizer.implementation", "foreach", "--optimizer.lr", "0.02",
+    "--lr_scheduler.warmup_steps", "1", "--checkpoint.interval", "2", "--checkpoint.async_mode", "disabled",
+    "--compile.no-enable", "--parametric_memory.rank", "8", "--metrics.log_freq", "1",
 ]  # fmt: skip
 EXPORT = ["--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only"]
 LAYOUTS = {  # of the run that exports what it trained
@@ -49,7 +49,8 @@ def trained(tmp_path_factory):
         assert random_weights.main([recipe, "--output", str(root / "weights"), "--dtype", "float32", *rest]) == 0
         runs.append((2, arguments_of(root, name)))
         runs.append((2, [*arguments_of(root, name, "exported"), *LAYOUTS[name], *EXPORT]))
-    # Again, from its own checkpoint at step 2.
+    # Again, from its own checkpoint at step 2: once the last step's was a full one, once an exported one.
+    runs.append((2, [*arguments_of(roots["llada"], "llada", "exported"), *LAYOUTS["llada"], *EXPORT]))
     root = roots["llada"]
     resumed = ["--checkpoint.load_step", "2", "--checkpoint.initial_load_path", str(root / "absent")]
     runs.append((2, [*arguments_of(root, "llada"), *resumed]))
@@ -96,7 +97,14 @@ def test_a_run_goes_on_from_its_own_checkpoint_and_not_from_the_weights(trained)
     root = trained["llada"]
     curve = scalars(root / "run")["loss_metrics/global_avg_loss"]
     assert sorted(curve) == [1, 2, 3]
-    assert (root / "run/checkpoint/step-3.replaced-1").is_dir()  # step 3 was taken twice
+    # Step 3 was taken twice, and nothing was overwritten.
+    assert (root / "run/checkpoint/step-3.replaced-1/.metadata").is_file()
+    kept = root / "exported/checkpoint/step-3.replaced-1"
+    assert (
+        contents(kept).keys()
+        == contents(root / "exported/checkpoint/step-3").keys()
+        == contents(root / "weights").keys()
+    )
 
 
 def test_load_balance_in_tensorboard(trained):

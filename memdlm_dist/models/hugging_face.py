@@ -133,7 +133,9 @@ class LLaDAMoEStateDictAdapter(Adapter, Qwen3StateDictAdapter):
             "vocab_size": args.vocab_size, "rms_norm_eps": args.norm_eps, "rope_theta": args.rope_theta,
             "hidden_act": "silu", "qk_layernorm": args.qk_norm, "norm_topk_prob": False, "attention_bias": False,
             "tie_word_embeddings": False, "moe_router_score_function": "softmax", "routed_scaling_factor": 1,
-            "moe_layer_freq": [1] * args.n_layers, "max_position_embeddings": args.max_seq_len,
+            "partial_rotary_factor": 1, "rope_scaling": None, "clip_qkv": None, "shared_expert_intermediate_size": None,
+            "moe_router_enable_expert_bias": False, "moe_layer_freq": [1] * args.n_layers,
+            "max_position_embeddings": args.max_seq_len,
         }  # fmt: skip
 
 
