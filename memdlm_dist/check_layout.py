@@ -125,6 +125,11 @@ def _check_experts(config: Any, args: LLaDAMoEArgs, world_size: int) -> None:
         f"lora.target_modules names linears of the experts of {name} ({', '.join(sorted(adapters_of_experts))}), whose "
         'adapters tensor parallelism cannot shard; set it to ["attention"], or tensor_parallel_degree to 1.',
     )
+    grouped_adapters = config.model.converters and adapters_of_experts and has_cuda_capability(9, 0)
+    require(
+        not grouped_adapters or config.lora.rank % 8 == 0,
+        f"lora.rank = {config.lora.rank} must be a multiple of 8: grouped matrix products need it.",
+    )
     require(experts >= 1, f"parallelism.expert_parallel_degree must be at least 1, but is {experts}.")
     require(
         args.n_experts % experts == 0,

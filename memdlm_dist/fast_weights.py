@@ -243,11 +243,9 @@ def select(fast: FastWeights, index_B: Sequence[int], n_sets: int) -> FastWeight
     def picked(x: Tensor) -> Tensor:
         local = x.to_local() if isinstance(x, DTensor) else x
         chosen = local.unflatten(0, (-1, n_sets))[:, list(index_B)].flatten(0, 1)
-        return (
-            DTensor.from_local(chosen, x.device_mesh, x.placements, run_check=False)
-            if isinstance(x, DTensor)
-            else chosen
-        )
+        if not isinstance(x, DTensor):
+            return chosen
+        return DTensor.from_local(chosen, x.device_mesh, x.placements, run_check=False)
 
     return map_leaves(picked, fast)
 

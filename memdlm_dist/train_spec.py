@@ -3,18 +3,15 @@
 from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.optimizer import build_optimizers
-from torchtitan.protocols.model_converter import register_model_converter
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
 from memdlm_dist.data.loader import build_dataloader
 from memdlm_dist.data.tokenizer import build_tokenizer
 from memdlm_dist.metrics import build_metrics_processor
 from memdlm_dist.models import BACKBONES
-from memdlm_dist.models.lora import LoRAConverter
 from memdlm_dist.models.parallelize import parallelize_llada
 from memdlm_dist.validate import build_validator
 
-register_model_converter(LoRAConverter, "lora")
 for name, backbone in BACKBONES.items():
     register_train_spec(
         name,

@@ -1,5 +1,7 @@
 """The FLOP model against torch's counter on real steps."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_bilevel import ARGS, build, data, memory, objective
@@ -11,6 +13,7 @@ from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 
 from memdlm_dist.bilevel import outer_loss
 from memdlm_dist.flops import Recomputation, step_flops
+from memdlm_dist.models.llada_moe import LLaDAMoE, LLaDAMoEArgs
 
 
 class Flops(TorchDispatchMode):
@@ -32,7 +35,7 @@ class Flops(TorchDispatchMode):
         return out
 
 
-def count(model, settings, recomputation=None, **plan):
+def count(model, settings, recomputation=None, frozen=False, args=ARGS, **plan):
     """FLOPs of a step by torch's counter, and by ours; plain if `settings` is None."""
     goal = objective(settings, **plan)
     tokens, labels, ids = data()
@@ -40,7 +43,7 @@ def count(model, settings, recomputation=None, **plan):
     fast = settings.draw(3, 3, ids) if settings is not None else None
     with Flops() as counter:
         outer_loss(model, batch, settings, fast)[0].backward()
-    return counter.total, step_flops(ARGS, batch, settings, recomputation)
+    return counter.total, step_flops(args, batch, settings, recomputation, frozen)
 
 
 CASES = {
@@ -83,3 +86,28 @@ def test_checkpointing_runs_again_what_is_counted(monkeypatch, mode, option, wit
     activation_checkpoint.apply_ac(model, config, op_sac_save_list=saved)
     counted, ours = count(model, settings, Recomputation(mode, option))
     assert count(build(torch.float32), settings)[0] < counted == ours.outer + ours.inner
+
+
+@pytest.mark.parametrize("with_memory", [False, True])
+def test_a_frozen_base_has_no_gradients_of_its_weights(with_memory):
+    """All but the embedding, so that every layer's input still has one."""
+    model = build(torch.float32)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("tok_embeddings"))
+    counted, ours = count(model, memory() if with_memory else None, frozen=True)
+    assert ours.outer + ours.inner == counted
+
+
+def test_experts_count_as_often_as_a_token_sees_them():
+    args = LLaDAMoEArgs(
+        dim=32, n_layers=3, n_heads=4, hidden_dim=64, vocab_size=61, n_experts=4, experts_per_token=2, max_seq_len=24
+    )
+    torch.manual_seed(0)
+    model = LLaDAMoE(args)
+    with torch.no_grad():
+        model.init_weights()
+    settings = replace(memory(), linears=args.adapted_linears(1, ["ffn"]), first_layer=1)
+    for chosen in (None, settings):
+        counted, ours = count(model, chosen, args=args)
+        # The routers and the weighted sums of the experts' outputs are left out: 2% of so small a layer.
+        assert 0.95 < (ours.outer + ours.inner) / counted < 1

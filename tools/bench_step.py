@@ -16,6 +16,7 @@ from collectives import Collectives  # noqa: E402
 from torchtitan.config import TORCH_DTYPE_MAP  # noqa: E402
 from torchtitan.distributed import ParallelDims  # noqa: E402
 from torchtitan.distributed import utils as dist_utils  # noqa: E402
+from torchtitan.protocols.model_converter import build_model_converters  # noqa: E402
 from torchtitan.tools.utils import device_type, set_default_dtype  # noqa: E402
 
 from memdlm_dist import bilevel, fast_weights  # noqa: E402
@@ -64,6 +65,7 @@ class Bench:
         with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
             model = BACKBONES[config.model.name].model(args)
         _, flops = args.get_nparams_and_flops(model, config.training.seq_len)
+        build_model_converters(config, dims).convert(model)
         model = parallelize_llada(model, dims, config)
         model.to_empty(device=device_type)
         with torch.no_grad():

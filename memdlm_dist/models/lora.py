@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.protocols.model_converter import register_model_converter
 
 # How the names of an adapter's two parameters end: those of a linear, and those of a linear of each expert.
 A, B = "lora_A", "lora_B"
@@ -83,6 +84,9 @@ class LoRAConverter:
 
     def post_optimizer_hook(self, model: Any) -> None:
         """Nothing to do after a step."""
+
+
+register_model_converter(LoRAConverter, "lora")
 
 
 def is_adapter(name: str) -> bool:
