@@ -47,7 +47,6 @@ BUILDS = {  # name -> (dtype, arguments, layouts that do without: compiling take
     "float64": ("float64", [], ()),
     "float64-checkpointing": ("float64", AC, ("hsdp2x2",)),
     "float32": ("float32", [], ("fsdp2-tp2",)),
-    "float32-compiled": ("float32", COMPILE, ("hsdp2x2", "fsdp2-tp2")),
     "float32-compiled-checkpointing": ("float32", AC + COMPILE, ("hsdp2x2", "fsdp2-tp2")),
     "bfloat16": ("bfloat16", [], ("hsdp2x2", "fsdp2-tp2")),
     # Blocks with a checkpoint and without, which tensor parallelism compiles in different ways.

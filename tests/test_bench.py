@@ -9,6 +9,7 @@ from launching import run_script
 from memdlm_dist.errors import EXIT_STATUS
 
 
+@pytest.mark.slow
 def test_bench_writes_what_it_measures(tmp_path):
     result, profile = tmp_path / "new/bench.json", tmp_path / "profile.txt"
     out = run_script(

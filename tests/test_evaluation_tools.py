@@ -203,6 +203,7 @@ def harness(trained, *arguments, ranks=1):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_harness_runs_its_own_tasks(trained, tmp_path):
     """RULER's needle in repeated noise, made by the harness with the run's tokenizer, on two ranks."""
     done = harness(

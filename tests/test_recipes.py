@@ -26,10 +26,7 @@ SMALL = [
     "--compile.no-enable", "--parametric_memory.rank", "8", "--metrics.log_freq", "1",
 ]  # fmt: skip
 EXPORT = ["--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only"]
-LAYOUTS = {  # of the run that exports what it trained
-    "llada": ["--parallelism.tensor_parallel_degree", "2"],
-    "llada_moe": ["--parallelism.expert_parallel_degree", "2", "--parametric_memory.granularity", "batch"],
-}
+POOLED = ["--parallelism.expert_parallel_degree", "2", "--parametric_memory.granularity", "batch"]
 
 
 def arguments_of(root, name, run="run"):
@@ -48,15 +45,18 @@ def trained(tmp_path_factory):
         recipe, *rest = arguments_of(root, name)[1:]
         assert random_weights.main([recipe, "--output", str(root / "weights"), "--dtype", "float32", *rest]) == 0
         runs.append((2, arguments_of(root, name)))
-        runs.append((2, [*arguments_of(root, name, "exported"), *LAYOUTS[name], *EXPORT]))
-    # Again, from its own checkpoint at step 2: once the last step's was a full one, once an exported one.
-    runs.append((2, [*arguments_of(roots["llada"], "llada", "exported"), *LAYOUTS["llada"], *EXPORT]))
+    # The last step again, from what the run saved before it, on another layout; and again on the first one.
     root = roots["llada"]
-    resumed = ["--checkpoint.load_step", "2", "--checkpoint.initial_load_path", str(root / "absent")]
-    runs.append((2, [*arguments_of(root, "llada"), *resumed]))
+    last_step = [
+        *arguments_of(root, "llada", "exported"), *EXPORT, "--checkpoint.no-initial_load_in_hf",
+        "--checkpoint.initial_load_path", str(root / "run/checkpoint/step-2"),
+        "--checkpoint.no-initial_load_model_only", "--validation.no-enable",
+    ]  # fmt: skip
+    runs += [(2, [*last_step, "--parallelism.tensor_parallel_degree", "2"]), (2, last_step)]
     root = roots["llada_moe"]
     adapters = ["--lora.export", "adapter", "--validation.no-enable"]
-    runs.append((2, [*arguments_of(root, "llada_moe", "adapters"), *LAYOUTS["llada_moe"], *EXPORT, *adapters]))
+    runs.append((2, [*arguments_of(root, "llada_moe", "exported"), *POOLED, *EXPORT]))
+    runs.append((2, [*arguments_of(root, "llada_moe", "adapters"), *POOLED, *EXPORT, *adapters]))
     run_many(runs)
     return roots
 
@@ -93,18 +93,17 @@ def test_training_changes_the_adapters_alone(run):
     model.close()
 
 
-def test_a_run_goes_on_from_its_own_checkpoint_and_not_from_the_weights(trained):
+def test_adapters_train_alike_on_another_layout(trained):
+    """The third step under tensor parallelism, from the checkpoint that FSDP2 saved: adapters, moments and all."""
     root = trained["llada"]
-    curve = scalars(root / "run")["loss_metrics/global_avg_loss"]
-    assert sorted(curve) == [1, 2, 3]
-    # Step 3 was taken twice, and nothing was overwritten.
-    assert (root / "run/checkpoint/step-3.replaced-1/.metadata").is_file()
-    kept = root / "exported/checkpoint/step-3.replaced-1"
-    assert (
-        contents(kept).keys()
-        == contents(root / "exported/checkpoint/step-3").keys()
-        == contents(root / "weights").keys()
-    )
+    theirs, ours = scalars(root / "run"), scalars(root / "exported")
+    for name in ("loss_metrics/global_avg_loss", "grad_norm", "parametric_memory/inner_loss_step_2"):
+        assert sorted(ours[name]) == [3]
+        assert ours[name][3] == pytest.approx(theirs[name][3], rel=1e-5), name
+    # The step was taken twice, and nothing was overwritten. AdamW makes rounding larger where gradients are small.
+    first, second = (contents(root / f"exported/checkpoint/step-3{end}") for end in (".replaced-1", ""))
+    for key, x in first.items():
+        torch.testing.assert_close(x, second[key], rtol=0, atol=1e-3)
 
 
 def test_load_balance_in_tensorboard(trained):
