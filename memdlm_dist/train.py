@@ -172,13 +172,8 @@ class MemDLMTrainer(Trainer):
             self.metrics_processor.record_ratio(MASK_RATIO, batch.masked, batch.maskable)
             if statistics is not None:
                 self.metrics_processor.record_inner_loop(statistics)
-                flops = step_flops(
-                    self.model_args,
-                    batch,
-                    self.objective.memory,
-                    self.recomputation,
-                    self.checkpointer.lora is not None,
-                )
+                frozen = self.checkpointer.lora is not None
+                flops = step_flops(self.model_args, batch, self.objective.memory, self.recomputation, frozen)
                 both, plain = torch.tensor([flops.outer + flops.inner, flops.outer], device=self.device)
                 self.metrics_processor.record_ratio(HARDWARE_FLOPS, both, plain)
         return loss

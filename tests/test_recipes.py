@@ -54,7 +54,14 @@ def trained(tmp_path_factory):
     ]  # fmt: skip
     runs += [(2, [*last_step, "--parallelism.tensor_parallel_degree", "2"]), (2, last_step)]
     root = roots["llada_moe"]
-    adapters = ["--lora.export", "adapter", "--validation.no-enable"]
+    # From a checkpoint of the plain model, which is the same weights.
+    recipe, *rest = arguments_of(root, "llada_moe")[1:]
+    base = ["--input", str(root / "weights"), "--output", str(root / "base")]
+    assert convert_checkpoint.main(["from-hf", recipe, *base, *rest]) == 0
+    adapters = [
+        "--lora.export", "adapter", "--validation.no-enable", "--checkpoint.no-initial_load_in_hf",
+        "--checkpoint.initial_load_path", str(root / "base"),
+    ]  # fmt: skip
     runs.append((2, [*arguments_of(root, "llada_moe", "exported"), *POOLED, *EXPORT]))
     runs.append((2, [*arguments_of(root, "llada_moe", "adapters"), *POOLED, *EXPORT, *adapters]))
     run_many(runs)
@@ -137,7 +144,7 @@ def test_the_last_save_is_a_published_folder_with_the_adapters_merged(run):
 
 
 def test_what_is_merged_under_expert_parallelism(trained):
-    """The same run exported twice: the model is the published one and the adapters, expert by expert."""
+    """The same run exported in two ways: the model is the published one and the adapters, expert by expert."""
     root = trained["llada_moe"]
     base, merged = contents(root / "weights"), contents(root / "exported/checkpoint/step-3")
     adapters = load_file(root / "adapters/checkpoint/step-3/adapter_model.safetensors")
@@ -185,9 +192,9 @@ def test_the_adapters_alone_in_pefts_layout(run, tmp_path):
 
 def test_generate_from_the_exported_folder(run, capsys):
     name, root = run
-    recipe, *rest = arguments_of(root, name)[1:]
-    folder = str(root / "exported/checkpoint/step-3")
-    made = [recipe, "--checkpoint", folder, "--prompt", "def read", "--new-tokens", "4", "--json", "--memory", "on"]
+    recipe, *rest = arguments_of(root, name, "exported")[1:]
+    folder = str(root / "exported/checkpoint/step-3")  # the newest of the run
+    made = [recipe, "--prompt", "def read", "--new-tokens", "4", "--json", "--memory", "on"]
     assert generate.main([*made, *rest]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["steps"] == 4 and found["memory"] == "on" and found["checkpoint"] == folder

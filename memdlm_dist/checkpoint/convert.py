@@ -61,7 +61,7 @@ def from_hugging_face(
     with _new_folder(output) as folder:
         saved = HuggingFaceStorageReader(source).read_metadata().state_dict_metadata
         state = {}
-        for name, tensor in _on_meta(config).items():
+        for name, tensor in lora.without_adapters(_on_meta(config)).items():
             # Of a layer's experts, which are one tensor here, the first one tells.
             first: Any = saved[next(iter(adapter.to_hf({name: tensor})))]
             state[name] = torch.empty(tensor.shape, dtype=dtype or first.properties.dtype)

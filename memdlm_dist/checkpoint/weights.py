@@ -17,7 +17,7 @@ from memdlm_dist.storage import Storage
 
 
 def find(location: str) -> str:
-    """Where a checkpoint is: `location` itself, or the newest good one in that folder.
+    """Where a checkpoint is: `location` itself, or the newest good one in that folder, exported ones among them.
 
     Raises:
         UserError: if there is none.
@@ -27,7 +27,12 @@ def find(location: str) -> str:
         return location
     catalogue = Catalogue(location)
     found = catalogue.all()
-    good = [saved.step for saved in found if saved.good]
+    # An export is whole once its index is there; the adapters alone have none.
+    good = [
+        saved.step
+        for saved in found
+        if saved.good or (saved.exported and hugging_face.INDEX in catalogue.storage.sizes(saved.name))
+    ]
     if good:
         return catalogue.storage.url(name_of(good[-1]))
     problems = "; ".join(f"{saved.name} {saved.problem or 'holds weights alone, in safetensors'}" for saved in found)
