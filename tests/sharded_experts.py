@@ -6,17 +6,20 @@ A single process writes FOLDER/weights in Hugging Face's format, which each layo
 `checkpoint.initial_load_in_hf` does, every rank its part; FOLDER/LAYOUT.pt holds what it found.
 """
 
+import math
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from ranks import fork
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor
 
 sys.path[:0] = [str(Path(__file__).parent.parent / "tools")]
 
 from bench_step import Bench  # noqa: E402
+from collectives import by_kind  # noqa: E402
 from torchtitan.components.checkpoint import ModelWrapper  # noqa: E402
 from torchtitan.tools.logging import logger  # noqa: E402
 
@@ -28,7 +31,7 @@ from memdlm_dist.models.llada_moe import FLAVOURS, LLaDAMoEArgs  # noqa: E402
 FLAVOURS["tiny"] = LLaDAMoEArgs(
     dim=32, n_layers=2, n_heads=4, hidden_dim=16, vocab_size=64, n_experts=4, experts_per_token=2
 )
-ROWS, LENGTH = 4, 16
+ROWS, LENGTH = 8, 16
 SHARD, TENSOR = "--parallelism.data_parallel_shard_degree", "--parallelism.tensor_parallel_degree"
 EXPERT, EXPERT_TENSOR = "--parallelism.expert_parallel_degree", "--parallelism.expert_tensor_parallel_degree"
 # name -> (ranks, arguments, micro-batches in which a single process does the same: sets of fast weights)
@@ -66,7 +69,7 @@ def configuration(*arguments):
         "--training.seq_len", str(LENGTH), "--parametric_memory.layer_fraction", "0.5",
         "--parametric_memory.granularity", "batch", "--parametric_memory.rank", "4",
         # Small gradients of a model that predicts nothing yet: with this the memory matters.
-        *("--parametric_memory.learning_rate", "0.3"), *arguments,
+        *("--parametric_memory.learning_rate", "0.1"), *arguments,
     ])  # fmt: skip
 
 
@@ -75,7 +78,9 @@ def micro_batches(bench, count):
     mesh = bench.dims.get_optional_mesh("batch")
     ranks, rank = (mesh.size(), mesh.get_local_rank()) if mesh is not None else (1, 0)
     tokens = torch.randint(0, 63, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
-    labels = torch.where(torch.arange(LENGTH) < torch.tensor([[0], [9], [16], [3]]), -100, tokens)  # one has nothing
+    labels = torch.where(
+        torch.arange(LENGTH) < torch.tensor([[0], [9], [16], [3], [5], [0], [14], [1]]), -100, tokens
+    )  # one has nothing
     mine = torch.arange(ROWS).tensor_split(ranks)[rank]
     for ids in mine.tensor_split(count if ranks == 1 else 1):
         yield bench.objective.micro_batch(tokens[ids], labels[ids], ids, step=1)
@@ -108,6 +113,17 @@ def step(bench, count):
     return found
 
 
+def count_reads(found):
+    """Have DCP's reader add up the elements that this rank reads."""
+    plain = HuggingFaceStorageReader._process_read_request
+
+    def counted(self, file, request, planner):
+        found.append(math.prod(request.lengths))
+        return plain(self, file, request, planner)
+
+    HuggingFaceStorageReader._process_read_request = counted
+
+
 def body(folder, layout):
     processes, arguments, count = LAYOUTS[layout]
 
@@ -115,6 +131,8 @@ def body(folder, layout):
         logger.setLevel("WARNING")
         torch.set_num_threads(1)
         dist.init_process_group("gloo")
+        reads: list[int] = []
+        count_reads(reads)
         results = {}
         for options in options_of(layout):
             config = configuration(*arguments, *OPTIONS[options])
@@ -130,6 +148,14 @@ def body(folder, layout):
             wrapper = ModelWrapper(bench.model)
             wrapper.load_state_dict(hugging_face.read_into(wrapper.state_dict(), adapter, weights))
             results[options] = step(bench, count)
+            results["read"] = torch.tensor(float(sum(reads)))
+            reads.clear()
+            if options == "lora":
+                groups = bench.groups("fsdp", "efsdp")
+                results["gathers"] = {
+                    kind: torch.tensor(float(by_kind(bench.collectives(kind).on(*groups))["all_gather"]))
+                    for kind in ("plain", "ours")
+                }
         if number == 0:
             torch.save(results, f"{folder}/{layout}.pt")
         dist.destroy_process_group()

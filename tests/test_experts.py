@@ -47,6 +47,23 @@ def test_a_layout_gives_the_single_process_loss_and_gradients(results, layout, o
     assert single["written"].min() > 0.01 and all(x.abs().max() > 0 for x in single.values())
 
 
+def test_a_rank_reads_its_part_of_the_weights(results):
+    """Of Hugging Face's folder, by DCP's reader; what a layout replicates (routers, norms) every rank reads."""
+    total = results["one"]["read"]
+    own = (x for name, x in results["one"]["lora"].items() if "weight" in name or "experts" in name)
+    assert total == sum(x.numel() for x in own)
+    for layout, (ranks, _, _) in LAYOUTS.items():
+        assert results[layout]["read"] < total * (1 / ranks + 0.02), layout
+
+
+def test_experts_are_gathered_no_more_often_than_in_plain_training(results):
+    """Embedding, two layers and head; with expert parallelism a layer's experts are a group of their own. What is
+    below the memory (embedding and the lower layer) is gathered again in the backward pass, and nothing else."""
+    found = {layout: {kind: int(n) for kind, n in results[layout]["gathers"].items()} for layout in LAYOUTS}
+    assert found["fsdp2"] == {"plain": 4 + 3, "ours": 4 + 2}
+    assert found["fsdp2-ep2"] == {"plain": 6 + 5, "ours": 6 + 3}
+
+
 def test_the_sets_matter(results):
     """Otherwise the comparisons above could not tell whose fast weights were used."""
     one, twice = (results[layout]["lora"]["loss"] for layout in ("one", "one-twice"))

@@ -139,11 +139,6 @@ class AdaptableExperts(GroupedExperts, HasAdapters):
         shape, x_filled, places, counts = _permute(x, counts, 1, len(counts))
         return _unpermute(self._run(own, x_filled, counts, fast or {}), shape, places)
 
-    @property
-    def local_experts(self) -> int:
-        """This rank's."""
-        return len(self.w1.to_local() if isinstance(self.w1, DTensor) else self.w1)
-
     def _run(self, own: dict[str, Tensor], x_SD: Tensor, counts: Tensor, fast: dict[str, FastLinear]) -> Tensor:
         product = (_grouped if self.use_grouped_mm else _loop)(counts)
 
@@ -190,7 +185,9 @@ class MixtureOfExperts(MoE):
     def __init__(self, args: LLaDAMoEArgs):
         super().__init__(args.moe_args, args.dim, args.hidden_dim)
         self.experts = AdaptableExperts(args.dim, args.hidden_dim, args.n_experts, args.grouped)
-        self.tp_mesh: DeviceMesh | None = None  # set where tensor parallelism applies
+        # Set where tensor and expert parallelism apply: `set_parallel`.
+        self.tp_mesh: DeviceMesh | None = None
+        self.local_experts = args.n_experts
 
     def forward(self, x: Tensor, fast: dict[str, FastLinear] | None = None) -> Tensor:
         """Sum over a token's experts of router weight times the expert's output, `[B, L, D]`.
@@ -221,7 +218,7 @@ class MixtureOfExperts(MoE):
 
         The slots of an expert are in the tokens' order, so those of a sequence follow each other already.
         """
-        if fast is None or rows == 1 or len(next(iter(fast.values()))[0]) == self.experts.local_experts:
+        if fast is None or rows == 1 or len(next(iter(fast.values()))[0]) == self.local_experts:
             return None
         row_N1 = torch.arange(rows, device=expert_Nk.device).repeat_interleave(len(expert_Nk) // rows).unsqueeze(1)
         group_S = (expert_Nk * rows + row_N1).flatten()
@@ -254,6 +251,7 @@ class LLaDAMoE(LLaDA):
     """The backbone; everything but its blocks is LLaDA's."""
 
     block = MoEBlock
+    model_args: LLaDAMoEArgs
 
     def mixtures(self) -> list[MixtureOfExperts]:
         """Those of all layers, in order."""
@@ -269,7 +267,8 @@ class LLaDAMoE(LLaDA):
             mixture.tokens_per_expert.zero_()
         return load_XE
 
-    def set_tensor_parallel(self, tp_mesh: DeviceMesh | None) -> None:
-        """Tell the mixtures that their output is a partial sum over the ranks of a mesh."""
+    def set_parallel(self, tp_mesh: DeviceMesh | None, ep_degree: int) -> None:
+        """Tell the mixtures that their output is a partial sum over a mesh, and over how many ranks the experts are."""
         for mixture in self.mixtures():
             mixture.tp_mesh = tp_mesh
+            mixture.local_experts = self.model_args.n_experts // ep_degree

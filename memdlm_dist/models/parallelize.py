@@ -56,7 +56,7 @@ def parallelize_llada(model: LLaDA, parallel_dims: ParallelDims, job_config: Any
             etp_mesh=parallel_dims.get_optional_mesh("etp"),
             ep_etp_mesh=parallel_dims.get_optional_mesh(["ep", "etp"]),
         )
-        model.set_tensor_parallel(parallel_dims.get_optional_mesh("tp"))
+        model.set_parallel(parallel_dims.get_optional_mesh("tp"), parallel_dims.ep)
 
     # The styles above make new parameters, some of which forget that they are not trained.
     for name in frozen:

@@ -47,6 +47,8 @@ class Residency:
             before_each[1] = groups[1]  # a frozen embedding has no backward pass
         for group, before in zip(groups, before_each, strict=False):
             group[0].set_modules_to_backward_prefetch(list(before))
+            for experts in group[1:]:
+                experts.set_modules_to_backward_prefetch([experts])  # likewise: their block has asked for them
         return cls(model, groups, freed)
 
     @contextmanager
