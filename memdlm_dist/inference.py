@@ -14,14 +14,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
-from torchtitan.protocols.model_converter import build_model_converters
-from torchtitan.protocols.train_spec import get_train_spec
-from torchtitan.tools.utils import device_module, device_type, set_default_dtype
+from torchtitan.tools.utils import device_module, device_type
 
-from memdlm_dist import bilevel, check_layout, parse_config, sampler, train_spec, trajectory  # noqa: F401  (registers backbones)
+from memdlm_dist import bilevel, check_layout, sampler, trajectory
 from memdlm_dist.checkpoint import weights
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.diffusion import SetSum
@@ -29,8 +26,9 @@ from memdlm_dist.errors import UserError
 from memdlm_dist.fast_weights import FastWeights
 from memdlm_dist.inner_loss import whole
 from memdlm_dist.logit_loss import HeadLoss, cross_entropy
-from memdlm_dist.models import backbone_args
+from memdlm_dist.models import BACKBONES, backbone_args
 from memdlm_dist.models.llada import LLaDA
+from memdlm_dist.models.parallelize import layout, spread_on_meta
 from memdlm_dist.objective import build_objective
 from memdlm_dist.sampler import Canvas, Decoding
 from memdlm_dist.single_process import single_process_environment
@@ -83,12 +81,8 @@ class TrainedModel:
         self.tokenizer = DiffusionTokenizer(config.model.hf_assets_path)
         self.device, parallel_dims = _start(config)
         args.update_from_config(config)
-        spec: Any = get_train_spec(config.model.name)
-        self._adapter = spec.state_dict_adapter(args, config.model.hf_assets_path)
-        with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
-            model: Any = spec.model_cls(args)
-        build_model_converters(config, parallel_dims).convert(model)
-        model = spec.parallelize_fn(model, parallel_dims, config)
+        self._adapter = BACKBONES[config.model.name].adapter(args, config.model.hf_assets_path)
+        model: Any = spread_on_meta(config, args, parallel_dims)
         model.to_empty(device=self.device)
         with torch.no_grad():
             model.init_weights()
@@ -300,7 +294,7 @@ def _for_reading(config: Any) -> Any:
     config.activation_checkpoint.mode = "none"
     config.compile.enable = False
     # Each rank's prompts have memories of their own, so every rank has all experts.
-    config.parallelism.expert_parallel_degree = 1
+    config.parallelism.expert_parallel_degree = config.parallelism.expert_tensor_parallel_degree = 1
     config.comm.trace_buf_size = 0  # its folder would be made wherever one happens to be
     config.training.global_batch_size = -1
     return config
@@ -312,11 +306,4 @@ def _start(config: Any) -> tuple[torch.device, ParallelDims]:
     device = torch.device(f"{device_type}:{os.environ['LOCAL_RANK']}")
     device_module.set_device(device)
     world_size = dist.get_world_size() if dist.is_initialized() else dist_utils.init_distributed(config.comm)
-    parallel = config.parallelism
-    parallel_dims = ParallelDims(
-        dp_shard=parallel.data_parallel_shard_degree,
-        dp_replicate=parallel.data_parallel_replicate_degree,
-        cp=1, tp=parallel.tensor_parallel_degree, pp=1, ep=1, etp=1, world_size=world_size,
-    )  # fmt: skip
-    parallel_dims.build_mesh()
-    return device, parallel_dims
+    return device, layout(config, world_size)

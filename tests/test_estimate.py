@@ -8,7 +8,7 @@ import dry_run
 import pytest
 import torch
 from collectives import Collectives
-from torch.distributed import destroy_process_group
+from torch.distributed import destroy_process_group, is_initialized
 from torchtitan.distributed.utils import init_fake_mode
 
 from memdlm_dist import parse_config
@@ -19,6 +19,15 @@ DEBUG = [
     "--job.config_file", "train_configs/debug.toml", "--training.seq_len", "64", "--training.local_batch_size", "2",
     "--parametric_memory.layer_fraction", "0.5",
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_other_process_group():
+    """A model that an earlier test has open would be in the way of the ranks that are not there."""
+    if is_initialized():
+        destroy_process_group()
+
+
 SHARD, TENSOR = "--parallelism.data_parallel_shard_degree", "--parallelism.tensor_parallel_degree"
 
 

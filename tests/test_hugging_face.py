@@ -12,7 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
-from memdlm_dist import parse_config, train_spec  # noqa: F401
+from memdlm_dist import parse_config
 from memdlm_dist.checkpoint import hugging_face
 from memdlm_dist.checkpoint.convert import adapter_of
 from memdlm_dist.errors import UserError

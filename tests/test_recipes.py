@@ -12,7 +12,7 @@ from launching import run_many, scalars
 from safetensors.torch import load_file
 from test_hugging_face import RECIPES, contents
 
-from memdlm_dist import parse_config, train_spec  # noqa: F401
+from memdlm_dist import parse_config
 from memdlm_dist.checkpoint.catalogue import read_metadata
 from memdlm_dist.inference import TrainedModel
 

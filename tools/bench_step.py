@@ -13,16 +13,14 @@ sys.path[:0] = [str(Path(__file__).parent.parent / "tests")]
 
 import straightforward  # noqa: E402
 from collectives import Collectives  # noqa: E402
-from torchtitan.config import TORCH_DTYPE_MAP  # noqa: E402
 from torchtitan.distributed import ParallelDims  # noqa: E402
 from torchtitan.distributed import utils as dist_utils  # noqa: E402
-from torchtitan.protocols.model_converter import build_model_converters  # noqa: E402
-from torchtitan.tools.utils import device_type, set_default_dtype  # noqa: E402
+from torchtitan.tools.utils import device_type  # noqa: E402
 
 from memdlm_dist import bilevel, fast_weights  # noqa: E402
-from memdlm_dist.models import BACKBONES, backbone_args  # noqa: E402
+from memdlm_dist.models import backbone_args  # noqa: E402
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs  # noqa: E402
-from memdlm_dist.models.parallelize import parallelize_llada  # noqa: E402
+from memdlm_dist.models.parallelize import layout, spread_on_meta  # noqa: E402
 from memdlm_dist.objective import Objective, build_objective  # noqa: E402
 from memdlm_dist.trajectory import MicroBatch  # noqa: E402
 
@@ -46,27 +44,13 @@ class Bench:
     @classmethod
     def build(cls, config: Any, layers: int | None = None) -> "Bench":
         """On all processes, which torch.distributed knows."""
-        parallel = config.parallelism
-        dims = ParallelDims(
-            dp_replicate=parallel.data_parallel_replicate_degree,
-            dp_shard=parallel.data_parallel_shard_degree,
-            cp=1,
-            tp=parallel.tensor_parallel_degree,
-            pp=1,
-            ep=parallel.expert_parallel_degree,
-            etp=parallel.expert_tensor_parallel_degree,
-            world_size=dist.get_world_size(),
-        )
-        dims.build_mesh()
+        dims = layout(config, dist.get_world_size())
         args = backbone_args(config.model.name, config.model.flavor)
         args = replace(args, n_layers=layers or args.n_layers)
         args.update_from_config(config)
         torch.manual_seed(_SEED)
-        with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
-            model = BACKBONES[config.model.name].model(args)
+        model = spread_on_meta(config, args, dims)
         _, flops = args.get_nparams_and_flops(model, config.training.seq_len)
-        build_model_converters(config, dims).convert(model)
-        model = parallelize_llada(model, dims, config)
         model.to_empty(device=device_type)
         with torch.no_grad():
             model.init_weights()

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from model_arguments import guarded, parse, quiet
 
-from memdlm_dist import parse_config, train_spec  # noqa: F401  (registers the backbones)
+from memdlm_dist import parse_config
 from memdlm_dist.checkpoint.convert import from_hugging_face, to_hugging_face
 from memdlm_dist.inference import checkpoint_folder
 

@@ -19,20 +19,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from model_arguments import guarded, parse, positive, quiet
-from torchtitan.config import TORCH_DTYPE_MAP
-from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.utils import init_fake_mode
-from torchtitan.protocols.model_converter import build_model_converters
-from torchtitan.tools.utils import set_default_dtype
 
-from memdlm_dist import check_layout, parse_config, train_spec  # noqa: F401  (registers the backbones)
+from memdlm_dist import check_layout, parse_config
 from memdlm_dist.errors import UserError
 from memdlm_dist.estimate import Estimate, estimate
-from memdlm_dist.models import BACKBONES, backbone_args
-from memdlm_dist.models.parallelize import parallelize_llada
+from memdlm_dist.models import backbone_args
+from memdlm_dist.models.parallelize import layout, spread_on_meta
 
 # Of a device's memory, what is left to the allocator's fragmentation, the libraries and the collectives' buffers.
 _RESERVE = 0.1
@@ -82,23 +77,9 @@ def look(config: Any, world_size: int) -> Estimate:
     check_layout.check_backbone(config, args, world_size)
     init_fake_mode(world_size)
     try:
-        parallel = config.parallelism
-        dims = ParallelDims(
-            dp_shard=parallel.data_parallel_shard_degree,
-            dp_replicate=parallel.data_parallel_replicate_degree,
-            cp=1,
-            tp=parallel.tensor_parallel_degree,
-            pp=1,
-            ep=parallel.expert_parallel_degree,
-            etp=parallel.expert_tensor_parallel_degree,
-            world_size=world_size,
-        )
-        dims.build_mesh()
         args.update_from_config(config)
-        with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
-            model = BACKBONES[config.model.name].model(args)
-        build_model_converters(config, dims).convert(model)
-        model = parallelize_llada(model, dims, config)
+        dims = layout(config, world_size)
+        model = spread_on_meta(config, args, dims)
         return estimate(model, args, dims, config)
     finally:
         dist.destroy_process_group()

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from model_arguments import guarded, parse, quiet
 
-from memdlm_dist import parse_config, train_spec  # noqa: F401  (registers the backbones)
+from memdlm_dist import parse_config
 from memdlm_dist.checkpoint import hugging_face
 from memdlm_dist.checkpoint.convert import adapter_of
 from memdlm_dist.errors import require

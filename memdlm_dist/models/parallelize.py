@@ -13,11 +13,43 @@ from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.tensor_parallel import maybe_enable_async_tp
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list, apply_compile
 from torchtitan.models.llama4.infra.parallelize import apply_fsdp, apply_moe_ep_tp, apply_non_moe_tp
+from torchtitan.protocols.model_converter import build_model_converters
+from torchtitan.tools.utils import set_default_dtype
 
 from memdlm_dist import cpu
-from memdlm_dist.models.llada import LLaDA
+from memdlm_dist.models import BACKBONES
+from memdlm_dist.models.llada import LLaDA, LLaDAArgs
 from memdlm_dist.models.llada_moe import LLaDAMoE
 from memdlm_dist.models.residency import Residency
+
+
+def layout(config: Any, world_size: int) -> ParallelDims:
+    """The meshes of a configuration's parallel degrees; torch.distributed knows the ranks."""
+    parallel = config.parallelism
+    dims = ParallelDims(
+        dp_replicate=parallel.data_parallel_replicate_degree,
+        dp_shard=parallel.data_parallel_shard_degree,
+        cp=1,
+        tp=parallel.tensor_parallel_degree,
+        pp=1,
+        ep=parallel.expert_parallel_degree,
+        etp=parallel.expert_tensor_parallel_degree,
+        world_size=world_size,
+    )
+    dims.build_mesh()
+    return dims
+
+
+def spread_on_meta(config: Any, args: LLaDAArgs, dims: ParallelDims) -> LLaDA:
+    """A backbone without contents, converted and spread over ranks as torchtitan's trainer does it.
+
+    Args:
+        args: sizes, after `update_from_config`.
+    """
+    with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
+        model = BACKBONES[config.model.name].model(args)
+    build_model_converters(config, dims).convert(model)
+    return parallelize_llada(model, dims, config)
 
 
 def parallelize_llada(model: LLaDA, parallel_dims: ParallelDims, job_config: Any) -> LLaDA:
