@@ -28,8 +28,8 @@ def add_model_arguments(p: argparse.ArgumentParser, several_checkpoints: bool = 
         "--checkpoint",
         nargs="+" if several_checkpoints else None,
         metavar="DIR",
-        help="checkpoint step-N, or a folder or URL of them (the newest good one); default: the run's own. One's own "
-        "alone: its metadata is a pickle",
+        help="checkpoint step-N, a folder or URL of them (the newest good one), or a folder of Hugging Face weights; "
+        "default: the run's own. Checkpoints of one's own alone: their metadata is a pickle",
     )
     p.add_argument(
         "--anchor-ratio",
