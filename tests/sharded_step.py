@@ -19,8 +19,9 @@ from torch.distributed.tensor import DTensor
 
 sys.path[:0] = [str(Path(__file__).parent.parent / "tools")]
 
-from bench_step import DATA_PARALLEL, KINDS, TORCH_DTYPE_MAP, Bench  # noqa: E402
+from bench_step import DATA_PARALLEL, KINDS, Bench  # noqa: E402
 from collectives import by_kind  # noqa: E402
+from torchtitan.config import TORCH_DTYPE_MAP  # noqa: E402
 from torchtitan.tools.logging import logger  # noqa: E402
 
 from memdlm_dist import bilevel, parse_config  # noqa: E402
