@@ -4,8 +4,6 @@ From a backbone on the meta device, spread over a layout as for training, the sh
 and communication follow from the sizes and from the order in which the bi-level step passes through the layers. Peak
 memory is estimated as the sum of what is held when the outer backward pass is in the deepest layer, which is where all
 of this is there at once. Not in it: the allocator's fragmentation, the libraries' workspaces, validation.
-
-Shapes: B sequences of a micro-batch, L tokens.
 """
 
 import math
@@ -29,7 +27,7 @@ _DATA_PARALLEL = ("dp_replicate", "fsdp", "efsdp")
 
 
 @dataclass(frozen=True)
-class Memory:
+class Footprint:
     """Bytes on one rank at the step's peak."""
 
     weights: float  # sharded, in the type in which they are kept
@@ -66,7 +64,7 @@ class Estimate:
     trained: int
     active: int  # that a token passes through
     micro_batches: int  # of an optimizer step
-    memory: Memory
+    memory: Footprint
     communication: Communication
 
 
@@ -101,7 +99,7 @@ def estimate(model: LLaDA, args: LLaDAArgs, dims: ParallelDims, config: Any) -> 
         trained=sum(p.numel() for p in trained),
         active=_active(model, args),
         micro_batches=micro_batches,
-        memory=_memory(model, args, dims, config, first),
+        memory=_footprint(model, args, dims, config, first),
         communication=_communication(model, args, dims, config, first, micro_batches),
     )
 
@@ -135,7 +133,7 @@ def _groups(model: LLaDA) -> Sequence[Sequence[Tensor]]:
     return [first, *(list(layer.parameters()) for layer in model.layers.values()), last]
 
 
-def _memory(model: LLaDA, args: LLaDAArgs, dims: ParallelDims, config: Any, first: int) -> Memory:
+def _footprint(model: LLaDA, args: LLaDAArgs, dims: ParallelDims, config: Any, first: int) -> Footprint:
     training = config.training
     compute = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize
     parameters = list(model.parameters())
@@ -152,7 +150,7 @@ def _memory(model: LLaDA, args: LLaDAArgs, dims: ParallelDims, config: Any, firs
         # One rank computes with its own weights; autocast keeps their casts.
         gathered = compute * sum(_local(p).numel() for p in parameters if p.itemsize != compute)
         reducing = 0.0
-    return Memory(
+    return Footprint(
         weights=sum(_local(p).numel() * p.itemsize for p in parameters),
         gradients=sum(p.numel() * p.itemsize for p in trained),
         optimizer=2.0 * sum(p.numel() * p.itemsize for p in trained),

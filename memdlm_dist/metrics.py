@@ -67,11 +67,11 @@ class MemDLMMetrics(MetricsProcessor):
         self.record(SKIPPED, statistics.skipped_KG.float().sum().unsqueeze(0))
 
     def record_expert_load(self, load_XE: Tensor) -> None:
-        """The tokens of every expert of X layers in this step, on this rank."""
+        """The tokens of every expert of X layers since they were last logged, on this rank."""
         self._expert_load = load_XE
 
     def _load_balance(self) -> dict[str, float]:
-        """How evenly the tokens of the global batch were spread over experts, averaged over layers."""
+        """How evenly the tokens of all ranks were spread over experts, averaged over layers."""
         if self._expert_load is None:
             return {}
         load_XE = self._expert_load.double()

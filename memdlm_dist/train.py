@@ -106,10 +106,8 @@ class MemDLMTrainer(Trainer):
     def _before_optimizer(self, *_: Any) -> None:
         """Take down the load of the experts, and agree: are the gradients finite, is the run to stop here?"""
         (model,) = self.model_parts
-        if isinstance(model, LLaDAMoE):
-            load_XE = model.take_load()
-            if self.metrics_processor.should_log(self.step):
-                self.metrics_processor.record_expert_load(load_XE)
+        if isinstance(model, LLaDAMoE) and self.metrics_processor.should_log(self.step):
+            self.metrics_processor.record_expert_load(model.take_load())
         stop, wrong = self.agreement.reach(self.stop.requested)
         if stop:
             self._stopping = self.checkpointer.save_now = True

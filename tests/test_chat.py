@@ -75,6 +75,9 @@ def test_a_template_that_misbehaves_makes_bad_rows(tmp_path, source, message):
     template = chat.chat_template("tokenizer", templated(tmp_path, source))
     with pytest.raises(ValueError, match=re.escape(message)):
         chat.segments(template, CONVERSATION)
+    if "refuses" in message:
+        with pytest.raises(UserError, match="The chat template refuses the prompt"):
+            chat.prompt(template, "Add.")
 
 
 def test_alpaca_rows_as_conversations(tmp_path):

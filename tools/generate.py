@@ -33,7 +33,7 @@ from model_arguments import (
 )
 
 from memdlm_dist import sampler
-from memdlm_dist.data.chat import TEMPLATES, chat_template
+from memdlm_dist.data import chat
 from memdlm_dist.errors import UserError
 from memdlm_dist.inference import TrainedModel
 from memdlm_dist.sampler import Decoding, Step
@@ -53,9 +53,10 @@ def parser() -> argparse.ArgumentParser:
     source.add_argument("--file", type=Path, metavar="FILE", help="file with the prompt")
     source.add_argument("--interactive", action="store_true", help="ask for prompts, one a line, until end of input")
     p.add_argument(
-        "--chat-template", choices=TEMPLATES, help="write the prompt as a user's turn: as LLaDA-8B does, or by the "
-        "tokenizer's own template"
-    )  # fmt: skip
+        "--chat-template",
+        choices=chat.TEMPLATES,
+        help="write the prompt as a user's turn: as LLaDA-8B does, or by the tokenizer's own template",
+    )
     p.add_argument("--memory", choices=("off", "on"), default="off", help="write the prompt into fast weights first")
     output = p.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="one JSON object for each prompt, and nothing else")
@@ -150,8 +151,8 @@ def run(model: TrainedModel, text: str, options: argparse.Namespace, decoding: D
     """One prompt; returns what --json prints."""
     written = text.replace(MASK, model.tokenizer.mask_token)
     if options.chat_template:
-        template = chat_template(options.chat_template, model.tokenizer)
-        written = template([{"role": "user", "content": written}], True)
+        template = chat.chat_template(options.chat_template, model.tokenizer)
+        written = chat.prompt(template, written)
     (prompt,) = model.tokenizer.encode_plain([written])
     masks = prompt.count(model.mask_id)
     new_tokens = options.new_tokens

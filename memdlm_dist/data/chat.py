@@ -85,6 +85,18 @@ def _of_tokenizer(tokenizer: DiffusionTokenizer) -> ChatTemplate:
     return render
 
 
+def prompt(template: ChatTemplate, text: str) -> str:
+    """A user's turn, with the assistant's to come.
+
+    Raises:
+        UserError: if the template cannot render it.
+    """
+    try:
+        return template([{"role": "user", "content": text}], True)
+    except jinja2.TemplateError as error:
+        raise UserError(f"The chat template refuses the prompt ({error}); choose another, or none.") from None
+
+
 def segments(template: ChatTemplate, messages: Sequence[dict[str, str]]) -> list[tuple[str, bool]]:
     """A conversation as (text, is response) pairs: what an assistant's turn adds to the text up to it is a response.
 

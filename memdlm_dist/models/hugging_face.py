@@ -7,6 +7,7 @@ backbone's sizes, since a wrong rotary base or norm epsilon does not show in the
 import json
 import math
 import re
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -39,7 +40,6 @@ _LLADA_NAMES = {
 _FROM_LLADA = {f"{theirs}.weight": f"{ours}.weight" for theirs, ours in _LLADA_NAMES.items()}
 _TO_LLADA = {ours: theirs for theirs, ours in _FROM_LLADA.items()}
 
-
 # Keys of config.json with which the backbone computes nothing.
 _FREE = ("architectures", "model_type", "max_sequence_length", "max_position_embeddings")
 
@@ -59,9 +59,9 @@ class Adapter(StateDictAdapter):
         super().__init__(model_args, None)
         self.args, self.assets = model_args, hf_assets_path
 
+    @abstractmethod
     def config(self) -> dict[str, Any]:
         """What config.json says of the backbone."""
-        raise NotImplementedError
 
     def expected(self) -> dict[str, Tensor]:
         """Every tensor under its name on Hugging Face, without contents."""
