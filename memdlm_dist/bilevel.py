@@ -13,10 +13,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from memdlm_dist import fast_weights, inner_loop
 from memdlm_dist.diffusion import SetSum
-from memdlm_dist.fast_weights import AdaptedLinear, FastWeights, InnerSGD
+from memdlm_dist.fast_weights import AdaptedLinear, FastWeights, InnerSGD, Pool
 from memdlm_dist.inner_loop import InnerStatistics
 from memdlm_dist.inner_loss import InnerLoss, whole
 from memdlm_dist.logit_loss import HeadLoss, cross_entropy
+from memdlm_dist.models.attention import TokenContext
 from memdlm_dist.models.llada import LLaDA
 from memdlm_dist.trajectory import MicroBatch, Scored
 
@@ -36,10 +37,23 @@ class Memory:
     tp_mesh: DeviceMesh | None = None
     # Expert parallelism: the ranks of a group have one set together, of which each keeps its own experts' terms.
     ep_mesh: DeviceMesh | None = None
+    # Context parallelism: the ranks of a group have the sets of their rows together, each the whole of them.
+    cp_mesh: DeviceMesh | None = None
 
-    def draw(self, seed: int, step: int, sample_ids_B: Tensor) -> FastWeights:
+    @property
+    def pool(self) -> Pool | None:
+        """The ranks that have their sets together."""
+        if self.cp_mesh is not None:
+            return Pool(self.cp_mesh.get_group(), whole_sets=True)
+        return Pool(self.ep_mesh.get_group(), whole_sets=False) if self.ep_mesh is not None else None
+
+    def sets(self, batch: MicroBatch) -> int:
+        """The number of a micro-batch's sets of fast weights."""
+        return len(batch.sample_ids_U) if self.per_sample else 1
+
+    def draw(self, seed: int, step: int, sample_ids_U: Tensor) -> FastWeights:
         """The fast weights with which a micro-batch starts."""
-        keys_G = fast_weights.keys(seed, step, sample_ids_B, self.per_sample)
+        keys_G = fast_weights.keys(seed, step, sample_ids_U, self.per_sample)
         return fast_weights.draw(self.adapter, self.linears, self.rank, self.alpha, keys_G, self.tp_mesh, self.ep_mesh)
 
 
@@ -53,7 +67,8 @@ def outer_loss(
 ) -> tuple[Tensor, InnerStatistics | None]:
     """Sum of w(t) nll over the anchor's masked tokens, conditioned on the memory if there is one.
 
-    The caller divides by the maskable tokens of the global batch. Gradients reach the base weights
+    Under context parallelism it is the sum over this rank's tokens, whose gradients add up over the group. The caller
+    divides by the maskable tokens of the global batch. Gradients reach the base weights
     alone: the fast weights are constants to the outer loss (first order).
 
     Args:
@@ -66,23 +81,23 @@ def outer_loss(
     Returns:
         The loss sum, a scalar, and the inner loop's statistics.
     """
-    anchor, index_M, attended_BL = batch.anchor, batch.anchor.index_SM[shard], batch.attended_BL
+    anchor, index_M, context = batch.anchor, batch.anchor.index_SM[shard], token_context(model, batch, memory)
     if memory is None:
-        return model(batch.inputs[0], index_M, None, _outer_head(anchor), attended_BL).sum(), None
+        return model(batch.inputs[0], index_M, None, _outer_head(anchor), context).sum(), None
 
     assert fast is not None
     cut = memory.first_layer
-    h_anchor, *others = model.trunk(batch.inputs, cut, attended_BL)
+    h_anchor, *others = model.trunk(batch.inputs, cut, context)
     # Inner steps that read the anchor take the same activations, without their graph.
     hidden = [h_anchor.detach(), *others]
     with model.residency.tail(cut):
-        fast, statistics = _write(model, batch, memory, fast, hidden, shard)
+        fast, statistics = _write(model, batch, memory, fast, hidden, shard, context)
         # The activations of the other states are not needed again: free them before the outer tail.
         hidden.clear()
         others.clear()
         if on_adapted is not None:
             on_adapted(fast)
-        return model.tail(h_anchor, cut, index_M, fast, _outer_head(anchor), attended_BL).sum(), statistics
+        return model.tail(h_anchor, cut, index_M, fast, _outer_head(anchor), context).sum(), statistics
 
 
 @torch.no_grad()
@@ -90,36 +105,54 @@ def remember(
     model: LLaDA, batch: MicroBatch, memory: Memory, fast: FastWeights, shard: int = 0
 ) -> tuple[FastWeights, InnerStatistics]:
     """The inner loop alone: what a micro-batch's trajectory writes, to read with; the arguments are `outer_loss`'s."""
-    hidden = model.trunk(batch.inputs, memory.first_layer, batch.attended_BL)
+    context = token_context(model, batch, memory)
+    hidden = model.trunk(batch.inputs, memory.first_layer, context)
     with model.residency.tail(memory.first_layer):
-        return _write(model, batch, memory, fast, hidden, shard)
+        return _write(model, batch, memory, fast, hidden, shard, context)
+
+
+def token_context(model: LLaDA, batch: MicroBatch, memory: Memory | None) -> TokenContext:
+    """What the layers are told of a micro-batch's tokens, made once for all passes."""
+    return model.context(
+        batch.inputs[0].shape[1],
+        batch.first,
+        batch.attended_BL,
+        batch.documents,
+        sets_of_documents=memory is not None and memory.per_sample,
+    )
 
 
 def _write(
-    model: LLaDA, batch: MicroBatch, memory: Memory, fast: FastWeights, hidden: Sequence[Tensor], shard: int
+    model: LLaDA,
+    batch: MicroBatch,
+    memory: Memory,
+    fast: FastWeights,
+    hidden: Sequence[Tensor],
+    shard: int,
+    context: TokenContext,
 ) -> tuple[FastWeights, InnerStatistics]:
     with model.residency.inner_steps(memory.first_layer):
         return inner_loop.adapt(
-            _state_loss(model, batch, memory, hidden, shard),
+            _state_loss(model, batch, memory, hidden, shard, context),
             [step.scored for step in batch.inner],
             fast,
-            n_sets=len(batch.sample_ids_B) if memory.per_sample else 1,
+            n_sets=memory.sets(batch),
             optimiser=memory.optimiser,
-            pool=memory.ep_mesh.get_group() if memory.ep_mesh is not None else None,
+            pool=memory.pool,
         )
 
 
 def _outer_head(anchor: Scored) -> HeadLoss:
     """Sum of w(t) nll over the anchor's masked tokens."""
     weight_N = torch.where(anchor.valid_N, anchor.weight_N, 0.0)
-    return HeadLoss(cross_entropy, anchor.label_N, SetSum(weight_N, torch.zeros_like(anchor.row_N), n_sets=1))
+    return HeadLoss(cross_entropy, anchor.label_N, SetSum(weight_N, torch.zeros_like(anchor.sample_N), n_sets=1))
 
 
 def _state_loss(
-    model: LLaDA, batch: MicroBatch, memory: Memory, hidden: Sequence[Tensor], shard: int
+    model: LLaDA, batch: MicroBatch, memory: Memory, hidden: Sequence[Tensor], shard: int, context: TokenContext
 ) -> Callable[[int, FastWeights, SetSum], Tensor]:
     """The inner loop's loss as a function of the step and the fast weights, on the trunk's activations."""
-    loss, cut, attended_BL = memory.loss, memory.first_layer, batch.attended_BL
+    loss, cut = memory.loss, memory.first_layer
 
     def state_loss(k: int, current: FastWeights, sums: SetSum) -> Tensor:
         step = batch.inner[k]
@@ -129,12 +162,12 @@ def _state_loss(
         else:
             assert step.teacher is not None
             with _no_gradient():
-                target = model.tail(hidden[step.teacher], cut, index_M, current, loss.teacher, attended_BL)
+                target = model.tail(hidden[step.teacher], cut, index_M, current, loss.teacher, context)
         if loss.of_logits is not None:
             head = HeadLoss(loss.of_logits, whole(target), sums, train_head=False)
-            return model.tail(hidden[step.student], cut, index_M, current, head, attended_BL)
+            return model.tail(hidden[step.student], cut, index_M, current, head, context)
         assert loss.of_hidden is not None
-        student = model.tail(hidden[step.student], cut, index_M, current, loss.student, attended_BL)
+        student = model.tail(hidden[step.student], cut, index_M, current, loss.student, context)
         return sums(loss.of_hidden(student, target))
 
     return state_loss

@@ -17,27 +17,33 @@ def check_launch(config: Any, world_size: int) -> None:
     """
     parallel, training = config.parallelism, config.training
     replicate, shard = parallel.data_parallel_replicate_degree, parallel.data_parallel_shard_degree
-    tensor = parallel.tensor_parallel_degree
-    for name, degree in (("data_parallel_replicate_degree", replicate), ("tensor_parallel_degree", tensor)):
+    tensor, context = parallel.tensor_parallel_degree, parallel.context_parallel_degree
+    for name, degree in (
+        ("data_parallel_replicate_degree", replicate),
+        ("tensor_parallel_degree", tensor),
+        ("context_parallel_degree", context),
+    ):
         require(degree >= 1, f"parallelism.{name} must be at least 1, but is {degree}.")
     require(
         shard == -1 or shard >= 1,
         f"parallelism.data_parallel_shard_degree must be -1 (all that is left) or at least 1, but is {shard}.",
     )
     layout = f"data_parallel_replicate_degree {replicate} x tensor_parallel_degree {tensor}"
+    layout += f" x context_parallel_degree {context}" if context > 1 else ""
+    others = replicate * tensor * context
     if shard == -1:
         require(
-            world_size % (replicate * tensor) == 0,
+            world_size % others == 0,
             f"{world_size} processes cannot be divided into {layout}; change NGPU or the degrees under [parallelism].",
         )
-        shard = world_size // (replicate * tensor)
+        shard = world_size // others
     require(
-        replicate * shard * tensor == world_size,
-        f"{layout} x data_parallel_shard_degree {shard} makes {replicate * shard * tensor} ranks, but "
+        shard * others == world_size,
+        f"{layout} x data_parallel_shard_degree {shard} makes {shard * others} ranks, but "
         f"{world_size} processes were started; change NGPU or the degrees under [parallelism].",
     )
     require(
-        replicate == 1 or shard > 1,
+        replicate == 1 or shard * context > 1,
         "parallelism.data_parallel_replicate_degree > 1 needs data_parallel_shard_degree > 1 (HSDP): replication "
         "without sharding is not supported; use data_parallel_shard_degree instead.",
     )
@@ -50,6 +56,20 @@ def check_launch(config: Any, world_size: int) -> None:
         training.global_batch_size < 0 or (training.global_batch_size > 0 and training.global_batch_size % micro == 0),
         f"training.global_batch_size = {training.global_batch_size} must be a multiple of "
         f"training.local_batch_size {training.local_batch_size} x {replicate * shard} data-parallel ranks = {micro}.",
+    )
+
+
+def check_device(config: Any, device_type: str) -> None:
+    """The device can run what the configuration asks for.
+
+    Raises:
+        UserError: naming the key.
+    """
+    parallel = config.parallelism
+    require(
+        parallel.context_parallel_degree == 1 or parallel.context_parallel_method != "ring" or device_type == "cuda",
+        f"parallelism.context_parallel_method = 'ring' needs CUDA devices, and this machine has {device_type}; set it to "
+        "'ulysses'.",
     )
 
 
@@ -84,6 +104,7 @@ def check_backbone(config: Any, args: LLaDAArgs, world_size: int) -> None:
             "mixture-of-experts backbone; set it to 1.",
         )
     tensor = config.parallelism.tensor_parallel_degree
+    _check_context_parallel(config, args)
     flavour = f"model.flavor {config.model.flavor}"
     sizes = {
         "training.seq_len": config.training.seq_len,
@@ -97,6 +118,31 @@ def check_backbone(config: Any, args: LLaDAArgs, world_size: int) -> None:
             size % tensor == 0,
             f"{name} ({size}) is not divisible by parallelism.tensor_parallel_degree ({tensor}); change one of them.",
         )
+
+
+def _check_context_parallel(config: Any, args: LLaDAArgs) -> None:
+    """The sequence and, if they are exchanged, the heads can be divided."""
+    parallel = config.parallelism
+    context, tensor = parallel.context_parallel_degree, parallel.tensor_parallel_degree
+    if context == 1:
+        return
+    product = f"parallelism.context_parallel_degree x tensor_parallel_degree ({context} x {tensor})"
+    require(
+        config.training.seq_len % (context * tensor) == 0,
+        f"training.seq_len ({config.training.seq_len}) is not divisible by {product}; change one of them.",
+    )
+    heads = {"attention heads": args.n_heads, "key-value heads": args.n_kv_heads or args.n_heads}
+    for name, number in heads.items():
+        require(
+            parallel.context_parallel_method == "ring" or number % (context * tensor) == 0,
+            f"The {name} of model.flavor {config.model.flavor} ({number}) are not divisible by {product}, as the exchange "
+            "of tokens for heads needs; lower one of them, or on CUDA set context_parallel_method = 'ring'.",
+        )
+    require(
+        parallel.expert_parallel_degree == 1,
+        f"parallelism.context_parallel_degree = {context} is not supported with expert_parallel_degree = "
+        f"{parallel.expert_parallel_degree}: the two spread the experts' fast weights in different ways; set one to 1.",
+    )
 
 
 def _check_experts(config: Any, args: LLaDAMoEArgs, world_size: int) -> None:
@@ -143,16 +189,22 @@ def _check_experts(config: Any, args: LLaDAMoEArgs, world_size: int) -> None:
     )
     shard = parallel.data_parallel_shard_degree
     if shard == -1:
-        shard = world_size // (parallel.data_parallel_replicate_degree * tensor)
+        shard = world_size // (parallel.data_parallel_replicate_degree * parallel.context_parallel_degree * tensor)
     require(
         shard % experts == 0,
         f"parallelism.expert_parallel_degree ({experts}) must divide the {shard} ranks of data_parallel_shard_degree, "
         "from which it takes its own; change one of them.",
     )
     require(
-        experts > 1 or args.n_experts % shard == 0,
+        experts > 1 or args.n_experts % (shard * parallel.context_parallel_degree) == 0,
         f"The {args.n_experts} experts of model.flavor {config.model.flavor} cannot be sharded evenly over "
-        f"data_parallel_shard_degree {shard}; raise parallelism.expert_parallel_degree, or set "
+        f"data_parallel_shard_degree {shard}"
+        + (
+            f" x context_parallel_degree {parallel.context_parallel_degree}"
+            if parallel.context_parallel_degree > 1
+            else ""
+        )
+        + "; raise parallelism.expert_parallel_degree, or set "
         "parallelism.data_parallel_replicate_degree so that fewer ranks share them.",
     )
     require(

@@ -6,7 +6,9 @@ checkpoints and `state_dict` know nothing of them, and they are gone when the st
 A mixture of experts has a term for each expert in every set: where other tensors have G entries, theirs have
 E G, expert by expert.
 
-Shapes: G sets of fast weights (one per sequence, or one per micro-batch), B sequences, L tokens,
+A packed row has a set for every slot of its documents; what a token is given is then the term of its own document.
+
+Shapes: G sets of fast weights (one per sample, or one per micro-batch), B rows, L tokens, s sets of a row,
 R rank, E experts of this rank, S slots (a token as often as experts see it), sorted by expert.
 """
 
@@ -73,13 +75,23 @@ class LowRank(NamedTuple):
         a_placement, b_placement = (Shard(2), Replicate()) if linear.row_wise else (Replicate(), Shard(1))
         return cls(_place(A_GRi, tp_mesh, a_placement), _place(B_GoR, tp_mesh, b_placement), alpha / rank)
 
-    def term(self, x_BLi: Tensor) -> Tensor:
-        """(alpha / R) B (A x); see `adapted`. For a row-wise linear only the rank-R intermediate is reduced."""
+    def term(self, x_BLi: Tensor, own_BLs: Tensor | None = None) -> Tensor:
+        """(alpha / R) B (A x); see `adapted`. For a row-wise linear only the rank-R intermediate is reduced.
+
+        The sets of a packed row are one of rank s R, of whose intermediate a token keeps what is its own set's.
+        """
         row_wise = isinstance(self.A_GRi, DTensor) and self.A_GRi.placements[0].is_shard()
-        z_BLR = _project(_layout(x_BLi, self.A_GRi, row_wise), self.A_GRi)
+        A_GRi, B_GoR = self.A_GRi, self.B_GoR
+        if own_BLs is not None:
+            A_GRi = A_GRi.unflatten(0, (-1, own_BLs.shape[-1])).flatten(1, 2)
+            B_GoR = B_GoR.unflatten(0, (-1, own_BLs.shape[-1])).transpose(1, 2).flatten(2, 3)
+        z_BLR = _project(_layout(x_BLi, A_GRi, row_wise), A_GRi)
         if row_wise:
             z_BLR = cast(DTensor, z_BLR).redistribute(placements=[Shard(1)])
-        return _local_output(self.scale * _project(z_BLR, self.B_GoR), row_wise)
+        if own_BLs is not None:
+            own_BLR = own_BLs.repeat_interleave(self.A_GRi.shape[1], dim=-1)
+            z_BLR = z_BLR * _beside(own_BLR.type_as(z_BLR), z_BLR)
+        return _local_output(self.scale * _project(z_BLR, B_GoR), row_wise)
 
     def expert_term(self, x_Si: Tensor, product: ExpertProduct) -> Tensor:
         """The term for each expert; see `adapted_experts`."""
@@ -102,10 +114,23 @@ class Full(NamedTuple):
         delta_Goi = torch.zeros(len(keys_G), *_local_sizes(linear, tp_mesh), device=keys_G.device)
         return cls(_place(delta_Goi, tp_mesh, Shard(2 if linear.row_wise else 1)))
 
-    def term(self, x_BLi: Tensor) -> Tensor:
-        """delta x; see `adapted`. For a row-wise linear the whole output is reduced, as the linear's own is."""
+    def term(self, x_BLi: Tensor, own_BLs: Tensor | None = None) -> Tensor:
+        """delta x; see `adapted`. For a row-wise linear the whole output is reduced, as the linear's own is.
+
+        In a packed row every set is a matrix product with all of its tokens.
+        """
         row_wise = isinstance(self.delta_Goi, DTensor) and self.delta_Goi.placements[0].is_shard(2)
-        return _local_output(_project(_layout(x_BLi, self.delta_Goi, row_wise), self.delta_Goi), row_wise)
+        x_BLi = _layout(x_BLi, self.delta_Goi, row_wise)
+        if own_BLs is None:
+            return _local_output(_project(x_BLi, self.delta_Goi), row_wise)
+        deltas_sBoi = self.delta_Goi.unflatten(0, (-1, own_BLs.shape[-1])).unbind(1)
+        own_sBL1 = own_BLs.unsqueeze(-1).unbind(2)
+        # Selected before the product: the sum of partial outputs can then be reduced as one.
+        terms = [
+            _project(x_BLi * _beside(own_BL1.type_as(x_BLi), x_BLi), delta_Boi)
+            for own_BL1, delta_Boi in zip(own_sBL1, deltas_sBoi, strict=True)
+        ]
+        return _local_output(torch.stack(terms).sum(0), row_wise)
 
     def expert_term(self, x_Si: Tensor, product: ExpertProduct) -> Tensor:
         """The term for each expert; see `adapted_experts`."""
@@ -160,15 +185,19 @@ def keys(seed: int, step: int, sample_ids_B: Tensor, per_sample: bool) -> Tensor
     return keyed_random.key(seed, Stream.FAST_WEIGHTS, step, sample_ids_B if per_sample else sample_ids_B[:1])
 
 
-def adapted(linear: nn.Module, x_BLi: Tensor, fast: FastLinear | None) -> Tensor:
+def adapted(linear: nn.Module, x_BLi: Tensor, fast: FastLinear | None, own_BLs: Tensor | None = None) -> Tensor:
     """The linear's output `[B, L, out]`, with the term of its fast weights added if it has any.
 
     Under tensor parallelism the input is what the linear gets (replicated if column-wise, sharded on
     `in` if row-wise) and the output what it returns (sharded on `out`, or on the sequence), as local
     tensors.
+
+    Args:
+        own_BLs: bool, which of its row's sets is a token's, on every tensor-parallel rank; None where each row has
+            one set, or all have one together.
     """
     y_BLo = linear(x_BLi)
-    return y_BLo if fast is None else y_BLo + fast.term(x_BLi).type_as(y_BLo)
+    return y_BLo if fast is None else y_BLo + fast.term(x_BLi, own_BLs).type_as(y_BLo)
 
 
 def adapted_experts(weight_Eoi: Tensor, x_Si: Tensor, fast: FastLinear | None, product: ExpertProduct) -> Tensor:
@@ -206,6 +235,16 @@ def _layout(x_BLi: Tensor, like: Tensor, row_wise: bool) -> Tensor:
         return x_BLi
     placement: Placement = Shard(x_BLi.ndim - 1) if row_wise else Replicate()
     return DTensor.from_local(x_BLi, like.device_mesh, [placement], run_check=False)
+
+
+def _beside(whole: Tensor, x: Tensor) -> Tensor:
+    """A tensor that every tensor-parallel rank has, laid out as `x` so that the two can be multiplied."""
+    if not isinstance(x, DTensor):
+        return whole
+    # On the last dimension it broadcasts, and has nothing to shard.
+    replicated = x.placements[0].is_shard(x.ndim - 1) and whole.shape[-1] == 1
+    placement = Replicate() if replicated else x.placements[0]
+    return DTensor.from_local(whole, x.device_mesh, [Replicate()], run_check=False).redistribute(placements=[placement])
 
 
 def _local_output(term_BLo: Tensor, row_wise: bool) -> Tensor:
@@ -272,24 +311,47 @@ def squared_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     return squares
 
 
-def set_totals(squares: Sequence[Tensor], n_sets: int, pool: ProcessGroup | None = None) -> Tensor:
+@dataclass(frozen=True)
+class Pool:
+    """Ranks that have their sets of fast weights together.
+
+    Those of a context-parallel group have other tokens of the same rows each, and the whole sets: their
+    gradients add up. Those of an expert-parallel group have other rows each and share one set, of which
+    they keep their own experts' terms: these get the gradients of all tokens, and their norms add up.
+    """
+
+    group: ProcessGroup
+    whole_sets: bool
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Over the ranks."""
+        x = x.clone()
+        all_reduce(x, group=self.group)
+        return x
+
+    def gradients(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients of the sum of all ranks' losses; DTensors must not be partial."""
+        if not self.whole_sets:
+            return list(grads)
+        grads = [g.clone() for g in grads]
+        works = [
+            all_reduce(g.to_local() if isinstance(g, DTensor) else g, group=self.group, async_op=True) for g in grads
+        ]
+        for work in works:
+            work.wait()
+        return grads
+
+
+def set_totals(squares: Sequence[Tensor], n_sets: int, pool: Pool | None = None) -> Tensor:
     """Squared 2-norm of every set `[G]`, all its tensors and experts together.
 
     Args:
         squares: from `squared_norms`.
         n_sets: G.
-        pool: the expert-parallel ranks, each with other experts of the one set.
+        pool: the ranks that have the sets together.
     """
-    return pooled(torch.stack([x.view(-1, n_sets).sum(0) for x in squares]).sum(0), pool)
-
-
-def pooled(x: Tensor, pool: ProcessGroup | None) -> Tensor:
-    """The sum over the ranks that share their set of fast weights: those of an expert-parallel group."""
-    if pool is None:
-        return x
-    x = x.clone()
-    all_reduce(x, group=pool)
-    return x
+    total_G = torch.stack([x.view(-1, n_sets).sum(0) for x in squares]).sum(0)
+    return total_G if pool is None or pool.whole_sets else pool.sum(total_G)
 
 
 def _of_experts(value_G: Tensor, like_n: Tensor) -> Tensor:
@@ -318,7 +380,7 @@ def sgd_update(
     grads: Sequence[Tensor],
     optimiser: InnerSGD,
     keep_G: Tensor,
-    pool: ProcessGroup | None = None,
+    pool: Pool | None = None,
 ) -> tuple[FastWeights, Tensor]:
     """One SGD step, every set's every tensor clipped by its norm: g *= clip / (norm + 1e-12) above it.
 
@@ -326,7 +388,7 @@ def sgd_update(
         grads: gradients of `leaves(fast)`.
         keep_G: bool; sets where it is False are left as they are, and so are those whose gradient is
             not finite.
-        pool: the expert-parallel ranks; see `set_totals`.
+        pool: the ranks that have the sets together.
 
     Returns:
         The new fast weights, and the 2-norm `[G]` of each set's whole gradient before clipping.
@@ -336,6 +398,7 @@ def sgd_update(
         g.redistribute(placements=x.placements) if isinstance(x, DTensor) and isinstance(g, DTensor) else g
         for x, g in zip(leaves(fast), grads, strict=True)
     ]
+    grads = pool.gradients(grads) if pool is not None else grads
     squares = squared_norms(grads)
     total_G = set_totals(squares, len(keep_G), pool)
     keep_G = keep_G & total_G.isfinite()

@@ -154,7 +154,7 @@ class TrainedModel:
         )._replace(attended_BL=start.attended_BL)
         batch = batch.to(self.device)
         self.model.reach(start.tokens_BL.shape[1])
-        initial = self._memory.draw(self._objective.seed, 0, batch.sample_ids_B)
+        initial = self._memory.draw(self._objective.seed, 0, batch.sample_ids_U)
         with self._amp:
             fast, statistics = bilevel.remember(self.model, batch, self._memory, initial, self._objective.shard)
         statistics.written_norm_G.sum().item()  # waits for the device
@@ -180,7 +180,7 @@ class TrainedModel:
     ) -> Tensor:
         """Each row's sum of -log p(clean token) over its targets, in nats, float64 `[B]`."""
         scored, _ = self._gather(clean_BL, target_BL)
-        sums = SetSum(scored.valid_N.float().to(self.device), scored.row_N.to(self.device), len(tokens_BL))
+        sums = SetSum(scored.valid_N.float().to(self.device), scored.sample_N.to(self.device), len(tokens_BL))
         head = HeadLoss(cross_entropy, scored.label_N.to(self.device), sums)
         return self._forward(tokens_BL, scored, attended_BL, fast, head).double().cpu()
 
@@ -205,8 +205,9 @@ class TrainedModel:
         index_M = scored.index_SM[self._objective.shard].to(self.device)
         # Where everything is attended to no mask is given, so that the fastest kernels run.
         attended = None if bool(attended_BL.all()) else attended_BL.to(self.device)
+        context = self.model.context(tokens_BL.shape[1], attended_BL=attended)
         with self._amp:
-            return self.model(tokens_BL.to(self.device), index_M, fast, readout, attended)
+            return self.model(tokens_BL.to(self.device), index_M, fast, readout, context)
 
     def denoise(self, start: Canvas, decoding: Decoding, fast: FastWeights | None = None) -> Any:
         """`sampler.denoise` with this model; an iterator of steps."""
@@ -293,8 +294,9 @@ def _for_reading(config: Any) -> Any:
     config.parametric_memory.enable = True
     config.activation_checkpoint.mode = "none"
     config.compile.enable = False
-    # Each rank's prompts have memories of their own, so every rank has all experts.
+    # Each rank's prompts have memories of their own, so every rank has all experts; and prompts are not split.
     config.parallelism.expert_parallel_degree = config.parallelism.expert_tensor_parallel_degree = 1
+    config.parallelism.context_parallel_degree = 1
     config.comm.trace_buf_size = 0  # its folder would be made wherever one happens to be
     config.training.global_batch_size = -1
     return config

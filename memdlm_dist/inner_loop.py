@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from memdlm_dist import fast_weights
 from memdlm_dist.diffusion import SetSum
-from memdlm_dist.fast_weights import FastWeights, InnerSGD
+from memdlm_dist.fast_weights import FastWeights, InnerSGD, Pool
 from memdlm_dist.trajectory import Scored
 
 
@@ -33,7 +32,7 @@ def adapt(
     fast: FastWeights,
     n_sets: int,
     optimiser: InnerSGD,
-    pool: ProcessGroup | None = None,
+    pool: Pool | None = None,
 ) -> tuple[FastWeights, InnerStatistics]:
     """K steps of SGD on the fast weights, first order, along K states of a trajectory.
 
@@ -46,9 +45,9 @@ def adapt(
         state_loss: (k, fast weights, sums) -> `[G]`, the losses of state k's scored tokens, as `sums` adds them up.
         scored: the K states' scored tokens.
         fast: initial fast weights with `n_sets` sets; not modified.
-        n_sets: G; 1 pools all rows, otherwise row g belongs to set g.
+        n_sets: G; 1 pools all samples, otherwise sample g belongs to set g.
         optimiser: of the fast weights.
-        pool: ranks that have one set together, each with other experts and tokens: losses and norms are theirs all.
+        pool: ranks that have the sets together, each with other tokens: losses, gradients and norms are theirs all.
 
     Returns:
         The fast weights after the last step, detached, and the statistics.
@@ -62,7 +61,7 @@ def adapt(
             loss_G = state_loss(k, fast, sums)
             grads = torch.autograd.grad(loss_G.sum(), fast_weights.leaves(fast))
             with torch.no_grad():
-                loss_G = fast_weights.pooled(loss_G.detach(), pool)
+                loss_G = loss_G.detach() if pool is None else pool.sum(loss_G.detach())
                 fast, norm_G = fast_weights.sgd_update(fast, grads, optimiser, loss_G.isfinite(), pool)
             finite_G = loss_G.isfinite() & norm_G.isfinite()
             losses.append(loss_G)
@@ -78,9 +77,12 @@ def adapt(
     return fast, statistics
 
 
-def _set_means(tokens: Scored, n_sets: int, dtype: torch.dtype, pool: ProcessGroup | None) -> tuple[SetSum, Tensor]:
+def _set_means(tokens: Scored, n_sets: int, dtype: torch.dtype, pool: Pool | None) -> tuple[SetSum, Tensor]:
     """The mean weighted loss of every set's scored tokens, as a sum; and the number `[G]` of these tokens."""
-    set_N = tokens.row_N if n_sets > 1 else torch.zeros_like(tokens.row_N)
-    valid_N = tokens.valid_N.to(dtype)
-    count_G = fast_weights.pooled(valid_N.new_zeros(n_sets).index_add(0, set_N, valid_N), pool)
-    return SetSum(valid_N * tokens.weight_N / count_G.clamp(min=1)[set_N], set_N, n_sets), count_G
+    set_N, count_G = tokens.sample_N, tokens.count_U
+    if n_sets == 1:
+        set_N, count_G = torch.zeros_like(set_N), count_G.sum(0, keepdim=True)
+    if pool is not None and not pool.whole_sets:
+        count_G = pool.sum(count_G)  # the others' rows are not known here
+    coefficient_N = tokens.valid_N.to(dtype) * tokens.weight_N / count_G.clamp(min=1)[set_N]
+    return SetSum(coefficient_N, set_N, n_sets), count_G

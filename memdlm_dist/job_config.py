@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from torchtitan.config.job_config import Checkpoint as TitanCheckpoint
 from torchtitan.config.job_config import JobConfig as TitanJobConfig
+from torchtitan.config.job_config import Model as TitanModel
+from torchtitan.config.job_config import Parallelism as TitanParallelism
 from torchtitan.config.job_config import Validation as TitanValidation
 
 from memdlm_dist.diffusion import SCHEDULES, WEIGHTS
@@ -20,6 +22,28 @@ from memdlm_dist.trajectory import SUPERVISION, TRAJECTORIES
 def _one_of(names: Iterable[str]) -> Any:
     """The type of a choice among the entries of a table, so that a new entry is a new choice at once."""
     return Literal[tuple(names)]
+
+
+@dataclass
+class Model(TitanModel):
+    """torchtitan's section and the extension to longer sequences."""
+
+    rope_scaling: float = 1.0
+    """By what factor the context is extended beyond the backbone's own: the base theta of its rotary positions becomes
+    theta * factor^(d / (d - 2)) with d dimensions a head (NTK-aware scaling)."""
+
+
+@dataclass
+class Parallelism(TitanParallelism):
+    """torchtitan's section with one default changed and one key more."""
+
+    context_parallel_method: Literal["ulysses", "ring"] = "ulysses"
+    """How tokens attend to those of other ranks with context_parallel_degree > 1. ulysses exchanges tokens for heads,
+    which the degree times tensor_parallel_degree must divide; ring is torch's ring attention, for CUDA and whole rows
+    without documents."""
+
+    context_parallel_load_balancer: str | None = None
+    """Unused: attention is not causal, so that every rank has the same work."""
 
 
 @dataclass
@@ -211,6 +235,8 @@ class JobConfig(TitanJobConfig):
     diffusion: Diffusion = field(default_factory=Diffusion)
     parametric_memory: ParametricMemory = field(default_factory=ParametricMemory)
     lora: Lora = field(default_factory=Lora)
+    model: Model = field(default_factory=Model)
+    parallelism: Parallelism = field(default_factory=Parallelism)
     data: Data = field(default_factory=Data)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     reliability: Reliability = field(default_factory=Reliability)

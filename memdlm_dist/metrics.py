@@ -28,7 +28,7 @@ LOAD_ENTROPY = "experts/load_entropy"
 
 class MemDLMMetrics(MetricsProcessor):
     """torchtitan's processor, which also averages over micro-batches and data-parallel ranks what the
-    trainer records during a step.
+    trainer records during a step. The ranks of a context-parallel group record the same, but for losses and load.
 
     Recording stays on the device. Only `log` reduces and reads, in one collective, on steps that log.
     """
@@ -90,7 +90,7 @@ class MemDLMMetrics(MetricsProcessor):
         if not self._sums:
             return {}
         pairs = torch.stack(list(self._sums.values()))
-        mesh = self.parallel_dims.get_optional_mesh("loss")
+        mesh = self.parallel_dims.get_optional_mesh("batch")
         if mesh is not None:
             torch.distributed.all_reduce(pairs, group=mesh.get_group())
         rows = zip(self._sums, pairs.tolist(), strict=True)
@@ -98,12 +98,17 @@ class MemDLMMetrics(MetricsProcessor):
         return {name: total if name == SKIPPED else total / max(number, 1.0) for name, (total, number) in rows}
 
     def _largest_rank_loss(self) -> float | None:
-        """Over the ranks with maskable tokens; None if there are none. torchtitan's own divides 0 by 0 there."""
+        """Over the data-parallel ranks with maskable tokens; None if there are none. torchtitan's own divides 0 by 0
+        there."""
         if self._rank_loss is None:
             return None
         total, maskable = self._rank_loss
+        mesh = self.parallel_dims.get_optional_mesh("cp")
+        if mesh is not None:
+            total = total.clone()
+            torch.distributed.all_reduce(total, group=mesh.get_group())
         largest = torch.where(maskable > 0, total / maskable, -torch.inf)
-        mesh = self.parallel_dims.get_optional_mesh("loss")
+        mesh = self.parallel_dims.get_optional_mesh("batch")
         if mesh is not None:
             torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, mesh.get_group())
         return None if largest == -torch.inf else largest.item()
@@ -117,6 +122,9 @@ class MemDLMMetrics(MetricsProcessor):
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
         ours = self._reduce() | self._load_balance()
+        if extra_metrics and "n_tokens_seen" in extra_metrics:
+            # Counted on every rank of a context-parallel group.
+            extra_metrics["n_tokens_seen"] /= self.parallel_dims.cp
         largest = self._largest_rank_loss()
         global_max_loss = global_avg_loss if largest is None else largest
         inner = [ours[name] for k in range(len(ours)) if (name := INNER_LOSS.format(k + 1)) in ours]

@@ -12,6 +12,7 @@ from torchtitan.distributed import ParallelDims
 
 from memdlm_dist import keyed_random, trajectory
 from memdlm_dist.bilevel import Memory, outer_loss
+from memdlm_dist.documents import Documents
 from memdlm_dist.fast_weights import InnerSGD
 from memdlm_dist.inner_loop import InnerStatistics
 from memdlm_dist.inner_loss import inner_loss
@@ -28,10 +29,12 @@ class Objective:
     plan: Plan
     memory: Memory | None
     seed: int
-    shards: int  # sequence shards: the tensor-parallel degree
+    shards: int  # sequence shards of this rank's part of the rows: the tensor-parallel degree
     shard: int  # this rank's
     probability: float = 1.0  # share of the sequences that have a memory
     shifted: bool = False  # the backbone predicts the next token
+    parts: int = 1  # of the rows: the context-parallel degree
+    part: int = 0  # this rank's
 
     def micro_batch(
         self,
@@ -39,56 +42,65 @@ class Objective:
         labels_BL: Tensor,
         sample_ids_B: Tensor,
         step: int,
-        t_B: Tensor | None = None,
+        t_U: Tensor | None = None,
         outer_weight: str | None = None,
+        documents_BL: Tensor | None = None,
     ) -> MicroBatch:
         """Draw the noise of a micro-batch; on the host.
+
+        Under context parallelism the arguments are of whole rows, and what is returned is this rank's part of them.
 
         Args:
             tokens_BL: clean tokens.
             labels_BL: the same where a token may be masked, -100 elsewhere.
-            sample_ids_B: global sample ids, the keys of the noise.
+            sample_ids_B: global ids of the rows, the keys of the noise.
             step: training step; 0 for noise that stays fixed.
-            t_B: noise levels; drawn if None.
+            t_U: noise levels of the samples; drawn if None.
             outer_weight: loss weight of the outer loss, if not the plan's own.
+            documents_BL: numbers of the tokens' documents in packed rows (`Documents.number_BL`), which then are the
+                samples.
         """
+        documents = Documents.of(documents_BL) if documents_BL is not None else None
+        sample_ids_U = sample_ids_B if documents is None else documents.ids(sample_ids_B)
         maskable_BL = labels_BL != IGNORE_INDEX
-        if self.shifted:
-            maskable_BL[:, 0] = False  # nothing predicts it
-        draw = trajectory.draw(self.seed, step, sample_ids_B, maskable_BL, t_B)
+        if self.shifted:  # nothing predicts the first token
+            first_BL = torch.arange(tokens_BL.shape[1]) == 0 if documents is None else documents.place_BL == 0
+            maskable_BL &= ~first_BL
+        draw = trajectory.draw(self.seed, step, sample_ids_U, maskable_BL, t_U, documents)
         anchor = trajectory.anchor_state(draw, self.plan.schedule, outer_weight or self.plan.loss_weight)
         return trajectory.micro_batch(
             tokens_BL,
             maskable_BL,
-            sample_ids_B,
+            sample_ids_U,
             anchor,
-            states=self._inner_states(draw, anchor, step, sample_ids_B) if self.memory is not None else [],
+            states=self._inner_states(draw, anchor, step, sample_ids_U) if self.memory is not None else [],
             mask_token_id=self.mask_token_id,
             with_teacher=self.memory is not None and self.memory.loss.teacher is not None,
-            shards=self.shards,
+            shards=self.parts * self.shards,
             shifted=self.shifted,
-        )
+            documents=documents,
+        ).part(self.part, self.parts)
 
-    def _inner_states(self, draw: Draw, anchor: State, step: int, sample_ids_B: Tensor) -> list[State]:
-        """The plan's, with nothing to score where the sequence has no memory: then nothing is written for it.
+    def _inner_states(self, draw: Draw, anchor: State, step: int, sample_ids_U: Tensor) -> list[State]:
+        """The plan's, with nothing to score where the sample has no memory: then nothing is written for it.
 
-        Sequences that share their fast weights share the draw too, over all ranks.
+        Samples that share their fast weights share the draw too, over all ranks.
         """
         states = self.plan.states(draw, anchor)
         assert self.memory is not None
         if self.probability == 1:
             return states
-        ids = sample_ids_B if self.memory.per_sample else torch.zeros_like(sample_ids_B)
-        u_B = keyed_random.uniform(keyed_random.key(self.seed, Stream.MEMORY, step, ids), torch.zeros(1).long())
-        chosen_B1 = u_B < self.probability
-        return [replace(state, target_BL=state.target_BL & chosen_B1) for state in states]
+        ids = sample_ids_U if self.memory.per_sample else torch.zeros_like(sample_ids_U)
+        u_U1 = keyed_random.uniform(keyed_random.key(self.seed, Stream.MEMORY, step, ids), torch.zeros(1).long())
+        chosen = draw.spread(u_U1.squeeze(1) < self.probability)
+        return [replace(state, target_BL=state.target_BL & chosen) for state in states]
 
     def loss_sum(
         self, model: LLaDA, batch: MicroBatch, step: int, use_memory: bool = True
     ) -> tuple[Tensor, InnerStatistics | None]:
-        """Sum of w(t) nll over a micro-batch's masked tokens (see `bilevel.outer_loss`)."""
+        """Sum of w(t) nll over this rank's masked tokens of a micro-batch (see `bilevel.outer_loss`)."""
         memory = self.memory if use_memory and batch.inner else None
-        fast = memory.draw(self.seed, step, batch.sample_ids_B) if memory else None
+        fast = memory.draw(self.seed, step, batch.sample_ids_U) if memory else None
         return outer_loss(model, batch, memory, fast, self.shard)
 
 
@@ -100,7 +112,7 @@ def build_objective(
 ) -> Objective:
     """The objective that a configuration describes, on this rank."""
     diffusion, memory = job_config.diffusion, job_config.parametric_memory
-    tp_mesh = parallel_dims.get_optional_mesh("tp")
+    tp_mesh, cp_mesh = (parallel_dims.get_optional_mesh(name) for name in ("tp", "cp"))
     return Objective(
         mask_token_id=mask_token_id,
         plan=Plan(
@@ -119,6 +131,8 @@ def build_objective(
         shard=tp_mesh.get_local_rank() if tp_mesh else 0,
         probability=memory.probability,
         shifted=args.shifted,
+        parts=cp_mesh.size() if cp_mesh else 1,
+        part=cp_mesh.get_local_rank() if cp_mesh else 0,
     )
 
 
@@ -141,4 +155,5 @@ def _memory(job_config: Any, args: LLaDAArgs, parallel_dims: ParallelDims) -> Me
         per_sample=config.granularity == "sample",
         tp_mesh=parallel_dims.get_optional_mesh("tp"),
         ep_mesh=parallel_dims.get_optional_mesh("ep"),
+        cp_mesh=parallel_dims.get_optional_mesh("cp"),
     )

@@ -250,8 +250,13 @@ def _check_values(config: Any) -> None:
         "loop runs trunk and tail several times a step; use FSDP and tensor parallelism and set it to 1.",
     )
     require(
-        parallel.context_parallel_degree == 1,
-        f"parallelism.context_parallel_degree = {parallel.context_parallel_degree} is not supported yet; set it to 1.",
+        parallel.context_parallel_load_balancer is None,
+        f"parallelism.context_parallel_load_balancer = {parallel.context_parallel_load_balancer!r} is for causal "
+        "attention, and ours is not: every rank has the same work; remove it.",
+    )
+    require(
+        config.model.rope_scaling >= 1,
+        f"model.rope_scaling must be at least 1 (the backbone's own context), but is {config.model.rope_scaling}.",
     )
     # An empty list is written as an empty name on the command line.
     config.model.converters = [name for name in config.model.converters if name]

@@ -19,6 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torchtitan import train as torchtitan_train
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import device_type
 from torchtitan.train import Trainer
 
 from memdlm_dist import check_layout, parse_config, preemption, train_spec, validate  # noqa: F401  (train_spec registers backbones)
@@ -93,7 +94,9 @@ class MemDLMTrainer(Trainer):
             self.watchdog.at(f"taking step {self.step}")
             start = self.job_config.parametric_memory.start_step
             objective = self.objective if self.step >= start else self.plain_objective
-            batch = objective.micro_batch(inputs["input"], labels, inputs["sample_id"], self.step)
+            batch = objective.micro_batch(
+                inputs["input"], labels, inputs["sample_id"], self.step, documents_BL=inputs.get("documents")
+            )
             yield {**inputs, "micro_batch": batch}, labels  # type: ignore[dict-item]
 
     def train_step(self, data_iterator: Iterator[Batch]) -> None:
@@ -209,6 +212,7 @@ def run(argv: Sequence[str]) -> int:
     config = parse_config.parse(argv)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     check_layout.check_launch(config, world_size)
+    check_layout.check_device(config, device_type)
     check_layout.check_backbone(config, backbone_args(config.model.name, config.model.flavor), world_size)
     check_output(config.job.dump_folder)
     single_process_environment()

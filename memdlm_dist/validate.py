@@ -101,7 +101,7 @@ class HeldOutValidator(BaseValidator):
         for tokens, labels, ids in self._batches():
             self.progress(f"validating at step {step}")
             levels = level_from_uniform((ids.double() + 0.5) * _GOLDEN_RATIO % 1)
-            batch = objective.micro_batch(tokens, labels, ids, step=0, t_B=levels, outer_weight="schedule")
+            batch = objective.micro_batch(tokens, labels, ids, step=0, t_U=levels, outer_weight="schedule")
             batch = batch.to(device_type)
             for i in range(len(names)):
                 with torch.no_grad(), self._context(), self._amp:
@@ -112,6 +112,7 @@ class HeldOutValidator(BaseValidator):
         if mesh is not None:
             torch.distributed.all_reduce(sums, group=mesh.get_group())
         *totals, tokens_seen = sums.tolist()
+        tokens_seen /= self._parallel_dims.cp  # each rank of a context-parallel group counted whole rows
         losses = {name: total / max(tokens_seen, 1) for name, total in zip(names, totals, strict=True)}
         self._report(losses, step)
         if len(names) == 2 and (warning := self._leaning.look(step, *losses.values())):

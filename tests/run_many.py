@@ -54,9 +54,9 @@ def record(folder: str, number: int) -> None:
 
     plain_draw, plain_batch, plain_fast = trajectory.draw, Objective.micro_batch, Memory.draw
 
-    def draw(seed, step, ids, maskable, t=None):
-        drawn = plain_draw(seed, step, ids, maskable, t)
-        write("level", step, ids, drawn.t_B)
+    def draw(seed, step, ids, maskable, *rest):
+        drawn = plain_draw(seed, step, ids, maskable, *rest)
+        write("level", step, ids, drawn.t_U)
         return drawn
 
     def micro_batch(self, tokens, labels, ids, step, **rest):

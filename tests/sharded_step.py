@@ -176,7 +176,7 @@ def residency(bench):
     def during(_fast):
         found["after the inner steps"] = gathered(bench)
 
-    fast = memory.draw(0, 1, batch.sample_ids_B)
+    fast = memory.draw(0, 1, batch.sample_ids_U)
     bench.model.zero_grad()
     loss, _ = bilevel.outer_loss(bench.model, batch, memory, fast, bench.objective.shard, during)
     found["before the backward pass"] = gathered(bench)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from memdlm_dist import inner_loop, inner_loss, logit_loss
+from memdlm_dist.bilevel import token_context
 from memdlm_dist.inner_loss import whole
 
 
@@ -44,8 +45,10 @@ DISTANCES = {
 def outer_loss(model, batch, memory, fast=None, shard=0):
     """As `bilevel.outer_loss`."""
 
+    context = token_context(model, batch, memory)
+
     def run(number, scored, fast, readout="logits"):
-        out = whole(model(batch.inputs[number], scored.index_SM[shard], fast, readout))
+        out = whole(model(batch.inputs[number], scored.index_SM[shard], fast, readout, context))
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
     def outer(fast):
@@ -71,7 +74,8 @@ def outer_loss(model, batch, memory, fast=None, shard=0):
         state_loss,
         [step.scored for step in batch.inner],
         fast,
-        len(batch.sample_ids_B) if memory.per_sample else 1,
+        memory.sets(batch),
         memory.optimiser,
+        memory.pool,
     )
     return outer(fast), statistics

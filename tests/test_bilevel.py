@@ -165,7 +165,7 @@ def test_rows_without_targets_and_rows_that_are_not_finite_do_not_touch_the_othe
     tokens, labels, ids = data(rows=5)
     labels[1] = IGNORE_INDEX  # nothing maskable
     t = torch.tensor([0.6, 0.6, 1e-9, 1.0, 0.6], dtype=torch.float64)  # row 2: nothing masked; row 3: all
-    batch = objective(settings).micro_batch(tokens, labels, ids, step=1, t_B=t)
+    batch = objective(settings).micro_batch(tokens, labels, ids, step=1, t_U=t)
     fast = double(settings.draw(3, 1, ids))
     poisoned = fast["2"]["gate"].A_GRi
     poisoned[4] = torch.nan
@@ -178,7 +178,7 @@ def test_rows_without_targets_and_rows_that_are_not_finite_do_not_touch_the_othe
         assert torch.equal(new[[1, 2]], old[[1, 2]]) and torch.equal(new[4].isnan(), old[4].isnan())
 
     alone = [0, 3]
-    batch = objective(settings).micro_batch(tokens[alone], labels[alone], ids[alone], step=1, t_B=t[alone])
+    batch = objective(settings).micro_batch(tokens[alone], labels[alone], ids[alone], step=1, t_U=t[alone])
     outer_loss(model, batch, settings, double(settings.draw(3, 1, ids[alone])), on_adapted=adapted.append)
     for together, apart in zip(*map(fast_weights.leaves, adapted), strict=True):
         torch.testing.assert_close(together[alone], apart, rtol=1e-10, atol=1e-12)
@@ -280,7 +280,7 @@ def test_a_gradient_that_is_not_finite_skips_its_set_alone():
 
 def test_draw_has_the_published_distribution():
     settings = memory(rank=32)
-    fast = settings.draw(seed=1, step=1, sample_ids_B=torch.arange(50))
+    fast = settings.draw(seed=1, step=1, sample_ids_U=torch.arange(50))
     for linear in settings.linears:
         pair = fast[linear.layer][linear.target]
         bound = linear.in_features**-0.5

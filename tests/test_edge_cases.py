@@ -114,7 +114,7 @@ def test_the_ranks_really_differ(results):
                 trajectory.draw(SEED, step, torch.tensor([sample]), only_first)
                 for step, sample in enumerate(samples, 1)
             ]
-            assert any(draw.u_BL[0, 0] >= draw.t_B[0] for draw in draws)
+            assert any(draw.u_BL[0, 0] >= draw.t_U[0] for draw in draws)
     assert sorted(counts[0] for counts in per_rank) == [0, 1, 9, LENGTH]
 
 

@@ -87,7 +87,7 @@ def test_autograd_keeps_the_foretold_elements_of_a_layer(name):
 
     x = torch.randn(2, 256, args.dim, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        y = model.layers["0"](x, model.freqs_cis)
+        y = model.layers["0"](x, model.context(256))
     y.sum().backward()
     # Small things (norms' statistics, routing, the rotary table) are not in the estimate.
     assert saved_elements(args)[1] == pytest.approx(sum(kept.values()) / 4 / (2 * 256), rel=0.12)

@@ -1,3 +1,6 @@
+import weakref
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -50,10 +53,14 @@ def test_attention_sees_both_sides_and_logits_only_where_asked():
         assert (before[0] != after[0]).any(), "the first token sees the last"
         assert torch.equal(before[16:], after[16:]), "rows do not see each other"
         some = torch.tensor([3, 20, 31])
+        context = model.context(16)
         # The head runs on other shapes, so up to float32 rounding.
         torch.testing.assert_close(model(tokens, some), before[some], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(
-            model.tail(model.trunk([tokens], 2)[0], 2, some, None), before[some], rtol=1e-5, atol=1e-6
+            model.tail(model.trunk([tokens], 2, context)[0], 2, some, None, "logits", context),
+            before[some],
+            rtol=1e-5,
+            atol=1e-6,
         )
 
 
@@ -63,12 +70,40 @@ def test_inputs_go_through_the_trunk_together_and_the_first_alone_has_a_gradient
     with torch.no_grad():
         model.init_weights()
     inputs = [torch.randint(0, 512, (2, 16)) for _ in range(3)]
-    together = model.trunk(inputs, 2)
+    context = model.context(16)
+    together = model.trunk(inputs, 2, context)
     assert [x.requires_grad for x in together] == [True, False, False]
     for x, tokens in zip(together, inputs, strict=True):
-        assert torch.equal(x, model.trunk([tokens], 2)[0])
+        assert torch.equal(x, model.trunk([tokens], 2, context)[0])
     with torch.no_grad():
-        assert not model.trunk(inputs, 2)[0].requires_grad
+        assert not model.trunk(inputs, 2, context)[0].requires_grad
+
+
+def test_activations_of_the_streams_without_gradient_do_not_accumulate():
+    """Of every state but the anchor there is one layer's output at a time, however deep the trunk; autograd keeps
+    nothing of them."""
+    model = LLaDA(replace(FLAVOURS["debug"], n_layers=8))
+    with torch.no_grad():
+        model.init_weights()
+    outputs, alive = [], []
+
+    def note(module, inputs, output):
+        if not torch.is_grad_enabled():
+            outputs.append(weakref.ref(output))
+            alive.append(sum(x() is not None for x in outputs))
+
+    for layer in model.layers.values():
+        layer.register_forward_hook(note)
+    states = [torch.randint(0, 512, (2, 16)) for _ in range(3)]
+    model.trunk(states, 7, model.context(16))
+    # Two streams: while a layer runs, its two inputs and the first one's output.
+    assert len(outputs) == 14 and max(alive) <= 4
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        model.trunk(states[:1], 7, model.context(16))
+        alone = len(kept)
+        model.trunk(states, 7, model.context(16))
+    assert alone > 0 and len(kept) == 2 * alone
 
 
 def test_rotary_table_is_complex_so_that_mixed_precision_leaves_it_alone():

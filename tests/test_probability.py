@@ -18,8 +18,8 @@ def rows(count, length=16, first=0):
 def written(found, ids=range(40), step=4):
     """Which samples have something to score in the inner loop."""
     tokens, labels, sample_ids = rows(len(ids), first=ids[0])
-    batch = found.micro_batch(tokens, labels, sample_ids, step, t_B=torch.full((len(ids),), 0.6).double())
-    first, second = (set((s.row_N[s.valid_N] + ids[0]).tolist()) for s in (step.scored for step in batch.inner))
+    batch = found.micro_batch(tokens, labels, sample_ids, step, t_U=torch.full((len(ids),), 0.6).double())
+    first, second = (set((s.sample_N[s.valid_N] + ids[0]).tolist()) for s in (step.scored for step in batch.inner))
     assert first == second
     return first
 

@@ -81,7 +81,7 @@ def test_any_options_equal_the_naive_version(options, rows, targets, adapter, fi
 
     MODEL.zero_grad()
     adapted = []
-    batch = goal.micro_batch(tokens, torch.where(maskable, tokens, IGNORE_INDEX), ids, 4, t_B=t)
+    batch = goal.micro_batch(tokens, torch.where(maskable, tokens, IGNORE_INDEX), ids, 4, t_U=t)
     loss, statistics = outer_loss(MODEL, batch, memory, start, on_adapted=adapted.append)
     loss.backward()
     ours = gradients(MODEL)

@@ -77,7 +77,7 @@ def test_states_are_nested_down_to_the_anchor(steps, scale):
         for state, count in zip(states, expected, strict=True):
             if count:
                 # The weight is that of the realised ratio, which the reference holds in float32.
-                assert state.weight_B[row].item() == pytest.approx(naive.weight(count / n, "linear"), rel=1e-6)
+                assert state.weight_U[row].item() == pytest.approx(naive.weight(count / n, "linear"), rel=1e-6)
 
 
 def test_pre_anchor_rounds_as_the_published_code():
@@ -94,12 +94,12 @@ def test_single_states():
     anchor = anchor_state(noise, "linear", "schedule")
     pre, _ = Plan().states(noise, anchor)
     (only,) = Plan(trajectory="pre_anchor_only").states(noise, anchor)
-    assert torch.equal(only.mask_BL, pre.mask_BL) and torch.equal(only.weight_B, pre.weight_B)
+    assert torch.equal(only.mask_BL, pre.mask_BL) and torch.equal(only.weight_U, pre.weight_U)
     assert only.next_BL is anchor.mask_BL, "what follows the pre-anchor is still the anchor"
     (only,) = Plan(trajectory="anchor_only").states(noise, anchor)
     assert only.mask_BL is anchor.mask_BL and only.next_BL is None
     # By the sampled t, unlike the anchor as the last of several states.
-    torch.testing.assert_close(only.weight_B.double(), 1 / (noise.t_B + 1e-6), rtol=1e-7, atol=0)
+    torch.testing.assert_close(only.weight_U.double(), 1 / (noise.t_U + 1e-6), rtol=1e-7, atol=0)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
@@ -111,7 +111,7 @@ def test_progressive_ignores_the_anchor(steps):
     ratios = [0.8 + (0.2 - 0.8) * (k / (steps - 1)) for k in range(steps)] if steps > 1 else [0.2]
     for k, (state, same, ratio) in enumerate(zip(states, again, ratios, strict=True)):
         assert torch.equal(state.mask_BL, same.mask_BL)
-        assert state.weight_B.tolist() == pytest.approx([naive.weight(ratio, "linear")] * len(noise.t_B), rel=1e-6)
+        assert state.weight_U.tolist() == pytest.approx([naive.weight(ratio, "linear")] * len(noise.t_U), rel=1e-6)
         if k == 0:
             assert torch.equal(state.mask_BL, noise.maskable_BL & (noise.v_BL < ratio))
         else:
@@ -150,7 +150,7 @@ def test_published_pre_anchor_counts_and_levels(root):
     for k, state in enumerate(Plan().states(noise, State(mask, mask, torch.ones(2)))):
         assert torch.equal(state.mask_BL.sum(1), inputs["step_masks"][k].sum(1))
         expected = 1 / (inputs["step_t"][k].double() + 1e-6)
-        torch.testing.assert_close(state.weight_B, expected.float(), rtol=1e-7, atol=0)
+        torch.testing.assert_close(state.weight_U, expected.float(), rtol=1e-7, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["anchor_consistent", "pre_anchor_only", "anchor_only", "progressive"])
@@ -167,7 +167,7 @@ def test_edge_rows(kind):
         states = Plan(trajectory=kind, supervision=supervision).states(noise, anchor)
         for state in states:
             assert (state.target_BL <= state.mask_BL).all() and (state.mask_BL <= noise.maskable_BL).all()
-            assert state.weight_B.isfinite().all()
+            assert state.weight_U.isfinite().all()
             if kind != "progressive":
                 assert counts(state.mask_BL)[:4] == [LENGTH, 0, 0, 1]
         if kind == "anchor_consistent" and supervision == "newly_revealed":
@@ -187,7 +187,7 @@ def test_gathering_finds_every_target_once(shards):
         zip(
             scored.label_N.tolist(),
             scored.weight_N.tolist(),
-            scored.row_N.tolist(),
+            scored.sample_N.tolist(),
             scored.valid_N.tolist(),
             strict=True,
         )
@@ -198,7 +198,7 @@ def test_gathering_finds_every_target_once(shards):
         index = scored.index_SM.flatten()[slot].item()
         # The rank's activations are [B, L / shards] flattened; the label says where the token really is.
         assert label == (index // width) * LENGTH + shard * width + index % width
-        assert row == label // LENGTH and weight == anchor.weight_B[row].item()
+        assert row == label // LENGTH and weight == anchor.weight_U[row].item()
         found.add(label)
     assert found == set(tokens[anchor.mask_BL].tolist())
 

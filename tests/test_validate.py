@@ -30,7 +30,7 @@ def test_the_table_is_of_the_last_run(tmp_path):
 def test_the_bound_has_the_schedules_weights_and_the_inner_loop_its_own():
     uniform = objective(memory(), loss_weight="uniform")
     t = torch.full((4,), 0.5, dtype=torch.float64)
-    batch = uniform.micro_batch(*data(), step=0, t_B=t, outer_weight="schedule")
+    batch = uniform.micro_batch(*data(), step=0, t_U=t, outer_weight="schedule")
     assert batch.anchor.weight_N.tolist() == pytest.approx([2.0] * len(batch.anchor.weight_N), rel=1e-5)
     assert all((step.scored.weight_N == 1).all() for step in batch.inner)
 

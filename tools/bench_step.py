@@ -83,7 +83,7 @@ class Bench:
         with self.autocast:
             if kind == "plain":
                 return run(self.model, batch, None, None, shard)
-            fast = memory.draw(_SEED, step, batch.sample_ids_B)
+            fast = memory.draw(_SEED, step, batch.sample_ids_U)
             if dtype is not None:
                 fast = fast_weights.map_leaves(lambda x: x.to(dtype), fast)
             return run(self.model, batch, memory, fast, shard)

@@ -101,7 +101,7 @@ def compare_trajectory(
         "targets": lambda state: state.target_BL,
         "teacher's masks": lambda state: clean(state.next_BL),
         # A row's weight is read where it has a target.
-        "weights": lambda state: torch.where(state.target_BL.any(1), state.weight_B, 0.0),
+        "weights": lambda state: torch.where(state.target_BL.any(1), state.weight_U, 0.0),
     }.items():
         if what == "teacher's masks" and settings.loss.teacher is None:
             continue
@@ -197,8 +197,9 @@ def compare_forward(model: LLaDA, inputs: dict[str, Tensor], theirs: dict[str, T
     for name, mask in (("logits", None), ("logits_padded", "attention_mask_padded")):
         if name in theirs:
             attended_BL = inputs[mask].bool() if mask else None
+            context = model.context(tokens_BL.shape[1], attended_BL=attended_BL)
             with torch.no_grad():
-                logits = model(tokens_BL, everywhere, attended_BL=attended_BL).view_as(theirs[name])
+                logits = model(tokens_BL, everywhere, context=context).view_as(theirs[name])
             chosen = attended_BL if attended_BL is not None else torch.ones_like(tokens_BL).bool()
             yield compare(name, logits[chosen], theirs[name][chosen], LOGITS_ATOL)
 

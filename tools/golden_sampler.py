@@ -58,6 +58,7 @@ def _reader(model: LLaDA, start: Canvas) -> sampler.Predict:
     @torch.no_grad()
     def predict(tokens_BL: Tensor, target_BL: Tensor) -> Tensor:
         index_M = target_BL.flatten().nonzero().squeeze(1)
-        return model(tokens_BL, index_M, attended_BL=start.attended_BL)
+        context = model.context(tokens_BL.shape[1], attended_BL=start.attended_BL)
+        return model(tokens_BL, index_M, context=context)
 
     return predict

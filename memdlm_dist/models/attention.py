@@ -1,17 +1,34 @@
 """Bidirectional attention with rotary positions, which every backbone has.
 
-Shapes: B sequences, L tokens, H heads, d head, j pairs of a head's dimensions.
+Shapes: B rows, L tokens, S slots for a row's documents, H heads, d head, j pairs of a head's dimensions.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchtitan.models.attention import ScaledDotProductAttentionWrapper
+from torch.nn.attention.flex_attention import BlockMask
+from torchtitan.models.attention import (
+    FlexAttentionWrapper,
+    ScaledDotProductAttentionWrapper,
+    create_attention_mask,
+)
 from torchtitan.models.llama3.model.model import Attention
 
 from memdlm_dist.fast_weights import FastLinear, adapted
+
+# What attention is restricted to: bool, True where a token attends, that broadcasts to [B, H, L, L]; or blocks of it.
+Mask = Tensor | BlockMask
+
+
+class TokenContext(NamedTuple):
+    """What the layers are told of the tokens besides their states; the same for all passes of a micro-batch."""
+
+    frequencies: Tensor  # complex64 [L, j], or [B, L, j] for packed rows: rotary positions of this rank's tokens
+    mask: Mask | None = None  # over whole rows; None: every token attends to its whole row
+    # Bool [B, L, S]: which of its row's sets of fast weights is the token's; None where a row has one.
+    own_set: Tensor | None = None
 
 
 def rotary_frequencies(head_dim: int, length: int, theta: float) -> Tensor:
@@ -24,9 +41,26 @@ def rotary_frequencies(head_dim: int, length: int, theta: float) -> Tensor:
     return torch.polar(torch.ones_like(angle), angle)
 
 
+def document_mask(number_BL: Tensor) -> Mask:
+    """Attention within documents: blocks for flex attention on an accelerator, elsewhere all of it, `[B, 1, L, L]`.
+
+    Args:
+        number_BL: of each token's document; see `Documents`.
+    """
+    batch, length = number_BL.shape
+
+    def within_document(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return number_BL[b, query] == number_BL[b, key]
+
+    if number_BL.device.type == "cpu":
+        return (number_BL.unsqueeze(2) == number_BL.unsqueeze(1)).unsqueeze(1)
+    blocks: BlockMask = create_attention_mask(within_document, batch, None, length, length, device=number_BL.device)
+    return blocks
+
+
 def rotate(x_BLHd: Tensor, frequencies_Lj: Tensor) -> Tensor:
     """Rotary positions in the half-rotation form: pairs are (x_j, x_{j + d/2}); in float32 at least."""
-    cos, sin = (part[:, None, :] for part in torch.view_as_real(frequencies_Lj).unbind(-1))
+    cos, sin = (part.unsqueeze(-2) for part in torch.view_as_real(frequencies_Lj).unbind(-1))
     x = x_BLHd.to(torch.promote_types(x_BLHd.dtype, torch.float32))
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x_BLHd)
@@ -35,20 +69,24 @@ def rotate(x_BLHd: Tensor, frequencies_Lj: Tensor) -> Tensor:
 class BidirectionalAttentionKernel(ScaledDotProductAttentionWrapper):
     """torchtitan's wrapper around scaled dot-product attention, which is causal unless told otherwise.
 
-    It takes no mask either: where some tokens must not be attended to, torch's function is called directly.
+    It takes no mask either: a mask goes to torch's function directly, one of blocks to torchtitan's wrapper around
+    flex attention.
     """
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, enable_gqa: bool = False, attended_BL: Tensor | None = None
-    ) -> Tensor:
-        if attended_BL is None:
+    def __init__(self) -> None:
+        super().__init__()
+        self.flex = FlexAttentionWrapper()
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, enable_gqa: bool = False, mask: Mask | None = None) -> Tensor:
+        if mask is None:
             return super().forward(q, k, v, enable_gqa=enable_gqa, is_causal=False)
-        mask_B11L = attended_BL[:, None, None, :]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B11L, enable_gqa=enable_gqa)
+        if isinstance(mask, BlockMask):
+            return self.flex(q, k, v, block_mask=mask, enable_gqa=enable_gqa)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=enable_gqa)
 
 
 class BidirectionalAttention(Attention):
-    """Every token attends to every token of its sequence. Projections and initialisation are llama3's.
+    """Every token attends to every token of its sequence or document. Projections and initialisation are llama3's.
 
     Each projection has fast weights if it is given any: "q", "k", "v", "o".
 
@@ -58,7 +96,7 @@ class BidirectionalAttention(Attention):
 
     def __init__(self, args: Any):
         super().__init__(args)
-        self.inner_attention = BidirectionalAttentionKernel()
+        self.inner_attention: nn.Module = BidirectionalAttentionKernel()
         self.qk_norm: bool = args.qk_norm
         if self.qk_norm:
             self.q_norm = nn.RMSNorm(self.head_dim, eps=args.norm_eps)
@@ -68,25 +106,27 @@ class BidirectionalAttention(Attention):
         self,
         x: Tensor,
         freqs_cis: Tensor,
-        attention_masks: Tensor | None = None,
+        attention_masks: Mask | None = None,
         positions: None = None,
         fast: dict[str, FastLinear] | None = None,
+        own_set: Tensor | None = None,
     ) -> Tensor:
-        """`attention_masks` is bool `[B, L]`, the tokens that are attended to; None for all."""
+        """`freqs_cis`, `attention_masks` and `own_set` are the fields of `TokenContext`."""
         # The signature is that of llama3's tensor-parallel plan; see `TransformerBlock.forward`.
         fast = fast or {}
         batch, length, _ = x.shape
         projections = (("q", self.wq), ("k", self.wk), ("v", self.wv))
         # -1 heads: tensor parallelism leaves each rank a part of them.
         q, k, v = (
-            adapted(linear, x, fast.get(name)).view(batch, length, -1, self.head_dim) for name, linear in projections
+            adapted(linear, x, fast.get(name), own_set).view(batch, length, -1, self.head_dim)
+            for name, linear in projections
         )
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, freqs_cis[:length]), rotate(k, freqs_cis[:length])
+        q, k = rotate(q, freqs_cis), rotate(k, freqs_cis)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-        y_BHLd = self.inner_attention(q, k, v, enable_gqa=self.enable_gqa, attended_BL=attention_masks)
-        return adapted(self.wo, y_BHLd.transpose(1, 2).reshape(batch, length, -1), fast.get("o"))
+        y_BHLd = self.inner_attention(q, k, v, enable_gqa=self.enable_gqa, mask=attention_masks)
+        return adapted(self.wo, y_BHLd.transpose(1, 2).reshape(batch, length, -1), fast.get("o"), own_set)
 
     def init_weights(self, init_std: float) -> None:
         super().init_weights(init_std)

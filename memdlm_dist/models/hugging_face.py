@@ -77,10 +77,12 @@ class Adapter(StateDictAdapter):
         theirs = json.loads(config_json)
         if not isinstance(theirs, dict):
             raise ValueError("it is not a JSON object")
+        # A longer context starts from weights of the backbone's own one.
+        own = {**self.config(), "rope_theta": self.args.rope_theta}
         return [
-            f"{key} is {theirs[key]!r} there and {ours!r} here"
+            f"{key} is {theirs[key]!r} there and {own[key]!r} here"
             for key, ours in self.config().items()
-            if key not in _FREE and theirs.get(key) is not None and theirs[key] != ours
+            if key not in _FREE and theirs.get(key) is not None and theirs[key] not in (ours, own[key])
         ]
 
 
@@ -102,7 +104,7 @@ class LLaDAStateDictAdapter(Adapter):
             "architectures": ["LLaDAModelLM"], "model_type": "llada", "block_type": "llama", "activation_type": "silu",
             "d_model": args.dim, "n_layers": args.n_layers, "n_heads": args.n_heads, "n_kv_heads": heads,
             "mlp_hidden_size": args.hidden_dim, "vocab_size": args.vocab_size, "embedding_size": args.vocab_size,
-            "layer_norm_type": "rms", "rms_norm_eps": args.norm_eps, "rope": True, "rope_theta": args.rope_theta,
+            "layer_norm_type": "rms", "rms_norm_eps": args.norm_eps, "rope": True, "rope_theta": args.rotary_base,
             "include_bias": False, "include_qkv_bias": False, "weight_tying": False, "scale_logits": False,
             "input_emb_norm": False, "attention_layer_norm": False, "alibi": False, "block_group_size": 1,
             "max_sequence_length": args.max_seq_len,
@@ -130,7 +132,7 @@ class LLaDAMoEStateDictAdapter(Adapter, Qwen3StateDictAdapter):
             "num_hidden_layers": args.n_layers, "num_attention_heads": args.n_heads,
             "num_key_value_heads": args.n_kv_heads or args.n_heads, "num_experts": args.n_experts,
             "num_experts_per_tok": args.experts_per_token, "expert_intermediate_size": args.hidden_dim,
-            "vocab_size": args.vocab_size, "rms_norm_eps": args.norm_eps, "rope_theta": args.rope_theta,
+            "vocab_size": args.vocab_size, "rms_norm_eps": args.norm_eps, "rope_theta": args.rotary_base,
             "hidden_act": "silu", "qk_layernorm": args.qk_norm, "norm_topk_prob": False, "attention_bias": False,
             "tie_word_embeddings": False, "moe_router_score_function": "softmax", "routed_scaling_factor": 1,
             "partial_rotary_factor": 1, "rope_scaling": None, "clip_qkv": None, "shared_expert_intermediate_size": None,

@@ -4,8 +4,8 @@ Pre-norm blocks with RMSNorm, rotary positions (half-rotation form), SwiGLU, opt
 attention, an untied output head, no biases, no causal mask and no time embedding. Module names are
 those of torchtitan's llama3, whose parallelisation then applies as it is.
 
-Shapes: B sequences, L tokens, D model, V vocabulary, M scored tokens of this rank, N of all
-tensor-parallel ranks. Under tensor parallelism the activations between blocks are
+Shapes: B rows, L tokens of them on this context-parallel rank, D model, V vocabulary, M scored tokens of this
+rank, N of all tensor-parallel ranks. Under tensor parallelism the activations between blocks are
 sharded on the sequence, [B, L / tp, D].
 """
 
@@ -22,9 +22,10 @@ from torchtitan.models.qwen3.model.model import FeedForward
 from torchtitan.models.utils import get_dense_model_nparams_and_flops, trunc_normal_
 from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 
+from memdlm_dist.documents import Documents
 from memdlm_dist.fast_weights import AdaptedLinear, FastLinear, FastWeights, adapted
 from memdlm_dist.logit_loss import HeadLoss
-from memdlm_dist.models.attention import BidirectionalAttention, rotary_frequencies
+from memdlm_dist.models.attention import BidirectionalAttention, TokenContext, document_mask, rotary_frequencies
 from memdlm_dist.models.head import OutputHead, Readout
 from memdlm_dist.models.lora import HasAdapters
 from memdlm_dist.models.residency import Residency
@@ -47,6 +48,7 @@ class LLaDAArgs(BaseModelArgs):
     vocab_size: int = 126464
     norm_eps: float = 1e-5
     rope_theta: float = 500_000.0
+    rope_scaling: float = 1.0  # of the context, by which `rotary_base` goes
     max_seq_len: int = 4096
     attn_type: str = "sdpa"
     # Standard deviation of the blocks' linears at the start. llama3's suits widths of thousands; a narrow model's
@@ -61,6 +63,14 @@ class LLaDAArgs(BaseModelArgs):
 
     def update_from_config(self, job_config, **kwargs) -> None:
         self.max_seq_len = job_config.training.seq_len
+        self.rope_scaling = job_config.model.rope_scaling
+
+    @property
+    def rotary_base(self) -> float:
+        """theta s^(d / (d - 2)): the slowest pair then turns over s times the context as it did over the backbone's own,
+        and the fastest as before."""
+        head = self.dim // self.n_heads
+        return self.rope_theta * self.rope_scaling ** (head / (head - 2))
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
         return get_dense_model_nparams_and_flops(self, model, 2 * (self.dim // self.n_heads), seq_len)
@@ -117,10 +127,10 @@ FLAVOURS = {
 class AdaptableFeedForward(FeedForward):
     """SwiGLU, W_down(silu(W_gate x) * W_up x). Each linear has fast weights if it is given any."""
 
-    def forward(self, x: Tensor, fast: dict[str, FastLinear] | None = None) -> Tensor:
+    def forward(self, x: Tensor, fast: dict[str, FastLinear] | None = None, own_set: Tensor | None = None) -> Tensor:
         fast = fast or {}
-        h = F.silu(adapted(self.w1, x, fast.get("gate"))) * adapted(self.w3, x, fast.get("up"))
-        return adapted(self.w2, h, fast.get("down"))
+        h = F.silu(adapted(self.w1, x, fast.get("gate"), own_set)) * adapted(self.w3, x, fast.get("up"), own_set)
+        return adapted(self.w2, h, fast.get("down"), own_set)
 
 
 class TransformerBlock(nn.Module):
@@ -140,19 +150,14 @@ class TransformerBlock(nn.Module):
     def _build_ffn(self, args: Any) -> None:
         self.feed_forward = AdaptableFeedForward(args.dim, args.hidden_dim)
 
-    def ffn(self, x_BLD: Tensor, fast: dict[str, FastLinear] | None) -> Tensor:
-        return self.feed_forward(x_BLD, fast=fast)
+    def ffn(self, x_BLD: Tensor, fast: dict[str, FastLinear] | None, own_set: Tensor | None) -> Tensor:
+        return self.feed_forward(x_BLD, fast=fast, own_set=own_set)
 
-    def forward(
-        self,
-        x_BLD: Tensor,
-        freqs_cis: Tensor,
-        fast: dict[str, FastLinear] | None = None,
-        attended_BL: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x_BLD: Tensor, context: TokenContext, fast: dict[str, FastLinear] | None = None) -> Tensor:
+        frequencies, mask, own_set = context
         # Four positional arguments, as llama3's tensor-parallel plan describes the attention's inputs.
-        h_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), freqs_cis, attended_BL, None, fast=fast)
-        return h_BLD + self.ffn(self.ffn_norm(h_BLD), fast)
+        h_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), frequencies, mask, None, fast=fast, own_set=own_set)
+        return h_BLD + self.ffn(self.ffn_norm(h_BLD), fast, own_set)
 
     def init_weights(self) -> None:
         for norm in (self.attention_norm, self.ffn_norm):
@@ -192,7 +197,32 @@ class LLaDA(ModelProtocol):
 
     def _rotary(self) -> Tensor:
         args = self.model_args
-        return rotary_frequencies(args.dim // args.n_heads, args.max_seq_len, args.rope_theta)
+        return rotary_frequencies(args.dim // args.n_heads, args.max_seq_len, args.rotary_base)
+
+    def context(
+        self,
+        length: int,
+        first: int = 0,
+        attended_BL: Tensor | None = None,
+        documents: Documents | None = None,
+        sets_of_documents: bool = False,
+    ) -> TokenContext:
+        """What the layers are told of a micro-batch's tokens.
+
+        Args:
+            length: L, of this context-parallel rank.
+            first: where these tokens begin in the whole rows.
+            attended_BL: bool, of whole rows: the tokens that are attended to; None for all.
+            documents: of whole packed rows, on the model's device.
+            sets_of_documents: every document has a set of fast weights.
+        """
+        if documents is None:
+            mask = attended_BL[:, None, None, :] if attended_BL is not None else None
+            return TokenContext(self.freqs_cis[first : first + length], mask)
+        assert attended_BL is None
+        here = documents.slice(first, length)
+        own_set = here.own() if sets_of_documents and documents.slots > 1 else None
+        return TokenContext(self.freqs_cis[here.place_BL], document_mask(documents.number_BL), own_set)
 
     def reach(self, length: int) -> None:
         """Make the table of rotary positions long enough; beyond the length of training the model extrapolates."""
@@ -224,12 +254,17 @@ class LLaDA(ModelProtocol):
         index_M: Tensor,
         fast: FastWeights | None = None,
         readout: Readout | HeadLoss = "logits",
-        attended_BL: Tensor | None = None,
+        context: TokenContext | None = None,
     ) -> Tensor:
-        """The whole model on the positions `index_M` of this rank's flattened activations; returns as `tail` does."""
-        return self._head(self._layers(self._embed(tokens_BL), 0, fast, attended_BL), index_M, readout)
+        """The whole model on the positions `index_M` of this rank's flattened activations; returns as `tail` does.
 
-    def trunk(self, inputs: Sequence[Tensor], stop: int, attended_BL: Tensor | None = None) -> list[Tensor]:
+        Args:
+            context: None for rows of their own, whole and attended to.
+        """
+        context = context or self.context(tokens_BL.shape[1])
+        return self._head(self._layers(self._embed(tokens_BL), 0, fast, context), index_M, readout)
+
+    def trunk(self, inputs: Sequence[Tensor], stop: int, context: TokenContext) -> list[Tensor]:
         """Embedding and layers `0 .. stop - 1` of several inputs: the activations that layer `stop` reads.
 
         The inputs go through each layer together, while its parameters are gathered. The first has a
@@ -237,7 +272,7 @@ class LLaDA(ModelProtocol):
 
         Args:
             inputs: tokens `[B, L]` each.
-            attended_BL: bool, the tokens that are attended to; None for all.
+            context: of the tokens.
         """
         # The first goes first in every layer. Some versions of torch leave the casts of a no_grad pass in
         # autocast's cache, and a pass that takes those has no gradient.
@@ -245,7 +280,7 @@ class LLaDA(ModelProtocol):
             streams = _first_with_gradient(self._embed, inputs)
         for layer in range(stop):
             with self.residency.gathered(layer + 1):
-                streams = _first_with_gradient(self.layers[str(layer)], streams, self.freqs_cis, None, attended_BL)
+                streams = _first_with_gradient(self.layers[str(layer)], streams, context)
         return streams
 
     def tail(
@@ -254,8 +289,8 @@ class LLaDA(ModelProtocol):
         start: int,
         index_M: Tensor,
         fast: FastWeights | None,
-        readout: Readout | HeadLoss = "logits",
-        attended_BL: Tensor | None = None,
+        readout: Readout | HeadLoss,
+        context: TokenContext,
     ) -> Tensor:
         """Layers `start .. n - 1` on the trunk's activations, then the head at `index_M`.
 
@@ -263,7 +298,7 @@ class LLaDA(ModelProtocol):
             Losses `[G]` if `readout` describes them; logits `[N, V]`; or the last layer's output `[N, D]`
             before or after the final norm.
         """
-        return self._head(self._layers(h_BLD, start, fast, attended_BL), index_M, readout)
+        return self._head(self._layers(h_BLD, start, fast, context), index_M, readout)
 
     def _embed(self, tokens_BL: Tensor) -> Tensor:
         h_BLD = self.tok_embeddings(tokens_BL)
@@ -271,10 +306,10 @@ class LLaDA(ModelProtocol):
         # no gradient for such an input (torch 2.13), and the embedding would not train: wait for it.
         return h_BLD.clone() if isinstance(h_BLD, AsyncCollectiveTensor) else h_BLD
 
-    def _layers(self, h_BLD: Tensor, start: int, fast: FastWeights | None, attended_BL: Tensor | None) -> Tensor:
+    def _layers(self, h_BLD: Tensor, start: int, fast: FastWeights | None, context: TokenContext) -> Tensor:
         for layer in range(start, self.model_args.n_layers):
             name = str(layer)
-            h_BLD = self.layers[name](h_BLD, self.freqs_cis, (fast or {}).get(name), attended_BL)
+            h_BLD = self.layers[name](h_BLD, context, (fast or {}).get(name))
         return h_BLD
 
     def _head(self, h_BLD: Tensor, index_M: Tensor, readout: Readout | HeadLoss) -> Tensor:

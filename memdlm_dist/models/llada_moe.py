@@ -4,7 +4,7 @@ The router's softmax is over all experts, in float32; the weights of the chosen 
 and there is no shared expert. Queries and keys are RMS-normalised per head. Each expert's gate, up and down
 linear has fast weights of its own.
 
-Shapes: B sequences, L tokens, D model, F width of an expert, N = B L tokens, k experts of a token, E experts of
+Shapes: B rows, L tokens, G sets of fast weights, D model, F width of an expert, N = B L tokens, k experts of a token, E experts of
 this rank, S slots: the N k pairs of a token and an expert, sorted by expert.
 """
 
@@ -123,8 +123,8 @@ class AdaptableExperts(GroupedExperts, HasAdapters):
         Under tensor parallelism it is the part that this rank's share of F adds.
 
         Args:
-            fast: with one set, or with one for each sequence.
-            counts_EG: each expert's number of slots of each sequence, which come in turn; needed with several sets.
+            fast: with one set, or with one for each sample.
+            counts_EG: each expert's number of slots of each sample, which come in turn; needed with several sets.
         """
         # The signature is that of torchtitan's expert parallelism, whose hooks replace the first two arguments.
         if fast is None and not self.adapter_scale:
@@ -189,7 +189,7 @@ class MixtureOfExperts(MoE):
         self.tp_mesh: DeviceMesh | None = None
         self.local_experts = args.n_experts
 
-    def forward(self, x: Tensor, fast: dict[str, FastLinear] | None = None) -> Tensor:
+    def forward(self, x: Tensor, fast: dict[str, FastLinear] | None = None, own_set: Tensor | None = None) -> Tensor:
         """Sum over a token's experts of router weight times the expert's output, `[B, L, D]`.
 
         Under tensor parallelism the input is whole and the output a partial sum.
@@ -205,7 +205,7 @@ class MixtureOfExperts(MoE):
             score = DTensor.from_local(score_Nk, self.tp_mesh, [Replicate()], run_check=False)
             score_Nk = score.to_local(grad_placements=[Partial()])
         _, slot_S, counts_E = self.reorderer(score_Nk, expert_Nk)
-        counts_EG = self._counts_of_sets(expert_Nk, x.shape[0], fast)
+        counts_EG = self._counts_of_sets(expert_Nk, x.shape[:2], fast, own_set)
         routed_SD = self.experts(x_ND[slot_S // self.router.top_k], counts_E, fast=fast, counts_EG=counts_EG)
         # Back in the tokens' order, which unlike adding them up at their places gives the same sums every time.
         routed_NkD = routed_SD.new_zeros(score_Nk.numel(), x.shape[-1]).index_copy(0, slot_S, routed_SD)
@@ -213,17 +213,22 @@ class MixtureOfExperts(MoE):
         out_N1D = torch.bmm(score_Nk.unsqueeze(1), routed_NkD.float())
         return out_N1D.type_as(x).view_as(x)
 
-    def _counts_of_sets(self, expert_Nk: Tensor, rows: int, fast: dict[str, FastLinear] | None) -> Tensor | None:
-        """Each expert's number of slots of each sequence, `[E, B]`, if every sequence has a set of fast weights.
+    def _counts_of_sets(
+        self, expert_Nk: Tensor, shape: torch.Size, fast: dict[str, FastLinear] | None, own_set: Tensor | None
+    ) -> Tensor | None:
+        """Each expert's number of slots of each sample, `[E, G]`, if every sample has a set of fast weights.
 
-        The slots of an expert are in the tokens' order, so those of a sequence follow each other already.
+        The slots of an expert are in the tokens' order, so those of a sample follow each other already.
         """
-        if fast is None or rows == 1 or len(next(iter(fast.values()))[0]) == self.local_experts:
+        if fast is None or (sets := len(next(iter(fast.values()))[0]) // self.local_experts) == 1:
             return None
-        row_N1 = torch.arange(rows, device=expert_Nk.device).repeat_interleave(len(expert_Nk) // rows).unsqueeze(1)
-        group_S = (expert_Nk * rows + row_N1).flatten()
-        counts = torch.zeros(self.experts.num_experts * rows, dtype=torch.int64, device=group_S.device)
-        return counts.scatter_add(0, group_S, torch.ones_like(group_S)).view(-1, rows)
+        rows, length = shape
+        set_BL = torch.arange(rows, device=expert_Nk.device).unsqueeze(1).expand(rows, length)
+        if own_set is not None:
+            set_BL = set_BL * own_set.shape[-1] + own_set.to(torch.uint8).argmax(-1)
+        group_S = (expert_Nk * sets + set_BL.reshape(-1, 1)).flatten()
+        counts = torch.zeros(self.experts.num_experts * sets, dtype=torch.int64, device=group_S.device)
+        return counts.scatter_add(0, group_S, torch.ones_like(group_S)).view(-1, sets)
 
 
 def _inner(fast: dict[str, FastLinear] | None) -> bool:
@@ -238,10 +243,10 @@ class MoEBlock(TransformerBlock):
     def _build_ffn(self, args: Any) -> None:
         self.moe = MixtureOfExperts(args)
 
-    def ffn(self, x_BLD: Tensor, fast: dict[str, FastLinear] | None) -> Tensor:
+    def ffn(self, x_BLD: Tensor, fast: dict[str, FastLinear] | None, own_set: Tensor | None) -> Tensor:
         # Fast weights of the attention are not the experts' business.
         ours = {name: linear for name, linear in (fast or {}).items() if name in LLaDAArgs.targets["ffn"]}
-        return cast(Tensor, self.moe(x_BLD, fast=ours or None))
+        return cast(Tensor, self.moe(x_BLD, fast=ours or None, own_set=own_set))
 
     def _init_ffn(self) -> None:
         self.moe.init_weights(self.weight_init_std, self.moe.tokens_per_expert.device)

@@ -1,6 +1,6 @@
 """How a backbone is spread over ranks: the steps of torchtitan's recipes, and what ours needs besides."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
@@ -18,7 +18,8 @@ from torchtitan.tools.utils import set_default_dtype
 
 from memdlm_dist import cpu
 from memdlm_dist.models import BACKBONES
-from memdlm_dist.models.llada import LLaDA, LLaDAArgs
+from memdlm_dist.models.context_parallel import apply_cp
+from memdlm_dist.models.llada import LLaDA, LLaDAArgs, TransformerBlock
 from memdlm_dist.models.llada_moe import LLaDAMoE
 from memdlm_dist.models.residency import Residency
 
@@ -29,7 +30,7 @@ def layout(config: Any, world_size: int) -> ParallelDims:
     dims = ParallelDims(
         dp_replicate=parallel.data_parallel_replicate_degree,
         dp_shard=parallel.data_parallel_shard_degree,
-        cp=1,
+        cp=parallel.context_parallel_degree,
         tp=parallel.tensor_parallel_degree,
         pp=1,
         ep=parallel.expert_parallel_degree,
@@ -53,11 +54,11 @@ def spread_on_meta(config: Any, args: LLaDAArgs, dims: ParallelDims) -> LLaDA:
 
 
 def parallelize_llada(model: LLaDA, parallel_dims: ParallelDims, job_config: Any) -> LLaDA:
-    """Apply tensor and expert parallelism, activation checkpointing, compilation and FSDP2, in that order.
+    """Apply tensor, expert and context parallelism, activation checkpointing, compilation and FSDP2, in that order.
 
     TP goes first, since the others wrap what it shards; checkpointing inside compilation, so that the
     compiler sees both (but around it with TP, see `_compile_below_checkpoints`); FSDP outermost, one group
-    per block.
+    per block. The ranks of a context-parallel group are among those over which FSDP shards.
     """
     parallelism, training = job_config.parallelism, job_config.training
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
@@ -89,6 +90,14 @@ def parallelize_llada(model: LLaDA, parallel_dims: ParallelDims, job_config: Any
             ep_etp_mesh=parallel_dims.get_optional_mesh(["ep", "etp"]),
         )
         model.set_parallel(parallel_dims.get_optional_mesh("tp"), parallel_dims.ep)
+
+    if parallel_dims.cp_enabled:
+        apply_cp(
+            [cast(TransformerBlock, block).attention for block in model.layers.values()],
+            parallel_dims.get_mesh("cp"),
+            parallelism.context_parallel_method,
+            parallelism.context_parallel_rotate_method,
+        )
 
     # The styles above make new parameters, some of which forget that they are not trained.
     for name in frozen:

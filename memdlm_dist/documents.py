@@ -1,0 +1,80 @@
+"""The documents of packed rows. Each is a sample: it attends to itself alone, its positions start from 0, and its
+noise level, mask ratios and fast weights are its own.
+
+Every row has the same number of slots for documents, some of them empty, so that a micro-batch has B S samples in
+a fixed order: slot s of row b is number b S + s.
+
+Shapes: B rows, L tokens of a row, S slots of a row, U = B S samples.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# The number that a row's fill has in place of a document's.
+FILL = -1
+
+# Between the ids of two documents of one row; the first has the row's own. Rows are fewer than this.
+_ID_STRIDE = 2**40
+
+
+class Documents(NamedTuple):
+    """Which document of its row every token is of."""
+
+    number_BL: Tensor  # int64: 0, 1, ... along the row, `FILL` behind the last
+    place_BL: Tensor  # int64: position within the document
+    slots: int  # S, the largest number of documents in a row
+
+    @classmethod
+    def of(cls, number_BL: Tensor) -> "Documents":
+        """From the numbers alone."""
+        column_L = torch.arange(number_BL.shape[1])
+        begins_BL = torch.ones_like(number_BL, dtype=torch.bool)
+        begins_BL[:, 1:] = number_BL[:, 1:] != number_BL[:, :-1]
+        start_BL = torch.where(begins_BL, column_L, 0).cummax(1).values
+        return cls(number_BL, column_L - start_BL, int(number_BL.max().clamp(min=0)) + 1)
+
+    @property
+    def slot_BL(self) -> Tensor:
+        """Each token's slot; the fill is with the last one, where it changes nothing: it is never masked."""
+        return torch.where(self.number_BL == FILL, self.slots - 1, self.number_BL)
+
+    @property
+    def sample_BL(self) -> Tensor:
+        """Each token's sample."""
+        first_B1 = self.slots * torch.arange(len(self.number_BL), device=self.number_BL.device).unsqueeze(1)
+        return first_B1 + self.slot_BL
+
+    def ids(self, row_ids_B: Tensor) -> Tensor:
+        """Global ids of the samples `[U]`."""
+        return (row_ids_B.unsqueeze(1) + _ID_STRIDE * torch.arange(self.slots)).flatten()
+
+    def tally(self, chosen_BL: Tensor) -> Tensor:
+        """Number of chosen tokens of every sample, int64 `[U]`."""
+        zeros_U = torch.zeros(len(self.number_BL) * self.slots, dtype=torch.int64)
+        return zeros_U.index_add(0, self.sample_BL.flatten(), chosen_BL.flatten().long())
+
+    def spread(self, value_U: Tensor) -> Tensor:
+        """What holds of each sample, for each of its tokens `[B, L]`."""
+        return value_U[self.sample_BL]
+
+    def rank(self, u_BL: Tensor) -> Tensor:
+        """How many tokens of the same sample have a smaller u, int64 `[B, L]`."""
+        sample_T = self.sample_BL.flatten()
+        order_T = u_BL.flatten().argsort()
+        order_T = order_T[sample_T[order_T].argsort(stable=True)]  # sample after sample, in each by u
+        size_U = self.tally(torch.ones_like(self.number_BL))
+        first_U = size_U.cumsum(0) - size_U
+        rank_T = torch.empty_like(order_T)
+        rank_T[order_T] = torch.arange(len(order_T)) - first_U[sample_T[order_T]]
+        return rank_T.view_as(u_BL)
+
+    def slice(self, first: int, length: int) -> "Documents":
+        """Of some columns, as they lie in the whole rows."""
+        columns = slice(first, first + length)
+        return self._replace(number_BL=self.number_BL[:, columns], place_BL=self.place_BL[:, columns])
+
+    def own(self) -> Tensor:
+        """Whether a slot is the token's, bool `[B, L, S]`."""
+        return self.slot_BL.unsqueeze(-1) == torch.arange(self.slots, device=self.number_BL.device)

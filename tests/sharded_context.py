@@ -1,0 +1,172 @@
+"""One step under context parallelism on several layouts: loss, inner statistics and every gradient.
+
+    python tests/sharded_context.py FOLDER [LAYOUT ...]
+
+A single process writes the weights to FOLDER, which each layout reads; FOLDER/LAYOUT.pt holds what it found.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from ranks import fork
+
+sys.path[:0] = [str(Path(__file__).parent.parent / "tools")]
+
+from bench_step import Bench  # noqa: E402
+from collectives import by_kind  # noqa: E402
+from sharded_experts import whole  # noqa: E402
+from torchtitan.components.checkpoint import ModelWrapper  # noqa: E402
+from torchtitan.tools.logging import logger  # noqa: E402
+
+from memdlm_dist import parse_config  # noqa: E402
+from memdlm_dist.checkpoint import hugging_face  # noqa: E402
+from memdlm_dist.documents import FILL  # noqa: E402
+from memdlm_dist.models import BACKBONES, llada, llada_moe  # noqa: E402
+
+# Two key-value heads for each of four ranks' query heads, at most.
+llada.FLAVOURS["tiny"] = llada.LLaDAArgs(dim=32, n_layers=3, n_heads=8, n_kv_heads=4, hidden_dim=48, vocab_size=64)
+llada_moe.FLAVOURS["tiny"] = llada_moe.LLaDAMoEArgs(
+    dim=32, n_layers=2, n_heads=4, hidden_dim=16, vocab_size=64, n_experts=4, experts_per_token=2
+)
+ROWS, LENGTH = 4, 32
+SHARD, TENSOR = "--parallelism.data_parallel_shard_degree", "--parallelism.tensor_parallel_degree"
+CONTEXT = "--parallelism.context_parallel_degree"
+# name -> (ranks, arguments, micro-batches in which a single process does the same: sets of fast weights)
+LAYOUTS = {
+    "one": (1, [], 1),
+    "one-twice": (1, [], 2),
+    "cp2": (2, [CONTEXT, "2"], 1),
+    "cp4": (4, [CONTEXT, "4"], 1),
+    "fsdp2-cp2": (4, [SHARD, "2", CONTEXT, "2", "--activation_checkpoint.mode", "full"], 2),
+    "tp2-cp2": (4, [TENSOR, "2", CONTEXT, "2"], 1),
+}
+MEMORY = "--parametric_memory."
+BATCH = [
+    MEMORY + "granularity", "batch", MEMORY + "gradient_norm", "global", MEMORY + "inner_loss", "kl",
+    MEMORY + "inner_steps", "3",
+]  # fmt: skip
+ATTENTION = [MEMORY + "target_modules", "ffn,attention", MEMORY + "learning_rate", "0.02"]
+FULL = [MEMORY + "adapter", "full", MEMORY + "inner_loss", "hidden_cosine", MEMORY + "supervision", "newly_revealed"]
+MOE = ["--model.name", "llada_moe"]
+# name -> (arguments, step, rows: "whole", "packed", or "quarter": masked tokens in the first quarter alone)
+OPTIONS = {
+    "off": ([], "plain", "whole"),
+    "off-packed": ([], "plain", "packed"),
+    "sample": ([], "ours", "whole"),
+    "sample-quarter": (ATTENTION, "ours", "quarter"),
+    "batch-quarter": (BATCH, "ours", "quarter"),
+    "sample-packed": (ATTENTION, "ours", "packed"),
+    "batch-packed": (BATCH, "ours", "packed"),
+    "full-packed": (FULL, "ours", "packed"),
+    "moe-packed": (MOE, "ours", "packed"),
+}
+DOCUMENTS = [[10, 7, 15], [32], [5, 5, 5, 5, 12], [20, 8]]  # over the ends of the ranks' parts; the last has a fill
+
+
+def numbers():
+    """Of every token's document, `[ROWS, LENGTH]`."""
+    rows = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in DOCUMENTS]
+    return torch.stack([torch.cat([row, torch.full((LENGTH - len(row),), FILL)]) for row in rows])
+
+
+def options_of(layout):
+    # Four ranks have one head each of the mixture of experts.
+    return [name for name in OPTIONS if name != "moe-packed" or layout in ("one", "one-twice", "cp2", "fsdp2-cp2")]
+
+
+def configuration(*arguments):
+    return parse_config.parse([
+        "--job.config_file", "train_configs/debug.toml", "--model.flavor", "tiny", "--training.seq_len", str(LENGTH),
+        "--parametric_memory.layer_fraction", "0.5", "--parametric_memory.rank", "4",
+        # Small gradients of a model that predicts nothing yet: with this the memory matters.
+        *("--parametric_memory.learning_rate", "0.1"), *arguments,
+    ])  # fmt: skip
+
+
+def data(kind):
+    """Tokens, labels and documents of the global batch; most documents begin with a prompt."""
+    tokens = torch.randint(0, 63, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
+    column = torch.arange(LENGTH)
+    if kind == "packed":
+        documents = numbers()
+        prompt = (column % 16 < 3) | (documents == FILL)
+        return tokens, torch.where(prompt, -100, tokens), documents
+    maskable = column < LENGTH // 4 if kind == "quarter" else column >= torch.tensor([[0], [9], [31], [3]])
+    return tokens, torch.where(maskable, tokens, -100), None
+
+
+def micro_batches(bench, count, kind):
+    mesh = bench.dims.get_optional_mesh("batch")
+    ranks, rank = (mesh.size(), mesh.get_local_rank()) if mesh is not None else (1, 0)
+    tokens, labels, documents = data(kind)
+    mine = torch.arange(ROWS).tensor_split(ranks)[rank]
+    for ids in mine.tensor_split(count if ranks == 1 else 1):
+        of_rows = documents[ids] if documents is not None else None
+        yield bench.objective.micro_batch(tokens[ids], labels[ids], ids, step=1, documents_BL=of_rows)
+
+
+def step(bench, count, kind, rows):
+    found = {"loss": torch.zeros(())}
+    masked = []
+    for number, batch in enumerate(micro_batches(bench, count, rows)):
+        loss, inner = bench.loss_sum(kind, batch, 1)
+        loss.backward()
+        found["loss"] += loss.detach()
+        masked.append(batch.anchor.valid_N.sum())
+        if inner is not None and number == 0:  # of the first micro-batch's first set, which the first rank has too
+            found["inner"] = torch.stack([inner.loss_KG[:, 0], inner.grad_norm_KG[:, 0]])
+            found["written"] = inner.written_norm_G[0]
+    mesh = bench.dims.get_optional_mesh("loss")
+    if mesh is not None:
+        dist.all_reduce(found["loss"], group=mesh.get_group())
+    for name, p in bench.model.named_parameters():
+        found[name.replace("_checkpoint_wrapped_module.", "")] = whole(p.grad).clone()
+    bench.model.zero_grad()
+    least = torch.stack(masked).min()
+    if mesh is not None:
+        dist.all_reduce(least, dist.ReduceOp.MIN, mesh.get_group())
+    return found, least
+
+
+def body(folder, layout):
+    processes, arguments, count = LAYOUTS[layout]
+
+    def rank(number):
+        logger.setLevel("WARNING")
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo")
+        results = {"masked on a rank": {}}
+        for options in options_of(layout):
+            extra, kind, rows = OPTIONS[options]
+            config = configuration(*arguments, *extra)
+            bench = Bench.build(config)
+            adapter = BACKBONES[config.model.name].adapter(bench.args)
+            weights = f"{folder}/{config.model.name}"
+            if layout == "one" and not Path(weights).exists():
+                with torch.no_grad():
+                    for parameter in bench.model.parameters():
+                        parameter.mul_(3)  # so that attention and router are not flat
+                hugging_face.write(adapter.to_hf(bench.model.state_dict()), weights)
+            wrapper = ModelWrapper(bench.model)
+            wrapper.load_state_dict(hugging_face.read_into(wrapper.state_dict(), adapter, weights))
+            results[options], results["masked on a rank"][options] = step(bench, count, kind, rows)
+            if options == "sample":
+                found = bench.collectives("ours")
+                context, shards = (found.on(*bench.groups(name)) for name in ("cp", "fsdp"))
+                results["collectives"] = {"cp": by_kind(context), "fsdp": by_kind(shards)}
+                results["plain collectives"] = {"fsdp": by_kind(bench.collectives("plain").on(*bench.groups("fsdp")))}
+        if number == 0:
+            torch.save(results, f"{folder}/{layout}.pt")
+        dist.destroy_process_group()
+        return 0
+
+    return fork(processes, rank)
+
+
+if __name__ == "__main__":
+    folder, *layouts = sys.argv[1:]
+    for layout in layouts or LAYOUTS:
+        if status := body(folder, layout):
+            sys.exit(status)
