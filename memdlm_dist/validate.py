@@ -19,6 +19,7 @@ from torchtitan.tools.utils import device_type
 from memdlm_dist.data.dataset import check_cards, open_dataset
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.diffusion import level_from_uniform
+from memdlm_dist.documents import Documents
 from memdlm_dist.errors import UserError
 from memdlm_dist.metrics import MemDLMMetrics
 from memdlm_dist.models import backbone_args
@@ -29,6 +30,7 @@ from memdlm_dist.trajectory import IGNORE_INDEX
 LOSSES = ("validation/loss_memory_off", "validation/loss_memory_on")
 HISTORY_FILE = "validation.jsonl"
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
+_ROOT = 2**0.5  # spreads the documents of a row
 
 
 class HeldOutValidator(BaseValidator):
@@ -36,7 +38,7 @@ class HeldOutValidator(BaseValidator):
 
     The noise is keyed by the sample id alone, not by the run's seed, so it is the same at every
     validation, in every run and on any number of ranks. The noise levels are not random but spread
-    evenly over (0, 1), sample i at frac(i phi): the weights 1/t make the bound of a random draw noisy.
+    evenly over (0, 1), row i at frac(i phi): the weights 1/t make the bound of a random draw noisy.
     The weight of the scored loss is the schedule's, whatever `diffusion.loss_weight` says.
 
     Memory on: the inner loop first runs on the very state that is scored, as in training. That loss
@@ -66,9 +68,11 @@ class HeldOutValidator(BaseValidator):
             build_objective(job_config, args, tokenizer.mask_id, parallel_dims), seed=0, probability=1.0
         )
         data, training = job_config.data, job_config.training
-        check_cards(job_config, data.validation, tokenizer)
+        documents = check_cards(job_config, data.validation, tokenizer)
         self._batch_size = job_config.validation.local_batch_size or training.local_batch_size
-        self._dataset = open_dataset(job_config, data.validation, [], batch_size=self._batch_size, shuffle=False)
+        self._dataset = open_dataset(
+            job_config, data.validation, [], batch_size=self._batch_size, documents=documents, shuffle=False
+        )
         steps, every = job_config.validation.steps, self._batch_size * dp_world_size
         self._samples = self._dataset.size if steps == -1 else min(self._dataset.size, steps * every)
         self._leaning = Leaning()
@@ -77,7 +81,7 @@ class HeldOutValidator(BaseValidator):
         """Besides every `validation.freq` steps, after the last one."""
         return step % self.job_config.validation.freq == 0 or step == self.job_config.training.steps
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
         """This rank's rows of each global batch; past the end, rows that count for nothing.
 
         Every rank makes the same number of passes, whatever the number of samples.
@@ -88,7 +92,8 @@ class HeldOutValidator(BaseValidator):
             rows = [self._dataset[int(i)] for i in ids.clamp(max=self._samples - 1)]
             labels = torch.stack([row["labels"] for row in rows])
             labels[ids >= self._samples] = IGNORE_INDEX
-            yield torch.stack([row["tokens"] for row in rows]), labels, ids
+            documents = torch.stack([row["documents"] for row in rows]) if "documents" in rows[0] else None
+            yield torch.stack([row["tokens"] for row in rows]), labels, ids, documents
 
     def validate(self, model_parts: list[torch.nn.Module], step: int) -> dict[str, float]:
         """Measure, log and append to the history; returns the losses by their TensorBoard names."""
@@ -98,11 +103,18 @@ class HeldOutValidator(BaseValidator):
         sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=device_type)
         began = time.perf_counter()
         # No model.eval(): the backbone has no dropout, and compiled blocks would be compiled again.
-        for tokens, labels, ids in self._batches():
+        for tokens, labels, ids, documents in self._batches():
             self.progress(f"validating at step {step}")
-            levels = level_from_uniform((ids.double() + 0.5) * _GOLDEN_RATIO % 1)
-            batch = objective.micro_batch(tokens, labels, ids, step=0, t_U=levels, outer_weight="schedule")
-            batch = batch.to(device_type)
+            slots = Documents.of(documents).slots if documents is not None else 1
+            batch = objective.micro_batch(
+                tokens,
+                labels,
+                ids,
+                step=0,
+                t_U=even_levels(ids, slots),
+                outer_weight="schedule",
+                documents_BL=documents,
+            ).to(device_type)
             for i in range(len(names)):
                 with torch.no_grad(), self._context(), self._amp:
                     loss, _ = objective.loss_sum(model, batch, step=0, use_memory=i == 1)
@@ -127,6 +139,12 @@ class HeldOutValidator(BaseValidator):
             logger.info(f"validate step: {step}  {text}  ({self._samples} held-out sequences)")
             with open(history_path(self.job_config), "a") as file:
                 file.write(json.dumps({"step": step, **losses}) + "\n")
+
+
+def even_levels(row_ids_B: Tensor, slots: int) -> Tensor:
+    """Noise levels of rows' samples, float64 `[B * slots]`: evenly spread, whichever the rows are."""
+    place_BS = (row_ids_B.double() + 0.5).unsqueeze(1) * _GOLDEN_RATIO + torch.arange(slots) * _ROOT
+    return level_from_uniform(place_BS.flatten() % 1)
 
 
 class Leaning:

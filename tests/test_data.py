@@ -12,11 +12,13 @@ import pytest
 import torch
 import zstandard
 
-from memdlm_dist.data import corpus, prepare, sequences, shards
+from memdlm_dist.data import corpus, packing, prepare, sequences, shards
 from memdlm_dist.data.dataset import TokenDataset, open_dataset
 from memdlm_dist.data.loader import EpochLoader
 from memdlm_dist.data.prepare import Request
-from memdlm_dist.data.sequences import Fields, Packer, pad
+from memdlm_dist.data.packing import BestFit, Concatenation
+from memdlm_dist.data.sequences import Document, Fields, fine_tuning, padded
+from memdlm_dist.documents import FILL
 from memdlm_dist.errors import UserError
 from memdlm_dist.job_config import Data
 from memdlm_dist.trajectory import IGNORE_INDEX
@@ -48,24 +50,95 @@ def decode(tokenizer, ids):
     return tokenizer.tokenizer.decode(list(ids), skip_special_tokens=False)
 
 
-def test_packing_loses_only_the_tail():
-    packer = Packer(8, eos_id=0)
-    documents = [list(range(1, 6)), list(range(10, 31)), [], [40]]
+def test_concatenation_loses_only_the_tail():
+    packer = Concatenation(8)
+    documents = [[*range(1, 6), 0], [*range(10, 31), 0], [0], [40, 0]]
     packed = [s for d in documents for s in packer.add(d)]
-    stream = [t for d in documents for t in [*d, 0]]
+    stream = [t for d in documents for t in d]
     assert np.concatenate([s.tokens_L for s in packed]).tolist() == stream[: len(packed) * 8]
-    assert packer.tail == len(stream) % 8 and all(s.maskable_L.all() for s in packed)
+    assert packer.tail == len(stream) % 8 and all(s.maskable_L.all() and not s.documents for s in packed)
+
+
+def test_best_fit_loses_nothing_and_leaves_the_least_room():
+    sizes = [5, 4, 3, 3, 9, 8, 1]
+    best_fit = BestFit(8, eos_id=0)
+    starts = np.cumsum([0, *sizes]) + 1
+    documents = [
+        Document(list(range(start, start + size)), [i % 2 == 0] * size)
+        for i, (start, size) in enumerate(zip(starts, sizes, strict=False))
+    ]
+    packed = [s for d in documents for s in best_fit.add(d)] + list(best_fit.finish())
+    # 5 and 3 fill a row; so do 4, 3 and the last token of the 9; the 8 fills one; what is left shares one.
+    assert [s.documents for s in packed] == [(5, 3), (8,), (4, 3, 1), (8,), (1,)]
+    found = [t for s in packed for t in s.tokens_L[: sum(s.documents)].tolist()]
+    assert sorted(found) == [t for d in documents for t in d.tokens]
+    of_token = {t: flag for d in documents for t, flag in zip(d.tokens, d.maskable, strict=True)}
+    for s in packed:
+        size = sum(s.documents)
+        assert s.maskable_L[:size].tolist() == [of_token[t] for t in s.tokens_L[:size].tolist()]
+        assert not s.maskable_L[size:].any() and not s.tokens_L[size:].any()
+    assert (best_fit.rows, best_fit.tokens, best_fit.documents, best_fit.most_documents) == (5, 33, 8, 3)
+
+
+def test_best_fit_fills_nearly_everything_and_waits_with_a_bounded_number_of_rows(monkeypatch):
+    sizes = np.random.default_rng(0).geometric(1 / 60, 3000).clip(max=256).tolist()
+    best_fit = BestFit(256, eos_id=0)
+    packed = [s for size in sizes for s in best_fit.add(Document([1] * size, [True] * size))]
+    packed += best_fit.finish()
+    assert sum(sum(s.documents) for s in packed) == sum(sizes) and best_fit.rows == len(packed)
+    assert best_fit.tokens > 0.99 * 256 * best_fit.rows
+    monkeypatch.setattr(packing, "_WAITING", 0)
+    bounded = BestFit(256, eos_id=0)
+    left = sum(1 for size in sizes for _ in bounded.add(Document([1] * size, [True] * size)))
+    assert len(list(bounded.finish())) <= 64 < left
 
 
 def test_padding_learns_the_response_and_its_end():
     parts = [([1, 2, 3], False), ([4, 5], True)]
-    sequence, too_long = pad(parts, 8, eos_id=0, overlong="drop")
-    assert sequence.tokens_L.tolist() == [1, 2, 3, 4, 5, 0, 0, 0] and not too_long
+    document, too_long = fine_tuning(parts, 8, eos_id=0, overlong="drop")
+    assert document.tokens == [1, 2, 3, 4, 5, 0] and document.maskable == [False] * 3 + [True] * 3 and not too_long
+    sequence = padded(document, 8, eos_id=0)
+    assert sequence.tokens_L.tolist() == [1, 2, 3, 4, 5, 0, 0, 0]
     assert sequence.maskable_L.tolist() == [False] * 3 + [True] * 5
-    assert pad(parts, 5, 0, "drop") == (None, True)
-    cut, too_long = pad(parts, 4, 0, "truncate")
-    assert cut.tokens_L.tolist() == [1, 2, 3, 4] and cut.maskable_L.tolist() == [False] * 3 + [True] and too_long
-    assert pad(parts, 3, 0, "truncate") == (None, True), "no response is left to learn from"
+    assert fine_tuning(parts, 5, 0, "drop") == (None, True)
+    cut, too_long = fine_tuning(parts, 4, 0, "truncate")
+    assert cut.tokens == [1, 2, 3, 4] and cut.maskable == [False] * 3 + [True] and too_long
+    assert fine_tuning(parts, 3, 0, "truncate") == (None, True), "no response is left to learn from"
+
+
+def test_packed_rows_keep_their_documents(tmp_path):
+    """Documents and fine-tuning rows together; and beside a stream without documents."""
+    rows = [{"text": TEXT[: 20 * i]} for i in range(1, 12)] + [{"prompt": "2+2=", "response": "4"}] * 3
+    made = request(tmp_path, write_jsonl(tmp_path / "a.jsonl", rows), pack_documents=True)
+    summary = prepare.prepare(made)
+    packed = summary.packing["train"]
+    assert packed.documents >= 14 and packed.most_documents > 1 and packed.efficiency > 0.9
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["packing"]["train"]["documents"] >= 14
+    card = shards.read_card(str(tmp_path / "out" / "train"))
+    assert card.documents
+    dataset = TokenDataset(
+        local=str(tmp_path / "out" / "train"), batch_size=1, shuffle=False, check_hash="xxh64", documents=True
+    )
+    tokenizer = prepare.DiffusionTokenizer(str(tmp_path / "out/tokenizer"))
+    texts = []
+    for i in range(dataset.size):
+        tokens, labels, numbers = (dataset[i][key] for key in ("tokens", "labels", "documents"))
+        assert (labels[numbers == FILL] == IGNORE_INDEX).all() and (tokens[numbers == FILL] == card.eos_token_id).all()
+        assert (numbers[:-1] <= numbers[1:])[numbers[1:] != FILL].all()
+        for number in range(int(numbers.max()) + 1):
+            ids = tokens[numbers == number]
+            masked = labels[numbers == number] != IGNORE_INDEX
+            texts.append(decode(tokenizer, ids[masked].tolist()))
+    assert sorted(t for t in texts if t == "4<|endoftext|>") == ["4<|endoftext|>"] * 3
+    assert sum(t.count("<|endoftext|>") for t in texts) == 14
+    assert {t.removesuffix("<|endoftext|>") for t in texts} >= {TEXT[:20], TEXT[:40]}
+
+    plain = request(tmp_path, write_jsonl(tmp_path / "b.jsonl", [{"text": TEXT}]), output=tmp_path / "plain")
+    prepare.prepare(plain)
+    whole = TokenDataset(
+        local=str(tmp_path / "plain" / "train"), batch_size=1, shuffle=False, check_hash="xxh64", documents=True
+    )
+    assert not shards.read_card(str(tmp_path / "plain" / "train")).documents and not whole[0]["documents"].any()
 
 
 @pytest.mark.parametrize(

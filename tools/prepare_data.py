@@ -6,6 +6,9 @@ Examples:
   # Documents under "text", packed to 4,096 tokens
   python tools/prepare_data.py --input 's3://bucket/corpus/*.jsonl.zst' --tokenizer LLaDA-8B-Base \\
       --mask-token '<|mdm_mask|>' --seq-len 4096 --output data/corpus
+  # Documents of up to 131,072 tokens, kept apart
+  python tools/prepare_data.py --input books/ --tokenizer LLaDA-8B-Base --mask-token '<|mdm_mask|>' \\
+      --pack-documents --seq-len 131072 --output data/books
   # LongAlpaca: instruction, input, output; loss on the responses only
   python tools/prepare_data.py --input LongAlpaca-12k.json --tokenizer LLaDA-8B-Base --chat-template llada \\
       --mask-token '<|mdm_mask|>' --overlong truncate --seq-len 4096 --output data/longalpaca_8b
@@ -65,6 +68,12 @@ def parser() -> argparse.ArgumentParser:
         default="drop",
         help="fine-tuning rows longer than --seq-len (default: drop)",
     )
+    p.add_argument(
+        "--pack-documents",
+        action="store_true",
+        help="pack whole documents, or fine-tuning rows, several to a sequence as they fit best, and keep them apart in "
+        "training: in attention, positions, noise and memory (default: documents end to end, fine-tuning rows padded)",
+    )
     p.add_argument("--limit", type=int, metavar="N", help="read at most N rows")
     p.add_argument("--strict", action="store_true", help="stop at the first bad row instead of counting it")
     p.add_argument("--overwrite", action="store_true", help="replace shards that are already in OUTPUT")
@@ -91,6 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         fields=Fields(a.text_field, a.prompt_field, a.response_field),
         held_out=a.held_out,
         overlong=a.overlong,
+        pack_documents=a.pack_documents,
         strict=a.strict,
         overwrite=a.overwrite,
         limit=a.limit,
@@ -106,6 +116,12 @@ def main(argv: list[str] | None = None) -> int:
         f"{summary.overlong_dropped:,} over-long rows dropped, {summary.overlong_truncated:,} truncated, "
         f"{summary.tail_tokens_dropped:,} tokens left over"
     )
+    for part, packing in summary.packing.items():
+        rows = summary.sequences[part]
+        print(
+            f"  {part}: {packing.documents:,} documents packed, {packing.documents / rows:.1f} to a sequence and at most "
+            f"{packing.most_documents:,}; {100 * packing.efficiency:.1f}% of the tokens are theirs"
+        )
     return 0
 
 

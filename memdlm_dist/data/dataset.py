@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from streaming import Stream, StreamingDataset
 from streaming.base.hashing import get_hash
 
 from memdlm_dist.data import downloads, shared_memory
 from memdlm_dist.data.shards import HASH, read_card
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
+from memdlm_dist.documents import FILL
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import backbone_args
 from memdlm_dist.storage import is_remote
@@ -26,13 +28,18 @@ class TokenDataset(StreamingDataset):
     """A StreamingDataset whose samples are clean tokens, labels and their global sample id.
 
     A sample is `{"tokens": int64 [L], "labels": int64 [L], "sample_id": int}`; labels are the tokens
-    where they may be masked and -100 elsewhere. Each shard is checked against the size and checksum in
+    where they may be masked and -100 elsewhere. With `documents` there are their numbers too, int64 [L], as
+    `Documents.number_BL` has them. Each shard is checked against the size and checksum in
     the index when it is first read.
+
+    Args:
+        check_hash: name of the checksum; empty for none.
+        documents: some of the streams' rows know theirs; a row of another stream is then one document.
     """
 
-    def __init__(self, *, check_hash: str, **kwargs: Any):
+    def __init__(self, *, check_hash: str, documents: bool = False, **kwargs: Any):
         super().__init__(**kwargs)
-        self._check_hash = check_hash
+        self._check_hash, self._documents = check_hash, documents
         self._checked: set[int] = set()
 
     def fingerprint(self) -> str:
@@ -57,6 +64,7 @@ class TokenDataset(StreamingDataset):
                 self._checked.add(shard_id)
             tokens = torch.from_numpy(sample["tokens"].astype(np.int64))
             flags = np.unpackbits(np.frombuffer(sample["maskable"], np.uint8), count=len(tokens))
+            numbers = self._numbers(sample, len(tokens))
         except UserError:
             self._stop_threads()
             raise
@@ -66,7 +74,18 @@ class TokenDataset(StreamingDataset):
             self._check_shard(shard_id)  # says it more plainly, if that is what is wrong
             raise UserError(f"Sample {sample_id} of {self._shard_path(shard_id)} cannot be read: {error}.") from None
         labels = torch.where(torch.from_numpy(flags.astype(np.bool_)), tokens, IGNORE_INDEX)
-        return {"tokens": tokens, "labels": labels, "sample_id": sample_id}
+        documents = {"documents": torch.from_numpy(numbers)} if self._documents else {}
+        return {"tokens": tokens, "labels": labels, "sample_id": sample_id, **documents}
+
+    @staticmethod
+    def _numbers(sample: dict[str, Any], length: int) -> NDArray[np.int64]:
+        """Of every token's document."""
+        if "documents" not in sample:
+            return np.zeros(length, dtype=np.int64)
+        sizes = np.frombuffer(sample["documents"], np.uint32)
+        numbers = np.full(length, FILL, dtype=np.int64)
+        numbers[: sizes.sum()] = np.repeat(np.arange(len(sizes)), sizes)
+        return numbers
 
     def check_local_shards(self) -> None:
         """All shards of streams without a remote are there and of the right size.
@@ -109,9 +128,15 @@ class TokenDataset(StreamingDataset):
                 raise UserError(f"The shard {path} is corrupt: its {self._check_hash} checksum is wrong; {_REMEDY}.")
 
 
-def check_cards(job_config: Any, locations: list[str], tokenizer: DiffusionTokenizer) -> None:
-    """The shards at `locations` fit the sequence length, the model's vocabulary and the tokenizer."""
+def check_cards(job_config: Any, locations: list[str], tokenizer: DiffusionTokenizer) -> bool:
+    """The shards at `locations` fit the sequence length, the model's vocabulary, the tokenizer and the layout.
+
+    Returns:
+        Whether rows of any of them know their documents.
+    """
     args = backbone_args(job_config.model.name, job_config.model.flavor)
+    parallel = job_config.parallelism
+    documents = False
     for location in locations:
         card = read_card(location)
         if not card.sequences:
@@ -132,6 +157,13 @@ def check_cards(job_config: Any, locations: list[str], tokenizer: DiffusionToken
                 f"The shards in {location} were made with mask token id {card.mask_token_id}, but the tokenizer in "
                 f"model.hf_assets_path has {tokenizer.mask_id}; use the tokenizer that the data was prepared with."
             )
+        if card.documents and parallel.context_parallel_degree > 1 and parallel.context_parallel_method == "ring":
+            raise UserError(
+                f"The shards in {location} hold packed documents, which ring attention cannot keep apart; set "
+                "parallelism.context_parallel_method = 'ulysses'."
+            )
+        documents = documents or card.documents
+    return documents
 
 
 def open_dataset(job_config: Any, locations: list[str], proportions: list[float], **options: Any) -> TokenDataset:

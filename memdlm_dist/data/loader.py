@@ -22,7 +22,8 @@ class EpochLoader(BaseDataLoader):
     An epoch is read in whole global batches, its incomplete last one is left out: so that the n-th optimizer step
     reads the same samples on any number of ranks, with any micro-batch and any number of workers.
 
-    Yields `({"input": tokens [B, L], "sample_id": [B]}, labels [B, L])`, all int64.
+    Yields `({"input": tokens [B, L], "sample_id": [B]}, labels [B, L])`, all int64; with "documents" [B, L] where the
+    rows know theirs.
 
     Args:
         dataset: with `batch_size` for its own.
@@ -58,7 +59,8 @@ class EpochLoader(BaseDataLoader):
                     # What is left of the epoch is read as well, less than a step: the workers come to its end.
                     if position["samples"] < end:
                         position["samples"] += self._micro_batch
-                        yield {"input": batch["tokens"], "sample_id": batch["sample_id"]}, batch["labels"]
+                        labels = batch.pop("labels")
+                        yield {"input": batch.pop("tokens"), **batch}, labels
             self.next_epoch()
 
     def _read(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -112,16 +114,17 @@ def build_dataloader(
     """
     del dp_rank  # streaming reads the rank from the environment
     data, training = job_config.data, job_config.training
-    check_cards(job_config, data.train, tokenizer)
+    documents = check_cards(job_config, data.train, tokenizer)
     dataset = open_dataset(
         job_config,
         data.train,
         data.proportions,
         batch_size=training.local_batch_size,
+        documents=documents,
         shuffle=data.shuffle,
         shuffle_seed=data.shuffle_seed,
         num_canonical_nodes=data.num_canonical_nodes,
-        # Consecutive ranks, those of a tensor-parallel group, get the same samples.
+        # Consecutive ranks, those of a context-parallel and a tensor-parallel group, get the same samples.
         replication=int(os.environ.get("WORLD_SIZE", "1")) // dp_world_size,
     )
     global_batch = training.global_batch_size

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from memdlm_dist.data import chat, corpus, sequences, tokenizer
 from memdlm_dist.data.corpus import Row, Source
-from memdlm_dist.data.sequences import BadRow, Fields, Format
+from memdlm_dist.data.packing import BestFit, Concatenation
+from memdlm_dist.data.sequences import BadRow, Document, Fields, Format
 from memdlm_dist.data.shards import CARD, Card, ShardWriter, replacing
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError
@@ -38,9 +39,19 @@ class Request:
     fields: Fields = field(default_factory=Fields)
     held_out: float = 0.01
     overlong: Literal["drop", "truncate"] = "drop"
+    pack_documents: bool = False
     strict: bool = False
     overwrite: bool = False
     limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How well documents were packed."""
+
+    efficiency: float  # share of the rows' tokens that is not fill
+    documents: int
+    most_documents: int  # of a row
 
 
 @dataclass
@@ -53,6 +64,7 @@ class Summary:
     overlong_dropped: int = 0
     overlong_truncated: int = 0
     tail_tokens_dropped: int = 0
+    packing: dict[str, Packing] = field(default_factory=dict)  # of each part, if documents were packed
     sequences: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
@@ -74,14 +86,21 @@ def prepare(request: Request, report: Callable[[str], None] = tqdm.write) -> Sum
     with ExitStack() as stack:
         # Tokenizer and shards belong together: they take their places together, or not at all.
         pieces = _settle_tokenizer(request, found, stack.enter_context(replacing(request.output / "tokenizer")))
-        card = Card(request.seq_len, pieces.get_vocab_size(), pieces.mask_id, pieces.eos_id)
+        card = Card(
+            request.seq_len,
+            pieces.get_vocab_size(),
+            pieces.mask_id,
+            pieces.eos_id,
+            documents=request.pack_documents,
+        )
         folders = {part: stack.enter_context(replacing(request.output / part)) for part in PARTS}
         writers = {part: stack.enter_context(ShardWriter(folder, card)) for part, folder in folders.items()}
         cutter = _Cutter(request, pieces, summary)
         for batch in _batches(_good_rows(request, found, summary, report)):
             for part, sequence in cutter.add(batch, report):
                 writers[part].write(sequence)
-        cutter.finish()
+        for part, sequence in cutter.finish():
+            writers[part].write(sequence)
         summary.sequences = {part: writer.card.sequences for part, writer in writers.items()}
         if not summary.sequences["train"]:
             raise UserError(_empty_message(request, summary))
@@ -186,7 +205,8 @@ class _Cutter:
         self._request, self._pieces, self._summary = request, pieces, summary
         name = request.chat_template
         self._template = chat.chat_template(name, pieces) if name is not None else None
-        self._packers = {part: sequences.Packer(request.seq_len, pieces.eos_id) for part in PARTS}
+        self._concatenations = {part: Concatenation(request.seq_len) for part in PARTS}
+        self._best_fits = {part: BestFit(request.seq_len, pieces.eos_id) for part in PARTS}
 
     def add(self, batch: list[Row], report: Callable[[str], None]) -> Iterator[tuple[str, sequences.Sequence]]:
         texts: list[tuple[Row, str]] = []
@@ -198,13 +218,18 @@ class _Cutter:
                 if form == "text":
                     texts.append((row, sequences.document(row.values, self._request.fields)))
                 else:
-                    yield from self._padded(row, self._segments(row, form))
+                    yield from self._fine_tuning(row, self._segments(row, form))
             except BadRow as problem:
                 _bad_row(self._request, self._summary, report, row.location, str(problem))
         for (row, _), ids in zip(texts, self._pieces.encode_plain([text for _, text in texts]), strict=True):
             self._summary.tokens += len(ids) + 1
             part = self._part(row)
-            for sequence in self._packers[part].add(ids):
+            ids = [*ids, self._pieces.eos_id]
+            if self._request.pack_documents:
+                made = self._best_fits[part].add(Document(ids, [True] * len(ids)))
+            else:
+                made = self._concatenations[part].add(ids)
+            for sequence in made:
                 yield part, sequence
 
     def _segments(self, row: Row, form: Format) -> list[tuple[str, bool]]:
@@ -215,20 +240,33 @@ class _Cutter:
         except ValueError as problem:
             raise BadRow(str(problem)) from None
 
-    def _padded(self, row: Row, parts: list[tuple[str, bool]]) -> Iterator[tuple[str, sequences.Sequence]]:
+    def _fine_tuning(self, row: Row, parts: list[tuple[str, bool]]) -> Iterator[tuple[str, sequences.Sequence]]:
         encoded = sequences.encode_segments(self._pieces, parts)
         self._summary.tokens += sum(len(ids) for ids, _ in encoded)
-        sequence, too_long = sequences.pad(
-            encoded, self._request.seq_len, self._pieces.eos_id, self._request.overlong, self._template is None
+        length, eos_id = self._request.seq_len, self._pieces.eos_id
+        document, too_long = sequences.fine_tuning(
+            encoded, length, eos_id, self._request.overlong, self._template is None
         )
-        if sequence is None:
+        if document is None:
             self._summary.overlong_dropped += 1
             return
         self._summary.overlong_truncated += too_long
-        yield self._part(row), sequence
+        part = self._part(row)
+        if not self._request.pack_documents:
+            yield part, sequences.padded(document, length, eos_id)
+            return
+        for sequence in self._best_fits[part].add(document):
+            yield part, sequence
 
     def _part(self, row: Row) -> str:
         return PARTS[_is_held_out(row, self._request)]
 
-    def finish(self) -> None:
-        self._summary.tail_tokens_dropped = sum(packer.tail for packer in self._packers.values())
+    def finish(self) -> Iterator[tuple[str, sequences.Sequence]]:
+        """The rows that are left."""
+        for part, best_fit in self._best_fits.items():
+            for sequence in best_fit.finish():
+                yield part, sequence
+            if best_fit.rows:
+                efficiency = best_fit.tokens / (best_fit.rows * self._request.seq_len)
+                self._summary.packing[part] = Packing(efficiency, best_fit.documents, best_fit.most_documents)
+        self._summary.tail_tokens_dropped = sum(x.tail for x in self._concatenations.values())

@@ -1,6 +1,5 @@
-"""Token sequences of one fixed length, from documents (packed) or from rows to fine-tune on (padded)."""
+"""What the rows of a corpus say, as tokens: documents, and prompts with responses to fine-tune on."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,11 +12,28 @@ Format = Literal["text", "prompt_response", "alpaca", "messages"]
 
 
 @dataclass(frozen=True)
+class Document:
+    """Tokens that belong together, of any number; only `maskable` ones are ever masked and scored."""
+
+    tokens: list[int]
+    maskable: list[bool]
+
+    def __getitem__(self, part: slice) -> "Document":
+        return Document(self.tokens[part], self.maskable[part])
+
+
+@dataclass(frozen=True)
 class Sequence:
-    """One training sequence of L tokens; only `maskable` ones are ever masked and scored."""
+    """One training sequence of L tokens: a row of a batch.
+
+    Attributes:
+        documents: numbers of tokens of the documents that are kept apart in it, in turn; what is left behind them is
+            fill. Empty if it is one whole.
+    """
 
     tokens_L: NDArray[np.int64]
     maskable_L: NDArray[np.bool_]
+    documents: tuple[int, ...] = ()
 
 
 class BadRow(ValueError):
@@ -115,62 +131,41 @@ def _turns(messages: Any) -> list[tuple[str, bool]]:
     return parts
 
 
-class Packer:
-    """Documents end to end, each followed by end-of-text, cut into sequences of `length` tokens.
-
-    Every token is maskable. The incomplete last sequence is left out; `tail` is its length.
-    """
-
-    def __init__(self, length: int, eos_id: int):
-        self._length, self._eos_id = length, eos_id
-        self._buffer: list[int] = []
-        self._everything = np.ones(length, dtype=np.bool_)
-
-    def add(self, ids: list[int]) -> Iterator[Sequence]:
-        """The sequences that one more document completes."""
-        self._buffer += [*ids, self._eos_id]
-        start = 0
-        while len(self._buffer) - start >= self._length:
-            tokens_L = np.array(self._buffer[start : start + self._length], dtype=np.int64)
-            yield Sequence(tokens_L, self._everything)
-            start += self._length
-        del self._buffer[:start]
-
-    @property
-    def tail(self) -> int:
-        return len(self._buffer)
-
-
-def pad(
+def fine_tuning(
     parts: list[tuple[list[int], bool]],
     length: int,
     eos_id: int,
     overlong: Literal["drop", "truncate"],
     every_turn: bool = True,
-) -> tuple[Sequence | None, bool]:
-    """One fine-tuning row as a sequence of `length` tokens, padded with end-of-text.
-
-    The prompt is never masked. The responses and, as in the paper's recipe, the padding are.
+) -> tuple[Document | None, bool]:
+    """One fine-tuning row as at most `length` tokens. The prompt is never masked, the responses are.
 
     Args:
         every_turn: end-of-text ends every response; otherwise, where a chat template ends them, the row alone.
 
     Returns:
-        The sequence, or None for a row that is dropped (too long, or left without a response by
+        The tokens, or None for a row that is dropped (too long, or left without a response by
         truncation), and whether the row was too long.
     """
-    ids: list[int] = []
+    tokens: list[int] = []
     maskable: list[bool] = []
     for number, (part, is_response) in enumerate(parts, start=1):
         part = [*part, eos_id] if is_response and (every_turn or number == len(parts)) else part
-        ids += part
+        tokens += part
         maskable += [is_response] * len(part)
-    too_long = len(ids) > length
+    too_long = len(tokens) > length
     if too_long and (overlong == "drop" or not any(maskable[:length])):
         return None, True
-    missing = max(0, length - len(ids))
-    tokens_L = np.array(ids[:length] + [eos_id] * missing, dtype=np.int64)
-    return Sequence(tokens_L, np.array(maskable[:length] + [True] * missing, dtype=np.bool_)), too_long
+    return Document(tokens, maskable)[:length], too_long
+
+
+def padded(document: Document, length: int, eos_id: int) -> Sequence:
+    """A row with one document, padded with end-of-text that, as in the paper's recipe, is masked and scored too."""
+    missing = length - len(document.tokens)
+    return Sequence(
+        np.array(document.tokens + [eos_id] * missing, dtype=np.int64),
+        np.array(document.maskable + [True] * missing, dtype=np.bool_),
+    )
 
 
 def encode_segments(tokenizer: DiffusionTokenizer, parts: list[tuple[str, bool]]) -> list[tuple[list[int], bool]]:

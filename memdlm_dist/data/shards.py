@@ -28,6 +28,7 @@ class Card:
     mask_token_id: int
     eos_token_id: int
     sequences: int = 0
+    documents: bool = False  # the rows know their documents
 
 
 @contextlib.contextmanager
@@ -48,9 +49,10 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 
 class ShardWriter:
-    """Writes sequences as MDS shards; the folder is complete once the context is left without an error.
+    """Writes rows as MDS shards; the folder is complete once the context is left without an error.
 
-    Tokens are stored in 2 bytes where the vocabulary allows, else 4; the maskable flags as bits.
+    Tokens are stored in 2 bytes where the vocabulary allows, else 4; the maskable flags as bits; the lengths of the
+    documents, if the rows know them, in 4 bytes each.
 
     Args:
         folder: new.
@@ -62,13 +64,18 @@ class ShardWriter:
         self._folder, self.card = folder, card
         self._dtype = np.uint16 if card.vocab_size <= 1 << 16 else np.uint32
         columns = {"tokens": f"ndarray:{self._dtype.__name__}:{card.seq_len}", "maskable": "bytes"}
+        if card.documents:
+            columns["documents"] = "bytes"
         self._writer = MDSWriter(
             out=str(folder), columns=columns, hashes=[HASH], size_limit=size_limit, progress_bar=False
         )
 
-    def write(self, sequence: Sequence) -> None:
-        maskable = np.packbits(sequence.maskable_L).tobytes()
-        self._writer.write({"tokens": sequence.tokens_L.astype(self._dtype), "maskable": maskable})
+    def write(self, row: Sequence) -> None:
+        sample = {"tokens": row.tokens_L.astype(self._dtype), "maskable": np.packbits(row.maskable_L).tobytes()}
+        if self.card.documents:
+            # A row that was not packed is one document.
+            sample["documents"] = np.array(row.documents or (self.card.seq_len,), dtype=np.uint32).tobytes()
+        self._writer.write(sample)
         self.card = replace(self.card, sequences=self.card.sequences + 1)
 
     def __enter__(self) -> "ShardWriter":
