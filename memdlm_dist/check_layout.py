@@ -68,8 +68,8 @@ def check_device(config: Any, device_type: str) -> None:
     parallel = config.parallelism
     require(
         parallel.context_parallel_degree == 1 or parallel.context_parallel_method != "ring" or device_type == "cuda",
-        f"parallelism.context_parallel_method = 'ring' needs CUDA devices, and this machine has {device_type}; set it to "
-        "'ulysses'.",
+        "parallelism.context_parallel_method = 'ring' needs CUDA devices, and this machine has "
+        f"{device_type}; set it to 'ulysses'.",
     )
 
 
@@ -135,8 +135,8 @@ def _check_context_parallel(config: Any, args: LLaDAArgs) -> None:
     for name, number in heads.items():
         require(
             parallel.context_parallel_method == "ring" or number % (context * tensor) == 0,
-            f"The {name} of model.flavor {config.model.flavor} ({number}) are not divisible by {product}, as the exchange "
-            "of tokens for heads needs; lower one of them, or on CUDA set context_parallel_method = 'ring'.",
+            f"The {name} of model.flavor {config.model.flavor} ({number}) are not divisible by {product}, as the "
+            "exchange of tokens for heads needs; lower one of them, or on CUDA set context_parallel_method = 'ring'.",
         )
     require(
         parallel.expert_parallel_degree == 1,

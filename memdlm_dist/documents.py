@@ -70,6 +70,13 @@ class Documents(NamedTuple):
         rank_T[order_T] = torch.arange(len(order_T)) - first_U[sample_T[order_T]]
         return rank_T.view_as(u_BL)
 
+    def mean_attended(self) -> float:
+        """How many tokens a token attends to, on average; the fill attends to itself. Waits for the device."""
+        at_end_BL = torch.ones_like(self.number_BL, dtype=torch.bool)
+        at_end_BL[:, :-1] = self.number_BL[:, :-1] != self.number_BL[:, 1:]
+        sizes = (self.place_BL[at_end_BL] + 1).double()
+        return float(sizes.square().sum()) / self.number_BL.numel()
+
     def slice(self, first: int, length: int) -> "Documents":
         """Of some columns, as they lie in the whole rows."""
         columns = slice(first, first + length)

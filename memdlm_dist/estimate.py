@@ -21,6 +21,7 @@ from memdlm_dist.logit_loss import CHUNK_BYTES
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs
 from memdlm_dist.models.llada_moe import LLaDAMoEArgs
 from memdlm_dist.objective import first_adapted_layer
+from memdlm_dist.trajectory import SINGLE_STATE
 
 # The mesh dimensions over which FSDP2 shards a parameter that it gathers to compute with.
 _DATA_PARALLEL = ("dp_replicate", "fsdp", "efsdp")
@@ -51,6 +52,7 @@ class Communication:
     gather: float  # FSDP2's all-gathers
     reduce: float  # its reduce-scatters and, with HSDP, all-reduces
     tensor: float  # tensor parallelism's
+    context: float  # context parallelism's: tokens for heads, and the fast weights' gradients
     experts: float  # the exchange of tokens
 
     @property
@@ -157,9 +159,15 @@ def _footprint(model: LLaDA, args: LLaDAArgs, dims: ParallelDims, config: Any, f
         gathered=gathered,
         gathered_gradients=reducing,
         activations=_activations(args, dims, config, first),
-        head=2.0 * min(CHUNK_BYTES, 4.0 * training.local_batch_size * training.seq_len * args.vocab_size / dims.tp),
+        head=2.0 * min(CHUNK_BYTES, 4.0 * _tokens(training, dims) * args.vocab_size / dims.tp),
         fast_weights=_fast_weights(args, dims, config, first),
     )
+
+
+def _tokens(training: Any, dims: ParallelDims) -> float:
+    """Of a micro-batch, those of one context-parallel rank."""
+    tokens: float = training.local_batch_size * training.seq_len / dims.cp
+    return tokens
 
 
 def saved_elements(args: LLaDAArgs, tp: int = 1) -> tuple[float, float]:
@@ -184,7 +192,7 @@ def saved_elements(args: LLaDAArgs, tp: int = 1) -> tuple[float, float]:
 def _activations(args: LLaDAArgs, dims: ParallelDims, config: Any, first: int) -> float:
     """Of the anchor's outer pass, and the trunk's output for the other states, which the inner loop reads before it."""
     training, checkpointing = config.training, config.activation_checkpoint
-    size = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize * training.local_batch_size * training.seq_len
+    size = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize * _tokens(training, dims)
     kept, everything = saved_elements(args, dims.tp)
     if checkpointing.mode == "full":
         layers = args.n_layers * kept + everything  # of the layer that is run again
@@ -199,6 +207,12 @@ def _activations(args: LLaDAArgs, dims: ParallelDims, config: Any, first: int) -
 
 
 def _fast_weights(args: LLaDAArgs, dims: ParallelDims, config: Any, first: int) -> float:
+    # The tensors, their gradients, and what the update makes of them. A packed row has as many sets as documents,
+    # which the configuration does not tell: this is one.
+    return 3.0 * _fast_bytes(args, dims, config, first)
+
+
+def _fast_bytes(args: LLaDAArgs, dims: ParallelDims, config: Any, first: int) -> float:
     memory = config.parametric_memory
     if not memory.enable:
         return 0.0
@@ -212,8 +226,7 @@ def _fast_weights(args: LLaDAArgs, dims: ParallelDims, config: Any, first: int) 
         one = wide * narrow / dims.tp if memory.adapter == "full" else memory.rank * (wide + narrow / dims.tp)
         return one * (linear.experts / dims.ep if linear.experts else 1)
 
-    # Float32: the tensors, their gradients, and what the update makes of them.
-    return 3.0 * 4 * sets * sum(map(elements, args.adapted_linears(first, memory.target_modules)))
+    return 4.0 * sets * sum(map(elements, args.adapted_linears(first, memory.target_modules)))  # in float32
 
 
 def _passes(args: LLaDAArgs, config: Any, first: int) -> list[_Passes]:
@@ -222,8 +235,7 @@ def _passes(args: LLaDAArgs, config: Any, first: int) -> list[_Passes]:
     if not memory.enable:
         return [_Passes(1, 1)] * args.n_layers
     # The states besides the anchor, and the teacher's passes through the tail.
-    single = memory.trajectory in ("pre_anchor_only", "anchor_only")
-    steps = 1 if single else memory.inner_steps
+    steps = _inner_steps(config)
     others = {"anchor_only": 0, "pre_anchor_only": 1, "anchor_consistent": max(1, steps - 1)}.get(
         memory.trajectory, steps
     )
@@ -232,6 +244,11 @@ def _passes(args: LLaDAArgs, config: Any, first: int) -> list[_Passes]:
         others += 1  # the clean sequence, which the last teacher reads
     tail = _Passes(1 + steps * (2 if distilled else 1), 1 + steps)
     return [_Passes(1 + others, 1)] * first + [tail] * (args.n_layers - first)
+
+
+def _inner_steps(config: Any) -> int:
+    memory = config.parametric_memory
+    return 1 if memory.trajectory in SINGLE_STATE else memory.inner_steps
 
 
 def _communication(
@@ -254,7 +271,7 @@ def _communication(
             reduced += reduce * elements * (shards - 1) / shards
             # HSDP reduces the shards over the replicas.
             reduced += 2 * reduce * elements / shards * (dims.dp_replicate - 1) / dims.dp_replicate
-    tokens = training.local_batch_size * training.seq_len
+    tokens = _tokens(training, dims)
     passes = _passes(args, config, first)
     recomputed = config.activation_checkpoint.mode == "full"
     layer_passes = sum(x.of_collectives(recomputed) for x in passes)
@@ -264,7 +281,15 @@ def _communication(
     if isinstance(args, LLaDAMoEArgs):
         slots = tokens * args.experts_per_token
         experts = layer_passes * 2 * compute * slots * args.dim * (dims.ep - 1) / dims.ep
-    return Communication(*(micro_batches * x for x in (gather, reduced, tensor, experts)))
+    context = 0.0
+    if dims.cp > 1:
+        heads, kv = args.dim, (args.dim // args.n_heads) * (args.n_kv_heads or args.n_heads)
+        # Queries, keys, values and the output; ring attention's rotation of keys and values is not told apart.
+        context = layer_passes * compute * tokens * 2 * (heads + kv) / dims.tp * (dims.cp - 1) / dims.cp
+        if config.parametric_memory.enable:
+            sums = _inner_steps(config) * _fast_bytes(args, dims, config, first)
+            context += 2 * sums * (dims.cp - 1) / dims.cp
+    return Communication(*(micro_batches * x for x in (gather, reduced, tensor, context, experts)))
 
 
 def _by_shards(parameters: Iterable[Tensor]) -> list[tuple[int, int]]:

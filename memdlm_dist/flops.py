@@ -1,8 +1,8 @@
 """Floating-point operations of a training step: plain masked diffusion's, and what the memory adds.
 
 Counted are the matrix products (an addition and a multiplication each) that the hardware runs for one
-micro-batch, all tensor-parallel ranks together: unlike model FLOPs, by which MFU goes, with what is computed
-again in the backward pass, and with the head on the scored tokens alone.
+micro-batch, all tensor-parallel ranks together, and of a context-parallel rank its part: unlike model FLOPs, by
+which MFU goes, with what is computed again in the backward pass, and with the head on the scored tokens alone.
 
 With F for the trunk's and tail's forward pass, plain training is F forward and 2 F backward. The inner loop
 adds a forward pass of the trunk for every state that is not the anchor, and for every inner step a forward
@@ -65,10 +65,11 @@ class _Layer:
         args: LLaDAArgs,
         layer: int,
         tokens: int,
-        length: int,
+        attended: float,
         memory: Memory | None,
         recomputation: Recomputation,
         frozen: bool,
+        sets: int,
     ):
         # The layers are alike; the last one's linears are all that is listed from there on.
         sizes = {linear.target: linear for linear in args.adapted_linears(args.n_layers - 1, list(args.targets))}
@@ -76,14 +77,14 @@ class _Layer:
             name: 2.0 * tokens * x.experts_per_token * x.in_features * x.out_features
             for name, x in ((name, sizes[name]) for name in _STAGES)
         }
-        self.attention = 4.0 * tokens * length * args.dim
+        self.attention = 4.0 * tokens * attended * args.dim
         self.forward = sum(self.linears.values()) + self.attention
         self.again = recomputation.of_layer(layer, self.linears, self.attention)
         # To the linears' inputs and, if they are trained, to their weights.
         gradients = (1 if frozen else 2) * sum(self.linears.values())
         self.backward = gradients + _ATTENTION_BACKWARD * self.attention + self.again
         adapted = [x for x in memory.linears if x.layer == str(layer)] if memory is not None else []
-        self.fast = {x.target: _fast_products(x, memory, tokens) for x in adapted} if memory is not None else {}
+        self.fast = {x.target: _fast_products(x, memory, tokens, sets) for x in adapted} if memory is not None else {}
         self.fast_forward = sum(sum(pair) for pair in self.fast.values())
         # The fast terms are run again where anything of the block is.
         self.fast_again = self.fast_forward if self.again else 0.0
@@ -99,9 +100,10 @@ class _Layer:
         return between + self.again + self.fast_again
 
 
-def _fast_products(linear: AdaptedLinear, memory: Memory, tokens: int) -> tuple[float, float]:
+def _fast_products(linear: AdaptedLinear, memory: Memory, tokens: int, sets: int) -> tuple[float, float]:
     """FLOPs of the fast term's products: the one that reads the linear's input, and the one after it if there is."""
-    tokens *= linear.experts_per_token
+    # Experts take the slots of each set apart; elsewhere all tokens of a row go through all of its sets.
+    tokens *= linear.experts_per_token if linear.experts else sets
     if memory.adapter == "full":
         return 2.0 * tokens * linear.in_features * linear.out_features, 0.0
     return 2.0 * tokens * memory.rank * linear.in_features, 2.0 * tokens * memory.rank * linear.out_features
@@ -123,9 +125,12 @@ def step_flops(
         recomputation: by activation checkpointing; none by default.
         frozen: the base is, as outer LoRA has it: no gradients of its weights.
     """
-    rows, length = batch.inputs[0].shape
+    tokens, documents = batch.inputs[0].numel(), batch.documents
+    # Of packed rows what blocks of documents have; a dense mask, as on a CPU, computes everything.
+    attended = float(batch.length) if documents is None else documents.mean_attended()
+    sets = documents.slots if documents is not None and memory is not None and memory.per_sample else 1
     again = recomputation or Recomputation()
-    layers = [_Layer(args, i, rows * length, length, memory, again, frozen) for i in range(args.n_layers)]
+    layers = [_Layer(args, i, tokens, attended, memory, again, frozen, sets) for i in range(args.n_layers)]
 
     def head(scored: Any) -> float:
         return 2.0 * len(scored.label_N) * args.dim * args.vocab_size

@@ -367,7 +367,8 @@ def gather_scored(
     """Positions, labels and weights of a state's targets; see `Scored`.
 
     A backbone that was converted from an autoregressive one predicts a token at the position before it
-    (`shifted`): that position is picked. The first token of a sample, which has none before it, cannot be a target then.
+    (`shifted`): that position is picked. The first token of a sample, which has none before it, cannot be a
+    target then.
 
     M is the largest number of targets in one shard, rounded up to a sixteenth of its tokens: the head then
     sees few different shapes, which DTensor and compilers keep the preparation of; and never runs on nothing.

@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,9 +61,12 @@ def record(folder: str, number: int) -> None:
         return drawn
 
     def micro_batch(self, tokens, labels, ids, step, **rest):
-        batch = plain_batch(self, tokens, labels, ids, step, **rest)
-        write("states", step, ids, *batch.inputs)
-        return batch
+        # A context-parallel rank has a part of the states: what is written is what the parts are of.
+        whole = plain_batch(
+            replace(self, parts=1, part=0, shards=self.parts * self.shards), tokens, labels, ids, step, **rest
+        )
+        write("states", step, ids, *whole.inputs)
+        return whole.part(self.part, self.parts)
 
     def fast(self, seed, step, ids):
         drawn = plain_fast(self, seed, step, ids)

@@ -34,6 +34,20 @@ def test_bench_writes_what_it_measures(tmp_path):
     assert "aten::mm" in profile.read_text()
 
 
+@pytest.mark.slow
+def test_bench_sweeps_over_lengths(tmp_path):
+    result = tmp_path / "lengths.json"
+    out = run_script(
+        "tools/bench.py", "train_configs/debug.toml", "--processes", "2", "--rounds", "1", "--warm-up", "1",
+        "--lengths", "64", "128", "--json", str(result), "--parallelism.context_parallel_degree", "2",
+    )  # fmt: skip
+    assert "tokens of a row" in out
+    found = json.loads(result.read_text())["lengths"]
+    assert [x["length"] for x in found] == [64, 128] and found[0]["ranks"] == 2
+    assert all(set(x["step_seconds"]) == {"plain", "ours"} and x["ratio"]["ours_over_plain"] > 0 for x in found)
+    assert found[1]["flops"]["hardware_outer"] > 1.9 * found[0]["flops"]["hardware_outer"]
+
+
 @pytest.mark.parametrize(
     "arguments, says",
     [
@@ -41,6 +55,7 @@ def test_bench_writes_what_it_measures(tmp_path):
         (["--activation_checkpoint.mode", "fulle"], "invalid choice 'fulle'"),
         (["train_configs/debug.toml", "--parametric_memory.no_enable"], "parametric_memory.enable is false"),
         (["train_configs/debug.toml", "--processes", "3", "--parallelism.tensor_parallel_degree", "2"], "3 processes"),
+        (["train_configs/debug.toml", "--lengths", "64", "63", "--parallelism.context_parallel_degree", "2"], "(63)"),
         (["train_configs/debug.toml", "--training.sequence", "3"], "Unknown key --training.sequence"),
         (["train_configs/debug.toml", "--json", "pyproject.toml/x.json"], "pyproject.toml/x.json cannot be written"),
     ],

@@ -12,11 +12,12 @@ import pytest
 import torch
 import zstandard
 
+from memdlm_dist import parse_config
 from memdlm_dist.data import corpus, packing, prepare, sequences, shards
-from memdlm_dist.data.dataset import TokenDataset, open_dataset
+from memdlm_dist.data.dataset import TokenDataset, check_cards, open_dataset
 from memdlm_dist.data.loader import EpochLoader
-from memdlm_dist.data.prepare import Request
 from memdlm_dist.data.packing import BestFit, Concatenation
+from memdlm_dist.data.prepare import Request
 from memdlm_dist.data.sequences import Document, Fields, fine_tuning, padded
 from memdlm_dist.documents import FILL
 from memdlm_dist.errors import UserError
@@ -132,6 +133,13 @@ def test_packed_rows_keep_their_documents(tmp_path):
     assert sorted(t for t in texts if t == "4<|endoftext|>") == ["4<|endoftext|>"] * 3
     assert sum(t.count("<|endoftext|>") for t in texts) == 14
     assert {t.removesuffix("<|endoftext|>") for t in texts} >= {TEXT[:20], TEXT[:40]}
+
+    config = parse_config.parse([
+        "--job.config_file", "train_configs/debug.toml", "--training.seq_len", "32",
+        "--parallelism.context_parallel_degree", "2", "--parallelism.context_parallel_method", "ring",
+    ])  # fmt: skip
+    with pytest.raises(UserError, match="hold packed documents, which ring attention cannot keep apart"):
+        check_cards(config, [str(tmp_path / "out" / "train")], tokenizer)
 
     plain = request(tmp_path, write_jsonl(tmp_path / "b.jsonl", [{"text": TEXT}]), output=tmp_path / "plain")
     prepare.prepare(plain)

@@ -3,8 +3,10 @@
 import json
 
 import pytest
-from launching import debug, from_one_seed, launch, run_many, scalars
+from launching import ROOT, debug, from_one_seed, launch, run_many, scalars
 from torch.distributed.checkpoint import FileSystemReader
+
+from memdlm_dist.data.prepare import Request, prepare
 
 STEPS = 2
 TRACKED = (
@@ -23,7 +25,7 @@ TRACKED = (
 # optimizer step that amplifies it.
 TOLERANCE = 1e-5
 
-TP = "--parallelism.tensor_parallel_degree"
+TP, CP = "--parallelism.tensor_parallel_degree", "--parallelism.context_parallel_degree"
 LOCAL = "--training.local_batch_size"
 AC = "--activation_checkpoint.mode"
 # name -> (processes, arguments); every one has a global batch of 4. More layouts, over more steps, are in
@@ -36,9 +38,16 @@ LAYOUTS = {
     "operator-checkpointing": (2, [LOCAL, "2", AC, "selective", "--activation_checkpoint.selective_ac_option", "op"]),
     "fsdp4": (4, [LOCAL, "1"]),
     "fsdp2-tp2-accumulation": (4, [LOCAL, "1", TP, "2"]),
+    "fsdp2-cp2": (4, [LOCAL, "2", CP, "2"]),
+}
+# On packed rows; compilation sees masks and positions as arguments of its graphs.
+PACKED = {
+    "packed": (1, [LOCAL, "4"]),
+    "packed-fsdp2-cp2": (4, [LOCAL, "2", CP, "2"]),
+    "packed-compiled-cp2": (2, [LOCAL, "4", CP, "2", "--compile.enable", "--compile.backend", "aot_eager"]),
 }
 COMMON = ["--model.flavor", "tiny", "--training.steps", str(STEPS), "--training.global_batch_size", "4"]
-VALIDATED = ("single", "fsdp2", "fsdp4", "tp2")
+VALIDATED = ("single", "fsdp2", "fsdp4", "tp2", "fsdp2-cp2", "packed", "packed-fsdp2-cp2")
 # bfloat16 carries 8 bits; one rounding is 0.4%, and they add up over the layers.
 BFLOAT16 = {"fsdp2-bfloat16": (2, [LOCAL, "2"]), "fsdp2-tp2-bfloat16": (4, [LOCAL, "2", TP, "2"])}
 BFLOAT16_TOLERANCE = 0.03
@@ -58,8 +67,33 @@ def results(tmp_path_factory):
         (n, debug(root / name, *common, *args, *(validation if name in VALIDATED else ())))
         for name, (n, args) in everything.items()
     ]
+    data = ["--data.train", str(root / "data/train"), "--data.validation", str(root / "data/heldout")]
+    pack(root / "data")
+    for name, (n, args) in PACKED.items():
+        runs.append((n, debug(root / name, *common, *args, *(validation if name in VALIDATED else ()), *data)))
     run_many([seed, *runs])
-    return {name: scalars(root / name) for name in everything}
+    return {name: scalars(root / name) for name in everything | PACKED}
+
+
+def pack(folder):
+    """The functions of this suite's files as documents, most of them shorter than a row."""
+    rows = [
+        {"text": text} for path in sorted(ROOT.glob("tests/test_*.py")) for text in path.read_text().split("\n\n\n")
+    ]
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows[:300])))
+    found = prepare(
+        Request(
+            folder,
+            128,
+            (str(folder / "rows.jsonl"),),
+            "tests/assets/debug/tokenizer",
+            pack_documents=True,
+            held_out=0.2,
+        ),
+        report=print,
+    )
+    assert found.packing["heldout"].most_documents > 1 < found.packing["train"].most_documents
 
 
 def relative_difference(ours, theirs):
@@ -76,6 +110,22 @@ def test_every_layout_takes_the_same_step(results, layout):
         ours, theirs = results[layout][name], reference[name]
         assert set(ours) == set(theirs)
         assert relative_difference(ours, theirs) < TOLERANCE, f"{name}: {ours} against {theirs}"
+
+
+@pytest.mark.parametrize("layout", [name for name in PACKED if name != "packed"])
+def test_packed_rows_take_the_same_step(results, layout):
+    for name in TRACKED:
+        if name.startswith("validation") and layout not in VALIDATED:
+            continue
+        assert relative_difference(results[layout][name], results["packed"][name]) < TOLERANCE, name
+    assert results["packed"]["validation/loss_memory_on"][0] < results["packed"]["validation/loss_memory_off"][0]
+
+
+def test_scalars_count_a_context_parallel_group_once(results):
+    for name in ("n_tokens_seen", "parametric_memory/hardware_flops_ratio", "loss_metrics/global_max_loss"):
+        ours, theirs = results["fsdp2-cp2"][name], results["fsdp2"][name]
+        assert relative_difference(ours, theirs) < (0.05 if "flops" in name else TOLERANCE), name
+    assert results["fsdp2-cp2"]["n_tokens_seen"] == {1: 4 * 128, 2: 8 * 128}
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ def no_other_process_group():
 
 
 SHARD, TENSOR = "--parallelism.data_parallel_shard_degree", "--parallelism.tensor_parallel_degree"
+CONTEXT = "--parallelism.context_parallel_degree"
 
 
 @pytest.mark.parametrize(
@@ -38,8 +39,10 @@ SHARD, TENSOR = "--parallelism.data_parallel_shard_degree", "--parallelism.tenso
         (4, [SHARD, "4", "--model.converters", "lora"]),
         (4, [SHARD, "2", TENSOR, "2", "--parametric_memory.inner_loss", "kl", "--parametric_memory.inner_steps", "3"]),
         (8, [SHARD, "4", "--parallelism.data_parallel_replicate_degree", "2"]),
+        (4, [SHARD, "2", CONTEXT, "2", "--parametric_memory.target_modules", "ffn,attention"]),
+        (8, [TENSOR, "2", CONTEXT, "2", "--activation_checkpoint.mode", "full"]),
     ],
-    ids=["fsdp4", "lora", "fsdp2-tp2", "hsdp"],
+    ids=["fsdp4", "lora", "fsdp2-tp2", "hsdp", "fsdp2-cp2", "fsdp2-tp2-cp2"],
 )
 def test_fsdp_sends_what_is_foretold(ranks, arguments):
     """Counted in a step of a single process that takes itself for one of many."""
@@ -61,11 +64,18 @@ def test_fsdp_sends_what_is_foretold(ranks, arguments):
         assert foretold.reduce == pytest.approx(sums["reduce_scatter"] + 2 * replicated / 2)
         if tensor := bench.groups("tp"):
             # The layers' exchanges; those of embedding and head, and of the fast terms' middle, are left out.
-            half = 2 * 64 * bench.args.dim // 2
+            half = 2 * 64 // bench.dims.cp * bench.args.dim // 2
             # What a reduce-scatter is given is whole, what an all-gather is given a half.
             sizes = {"reduce_scatter": 2 * half, "all_gather": half}
             sent = sum(4 * half for kind, n in counted.on(*tensor) if n == sizes.get(kind))
             assert foretold.tensor == pytest.approx(sent, rel=0.1)
+        if context := bench.groups("cp"):
+            # A ring's all-reduce sends everything twice, an all-to-all all but what stays: here a half.
+            factor = {"all_to_all": 1 / 2, "all_reduce": 2 / 2}
+            sent = sum(4 * n * factor[kind] for kind, n in counted.on(*context))
+            # The lowest adapted layer has no backward pass through its attention in inner steps, if it has no fast
+            # weights there; and the losses are summed too.
+            assert foretold.context == pytest.approx(sent, rel=0.01 if "ffn,attention" in arguments else 0.2)
     finally:
         destroy_process_group()
 

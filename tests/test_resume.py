@@ -7,7 +7,7 @@ import pytest
 from launching import debug, run_many, scalars
 
 LOCAL, GLOBAL = "--training.local_batch_size", "--training.global_batch_size"
-TP = "--parallelism.tensor_parallel_degree"
+TP, CP = "--parallelism.tensor_parallel_degree", "--parallelism.context_parallel_degree"
 # 41 sequences: with 6 in a batch 6 steps an epoch, with 4 10 steps, and some sequences over.
 SMALL = ["--data.train", "tests/assets/debug/heldout", "--model.flavor", "tiny", "--lr_scheduler.total_steps", "20"]
 SAVE = ["--checkpoint.enable", "--checkpoint.interval"]
@@ -92,8 +92,9 @@ LAYOUTS = {
     "single": (1, [LOCAL, "4"]),
     "accumulation": (1, [LOCAL, "1", *WORKERS]),
     "fsdp4": (4, [LOCAL, "1"]),
-    "tp2": (2, [LOCAL, "4", TP, "2"]),
+    "cp2": (2, [LOCAL, "4", CP, "2"]),
     "fsdp2-tp2": (4, [LOCAL, "1", TP, "2"]),
+    "fsdp2-cp2": (4, [LOCAL, "1", CP, "2", *WORKERS]),
 }
 # Float32 rounding in another order; 12 steps amplify 1e-7 to some 1e-6.
 TOLERANCE = 1e-4

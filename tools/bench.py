@@ -1,6 +1,7 @@
 """Plain masked diffusion, straightforward MemDLM and ours, in turn on one sharded model: time, memory, communication.
 
     python tools/bench.py [CONFIG.toml] [options] [--section.key value ...]
+    python tools/bench.py [CONFIG.toml] --lengths 512 1024 2048 [options] ...    # plain and ours against length
 
 CONFIG.toml is a training configuration (default: train_configs/bench_cpu.toml); its backbone, batch, layout,
 precision, checkpointing and compilation are measured, on random weights and tokens. A step is forward, backward,
@@ -11,6 +12,7 @@ Starts its own processes; under torchrun it is one of them.
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -40,7 +42,9 @@ from memdlm_dist.trajectory import MicroBatch
 DEFAULT_CONFIG = Path(__file__).parent.parent / "train_configs/bench_cpu.toml"
 
 
-def measure(bench: Bench, rounds: int, warm_up: int, profile: str | None) -> dict[str, Any]:
+def measure(
+    bench: Bench, rounds: int, warm_up: int, profile: str | None = None, kinds: Sequence[str] = KINDS
+) -> dict[str, Any]:
     """Everything that is reported, on every rank."""
     config = bench.config
     optimizer = build_optimizers([bench.model], config.optimizer, bench.dims)
@@ -53,31 +57,31 @@ def measure(bench: Bench, rounds: int, warm_up: int, profile: str | None) -> dic
         optimizer.step()
         optimizer.zero_grad()
 
-    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     flops: dict[str, list[float]] = {"outer": [], "inner": []}
     recomputation = Recomputation(config.activation_checkpoint.mode, config.activation_checkpoint.selective_ac_option)
     for number in range(warm_up + rounds):
         batch = bench.batch(number)
-        for place in range(len(KINDS)):
-            kind = KINDS[(place + number) % len(KINDS)]
+        for place in range(len(kinds)):
+            kind = kinds[(place + number) % len(kinds)]
             taken = _timed(partial(step, kind, number, batch))
             if number >= warm_up:
                 seconds[kind].append(taken)
         if number >= warm_up:
             of_step = step_flops(bench.args, batch, bench.objective.memory, recomputation)
-            flops["outer"].append(of_step.outer)
-            flops["inner"].append(of_step.inner)
+            flops["outer"].append(of_step.outer * bench.dims.cp)
+            flops["inner"].append(of_step.inner * bench.dims.cp)
         _say(f"round {number + 1} of {warm_up + rounds}" + (" (warm-up)" if number < warm_up else ""))
 
-    counted = {kind: bench.collectives(kind) for kind in KINDS}
+    counted = {kind: bench.collectives(kind) for kind in kinds}
     data_parallel = {kind: by_kind(found.on(*bench.groups(*DATA_PARALLEL))) for kind, found in counted.items()}
     tensor_parallel = {kind: by_kind(found.on(*bench.groups("tp"))) for kind, found in counted.items()}
-    memory = {kind: _largest(peak_memory(partial(step, kind, 0, bench.batch(0)))) for kind in KINDS}
+    memory = {kind: _largest(peak_memory(partial(step, kind, 0, bench.batch(0)))) for kind in kinds}
     if profile is not None:
         _profile(lambda: step("ours", 0, bench.batch(0)), profile)
 
     def by_kind_of_step(value: Callable[[str], Any]) -> dict[str, Any]:
-        return {kind: value(kind) for kind in KINDS}
+        return {kind: value(kind) for kind in kinds}
 
     def ratio(above: str, below: str) -> float:
         return statistics.median(a / b for a, b in zip(seconds[above], seconds[below], strict=True))
@@ -95,9 +99,9 @@ def measure(bench: Bench, rounds: int, warm_up: int, profile: str | None) -> dic
         "step_seconds": median,
         "step_seconds_range": by_kind_of_step(lambda kind: [min(seconds[kind]), max(seconds[kind])]),
         "ratio": {
-            "ours_over_plain": ratio("ours", "plain"),
-            "straightforward_over_plain": ratio("straightforward", "plain"),
-            "ours_over_straightforward": ratio("ours", "straightforward"),
+            f"{above}_over_{below}": ratio(above, below)
+            for above, below in (("ours", "plain"), ("straightforward", "plain"), ("ours", "straightforward"))
+            if {above, below} <= set(kinds)
         },
         "tokens_per_second": by_kind_of_step(lambda kind: tokens * replicas / median[kind]),
         "all_gathers": by_kind_of_step(lambda kind: data_parallel[kind]["all_gather"]),
@@ -115,7 +119,7 @@ def measure(bench: Bench, rounds: int, warm_up: int, profile: str | None) -> dic
             (a + b) / a for a, b in zip(flops["outer"], flops["inner"], strict=True)
         ),
         "mfu": by_kind_of_step(
-            lambda kind: None if peak is None else model_flops / bench.dims.tp / median[kind] / peak
+            lambda kind: None if peak is None else model_flops / (bench.dims.tp * bench.dims.cp) / median[kind] / peak
         ),
     }
 
@@ -184,6 +188,38 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def sweep(config: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Plain and our steps on rows of several lengths, on every rank."""
+    results = []
+    for length in options.lengths:
+        _say(f"rows of {length} tokens")
+        config.training.seq_len = length
+        bench = Bench.build(config, options.layers)
+        found = measure(bench, options.rounds, options.warm_up, kinds=("plain", "ours"))
+        results.append({"length": length, **found})
+        del bench
+        gc.collect()
+    return results
+
+
+def table_of_lengths(results: Sequence[dict[str, Any]]) -> str:
+    """The results of a sweep for people."""
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "tokens of a row": lambda found: f"{found['length']:,}",
+        "plain (s)": lambda found: f"{found['step_seconds']['plain']:.2f}",
+        "ours (s)": lambda found: f"{found['step_seconds']['ours']:.2f}",
+        "ours/plain": lambda found: f"{found['ratio']['ours_over_plain']:.3f}",
+        "by FLOPs": lambda found: f"{found['hardware_flops_ratio']:.3f}",
+        "plain (MiB)": lambda found: f"{found['peak_bytes']['plain'] / 2**20:,.0f}",
+        "ours (MiB)": lambda found: f"{found['peak_bytes']['ours'] / 2**20:,.0f}",
+        "within step": lambda found: f"{found['peak_bytes_within_step']['plain'] / 2**20:,.0f}",
+        "of ours": lambda found: f"{found['peak_bytes_within_step']['ours'] / 2**20:,.0f}",
+    }
+    lines = ["".join(f"{name:>17}" for name in columns)]
+    lines += ["".join(f"{value(found):>17}" for value in columns.values()) for found in results]
+    return "\n".join(lines)
+
+
 def _say(text: str) -> None:
     if dist.get_rank() == 0:
         print(text, file=sys.stderr, flush=True)
@@ -198,10 +234,16 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     config = _configuration(options.config, overrides, int(os.environ["WORLD_SIZE"]))
     device_module.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("gloo" if device_type == "cpu" else None)
-    result = measure(Bench.build(config, options.layers), options.rounds, options.warm_up, options.profile)
-    result = {"config": str(options.config), "overrides": list(overrides), "layers": options.layers, **result}
+    result = {"config": str(options.config), "overrides": list(overrides), "layers": options.layers}
+    if options.lengths:
+        result["lengths"] = sweep(config, options)
+        text = table_of_lengths(result["lengths"])
+    else:
+        bench = Bench.build(config, options.layers)
+        result |= measure(bench, options.rounds, options.warm_up, options.profile)
+        text = table(result)
     if dist.get_rank() == 0:
-        print(table(result), flush=True)
+        print(text, flush=True)
         if options.json:
             Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
             print(f"Written to {options.json}.", flush=True)
@@ -218,9 +260,11 @@ def _check_output(path: str | None) -> None:
         raise UserError(f"{path} cannot be written ({error}); choose another file.") from None
 
 
-def _configuration(path: Path, overrides: Sequence[str], world_size: int) -> Any:
+def _configuration(path: Path, overrides: Sequence[str], world_size: int, length: int | None = None) -> Any:
     config = parse_config.parse(["--job.config_file", str(path), *overrides])
+    config.training.seq_len = length or config.training.seq_len
     check_layout.check_launch(config, world_size)
+    check_layout.check_device(config, device_type)
     args = backbone_args(config.model.name, config.model.flavor)
     check_layout.check_backbone(config, args, world_size)
     if not config.parametric_memory.enable:
@@ -248,6 +292,9 @@ def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
     parser.add_argument("--rounds", type=positive, default=7, help="rounds that count (default: 7)")
     parser.add_argument("--warm-up", type=positive, default=2, help="rounds before them (default: 2)")
+    parser.add_argument(
+        "--lengths", type=positive, nargs="+", metavar="N", help="measure plain and ours on rows of so many tokens each"
+    )
     parser.add_argument("--layers", type=positive, help="number of layers, if not the flavour's")
     parser.add_argument("--processes", type=positive, help="default: all accelerators, or 2 without any")
     parser.add_argument("--json", default="outputs/bench.json", help="default: outputs/bench.json; '' writes none")
@@ -264,7 +311,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         processes = options.processes or torch.accelerator.device_count() or 2
         # Mistakes are found here, before anything is started.
-        _configuration(options.config, overrides, processes)
+        for length in options.lengths or [None]:
+            _configuration(options.config, overrides, processes, length)
         _check_output(options.json)
         _check_output(options.profile)
     except UserError as mistake:

@@ -45,6 +45,7 @@ _COMMUNICATION = {
     "gather": "FSDP all-gathers",
     "reduce": "FSDP reductions",
     "tensor": "tensor parallel",
+    "context": "context parallel",
     "experts": "expert parallel",
 }
 
@@ -131,7 +132,7 @@ def _remedy(config: Any, x: Estimate) -> str:
             return 'set activation_checkpoint.mode = "full"'
         if config.training.local_batch_size > 1:
             return "lower training.local_batch_size"
-        return "raise parallelism.tensor_parallel_degree"
+        return "raise parallelism.context_parallel_degree or tensor_parallel_degree"
     if largest in ("weights", "gradients", "optimizer"):
         return 'shard over more ranks, or train adapters (model.converters = ["lora"])'
     if largest == "fast_weights":

@@ -71,8 +71,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--pack-documents",
         action="store_true",
-        help="pack whole documents, or fine-tuning rows, several to a sequence as they fit best, and keep them apart in "
-        "training: in attention, positions, noise and memory (default: documents end to end, fine-tuning rows padded)",
+        help="pack whole documents, or fine-tuning rows, several to a sequence as they fit best, and keep them apart "
+        "in training: attention, positions, noise and memory (default: documents end to end, fine-tuning rows padded)",
     )
     p.add_argument("--limit", type=int, metavar="N", help="read at most N rows")
     p.add_argument("--strict", action="store_true", help="stop at the first bad row instead of counting it")
@@ -119,8 +119,8 @@ def main(argv: list[str] | None = None) -> int:
     for part, packing in summary.packing.items():
         rows = summary.sequences[part]
         print(
-            f"  {part}: {packing.documents:,} documents packed, {packing.documents / rows:.1f} to a sequence and at most "
-            f"{packing.most_documents:,}; {100 * packing.efficiency:.1f}% of the tokens are theirs"
+            f"  {part}: {packing.documents:,} documents packed, {packing.documents / rows:.1f} to a sequence and at "
+            f"most {packing.most_documents:,}; {100 * packing.efficiency:.1f}% of the tokens are theirs"
         )
     return 0
 

@@ -41,21 +41,21 @@ def rotary_frequencies(head_dim: int, length: int, theta: float) -> Tensor:
     return torch.polar(torch.ones_like(angle), angle)
 
 
-def document_mask(number_BL: Tensor) -> Mask:
-    """Attention within documents: blocks for flex attention on an accelerator, elsewhere all of it, `[B, 1, L, L]`.
+def document_mask(number_BL: Tensor, blocks: bool) -> Mask:
+    """Attention within documents: blocks, for flex attention, or all of it, `[B, 1, L, L]`.
 
     Args:
         number_BL: of each token's document; see `Documents`.
     """
+    if not blocks:
+        return (number_BL.unsqueeze(2) == number_BL.unsqueeze(1)).unsqueeze(1)
     batch, length = number_BL.shape
 
     def within_document(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return number_BL[b, query] == number_BL[b, key]
 
-    if number_BL.device.type == "cpu":
-        return (number_BL.unsqueeze(2) == number_BL.unsqueeze(1)).unsqueeze(1)
-    blocks: BlockMask = create_attention_mask(within_document, batch, None, length, length, device=number_BL.device)
-    return blocks
+    mask: BlockMask = create_attention_mask(within_document, batch, None, length, length, device=number_BL.device)
+    return mask
 
 
 def rotate(x_BLHd: Tensor, frequencies_Lj: Tensor) -> Tensor:

@@ -67,8 +67,8 @@ class LLaDAArgs(BaseModelArgs):
 
     @property
     def rotary_base(self) -> float:
-        """theta s^(d / (d - 2)): the slowest pair then turns over s times the context as it did over the backbone's own,
-        and the fastest as before."""
+        """theta s^(d / (d - 2)): the slowest pair then turns over s times the context as it did over the backbone's
+        own, and the fastest as before."""
         head = self.dim // self.n_heads
         return self.rope_theta * self.rope_scaling ** (head / (head - 2))
 
@@ -217,12 +217,14 @@ class LLaDA(ModelProtocol):
             sets_of_documents: every document has a set of fast weights.
         """
         if documents is None:
-            mask = attended_BL[:, None, None, :] if attended_BL is not None else None
-            return TokenContext(self.freqs_cis[first : first + length], mask)
+            attended_B11L = attended_BL[:, None, None, :] if attended_BL is not None else None
+            return TokenContext(self.freqs_cis[first : first + length], attended_B11L)
         assert attended_BL is None
         here = documents.slice(first, length)
         own_set = here.own() if sets_of_documents and documents.slots > 1 else None
-        return TokenContext(self.freqs_cis[here.place_BL], document_mask(documents.number_BL), own_set)
+        # Flex attention has no backward pass on a CPU.
+        mask = document_mask(documents.number_BL, blocks=documents.number_BL.device.type != "cpu")
+        return TokenContext(self.freqs_cis[here.place_BL], mask, own_set)
 
     def reach(self, length: int) -> None:
         """Make the table of rotary positions long enough; beyond the length of training the model extrapolates."""

@@ -4,8 +4,8 @@ The router's softmax is over all experts, in float32; the weights of the chosen 
 and there is no shared expert. Queries and keys are RMS-normalised per head. Each expert's gate, up and down
 linear has fast weights of its own.
 
-Shapes: B rows, L tokens, G sets of fast weights, D model, F width of an expert, N = B L tokens, k experts of a token, E experts of
-this rank, S slots: the N k pairs of a token and an expert, sorted by expert.
+Shapes: B rows, L tokens, G sets of fast weights, D model, F width of an expert, N = B L tokens, k experts of a
+token, E experts of this rank, S slots: the N k pairs of a token and an expert, sorted by expert.
 """
 
 from collections.abc import Sequence
