@@ -29,8 +29,12 @@ class Model(TitanModel):
     """torchtitan's section and the extension to longer sequences."""
 
     rope_scaling: float = 1.0
-    """By what factor the context is extended beyond the backbone's own: the base theta of its rotary positions becomes
-    theta * factor^(d / (d - 2)) with d dimensions a head (NTK-aware scaling)."""
+    """By what factor the context is extended beyond the one that the backbone's weights were trained on; the base of
+    its rotary positions is raised accordingly."""
+
+    rope_scaling_method: Literal["ntk", "diffusion_ntk"] = "diffusion_ntk"
+    """How. ntk: theta * factor^(d / (d - 2)) with d dimensions a head, as for causal models; diffusion_ntk goes by the
+    distances to both sides that a bidirectional model has learnt (arXiv 2510.10481)."""
 
 
 @dataclass

@@ -32,6 +32,7 @@ from memdlm_dist.flops import Recomputation, step_flops
 from memdlm_dist.logs import start_logging
 from memdlm_dist.metrics import HARDWARE_FLOPS, MASK_RATIO, SKIPPED_BATCHES, MemDLMMetrics
 from memdlm_dist.models import backbone_args
+from memdlm_dist.models.llada import LLaDAArgs
 from memdlm_dist.models.llada_moe import LLaDAMoE
 from memdlm_dist.objective import Objective, build_objective
 from memdlm_dist.preemption import StopRequest
@@ -203,6 +204,16 @@ def check_output(dump_folder: str) -> None:
         ) from None
 
 
+def _warn_of_length(config: Any, args: LLaDAArgs) -> None:
+    """Of published weights that are to read further than they were trained to."""
+    length, known = config.training.seq_len, args.native_length * config.model.rope_scaling
+    if config.checkpoint.initial_load_in_hf and length > known and int(os.environ.get("RANK", "0")) == 0:
+        logger.warning(
+            f"training.seq_len = {length} is longer than the {known:g} tokens that the weights' rotary positions are "
+            f"for; set model.rope_scaling = {length / args.native_length:g} to extend them."
+        )
+
+
 def run(argv: Sequence[str]) -> int:
     """Train as a command line says; returns the exit status.
 
@@ -213,7 +224,9 @@ def run(argv: Sequence[str]) -> int:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     check_layout.check_launch(config, world_size)
     check_layout.check_device(config, device_type)
-    check_layout.check_backbone(config, backbone_args(config.model.name, config.model.flavor), world_size)
+    args = backbone_args(config.model.name, config.model.flavor)
+    check_layout.check_backbone(config, args, world_size)
+    _warn_of_length(config, args)
     check_output(config.job.dump_folder)
     single_process_environment()
     with StopRequest() as stop:

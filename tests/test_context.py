@@ -1,5 +1,6 @@
 """Context parallelism: the same numbers as one process, and what it communicates."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from torchtitan.distributed.utils import init_fake_mode
 
 from memdlm_dist import check_layout, parse_config
 from memdlm_dist.errors import UserError
+from memdlm_dist.models import BACKBONES
 from memdlm_dist.models.llada import FLAVOURS, LLaDA
 from memdlm_dist.models.parallelize import layout, spread_on_meta
 
@@ -117,17 +119,34 @@ def batch():
     return tokens, tokens.clone(), torch.arange(2)
 
 
-def test_rope_scaling_slows_the_slowest_pair_by_the_factor(tmp_path):
-    args = replace(FLAVOURS["8B"], rope_scaling=32.0)
-    d = args.dim // args.n_heads
-    slowest, fastest = (args.rotary_base ** (-2 * j / d) for j in (d // 2 - 1, 0))
-    assert slowest == pytest.approx(args.rope_theta ** (-(d - 2) / d) / 32) and fastest == 1
-    assert FLAVOURS["8B"].rotary_base == 500_000
-    model = LLaDA(replace(FLAVOURS["debug"], rope_scaling=4.0, max_seq_len=8))
-    d, base = 8, 500_000 * 4 ** (8 / 6)
-    expected = torch.outer(torch.arange(8.0), base ** (-torch.arange(0, d, 2) / d))
-    torch.testing.assert_close(model.freqs_cis.angle(), (expected + torch.pi) % (2 * torch.pi) - torch.pi)
+def test_rope_scaling():
+    args = replace(FLAVOURS["8B"], rope_scaling=32.0, rope_scaling_method="ntk")
+    d, theta = args.dim // args.n_heads, 500_000
+    # The slowest pair is slower by the factor.
+    assert args.rotary_base ** (-(d - 2) / d) == pytest.approx(theta ** (-(d - 2) / d) / 32)
+    assert replace(args, rope_scaling=1.0).rotary_base == FLAVOURS["8B"].rotary_base == theta
+    # 35 of the 64 pairs have turned once within 4,096 tokens to either side, and the last of these just so.
+    turns = [2 * 4096 / (2 * torch.pi) * theta ** (-2 * j / d) for j in range(64)]
+    assert turns[34] > 1 > turns[35]
+    base = replace(args, rope_scaling_method="diffusion_ntk").rotary_base
+    assert 2 * 131072 / (2 * torch.pi) * base ** (-2 * 35 / d) == pytest.approx(1)
+    assert args.rotary_base < base < 1e9
+
+
+def test_scaled_positions_are_the_models():
+    model = LLaDA(replace(FLAVOURS["debug"], rope_scaling=4.0, rope_scaling_method="ntk", max_seq_len=8))
+    base = 500_000 * 4 ** (8 / 6)
+    expected = torch.outer(torch.arange(8.0), base ** (-torch.arange(0, 8, 2) / 8))
+    torch.testing.assert_close(model.freqs_cis, torch.polar(torch.ones_like(expected), expected))
     model.reach(20)
     assert len(model.freqs_cis) == 20 and model.freqs_cis[19, 3].angle() == pytest.approx(19 * base ** (-6 / 8))
     config = parse_config.parse(["--job.config_file", "train_configs/llada_8b_128k.toml"])
-    assert config.model.rope_scaling == config.training.seq_len / 4096
+    args = replace(FLAVOURS["8B"])
+    args.update_from_config(config)
+    assert args.rope_scaling * args.native_length == config.training.seq_len and args.rotary_base > 1e8
+    # Weights for the native context start such a run; what comes out says its own base.
+    adapter = BACKBONES["llada"].adapter(args, None)
+    assert adapter.config()["rope_theta"] == args.rotary_base
+    assert not adapter.differences('{"rope_theta": 500000.0}')
+    assert not adapter.differences(json.dumps({"rope_theta": args.rotary_base}))
+    assert adapter.differences('{"rope_theta": 10000.0}') == ["rope_theta is 10000.0 there and 500000.0 here"]

@@ -5,8 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from bench_step import Bench
+from sharded_context import configuration, micro_batches
 from test_bilevel import ARGS, MASK_ID, build, double, gradients, memory, objective
+from torch.distributed import destroy_process_group, is_initialized
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torchtitan.distributed.utils import init_fake_mode
 
 from memdlm_dist import trajectory
 from memdlm_dist.bilevel import Memory, outer_loss
@@ -14,7 +18,7 @@ from memdlm_dist.documents import FILL, Documents
 from memdlm_dist.fast_weights import InnerSGD
 from memdlm_dist.flops import step_flops
 from memdlm_dist.inner_loss import inner_loss
-from memdlm_dist.models import attention
+from memdlm_dist.models import attention, llada
 from memdlm_dist.models.llada_moe import LLaDAMoE, LLaDAMoEArgs
 from memdlm_dist.validate import even_levels
 
@@ -160,24 +164,75 @@ def test_experts_have_fast_weights_for_every_document(adapter):
     assert (inner.written_norm_G > 0.01).sum() >= 6
 
 
-def test_blocks_of_flex_attention_are_the_dense_mask(monkeypatch):
-    """What an accelerator is given, by the block mask and the kernel that torch runs everywhere, uncompiled; output
-    and gradients."""
+@pytest.fixture
+def flex(monkeypatch):
+    """Flex attention by the kernel that torch has everywhere, uncompiled."""
     monkeypatch.setattr(attention, "create_attention_mask", create_block_mask)
-    dense, blocks = (attention.document_mask(numbers(), blocks=x) for x in (False, True))
-    assert dense.shape == (4, 1, LENGTH, LENGTH) and isinstance(blocks, BlockMask)
     monkeypatch.setattr(attention.FlexAttentionWrapper, "_compiled_flex_attn", flex_attention)
     # It refuses gradients on a CPU, for what a compiler would make of it there.
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
+
+
+@pytest.fixture
+def blocks(flex, monkeypatch):
+    """What an accelerator is given; returns the masks that were made."""
+    made, document_mask = [], attention.document_mask
+
+    def noted(number_BL, blocks):
+        made.append(document_mask(number_BL, blocks=True))
+        return made[-1]
+
+    monkeypatch.setattr(llada, "document_mask", noted)
+    return made
+
+
+def test_blocks_of_flex_attention_are_the_dense_mask(flex):
+    dense, sparse = (attention.document_mask(numbers(), blocks=x) for x in (False, True))
+    assert dense.shape == (4, 1, LENGTH, LENGTH) and isinstance(sparse, BlockMask)
     kernel = attention.BidirectionalAttentionKernel()
     torch.manual_seed(0)
     q, k, v = (torch.randn(4, heads, LENGTH, 16, requires_grad=True) for heads in (4, 2, 2))
     found = []
-    for mask in (dense, blocks):
+    for mask in (dense, sparse):
         out = kernel(q, k, v, enable_gqa=True, mask=mask)
         found.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_makes_its_blocks_once(request):
+    """For all passes; and they give what the dense mask gives."""
+    goal, model = objective(memory(), inner_steps=3), build(torch.float32)
+    tokens, labels, documents = packed()
+
+    def loss():
+        batch = goal.micro_batch(tokens, labels, ROW_IDS, STEP, documents_BL=documents)
+        return goal.loss_sum(model, batch, STEP)[0].detach()
+
+    dense = loss()
+    made = request.getfixturevalue("blocks")
+    # Float32 by another kernel.
+    torch.testing.assert_close(loss(), dense, rtol=1e-5, atol=0)
+    assert len(made) == 1 and isinstance(made[0], BlockMask)
+
+
+def test_blocks_pass_through_fsdp_and_checkpoints(blocks):
+    """A single process that takes itself for one of four; what the others would send is not there to be compared."""
+    if is_initialized():
+        destroy_process_group()
+    init_fake_mode(4)
+    try:
+        bench = Bench.build(
+            configuration("--parallelism.data_parallel_shard_degree", "2", "--parallelism.context_parallel_degree", "2",
+                          "--activation_checkpoint.mode", "full")
+        )  # fmt: skip
+        (batch,) = micro_batches(bench, 1, "packed")
+        loss, inner = bench.loss_sum("ours", batch, 1)
+        loss.backward()
+        assert len(blocks) == 1 and inner.loss_KG.shape == (2, 2 * 3) and batch.inputs[0].shape == (2, 16)
+        assert all(p.grad is not None for p in bench.model.parameters())
+    finally:
+        destroy_process_group()
 
 
 def test_documents_know_their_places():

@@ -9,6 +9,7 @@ rank, N of all tensor-parallel ranks. Under tensor parallelism the activations b
 sharded on the sequence, [B, L / tp, D].
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
@@ -48,7 +49,9 @@ class LLaDAArgs(BaseModelArgs):
     vocab_size: int = 126464
     norm_eps: float = 1e-5
     rope_theta: float = 500_000.0
-    rope_scaling: float = 1.0  # of the context, by which `rotary_base` goes
+    native_length: int = 4096  # of the context that the published weights were trained on
+    rope_scaling: float = 1.0  # by which factor the context is longer, and how `rotary_base` goes by it
+    rope_scaling_method: str = "diffusion_ntk"
     max_seq_len: int = 4096
     attn_type: str = "sdpa"
     # Standard deviation of the blocks' linears at the start. llama3's suits widths of thousands; a narrow model's
@@ -64,13 +67,26 @@ class LLaDAArgs(BaseModelArgs):
     def update_from_config(self, job_config, **kwargs) -> None:
         self.max_seq_len = job_config.training.seq_len
         self.rope_scaling = job_config.model.rope_scaling
+        self.rope_scaling_method = job_config.model.rope_scaling_method
 
     @property
     def rotary_base(self) -> float:
-        """theta s^(d / (d - 2)): the slowest pair then turns over s times the context as it did over the backbone's
-        own, and the fastest as before."""
-        head = self.dim // self.n_heads
-        return self.rope_theta * self.rope_scaling ** (head / (head - 2))
+        """Base theta of the rotary positions for a context of s = `rope_scaling` times the native one, d dimensions.
+
+        ntk: theta s^(d / (d - 2)). The slowest pair turns over the longer context as far as it did over the native one.
+
+        diffusion_ntk (UltraLLaDA, arXiv 2510.10481): (2 s T / 2 pi)^(d / c). The native context T has taught a
+        bidirectional model distances from -T to T, over which the first c / 2 = ceil(d / 2 log_theta(2 T / 2 pi)) pairs
+        turn at least once; the next one then turns once over the longer context's distances.
+        """
+        if self.rope_scaling == 1:
+            return self.rope_theta
+        d = self.dim // self.n_heads
+        if self.rope_scaling_method == "ntk":
+            return self.rope_theta * self.rope_scaling ** (d / (d - 2))
+        native = self.native_length / math.pi
+        critical = 2 * math.ceil(d / 2 * math.log(native, self.rope_theta))
+        return (self.rope_scaling * native) ** (d / critical)
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
         return get_dense_model_nparams_and_flops(self, model, 2 * (self.dim // self.n_heads), seq_len)

@@ -41,6 +41,7 @@ class LLaDAMoEArgs(LLaDAArgs):
     hidden_dim: int = 1024
     vocab_size: int = 157184
     rope_theta: float = 50_000.0
+    native_length: int = 8192
     qk_norm: bool = True
     n_experts: int = 64
     experts_per_token: int = 8
