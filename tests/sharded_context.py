@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import ring_on_cpu
 from ranks import fork
 
 sys.path[:0] = [str(Path(__file__).parent.parent / "tools")]
@@ -33,6 +34,7 @@ llada_moe.FLAVOURS["tiny"] = llada_moe.LLaDAMoEArgs(
 ROWS, LENGTH = 4, 32
 SHARD, TENSOR = "--parallelism.data_parallel_shard_degree", "--parallelism.tensor_parallel_degree"
 CONTEXT = "--parallelism.context_parallel_degree"
+RING = ["--parallelism.context_parallel_method", "ring"]
 # name -> (ranks, arguments, micro-batches in which a single process does the same: sets of fast weights)
 LAYOUTS = {
     "one": (1, [], 1),
@@ -41,6 +43,8 @@ LAYOUTS = {
     "cp4": (4, [CONTEXT, "4"], 1),
     "fsdp2-cp2": (4, [SHARD, "2", CONTEXT, "2", "--activation_checkpoint.mode", "full"], 2),
     "tp2-cp2": (4, [TENSOR, "2", CONTEXT, "2"], 1),
+    "ring2": (2, [CONTEXT, "2", *RING], 1),
+    "tp2-ring2": (4, [TENSOR, "2", CONTEXT, "2", *RING], 1),
 }
 MEMORY = "--parametric_memory."
 BATCH = [
@@ -72,6 +76,8 @@ def numbers():
 
 
 def options_of(layout):
+    if "ring" in layout:
+        return ["off", "sample", "batch-quarter"]  # it takes no documents
     # Four ranks have one head each of the mixture of experts.
     return [name for name in OPTIONS if name != "moe-packed" or layout in ("one", "one-twice", "cp2", "fsdp2-cp2")]
 
@@ -137,6 +143,8 @@ def body(folder, layout):
         logger.setLevel("WARNING")
         torch.set_num_threads(1)
         dist.init_process_group("gloo")
+        if "ring" in layout:
+            ring_on_cpu.register()
         results = {"masked on a rank": {}}
         for options in options_of(layout):
             extra, kind, rows = OPTIONS[options]
@@ -152,7 +160,7 @@ def body(folder, layout):
             wrapper = ModelWrapper(bench.model)
             wrapper.load_state_dict(hugging_face.read_into(wrapper.state_dict(), adapter, weights))
             results[options], results["masked on a rank"][options] = step(bench, count, kind, rows)
-            if options == "sample":
+            if options == "sample" and "ring" not in layout:
                 found = bench.collectives("ours")
                 context, shards = (found.on(*bench.groups(name)) for name in ("cp", "fsdp"))
                 results["collectives"] = {"cp": by_kind(context), "fsdp": by_kind(shards)}
