@@ -333,7 +333,7 @@ class Pool:
         """The gradients of the sum of all ranks' losses; DTensors must not be partial."""
         if not self.whole_sets:
             return list(grads)
-        grads = [g.clone() for g in grads]
+        grads = [g.clone(memory_format=torch.contiguous_format) for g in grads]
         works = [
             all_reduce(g.to_local() if isinstance(g, DTensor) else g, group=self.group, async_op=True) for g in grads
         ]

@@ -8,9 +8,9 @@ A single process writes the weights to FOLDER, which each layout reads; FOLDER/L
 import sys
 from pathlib import Path
 
+import ring_on_cpu
 import torch
 import torch.distributed as dist
-import ring_on_cpu
 from ranks import fork
 
 sys.path[:0] = [str(Path(__file__).parent.parent / "tools")]
@@ -43,7 +43,6 @@ LAYOUTS = {
     "cp4": (4, [CONTEXT, "4"], 1),
     "fsdp2-cp2": (4, [SHARD, "2", CONTEXT, "2", "--activation_checkpoint.mode", "full"], 2),
     "tp2-cp2": (4, [TENSOR, "2", CONTEXT, "2"], 1),
-    "ring2": (2, [CONTEXT, "2", *RING], 1),
     "tp2-ring2": (4, [TENSOR, "2", CONTEXT, "2", *RING], 1),
 }
 MEMORY = "--parametric_memory."
@@ -78,8 +77,10 @@ def numbers():
 def options_of(layout):
     if "ring" in layout:
         return ["off", "sample", "batch-quarter"]  # it takes no documents
+    if layout == "one-twice":  # what depends on the micro-batch
+        return [name for name in OPTIONS if name.startswith("batch")]
     # Four ranks have one head each of the mixture of experts.
-    return [name for name in OPTIONS if name != "moe-packed" or layout in ("one", "one-twice", "cp2", "fsdp2-cp2")]
+    return [name for name in OPTIONS if name != "moe-packed" or layout in ("one", "cp2", "fsdp2-cp2")]
 
 
 def configuration(*arguments):

@@ -2,7 +2,8 @@
 
     python tests/sharded_step.py FOLDER [LAYOUT ...]
 
-Writes as JSON what test_sharded_step.py asserts, a file for each layout.
+Writes as JSON what test_sharded_step.py asserts, a file for each layout. Of a layout COMPILED its name followed by
+`-compiled` is the part that takes as long as all others together.
 """
 
 import json
@@ -56,6 +57,7 @@ BUILDS = {  # name -> (dtype, arguments, layouts that do without: compiling take
     "float32-always": ("float32", ["--parallelism.fsdp_reshard_after_forward", "always"], ("hsdp2x2", "fsdp2-tp2")),
 }
 
+COMPILED = ("fsdp2-tp2", "float32-compiled-selective")
 COMPILATIONS = {"fsdp2": ("plain", "ours"), "fsdp2-tp2": ("ours",)}
 
 # name -> (plan, memory's loss, adapter, targets, sets per sample)
@@ -71,10 +73,15 @@ OPTIONS = {
 }  # fmt: skip
 
 
-def builds(layout):
-    """Names of what is compared on a layout: "build options"."""
+def layout_of(part):
+    return part.removesuffix("-compiled")
+
+
+def builds(part):
+    """Names of what is compared on a layout, or on its compiled part: "build options"."""
+    layout = layout_of(part)
     for name, (_, _, without) in BUILDS.items():
-        if layout not in without:
+        if layout not in without and ((layout, name) == COMPILED) == (layout != part):
             # HSDP differs from FSDP in the reduction of gradients alone.
             some = OPTIONS if name == "float64" and layout != "hsdp2x2" else list(OPTIONS)[:1]
             yield from (f"{name} {options}" for options in some)
@@ -222,14 +229,16 @@ def compilations(bench, kind):
     return {"graphs": graphs, "breaks": dict(counters["graph_break"])}
 
 
-def body(layout, path):
+def body(part, path):
+    layout = layout_of(part)
+
     def rank(number):
         logger.setLevel("WARNING")
         torch.set_num_threads(1)
         dist.init_process_group("gloo")
         result = {"compilations": {}, "steps": {}}
         built = None
-        for step_name in builds(layout):
+        for step_name in builds(part):
             name, options = step_name.split()
             dtype, arguments, _ = BUILDS[name]
             if name != built:
@@ -255,7 +264,7 @@ if __name__ == "__main__":
     folder, *layouts = sys.argv[1:]
     for layout in layouts or LAYOUTS:
         began = time.perf_counter()
-        status = fork(LAYOUTS[layout][0], body(layout, f"{folder}/{layout}.json"))
+        status = fork(LAYOUTS[layout_of(layout)][0], body(layout, f"{folder}/{layout}.json"))
         print(f"{layout}: status {status} after {time.perf_counter() - began:.1f} s", flush=True)
         if status:
             sys.exit(status)

@@ -34,7 +34,6 @@ LAYOUTS = {
     "single": (1, [LOCAL, "4"]),
     "fsdp2": (2, [LOCAL, "2"]),
     "tp2": (2, [LOCAL, "4", TP, "2"]),
-    "tp2-no-loss-parallel": (2, [LOCAL, "4", TP, "2", "--parallelism.disable_loss_parallel"]),
     "operator-checkpointing": (2, [LOCAL, "2", AC, "selective", "--activation_checkpoint.selective_ac_option", "op"]),
     "fsdp4": (4, [LOCAL, "1"]),
     "fsdp2-tp2-accumulation": (4, [LOCAL, "1", TP, "2"]),
@@ -188,7 +187,7 @@ OPTION_LAYOUTS = {
     # Every block recomputed in the backward pass, and every group of parameters freed after its forward pass.
     "fsdp2": (2, [LOCAL, "2", AC, "full", "--parallelism.fsdp_reshard_after_forward", "always"]),
     "tp2": LAYOUTS["tp2"],
-    "tp2-no-loss-parallel": LAYOUTS["tp2-no-loss-parallel"],
+    "tp2-no-loss-parallel": (2, [LOCAL, "4", TP, "2", "--parallelism.disable_loss_parallel"]),
     "compiled": (2, [LOCAL, "2", "--compile.enable", "--compile.backend", "aot_eager"]),
 }
 # One set for a whole local batch depends on the local batch: only layouts with the same one are the same.
@@ -203,22 +202,50 @@ OPTION_RUNS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def options(tmp_path_factory):
-    root = tmp_path_factory.mktemp("options")
+# Every set of options and every layout; the other pairs, which test_sharded_step.py covers below the trainer, are slow.
+SOME_RUNS = (
+    ("kl-progressive-global", "tp2-no-loss-parallel"),
+    ("reverse_kl-newly_revealed-3", "fsdp2"),
+    ("hidden_mse-anchor_only-full", "tp2"),
+    ("hidden_mse-anchor_only-full", "compiled"),
+    ("hidden_cosine-pre_anchor_only", "tp2-no-loss-parallel"),
+    ("batch", "tp2"),
+)
+
+
+def run_options(root, chosen_runs):
     seed, common = from_one_seed(root, *COMMON)
     runs = []
-    for name, layout in OPTION_RUNS:
+    for name, layout in chosen_runs:
         processes, arguments = OPTION_LAYOUTS[layout]
         chosen = [part for key, value in OPTIONS[name].items() for part in (MEMORY + key, value)]
         runs.append((processes, debug(root / name / layout, *common, *arguments, *chosen)))
     run_many([seed, *runs])
-    return {run: scalars(root / run[0] / run[1]) for run in OPTION_RUNS}
+    return {run: scalars(root / run[0] / run[1]) for run in chosen_runs}
 
 
-@pytest.mark.parametrize("name, layout", [run for run in OPTION_RUNS if run[1] != "single"])
-def test_every_option_is_the_same_on_every_layout(options, name, layout):
-    ours, theirs = options[name, layout], options[name, "single"]
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    single = [(name, "single") for name in OPTIONS]
+    return run_options(tmp_path_factory.mktemp("options"), [*single, *SOME_RUNS])
+
+
+@pytest.fixture(scope="module")
+def more_options(tmp_path_factory):
+    return run_options(tmp_path_factory.mktemp("options"), [run for run in OPTION_RUNS if run not in SOME_RUNS])
+
+
+@pytest.mark.parametrize(
+    "name, layout",
+    [
+        pytest.param(*run, marks=() if run in SOME_RUNS else pytest.mark.slow)
+        for run in OPTION_RUNS
+        if run[1] != "single"
+    ],
+)
+def test_every_option_is_the_same_on_every_layout(request, options, name, layout):
+    found = options if (name, layout) in SOME_RUNS else request.getfixturevalue("more_options")
+    ours, theirs = found[name, layout], options[name, "single"]
     tracked = [key for key in theirs if key.startswith("parametric_memory/inner")]
     steps = {"kl-progressive-global": 2, "reverse_kl-newly_revealed-3": 3, "batch": 2}.get(name, 1)
     assert len(tracked) == 2 * steps
@@ -240,12 +267,7 @@ def continued(tmp_path_factory):
         debug(root / "off", *save, *off, "--training.steps", "3"),
         debug(root / "off", *save, "--training.steps", "4"),
     ]
-    compiled = debug(
-        root / "compiled", "--compile.enable", "--compile.backend", "aot_eager", AC, "full", LOCAL, "2",
-        MEMORY + "inner_loss", "kl", MEMORY + "layer_fraction", "0.5", MEMORY + "start_step", "2", "--training.steps",
-        "3", "--validation.enable", "--validation.local_batch_size", "3", "--validation.steps", "1",
-    )  # fmt: skip
-    run_many([*((2, run) for run in runs), (1, compiled)])
+    run_many([(2, run) for run in runs])
     return root
 
 
@@ -256,9 +278,16 @@ def test_memory_can_be_switched_between_runs(continued):
     assert set(off["parametric_memory/inner_loss_step_1"]) == {4}
 
 
-def test_compiled_blocks_take_every_pass(continued):
+@pytest.mark.slow
+def test_compiled_blocks_take_every_pass(tmp_path):
     """With and without gradient, students and teachers, two batch sizes: more graphs than torch allows by default."""
-    found = scalars(continued / "compiled")
+    compiled = debug(
+        tmp_path, "--compile.enable", "--compile.backend", "aot_eager", AC, "full", LOCAL, "2",
+        MEMORY + "inner_loss", "kl", MEMORY + "layer_fraction", "0.5", MEMORY + "start_step", "2", "--training.steps",
+        "3", "--validation.enable", "--validation.local_batch_size", "3", "--validation.steps", "1",
+    )  # fmt: skip
+    run_many([(1, compiled)])
+    found = scalars(tmp_path)
     assert set(found["loss_metrics/global_avg_loss"]) == {1, 2, 3}
     assert set(found["parametric_memory/inner_loss_step_1"]) == {2, 3}
     assert set(found["validation/loss_memory_on"]) == {0, 3}

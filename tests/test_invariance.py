@@ -29,30 +29,35 @@ VARIANTS = {
     for targets in (("ffn",), ("ffn", "attention"))
 }  # fmt: skip
 RECORDED = "lora-ffn-attention"
+SOME = ("single", "fsdp2-tp2", "hsdp2x2", "accumulation2-on-half-the-ranks")
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param(v, marks=() if v == RECORDED else pytest.mark.slow) for v in VARIANTS]
+    scope="module",
+    params=[(RECORDED, SOME), *(pytest.param((v, tuple(LAYOUTS)), marks=pytest.mark.slow) for v in VARIANTS)],
+    ids=lambda chosen: f"{chosen[0]} on {len(chosen[1])}",
 )
 def variant(request, tmp_path_factory):
-    """A variant's runs of all layouts, from one seed checkpoint; one variant by default, all of them with -m slow."""
-    name = request.param
+    """A variant's runs of several layouts, from one seed checkpoint; one variant on some of the layouts by default, all
+    of them on all with -m slow."""
+    name, layouts = request.param
     root = tmp_path_factory.mktemp(name)
     seed, common = from_one_seed(
         root, "--model.flavor", "tiny", "--training.steps", str(STEPS), "--training.global_batch_size", "4"
     )
     runs = [seed]
-    for layout, (processes, _, arguments) in LAYOUTS.items():
+    for layout in layouts:
+        processes, _, arguments = LAYOUTS[layout]
         run = (processes, debug(root / layout, *common, *VARIANTS[name], *arguments))
         runs.append((*run, {"record": str(root / "draws" / layout)}) if name == RECORDED else run)
     run_many(runs)
-    return name, root
+    return name, layouts, root
 
 
 def test_every_layout_gives_the_same_curve(variant):
-    _, root = variant
+    _, layouts, root = variant
     reference = scalars(root / "single")
-    for layout in LAYOUTS:
+    for layout in layouts:
         ours = scalars(root / layout)
         for name in (
             "loss_metrics/global_avg_loss", "grad_norm", "diffusion/mask_ratio", "parametric_memory/fast_weight_norm",
@@ -68,11 +73,12 @@ def test_every_layout_gives_the_same_curve(variant):
 
 def test_draws_are_the_same_on_every_rank_and_for_every_number_of_ranks(variant):
     """Noise levels, masks and A: one value for each step and sample, whoever computes it."""
-    name, root = variant
+    name, layouts, root = variant
     if name != RECORDED:
         return
     everything = {}
-    for layout, (processes, tensor, _) in LAYOUTS.items():
+    for layout in layouts:
+        processes, tensor, _ = LAYOUTS[layout]
         found = {}
         for rank in range(processes):
             lines = (root / "draws" / layout / f"rank{rank}.jsonl").read_text().splitlines()

@@ -91,7 +91,6 @@ def test_two_halves_are_the_whole_to_the_last_bit(exact):
 LAYOUTS = {
     "single": (1, [LOCAL, "4"]),
     "accumulation": (1, [LOCAL, "1", *WORKERS]),
-    "fsdp4": (4, [LOCAL, "1"]),
     "cp2": (2, [LOCAL, "4", CP, "2"]),
     "fsdp2-tp2": (4, [LOCAL, "1", TP, "2"]),
     "fsdp2-cp2": (4, [LOCAL, "1", CP, "2", *WORKERS]),

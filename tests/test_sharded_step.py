@@ -4,32 +4,54 @@ import json
 
 import pytest
 from launching import run_script
-from sharded_step import COMPILATIONS, LAYOUTS, builds
+from sharded_step import COMPILATIONS, COMPILED, LAYOUTS, builds
 
 # float64 leaves rounding of sums; float32 adds up the same numbers in another order (1e-6 is seen); bfloat16 carries
 # 8 bits, though the same products are seen to give the same here.
 TOLERANCES = {"float64": 1e-10, "float32": 1e-5, "bfloat1": 1e-3}
-STEPS = [(layout, step) for layout in LAYOUTS for step in builds(layout)]
+SLOW = f"{COMPILED[0]}-compiled"
+
+
+def steps(layouts):
+    marks = {SLOW: pytest.mark.slow}
+    return [pytest.param(layout, step, marks=marks.get(layout, ())) for layout in layouts for step in builds(layout)]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
+    return _run(tmp_path_factory, *LAYOUTS)
+
+
+@pytest.fixture(scope="module")
+def slow_results(tmp_path_factory):
+    return _run(tmp_path_factory, SLOW)
+
+
+def _run(tmp_path_factory, *layouts):
     root = tmp_path_factory.mktemp("sharded")
-    run_script("tests/sharded_step.py", str(root))
-    return {layout: json.loads((root / f"{layout}.json").read_text()) for layout in LAYOUTS}
+    run_script("tests/sharded_step.py", str(root), *layouts)
+    return {layout: json.loads((root / f"{layout}.json").read_text()) for layout in layouts}
 
 
-@pytest.mark.parametrize("layout, step", STEPS)
-def test_the_same_numbers(results, layout, step):
-    found = results[layout]["steps"][step]
+@pytest.fixture
+def of_layout(request, layout):
+    return request.getfixturevalue("slow_results" if layout == SLOW else "results")[layout]
+
+
+@pytest.mark.parametrize("layout, step", steps([*LAYOUTS, SLOW]))
+def test_the_same_numbers(of_layout, layout, step):
+    found = of_layout["steps"][step]
     assert found["difference"] < TOLERANCES[step[:7]]
     # In mixed precision too the weights of the tokens and the sums stay in float32.
     assert found["difference of the first inner losses"] < 1e-6
 
 
-@pytest.mark.parametrize("layout, step", [x for x in STEPS if x[0] == "fsdp2" or x[1].endswith(" default")])
-def test_no_more_communication_than_plain_training(results, layout, step):
-    found = results[layout]["steps"][step]
+@pytest.mark.parametrize(
+    "layout, step",
+    [x for x in steps([*LAYOUTS, SLOW]) if x.values[0] == "fsdp2" or x.values[1].endswith(" default")],
+)
+def test_no_more_communication_than_plain_training(of_layout, layout, step):
+    found = of_layout["steps"][step]
     gathers, scatters = found["all_gathers"], found["reduce_scatters"]
     # Embedding, five layers and head are gathered once each. Plain training gathers what it freed again in the
     # backward pass (all but the head, by default), ours only the trunk: embedding and three layers.
@@ -63,9 +85,15 @@ def test_a_failure_in_the_step_leaves_nothing_gathered_and_the_next_step_sound(r
     assert found["difference after a failure"] == 0.0
 
 
-@pytest.mark.parametrize("layout, kind", [(layout, kind) for layout in COMPILATIONS for kind in COMPILATIONS[layout]])
-def test_nothing_is_compiled_after_the_second_step(results, layout, kind):
-    found = results[layout]["compilations"][kind]
+@pytest.mark.parametrize(
+    "layout, kind",
+    [
+        *(("fsdp2", kind) for kind in COMPILATIONS["fsdp2"]),
+        *(pytest.param(SLOW, kind, marks=pytest.mark.slow) for kind in COMPILATIONS[COMPILED[0]]),
+    ],
+)
+def test_nothing_is_compiled_after_the_second_step(of_layout, layout, kind):
+    found = of_layout["compilations"][kind]
     assert found["breaks"] == {}
     assert found["graphs"][1:] == [found["graphs"][1]] * 3
     # With and without gradient through the trunk; two inner steps and the outer one through the tail.

@@ -4,6 +4,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 from memdlm_dist.data.sequences import Document, Sequence
 
@@ -46,9 +47,9 @@ class BestFit:
     def __init__(self, length: int, eos_id: int):
         self._length, self._eos_id = length, eos_id
         self._limit = max(64, _WAITING // length)
-        # Of the rows that wait: room left and number, in this order; and their documents by number.
+        # Of the rows that wait: room left and number, in this order; and by number tokens and flags of their documents.
         self._rooms: list[tuple[int, int]] = []
-        self._waiting: dict[int, list[Document]] = {}
+        self._waiting: dict[int, list[tuple[NDArray[np.uint32], NDArray[np.bool_]]]] = {}
         self.rows = self.documents = self.tokens = self.most_documents = 0
 
     def add(self, document: Document) -> Iterator[Sequence]:
@@ -67,7 +68,7 @@ class BestFit:
         else:
             room, number = self._rooms.pop(place)
         self.documents += 1
-        self._waiting[number].append(piece)
+        self._waiting[number].append((np.array(piece.tokens, np.uint32), np.array(piece.maskable, np.bool_)))
         insort(self._rooms, (room - size, number))
         if room == size:
             yield self._leave(0)
@@ -78,12 +79,11 @@ class BestFit:
         self.rows += 1
         self.tokens += self._length - room
         self.most_documents = max(self.most_documents, len(documents))
-        tokens = [token for document in documents for token in document.tokens]
-        maskable = [flag for document in documents for flag in document.maskable]
+        tokens, maskable = (np.concatenate(parts) for parts in zip(*documents, strict=True))
         return Sequence(
-            np.array(tokens + [self._eos_id] * room, dtype=np.int64),
-            np.array(maskable + [False] * room, dtype=np.bool_),
-            tuple(len(document.tokens) for document in documents),
+            np.pad(tokens.astype(np.int64), (0, room), constant_values=self._eos_id),
+            np.pad(maskable, (0, room)),
+            tuple(len(of_document) for of_document, _ in documents),
         )
 
     def finish(self) -> Iterator[Sequence]:
