@@ -1,4 +1,4 @@
-"""Torch's ring attention with the CPU's kernel, for which torch has no rule, so that what we ask of it can be tested."""
+"""Torch's ring attention with the CPU's kernel, for which torch has no rule: what we ask of it can then be tested."""
 
 from typing import Any
 
