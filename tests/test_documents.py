@@ -46,10 +46,10 @@ def numbers():
 
 
 def packed():
-    """Tokens, labels and documents; every document's first two tokens are a prompt."""
+    """Tokens, labels and documents; every second document's first two tokens are a prompt."""
     documents = numbers()
     tokens = torch.randint(0, MASK_ID, (len(SIZES), LENGTH), generator=torch.Generator().manual_seed(1))
-    prompt = (Documents.of(documents).place_BL < 2) | (documents == FILL)
+    prompt = ((Documents.of(documents).place_BL < 2) & (documents % 2 == 1)) | (documents == FILL)
     return tokens, torch.where(prompt, trajectory.IGNORE_INDEX, tokens), documents
 
 
@@ -270,6 +270,7 @@ def test_held_out_levels_are_even_and_do_not_depend_on_the_batch():
     levels = even_levels(torch.arange(1000), 3)
     assert torch.equal(levels[:30], even_levels(torch.arange(10), 3))
     assert torch.equal(levels.view(1000, 3)[:, 0], even_levels(torch.arange(1000), 1))
+    assert len(levels[:3].unique()) == 3, "a row's documents differ"
     counts = torch.histc(levels.float(), 20, 0, 1)
     assert counts.min() > 140 and counts.max() < 160
 
