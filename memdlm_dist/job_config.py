@@ -16,6 +16,7 @@ from torchtitan.config.job_config import Validation as TitanValidation
 from memdlm_dist.diffusion import SCHEDULES, WEIGHTS
 from memdlm_dist.fast_weights import ADAPTERS, GRADIENT_NORMS
 from memdlm_dist.inner_loss import INNER_LOSSES, Hidden
+from memdlm_dist.models.context_parallel import Method
 from memdlm_dist.trajectory import SUPERVISION, TRAJECTORIES
 
 
@@ -41,7 +42,7 @@ class Model(TitanModel):
 class Parallelism(TitanParallelism):
     """torchtitan's section with one default changed and one key more."""
 
-    context_parallel_method: Literal["ulysses", "ring"] = "ulysses"
+    context_parallel_method: Method = "ulysses"
     """How tokens attend to those of other ranks with context_parallel_degree > 1. ulysses exchanges tokens for heads,
     which the degree times tensor_parallel_degree must divide; ring is torch's ring attention, for CUDA and whole rows
     without documents."""

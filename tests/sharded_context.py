@@ -79,8 +79,7 @@ def options_of(layout):
         return ["off", "sample", "batch-quarter"]  # it takes no documents
     if layout == "one-twice":  # what depends on the micro-batch
         return [name for name in OPTIONS if name.startswith("batch")]
-    # Four ranks have one head each of the mixture of experts.
-    return [name for name in OPTIONS if name != "moe-packed" or layout in ("one", "cp2", "fsdp2-cp2")]
+    return list(OPTIONS)
 
 
 def configuration(*arguments):

@@ -12,6 +12,7 @@ from torch.distributed import destroy_process_group, is_initialized
 from torchtitan.distributed.utils import init_fake_mode
 
 from memdlm_dist import check_layout, parse_config
+from memdlm_dist.checkpoint import hugging_face
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import BACKBONES
 from memdlm_dist.models.llada import FLAVOURS, LLaDA
@@ -134,7 +135,7 @@ def test_rope_scaling():
     assert args.rotary_base < base < 1e9
 
 
-def test_scaled_positions_are_the_models():
+def test_scaled_positions_are_the_models(tmp_path):
     model = LLaDA(replace(FLAVOURS["debug"], rope_scaling=4.0, rope_scaling_method="ntk", max_seq_len=8))
     base = 500_000 * 4 ** (8 / 6)
     expected = torch.outer(torch.arange(8.0), base ** (-torch.arange(0, 8, 2) / 8))
@@ -151,3 +152,9 @@ def test_scaled_positions_are_the_models():
     assert not adapter.differences('{"rope_theta": 500000.0}')
     assert not adapter.differences(json.dumps({"rope_theta": args.rotary_base}))
     assert adapter.differences('{"rope_theta": 10000.0}') == ["rope_theta is 10000.0 there and 500000.0 here"]
+    (tmp_path / "from").mkdir()
+    (tmp_path / "from/config.json").write_text('{"rope_theta": 500000.0, "max_sequence_length": 4096, "more": 1}')
+    assert hugging_face.describe(str(tmp_path), adapter, [str(tmp_path / "from")]) == ["config.json"]
+    assert json.loads((tmp_path / "config.json").read_text()) == {
+        "rope_theta": args.rotary_base, "max_sequence_length": 131072, "more": 1,
+    }  # fmt: skip

@@ -165,14 +165,18 @@ def write(tensors: Mapping[str, Tensor], folder: str) -> None:
 def describe(folder: str, adapter: Adapter, sources: list[str]) -> list[str]:
     """Add config.json and the tokenizer to a folder of weights; returns the names of the files.
 
-    A file is copied from the first of the sources that has it; config.json is written anew if none has.
+    A file is copied from the first of the sources that has it, config.json with what a longer context changes;
+    that is written anew if none has it.
     """
     made = []
     for name in _COMPANIONS:
         source = next((path for path in (Path(s) / name for s in sources) if path.is_file()), None)
         if source is not None:
             if source.resolve() != (Path(folder) / name).resolve():
-                shutil.copyfile(source, Path(folder) / name)
+                if name == CONFIG:
+                    (Path(folder) / name).write_text(adapter.extended(source.read_text()))
+                else:
+                    shutil.copyfile(source, Path(folder) / name)
             made.append(name)
         elif name == CONFIG:
             (Path(folder) / name).write_text(json.dumps(adapter.config(), indent=2) + "\n")

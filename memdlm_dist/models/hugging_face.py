@@ -42,6 +42,8 @@ _TO_LLADA = {ours: theirs for theirs, ours in _FROM_LLADA.items()}
 
 # Keys of config.json with which the backbone computes nothing.
 _FREE = ("architectures", "model_type", "max_sequence_length", "max_position_embeddings")
+# And those that follow from the length of the context.
+_OF_CONTEXT = ("rope_theta", "max_sequence_length", "max_position_embeddings")
 
 
 class Adapter(StateDictAdapter):
@@ -84,6 +86,13 @@ class Adapter(StateDictAdapter):
             for key, ours in self.config().items()
             if key not in _FREE and theirs.get(key) is not None and theirs[key] not in (ours, own[key])
         ]
+
+    def extended(self, config_json: str) -> str:
+        """A config.json of the backbone's own context as it is to be for this run's, if that is longer."""
+        if self.args.rope_scaling == 1:
+            return config_json
+        ours = {key: value for key, value in self.config().items() if key in _OF_CONTEXT}
+        return json.dumps({**json.loads(config_json), **ours}, indent=2) + "\n"
 
 
 class LLaDAStateDictAdapter(Adapter):
