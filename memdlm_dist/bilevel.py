@@ -13,13 +13,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from memdlm_dist import fast_weights, inner_loop
 from memdlm_dist.diffusion import SetSum
-from memdlm_dist.fast_weights import AdaptedLinear, FastWeights, InnerSGD, Pool
+from memdlm_dist.fast_weights import AdaptedLinear, FastWeights
 from memdlm_dist.inner_loop import InnerStatistics
 from memdlm_dist.inner_loss import InnerLoss, whole
+from memdlm_dist.inner_sgd import InnerSGD, Pool
 from memdlm_dist.logit_loss import HeadLoss, cross_entropy
+from memdlm_dist.micro_batch import MicroBatch, Scored
 from memdlm_dist.models.attention import TokenContext
 from memdlm_dist.models.llada import LLaDA
-from memdlm_dist.trajectory import MicroBatch, Scored
 
 
 @dataclass(frozen=True)

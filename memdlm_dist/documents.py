@@ -85,3 +85,13 @@ class Documents(NamedTuple):
     def own(self) -> Tensor:
         """Whether a slot is the token's, bool `[B, L, S]`."""
         return self.slot_BL.unsqueeze(-1) == torch.arange(self.slots, device=self.number_BL.device)
+
+
+def tally_samples(chosen_BL: Tensor, documents: Documents | None) -> Tensor:
+    """Number of chosen tokens of every sample, int64 `[U]`: of every row, if these are not packed."""
+    return chosen_BL.sum(1) if documents is None else documents.tally(chosen_BL)
+
+
+def spread_samples(value_U: Tensor, documents: Documents | None) -> Tensor:
+    """What holds of each sample, as it is to be combined with its tokens: `[B, 1]`, or `[B, L]` if rows are packed."""
+    return value_U.unsqueeze(1) if documents is None else documents.spread(value_U)

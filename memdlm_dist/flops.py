@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from memdlm_dist.bilevel import Memory
 from memdlm_dist.fast_weights import AdaptedLinear
+from memdlm_dist.micro_batch import MicroBatch
 from memdlm_dist.models.llada import LLaDAArgs
-from memdlm_dist.trajectory import MicroBatch
 
 # Where a linear's output goes: a gradient reaches the inputs of all later stages.
 _STAGES = {"q": 0, "k": 0, "v": 0, "o": 1, "gate": 2, "up": 2, "down": 3}

@@ -26,6 +26,7 @@ from memdlm_dist.errors import UserError
 from memdlm_dist.fast_weights import FastWeights
 from memdlm_dist.inner_loss import whole
 from memdlm_dist.logit_loss import HeadLoss, cross_entropy
+from memdlm_dist.micro_batch import Scored, gather_scored, micro_batch
 from memdlm_dist.models import BACKBONES, backbone_args
 from memdlm_dist.models.llada import LLaDA
 from memdlm_dist.models.parallelize import layout, spread_on_meta
@@ -33,7 +34,7 @@ from memdlm_dist.objective import build_objective
 from memdlm_dist.sampler import Canvas, Decoding
 from memdlm_dist.single_process import single_process_environment
 from memdlm_dist.storage import is_remote
-from memdlm_dist.trajectory import State, gather_scored
+from memdlm_dist.trajectory import State
 
 ANCHOR_RATIO = 0.2
 
@@ -141,7 +142,7 @@ class TrainedModel:
         levels_B = torch.full(start.ids_B.shape, anchor_ratio, dtype=torch.float64)
         draw = trajectory.draw(self._objective.seed, 0, start.ids_B, maskable_BL, levels_B)
         anchor = trajectory.prompt_anchor(draw, anchor_ratio)
-        batch = trajectory.micro_batch(
+        batch = micro_batch(
             start.tokens_BL,
             maskable_BL,
             start.ids_B,
@@ -184,7 +185,7 @@ class TrainedModel:
         head = HeadLoss(cross_entropy, scored.label_N.to(self.device), sums)
         return self._forward(tokens_BL, scored, attended_BL, fast, head).double().cpu()
 
-    def _gather(self, tokens_BL: Tensor, target_BL: Tensor) -> tuple[trajectory.Scored, Tensor]:
+    def _gather(self, tokens_BL: Tensor, target_BL: Tensor) -> tuple[Scored, Tensor]:
         """The targets as the head gets them, and where each stands among them."""
         shards, shifted = self._objective.shards, self._objective.shifted
         if shifted and target_BL[:, 0].any():
@@ -199,7 +200,7 @@ class TrainedModel:
         return scored, flat_N.argsort()[: int(target_BL.sum())]
 
     def _forward(
-        self, tokens_BL: Tensor, scored: trajectory.Scored, attended_BL: Tensor, fast: FastWeights | None, readout: Any
+        self, tokens_BL: Tensor, scored: Scored, attended_BL: Tensor, fast: FastWeights | None, readout: Any
     ) -> Tensor:
         self.model.reach(tokens_BL.shape[1])
         index_M = scored.index_SM[self._objective.shard].to(self.device)

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memdlm_dist import fast_weights
+from memdlm_dist import fast_weights, inner_sgd
 from memdlm_dist.diffusion import SetSum
-from memdlm_dist.fast_weights import FastWeights, InnerSGD, Pool
-from memdlm_dist.trajectory import Scored
+from memdlm_dist.fast_weights import FastWeights
+from memdlm_dist.inner_sgd import InnerSGD, Pool
+from memdlm_dist.micro_batch import Scored
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def adapt(
             grads = torch.autograd.grad(loss_G.sum(), fast_weights.leaves(fast))
             with torch.no_grad():
                 loss_G = loss_G.detach() if pool is None else pool.sum(loss_G.detach())
-                fast, norm_G = fast_weights.sgd_update(fast, grads, optimiser, loss_G.isfinite(), pool)
+                fast, norm_G = inner_sgd.sgd_update(fast, grads, optimiser, loss_G.isfinite(), pool)
             finite_G = loss_G.isfinite() & norm_G.isfinite()
             losses.append(loss_G)
             norms.append(norm_G)
@@ -70,7 +71,7 @@ def adapt(
             skipped.append(~finite_G)
     with torch.no_grad():
         change = [new - old for new, old in zip(*map(fast_weights.leaves, (fast, initial)), strict=True)]
-        written_G = fast_weights.set_totals(fast_weights.squared_norms(change), n_sets, pool).sqrt()
+        written_G = inner_sgd.set_totals(inner_sgd.squared_norms(change), n_sets, pool).sqrt()
     statistics = InnerStatistics(
         torch.stack(losses), torch.stack(norms), torch.stack(counted), torch.stack(skipped), written_G
     )

@@ -14,8 +14,9 @@ from torchtitan.config.job_config import Parallelism as TitanParallelism
 from torchtitan.config.job_config import Validation as TitanValidation
 
 from memdlm_dist.diffusion import SCHEDULES, WEIGHTS
-from memdlm_dist.fast_weights import ADAPTERS, GRADIENT_NORMS
+from memdlm_dist.fast_weights import ADAPTERS
 from memdlm_dist.inner_loss import INNER_LOSSES, Hidden
+from memdlm_dist.inner_sgd import GRADIENT_NORMS
 from memdlm_dist.models.context_parallel import Method
 from memdlm_dist.trajectory import SUPERVISION, TRAJECTORIES
 

@@ -13,12 +13,13 @@ from torchtitan.distributed import ParallelDims
 from memdlm_dist import keyed_random, trajectory
 from memdlm_dist.bilevel import Memory, outer_loss
 from memdlm_dist.documents import Documents
-from memdlm_dist.fast_weights import InnerSGD
 from memdlm_dist.inner_loop import InnerStatistics
 from memdlm_dist.inner_loss import inner_loss
+from memdlm_dist.inner_sgd import InnerSGD
 from memdlm_dist.keyed_random import Stream
+from memdlm_dist.micro_batch import MicroBatch, micro_batch
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs
-from memdlm_dist.trajectory import IGNORE_INDEX, Draw, MicroBatch, Plan, State
+from memdlm_dist.trajectory import IGNORE_INDEX, Draw, Plan, State
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Objective:
             maskable_BL &= ~first_BL
         draw = trajectory.draw(self.seed, step, sample_ids_U, maskable_BL, t_U, documents)
         anchor = trajectory.anchor_state(draw, self.plan.schedule, outer_weight or self.plan.loss_weight)
-        return trajectory.micro_batch(
+        return micro_batch(
             tokens_BL,
             maskable_BL,
             sample_ids_U,

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memdlm_dist import fast_weights, trajectory
+from memdlm_dist import fast_weights, inner_sgd, trajectory
 from memdlm_dist.bilevel import Memory, outer_loss
-from memdlm_dist.fast_weights import InnerSGD
 from memdlm_dist.inner_loss import inner_loss
+from memdlm_dist.inner_sgd import InnerSGD
 from memdlm_dist.metrics import SKIPPED, MemDLMMetrics
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs
 from memdlm_dist.objective import Objective
@@ -272,7 +272,7 @@ def test_a_gradient_that_is_not_finite_skips_its_set_alone():
     fast = memory().draw(3, 1, torch.arange(3))
     grads = [torch.ones_like(x) for x in fast_weights.leaves(fast)]
     grads[2][1, 0, 0] = torch.inf
-    new, norms = fast_weights.sgd_update(fast, grads, InnerSGD(), torch.tensor([True, True, False]))
+    new, norms = inner_sgd.sgd_update(fast, grads, InnerSGD(), torch.tensor([True, True, False]))
     for after, before in zip(fast_weights.leaves(new), fast_weights.leaves(fast), strict=True):
         assert [torch.equal(after[g], before[g]) for g in range(3)] == [False, True, True]
     assert norms.isfinite().tolist() == [True, False, True]

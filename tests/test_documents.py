@@ -15,9 +15,9 @@ from torchtitan.distributed.utils import init_fake_mode
 from memdlm_dist import trajectory
 from memdlm_dist.bilevel import Memory, outer_loss
 from memdlm_dist.documents import FILL, Documents
-from memdlm_dist.fast_weights import InnerSGD
 from memdlm_dist.flops import step_flops
 from memdlm_dist.inner_loss import inner_loss
+from memdlm_dist.inner_sgd import InnerSGD
 from memdlm_dist.models import attention, llada
 from memdlm_dist.models.llada_moe import LLaDAMoE, LLaDAMoEArgs
 from memdlm_dist.validate import even_levels

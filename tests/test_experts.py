@@ -9,8 +9,9 @@ from sharded_experts import LAYOUTS, options_of
 from torchtitan.models.moe.moe import GroupedExperts
 
 from memdlm_dist.bilevel import Memory, outer_loss
-from memdlm_dist.fast_weights import InnerSGD, LowRank, leaves, map_leaves, select
+from memdlm_dist.fast_weights import LowRank, leaves, map_leaves, select
 from memdlm_dist.inner_loss import inner_loss
+from memdlm_dist.inner_sgd import InnerSGD
 from memdlm_dist.models import llada_moe
 from memdlm_dist.models.llada_moe import AdaptableExperts, LLaDAMoE, LLaDAMoEArgs
 from memdlm_dist.objective import Objective

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from test_bilevel import double, gradients, scaled_model
 
 from memdlm_dist.bilevel import Memory, outer_loss
-from memdlm_dist.fast_weights import ADAPTERS, GRADIENT_NORMS, InnerSGD
+from memdlm_dist.fast_weights import ADAPTERS
 from memdlm_dist.inner_loss import HIDDEN_LOSSES, LOGIT_LOSSES, inner_loss
+from memdlm_dist.inner_sgd import GRADIENT_NORMS, InnerSGD
 from memdlm_dist.models.llada import LLaDAArgs
 from memdlm_dist.objective import Objective
 from memdlm_dist.trajectory import IGNORE_INDEX, SUPERVISION, TRAJECTORIES, Plan, draw

@@ -36,8 +36,8 @@ from torchtitan.tools.utils import device_module, device_type, get_peak_flops
 from memdlm_dist import check_layout, parse_config
 from memdlm_dist.errors import EXIT_STATUS, UserError
 from memdlm_dist.flops import Recomputation, step_flops
+from memdlm_dist.micro_batch import MicroBatch
 from memdlm_dist.models import backbone_args
-from memdlm_dist.trajectory import MicroBatch
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "train_configs/bench_cpu.toml"
 

@@ -18,11 +18,11 @@ from torchtitan.distributed import utils as dist_utils  # noqa: E402
 from torchtitan.tools.utils import device_type  # noqa: E402
 
 from memdlm_dist import bilevel, fast_weights  # noqa: E402
+from memdlm_dist.micro_batch import MicroBatch  # noqa: E402
 from memdlm_dist.models import backbone_args  # noqa: E402
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs  # noqa: E402
 from memdlm_dist.models.parallelize import layout, spread_on_meta  # noqa: E402
 from memdlm_dist.objective import Objective, build_objective  # noqa: E402
-from memdlm_dist.trajectory import MicroBatch  # noqa: E402
 
 KINDS = ("plain", "straightforward", "ours")
 DATA_PARALLEL = ("dp_replicate", "fsdp")  # dimensions of the mesh over which FSDP2 communicates

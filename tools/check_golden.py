@@ -34,9 +34,12 @@ from torch import Tensor
 from memdlm_dist.bilevel import Memory, outer_loss
 from memdlm_dist.errors import UserError
 from memdlm_dist.fast_weights import FastWeights, map_leaves
+
+# Losses agree to float32 rounding of sums; gradients, fast weights and logits to what an independent
+from memdlm_dist.micro_batch import MicroBatch, micro_batch
 from memdlm_dist.models.hugging_face import Adapter
 from memdlm_dist.models.llada import LLaDA
-from memdlm_dist.trajectory import IGNORE_INDEX, PROGRESSIVE_RATIOS, Draw, MicroBatch, Plan, State, micro_batch
+from memdlm_dist.trajectory import IGNORE_INDEX, PROGRESSIVE_RATIOS, Draw, Plan, State
 
 # Losses agree to float32 rounding of sums; gradients, fast weights and logits to what an independent
 # float32 recomputation of the fixtures differed by, with a margin (logits reach 15). A norm may differ

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from memdlm_dist.checkpoint.hugging_face import check, read_into
-from memdlm_dist.fast_weights import FastLinear, FastWeights, Full, InnerSGD, LowRank
+from memdlm_dist.fast_weights import FastLinear, FastWeights, Full, LowRank
 from memdlm_dist.inner_loss import InnerLoss, inner_loss
+from memdlm_dist.inner_sgd import InnerSGD
 from memdlm_dist.models.hugging_face import Adapter, LLaDAMoEStateDictAdapter, LLaDAStateDictAdapter
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs
 from memdlm_dist.models.llada_moe import LLaDAMoEArgs
