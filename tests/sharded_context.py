@@ -74,12 +74,22 @@ def numbers():
     return torch.stack([torch.cat([row, torch.full((LENGTH - len(row),), FILL)]) for row in rows])
 
 
+# Beyond these, what a layout has code of its own for.
+EVERYWHERE = ("off", "off-packed", "sample", "sample-quarter", "sample-packed")
+ALSO = {
+    "one": tuple(OPTIONS),
+    "cp2": tuple(OPTIONS),
+    "fsdp2-cp2": ("batch-quarter", "batch-packed"),
+    "tp2-cp2": ("batch-packed", "full-packed", "moe-packed"),
+}
+
+
 def options_of(layout):
-    if "ring" in layout:
-        return ["off", "sample", "batch-quarter"]  # it takes no documents
     if layout == "one-twice":  # what depends on the micro-batch
-        return [name for name in OPTIONS if name.startswith("batch")]
-    return list(OPTIONS)
+        return ["batch-quarter", "batch-packed"]
+    if "ring" in layout:  # it takes no documents
+        return ["off", "sample", "batch-quarter"]
+    return list(dict.fromkeys((*EVERYWHERE, *ALSO.get(layout, ()))))
 
 
 def configuration(*arguments):

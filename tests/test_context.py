@@ -49,7 +49,7 @@ def test_the_comparison_can_tell(results):
     """A rank without a masked token was among them; sets, documents and memory matter."""
     for name in ("cp2", "cp4", "fsdp2-cp2", "tp2-cp2"):
         masked = results[name]["masked on a rank"]
-        assert masked["sample-quarter"] == masked["batch-quarter"] == 0 < masked["sample"], name
+        assert masked["sample-quarter"] == masked.get("batch-quarter", 0) == 0 < masked["sample"], name
     one, twice = results["one"], results["one-twice"]
     assert abs(one["batch-packed"]["loss"] - twice["batch-packed"]["loss"]) > 1e-3 * one["batch-packed"]["loss"]
     assert one["sample"]["loss"] < 0.95 * one["off"]["loss"]

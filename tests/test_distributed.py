@@ -35,7 +35,6 @@ LAYOUTS = {
     "fsdp2": (2, [LOCAL, "2"]),
     "tp2": (2, [LOCAL, "4", TP, "2"]),
     "operator-checkpointing": (2, [LOCAL, "2", AC, "selective", "--activation_checkpoint.selective_ac_option", "op"]),
-    "fsdp4": (4, [LOCAL, "1"]),
     "fsdp2-tp2-accumulation": (4, [LOCAL, "1", TP, "2"]),
     "fsdp2-cp2": (4, [LOCAL, "2", CP, "2"]),
 }
@@ -46,32 +45,44 @@ PACKED = {
     "packed-compiled-cp2": (2, [LOCAL, "4", CP, "2", "--compile.enable", "--compile.backend", "aot_eager"]),
 }
 COMMON = ["--model.flavor", "tiny", "--training.steps", str(STEPS), "--training.global_batch_size", "4"]
-VALIDATED = ("single", "fsdp2", "fsdp4", "tp2", "fsdp2-cp2", "packed", "packed-fsdp2-cp2")
+VALIDATED = ("single", "fsdp2", "tp2", "fsdp2-cp2", "packed", "packed-fsdp2-cp2")
 # bfloat16 carries 8 bits; one rounding is 0.4%, and they add up over the layers.
 BFLOAT16 = {"fsdp2-bfloat16": (2, [LOCAL, "2"]), "fsdp2-tp2-bfloat16": (4, [LOCAL, "2", TP, "2"])}
 BFLOAT16_TOLERANCE = 0.03
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """The scalars of two steps from one seed checkpoint, for every layout."""
-    root = tmp_path_factory.mktemp("layouts")
+def done(tmp_path_factory):
+    """All runs of this file but the slow ones, for one start of Python: their folder."""
+    root = tmp_path_factory.mktemp("runs")
+    run_many([*layout_runs(root), *option_runs(root, SINGLE_RUNS + SOME_RUNS), *continued_runs(root)])
+    return root
+
+
+def layout_runs(root):
+    """Two steps from one seed checkpoint, on every layout."""
     seed, common = from_one_seed(root, *COMMON)
     # All 41 held-out sequences: a number that no layout divides into batches.
     validation = ["--validation.enable", "--validation.local_batch_size", "4", "--validation.steps", "-1"]
-    everything = LAYOUTS | {
-        name: (n, [*args, "--training.mixed_precision_param", "bfloat16"]) for name, (n, args) in BFLOAT16.items()
-    }
-    runs = [
-        (n, debug(root / name, *common, *args, *(validation if name in VALIDATED else ())))
-        for name, (n, args) in everything.items()
-    ]
     data = ["--data.train", str(root / "data/train"), "--data.validation", str(root / "data/heldout")]
     pack(root / "data")
-    for name, (n, args) in PACKED.items():
-        runs.append((n, debug(root / name, *common, *args, *(validation if name in VALIDATED else ()), *data)))
-    run_many([seed, *runs])
-    return {name: scalars(root / name) for name in everything | PACKED}
+    everything = {
+        **LAYOUTS,
+        **{name: (n, [*args, "--training.mixed_precision_param", "bfloat16"]) for name, (n, args) in BFLOAT16.items()},
+        **{name: (n, [*args, *data]) for name, (n, args) in PACKED.items()},
+    }
+    return [
+        seed,
+        *(
+            (n, debug(root / name, *common, *args, *(validation if name in VALIDATED else ())))
+            for name, (n, args) in everything.items()
+        ),
+    ]
+
+
+@pytest.fixture(scope="module")
+def results(done):
+    return {name: scalars(done / name) for name in LAYOUTS | BFLOAT16 | PACKED}
 
 
 def pack(folder):
@@ -213,26 +224,29 @@ SOME_RUNS = (
 )
 
 
-def run_options(root, chosen_runs):
-    seed, common = from_one_seed(root, *COMMON)
-    runs = []
+SINGLE_RUNS = tuple((name, "single") for name in OPTIONS)
+
+
+def option_runs(root, chosen_runs):
+    seed, common = from_one_seed(root / "options", *COMMON)
+    runs = [seed]
     for name, layout in chosen_runs:
         processes, arguments = OPTION_LAYOUTS[layout]
         chosen = [part for key, value in OPTIONS[name].items() for part in (MEMORY + key, value)]
-        runs.append((processes, debug(root / name / layout, *common, *arguments, *chosen)))
-    run_many([seed, *runs])
-    return {run: scalars(root / run[0] / run[1]) for run in chosen_runs}
+        runs.append((processes, debug(root / "options" / name / layout, *common, *arguments, *chosen)))
+    return runs
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory):
-    single = [(name, "single") for name in OPTIONS]
-    return run_options(tmp_path_factory.mktemp("options"), [*single, *SOME_RUNS])
+def options(done):
+    return {run: scalars(done / "options" / run[0] / run[1]) for run in SINGLE_RUNS + SOME_RUNS}
 
 
 @pytest.fixture(scope="module")
 def more_options(tmp_path_factory):
-    return run_options(tmp_path_factory.mktemp("options"), [run for run in OPTION_RUNS if run not in SOME_RUNS])
+    root, more = tmp_path_factory.mktemp("more"), [run for run in OPTION_RUNS if run not in SINGLE_RUNS + SOME_RUNS]
+    run_many(option_runs(root, more))
+    return {run: scalars(root / "options" / run[0] / run[1]) for run in more}
 
 
 @pytest.mark.parametrize(
@@ -254,10 +268,8 @@ def test_every_option_is_the_same_on_every_layout(request, options, name, layout
         assert relative_difference(ours[key], theirs[key]) < TOLERANCE, f"{key}: {ours[key]} against {theirs[key]}"
 
 
-@pytest.fixture(scope="module")
-def continued(tmp_path_factory):
+def continued_runs(root):
     """Steps with memory, without and with again in one folder, and the reverse."""
-    root = tmp_path_factory.mktemp("resume")
     save = ["--checkpoint.enable", "--checkpoint.interval", "3", LOCAL, "2"]
     off = ["--parametric_memory.no_enable"]
     runs = [
@@ -267,8 +279,12 @@ def continued(tmp_path_factory):
         debug(root / "off", *save, *off, "--training.steps", "3"),
         debug(root / "off", *save, "--training.steps", "4"),
     ]
-    run_many([(2, run) for run in runs])
-    return root
+    return [(2, run) for run in runs]
+
+
+@pytest.fixture(scope="module")
+def continued(done):
+    return done
 
 
 def test_memory_can_be_switched_between_runs(continued):

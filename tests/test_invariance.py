@@ -29,7 +29,7 @@ VARIANTS = {
     for targets in (("ffn",), ("ffn", "attention"))
 }  # fmt: skip
 RECORDED = "lora-ffn-attention"
-SOME = ("single", "fsdp2-tp2", "hsdp2x2", "accumulation2-on-half-the-ranks")
+SOME = ("single", "fsdp2-tp2", "hsdp2x2")
 
 
 @pytest.fixture(
