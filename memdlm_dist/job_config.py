@@ -18,6 +18,7 @@ from memdlm_dist.fast_weights import ADAPTERS
 from memdlm_dist.inner_loss import INNER_LOSSES, Hidden
 from memdlm_dist.inner_sgd import GRADIENT_NORMS
 from memdlm_dist.models.context_parallel import Method
+from memdlm_dist.models.llada import RopeScaling
 from memdlm_dist.trajectory import SUPERVISION, TRAJECTORIES
 
 
@@ -34,7 +35,7 @@ class Model(TitanModel):
     """By what factor the context is extended beyond the one that the backbone's weights were trained on; the base of
     its rotary positions is raised accordingly."""
 
-    rope_scaling_method: Literal["ntk", "diffusion_ntk"] = "diffusion_ntk"
+    rope_scaling_method: RopeScaling = "diffusion_ntk"
     """How. ntk: theta * factor^(d / (d - 2)) with d dimensions a head, as for causal models; diffusion_ntk goes by the
     distances to both sides that a bidirectional model has learnt (arXiv 2510.10481)."""
 

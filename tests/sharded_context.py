@@ -17,20 +17,15 @@ sys.path[:0] = [str(Path(__file__).parent.parent / "tools")]
 
 from bench_step import Bench  # noqa: E402
 from collectives import by_kind  # noqa: E402
-from sharded_experts import whole  # noqa: E402
-from torchtitan.components.checkpoint import ModelWrapper  # noqa: E402
+from sharded_experts import common_weights, whole  # noqa: E402  (makes the flavour of llada_moe)
 from torchtitan.tools.logging import logger  # noqa: E402
 
 from memdlm_dist import parse_config  # noqa: E402
-from memdlm_dist.checkpoint import hugging_face  # noqa: E402
 from memdlm_dist.documents import FILL  # noqa: E402
-from memdlm_dist.models import BACKBONES, llada, llada_moe  # noqa: E402
+from memdlm_dist.models import llada  # noqa: E402
 
 # Two key-value heads for each of four ranks' query heads, at most.
 llada.FLAVOURS["tiny"] = llada.LLaDAArgs(dim=32, n_layers=3, n_heads=8, n_kv_heads=4, hidden_dim=48, vocab_size=64)
-llada_moe.FLAVOURS["tiny"] = llada_moe.LLaDAMoEArgs(
-    dim=32, n_layers=2, n_heads=4, hidden_dim=16, vocab_size=64, n_experts=4, experts_per_token=2
-)
 ROWS, LENGTH = 4, 32
 SHARD, TENSOR = "--parallelism.data_parallel_shard_degree", "--parallelism.tensor_parallel_degree"
 CONTEXT = "--parallelism.context_parallel_degree"
@@ -160,15 +155,7 @@ def body(folder, layout):
             extra, kind, rows = OPTIONS[options]
             config = configuration(*arguments, *extra)
             bench = Bench.build(config)
-            adapter = BACKBONES[config.model.name].adapter(bench.args)
-            weights = f"{folder}/{config.model.name}"
-            if layout == "one" and not Path(weights).exists():
-                with torch.no_grad():
-                    for parameter in bench.model.parameters():
-                        parameter.mul_(3)  # so that attention and router are not flat
-                hugging_face.write(adapter.to_hf(bench.model.state_dict()), weights)
-            wrapper = ModelWrapper(bench.model)
-            wrapper.load_state_dict(hugging_face.read_into(wrapper.state_dict(), adapter, weights))
+            common_weights(bench, f"{folder}/{config.model.name}")
             results[options], results["masked on a rank"][options] = step(bench, count, kind, rows)
             if options == "sample" and "ring" not in layout:
                 found = bench.collectives("ours")

@@ -113,6 +113,19 @@ def step(bench, count):
     return found
 
 
+def common_weights(bench, folder):
+    """Give a model the weights in a folder of Hugging Face's format, which the first, unsharded one makes."""
+    adapter = BACKBONES[bench.config.model.name].adapter(bench.args)
+    if not Path(folder).exists():
+        with torch.no_grad():
+            for parameter in bench.model.parameters():
+                parameter.mul_(3)  # so that attention and router are not flat
+        hugging_face.write(adapter.to_hf(bench.model.state_dict()), folder)
+    hugging_face.check(folder, adapter)
+    wrapper = ModelWrapper(bench.model)
+    wrapper.load_state_dict(hugging_face.read_into(wrapper.state_dict(), adapter, folder))
+
+
 def count_reads(found):
     """Have DCP's reader add up the elements that this rank reads."""
     plain = HuggingFaceStorageReader._process_read_request
@@ -137,16 +150,7 @@ def body(folder, layout):
         for options in options_of(layout):
             config = configuration(*arguments, *OPTIONS[options])
             bench = Bench.build(config)
-            adapter = BACKBONES["llada_moe"].adapter(bench.args)
-            weights = f"{folder}/weights"
-            if layout == "one" and options == "lora":
-                with torch.no_grad():
-                    for parameter in bench.model.parameters():
-                        parameter.mul_(3)  # so that attention and router are not flat
-                hugging_face.write(adapter.to_hf(bench.model.state_dict()), weights)
-            hugging_face.check(weights, adapter)
-            wrapper = ModelWrapper(bench.model)
-            wrapper.load_state_dict(hugging_face.read_into(wrapper.state_dict(), adapter, weights))
+            common_weights(bench, f"{folder}/weights")
             results[options] = step(bench, count)
             results["read"] = torch.tensor(float(sum(reads)))
             reads.clear()

@@ -11,7 +11,7 @@ from sharded_context import DOCUMENTS, LAYOUTS, OPTIONS, configuration, numbers,
 from torch.distributed import destroy_process_group, is_initialized
 from torchtitan.distributed.utils import init_fake_mode
 
-from memdlm_dist import check_layout, parse_config
+from memdlm_dist import check_layout, parse_config, train
 from memdlm_dist.checkpoint import hugging_face
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import BACKBONES
@@ -158,3 +158,13 @@ def test_scaled_positions_are_the_models(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text()) == {
         "rope_theta": args.rotary_base, "max_sequence_length": 131072, "more": 1,
     }  # fmt: skip
+
+
+def test_a_run_beyond_its_weights_context_is_warned(monkeypatch):
+    recipe = ["--job.config_file", "train_configs/llada_8b_128k.toml", "--model.rope_scaling"]
+    configs = [parse_config.parse([*recipe, scaling]) for scaling in ("32", "8")]
+    said = []
+    monkeypatch.setattr(train.logger, "warning", said.append)
+    for config in configs:
+        train._warn_of_length(config, FLAVOURS["8B"])
+    assert len(said) == 1 and "131072 is longer than the 32768 tokens" in said[0] and "rope_scaling = 32 " in said[0]

@@ -12,7 +12,7 @@ sharded on the sequence, [B, L / tp, D].
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,9 @@ from memdlm_dist.models.attention import BidirectionalAttention, TokenContext, d
 from memdlm_dist.models.head import OutputHead, Readout
 from memdlm_dist.models.lora import HasAdapters
 from memdlm_dist.models.residency import Residency
+
+# How the base of the rotary positions goes by the length of the context: `LLaDAArgs.rotary_base`.
+RopeScaling = Literal["ntk", "diffusion_ntk"]
 
 
 @dataclass
@@ -51,7 +54,7 @@ class LLaDAArgs(BaseModelArgs):
     rope_theta: float = 500_000.0
     native_length: int = 4096  # of the context that the published weights were trained on
     rope_scaling: float = 1.0  # by which factor the context is longer, and how `rotary_base` goes by it
-    rope_scaling_method: str = "diffusion_ntk"
+    rope_scaling_method: RopeScaling = "diffusion_ntk"
     max_seq_len: int = 4096
     attn_type: str = "sdpa"
     # Standard deviation of the blocks' linears at the start. llama3's suits widths of thousands; a narrow model's
