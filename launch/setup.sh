@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make .venv and install this package into it, unless that has been done.
+# Make .venv and install this package into it, unless that has been done, in the versions of launch/constraints.txt.
 #
 #   bash launch/setup.sh [EXTRA]
 #
@@ -17,10 +17,10 @@ fi
 if [[ ! -x .venv/bin/python ]]; then
     "$python" -m venv .venv
 fi
-# The stamp says what was installed; a change of pyproject.toml or another extra installs again.
+# The stamp says what was installed; a change of these files or another extra installs again.
 stamp=".venv/installed${extra:+-$extra}"
-if [[ ! -f $stamp || pyproject.toml -nt $stamp ]]; then
-    echo "Installing memdlm_dist into .venv (the first time this takes some minutes) ..."
-    .venv/bin/python -m pip install --quiet --editable ".${extra:+[$extra]}"
+if [[ ! -f $stamp || pyproject.toml -nt $stamp || launch/constraints.txt -nt $stamp ]]; then
+    echo "Installing memdlm_dist into .venv (the first time this takes a minute or two) ..."
+    .venv/bin/python -m pip install --quiet --constraint launch/constraints.txt --editable ".${extra:+[$extra]}"
     touch "$stamp"
 fi

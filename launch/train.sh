@@ -46,7 +46,7 @@ fi
 # One thread per process: several processes on one machine otherwise fight for its cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # shellcheck disable=SC2086  # RENDEZVOUS (of multinode.sh) and TORCHRUN_FLAGS are lists of words
-exec "$python" "$root/launch/torchrun.py" --nproc-per-node="$NGPU" \
+exec "$python" -m memdlm_dist.runtime.launcher --nproc-per-node="$NGPU" \
     ${RENDEZVOUS:---rdzv-backend=c10d --rdzv-endpoint=localhost:0} \
     --local-ranks-filter="${LOG_RANK:-0}" --role=rank --tee=3 ${TORCHRUN_FLAGS:-} "${torchrun_flags[@]}" \
     -m memdlm_dist.train --job.config_file "$config" "$@"

@@ -1,6 +1,5 @@
-"""Distributed training of masked diffusion language models with parametric memory (MemDLM)."""
+"""Distributed training of masked diffusion language models with parametric memory (MemDLM).
 
-from memdlm_dist import cpu
-
-# torchtitan decides on the device type when it is first imported, so this has to come before.
-cpu.prepare()
+Importing the package, or any part of it, patches nothing. Where there is no accelerator, a program calls
+`memdlm_dist.runtime.cpu.prepare()` before it imports anything else of the package; the entry points do.
+"""

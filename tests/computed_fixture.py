@@ -2,12 +2,16 @@
 
 import json
 
-import golden_fixture
 import naive
 import torch
 from safetensors.torch import save_file
 from test_bilevel import scaled_model
 
+from memdlm_dist.runtime import cpu
+
+cpu.prepare()
+
+from memdlm_dist.golden import fixture as golden_fixture
 from memdlm_dist.models.llada import LLaDAArgs
 
 OURS = {"ce": "cross_entropy", "distill": "kl", "distill_reverse": "reverse_kl"}

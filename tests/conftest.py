@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import memdlm_dist  # noqa: F401
+from memdlm_dist.runtime import cpu
+
+cpu.prepare()
 
 ROOT = Path(__file__).parent.parent
 # The oracles and helpers beside the tests, and the tools, which are scripts.
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tools")]
+sys.path[:0] = [str(ROOT / "tests")]
 
 
 @pytest.fixture(autouse=True)

@@ -25,9 +25,14 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from memdlm_dist import preemption, storage, train
+from memdlm_dist.runtime import cpu
+
+cpu.prepare()
+
+from memdlm_dist import train
 from memdlm_dist.data.loader import EpochLoader
-from memdlm_dist.objective import Objective
+from memdlm_dist.runtime import preemption, storage
+from memdlm_dist.training.objective import Objective
 
 
 def hang() -> None:

@@ -4,6 +4,10 @@ import sys
 
 import run_many  # noqa: F401  (the flavour)
 
+from memdlm_dist.runtime import cpu
+
+cpu.prepare()
+
 from memdlm_dist.evaluation.harness import main
 
 if __name__ == "__main__":

@@ -14,10 +14,14 @@ import torch
 from launching import debug
 from ranks import fork
 
-from memdlm_dist import parse_config
-from memdlm_dist.evaluation.exposure_bias import Row, measure
-from memdlm_dist.inference import TrainedModel
-from memdlm_dist.sampler import Decoding
+from memdlm_dist.runtime import cpu
+
+cpu.prepare()
+
+from memdlm_dist.config import parse_config
+from memdlm_dist.evaluation.exposure import Row, measure
+from memdlm_dist.inference.sampler import Decoding
+from memdlm_dist.inference.trained_model import TrainedModel
 
 SHARD, TENSOR = "--parallelism.data_parallel_shard_degree", "--parallelism.tensor_parallel_degree"
 LAYOUTS = {

@@ -10,5 +10,6 @@ bash launch/setup.sh dev
 export OMP_NUM_THREADS=1
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
+.venv/bin/lint-imports --no-logo
 .venv/bin/mypy
 exec .venv/bin/python -m pytest "$@"

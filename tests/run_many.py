@@ -20,15 +20,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+
+from memdlm_dist.runtime import cpu
+
+cpu.prepare()
+
 from faults import inject
 from ranks import fork
 from torch.distributed.tensor import DTensor
 
-from memdlm_dist import train, trajectory
-from memdlm_dist.bilevel import Memory
-from memdlm_dist.fast_weights import leaves
+from memdlm_dist import train
+from memdlm_dist.method import trajectory
+from memdlm_dist.method.bilevel import Memory
+from memdlm_dist.method.fast_weights import leaves
 from memdlm_dist.models.llada import FLAVOURS, LLaDAArgs
-from memdlm_dist.objective import Objective
+from memdlm_dist.training.objective import Objective
 
 # Two layers, so that one is trunk and one is tail: half the time of `debug` where every operation counts.
 FLAVOURS["tiny"] = LLaDAArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=64, vocab_size=512)

@@ -15,14 +15,18 @@ from ranks import fork
 
 sys.path[:0] = [str(Path(__file__).parent.parent / "tools")]
 
-from bench_step import Bench  # noqa: E402
-from collectives import by_kind  # noqa: E402
-from sharded_experts import common_weights, whole  # noqa: E402  (makes the flavour of llada_moe)
-from torchtitan.tools.logging import logger  # noqa: E402
+from memdlm_dist.runtime import cpu
 
-from memdlm_dist import parse_config  # noqa: E402
-from memdlm_dist.documents import FILL  # noqa: E402
-from memdlm_dist.models import llada  # noqa: E402
+cpu.prepare()
+
+from sharded_experts import common_weights, whole
+from torchtitan.tools.logging import logger
+
+from memdlm_dist.config import parse_config
+from memdlm_dist.method.documents import FILL
+from memdlm_dist.models import llada
+from memdlm_dist.performance.bench_steps import Bench
+from memdlm_dist.performance.collectives import by_kind
 
 # Two key-value heads for each of four ranks' query heads, at most.
 llada.FLAVOURS["tiny"] = llada.LLaDAArgs(dim=32, n_layers=3, n_heads=8, n_kv_heads=4, hidden_dim=48, vocab_size=64)

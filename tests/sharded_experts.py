@@ -18,15 +18,19 @@ from torch.distributed.tensor import DTensor
 
 sys.path[:0] = [str(Path(__file__).parent.parent / "tools")]
 
-from bench_step import Bench  # noqa: E402
-from collectives import by_kind  # noqa: E402
-from torchtitan.components.checkpoint import ModelWrapper  # noqa: E402
-from torchtitan.tools.logging import logger  # noqa: E402
+from memdlm_dist.runtime import cpu
 
-from memdlm_dist import parse_config  # noqa: E402
-from memdlm_dist.checkpoint import hugging_face  # noqa: E402
-from memdlm_dist.models import BACKBONES  # noqa: E402
-from memdlm_dist.models.llada_moe import FLAVOURS, LLaDAMoEArgs  # noqa: E402
+cpu.prepare()
+
+from torchtitan.components.checkpoint import ModelWrapper
+from torchtitan.tools.logging import logger
+
+from memdlm_dist.checkpoint import hugging_face_folder
+from memdlm_dist.config import parse_config
+from memdlm_dist.models import BACKBONES
+from memdlm_dist.models.llada_moe import FLAVOURS, LLaDAMoEArgs
+from memdlm_dist.performance.bench_steps import Bench
+from memdlm_dist.performance.collectives import by_kind
 
 FLAVOURS["tiny"] = LLaDAMoEArgs(
     dim=32, n_layers=2, n_heads=4, hidden_dim=16, vocab_size=64, n_experts=4, experts_per_token=2
@@ -120,10 +124,10 @@ def common_weights(bench, folder):
         with torch.no_grad():
             for parameter in bench.model.parameters():
                 parameter.mul_(3)  # so that attention and router are not flat
-        hugging_face.write(adapter.to_hf(bench.model.state_dict()), folder)
-    hugging_face.check(folder, adapter)
+        hugging_face_folder.write(adapter.to_hf(bench.model.state_dict()), folder)
+    hugging_face_folder.check(folder, adapter)
     wrapper = ModelWrapper(bench.model)
-    wrapper.load_state_dict(hugging_face.read_into(wrapper.state_dict(), adapter, folder))
+    wrapper.load_state_dict(hugging_face_folder.read_into(wrapper.state_dict(), adapter, folder))
 
 
 def count_reads(found):

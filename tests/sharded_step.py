@@ -20,14 +20,19 @@ from torch.distributed.tensor import DTensor
 
 sys.path[:0] = [str(Path(__file__).parent.parent / "tools")]
 
-from bench_step import DATA_PARALLEL, KINDS, Bench  # noqa: E402
-from collectives import by_kind  # noqa: E402
-from torchtitan.config import TORCH_DTYPE_MAP  # noqa: E402
-from torchtitan.tools.logging import logger  # noqa: E402
+from memdlm_dist.runtime import cpu
 
-from memdlm_dist import bilevel, parse_config  # noqa: E402
-from memdlm_dist.inner_loss import inner_loss  # noqa: E402
-from memdlm_dist.models.llada import FLAVOURS, LLaDAArgs  # noqa: E402
+cpu.prepare()
+
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.tools.logging import logger
+
+from memdlm_dist.config import parse_config
+from memdlm_dist.method import bilevel
+from memdlm_dist.method.inner_loss import inner_loss
+from memdlm_dist.models.llada import FLAVOURS, LLaDAArgs
+from memdlm_dist.performance.bench_steps import DATA_PARALLEL, KINDS, Bench
+from memdlm_dist.performance.collectives import by_kind
 
 # Three layers of trunk, so that the counts tell them from a tail of two.
 FLAVOURS["sharded"] = LLaDAArgs(dim=32, n_layers=5, n_heads=4, n_kv_heads=2, hidden_dim=64, vocab_size=512)

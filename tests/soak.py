@@ -3,7 +3,7 @@
 
     python tests/soak.py --minutes 20 [--ranks 2] [--seed 0] [--output FOLDER]
 
-The undisturbed run comes first. Then the same run is started over and over through launch/torchrun.py, and each time
+The undisturbed run comes first. Then the same run is started over and over through our launcher, and each time
 something happens to it after a random number of seconds (see `HAPPENINGS`). After each start it must have gone on right
 after the newest good checkpoint, and each step's loss (to the last bit), samples and masks must be those of the
 undisturbed run. A run that comes to its end must have its very last checkpoint, and a new one begins. Ends with a
@@ -41,8 +41,9 @@ def worker(folder: Path, arguments: list[str]) -> int:
     """One rank, which writes down what it draws and, rank 0, each step's loss."""
     from run_many import record
 
-    from memdlm_dist import preemption, train
-    from memdlm_dist.metrics import MemDLMMetrics
+    from memdlm_dist import train
+    from memdlm_dist.runtime import preemption
+    from memdlm_dist.training.metrics import MemDLMMetrics
 
     rank = int(os.environ["RANK"])
     record(str(folder), rank)
@@ -69,7 +70,7 @@ class Run:
         self.checkpoints, self.observed = out / "checkpoint", observed
         self.log = open(observed / "log", "wb")  # noqa: SIM115
         command = [
-            sys.executable, "launch/torchrun.py", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d",
+            sys.executable, "-m", "memdlm_dist.runtime.launcher", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d",
             "--rdzv-endpoint=localhost:0", "--role=rank", "--tee=3", "tests/soak.py", "--worker", str(observed),
             *ARGUMENTS, "--job.dump_folder", str(out),
         ]  # fmt: skip

@@ -2,11 +2,11 @@
 
 import json
 
-import bench
 import pytest
 from launching import run_script
 
 from memdlm_dist.errors import EXIT_STATUS
+from tools import bench
 
 
 @pytest.mark.slow

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memdlm_dist import fast_weights, inner_sgd, trajectory
-from memdlm_dist.bilevel import Memory, outer_loss
-from memdlm_dist.inner_loss import inner_loss
-from memdlm_dist.inner_sgd import InnerSGD
-from memdlm_dist.metrics import SKIPPED, MemDLMMetrics
+from memdlm_dist.method import fast_weights, inner_sgd, trajectory
+from memdlm_dist.method.bilevel import Memory, outer_loss
+from memdlm_dist.method.inner_loss import inner_loss
+from memdlm_dist.method.inner_sgd import InnerSGD
+from memdlm_dist.method.trajectory import IGNORE_INDEX, Plan
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs
-from memdlm_dist.objective import Objective
-from memdlm_dist.trajectory import IGNORE_INDEX, Plan
+from memdlm_dist.training.metrics import SKIPPED, MemDLMMetrics
+from memdlm_dist.training.objective import Objective
 
 ARGS = LLaDAArgs(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=40, vocab_size=61, max_seq_len=24)
 MASK_ID = 60

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 
-import prepare_data
 import pytest
 from tokenizers import Tokenizer
 
@@ -12,7 +11,8 @@ from memdlm_dist.data import chat
 from memdlm_dist.data.dataset import TokenDataset
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError
-from memdlm_dist.trajectory import IGNORE_INDEX
+from memdlm_dist.method.trajectory import IGNORE_INDEX
+from tools import prepare_data
 
 CONVERSATION = [
     {"role": "user", "content": "Add 1 and 2."},

@@ -4,12 +4,12 @@ import json
 import shutil
 from itertools import chain, combinations
 
-import checkpoints
 import pytest
 from launching import debug
 
 from memdlm_dist import train
 from memdlm_dist.checkpoint.catalogue import superfluous
+from tools import checkpoints
 
 
 @pytest.fixture(scope="module")

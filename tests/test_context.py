@@ -5,18 +5,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bench_step import Bench
 from launching import run_script
 from sharded_context import DOCUMENTS, LAYOUTS, OPTIONS, configuration, numbers, options_of
 from torch.distributed import destroy_process_group, is_initialized
 from torchtitan.distributed.utils import init_fake_mode
 
-from memdlm_dist import check_layout, parse_config, train
-from memdlm_dist.checkpoint import hugging_face
+from memdlm_dist import train
+from memdlm_dist.checkpoint import hugging_face_folder
+from memdlm_dist.config import check_layout, parse_config
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import BACKBONES
 from memdlm_dist.models.llada import FLAVOURS, LLaDA
 from memdlm_dist.models.parallelize import layout, spread_on_meta
+from memdlm_dist.performance.bench_steps import Bench
 
 # Two layouts add up the same numbers in another order: float32 rounding (8e-7 is seen).
 TOLERANCE = 1e-5
@@ -154,7 +155,7 @@ def test_scaled_positions_are_the_models(tmp_path):
     assert adapter.differences('{"rope_theta": 10000.0}') == ["rope_theta is 10000.0 there and 500000.0 here"]
     (tmp_path / "from").mkdir()
     (tmp_path / "from/config.json").write_text('{"rope_theta": 500000.0, "max_sequence_length": 4096, "more": 1}')
-    assert hugging_face.describe(str(tmp_path), adapter, [str(tmp_path / "from")]) == ["config.json"]
+    assert hugging_face_folder.describe(str(tmp_path), adapter, [str(tmp_path / "from")]) == ["config.json"]
     assert json.loads((tmp_path / "config.json").read_text()) == {
         "rope_theta": args.rotary_base, "max_sequence_length": 131072, "more": 1,
     }  # fmt: skip

@@ -12,17 +12,17 @@ import pytest
 import torch
 import zstandard
 
-from memdlm_dist import parse_config
+from memdlm_dist.config import parse_config
+from memdlm_dist.config.job_config import Data
 from memdlm_dist.data import corpus, packing, prepare, sequences, shards
 from memdlm_dist.data.dataset import TokenDataset, check_cards, open_dataset
 from memdlm_dist.data.loader import EpochLoader
 from memdlm_dist.data.packing import BestFit, Concatenation
 from memdlm_dist.data.prepare import Request
 from memdlm_dist.data.sequences import Document, Fields, fine_tuning, padded
-from memdlm_dist.documents import FILL
 from memdlm_dist.errors import UserError
-from memdlm_dist.job_config import Data
-from memdlm_dist.trajectory import IGNORE_INDEX
+from memdlm_dist.method.documents import FILL
+from memdlm_dist.method.trajectory import IGNORE_INDEX
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 20
 

@@ -5,22 +5,22 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from bench_step import Bench
 from sharded_context import configuration, micro_batches
 from test_bilevel import ARGS, MASK_ID, build, double, gradients, memory, objective
 from torch.distributed import destroy_process_group, is_initialized
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torchtitan.distributed.utils import init_fake_mode
 
-from memdlm_dist import trajectory
-from memdlm_dist.bilevel import Memory, outer_loss
-from memdlm_dist.documents import FILL, Documents
-from memdlm_dist.flops import step_flops
-from memdlm_dist.inner_loss import inner_loss
-from memdlm_dist.inner_sgd import InnerSGD
+from memdlm_dist.method import trajectory
+from memdlm_dist.method.bilevel import Memory, outer_loss
+from memdlm_dist.method.documents import FILL, Documents
+from memdlm_dist.method.inner_loss import inner_loss
+from memdlm_dist.method.inner_sgd import InnerSGD
 from memdlm_dist.models import attention, llada
+from memdlm_dist.models.flops import step_flops
 from memdlm_dist.models.llada_moe import LLaDAMoE, LLaDAMoEArgs
-from memdlm_dist.validate import even_levels
+from memdlm_dist.performance.bench_steps import Bench
+from memdlm_dist.training.validator import even_levels
 
 LENGTH = 24
 SIZES = [[7, 10, 5], [24], [1, 20], [3, 4, 5, 12]]  # of documents; the first and the third row have a fill

@@ -9,11 +9,11 @@ import torch
 from launching import debug, from_one_seed, run_many, scalars
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
 
-from memdlm_dist import trajectory
 from memdlm_dist.data.sequences import Sequence
 from memdlm_dist.data.shards import ShardWriter, read_card
-from memdlm_dist.metrics import HARDWARE_FLOPS
-from memdlm_dist.trajectory import Plan
+from memdlm_dist.method import trajectory
+from memdlm_dist.method.trajectory import Plan
+from memdlm_dist.training.metrics import HARDWARE_FLOPS
 
 LENGTH = 32
 LOCAL = "--training.local_batch_size"

@@ -3,17 +3,17 @@
 import json
 from dataclasses import replace
 
-import bench_step
-import dry_run
 import pytest
 import torch
-from collectives import Collectives
 from torch.distributed import destroy_process_group, is_initialized
 from torchtitan.distributed.utils import init_fake_mode
 
-from memdlm_dist import parse_config
-from memdlm_dist.estimate import estimate, saved_elements
+from memdlm_dist.config import parse_config
 from memdlm_dist.models import BACKBONES, llada, llada_moe
+from memdlm_dist.performance import bench_steps as bench_step
+from memdlm_dist.performance.collectives import Collectives
+from memdlm_dist.performance.estimate import estimate, saved_elements
+from tools import dry_run
 
 DEBUG = [
     "--job.config_file", "train_configs/debug.toml", "--training.seq_len", "64", "--training.local_batch_size", "2",

@@ -5,20 +5,19 @@ import json
 import subprocess
 import sys
 
-import evaluate
-import exposure_bias
-import generate
 import pytest
 import torch
 from launching import ROOT
 from reading import BOLD, arguments_of
 from test_needle import SMALL
 
-from memdlm_dist import parse_config, trajectory
-from memdlm_dist.evaluation.exposure_bias import Row, measure, row_of
+from memdlm_dist.config import parse_config
+from memdlm_dist.evaluation.exposure import Row, measure, row_of
 from memdlm_dist.evaluation.harness import main as harness_command
-from memdlm_dist.inference import TrainedModel
-from memdlm_dist.trajectory import IGNORE_INDEX
+from memdlm_dist.inference.trained_model import TrainedModel
+from memdlm_dist.method import trajectory
+from memdlm_dist.method.trajectory import IGNORE_INDEX
+from tools import evaluate, exposure_bias, generate
 
 SIZES = [f"--{name.replace('_', '-')}={value}" for name, value in vars(SMALL).items()]
 PICTURE = b"\x89PNG"

@@ -8,14 +8,14 @@ from launching import run_script
 from sharded_experts import LAYOUTS, options_of
 from torchtitan.models.moe.moe import GroupedExperts
 
-from memdlm_dist.bilevel import Memory, outer_loss
-from memdlm_dist.fast_weights import LowRank, leaves, map_leaves, select
-from memdlm_dist.inner_loss import inner_loss
-from memdlm_dist.inner_sgd import InnerSGD
+from memdlm_dist.method.bilevel import Memory, outer_loss
+from memdlm_dist.method.fast_weights import LowRank, leaves, map_leaves, select
+from memdlm_dist.method.inner_loss import inner_loss
+from memdlm_dist.method.inner_sgd import InnerSGD
+from memdlm_dist.method.trajectory import Plan
 from memdlm_dist.models import llada_moe
 from memdlm_dist.models.llada_moe import AdaptableExperts, LLaDAMoE, LLaDAMoEArgs
-from memdlm_dist.objective import Objective
-from memdlm_dist.trajectory import Plan
+from memdlm_dist.training.objective import Objective
 
 # Two layouts add up the same numbers in another order: float32 rounding, of quantities of order 1 (4e-6 is seen).
 TOLERANCE = 1e-5

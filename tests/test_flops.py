@@ -11,8 +11,8 @@ from torchtitan.config.job_config import ActivationCheckpoint
 from torchtitan.distributed import activation_checkpoint
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 
-from memdlm_dist.bilevel import outer_loss
-from memdlm_dist.flops import Recomputation, step_flops
+from memdlm_dist.method.bilevel import outer_loss
+from memdlm_dist.models.flops import Recomputation, step_flops
 from memdlm_dist.models.llada_moe import LLaDAMoE, LLaDAMoEArgs
 
 

@@ -6,10 +6,11 @@ tests/golden holds them without the inner gradients of each step, which the tool
 import json
 import shutil
 
-import check_golden
 import pytest
 from computed_fixture import write_fixture
 from safetensors.torch import load_file, save_file
+
+from tools import check_golden
 
 CASES = (
     "dense_pmc_ce", "dense_pmc_distill", "dense_pmc_full", "dense_pre_only", "dense_progressive_memory", "moe_pmc_ce",

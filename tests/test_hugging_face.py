@@ -5,18 +5,17 @@ import shutil
 import warnings
 from pathlib import Path
 
-import convert_checkpoint
 import pytest
-import random_weights
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
-from memdlm_dist import parse_config
-from memdlm_dist.checkpoint import hugging_face
+from memdlm_dist.checkpoint import hugging_face_folder
 from memdlm_dist.checkpoint.convert import adapter_of
+from memdlm_dist.config import parse_config
 from memdlm_dist.errors import UserError
-from memdlm_dist.models import hugging_face as names
+from memdlm_dist.models import state_dict_adapters as names
+from tools import convert_checkpoint, random_weights
 
 RECIPES = {"llada": "train_configs/llada_8b_longalpaca.toml", "llada_moe": "train_configs/llada_moe_7b_longalpaca.toml"}
 PLAIN = [
@@ -43,7 +42,7 @@ def weights(recipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("published") / "weights"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(names, "FILE_BYTES", 2**17)
-        patch.setattr(hugging_face, "file_of_each", lambda tensors: names.file_of_each(tensors, limit=2**17))
+        patch.setattr(hugging_face_folder, "file_of_each", lambda tensors: names.file_of_each(tensors, limit=2**17))
         assert random_weights.main([recipe, "--output", str(folder), *PLAIN]) == 0
     assert len(list(folder.glob("*.safetensors"))) > 2
     return folder
@@ -65,7 +64,7 @@ def test_there_and_back_again_is_the_same_bit_for_bit(recipe, weights, tmp_path,
     assert theirs.keys() == ours.keys()
     for name, tensor in theirs.items():
         assert tensor.dtype == ours[name].dtype == torch.bfloat16 and torch.equal(tensor, ours[name]), name
-    index = json.loads((back / hugging_face.INDEX).read_text())["weight_map"]
+    index = json.loads((back / hugging_face_folder.INDEX).read_text())["weight_map"]
     assert index.keys() == ours.keys()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (back / name).read_bytes() == (weights / name).read_bytes()
@@ -108,7 +107,7 @@ def damaged(weights, folder, change):
 
 def refusal(folder, adapter):
     with pytest.raises(UserError) as caught:
-        hugging_face.check(str(folder), adapter)
+        hugging_face_folder.check(str(folder), adapter)
     return str(caught.value)
 
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from reading import BOLD, LAYOUTS, PROMPTS, arguments_of
 
-from memdlm_dist import fast_weights, parse_config
+from memdlm_dist.config import parse_config
 from memdlm_dist.errors import UserError
-from memdlm_dist.inference import TrainedModel
+from memdlm_dist.inference.sampler import Decoding, finished
+from memdlm_dist.inference.trained_model import TrainedModel
+from memdlm_dist.method import fast_weights
 from memdlm_dist.models.llada import FLAVOURS
-from memdlm_dist.sampler import Decoding, finished
 
 
 @pytest.fixture(scope="module")

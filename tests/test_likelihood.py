@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from memdlm_dist import sampler
-from memdlm_dist.evaluation.likelihood import passes
+from memdlm_dist.inference import sampler
+from memdlm_dist.inference.likelihood import passes
 
 lm_eval = pytest.importorskip("lm_eval")
 
-from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.api.instance import Instance
 
-from memdlm_dist.evaluation.harness_model import HarnessModel  # noqa: E402
+from memdlm_dist.evaluation.harness_model import HarnessModel
 
 LETTERS = "abc"
 LENGTH = 5
@@ -69,7 +69,7 @@ class ToyModel:
         return sampler.canvas(prompts, new_tokens, MASK, EOS, ids)
 
     def spread(self, items, size, work, progress):
-        from memdlm_dist.inference import TrainedModel
+        from memdlm_dist.inference.trained_model import TrainedModel
 
         return TrainedModel.spread(self, items, size, work, progress)
 
@@ -104,7 +104,7 @@ class ToyModel:
 def model(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     monkeypatch.setattr("memdlm_dist.evaluation.harness_model.TrainedModel", lambda config, checkpoint: ToyModel())
-    monkeypatch.setattr("memdlm_dist.parse_config.parse", lambda argv: None)
+    monkeypatch.setattr("memdlm_dist.config.parse_config.parse", lambda argv: None)
     return lambda **arguments: HarnessModel(config="toy.toml", batch_size=7, **arguments)
 
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from straightforward import DISTANCES
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from memdlm_dist import logit_loss
-from memdlm_dist.diffusion import SetSum
-from memdlm_dist.logit_loss import HeadLoss, cross_entropy, kl, reverse_kl, set_losses
+from memdlm_dist.method import logit_loss
+from memdlm_dist.method.diffusion import SetSum
+from memdlm_dist.method.logit_loss import HeadLoss, cross_entropy, kl, reverse_kl, set_losses
+from memdlm_dist.performance.straightforward import DISTANCES
 
 N, D, V = 37, 16, 101
 LOSSES = (cross_entropy, kl, reverse_kl)

@@ -9,12 +9,12 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import prepare_data
 import pytest
 
 from memdlm_dist import train
 from memdlm_dist.errors import EXIT_STATUS
 from memdlm_dist.models.llada import FLAVOURS
+from tools import prepare_data
 
 DEBUG = "tests/assets/debug"
 MOE = ("--model.name", "llada_moe")
@@ -253,7 +253,7 @@ def test_through_the_launcher(root, tmp_path):
 
 
 def test_a_mistake_that_only_another_rank_meets_is_said_too(root):
-    command = ["launch/torchrun.py", "--nproc-per-node=2", "--local-ranks-filter=0", "--tee=3"]
+    command = ["-m", "memdlm_dist.runtime.launcher", "--nproc-per-node=2", "--local-ranks-filter=0", "--tee=3"]
     rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "tests/one_rank_fails.py"]
     done = subprocess.run([sys.executable, *command, *rendezvous], cwd=root, capture_output=True, text=True)
     assert done.returncode == EXIT_STATUS

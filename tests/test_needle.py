@@ -3,7 +3,6 @@
 import json
 import re
 
-import needle_data
 import pytest
 from launching import ROOT
 
@@ -11,6 +10,7 @@ from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError
 from memdlm_dist.evaluation.haystack import Haystack, belongs
 from memdlm_dist.evaluation.needle import PEOPLE, PLACES, TASKS, THINGS, Needles, Sample, Sizes
+from tools import needle_data
 
 SMALL = Sizes(
     values=2, distractors=1, digits=4, hops=2, letters=3, common=2, repeats=6, rare_repeats=1, facts=5, words=5

@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_bilevel import build, memory, objective
 
-from memdlm_dist import fast_weights
-from memdlm_dist.bilevel import outer_loss
+from memdlm_dist.method import fast_weights
+from memdlm_dist.method.bilevel import outer_loss
 
 
 def rows(count, length=16, first=0):

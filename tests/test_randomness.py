@@ -2,8 +2,8 @@ import naive
 import pytest
 import torch
 
-from memdlm_dist import keyed_random
-from memdlm_dist.keyed_random import Stream
+from memdlm_dist.method import keyed_random
+from memdlm_dist.method.keyed_random import Stream
 
 
 @pytest.mark.parametrize("seed, step, sample_id", [(0, 0, 0), (7, 12, 123_456_789), (2**31, 10**6, 2**40)])

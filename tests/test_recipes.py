@@ -3,18 +3,16 @@
 import json
 from pathlib import Path
 
-import convert_checkpoint
-import generate
 import pytest
-import random_weights
 import torch
 from launching import run_many, scalars
 from safetensors.torch import load_file
 from test_hugging_face import RECIPES, contents
 
-from memdlm_dist import parse_config
 from memdlm_dist.checkpoint.catalogue import read_metadata
-from memdlm_dist.inference import TrainedModel
+from memdlm_dist.config import parse_config
+from memdlm_dist.inference.trained_model import TrainedModel
+from tools import convert_checkpoint, generate, random_weights
 
 TOKENIZER = "tests/assets/debug/tokenizer"
 SMALL = [

@@ -13,10 +13,10 @@ import pytest
 from launching import debug, run_many, scalars
 from object_store import BUCKET, object_store
 
-from memdlm_dist import storage
 from memdlm_dist.data import shared_memory
 from memdlm_dist.data.dataset import TokenDataset
 from memdlm_dist.errors import UserError
+from memdlm_dist.runtime import storage
 
 LOSS = "loss_metrics/global_avg_loss"
 COMMON = [

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memdlm_dist import keyed_random, sampler
-from memdlm_dist.keyed_random import Stream
-from memdlm_dist.sampler import Decoding, canvas, denoise, finished, responses
+from memdlm_dist.inference import sampler
+from memdlm_dist.inference.sampler import Decoding, canvas, denoise, finished, responses
+from memdlm_dist.method import keyed_random
+from memdlm_dist.method.keyed_random import Stream
 
 VOCABULARY, MASK, EOS = 11, 10, 0
 

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_bilevel import double, gradients, scaled_model
 
-from memdlm_dist.bilevel import Memory, outer_loss
-from memdlm_dist.fast_weights import ADAPTERS
-from memdlm_dist.inner_loss import HIDDEN_LOSSES, LOGIT_LOSSES, inner_loss
-from memdlm_dist.inner_sgd import GRADIENT_NORMS, InnerSGD
+from memdlm_dist.method.bilevel import Memory, outer_loss
+from memdlm_dist.method.fast_weights import ADAPTERS
+from memdlm_dist.method.inner_loss import HIDDEN_LOSSES, LOGIT_LOSSES, inner_loss
+from memdlm_dist.method.inner_sgd import GRADIENT_NORMS, InnerSGD
+from memdlm_dist.method.trajectory import IGNORE_INDEX, SUPERVISION, TRAJECTORIES, Plan, draw
 from memdlm_dist.models.llada import LLaDAArgs
-from memdlm_dist.objective import Objective
-from memdlm_dist.trajectory import IGNORE_INDEX, SUPERVISION, TRAJECTORIES, Plan, draw
+from memdlm_dist.training.objective import Objective
 
 LENGTH, MASK_ID = 12, 22
 ARGS = LLaDAArgs(dim=16, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=24, vocab_size=23, max_seq_len=LENGTH)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from memdlm_dist import trajectory
-from memdlm_dist.diffusion import SMALLEST_LEVEL, level_from_uniform, noise_at
-from memdlm_dist.micro_batch import gather_scored, micro_batch
-from memdlm_dist.trajectory import Draw, Plan, State, anchor_state
+from memdlm_dist.method import trajectory
+from memdlm_dist.method.diffusion import SMALLEST_LEVEL, level_from_uniform, noise_at
+from memdlm_dist.method.micro_batch import gather_scored, micro_batch
+from memdlm_dist.method.trajectory import Draw, Plan, State, anchor_state
 
 LENGTH, MASK_ID = 48, 127
 

@@ -6,7 +6,8 @@ import torch
 from launching import debug, scalars
 from test_bilevel import data, memory, objective
 
-from memdlm_dist import train, validate
+from memdlm_dist import train
+from memdlm_dist.training import validator as validate
 
 
 def config(tmp_path):

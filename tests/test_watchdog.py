@@ -2,7 +2,7 @@
 
 import time
 
-from memdlm_dist.watchdog import Place, Watchdog, explanation, missing
+from memdlm_dist.runtime.watchdog import Place, Watchdog, explanation, missing
 
 
 def place(rank: int, progress: int = 5, line: str = "all_reduce", in_collective: bool = True, still=90.0, beat=100.0):

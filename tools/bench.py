@@ -26,18 +26,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from bench_step import DATA_PARALLEL, KINDS, Bench
-from collectives import by_kind
-from peak_memory import peak_memory
 from torchtitan.components.optimizer import build_optimizers
 from torchtitan.distributed import utils as dist_utils
-from torchtitan.tools.utils import device_module, device_type, get_peak_flops
+from torchtitan.tools.utils import get_peak_flops
 
-from memdlm_dist import check_layout, parse_config
+from memdlm_dist.runtime import cpu
+
+cpu.prepare()
+
+from memdlm_dist.config import check_layout, parse_config
 from memdlm_dist.errors import EXIT_STATUS, UserError
-from memdlm_dist.flops import Recomputation, step_flops
-from memdlm_dist.micro_batch import MicroBatch
+from memdlm_dist.method.micro_batch import MicroBatch
 from memdlm_dist.models import backbone_args
+from memdlm_dist.models.flops import Recomputation, step_flops
+from memdlm_dist.performance.bench_steps import DATA_PARALLEL, KINDS, Bench
+from memdlm_dist.performance.collectives import by_kind
+from memdlm_dist.performance.peak_memory import peak_memory
+from memdlm_dist.runtime.device import device_module, device_type
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "train_configs/bench_cpu.toml"
 
@@ -89,10 +94,10 @@ def measure(
     median = {kind: statistics.median(times) for kind, times in seconds.items()}
     tokens = config.training.local_batch_size * config.training.seq_len  # of a data-parallel rank
     replicas = bench.dims.dp_replicate * bench.dims.dp_shard
-    peak = get_peak_flops(device_module.get_device_name()) if device_type != "cpu" else None
+    peak = get_peak_flops(device_module().get_device_name()) if device_type() != "cpu" else None
     model_flops = bench.flops_per_token * tokens
     return {
-        "device": device_module.get_device_name(),
+        "device": device_module().get_device_name(),
         "ranks": dist.get_world_size(),
         "torch": torch.__version__,
         "rounds": rounds,
@@ -135,13 +140,13 @@ def _timed(run: Callable[[], None]) -> float:
 
 
 def _synchronise() -> None:
-    if device_type != "cpu":
-        device_module.synchronize()
+    if device_type() != "cpu":
+        device_module().synchronize()
 
 
 def _largest(values: tuple[int, ...]) -> list[int]:
     """Of each value, the largest of any rank."""
-    tensor = torch.tensor(values, device=device_type)
+    tensor = torch.tensor(values, device=device_type())
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor.tolist()
 
@@ -149,12 +154,12 @@ def _largest(values: tuple[int, ...]) -> list[int]:
 def _profile(run: Callable[[], None], path: str) -> None:
     """Write a table of one step's operators, or kernels, by the time they take."""
     activities = [torch.profiler.ProfilerActivity.CPU]
-    if device_type == "cuda":
+    if device_type() == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profiler:
         run()
         _synchronise()
-    order = f"self_{device_type}_time_total"
+    order = f"self_{device_type()}_time_total"
     if dist.get_rank() == 0:
         Path(path).write_text(profiler.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=80))
 
@@ -232,8 +237,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         UserError: for a configuration that cannot be measured.
     """
     config = _configuration(options.config, overrides, int(os.environ["WORLD_SIZE"]))
-    device_module.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("gloo" if device_type == "cpu" else None)
+    device_module().set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("gloo" if device_type() == "cpu" else None)
     result = {"config": str(options.config), "overrides": list(overrides), "layers": options.layers}
     if options.lengths:
         result["lengths"] = sweep(config, options)
@@ -264,7 +269,7 @@ def _configuration(path: Path, overrides: Sequence[str], world_size: int, length
     config = parse_config.parse(["--job.config_file", str(path), *overrides])
     config.training.seq_len = length or config.training.seq_len
     check_layout.check_launch(config, world_size)
-    check_layout.check_device(config, device_type)
+    check_layout.check_device(config, device_type())
     args = backbone_args(config.model.name, config.model.flavor)
     check_layout.check_backbone(config, args, world_size)
     if not config.parametric_memory.enable:

@@ -18,9 +18,13 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from memdlm_dist.runtime import cpu
+
+cpu.prepare()
+
 from memdlm_dist.checkpoint.catalogue import Catalogue, Saved, name_of, read_run, superfluous
 from memdlm_dist.errors import EXIT_STATUS, UserError
-from memdlm_dist.storage import Storage
+from memdlm_dist.runtime.storage import Storage
 
 
 def arguments() -> argparse.ArgumentParser:

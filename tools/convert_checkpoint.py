@@ -18,11 +18,15 @@ import time
 from collections.abc import Sequence
 
 import torch
-from model_arguments import guarded, parse, quiet
 
-from memdlm_dist import parse_config
+from memdlm_dist.runtime import cpu
+
+cpu.prepare()
+
 from memdlm_dist.checkpoint.convert import from_hugging_face, to_hugging_face
-from memdlm_dist.inference import checkpoint_folder
+from memdlm_dist.config import parse_config
+from memdlm_dist.inference.model_arguments import guarded, parse, quiet
+from memdlm_dist.inference.trained_model import checkpoint_folder
 
 _DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

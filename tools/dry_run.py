@@ -20,14 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from model_arguments import guarded, parse, positive, quiet
 from torchtitan.distributed.utils import init_fake_mode
 
-from memdlm_dist import check_layout, parse_config
+from memdlm_dist.runtime import cpu
+
+cpu.prepare()
+
+from memdlm_dist.config import check_layout, parse_config
 from memdlm_dist.errors import UserError
-from memdlm_dist.estimate import Estimate, estimate
+from memdlm_dist.inference.model_arguments import guarded, parse, positive, quiet
 from memdlm_dist.models import backbone_args
 from memdlm_dist.models.parallelize import layout, spread_on_meta
+from memdlm_dist.performance.estimate import Estimate, estimate
 
 # Of a device's memory, what is left to the allocator's fragmentation, the libraries and the collectives' buffers.
 _RESERVE = 0.1

@@ -18,7 +18,19 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from model_arguments import (
+from tqdm import tqdm
+
+from memdlm_dist.runtime import cpu
+
+cpu.prepare()
+
+from memdlm_dist.errors import UserError
+from memdlm_dist.evaluation import report
+from memdlm_dist.evaluation.haystack import Haystack
+from memdlm_dist.evaluation.needle import Needles
+from memdlm_dist.evaluation.needle_arguments import add_needle_arguments, sizes_of, tasks_of
+from memdlm_dist.evaluation.retrieval import MEMORY, Score, evaluate
+from memdlm_dist.inference.model_arguments import (
     add_decoding_arguments,
     add_model_arguments,
     decoding_of,
@@ -28,16 +40,8 @@ from model_arguments import (
     parse,
     positive,
 )
-from needle_arguments import add_needle_arguments, sizes_of, tasks_of
-from tqdm import tqdm
-
-from memdlm_dist.errors import UserError
-from memdlm_dist.evaluation import report
-from memdlm_dist.evaluation.haystack import Haystack
-from memdlm_dist.evaluation.needle import Needles
-from memdlm_dist.evaluation.retrieval import MEMORY, Score, evaluate
-from memdlm_dist.validate import HISTORY_FILE, history
-from memdlm_dist.validate import LOSSES as HELD_OUT
+from memdlm_dist.training.validator import HISTORY_FILE, history
+from memdlm_dist.training.validator import LOSSES as HELD_OUT
 
 JSON, PNG, COMPARISON, LOSSES = "needle.json", "needle.png", "comparison", "losses"
 

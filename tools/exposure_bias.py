@@ -16,16 +16,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from model_arguments import add_model_arguments, guarded, is_first, load_model, parse, positive
 from tqdm import tqdm
 
-from memdlm_dist import parse_config
+from memdlm_dist.runtime import cpu
+
+cpu.prepare()
+
+from memdlm_dist.config import parse_config
 from memdlm_dist.data.dataset import check_cards, open_dataset
 from memdlm_dist.errors import UserError
 from memdlm_dist.evaluation import report
-from memdlm_dist.evaluation.exposure_bias import RATIOS, Point, Row, measure, row_of
+from memdlm_dist.evaluation.exposure import RATIOS, Point, Row, measure, row_of
 from memdlm_dist.evaluation.retrieval import MEMORY
-from memdlm_dist.inference import TrainedModel, checkpoint_folder
+from memdlm_dist.inference.model_arguments import add_model_arguments, guarded, is_first, load_model, parse, positive
+from memdlm_dist.inference.trained_model import TrainedModel, checkpoint_folder
 
 JSON, PNG = "exposure_bias.json", "exposure_bias.png"
 

@@ -22,7 +22,14 @@ from itertools import groupby
 from pathlib import Path
 
 import torch.distributed as dist
-from model_arguments import (
+
+from memdlm_dist.runtime import cpu
+
+cpu.prepare()
+
+from memdlm_dist.data import chat
+from memdlm_dist.errors import UserError
+from memdlm_dist.inference.model_arguments import (
     add_decoding_arguments,
     add_model_arguments,
     decoding_of,
@@ -31,12 +38,8 @@ from model_arguments import (
     load_model,
     parse,
 )
-
-from memdlm_dist import sampler
-from memdlm_dist.data import chat
-from memdlm_dist.errors import UserError
-from memdlm_dist.inference import TrainedModel
-from memdlm_dist.sampler import Decoding, Step
+from memdlm_dist.inference.sampler import Decoding, Step
+from memdlm_dist.inference.trained_model import TrainedModel, sampler
 
 MASK = "[MASK]"
 _NEW_TOKENS = 64

@@ -14,13 +14,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from needle_arguments import add_needle_arguments, sizes_of, tasks_of
 from tqdm import tqdm
+
+from memdlm_dist.runtime import cpu
+
+cpu.prepare()
 
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import EXIT_STATUS, UserError
 from memdlm_dist.evaluation.haystack import Haystack
 from memdlm_dist.evaluation.needle import Needles
+from memdlm_dist.evaluation.needle_arguments import add_needle_arguments, sizes_of, tasks_of
 
 
 def parser() -> argparse.ArgumentParser:

@@ -20,6 +20,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from memdlm_dist.runtime import cpu
+
+cpu.prepare()
+
 from memdlm_dist.data.chat import TEMPLATES
 from memdlm_dist.data.prepare import Request, prepare
 from memdlm_dist.data.sequences import Fields

@@ -14,12 +14,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from model_arguments import guarded, parse, quiet
 
-from memdlm_dist import parse_config
-from memdlm_dist.checkpoint import hugging_face
+from memdlm_dist.runtime import cpu
+
+cpu.prepare()
+
+from memdlm_dist.checkpoint import hugging_face_folder
 from memdlm_dist.checkpoint.convert import adapter_of
+from memdlm_dist.config import parse_config
 from memdlm_dist.errors import require
+from memdlm_dist.inference.model_arguments import guarded, parse, quiet
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,8 +51,8 @@ def make(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     with torch.no_grad():
         model.init_weights()
     state = {name: tensor.to(getattr(torch, options.dtype)) for name, tensor in model.state_dict().items()}
-    hugging_face.write(adapter.to_hf(state), str(output))
-    made = hugging_face.describe(str(output), adapter, [config.model.hf_assets_path])
+    hugging_face_folder.write(adapter.to_hf(state), str(output))
+    made = hugging_face_folder.describe(str(output), adapter, [config.model.hf_assets_path])
     parameters = sum(tensor.numel() for tensor in state.values())
     print(f"{output}: {config.model.name} {config.model.flavor}, {parameters:,} parameters; {', '.join(made)}")
     return 0

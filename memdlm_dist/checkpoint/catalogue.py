@@ -14,11 +14,10 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from torch.distributed.checkpoint.metadata import Metadata
 
-from memdlm_dist.storage import Storage, is_remote
+from memdlm_dist.compat.torch import EntryReader, FsspecEntryReader
+from memdlm_dist.runtime.storage import Storage, is_remote
 
 METADATA = ".metadata"
 RUN = "run.json"
@@ -67,23 +66,23 @@ def read_metadata(location: str) -> Metadata:
 class _Checked:
     """Mixed into DCP's readers, which themselves do not look at the checksums: a flipped bit would be trained on."""
 
-    def _slice_file(self, file: Any, entry: Any) -> io.BytesIO:
-        file.seek(entry.offset)
-        content = file.read(entry.length)
+    def check_entry(self, file: Any, offset: int, length: int, name: str) -> io.BytesIO:
+        file.seek(offset)
+        content = file.read(length)
         if not _is_sound(content):
-            raise OSError(f"the file {entry.relative_path} is corrupt: a checksum is wrong")
+            raise OSError(f"the file {name} is corrupt: a checksum is wrong")
         return io.BytesIO(content)
 
 
-class CheckedReader(_Checked, FileSystemReader):
+class CheckedReader(_Checked, EntryReader):
     """Of a folder on disk."""
 
 
-class CheckedFsspecReader(_Checked, FsspecReader):
+class CheckedFsspecReader(_Checked, FsspecEntryReader):
     """Of a folder at a URL."""
 
 
-def reader(location: str) -> FileSystemReader:
+def reader(location: str) -> EntryReader | FsspecEntryReader:
     """DCP's reader of a checkpoint, which checks what it reads."""
     return CheckedFsspecReader(location) if is_remote(location) else CheckedReader(location)
 

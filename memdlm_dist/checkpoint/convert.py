@@ -18,16 +18,15 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.components.checkpoint import DATALOADER, LR_SCHEDULER, MODEL, OPTIMIZER, TRAIN_STATE
-from torchtitan.protocols.model_converter import build_model_converters
 
-from memdlm_dist.checkpoint import hugging_face, weights
+from memdlm_dist.checkpoint import hugging_face_folder, weights
 from memdlm_dist.checkpoint.catalogue import METADATA, read_metadata, reader
 from memdlm_dist.checkpoint.manager import check_model
-from memdlm_dist.checkpoint.rank_0 import reason_of
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import BACKBONES, backbone_args, lora
-from memdlm_dist.models.hugging_face import Adapter
-from memdlm_dist.storage import is_remote
+from memdlm_dist.models.state_dict_adapters import Adapter
+from memdlm_dist.runtime.rank_0 import reason_of
+from memdlm_dist.runtime.storage import is_remote
 
 # Told what is done now.
 Progress = Callable[[str], object]
@@ -57,7 +56,7 @@ def from_hugging_face(
         UserError: if the weights are of another backbone, or the output cannot be written.
     """
     adapter = adapter_of(config)
-    hugging_face.check(source, adapter)
+    hugging_face_folder.check(source, adapter)
     with _new_folder(output) as folder:
         saved = HuggingFaceStorageReader(source).read_metadata().state_dict_metadata
         state = {}
@@ -66,11 +65,11 @@ def from_hugging_face(
             first: Any = saved[next(iter(adapter.to_hf({name: tensor})))]
             state[name] = torch.empty(tensor.shape, dtype=dtype or first.properties.dtype)
         progress(f"reading {_size(state)} from {source}")
-        state = hugging_face.read_into(state, adapter, source)
+        state = hugging_face_folder.read_into(state, adapter, source)
         progress(f"writing {output}")
         with _alone(f"The checkpoint could not be written to {output}"):
             dcp.save(state, checkpoint_id=folder, no_dist=True)
-        hugging_face.describe(folder, adapter, [source])
+        hugging_face_folder.describe(folder, adapter, [source])
 
 
 def to_hugging_face(
@@ -117,12 +116,14 @@ def to_hugging_face(
         scale = config.lora.alpha / config.lora.rank
         progress(f"writing {output}")
         if adapters_alone:
-            hugging_face.write_peft(_cast(state, dtype), folder, adapter, config.lora.rank, config.lora.alpha, base)
+            hugging_face_folder.write_peft(
+                _cast(state, dtype), folder, adapter, config.lora.rank, config.lora.alpha, base
+            )
             return found
         state = lora.merged(state, scale) if config.model.converters else state
-        hugging_face.write(adapter.to_hf(_cast(state, dtype)), folder)
+        hugging_face_folder.write(adapter.to_hf(_cast(state, dtype)), folder)
         sources = [assets] if assets else [found, config.checkpoint.initial_load_path, config.model.hf_assets_path]
-        hugging_face.describe(folder, adapter, [path for path in sources if path and not is_remote(path)])
+        hugging_face_folder.describe(folder, adapter, [path for path in sources if path and not is_remote(path)])
     return found
 
 
@@ -130,7 +131,8 @@ def _on_meta(config: Any) -> dict[str, Tensor]:
     """A model's tensors under our names, without contents; with its adapters, if the run trains any."""
     with torch.device("meta"):
         model = BACKBONES[config.model.name].model(backbone_args(config.model.name, config.model.flavor))
-    build_model_converters(config, None).convert(model)
+    if config.model.converters:
+        lora.LoRAConverter(config, None).convert(model)
     return dict(model.state_dict())
 
 

@@ -12,11 +12,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torchtitan.components.checkpoint import DATALOADER, MODEL, AsyncMode, CheckpointManager
+from torchtitan.components.checkpoint import DATALOADER, MODEL, AsyncMode
 from torchtitan.tools.utils import GarbageCollection
 
-from memdlm_dist import storage
-from memdlm_dist.checkpoint import continuity, hugging_face
+from memdlm_dist.checkpoint import continuity, hugging_face_folder
 from memdlm_dist.checkpoint.catalogue import (
     METADATA,
     RUN,
@@ -27,16 +26,18 @@ from memdlm_dist.checkpoint.catalogue import (
     reader,
     superfluous,
 )
-from memdlm_dist.checkpoint.rank_0 import from_rank_0, one_line, reason_of
+from memdlm_dist.compat.torchtitan import HookedCheckpoints
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import lora
-from memdlm_dist.models.hugging_face import file_of_each
-from memdlm_dist.storage import Storage, is_remote
+from memdlm_dist.models.state_dict_adapters import file_of_each
+from memdlm_dist.runtime import storage
+from memdlm_dist.runtime.rank_0 import from_rank_0, one_line, reason_of
+from memdlm_dist.runtime.storage import Storage, is_remote
 
 logger = logging.getLogger()
 
 
-class ResumableCheckpoints(CheckpointManager):
+class ResumableCheckpoints(HookedCheckpoints):
     """Checkpoints on a path or URL; the newest good one is resumed, others are skipped with their names.
 
     Rank 0 alone looks at the folder and tells the others, so that all do the same. Reading and writing are DCP's:
@@ -108,7 +109,7 @@ class ResumableCheckpoints(CheckpointManager):
             location = location or self.sd_adapter.assets or ""
             logger.info(f"Loading the weights in {location}.")
             began = time.perf_counter()
-            hugging_face.load(self.states[MODEL], self.sd_adapter, location)
+            hugging_face_folder.load(self.states[MODEL], self.sd_adapter, location)
             logger.info(f"Loaded the weights in {time.perf_counter() - began:.1f} s.")
             return True
         if not location:
@@ -141,7 +142,7 @@ class ResumableCheckpoints(CheckpointManager):
         logger.info(f"Loading the checkpoint {location}.")
         began = time.perf_counter()
         try:
-            states = self._states_to_load(model_only)
+            states = self.states_to_load(model_only)
             states = states_in(location, states) if base else states
             dcp.load(states, storage_reader=reader(location))
             self.states[MODEL].load_state_dict(states)  # torchtitan keeps the model's tensors at the top level
@@ -161,7 +162,7 @@ class ResumableCheckpoints(CheckpointManager):
         Raises:
             UserError: if saving fails and nothing comes after it, or `reliability.on_save_failure` is "stop".
         """
-        if not self._should_save(curr_step, last_step):
+        if not self.is_due(curr_step, last_step):
             return
         self.wait()
         began, pause = time.monotonic(), storage.FIRST_WAIT
@@ -183,7 +184,7 @@ class ResumableCheckpoints(CheckpointManager):
             if last_step and self.last_save_in_hf:
                 from_rank_0(lambda: self._complete_export(step))
             if last_step:
-                self._purge_stale_checkpoints()  # which torchtitan leaves out after the last step
+                self.purge()  # which torchtitan leaves out after the last step
             elif self.async_mode != AsyncMode.DISABLED:
                 self._saving = step
                 if self.save_now:
@@ -198,7 +199,7 @@ class ResumableCheckpoints(CheckpointManager):
         if not options.get("to_hf"):
             return super().dcp_save(state_dict, checkpoint_id, *rest, **options)
         if self.lora is not None and self.lora.export == "adapter":
-            adapters = hugging_face.whole_adapters(state_dict)
+            adapters = hugging_face_folder.whole_adapters(state_dict)
             from_rank_0(lambda: self._write_adapters(adapters, checkpoint_id))
             return None
         if self.lora is not None:
@@ -210,15 +211,15 @@ class ResumableCheckpoints(CheckpointManager):
     def _write_adapters(self, adapters: dict[str, torch.Tensor], folder: str) -> None:
         assert self.lora is not None
         base = self.initial_load_path or self.sd_adapter.assets or ""
-        hugging_face.write_peft(adapters, folder, self.sd_adapter, self.lora.rank, self.lora.alpha, base)
+        hugging_face_folder.write_peft(adapters, folder, self.sd_adapter, self.lora.rank, self.lora.alpha, base)
 
     def _complete_export(self, step: int) -> None:
         """What else belongs to weights in safetensors; rank 0 alone."""
         folder = self._catalogue.storage.url(name_of(step))
-        hugging_face.tidy(folder)
+        hugging_face_folder.tidy(folder)
         sources = [path for path in (self.initial_load_path, self.sd_adapter.assets) if path]
         if self.lora is None or self.lora.export == "merged":
-            hugging_face.describe(folder, self.sd_adapter, sources)
+            hugging_face_folder.describe(folder, self.sd_adapter, sources)
 
     def _finish_saving(self) -> None:
         self._saving = None
@@ -271,12 +272,12 @@ class ResumableCheckpoints(CheckpointManager):
         if failure := from_rank_0(prepare):
             raise failure
 
-    def _should_save(self, curr_step: int, last_step: bool = False) -> bool:
+    def is_due(self, step: int, last_step: bool = False) -> bool:
         if self.enable and not self.load_only and self.save_now:
             return True
-        return super()._should_save(curr_step, last_step)
+        return super().is_due(step, last_step)
 
-    def _purge_stale_checkpoints(self) -> None:
+    def purge(self) -> None:
         """Remove what retention does not keep, in the background. Only complete checkpoints count."""
         # torchtitan calls this right after an asynchronous save has begun, when its metadata is not there yet.
         if dist.get_rank() == 0:

@@ -6,14 +6,14 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.components.checkpoint import DATALOADER, LR_SCHEDULER, MODEL, OPTIMIZER, TRAIN_STATE, ModelWrapper
 
-from memdlm_dist.checkpoint import hugging_face
+from memdlm_dist.checkpoint import hugging_face_folder
 from memdlm_dist.checkpoint.catalogue import METADATA, Catalogue, name_of, reader
 from memdlm_dist.checkpoint.manager import check_model, states_in
-from memdlm_dist.checkpoint.rank_0 import from_rank_0, reason_of
 from memdlm_dist.errors import UserError
-from memdlm_dist.models.hugging_face import Adapter
 from memdlm_dist.models.lora import HasAdapters
-from memdlm_dist.storage import Storage
+from memdlm_dist.models.state_dict_adapters import Adapter
+from memdlm_dist.runtime.rank_0 import from_rank_0, reason_of
+from memdlm_dist.runtime.storage import Storage
 
 
 def find(location: str) -> str:
@@ -31,7 +31,7 @@ def find(location: str) -> str:
     good = [
         saved.step
         for saved in found
-        if saved.good or (saved.exported and hugging_face.INDEX in catalogue.storage.sizes(saved.name))
+        if saved.good or (saved.exported and hugging_face_folder.INDEX in catalogue.storage.sizes(saved.name))
     ]
     if good:
         return catalogue.storage.url(name_of(good[-1]))
@@ -61,7 +61,7 @@ def load(model: nn.Module, location: str, adapter: Adapter) -> str:
         if isinstance(module, HasAdapters):
             module.reset_adapters()  # which weights of a plain model leave as they are
     if METADATA not in from_rank_0(lambda: Storage(found).sizes()):
-        hugging_face.load(weights, adapter, found)
+        hugging_face_folder.load(weights, adapter, found)
         return found
     others = dict.fromkeys((OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE))
     problem = from_rank_0(lambda: check_model(found, {MODEL: weights, **others}, base=True))

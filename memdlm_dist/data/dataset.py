@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from streaming import Stream, StreamingDataset
-from streaming.base.hashing import get_hash
 
+from memdlm_dist.compat import streaming
 from memdlm_dist.data import downloads, shared_memory
 from memdlm_dist.data.shards import HASH, read_card
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
-from memdlm_dist.documents import FILL
 from memdlm_dist.errors import UserError
+from memdlm_dist.method.documents import FILL
+from memdlm_dist.method.trajectory import IGNORE_INDEX
 from memdlm_dist.models import backbone_args
-from memdlm_dist.storage import is_remote
-from memdlm_dist.trajectory import IGNORE_INDEX
+from memdlm_dist.runtime.storage import is_remote
 
 _REMEDY = "prepare the data anew, or delete the file if it is a cached copy"
 
@@ -66,10 +66,10 @@ class TokenDataset(StreamingDataset):
             flags = np.unpackbits(np.frombuffer(sample["maskable"], np.uint8), count=len(tokens))
             numbers = self._numbers(sample, len(tokens))
         except UserError:
-            self._stop_threads()
+            streaming.stop_threads(self)
             raise
         except Exception as error:
-            self._stop_threads()
+            streaming.stop_threads(self)
             shard_id, _ = self.spanner[sample_id]
             self._check_shard(shard_id)  # says it more plainly, if that is what is wrong
             raise UserError(f"Sample {sample_id} of {self._shard_path(shard_id)} cannot be read: {error}.") from None
@@ -97,11 +97,6 @@ class TokenDataset(StreamingDataset):
             if self.streams[stream_id].remote is None:
                 self._check_size(shard_id)
 
-    def _stop_threads(self) -> None:
-        # The download threads of a running iteration would keep the process alive after the error.
-        if hasattr(self, "_event"):
-            self._event.set()
-
     def _shard_path(self, shard_id: int) -> str:
         shard = self.shards[shard_id]
         return os.path.join(shard.dirname, shard.split, shard.raw_data.basename)
@@ -124,7 +119,7 @@ class TokenDataset(StreamingDataset):
                     f"The shard {path} has no {self._check_hash} checksum (it has {', '.join(info.hashes) or 'none'}); "
                     "change data.validate_hash."
                 )
-            if get_hash(self._check_hash, Path(path).read_bytes()) != expected:
+            if streaming.checksum(self._check_hash, Path(path).read_bytes()) != expected:
                 raise UserError(f"The shard {path} is corrupt: its {self._check_hash} checksum is wrong; {_REMEDY}.")
 
 

@@ -8,10 +8,11 @@ import torch
 from streaming import StreamingDataLoader
 from torchtitan.components.dataloader import BaseDataLoader
 
+from memdlm_dist.compat import streaming
 from memdlm_dist.data.dataset import TokenDataset, check_cards, open_dataset
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError
-from memdlm_dist.preemption import outlive_first_sigterm, starting_workers
+from memdlm_dist.runtime.preemption import outlive_first_sigterm, starting_workers
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
@@ -43,7 +44,7 @@ class EpochLoader(BaseDataLoader):
         self.global_batch_size = global_batch_size
         self.fingerprint = dataset.fingerprint()
         # Of all ranks together; the number of nodes is that of the first start (streaming's elasticity asks for it).
-        self._position = {"epoch": 0, "samples": 0, "nodes": dataset._unique_rank_world.num_nodes}
+        self._position = {"epoch": 0, "samples": 0, "nodes": streaming.nodes(dataset)}
 
     def __iter__(self) -> Iterator[Batch]:
         position = self._position

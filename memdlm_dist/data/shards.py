@@ -13,7 +13,7 @@ from streaming import MDSWriter
 
 from memdlm_dist.data.sequences import Sequence
 from memdlm_dist.errors import UserError
-from memdlm_dist.storage import Storage
+from memdlm_dist.runtime.storage import Storage
 
 CARD = "memdlm.json"
 HASH = "xxh64"

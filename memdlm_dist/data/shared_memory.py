@@ -6,18 +6,13 @@ process has it mapped.
 """
 
 import glob
-import itertools
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Collection
 from pathlib import Path
 
-from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, LOCALS
-from streaming.base.shared import prefix
-from streaming.base.shared.prefix import _unpack_locals
-
+from memdlm_dist.compat import streaming
 from memdlm_dist.errors import UserError
 
 logger = logging.getLogger()
@@ -38,8 +33,8 @@ def remove_leftovers(folders: Collection[str], cached: Collection[str]) -> None:
         UserError: if another live job uses one of `cached`.
     """
     deadline = time.monotonic() + PATIENCE
-    for registration in sorted(glob.glob(f"{SHARED_MEMORY}/*_{LOCALS}")):
-        number = os.path.basename(registration).removesuffix(LOCALS)
+    for registration in sorted(glob.glob(f"{SHARED_MEMORY}/*_{streaming.REGISTRATION}")):
+        number = os.path.basename(registration).removesuffix(streaming.REGISTRATION)
         theirs = _folders(registration)
         if not theirs & set(folders):
             continue
@@ -54,26 +49,19 @@ def remove_leftovers(folders: Collection[str], cached: Collection[str]) -> None:
             )
         if not users:
             logger.info(f"Removing shared memory of an earlier run that was killed ({registration}).")
-            for path in [
-                *glob.glob(f"{SHARED_MEMORY}/{number}*"),
-                *(f"{tempfile.gettempdir()}/{number}{lock}" for lock in (BARRIER_FILELOCK, CACHE_FILELOCK)),
-            ]:
-                Path(path).unlink(missing_ok=True)
+            for path in (*map(Path, glob.glob(f"{SHARED_MEMORY}/{number}*")), *streaming.locks(number)):
+                path.unlink(missing_ok=True)
 
 
 def number_by_node() -> None:
-    """Let the nodes of a run number their shared memory differently.
-
-    streaming takes the first free number on each node; two agents on one machine would take the same one.
-    """
-    node = int(os.environ.get("GROUP_RANK", "0"))
-    prefix._each_prefix_int = lambda: itertools.count(node * 100_000)
+    """Let the nodes of a run number their shared memory differently."""
+    streaming.number_from(int(os.environ.get("GROUP_RANK", "0")) * 100_000)
 
 
 def _folders(registration: str) -> set[str]:
     """The folders that a registration names; none if it is not ours to read or was just removed."""
     try:
-        return set(_unpack_locals(Path(registration).read_bytes())[0])
+        return set(streaming.registered_folders(Path(registration).read_bytes()))
     except (OSError, ValueError, IndexError):
         return set()
 

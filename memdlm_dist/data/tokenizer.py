@@ -8,6 +8,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
+from memdlm_dist.compat.torchtitan import special_token
 from memdlm_dist.errors import UserError
 
 NEW_EOS_TOKEN = "<|endoftext|>"
@@ -41,7 +42,7 @@ class DiffusionTokenizer(HuggingFaceTokenizer):
         self.eos_id = self._special("eos_token")
 
     def _special(self, name: str) -> int:
-        token = self._get_token_from_config(self.config or {}, name)
+        token = special_token(self, name)
         token_id = self.tokenizer.token_to_id(token) if token is not None else None
         if token_id is None:
             raise UserError(

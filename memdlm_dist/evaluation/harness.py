@@ -7,81 +7,20 @@
 Works under torchrun, with the layout of the configuration. Needs the package's [eval] extra.
 """
 
-import atexit
-import json
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
-from memdlm_dist import parse_config
-from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import EXIT_STATUS, UserError
-
-_EXTRA = "The harness needs lm-evaluation-harness; install the package's [eval] extra (pip install -e '.[eval]')."
-_OUTPUTS = ("output_path", "log_samples", "wandb_args", "hf_hub_log_args")
-
-
-def run(argv: Sequence[str]) -> None:
-    """Parse the harness's flags, add what is ours to know, and let it run."""
-    try:
-        from lm_eval._cli import HarnessCLI
-        from lm_eval.utils import setup_logging
-
-        from memdlm_dist.evaluation import harness_model
-    except ImportError as error:
-        raise UserError(f"{_EXTRA} ({error})") from None
-    setup_logging()
-    sys.argv = [sys.argv[0], *argv]  # where the harness looks for its flags
-    cli: Any = HarnessCLI()
-    options = cli.parse_args()
-    if getattr(options, "command", None) == "run":
-        options.model = options.model or harness_model.NAME
-        if options.model == harness_model.NAME:
-            _complete(options)
-    if os.environ.get("RANK", "0") != "0":
-        # All ranks have all results; the first one writes them.
-        for name in _OUTPUTS:
-            if hasattr(options, name):
-                delattr(options, name)
-    cli.execute(options)
-
-
-def _complete(options: Any) -> None:
-    """Name the run's tokenizer to tasks that make their own documents.
-
-    Raises:
-        UserError: if the model arguments name no configuration.
-    """
-    arguments: dict[str, Any] = options.model_args or {}
-    config = arguments.get("config")
-    if not config:  # before any task is built, which can take minutes
-        raise UserError("--model_args must name the run's configuration: --model_args config=FILE.toml.")
-    metadata: dict[str, Any] = dict(getattr(options, "metadata", None) or {})
-    if not {"tokenizer", "pretrained"} & metadata.keys():
-        parsed = parse_config.parse(["--job.config_file", str(config)])
-        metadata["tokenizer"] = _plain_copy(arguments.get("model.hf_assets_path", parsed.model.hf_assets_path))
-    options.metadata = metadata
-
-
-def _plain_copy(folder: str) -> str:
-    """A copy of a tokenizer that the harness can load, and that has no code to run: it trusts what it finds."""
-    tokenizer = DiffusionTokenizer(folder)
-    copy = tempfile.mkdtemp(prefix="memdlm_tokenizer_")
-    atexit.register(shutil.rmtree, copy, ignore_errors=True)
-    shutil.copy(Path(folder) / "tokenizer.json", copy)
-    eos = tokenizer.tokenizer.id_to_token(tokenizer.eos_id)
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "mask_token": tokenizer.mask_token}
-    (Path(copy) / "tokenizer_config.json").write_text(json.dumps(config))
-    return copy
+from memdlm_dist.runtime import cpu
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    cpu.prepare()
+    from memdlm_dist.evaluation.harness_command import run  # only now: it imports torchtitan
+
     try:
         run(sys.argv[1:] if argv is None else argv)
     except UserError as mistake:

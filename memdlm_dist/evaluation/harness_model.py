@@ -6,23 +6,24 @@ from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
-from memdlm_dist import fast_weights, parse_config, sampler
+from memdlm_dist.compat.lm_eval import TokenLM
+from memdlm_dist.config import parse_config
 from memdlm_dist.errors import UserError
-from memdlm_dist.evaluation.likelihood import Pass, passes
 from memdlm_dist.evaluation.retrieval import MEMORY
-from memdlm_dist.inference import ANCHOR_RATIO, TrainedModel
-from memdlm_dist.sampler import Decoding
+from memdlm_dist.inference.likelihood import Pass, passes
+from memdlm_dist.inference.sampler import Decoding
+from memdlm_dist.inference.trained_model import ANCHOR_RATIO, TrainedModel, sampler
+from memdlm_dist.method import fast_weights
 
 NAME = "memdlm"
 _NEW_TOKENS = 256  # where a task does not say
 
 
 @register_model(NAME)
-class HarnessModel(TemplateLM):
+class HarnessModel(TokenLM):
     """Answers the harness's requests, each rank a part of them.
 
     To the harness there is one rank: all run it with all requests, share the work out here, and have all results.
@@ -133,10 +134,9 @@ class HarnessModel(TemplateLM):
     def _spread(self, items: Sequence[Any], work: Callable[[list[Any], list[int]], list[Any]], bar: tqdm) -> list[Any]:
         return self._model.spread(items, self._batch_size, work, bar.update)
 
-    def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    def loglikelihoods(
+        self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]]
     ) -> list[tuple[float, bool]]:
-        del disable_tqdm, kwargs
         pairs = [(self._prompt(context, len(text)), text) for _, context, text in requests]
         bounds = self._bounds(pairs)
         greedy = self._greedy(pairs) if self._check_greedy else [False] * len(pairs)

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 
 from memdlm_dist.evaluation.needle import Needles, Sample
-from memdlm_dist.fast_weights import FastWeights
-from memdlm_dist.inference import ANCHOR_RATIO, TrainedModel
-from memdlm_dist.sampler import Decoding
+from memdlm_dist.inference.sampler import Decoding
+from memdlm_dist.inference.trained_model import ANCHOR_RATIO, TrainedModel
+from memdlm_dist.method.fast_weights import FastWeights
 
 MEMORY = {"off": False, "on": True}
 

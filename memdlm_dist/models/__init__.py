@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import llada, llada_moe
-from memdlm_dist.models.hugging_face import Adapter, LLaDAMoEStateDictAdapter, LLaDAStateDictAdapter
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs
+from memdlm_dist.models.state_dict_adapters import Adapter, LLaDAMoEStateDictAdapter, LLaDAStateDictAdapter
 
 
 class Backbone(NamedTuple):

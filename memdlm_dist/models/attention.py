@@ -16,7 +16,7 @@ from torchtitan.models.attention import (
 )
 from torchtitan.models.llama3.model.model import Attention
 
-from memdlm_dist.fast_weights import FastLinear, adapted
+from memdlm_dist.method.fast_weights import FastLinear, adapted
 
 # What attention is restricted to: bool, True where a token attends, that broadcasts to [B, H, L, L]; or blocks of it.
 Mask = Tensor | BlockMask

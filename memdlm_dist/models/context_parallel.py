@@ -11,11 +11,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor.experimental._attention import _cp_options, set_rotate_method
-from torchtitan.distributed.context_parallel import apply_cp_to_attention_module
 
+from memdlm_dist.compat.torch import all_to_all
+from memdlm_dist.compat.torchtitan import ring_attention
 from memdlm_dist.models.attention import BidirectionalAttention, Mask
 
 Method = Literal["ulysses", "ring"]
@@ -52,7 +51,7 @@ class Ulysses(nn.Module):
 
     def _exchange(self, x: Tensor) -> Tensor:
         """Part c of `[C, ...]` goes to rank c; returned are all ranks' parts for this one."""
-        return all_to_all_single_autograd(x.contiguous(), None, None, self.group)
+        return all_to_all(x.contiguous(), self.group)
 
 
 def apply_cp(attentions: Sequence[BidirectionalAttention], mesh: DeviceMesh, method: Method, rotation: Any) -> None:
@@ -66,6 +65,4 @@ def apply_cp(attentions: Sequence[BidirectionalAttention], mesh: DeviceMesh, met
         for attention in attentions:
             attention.inner_attention = Ulysses(attention.inner_attention, mesh)
         return
-    apply_cp_to_attention_module([attention.inner_attention for attention in attentions], mesh, "sdpa")
-    _cp_options.enable_load_balance = False  # it is for causal attention
-    set_rotate_method(rotation)
+    ring_attention([attention.inner_attention for attention in attentions], mesh, rotation)

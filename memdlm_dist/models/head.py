@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Placement, Shard
 
-from memdlm_dist.inner_loss import Hidden
-from memdlm_dist.logit_loss import HeadLoss, set_losses
+from memdlm_dist.method.inner_loss import Hidden
+from memdlm_dist.method.logit_loss import HeadLoss, set_losses
 
 # What is read off the model: the output head's logits, or a hidden state that it gets.
 Readout = Literal["logits"] | Hidden

@@ -17,15 +17,15 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 from torchtitan.models.qwen3.model.model import FeedForward
 from torchtitan.models.utils import get_dense_model_nparams_and_flops, trunc_normal_
 from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 
-from memdlm_dist.documents import Documents
-from memdlm_dist.fast_weights import AdaptedLinear, FastLinear, FastWeights, adapted
-from memdlm_dist.logit_loss import HeadLoss
+from memdlm_dist.compat.torch import completed
+from memdlm_dist.method.documents import Documents
+from memdlm_dist.method.fast_weights import AdaptedLinear, FastLinear, FastWeights, adapted
+from memdlm_dist.method.logit_loss import HeadLoss
 from memdlm_dist.models.attention import BidirectionalAttention, TokenContext, document_mask, rotary_frequencies
 from memdlm_dist.models.head import OutputHead, Readout
 from memdlm_dist.models.lora import HasAdapters
@@ -322,10 +322,8 @@ class LLaDA(ModelProtocol):
         return self._head(self._layers(h_BLD, start, fast, context), index_M, readout)
 
     def _embed(self, tokens_BL: Tensor) -> Tensor:
-        h_BLD = self.tok_embeddings(tokens_BL)
-        # Under tensor parallelism this is a collective's pending result. A compiled block would return
-        # no gradient for such an input (torch 2.13), and the embedding would not train: wait for it.
-        return h_BLD.clone() if isinstance(h_BLD, AsyncCollectiveTensor) else h_BLD
+        # Under tensor parallelism this is a collective's pending result.
+        return completed(self.tok_embeddings(tokens_BL))
 
     def _layers(self, h_BLD: Tensor, start: int, fast: FastWeights | None, context: TokenContext) -> Tensor:
         for layer in range(start, self.model_args.n_layers):

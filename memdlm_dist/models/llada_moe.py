@@ -19,16 +19,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torchtitan.models.moe import MoE, MoEArgs
 from torchtitan.models.moe.moe import GroupedExperts
-from torchtitan.models.moe.utils import _permute, _unpermute
 from torchtitan.models.utils import get_moe_model_nparams_and_flops
-from torchtitan.tools.utils import has_cuda_capability
 
-from memdlm_dist import cpu
-from memdlm_dist.fast_weights import AdaptedLinear, ExpertProduct, FastLinear, adapted_experts
+from memdlm_dist.compat.torch import grouped_mm
+from memdlm_dist.compat.torchtitan import permuted
+from memdlm_dist.method.fast_weights import AdaptedLinear, ExpertProduct, FastLinear, adapted_experts
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs, TransformerBlock
 from memdlm_dist.models.lora import HasAdapters
-
-cpu.prepare_experts()
+from memdlm_dist.runtime.device import has_grouped_mm
 
 
 @dataclass
@@ -64,7 +62,7 @@ class LLaDAMoEArgs(LLaDAArgs):
 
     def update_from_config(self, job_config: Any, **kwargs: Any) -> None:
         super().update_from_config(job_config, **kwargs)
-        self.grouped = has_cuda_capability(9, 0)
+        self.grouped = has_grouped_mm()
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
         return get_moe_model_nparams_and_flops(self, model, 2 * (self.dim // self.n_heads), seq_len)
@@ -137,8 +135,7 @@ class AdaptableExperts(GroupedExperts, HasAdapters):
         filled = isinstance(self.w1, DTensor) and "ep" in (self.w1.device_mesh.mesh_dim_names or ())
         if not self.use_grouped_mm or filled:
             return self._run(own, x, counts, fast or {})
-        shape, x_filled, places, counts = _permute(x, counts, 1, len(counts))
-        return _unpermute(self._run(own, x_filled, counts, fast or {}), shape, places)
+        return permuted(lambda x, counts: self._run(own, x, counts, fast or {}), x, counts, 1, len(counts))
 
     def _run(self, own: dict[str, Tensor], x_SD: Tensor, counts: Tensor, fast: dict[str, FastLinear]) -> Tensor:
         product = (_grouped if self.use_grouped_mm else _loop)(counts)
@@ -157,7 +154,7 @@ class AdaptableExperts(GroupedExperts, HasAdapters):
 def _grouped(counts: Tensor) -> ExpertProduct:
     def product(x_Si: Tensor, weight_noi: Tensor) -> Tensor:
         ends_n = counts.view(len(weight_noi), -1).sum(1).cumsum(0, dtype=torch.int32)
-        return torch._grouped_mm(x_Si.bfloat16(), weight_noi.bfloat16().transpose(-2, -1), offs=ends_n)
+        return grouped_mm(x_Si.bfloat16(), weight_noi.bfloat16(), ends_n)
 
     return product
 

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchtitan.config import TORCH_DTYPE_MAP
-from torchtitan.protocols.model_converter import register_model_converter
 
 # How the names of an adapter's two parameters end: those of a linear, and those of a linear of each expert.
 A, B = "lora_A", "lora_B"
@@ -62,10 +61,9 @@ class LoRAConverter:
     def convert(self, model: nn.Module) -> None:
         """Freeze the model and give the linears of all its layers adapters."""
         for module in model.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    frozen = parameter.detach().to(self._frozen_dtype)
-                    module._parameters[name] = nn.Parameter(frozen, requires_grad=False)
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                frozen = parameter.detach().to(self._frozen_dtype)
+                module.register_parameter(name, nn.Parameter(frozen, requires_grad=False))
         args: Any = model.model_args
         targets = args.linears_of(self._config.target_modules)
         for layer in cast(nn.ModuleDict, model.layers).values():
@@ -84,9 +82,6 @@ class LoRAConverter:
 
     def post_optimizer_hook(self, model: Any) -> None:
         """Nothing to do after a step."""
-
-
-register_model_converter(LoRAConverter, "lora")
 
 
 def is_adapter(name: str) -> bool:

@@ -3,7 +3,6 @@
 from typing import Any, cast
 
 import torch
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
@@ -11,17 +10,19 @@ from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.tensor_parallel import maybe_enable_async_tp
-from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list, apply_compile
+from torchtitan.models.llama3.infra.parallelize import apply_compile
 from torchtitan.models.llama4.infra.parallelize import apply_fsdp, apply_moe_ep_tp, apply_non_moe_tp
-from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan.tools.utils import set_default_dtype
 
-from memdlm_dist import cpu
+from memdlm_dist.compat.torch import checkpointed, raise_recompile_limit
+from memdlm_dist.compat.torchtitan import SAVED_OPERATORS
 from memdlm_dist.models import BACKBONES
 from memdlm_dist.models.context_parallel import apply_cp
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs, TransformerBlock
 from memdlm_dist.models.llada_moe import LLaDAMoE
+from memdlm_dist.models.lora import LoRAConverter
 from memdlm_dist.models.residency import Residency
+from memdlm_dist.runtime import cpu
 
 
 def layout(config: Any, world_size: int) -> ParallelDims:
@@ -49,7 +50,8 @@ def spread_on_meta(config: Any, args: LLaDAArgs, dims: ParallelDims) -> LLaDA:
     """
     with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
         model = BACKBONES[config.model.name].model(args)
-    build_model_converters(config, dims).convert(model)
+    if config.model.converters:
+        LoRAConverter(config, dims).convert(model)
     return parallelize_llada(model, dims, config)
 
 
@@ -109,13 +111,13 @@ def parallelize_llada(model: LLaDA, parallel_dims: ParallelDims, job_config: Any
             model,
             job_config.activation_checkpoint,
             model_compile_enabled=compiled,
-            op_sac_save_list=_op_sac_save_list,
+            op_sac_save_list=SAVED_OPERATORS,
             base_folder=job_config.job.dump_folder,
         )
     if compiled:
         # A block is compiled once for every way of passing through it: with and without gradient, of the activations
-        # or the fast weights or both, for every batch size. torch fails at the ninth.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        # or the fast weights or both, for every batch size.
+        raise_recompile_limit(64)
     if compiled and parallel_dims.tp_enabled:
         _compile_below_checkpoints(model, job_config.compile)
     elif compiled:
@@ -152,9 +154,9 @@ def _compile_below_checkpoints(model: LLaDA, config: Any) -> None:
     save the device mesh as if it were a tensor.
     """
     for name, block in model.layers.named_children():
-        if isinstance(block, CheckpointWrapper):
+        if (inside := checkpointed(block)) is not None:
             # In place: a wrapper below the checkpoint's would show in the names of the parameters.
-            block._checkpoint_wrapped_module.compile(backend=config.backend, fullgraph=True)
+            inside.compile(backend=config.backend, fullgraph=True)
         else:
             compiled: Any = torch.compile(block, backend=config.backend, fullgraph=True)
             model.layers.register_module(name, compiled)

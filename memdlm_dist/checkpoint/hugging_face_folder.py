@@ -1,0 +1,222 @@
+"""Weights in the form in which they are exchanged: a folder of safetensors under Hugging Face's names.
+
+DCP's own reader and writer of that format do the work, so that each rank reads and writes only its part. What is
+here checks a folder before anything is read of it, and adds what else belongs into one.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
+
+from memdlm_dist.errors import UserError
+from memdlm_dist.models import lora
+from memdlm_dist.models.state_dict_adapters import Adapter, file_of_each
+from memdlm_dist.runtime.rank_0 import from_rank_0, reason_of
+from memdlm_dist.runtime.storage import is_remote
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+# What goes with weights: the tokenizer's files and what describes the model. Never code.
+_COMPANIONS = (
+    CONFIG, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json", "LICENSE",
+)  # fmt: skip
+# Tensors that some exports hold and no model needs: they follow from the configuration.
+_IGNORED = "rotary_emb.inv_freq"
+
+
+def check(folder: str, adapter: Adapter) -> None:
+    """The folder holds this backbone's weights, all of them and no others.
+
+    Raises:
+        UserError: naming the file, the tensor or the key of config.json that is wrong.
+    """
+    if is_remote(folder):
+        raise UserError(f"Hugging Face weights are read from disk, not from {folder}; copy the folder here first.")
+    path = Path(folder)
+    if not path.is_dir():
+        raise UserError(f"There is no folder {folder} with Hugging Face weights; correct the path.")
+    _check_config(path, adapter)
+    found = _shapes(path)
+    for name, tensor in adapter.expected().items():
+        if name not in found:
+            raise UserError(
+                f"The weights in {folder} lack the tensor {name}; they are of another model or incomplete: choose the "
+                "model.name and model.flavor that they are of, or fetch them again."
+            )
+        shape = found.pop(name)
+        if shape != tuple(tensor.shape):
+            raise UserError(
+                f"The tensor {name} in {folder} is {shape}, this model's {tuple(tensor.shape)}; choose the "
+                "model.flavor that the weights are of."
+            )
+    unknown = [name for name in found if not name.endswith(_IGNORED)]
+    if unknown:
+        raise UserError(
+            f"The weights in {folder} hold a tensor that this model does not have, {unknown[0]}"
+            f"{f' (and {len(unknown) - 1} more)' if len(unknown) > 1 else ''}; choose the model.name and model.flavor "
+            "that they are of."
+        )
+
+
+def _check_config(path: Path, adapter: Adapter) -> None:
+    file = path / CONFIG
+    if not file.is_file():
+        return
+    try:
+        differences = adapter.differences(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}); fetch it again.") from None
+    if differences:
+        raise UserError(
+            f"{file} describes another model than this run's: {', '.join(differences)}; choose the model.name and "
+            "model.flavor that the weights are of."
+        )
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Of all tensors in the folder, from the files' headers."""
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"There are no .safetensors files in {path}; other formats are not read.")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file} cannot be read ({error}); fetch it again.") from None
+    if (path / INDEX).is_file():
+        try:
+            listed = json.loads((path / INDEX).read_text())["weight_map"]
+            absent = sorted(set(listed.values()) - {file.name for file in files})
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{path / INDEX} cannot be read ({type(error).__name__}: {error}).") from None
+        if absent:
+            raise UserError(f"{path} lacks the file {absent[0]}, which {INDEX} lists; fetch it again.")
+    return shapes
+
+
+def read_into(state: dict[str, Any], adapter: Adapter, folder: str) -> dict[str, Any]:
+    """Fill a state dict of the backbone, under our names, from a folder that was checked; each rank its own part.
+
+    Args:
+        state: tensors, sharded or not; some may be views that are not filled in place.
+
+    Returns:
+        The state dict to load.
+
+    Raises:
+        UserError: if a file cannot be read.
+    """
+    theirs = adapter.to_hf(state)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is meant
+            dcp.load(theirs, storage_reader=HuggingFaceStorageReader(folder), no_dist=not dist.is_initialized())
+    except (CheckpointException, OSError, SafetensorError) as failure:
+        raise UserError(f"The weights in {folder} cannot be read ({reason_of(failure)}); fetch them again.") from None
+    return adapter.from_hf(theirs)
+
+
+def load(weights: Any, adapter: Any, folder: str) -> None:
+    """Load Hugging Face weights into a model of any layout, each rank its own part; adapters start anew.
+
+    Args:
+        weights: torchtitan's wrapper of the model.
+
+    Raises:
+        UserError: if the folder does not hold this model's weights, whole.
+    """
+    from_rank_0(lambda: check(folder, adapter))
+    base = lora.without_adapters(weights.state_dict())
+    weights.load_state_dict(read_into(base, adapter, folder))
+
+
+def write(tensors: Mapping[str, Tensor], folder: str) -> None:
+    """Write whole tensors under Hugging Face's names, by one process: files of at most 5 GB, and their index.
+
+    Raises:
+        UserError: if the folder cannot be written to.
+    """
+    writer = HuggingFaceStorageWriter(folder, fqn_to_index_mapping=file_of_each(tensors))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
+    except (CheckpointException, OSError) as failure:
+        raise UserError(f"The weights could not be written to {folder} ({reason_of(failure)}).") from None
+
+
+def describe(folder: str, adapter: Adapter, sources: list[str]) -> list[str]:
+    """Add config.json and the tokenizer to a folder of weights; returns the names of the files.
+
+    A file is copied from the first of the sources that has it, config.json with what a longer context changes;
+    that is written anew if none has it.
+    """
+    made = []
+    for name in _COMPANIONS:
+        source = next((path for path in (Path(s) / name for s in sources) if path.is_file()), None)
+        if source is not None:
+            if source.resolve() != (Path(folder) / name).resolve():
+                if name == CONFIG:
+                    (Path(folder) / name).write_text(adapter.extended(source.read_text()))
+                else:
+                    shutil.copyfile(source, Path(folder) / name)
+            made.append(name)
+        elif name == CONFIG:
+            (Path(folder) / name).write_text(json.dumps(adapter.config(), indent=2) + "\n")
+            made.append(name)
+    return made
+
+
+def write_peft(state: Mapping[str, Tensor], folder: str, adapter: Adapter, rank: int, alpha: float, base: str) -> None:
+    """Write the adapters alone, in PEFT's layout.
+
+    Args:
+        state: whole tensors; what is not an adapter is left out.
+        base: the name or path of the model that they adapt.
+    """
+    tensors, modules = {}, []
+    for name, tensor in state.items():
+        if lora.is_adapter(name):
+            # Adapters of a layer's experts are one tensor here, and one for each expert there.
+            for theirs, part in adapter.to_hf({lora.weight_of(name): tensor}).items():
+                modules.append(theirs.removesuffix(".weight"))
+                key = f"base_model.model.{modules[-1]}.{name[-len(lora.A) :]}.weight"
+                tensors[key] = part.reshape(tensor.shape[-2:]).contiguous()
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": base, "inference_mode": True,
+        "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
+        # By their whole names: LLaDA-8B's output head is called as the down projections are.
+        "target_modules": sorted(set(modules)),
+    }  # fmt: skip
+    (Path(folder) / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def whole_adapters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The adapters among a model's tensors, gathered; call on all ranks."""
+    adapters = {name: tensor for name, tensor in state.items() if lora.is_adapter(name)}
+    return {name: (x.full_tensor() if isinstance(x, DTensor) else x).cpu() for name, x in adapters.items()}
+
+
+def tidy(folder: str) -> None:
+    """Remove the ranks' parts, which DCP leaves beside the files that it has put together from them."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(os.path.join(folder, "sharded"))

@@ -1,0 +1,90 @@
+"""mosaicml-streaming 0.13: private names and patches. Importing this file imports streaming."""
+
+import itertools
+import tempfile
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+from streaming import StreamingDataset
+from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, LOCALS
+from streaming.base.hashing import get_hash
+from streaming.base.shared import prefix
+from streaming.base.storage.download import DOWNLOADER_MAPPINGS, CloudDownloader
+
+# How the shared memory that names a job's folders ends; a number stands before it.
+REGISTRATION = LOCALS
+
+
+def checksum(name: str, data: bytes) -> str:
+    """Return a checksum as an index.json has it; streaming exports the function from no public module."""
+    found: str = get_hash(name, data)
+    return found
+
+
+def number_from(first: int) -> None:
+    """Number this process's shared memory from `first` on.
+
+    streaming takes the first free number on each node; two agents on one machine would take the same one.
+    """
+    prefix._each_prefix_int = lambda: itertools.count(first)
+
+
+def registered_folders(registration: bytes) -> list[str]:
+    """Return the folders that a registration in shared memory names.
+
+    Raises:
+        ValueError, IndexError: if it is not a registration.
+    """
+    folders: list[str] = prefix._unpack_locals(registration)[0]
+    return folders
+
+
+def locks(number: str) -> list[Path]:
+    """Return the lock files of the shared memory of a number."""
+    return [Path(tempfile.gettempdir(), f"{number}{lock}") for lock in (BARRIER_FILELOCK, CACHE_FILELOCK)]
+
+
+def nodes(dataset: StreamingDataset) -> int:
+    """Return the number of nodes that a dataset is read on, which its state dict must name."""
+    count: int = dataset._unique_rank_world.num_nodes
+    return count
+
+
+def stop_threads(dataset: StreamingDataset) -> None:
+    """End the download threads of a running iteration: they would keep the process alive after an error."""
+    if hasattr(dataset, "_event"):
+        dataset._event.set()
+
+
+def can_download(scheme: str) -> bool:
+    """Return whether streaming can download from a URL's scheme."""
+    return scheme in DOWNLOADER_MAPPINGS
+
+
+class Downloader(CloudDownloader):
+    """A way to download; streaming's own methods to override are private."""
+
+    @abstractmethod
+    def fetch(self, remote: str, local: str) -> None:
+        """Copy a file from a URL to a path."""
+
+    def clean_up(self) -> None:
+        """Keep the connections."""
+
+    @staticmethod
+    def _client_identifier() -> str:
+        return "fetch"
+
+    def _validate_remote_path(self, remote: str) -> None:
+        """Accept every path: `register` chose the scheme."""
+
+    def _download_file_impl(self, remote: str, local: str, timeout: float) -> None:
+        del timeout  # each file system has its own
+        self.fetch(remote, local)
+
+
+def register(scheme: str, downloader: type[Downloader]) -> None:
+    """Let streaming download a scheme's URLs; it has no public way to add one."""
+    mappings: dict[str, Any] = DOWNLOADER_MAPPINGS
+    mappings[scheme] = downloader

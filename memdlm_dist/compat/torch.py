@@ -1,0 +1,167 @@
+"""torch 2.11 to 2.13: private names, patches, and messages that carry no data of their own.
+
+Shapes: S slots, n groups of slots.
+"""
+
+import logging
+import platform
+import re
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_to_all_single_autograd
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.tensor.experimental import _attention as ring_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+__all__ = [
+    "AgentLog", "EntryReader", "FsspecEntryReader", "TorchDispatchMode", "all_to_all", "checkpointed", "completed",
+    "connection_loss", "grouped_mm", "leave_ring_unbalanced", "operator_name", "raise_recompile_limit",
+    "rendezvous_store", "storage_error", "tree_leaves", "tree_map_only", "use_cpu",
+]  # fmt: skip
+
+# The trees (`tree_leaves`, `tree_map_only`) and `TorchDispatchMode` are what torch's own documentation uses, under
+# modules with an underscore (2.13).
+
+
+def use_cpu(memory_stats: Callable[[], dict[str, int]], total_memory: int) -> None:
+    """Make the CPU the available device, and give `torch.cpu` what torchtitan 0.2 asks of a device module.
+
+    torchtitan takes "cuda" where `_get_available_device_type` finds no accelerator (2.13).
+    """
+    torch._utils._get_available_device_type = lambda: "cpu"
+    cpu: Any = torch.cpu
+    cpu.current_device = lambda: 0
+    cpu.get_device_name = lambda device=None: platform.processor() or platform.machine()
+    cpu.get_device_properties = lambda device=None: SimpleNamespace(total_memory=total_memory)
+    cpu.memory_stats = lambda device=None: memory_stats()
+    cpu.reset_peak_memory_stats = lambda device=None: None
+    cpu.empty_cache = lambda: None
+    if not hasattr(torch.histc, "of_integers"):
+        torch.histc = _histc_of_integers(torch.histc)
+
+
+def _histc_of_integers(histc: Any) -> Any:
+    """`torch.histc`, which on a CPU takes no integers (2.13); torchtitan counts the tokens of experts with it."""
+
+    def counted(x: Tensor, bins: int, min: int = 0, max: int = 0, **rest: Any) -> Tensor:
+        if x.is_floating_point() or (min, max) != (0, bins):
+            found: Tensor = histc(x, bins, min, max, **rest)
+            return found
+        return torch.bincount(x, minlength=bins)
+
+    counted.of_integers = True  # type: ignore[attr-defined]
+    return counted
+
+
+def completed(x: Tensor) -> Tensor:
+    """Wait for a collective's pending result; other tensors are returned as they are.
+
+    A compiled block returns no gradient for a pending input (2.13), and the embedding would not train.
+    """
+    return x.clone() if isinstance(x, AsyncCollectiveTensor) else x
+
+
+def all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Send part c of `[C, ...]` to rank c, with a gradient. torch.distributed's public one has none (2.13)."""
+    exchanged: Tensor = all_to_all_single_autograd(x, None, None, group)
+    return exchanged
+
+
+def leave_ring_unbalanced(rotation: Any) -> None:
+    """Set how ring attention rotates keys and values, and switch off its load balancing, which is for causal
+    attention and has no public switch (2.13)."""
+    ring_attention._cp_options.enable_load_balance = False
+    ring_attention.set_rotate_method(rotation)
+
+
+def grouped_mm(x_Si: Tensor, weight_noi: Tensor, ends_n: Tensor) -> Tensor:
+    """Multiply each group of slots by its own matrix, `[S, o]`; `torch.nn.functional.grouped_mm` is newer than 2.11."""
+    return torch._grouped_mm(x_Si, weight_noi.transpose(-2, -1), offs=ends_n)
+
+
+def checkpointed(block: nn.Module) -> nn.Module | None:
+    """Return the module inside an activation checkpoint, None if `block` is not wrapped in one (2.13)."""
+    return block._checkpoint_wrapped_module if isinstance(block, CheckpointWrapper) else None
+
+
+def raise_recompile_limit(limit: int) -> None:
+    """Let a function be compiled at least `limit` times; torch fails at the ninth by default (2.13)."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, limit)
+
+
+def rendezvous_store() -> Any:
+    """Return a connection of its own to the store of the process group's rendezvous (2.13)."""
+    store: Any = _get_default_store()
+    return store.clone()
+
+
+class _Entries:
+    """Hands every entry's bytes to `check_entry` before DCP deserialises them; its readers have no hook (2.13)."""
+
+    def _slice_file(self, file: Any, entry: Any) -> Any:
+        return self.check_entry(file, entry.offset, entry.length, entry.relative_path)
+
+    def check_entry(self, file: Any, offset: int, length: int, name: str) -> Any:
+        """Return the entry as an open file of bytes."""
+        raise NotImplementedError
+
+
+class EntryReader(_Entries, FileSystemReader):
+    """DCP's reader of a folder on disk, entry by entry."""
+
+
+class FsspecEntryReader(_Entries, FsspecReader):
+    """DCP's reader of a folder at a URL, entry by entry; DCP keeps it private (2.13)."""
+
+
+def operator_name(operator: Any) -> str:
+    """Return an operator's name, such as `c10d::allreduce_`, as a `TorchDispatchMode` gets it (2.13)."""
+    name: str = operator.overloadpacket._qualified_op_name
+    return name
+
+
+def storage_error(message: str) -> str:
+    """Say in words what `torch.save` makes of any error of the file it writes to, a full disk for one (2.13)."""
+    return "a file could not be written to its end" if "inline_container.cc" in message else message
+
+
+def connection_loss(error: RuntimeError) -> str:
+    """Return why a collective failed, if another rank is gone or did not come in time; else an empty text.
+
+    gloo raises plain RuntimeErrors that name its source files (2.13).
+    """
+    if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
+        return ""
+    return re.sub(r"^\[[^]]*\] *", "", str(error).strip().splitlines()[0]).split(". ")[0]
+
+
+class AgentLog(logging.Filter):
+    """Reads the log of torchrun's agent, which has no other word on whom it killed (2.13).
+
+    Drops its report of a process that ended with `explained`, a status that the process has explained itself.
+
+    Attributes:
+        killed: process ids of the workers that the agent ended.
+    """
+
+    NAME = "torch.distributed.elastic.multiprocessing.api"
+
+    def __init__(self, explained: int) -> None:
+        super().__init__()
+        self.killed: set[int] = set()
+        self._dropped = f"exitcode: {explained})"
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if str(record.msg).startswith("Unable to shutdown process") and isinstance(record.args, tuple):
+            self.killed |= {pid for pid in record.args if isinstance(pid, int)}
+        return self._dropped not in record.getMessage()

@@ -1,0 +1,1 @@
+"""TOML sections, parsing, and checks of what a configuration alone can tell."""

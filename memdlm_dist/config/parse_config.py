@@ -1,0 +1,301 @@
+"""Reading and checking a configuration: flags over TOML file over defaults.
+
+Everything that a configuration alone can tell to be wrong is found here, before anything is built, and
+named in one sentence.
+"""
+
+import contextlib
+import difflib
+import io
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import typeguard
+from torchtitan.config import ConfigManager
+
+from memdlm_dist.checkpoint.continuity import KEYS as CONTINUITY
+from memdlm_dist.config.job_config import JobConfig
+from memdlm_dist.errors import UserError, require
+from memdlm_dist.method.trajectory import SINGLE_STATE
+from memdlm_dist.runtime.storage import is_remote
+
+_CONFIG_FILE_FLAGS = ("--job.config_file", "--job.config-file")
+
+
+def parse(argv: Sequence[str]) -> Any:
+    """The merged configuration of a command line: flags over TOML file over defaults.
+
+    Returns:
+        torchtitan's JobConfig with our sections, checked as far as the configuration alone can tell.
+
+    Raises:
+        UserError: naming the key and the remedy.
+    """
+    manager = ConfigManager(JobConfig)
+    if not {"-h", "--help"} & set(argv):
+        _check_file(manager.config_cls, argv)
+        _check_flags(manager.config_cls, argv)
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            config = manager.parse_args(list(argv))
+    except SystemExit as exit_request:
+        if exit_request.code in (0, None):
+            raise
+        raise UserError(f"{_plain(captured.getvalue())} (--help lists all keys).") from None
+    except (AssertionError, ValueError) as error:  # from the sections' own __post_init__
+        raise UserError(f"The configuration is not valid: {str(error).rstrip('.')}.") from None
+    _check_values(config)
+    return config
+
+
+def _check_file(config_cls: type, argv: Sequence[str]) -> None:
+    path = _config_file(argv)
+    if path is None:
+        return
+    try:
+        values = tomllib.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"The configuration file {path} does not exist; check --job.config_file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The configuration file {path} cannot be read: {error}.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"The configuration file {path} is not valid TOML: {error}.") from None
+    _check_section(config_cls, values, path, "")
+
+
+def _config_file(argv: Sequence[str]) -> str | None:
+    for i, argument in enumerate(argv):
+        flag, equals, value = argument.partition("=")
+        if flag in _CONFIG_FILE_FLAGS:
+            if equals:
+                return value
+            if i + 1 < len(argv):
+                return argv[i + 1]
+            raise UserError("--job.config_file needs a value: the path of a TOML file.")
+    return None
+
+
+def _check_section(cls: type, values: dict[str, Any], path: str, prefix: str) -> None:
+    known = {f.name: f for f in fields(cls)}
+    for key, value in values.items():
+        name = prefix + key
+        if key not in known:
+            raise UserError(f"Unknown key {name} in {path}{_suggestion(key, known, prefix)}.")
+        expected: Any = known[key].type
+        if is_dataclass(expected):
+            if not isinstance(value, dict):
+                raise UserError(f"{name} in {path} must be a section, written [{name}], but is {value!r}.")
+            _check_section(expected, value, path, name + ".")  # type: ignore[arg-type]
+        elif not _has_type(value, expected):
+            raise UserError(f"{name} in {path} must be {_type_name(expected)}, but is {value!r}.")
+
+
+def _has_type(value: Any, expected: Any) -> bool:
+    if isinstance(value, bool) and expected in (int, float, int | None, float | None):
+        return False  # to Python a bool is an int, to a user it is not
+    try:
+        typeguard.check_type(value, expected, collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS)
+    except typeguard.TypeCheckError:
+        return False
+    return True
+
+
+def _type_name(expected: Any) -> str:
+    if getattr(expected, "__origin__", None) is Literal:
+        return "one of " + ", ".join(map(repr, expected.__args__))
+    return expected.__name__ if isinstance(expected, type) else str(expected)
+
+
+def _suggestion(key: str, known: dict[str, Any], prefix: str) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    if close:
+        return f"; did you mean {prefix}{close[0]}"
+    return f"; known keys are {', '.join(prefix + name for name in sorted(known))}"
+
+
+def _check_flags(config_cls: type, argv: Sequence[str]) -> None:
+    """Every --section.key exists. tyro finds this too, but says it less plainly."""
+    for argument in argv:
+        if not argument.startswith("--") or argument == "--":
+            continue
+        flag = argument[2:].partition("=")[0].replace("-", "_")
+        cls: Any = config_cls
+        prefix = ""
+        *sections, key = flag.split(".")
+        for section in sections:
+            known = {f.name: f for f in fields(cls) if is_dataclass(f.type)}
+            if section not in known:
+                raise UserError(
+                    f"Unknown section {prefix}{section} in {argument}{_suggestion(section, known, prefix)}."
+                )
+            cls, prefix = known[section].type, f"{prefix}{section}."
+        known = {f.name: f for f in fields(cls)}
+        positive = key.removeprefix("no_") if known.get(key.removeprefix("no_")) else key
+        if positive not in known:
+            raise UserError(f"Unknown key {argument}{_suggestion(key, known, prefix)}.")
+
+
+def _plain(text: str) -> str:
+    """What tyro's framed and coloured message says, as one line of text."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    text = re.sub(r"╭─ [^─]* ─+╮", " ", text)  # the frame's title repeats what follows
+    text = re.sub(r"^[A-Za-z\s]+-{8,}", " ", text)  # likewise, where the output takes ASCII alone
+    text = re.sub(r"[╭╮╰╯│─]+|-{8,}", " ", text)
+    text = re.split(r"Argument helptext:|For full helptext", text)[0]
+    return re.sub(r"\s+", " ", text).strip().rstrip(".")
+
+
+def _check_values(config: Any) -> None:
+    """What the configuration alone can tell to be impossible, apart from the backbone's sizes."""
+    memory, parallel = config.parametric_memory, config.parallelism
+    require(memory.rank >= 1, f"parametric_memory.rank must be at least 1, but is {memory.rank}.")
+    require(memory.inner_steps >= 1, f"parametric_memory.inner_steps must be at least 1, but is {memory.inner_steps}.")
+    require(
+        # 2 is the default: choosing such a trajectory takes one key.
+        memory.trajectory not in SINGLE_STATE or memory.inner_steps <= 2,
+        f"parametric_memory.inner_steps = {memory.inner_steps} cannot be taken along the {memory.trajectory} "
+        "trajectory, which has a single state; remove inner_steps, or choose anchor_consistent or progressive.",
+    )
+    require(
+        memory.pre_anchor_scale > 0,
+        f"parametric_memory.pre_anchor_scale must be positive, but is {memory.pre_anchor_scale}.",
+    )
+    require(
+        memory.learning_rate >= 0,
+        f"parametric_memory.learning_rate must not be negative, but is {memory.learning_rate}.",
+    )
+    require(
+        0 < memory.probability <= 1,
+        f"parametric_memory.probability = {memory.probability} must be above 0, at most 1; for no memory at all set "
+        "parametric_memory.enable = false.",
+    )
+    require(
+        memory.gradient_clip >= 0,
+        f"parametric_memory.gradient_clip must not be negative (0 is off), but is {memory.gradient_clip}.",
+    )
+    require(
+        0 < memory.layer_fraction <= 1,
+        f"parametric_memory.layer_fraction = {memory.layer_fraction} selects no layer; give a value above 0, "
+        "at most 1, or set parametric_memory.enable = false.",
+    )
+    require(
+        bool(memory.target_modules),
+        "parametric_memory.target_modules is empty; name ffn, attention or linears of theirs, or "
+        "set parametric_memory.enable = false.",
+    )
+    require(
+        bool(config.data.train),
+        "data.train is empty; name at least one folder of shards (tools/prepare_data.py).",
+    )
+    require(
+        len(config.data.proportions) in (0, len(config.data.train)),
+        f"data.proportions has {len(config.data.proportions)} entries for {len(config.data.train)} streams in "
+        "data.train; give one for each, or none.",
+    )
+    require(all(share > 0 for share in config.data.proportions), "data.proportions must all be positive numbers.")
+    require(
+        not config.validation.enable or bool(config.data.validation),
+        "validation.enable is set but data.validation is empty; name the held-out shards or disable validation.",
+    )
+    require(config.training.steps >= 1, f"training.steps must be at least 1, but is {config.training.steps}.")
+    require(
+        config.training.local_batch_size >= 1,
+        f"training.local_batch_size must be at least 1, but is {config.training.local_batch_size}.",
+    )
+    require(
+        config.training.seq_len >= 1,
+        f"training.seq_len must be at least 1, but is {config.training.seq_len}.",
+    )
+    require(
+        config.metrics.log_freq >= 1,
+        f"metrics.log_freq must be at least 1, but is {config.metrics.log_freq}.",
+    )
+    require(config.validation.freq >= 1, f"validation.freq must be at least 1, but is {config.validation.freq}.")
+    require(
+        config.checkpoint.keep_latest_k != 1,
+        "checkpoint.keep_latest_k must be 0 (keep all) or at least 2: the newest may still be in the writing.",
+    )
+    require(
+        config.checkpoint.keep_every >= 0,
+        f"checkpoint.keep_every must not be negative (0 is off), but is {config.checkpoint.keep_every}.",
+    )
+    require(
+        config.checkpoint.interval >= 1, f"checkpoint.interval must be at least 1, but is {config.checkpoint.interval}."
+    )
+    unknown = [key for key in config.checkpoint.accept_changes if key not in CONTINUITY]
+    require(
+        not unknown,
+        f"checkpoint.accept_changes names {', '.join(unknown)}; choose among {', '.join(CONTINUITY)}.",
+    )
+    require(
+        config.reliability.max_consecutive_skips >= 1,
+        f"reliability.max_consecutive_skips must be at least 1, but is {config.reliability.max_consecutive_skips}.",
+    )
+    require(
+        config.reliability.on_nonfinite == "stop" or not config.optimizer.early_step_in_backward,
+        "reliability.on_nonfinite = 'skip' needs all gradients before the optimizer moves; unset "
+        "optimizer.early_step_in_backward.",
+    )
+    require(
+        config.data.download_retry >= 1, f"data.download_retry must be at least 1, not {config.data.download_retry}."
+    )
+    require(
+        parallel.pipeline_parallel_degree == 1,
+        f"parallelism.pipeline_parallel_degree = {parallel.pipeline_parallel_degree} is not supported: the inner "
+        "loop runs trunk and tail several times a step; use FSDP and tensor parallelism and set it to 1.",
+    )
+    require(
+        parallel.context_parallel_load_balancer is None,
+        f"parallelism.context_parallel_load_balancer = {parallel.context_parallel_load_balancer!r} is for causal "
+        "attention, and ours is not: every rank has the same work; remove it.",
+    )
+    require(
+        config.model.rope_scaling >= 1,
+        f"model.rope_scaling must be at least 1 (the backbone's own context), but is {config.model.rope_scaling}.",
+    )
+    # An empty list is written as an empty name on the command line.
+    config.model.converters = [name for name in config.model.converters if name]
+    require(
+        config.model.converters in ([], ["lora"]),
+        f'model.converters = {config.model.converters} is not supported but for ["lora"]: fast weights attach to plain '
+        "linears, and the output head computes its losses itself; remove it.",
+    )
+    require(config.lora.rank >= 1, f"lora.rank must be at least 1, but is {config.lora.rank}.")
+    require(bool(config.lora.target_modules), "lora.target_modules is empty; name attention, ffn or linears of theirs.")
+    _check_hugging_face(config)
+    require(
+        config.checkpoint.enable or not config.checkpoint.create_seed_checkpoint,
+        "checkpoint.create_seed_checkpoint needs checkpoint.enable; set both.",
+    )
+
+
+def _check_hugging_face(config: Any) -> None:
+    """The exchange of weights: what can be asked of the first load and the last save."""
+    checkpoint = config.checkpoint
+    require(
+        not checkpoint.initial_load_in_hf or checkpoint.enable,
+        "checkpoint.initial_load_in_hf needs checkpoint.enable; set both.",
+    )
+    require(
+        not checkpoint.initial_load_in_hf or checkpoint.initial_load_model_only,
+        "checkpoint.initial_load_in_hf loads weights alone; set checkpoint.initial_load_model_only = true.",
+    )
+    require(
+        not checkpoint.initial_load_in_hf_quantized,
+        "checkpoint.initial_load_in_hf_quantized is not supported; load weights that are not quantised and unset it.",
+    )
+    require(
+        not checkpoint.last_save_in_hf or checkpoint.last_save_model_only,
+        "checkpoint.last_save_in_hf saves weights alone, from which the run cannot go on; set "
+        "checkpoint.last_save_model_only = true as well.",
+    )
+    require(
+        not checkpoint.last_save_in_hf or not is_remote(checkpoint.folder),
+        f"checkpoint.last_save_in_hf needs a checkpoint.folder on disk, not {checkpoint.folder}; write there and copy, "
+        "or convert the last checkpoint with tools/convert_checkpoint.py.",
+    )

@@ -1,0 +1,1 @@
+"""Checks against numbers of the published implementation."""

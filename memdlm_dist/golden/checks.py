@@ -1,0 +1,233 @@
+"""Our numbers against fixtures of the published reference implementation."""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from memdlm_dist.golden.fixture import (
+    Settings,
+    adapter_of,
+    leaf_of,
+    load_model,
+    published_anchor,
+    published_states,
+)
+from memdlm_dist.golden.sampler_check import sampler_differences
+from memdlm_dist.method.bilevel import Memory, outer_loss
+from memdlm_dist.method.fast_weights import FastWeights, map_leaves
+
+# Losses agree to float32 rounding of sums; gradients, fast weights and logits to what an independent
+from memdlm_dist.method.micro_batch import MicroBatch, micro_batch
+from memdlm_dist.method.trajectory import IGNORE_INDEX, PROGRESSIVE_RATIOS, Draw, Plan, State
+from memdlm_dist.models.llada import LLaDA
+from memdlm_dist.models.state_dict_adapters import Adapter
+
+# Losses agree to float32 rounding of sums; gradients, fast weights and logits to what an independent
+# float32 recomputation of the fixtures differed by, with a margin (logits reach 15). A norm may differ
+# by what a gradient may. A cosine distance near 0 is the difference of two numbers near 1.
+LOSS_RTOL, LOSS_ATOL, NORM_RTOL, GRADIENT_ATOL, FAST_ATOL, LOGITS_ATOL = 2e-6, 1e-6, 2e-6, 1e-5, 1e-6, 5e-5
+
+
+@dataclass(frozen=True)
+class Line:
+    quantity: str
+    absolute: float
+    relative: float
+    ok: bool
+
+    def __str__(self) -> str:
+        verdict = "ok" if self.ok else "NOT OK"
+        return f"  {self.quantity:<34} abs {self.absolute:9.2e}  rel {self.relative:9.2e}  {verdict}"
+
+
+def compare(quantity: str, ours, theirs, atol: float = 0.0, rtol: float = 0.0) -> Line:
+    """Largest absolute and relative difference; ok where |ours - theirs| <= atol + rtol |theirs|."""
+    ours, theirs = (torch.as_tensor(x).detach().double() for x in (ours, theirs))
+    if ours.shape != theirs.shape:
+        return Line(f"{quantity} (shape {tuple(ours.shape)})", float("inf"), float("inf"), False)
+    if not theirs.numel():
+        return Line(quantity, 0.0, 0.0, True)
+    difference = (ours - theirs).abs()
+    relative = difference.max() / theirs.abs().max().clamp(min=1e-30)
+    ok = bool((difference <= atol + rtol * theirs.abs()).all())
+    return Line(quantity, difference.max().item(), relative.item(), ok)
+
+
+def worst(quantity: str, pairs: dict[str, tuple[Tensor, Tensor]], atol: float) -> Line:
+    """One line for many tensors: the one that differs most."""
+    lines = [compare(f"{quantity} ({name})", *pair, atol=atol) for name, pair in pairs.items()]
+    return max(lines, key=lambda line: (not line.ok, line.absolute))
+
+
+def compare_trajectory(
+    settings: Settings, inputs: dict[str, Tensor], maskable_BL: Tensor, anchor: State, published: list[State]
+) -> Iterator[Line]:
+    """Our trajectory against the fixture's: masks, targets and weights.
+
+    The numbers behind the masks are chosen so that tokens masked longest have the smallest: then ours are
+    the same if their counts are.
+    """
+    if settings.plan.trajectory == "progressive" and settings.last_ratio != PROGRESSIVE_RATIOS[1]:
+        return
+    times_BL = torch.stack([anchor.mask_BL, *(state.mask_BL for state in published)]).sum(0)
+    u_BL = torch.where(times_BL > 0, 0.1 / times_BL.clamp(min=1), 0.9).double()
+    # The progressive trajectory does not know the anchor.
+    times_BL = times_BL - anchor.mask_BL.long()
+    v_BL = torch.where(times_BL > 0, 0.1 / times_BL.clamp(min=1), 0.9).double()
+    t_B = inputs.get("t", torch.ones(len(maskable_BL))).double()
+    ours = settings.plan.states(Draw(maskable_BL, t_B, u_BL, v_BL), anchor)
+
+    def clean(mask_BL: Tensor | None) -> Tensor:
+        return torch.zeros_like(maskable_BL) if mask_BL is None else mask_BL
+
+    for what, of in {
+        "masks": lambda state: state.mask_BL,
+        "targets": lambda state: state.target_BL,
+        "teacher's masks": lambda state: clean(state.next_BL),
+        # A row's weight is read where it has a target.
+        "weights": lambda state: torch.where(state.target_BL.any(1), state.weight_U, 0.0),
+    }.items():
+        if what == "teacher's masks" and settings.loss.teacher is None:
+            continue
+        mine, theirs = (torch.stack([of(state) for state in states]) for states in (ours, published))
+        yield compare(f"trajectory: {what}", mine, theirs, rtol=LOSS_RTOL if what == "weights" else 0.0)
+
+
+def check(folder: Path) -> Iterator[Line]:
+    """Compare one fixture; yields a line per quantity. What the fixture does not hold is not checked.
+
+    Raises:
+        Unsupported: the fixture is of a kind that this version does not cover.
+    """
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if "sampler" in manifest:
+        for quantity, differing in sampler_differences(folder, manifest):
+            yield Line(quantity, float(differing), float(differing > 0), not differing)
+        return
+    settings = Settings.read(manifest["memory"]) if "memory" in manifest else None
+    files = manifest.get("files") or {path.stem: path.name for path in folder.glob("*.safetensors")}
+    part = {name: load_file(folder / path) for name, path in files.items()}
+    inputs, results = part["inputs"], manifest.get("results", {})
+    tokens_BL = inputs["input_ids"]
+    adapter = adapter_of(manifest["arch"], tokens_BL.shape[1])
+    model = load_model(adapter, folder / files["weights"])
+    parameters = dict(model.named_parameters())
+    if "anchor_mask" not in inputs and "memory" not in manifest:
+        yield from compare_forward(model, inputs, part["outputs"])
+        return
+    maskable_BL = inputs.get("labels", tokens_BL) != IGNORE_INDEX
+    n_maskable = maskable_BL.sum().clamp(min=1)
+    plan = settings.plan if settings else Plan()
+    anchor = published_anchor(plan, inputs)
+    with_teacher = settings is not None and settings.loss.teacher is not None
+    states = published_states(plan, with_teacher, inputs, anchor) if settings else []
+    batch = micro_batch(
+        tokens_BL,
+        maskable_BL,
+        torch.arange(len(tokens_BL)),
+        anchor,
+        states,
+        manifest["mask_token_id"],
+        with_teacher,
+    )
+    if "plain" in part:
+        loss = outer_loss(model, batch, memory=None)[0] / n_maskable
+        loss.backward()
+        yield from compare_outer("plain", loss, model, adapter, batch, part["plain"], results, "plain_loss")
+        yield from compare_norm("plain", parameters.values(), results, "plain_grad_norm")
+    if settings is None:
+        return
+
+    if "anchor_mask" in inputs and ("t" in inputs or plan.trajectory != "anchor_only"):
+        yield from compare_trajectory(settings, inputs, maskable_BL, anchor, states)
+    fast = settings.start(manifest["adapters"], part["weights"], inputs)
+    memory = Memory(
+        first_layer=min(map(int, fast)),
+        linears=(),
+        adapter=settings.adapter,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        loss=settings.loss,
+        optimiser=settings.optimiser,
+        per_sample=False,
+    )
+    adapted: list[FastWeights] = []
+    model.zero_grad()
+    loss_sum, statistics = outer_loss(model, batch, memory, fast, on_adapted=adapted.append)
+    assert statistics is not None
+    loss = loss_sum / n_maskable
+    loss.backward()
+
+    outputs = part["outputs"]
+    yield compare("inner losses", statistics.loss_KG[:, 0], results["inner_losses"], LOSS_ATOL, LOSS_RTOL)
+    norms = statistics.grad_norm_KG[:, 0]
+    yield compare("inner gradient norms", norms, results["inner_grad_norms"], GRADIENT_ATOL, NORM_RTOL)
+    pairs = {}
+    for name in manifest["adapters"]:
+        final, entry = leaf_of(adapted[0], name)
+        for field, tensor in zip(final._fields, final, strict=True):
+            if isinstance(tensor, Tensor):
+                letter = field.split("_")[0]  # A, B or delta
+                pairs[f"{letter} {name}"] = (tensor[entry], outputs[f"{letter}_final.{name}"])
+    yield worst("fast weights", pairs, FAST_ATOL)
+    yield from compare_outer("outer", loss, model, adapter, batch, outputs, results, "outer_loss", adapted[0])
+    yield from compare_norm("outer", parameters.values(), results, "outer_grad_norm_base")
+
+
+def compare_forward(model: LLaDA, inputs: dict[str, Tensor], theirs: dict[str, Tensor]) -> Iterator[Line]:
+    """Logits at every position of a fixture of an architecture alone; where some are not attended to, at the others."""
+    tokens_BL = inputs["input_ids"]
+    everywhere = torch.arange(tokens_BL.numel())
+    for name, mask in (("logits", None), ("logits_padded", "attention_mask_padded")):
+        if name in theirs:
+            attended_BL = inputs[mask].bool() if mask else None
+            context = model.context(tokens_BL.shape[1], attended_BL=attended_BL)
+            with torch.no_grad():
+                logits = model(tokens_BL, everywhere, context=context).view_as(theirs[name])
+            chosen = attended_BL if attended_BL is not None else torch.ones_like(tokens_BL).bool()
+            yield compare(name, logits[chosen], theirs[name][chosen], LOGITS_ATOL)
+
+
+def compare_norm(label: str, parameters: Iterable[Tensor], results: dict, key: str) -> Iterator[Line]:
+    """The 2-norm of the gradient of all base parameters."""
+    if key in results:
+        norm = torch.stack([p.grad.double().norm() for p in parameters if p.grad is not None]).norm()
+        yield compare(f"{label} gradient norm", norm, results[key], GRADIENT_ATOL, NORM_RTOL)
+
+
+def compare_outer(
+    label: str,
+    loss: Tensor,
+    model: LLaDA,
+    adapter: Adapter,
+    batch: MicroBatch,
+    theirs: dict[str, Tensor],
+    results: dict[str, Any],
+    loss_key: str,
+    fast: FastWeights | None = None,
+) -> Iterator[Line]:
+    """The loss, the logits at every position and every base gradient of an outer pass."""
+    if loss_key in results:
+        yield compare(f"{label} loss", loss, results[loss_key], LOSS_ATOL, LOSS_RTOL)
+    if "logits" in theirs:
+        with torch.no_grad():
+            everywhere = torch.arange(batch.inputs[0].numel())
+            plain = map_leaves(lambda x: x.detach(), fast) if fast else None
+            logits = model(batch.inputs[0], everywhere, plain)
+        yield compare(f"{label} logits", logits.view_as(theirs["logits"]), theirs["logits"], LOGITS_ATOL)
+    gradients = adapter.to_hf(
+        {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    )
+    pairs = {
+        key.removeprefix("grad."): (gradients[key.removeprefix("grad.")], tensor)
+        for key, tensor in theirs.items()
+        if key.startswith("grad.")
+    }
+    if pairs:
+        yield worst(f"{label} base gradients", pairs, GRADIENT_ATOL)

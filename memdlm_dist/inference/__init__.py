@@ -1,0 +1,1 @@
+"""A trained model: loading on any layout, memory on prompts, decoding, likelihood."""

@@ -1,0 +1,126 @@
+"""The arguments by which tools find a trained model and are told how it decodes, and how they start and end."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from memdlm_dist.config import parse_config
+from memdlm_dist.errors import EXIT_STATUS, UserError
+from memdlm_dist.inference.sampler import Decoding
+from memdlm_dist.inference.trained_model import ANCHOR_RATIO, TrainedModel
+from memdlm_dist.runtime.logs import start_logging
+
+
+def positive(text: str) -> int:
+    """A positive integer, as an argument's type."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def add_model_arguments(p: argparse.ArgumentParser, several_checkpoints: bool = False) -> None:
+    """CONFIG and --checkpoint. Other keys of the configuration follow as --section.key value."""
+    p.add_argument("config", metavar="CONFIG", help="TOML file of the run that trained the model")
+    p.add_argument(
+        "--checkpoint",
+        nargs="+" if several_checkpoints else None,
+        metavar="DIR",
+        help="checkpoint step-N, a folder or URL of them (the newest good one), or a folder of Hugging Face weights; "
+        "default: the run's own. Checkpoints of one's own alone: their metadata is a pickle",
+    )
+    p.add_argument(
+        "--anchor-ratio",
+        type=float,
+        default=ANCHOR_RATIO,
+        metavar="R",
+        help=f"share of a prompt's tokens that the memory's anchor masks (default: {ANCHOR_RATIO})",
+    )
+
+
+def add_decoding_arguments(p: argparse.ArgumentParser, new_tokens: int | None) -> None:
+    """How the model fills in; `new_tokens` is the default of --new-tokens."""
+    g = p.add_argument_group("decoding")
+    default = "the prompt's [MASK]s alone if it has any, else 64" if new_tokens is None else str(new_tokens)
+    g.add_argument("--new-tokens", type=int, default=new_tokens, metavar="N",
+                   help=f"[MASK] positions behind the prompt (default: {default})")  # fmt: skip
+    g.add_argument("--block-size", type=positive, default=32, metavar="N", help="tokens of a block (default: 32)")
+    g.add_argument("--steps", type=positive, metavar="N", help="steps per block (default: one per token)")
+    g.add_argument("--temperature", type=float, default=0.0, metavar="T", help="of the Gumbel noise; 0 is greedy")
+    g.add_argument("--remasking", choices=("low_confidence", "random"), default="low_confidence",
+                   help="which predictions of a step are kept (default: low_confidence)")  # fmt: skip
+    g.add_argument("--no-eos-stop", action="store_true", help="go on behind end-of-text")
+    g.add_argument("--decoding-seed", type=int, default=0, metavar="N", help="of temperature and random remasking")
+
+
+def decoding_of(options: argparse.Namespace) -> Decoding:
+    """The decoding that the arguments describe.
+
+    Raises:
+        UserError: if a value makes no sense.
+    """
+    if options.temperature < 0:
+        raise UserError(f"--temperature must not be negative, but is {options.temperature}.")
+    if options.new_tokens is not None and options.new_tokens < 0:
+        raise UserError(f"--new-tokens must not be negative, but is {options.new_tokens}.")
+    return Decoding(
+        block_size=options.block_size,
+        steps=options.steps,
+        temperature=options.temperature,
+        remasking=options.remasking,
+        stop_at_eos=not options.no_eos_stop,
+        seed=options.decoding_seed,
+    )
+
+
+def quiet() -> None:
+    """Leave out torchtitan's log lines, and keep standard output for what the tool makes."""
+    start_logging()
+    logging.getLogger().setLevel(logging.ERROR)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)
+
+
+def load_model(options: argparse.Namespace, overrides: Sequence[str], checkpoint: str | None = None) -> TrainedModel:
+    """The model that the arguments describe; torchtitan's log lines are left out."""
+    if not 0 < options.anchor_ratio <= 1:
+        raise UserError(f"--anchor-ratio must be above 0, at most 1, but is {options.anchor_ratio}.")
+    quiet()
+    config = parse_config.parse(["--job.config_file", options.config, *overrides])
+    return TrainedModel(config, checkpoint)
+
+
+def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The tool's own arguments, and the configuration's."""
+    options, rest = p.parse_known_args(argv)
+    expects_value = False
+    for argument in rest:
+        if argument.startswith("--"):
+            if "." not in argument:
+                p.error(f"unknown argument {argument} (keys of the configuration are written --section.key)")
+            expects_value = "=" not in argument
+        elif not expects_value:
+            p.error(f"unexpected argument {argument}")
+        else:
+            expects_value = False
+    return options, rest
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def guarded(main: Callable[[], int]) -> int:
+    """A tool's exit status; a user's mistake is one sentence."""
+    try:
+        return main()
+    except UserError as mistake:
+        if is_first():
+            print(f"error: {mistake}", file=sys.stderr)
+        return EXIT_STATUS
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,98 @@
+"""A sharded backbone on random tokens, on which bench.py and the tests take plain, straightforward and our steps."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed import utils as dist_utils
+
+from memdlm_dist.method import bilevel, fast_weights
+from memdlm_dist.method.micro_batch import MicroBatch
+from memdlm_dist.models import backbone_args
+from memdlm_dist.models.llada import LLaDA, LLaDAArgs
+from memdlm_dist.models.parallelize import layout, spread_on_meta
+from memdlm_dist.performance import straightforward
+from memdlm_dist.performance.collectives import Collectives
+from memdlm_dist.runtime.device import device_type
+from memdlm_dist.training.objective import Objective, build_objective
+
+KINDS = ("plain", "straightforward", "ours")
+DATA_PARALLEL = ("dp_replicate", "fsdp")  # dimensions of the mesh over which FSDP2 communicates
+_SEED = 0
+
+
+@dataclass
+class Bench:
+    """A sharded backbone with everything a step needs, of which three kinds can be taken."""
+
+    config: Any
+    args: LLaDAArgs
+    dims: ParallelDims
+    model: LLaDA
+    objective: Objective
+    flops_per_token: float  # of plain training, as torchtitan counts them
+    autocast: Any  # as torchtitan's trainer has it
+
+    @classmethod
+    def build(cls, config: Any, layers: int | None = None) -> "Bench":
+        """On all processes, which torch.distributed knows."""
+        dims = layout(config, dist.get_world_size())
+        args = backbone_args(config.model.name, config.model.flavor)
+        args = replace(args, n_layers=layers or args.n_layers)
+        args.update_from_config(config)
+        torch.manual_seed(_SEED)
+        model = spread_on_meta(config, args, dims)
+        _, flops = args.get_nparams_and_flops(model, config.training.seq_len)
+        model.to_empty(device=device_type())
+        with torch.no_grad():
+            model.init_weights()
+        objective = build_objective(config, args, args.vocab_size - 1, dims)
+        autocast = dist_utils.maybe_enable_amp(dims, config.training.mixed_precision_param, device_type())
+        return cls(config, args, dims, model, objective, flops, autocast)
+
+    def batch(self, number: int) -> MicroBatch:
+        """Random tokens with their noise; the same on the ranks of a tensor-parallel group."""
+        training = self.config.training
+        mesh = self.dims.get_optional_mesh("batch")
+        ids = torch.arange(training.local_batch_size) + training.local_batch_size * (
+            mesh.get_local_rank() if mesh is not None else 0
+        )
+        generator = torch.Generator().manual_seed(int(ids[0]) + 1_000_003 * number)
+        shape = (training.local_batch_size, training.seq_len)
+        tokens = torch.randint(0, self.args.vocab_size - 1, shape, generator=generator)
+        return self.objective.micro_batch(tokens, tokens, ids, step=number).to(device_type())
+
+    def loss_sum(self, kind: str, batch: MicroBatch, step: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Any]:
+        """The outer loss by one of the three `KINDS` of step, and the inner loop's statistics.
+
+        Args:
+            dtype: of the fast weights, if not as drawn.
+        """
+        memory = self.objective.memory
+        assert memory is not None
+        run = straightforward.outer_loss if kind == "straightforward" else bilevel.outer_loss
+        shard = self.objective.shard
+        with self.autocast:
+            if kind == "plain":
+                return run(self.model, batch, None, None, shard)
+            fast = memory.draw(_SEED, step, batch.sample_ids_U)
+            if dtype is not None:
+                fast = fast_weights.map_leaves(lambda x: x.to(dtype), fast)
+            return run(self.model, batch, memory, fast, shard)
+
+    def groups(self, *names: str) -> list[dist.ProcessGroup]:
+        """Process groups of the mesh's dimensions, as far as they exist."""
+        meshes = (self.dims.get_optional_mesh(name) for name in names)
+        return [mesh.get_group() for mesh in meshes if mesh is not None]
+
+    def collectives(self, kind: str, number: int = 0) -> Collectives:
+        """Those of one forward and backward pass."""
+        batch = self.batch(number)
+        # A compiled block would hide its collectives.
+        with torch.compiler.set_stance("force_eager"), Collectives() as counted:
+            self.loss_sum(kind, batch, number)[0].backward()
+        self.model.zero_grad()
+        return counted

@@ -1,0 +1,305 @@
+"""What a step needs on one rank, before anything runs: bytes that are held, and bytes that are sent.
+
+From a backbone on the meta device, spread over a layout as for training, the sharded sizes are read off; activations
+and communication follow from the sizes and from the order in which the bi-level step passes through the layers. Peak
+memory is estimated as the sum of what is held when the outer backward pass is in the deepest layer, which is where all
+of this is there at once. Not in it: the allocator's fragmentation, the libraries' workspaces, validation.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.distributed import ParallelDims
+
+from memdlm_dist.method.fast_weights import AdaptedLinear
+from memdlm_dist.method.logit_loss import CHUNK_BYTES
+from memdlm_dist.method.trajectory import SINGLE_STATE
+from memdlm_dist.models.llada import LLaDA, LLaDAArgs
+from memdlm_dist.models.llada_moe import LLaDAMoEArgs
+from memdlm_dist.training.objective import first_adapted_layer
+
+# The mesh dimensions over which FSDP2 shards a parameter that it gathers to compute with.
+_DATA_PARALLEL = ("dp_replicate", "fsdp", "efsdp")
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes on one rank at the step's peak."""
+
+    weights: float  # sharded, in the type in which they are kept
+    gradients: float
+    optimizer: float  # AdamW's two moments
+    gathered: float  # tail and head, which stay, and two layers of the trunk
+    gathered_gradients: float  # of the layer whose gradients are being reduced
+    activations: float
+    head: float  # one chunk of logits, with its gradient
+    fast_weights: float  # with their gradients and the next ones
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Communication:
+    """Bytes that one rank sends in an optimizer step, by ring algorithms."""
+
+    gather: float  # FSDP2's all-gathers
+    reduce: float  # its reduce-scatters and, with HSDP, all-reduces
+    tensor: float  # tensor parallelism's
+    context: float  # context parallelism's: tokens for heads, and the fast weights' gradients
+    experts: float  # the exchange of tokens
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Estimate:
+    parameters: int
+    trained: int
+    active: int  # that a token passes through
+    micro_batches: int  # of an optimizer step
+    memory: Footprint
+    communication: Communication
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """How often a micro-batch passes through a layer."""
+
+    forward: int
+    backward: int
+
+    def of_collectives(self, recomputed: bool) -> int:
+        """Passes that communicate; a checkpointed layer runs forward again before each backward pass."""
+        return self.forward + self.backward * (2 if recomputed else 1)
+
+
+def estimate(model: LLaDA, args: LLaDAArgs, dims: ParallelDims, config: Any) -> Estimate:
+    """What a configuration needs.
+
+    Args:
+        model: on the meta device, spread over `dims` by `parallelize_llada`.
+        args: its sizes.
+        config: from `parse_config.parse`.
+    """
+    training = config.training
+    micro = training.local_batch_size * dims.dp_replicate * dims.dp_shard
+    micro_batches = max(1, training.global_batch_size // micro) if training.global_batch_size > 0 else 1
+    first = first_adapted_layer(config, args) if config.parametric_memory.enable else args.n_layers
+    parameters = list(model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    return Estimate(
+        parameters=sum(p.numel() for p in parameters),
+        trained=sum(p.numel() for p in trained),
+        active=_active(model, args),
+        micro_batches=micro_batches,
+        memory=_footprint(model, args, dims, config, first),
+        communication=_communication(model, args, dims, config, first, micro_batches),
+    )
+
+
+def _active(model: LLaDA, args: LLaDAArgs) -> int:
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    share = args.experts_per_token / args.n_experts if isinstance(args, LLaDAMoEArgs) else 1.0
+    return int(sum(p.numel() for p in model.parameters()) - experts * (1 - share))
+
+
+def _local(p: Tensor) -> Tensor:
+    return p.to_local() if isinstance(p, DTensor) else p
+
+
+def _gathered_elements(parameters: Iterable[Tensor]) -> int:
+    """When FSDP2 has gathered them: sharded by tensor and expert parallelism alone."""
+    total = 0
+    for p in parameters:
+        parts = 1
+        if isinstance(p, DTensor):
+            names = p.device_mesh.mesh_dim_names or ()
+            for name, size, placement in zip(names, p.device_mesh.shape, p.placements, strict=True):
+                parts *= size if name not in _DATA_PARALLEL and placement.is_shard() else 1
+        total += p.numel() // parts
+    return total
+
+
+def _groups(model: LLaDA) -> Sequence[Sequence[Tensor]]:
+    """Parameters that FSDP2 gathers together: the embedding, each layer, norm and head."""
+    first, last = list(model.tok_embeddings.parameters()), [*model.norm.parameters(), *model.output.parameters()]
+    return [first, *(list(layer.parameters()) for layer in model.layers.values()), last]
+
+
+def _footprint(model: LLaDA, args: LLaDAArgs, dims: ParallelDims, config: Any, first: int) -> Footprint:
+    training = config.training
+    compute = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize
+    parameters = list(model.parameters())
+    trained = [_local(p) for p in parameters if p.requires_grad]
+    groups = _groups(model)
+    if dims.fsdp_enabled:
+        resident = groups[1 + first :] if first < args.n_layers else groups[-1:]
+        passing = sorted((_gathered_elements(group) for group in groups[: 1 + first]), reverse=True)[:2]
+        gathered = compute * (sum(map(_gathered_elements, resident)) + sum(passing))
+        largest = max(_gathered_elements(p for p in group if p.requires_grad) for group in groups)
+        # As autograd makes them, and as they are reduced: now and, while that is under way, before.
+        reducing = largest * (compute + 2 * TORCH_DTYPE_MAP[training.mixed_precision_reduce].itemsize)
+    else:
+        # One rank computes with its own weights; autocast keeps their casts.
+        gathered = compute * sum(_local(p).numel() for p in parameters if p.itemsize != compute)
+        reducing = 0.0
+    return Footprint(
+        weights=sum(_local(p).numel() * p.itemsize for p in parameters),
+        gradients=sum(p.numel() * p.itemsize for p in trained),
+        optimizer=2.0 * sum(p.numel() * p.itemsize for p in trained),
+        gathered=gathered,
+        gathered_gradients=reducing,
+        activations=_activations(args, dims, config, first),
+        head=2.0 * min(CHUNK_BYTES, 4.0 * _tokens(training, dims) * args.vocab_size / dims.tp),
+        fast_weights=_fast_weights(args, dims, config, first),
+    )
+
+
+def _tokens(training: Any, dims: ParallelDims) -> float:
+    """Of a micro-batch, those of one context-parallel rank."""
+    tokens: float = training.local_batch_size * training.seq_len / dims.cp
+    return tokens
+
+
+def saved_elements(args: LLaDAArgs, tp: int = 1) -> tuple[float, float]:
+    """Elements for each token that autograd keeps of a layer: its input alone, and everything.
+
+    Norms keep their input and attention and FFN theirs; attention keeps queries, keys and values as it gets them, its
+    output, and that output as the last projection reads it; the FFN its gate, its up, silu(gate) and the product.
+    """
+    heads, kv = args.dim, (args.dim // args.n_heads) * (args.n_kv_heads or args.n_heads)
+    attention = 2 * args.dim / tp + args.dim + (3 * heads + 2 * kv) / tp
+    if args.qk_norm:
+        attention += (heads + kv) / tp
+    if isinstance(args, LLaDAMoEArgs):
+        # Each expert's part, and its output in the tokens' order, in float32 for the weighted sum.
+        k = args.experts_per_token
+        ffn = args.dim + k * (args.dim + 4 * args.hidden_dim / tp + 3 * args.dim)
+    else:
+        ffn = args.dim + 4 * args.hidden_dim / tp
+    return args.dim / tp, attention + ffn
+
+
+def _activations(args: LLaDAArgs, dims: ParallelDims, config: Any, first: int) -> float:
+    """Of the anchor's outer pass, and the trunk's output for the other states, which the inner loop reads before it."""
+    training, checkpointing = config.training, config.activation_checkpoint
+    size = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize * _tokens(training, dims)
+    kept, everything = saved_elements(args, dims.tp)
+    if checkpointing.mode == "full":
+        layers = args.n_layers * kept + everything  # of the layer that is run again
+    elif checkpointing.mode == "selective" and checkpointing.selective_ac_option.isdigit():
+        every = int(checkpointing.selective_ac_option)
+        layers = (args.n_layers - args.n_layers // every) * everything + args.n_layers // every * kept + everything
+    else:
+        layers = args.n_layers * everything
+    others = args.dim / dims.tp if first < args.n_layers else 0.0
+    # A layer's backward pass makes a gradient of everything that its forward pass made.
+    return size * (layers + everything + others + 2 * args.dim / dims.tp)
+
+
+def _fast_weights(args: LLaDAArgs, dims: ParallelDims, config: Any, first: int) -> float:
+    # The tensors, their gradients, and what the update makes of them. A packed row has as many sets as documents,
+    # which the configuration does not tell: this is one.
+    return 3.0 * _fast_bytes(args, dims, config, first)
+
+
+def _fast_bytes(args: LLaDAArgs, dims: ParallelDims, config: Any, first: int) -> float:
+    memory = config.parametric_memory
+    if not memory.enable:
+        return 0.0
+    sets = config.training.local_batch_size if memory.granularity == "sample" else 1
+
+    def elements(linear: AdaptedLinear) -> float:
+        wide, narrow = linear.in_features, linear.out_features
+        if linear.row_wise:
+            wide, narrow = narrow, wide
+        # Tensor parallelism shards `narrow`; a low-rank pair's other half is on every rank.
+        one = wide * narrow / dims.tp if memory.adapter == "full" else memory.rank * (wide + narrow / dims.tp)
+        return one * (linear.experts / dims.ep if linear.experts else 1)
+
+    return 4.0 * sets * sum(map(elements, args.adapted_linears(first, memory.target_modules)))  # in float32
+
+
+def _passes(args: LLaDAArgs, config: Any, first: int) -> list[_Passes]:
+    """Through every layer, for one micro-batch."""
+    memory = config.parametric_memory
+    if not memory.enable:
+        return [_Passes(1, 1)] * args.n_layers
+    # The states besides the anchor, and the teacher's passes through the tail.
+    steps = _inner_steps(config)
+    others = {"anchor_only": 0, "pre_anchor_only": 1, "anchor_consistent": max(1, steps - 1)}.get(
+        memory.trajectory, steps
+    )
+    distilled = memory.inner_loss != "cross_entropy"
+    if distilled and memory.trajectory != "pre_anchor_only":
+        others += 1  # the clean sequence, which the last teacher reads
+    tail = _Passes(1 + steps * (2 if distilled else 1), 1 + steps)
+    return [_Passes(1 + others, 1)] * first + [tail] * (args.n_layers - first)
+
+
+def _inner_steps(config: Any) -> int:
+    memory = config.parametric_memory
+    return 1 if memory.trajectory in SINGLE_STATE else memory.inner_steps
+
+
+def _communication(
+    model: LLaDA, args: LLaDAArgs, dims: ParallelDims, config: Any, first: int, micro_batches: int
+) -> Communication:
+    training = config.training
+    compute = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize
+    reduce = TORCH_DTYPE_MAP[training.mixed_precision_reduce].itemsize
+    policy = config.parallelism.fsdp_reshard_after_forward
+    gather = reduced = 0.0
+    groups = _groups(model)
+    for number, group in enumerate(groups):
+        # What was freed behind the forward pass is gathered again for the backward pass: tail and head were not.
+        resident = number > first or (number == len(groups) - 1 and policy != "always")
+        reached = number > 0 or any(p.requires_grad for p in group)
+        again = policy != "never" and not resident and reached
+        for shards, elements in _by_shards(group):
+            gather += (2 if again else 1) * compute * elements * (shards - 1) / shards
+        for shards, elements in _by_shards(p for p in group if p.requires_grad):
+            reduced += reduce * elements * (shards - 1) / shards
+            # HSDP reduces the shards over the replicas.
+            reduced += 2 * reduce * elements / shards * (dims.dp_replicate - 1) / dims.dp_replicate
+    tokens = _tokens(training, dims)
+    passes = _passes(args, config, first)
+    recomputed = config.activation_checkpoint.mode == "full"
+    layer_passes = sum(x.of_collectives(recomputed) for x in passes)
+    # A pass gathers the input of attention and FFN and scatters their outputs.
+    tensor = layer_passes * 4 * compute * tokens * args.dim * (dims.tp - 1) / dims.tp
+    experts = 0.0
+    if isinstance(args, LLaDAMoEArgs):
+        slots = tokens * args.experts_per_token
+        experts = layer_passes * 2 * compute * slots * args.dim * (dims.ep - 1) / dims.ep
+    context = 0.0
+    if dims.cp > 1:
+        heads, kv = args.dim, (args.dim // args.n_heads) * (args.n_kv_heads or args.n_heads)
+        # Queries, keys, values and the output; ring attention's rotation of keys and values is not told apart.
+        context = layer_passes * compute * tokens * 2 * (heads + kv) / dims.tp * (dims.cp - 1) / dims.cp
+        if config.parametric_memory.enable:
+            sums = _inner_steps(config) * _fast_bytes(args, dims, config, first)
+            context += 2 * sums * (dims.cp - 1) / dims.cp
+    return Communication(*(micro_batches * x for x in (gather, reduced, tensor, context, experts)))
+
+
+def _by_shards(parameters: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """(ranks that FSDP2 shards it over, elements when gathered) of each parameter."""
+    found = []
+    for p in parameters:
+        shards = 1
+        if isinstance(p, DTensor):
+            names = p.device_mesh.mesh_dim_names or ()
+            sizes = dict(zip(names, p.device_mesh.shape, strict=True))
+            shards = math.prod(sizes.get(name, 1) for name in ("fsdp", "efsdp"))
+        found.append((shards, _gathered_elements([p])))
+    return found

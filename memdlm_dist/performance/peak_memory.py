@@ -1,0 +1,40 @@
+"""The peak memory of a piece of code: the allocator's on an accelerator, the resident set's on a CPU."""
+
+import ctypes
+import gc
+from collections.abc import Callable
+from pathlib import Path
+
+from memdlm_dist.runtime.device import device_module, device_type
+
+
+def peak_memory(run: Callable[[], None]) -> tuple[int, int]:
+    """Bytes: the most in use while `run` ran, and how much of that came on top of what was in use before."""
+    gc.collect()
+    before = _start()
+    run()
+    if device_type() != "cpu":
+        device_module().synchronize()
+        return device_module().max_memory_allocated(), device_module().max_memory_allocated() - before
+    peak = _resident("VmHWM")
+    return peak, peak - before
+
+
+def _start() -> int:
+    """Forget the peak so far; returns what is in use."""
+    if device_type() != "cpu":
+        device_module().empty_cache()
+        device_module().reset_peak_memory_stats()
+        return device_module().memory_allocated()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        # glibc: give every freed block of 64 KiB or more back at once, so that what is resident is what is used.
+        libc.mallopt(ctypes.c_int(-3), ctypes.c_int(2**16))
+        libc.malloc_trim(ctypes.c_size_t(0))
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    return _resident("VmRSS")
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))

@@ -1,0 +1,225 @@
+"""Who is waited for when a run stands still.
+
+A collective that never ends says nothing of the rank that did not come. So every rank tells the others, through the
+store of their rendezvous, where it is: what it is doing and in which line of code. The rank that has waited longest
+reads that, names who is missing, and ends.
+"""
+
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from types import FrameType
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from memdlm_dist.compat.torch import rendezvous_store
+from memdlm_dist.errors import EXIT_STATUS, UserError
+
+logger = logging.getLogger()
+
+# The watchdog speaks a little before the collective itself gives up, which on some backends ends the process.
+PATIENCE = 0.85
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank is.
+
+    Attributes:
+        progress: how many places it has been at. All ranks go through the same ones, so the least is behind.
+        doing: what, in words.
+        line: file, line and function of the main thread.
+        in_collective: whether that is inside of torch.distributed.
+        still: seconds since that line last changed.
+        beat: when this was written down, by the clock of its node (s).
+    """
+
+    rank: int
+    node: str
+    process: int
+    progress: int
+    doing: str
+    line: str
+    in_collective: bool
+    still: float
+    beat: float
+
+
+class Watchdog:
+    """A thread that publishes where this rank is and notices when it waits for others for too long.
+
+    Args:
+        rank, ranks: of the world.
+        store: torch.distributed's, a connection of its own.
+        timeout: of the collectives (s).
+        on_hang: called once with the explanation.
+    """
+
+    def __init__(self, rank: int, ranks: int, store: Any, timeout: float, on_hang: Callable[[str], None]):
+        self.timeout = timeout
+        self._rank, self._ranks, self._store, self._on_hang = rank, ranks, store, on_hang
+        self._main = threading.main_thread().ident
+        self._progress, self._doing, self._needs_others = 0, "starting", False
+        self._spot: tuple[Any, ...] = ()  # where the main thread is, and since when
+        self._since = time.monotonic()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def at(self, doing: str, needs_others: bool = True) -> None:
+        """The rank has come to something new. `needs_others`: it cannot go on if another rank does not come."""
+        self._progress, self._doing, self._needs_others = self._progress + 1, doing, needs_others
+
+    @property
+    def doing(self) -> str:
+        return self._doing
+
+    def stop(self) -> None:
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    @property
+    def _period(self) -> float:
+        """Seconds between two messages to the store: many ranks write to one."""
+        return min(max(self.timeout / 20, 0.2), 5.0)
+
+    def _watch(self) -> None:
+        published = looked = -1e9
+        while not self._stopped.wait(0.2):
+            try:
+                if time.monotonic() - published > self._period:
+                    published = time.monotonic()
+                    self._store.set(_key(self._rank), json.dumps(asdict(self._here())))
+                waits = self._needs_others and self._here().still > PATIENCE * self.timeout
+                if waits and time.monotonic() - looked > self._period:
+                    looked = time.monotonic()
+                    if self._culprits():
+                        self._on_hang(self.explain())
+                        return
+            except Exception as error:  # the store goes down with the node that has it, or at the end
+                logger.debug(f"The watchdog cannot reach the store: {error}")
+
+    def _here(self) -> Place:
+        line, in_collective, depth = _where(sys._current_frames().get(self._main or 0))
+        if (spot := (self._progress, line, depth)) != self._spot:
+            self._spot, self._since = spot, time.monotonic()
+        still = time.monotonic() - self._since
+        return Place(
+            self._rank, socket.gethostname(), os.getpid(), self._progress, self._doing, line, in_collective, still,
+            time.time(),
+        )  # fmt: skip
+
+    def _culprits(self) -> bool:
+        """Whether another rank is at fault: a long step, in which all are at work, is not a hang."""
+        places, unknown = self._everyone()
+        return bool(unknown or missing(places, self._silence))
+
+    def explain(self) -> str:
+        """One sentence: which rank is missing, where it is, and where the others wait."""
+        return explanation(*self._everyone(), self._silence)
+
+    @property
+    def _silence(self) -> float:
+        return 3 * self._period + 1
+
+    def _everyone(self) -> tuple[list[Place], list[int]]:
+        """The places of all ranks, this one first; and the ranks that have never said where they are."""
+        others = [rank for rank in range(self._ranks) if rank != self._rank]
+        unknown = []
+        if others and not self._store.check([_key(rank) for rank in others]):
+            unknown = [rank for rank in others if not self._store.check([_key(rank)])]
+        known = [_key(rank) for rank in others if rank not in unknown]
+        found = self._store.multi_get(known) if known else []
+        return [self._here(), *(Place(**json.loads(place)) for place in found)], unknown
+
+
+def missing(places: Sequence[Place], silence: float) -> list[Place]:
+    """The ranks that the first one waits for: silent, or behind it, or at rest outside of any collective.
+
+    Args:
+        places: of the rank that waits first, then of the others.
+        silence: seconds after which a rank that says nothing is stopped or gone.
+    """
+    here, *others = places
+    silent = [place for place in others if here.beat - place.beat > silence]
+    behind = [place for place in others if place.progress < here.progress]
+    resting = [
+        place
+        for place in others
+        if not place.in_collective and place.line != here.line and place.still > 0.8 * here.still - silence
+    ]
+    return silent or behind or resting
+
+
+def explanation(places: Sequence[Place], unknown: Sequence[int], silence: float) -> str:
+    """What the places of all ranks say; for the arguments see `missing`.
+
+    Args:
+        unknown: ranks that have never said where they are.
+    """
+    here, now = places[0], places[0].beat
+    head = f"No progress for {here.still:.0f} s while {here.doing}: "
+    remedy = "see that rank's log and node (comm.train_timeout_seconds sets how long the others wait)."
+    if unknown:
+        return f"{head}{_ranks(unknown)} never came; {remedy}"
+    absent, others = missing(places, silence), []
+    if not absent:
+        return f"{head}all ranks wait in {here.doing} ({here.line}): the network or a device may be at fault."
+    for place in absent:
+        silent = now - place.beat > silence
+        last = "was last seen" if silent else "is"
+        quiet = f", silent for {now - place.beat:.0f} s" if silent else ""
+        others.append(
+            f"rank {place.rank} (node {place.node}, process {place.process}{quiet}) {last} {place.doing} ({place.line})"
+        )
+    waiting = [place.rank for place in places if place not in absent]
+    where = f"{here.doing} ({here.line})"
+    return f"{head}{'; '.join(others)}, while {_ranks(waiting)} waited in {where}; {remedy}"
+
+
+def _ranks(numbers: Sequence[int]) -> str:
+    shown = ", ".join(map(str, sorted(numbers)[:8])) + (", ..." if len(numbers) > 8 else "")
+    return f"rank{'s' if len(numbers) > 1 else ''} {shown}"
+
+
+def _where(frame: FrameType | None) -> tuple[str, bool, int]:
+    """The innermost line of a stack, whether it is one of torch.distributed or called by it, and the stack's depth."""
+    line, depth, in_collective = "", 0, False
+    while frame is not None:
+        path, name = frame.f_code.co_filename, frame.f_code.co_name
+        line = line or f"{'/'.join(path.split('/')[-2:])}:{frame.f_lineno} in {name}"
+        # Further out the model's forward pass is inside of FSDP2 as well, when it computes.
+        in_collective |= depth < 3 and "/torch/distributed/" in path
+        frame, depth = frame.f_back, depth + 1
+    return line, in_collective, depth
+
+
+def _key(rank: int) -> str:
+    return f"memdlm/place/{rank}"
+
+
+def start_watchdog(timeout: float) -> Watchdog:
+    """The watchdog of this process, which ends it when it hangs."""
+
+    def end(explanation: str) -> None:
+        # The launcher shows local rank 0; what another rank says reaches it through torchrun's error file.
+        get_error_handler().record_exception(UserError(explanation))
+        print(f"error: {explanation}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(EXIT_STATUS)
+
+    # A connection of its own: the other one may be waiting for something.
+    watchdog = Watchdog(dist.get_rank(), dist.get_world_size(), rendezvous_store(), timeout, end)
+    watchdog.start()
+    return watchdog

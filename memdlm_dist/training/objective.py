@@ -1,0 +1,160 @@
+"""From the configuration to the objective: draws the noise of a micro-batch and runs it.
+
+The one place where configuration, parallel layout and mathematics meet; training and validation share it.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchtitan.distributed import ParallelDims
+
+from memdlm_dist.method import keyed_random, trajectory
+from memdlm_dist.method.bilevel import Memory, outer_loss
+from memdlm_dist.method.documents import Documents
+from memdlm_dist.method.inner_loop import InnerStatistics
+from memdlm_dist.method.inner_loss import inner_loss
+from memdlm_dist.method.inner_sgd import InnerSGD
+from memdlm_dist.method.keyed_random import Stream
+from memdlm_dist.method.micro_batch import MicroBatch, micro_batch
+from memdlm_dist.method.trajectory import IGNORE_INDEX, Draw, Plan, State
+from memdlm_dist.models.llada import LLaDA, LLaDAArgs
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The masked-diffusion objective, with a parametric memory or without (`memory=None`)."""
+
+    mask_token_id: int
+    plan: Plan
+    memory: Memory | None
+    seed: int
+    shards: int  # sequence shards of this rank's part of the rows: the tensor-parallel degree
+    shard: int  # this rank's
+    probability: float = 1.0  # share of the sequences that have a memory
+    shifted: bool = False  # the backbone predicts the next token
+    parts: int = 1  # of the rows: the context-parallel degree
+    part: int = 0  # this rank's
+
+    def micro_batch(
+        self,
+        tokens_BL: Tensor,
+        labels_BL: Tensor,
+        sample_ids_B: Tensor,
+        step: int,
+        t_U: Tensor | None = None,
+        outer_weight: str | None = None,
+        documents_BL: Tensor | None = None,
+    ) -> MicroBatch:
+        """Draw the noise of a micro-batch; on the host.
+
+        Under context parallelism the arguments are of whole rows, and what is returned is this rank's part of them.
+
+        Args:
+            tokens_BL: clean tokens.
+            labels_BL: the same where a token may be masked, -100 elsewhere.
+            sample_ids_B: global ids of the rows, the keys of the noise.
+            step: training step; 0 for noise that stays fixed.
+            t_U: noise levels of the samples; drawn if None.
+            outer_weight: loss weight of the outer loss, if not the plan's own.
+            documents_BL: numbers of the tokens' documents in packed rows (`Documents.number_BL`), which then are the
+                samples.
+        """
+        documents = Documents.of(documents_BL) if documents_BL is not None else None
+        sample_ids_U = sample_ids_B if documents is None else documents.ids(sample_ids_B)
+        maskable_BL = labels_BL != IGNORE_INDEX
+        if self.shifted:  # nothing predicts the first token
+            first_BL = torch.arange(tokens_BL.shape[1]) == 0 if documents is None else documents.place_BL == 0
+            maskable_BL &= ~first_BL
+        draw = trajectory.draw(self.seed, step, sample_ids_U, maskable_BL, t_U, documents)
+        anchor = trajectory.anchor_state(draw, self.plan.schedule, outer_weight or self.plan.loss_weight)
+        return micro_batch(
+            tokens_BL,
+            maskable_BL,
+            sample_ids_U,
+            anchor,
+            states=self._inner_states(draw, anchor, step, sample_ids_U) if self.memory is not None else [],
+            mask_token_id=self.mask_token_id,
+            with_teacher=self.memory is not None and self.memory.loss.teacher is not None,
+            shards=self.parts * self.shards,
+            shifted=self.shifted,
+            documents=documents,
+        ).part(self.part, self.parts)
+
+    def _inner_states(self, draw: Draw, anchor: State, step: int, sample_ids_U: Tensor) -> list[State]:
+        """The plan's, with nothing to score where the sample has no memory: then nothing is written for it.
+
+        Samples that share their fast weights share the draw too, over all ranks.
+        """
+        states = self.plan.states(draw, anchor)
+        assert self.memory is not None
+        if self.probability == 1:
+            return states
+        ids = sample_ids_U if self.memory.per_sample else torch.zeros_like(sample_ids_U)
+        u_U1 = keyed_random.uniform(keyed_random.key(self.seed, Stream.MEMORY, step, ids), torch.zeros(1).long())
+        chosen = draw.spread(u_U1.squeeze(1) < self.probability)
+        return [replace(state, target_BL=state.target_BL & chosen) for state in states]
+
+    def loss_sum(
+        self, model: LLaDA, batch: MicroBatch, step: int, use_memory: bool = True
+    ) -> tuple[Tensor, InnerStatistics | None]:
+        """Sum of w(t) nll over this rank's masked tokens of a micro-batch (see `bilevel.outer_loss`)."""
+        memory = self.memory if use_memory and batch.inner else None
+        fast = memory.draw(self.seed, step, batch.sample_ids_U) if memory else None
+        return outer_loss(model, batch, memory, fast, self.shard)
+
+
+def build_objective(
+    job_config: Any,
+    args: LLaDAArgs,
+    mask_token_id: int,
+    parallel_dims: ParallelDims,
+) -> Objective:
+    """The objective that a configuration describes, on this rank."""
+    diffusion, memory = job_config.diffusion, job_config.parametric_memory
+    tp_mesh, cp_mesh = (parallel_dims.get_optional_mesh(name) for name in ("tp", "cp"))
+    return Objective(
+        mask_token_id=mask_token_id,
+        plan=Plan(
+            trajectory=memory.trajectory,
+            inner_steps=memory.inner_steps,
+            pre_anchor_scale=memory.pre_anchor_scale,
+            supervision=memory.supervision,
+            schedule=diffusion.schedule,
+            loss_weight=diffusion.loss_weight,
+        ),
+        memory=_memory(job_config, args, parallel_dims) if memory.enable else None,
+        # Without a seed torchtitan draws one for the weights; the noise then starts from 0, so that a
+        # resumed run goes on with its own.
+        seed=job_config.debug.seed or 0,
+        shards=tp_mesh.size() if tp_mesh else 1,
+        shard=tp_mesh.get_local_rank() if tp_mesh else 0,
+        probability=memory.probability,
+        shifted=args.shifted,
+        parts=cp_mesh.size() if cp_mesh else 1,
+        part=cp_mesh.get_local_rank() if cp_mesh else 0,
+    )
+
+
+def first_adapted_layer(config: Any, args: LLaDAArgs) -> int:
+    """The first layer with fast weights: int(n (1 - layer_fraction))."""
+    return int(args.n_layers * (1 - config.parametric_memory.layer_fraction))
+
+
+def _memory(job_config: Any, args: LLaDAArgs, parallel_dims: ParallelDims) -> Memory:
+    config = job_config.parametric_memory
+    first_layer = first_adapted_layer(job_config, args)
+    return Memory(
+        first_layer=first_layer,
+        linears=args.adapted_linears(first_layer, config.target_modules),
+        adapter=config.adapter,
+        rank=config.rank,
+        alpha=config.alpha,
+        loss=inner_loss(config.inner_loss, config.student_hidden, config.teacher_hidden),
+        optimiser=InnerSGD(config.learning_rate, config.gradient_clip, config.gradient_norm),
+        per_sample=config.granularity == "sample",
+        tp_mesh=parallel_dims.get_optional_mesh("tp"),
+        ep_mesh=parallel_dims.get_optional_mesh("ep"),
+        cp_mesh=parallel_dims.get_optional_mesh("cp"),
+    )

@@ -1,0 +1,110 @@
+"""A training run from its configuration to its exit status."""
+
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from memdlm_dist.checkpoint.manager import ResumableCheckpoints
+from memdlm_dist.compat.torch import connection_loss
+from memdlm_dist.compat.torchtitan import construct_checkpoints
+from memdlm_dist.config import check_layout, parse_config
+from memdlm_dist.errors import UserError
+from memdlm_dist.models import backbone_args
+from memdlm_dist.models.llada import LLaDAArgs
+from memdlm_dist.runtime import preemption
+from memdlm_dist.runtime.device import device_type
+from memdlm_dist.runtime.preemption import StopRequest
+from memdlm_dist.runtime.single_process import single_process_environment
+from memdlm_dist.training import train_spec, validator
+from memdlm_dist.training.trainer import MemDLMTrainer
+
+logger = logging.getLogger()
+
+
+def check_output(dump_folder: str) -> None:
+    """The output folder can be made and written to.
+
+    Raises:
+        UserError: naming it.
+    """
+    try:
+        os.makedirs(dump_folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=dump_folder).close()
+    except OSError as error:
+        raise UserError(
+            f"The output folder {dump_folder} cannot be written to ({error}); change job.dump_folder."
+        ) from None
+
+
+def _warn_of_length(config: Any, args: LLaDAArgs) -> None:
+    """Of published weights that are to read further than they were trained to."""
+    length, known = config.training.seq_len, args.native_length * config.model.rope_scaling
+    if config.checkpoint.initial_load_in_hf and length > known and int(os.environ.get("RANK", "0")) == 0:
+        logger.warning(
+            f"training.seq_len = {length} is longer than the {known:g} tokens that the weights' rotary positions are "
+            f"for; set model.rope_scaling = {length / args.native_length:g} to extend them."
+        )
+
+
+def run(argv: Sequence[str]) -> int:
+    """Train as a command line says; returns the exit status.
+
+    Raises:
+        UserError: for everything a user can get wrong.
+    """
+    config = parse_config.parse(argv)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    check_layout.check_launch(config, world_size)
+    check_layout.check_device(config, device_type())
+    args = backbone_args(config.model.name, config.model.flavor)
+    check_layout.check_backbone(config, args, world_size)
+    _warn_of_length(config, args)
+    check_output(config.job.dump_folder)
+    single_process_environment()
+    train_spec.register()
+    construct_checkpoints(ResumableCheckpoints)
+    with StopRequest() as stop:
+        trainer = _train(config, stop)
+    if not trainer.stopped_early:
+        return 0
+    saved = f"saved in {trainer.checkpointer.folder}" if config.checkpoint.enable else "not saved (checkpoint.enable)"
+    logger.info(f"Stopped after step {trainer.step}, {saved}; start it again to go on.")
+    return preemption.exit_status()
+
+
+def _train(config: Any, stop: StopRequest) -> MemDLMTrainer:
+    """Build, load and train; returns the trainer when all is closed."""
+    trainer: MemDLMTrainer | None = None
+    done = False
+    try:
+        trainer = MemDLMTrainer(config, stop)
+        if config.checkpoint.create_seed_checkpoint:
+            trainer.checkpointer.save(curr_step=0, last_step=True)
+            logger.info("Saved the seed checkpoint.")
+        else:
+            trainer.train()
+            trainer.checkpointer.wait()
+            table = validator.summary_table(config) if config.validation.enable else None
+            if table and int(os.environ["RANK"]) == 0:
+                print(table, flush=True)
+        done = True
+    except RuntimeError as error:
+        if trainer is None or not (reason := connection_loss(error)):
+            raise
+        if "timed out" in reason.lower():
+            raise UserError(trainer.watchdog.explain()) from None
+        raise UserError(
+            f"Rank {os.environ['RANK']} lost another rank while {trainer.watchdog.doing} ({reason}); see what the rank "
+            "that ended first says, and start again from the last checkpoint."
+        ) from None
+    finally:
+        if trainer is not None:
+            trainer.close()
+        # A rank that fails alone must not wait for its peers: the launcher stops them.
+        if torch.distributed.is_initialized() and (done or torch.distributed.get_world_size() == 1):
+            torch.distributed.destroy_process_group()
+    return trainer
