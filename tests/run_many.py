@@ -33,7 +33,8 @@ from memdlm_dist import train
 from memdlm_dist.method import trajectory
 from memdlm_dist.method.bilevel import Memory
 from memdlm_dist.method.fast_weights import leaves
-from memdlm_dist.models.llada import FLAVOURS, LLaDAArgs
+from memdlm_dist.models.flavours import LLADA as FLAVOURS
+from memdlm_dist.models.llada import LLaDAArgs
 from memdlm_dist.training.objective import Objective
 
 # Two layers, so that one is trunk and one is tail: half the time of `debug` where every operation counts.

@@ -30,7 +30,8 @@ from torchtitan.tools.logging import logger
 from memdlm_dist.config import parse_config
 from memdlm_dist.method import bilevel
 from memdlm_dist.method.inner_loss import inner_loss
-from memdlm_dist.models.llada import FLAVOURS, LLaDAArgs
+from memdlm_dist.models.flavours import LLADA as FLAVOURS
+from memdlm_dist.models.llada import LLaDAArgs
 from memdlm_dist.performance.bench_steps import DATA_PARALLEL, KINDS, Bench
 from memdlm_dist.performance.collectives import by_kind
 

@@ -13,7 +13,7 @@ from memdlm_dist.errors import UserError
 from memdlm_dist.inference.sampler import Decoding, finished
 from memdlm_dist.inference.trained_model import TrainedModel
 from memdlm_dist.method import fast_weights
-from memdlm_dist.models.llada import FLAVOURS
+from memdlm_dist.models.flavours import LLADA as FLAVOURS
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 
 from memdlm_dist import train
 from memdlm_dist.errors import EXIT_STATUS
-from memdlm_dist.models.llada import FLAVOURS
+from memdlm_dist.models.flavours import LLADA as FLAVOURS
 from tools import prepare_data
 
 DEBUG = "tests/assets/debug"

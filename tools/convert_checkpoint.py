@@ -27,6 +27,7 @@ from memdlm_dist.checkpoint.convert import from_hugging_face, to_hugging_face
 from memdlm_dist.config import parse_config
 from memdlm_dist.inference.model_arguments import guarded, parse, quiet
 from memdlm_dist.inference.trained_model import checkpoint_folder
+from memdlm_dist.training.backbone import conversion_of
 
 _DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -68,13 +69,13 @@ def convert(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     def progress(text: str) -> None:
         print(f"[{time.perf_counter() - began:6.1f} s] {text}", file=sys.stderr, flush=True)
 
-    dtype = _DTYPES[options.dtype]
+    dtype, run = _DTYPES[options.dtype], conversion_of(config)
     if options.direction == "from-hf":
-        from_hugging_face(config, options.input, options.output, dtype, progress)
+        from_hugging_face(run, options.input, options.output, dtype, progress)
         source = options.input
     else:
         checkpoint = options.checkpoint or checkpoint_folder(config)
-        source = to_hugging_face(config, checkpoint, options.output, dtype, options.assets, options.adapter, progress)
+        source = to_hugging_face(run, checkpoint, options.output, dtype, options.assets, options.adapter, progress)
     print(f"{source} -> {options.output} ({time.perf_counter() - began:.1f} s)")
     return 0
 

@@ -30,8 +30,8 @@ from memdlm_dist.config import check_layout, parse_config
 from memdlm_dist.errors import UserError
 from memdlm_dist.inference.model_arguments import guarded, parse, positive, quiet
 from memdlm_dist.models import backbone_args
-from memdlm_dist.models.parallelize import layout, spread_on_meta
 from memdlm_dist.performance.estimate import Estimate, estimate
+from memdlm_dist.training.backbone import layout_of, model_on_meta
 
 # Of a device's memory, what is left to the allocator's fragmentation, the libraries and the collectives' buffers.
 _RESERVE = 0.1
@@ -83,8 +83,8 @@ def look(config: Any, world_size: int) -> Estimate:
     init_fake_mode(world_size)
     try:
         args.update_from_config(config)
-        dims = layout(config, world_size)
-        model = spread_on_meta(config, args, dims)
+        dims = layout_of(config, world_size)
+        model = model_on_meta(config, args, dims)
         return estimate(model, args, dims, config)
     finally:
         dist.destroy_process_group()

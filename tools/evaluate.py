@@ -40,8 +40,8 @@ from memdlm_dist.inference.model_arguments import (
     parse,
     positive,
 )
-from memdlm_dist.training.validator import HISTORY_FILE, history
-from memdlm_dist.training.validator import LOSSES as HELD_OUT
+from memdlm_dist.training.validation_history import HISTORY_FILE, history
+from memdlm_dist.training.validation_history import LOSSES as HELD_OUT
 
 JSON, PNG, COMPARISON, LOSSES = "needle.json", "needle.png", "comparison", "losses"
 

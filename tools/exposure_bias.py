@@ -30,6 +30,7 @@ from memdlm_dist.evaluation.exposure import RATIOS, Point, Row, measure, row_of
 from memdlm_dist.evaluation.retrieval import MEMORY
 from memdlm_dist.inference.model_arguments import add_model_arguments, guarded, is_first, load_model, parse, positive
 from memdlm_dist.inference.trained_model import TrainedModel, checkpoint_folder
+from memdlm_dist.training.backbone import requirements_of
 
 JSON, PNG = "exposure_bias.json", "exposure_bias.png"
 
@@ -70,8 +71,8 @@ def rows_of(config: Any, model: TrainedModel, options: argparse.Namespace) -> li
     locations = options.data or config.data.validation
     if not locations:
         raise UserError("There are no samples: data.validation is empty; give --data a folder of shards.")
-    check_cards(config, locations, model.tokenizer)
-    dataset = open_dataset(config, locations, [], batch_size=1, shuffle=False)
+    check_cards(locations, requirements_of(config, model.mask_id))
+    dataset = open_dataset(config.data, locations, [], batch_size=1, shuffle=False)
     samples = (dataset[i] for i in range(min(dataset.size, options.samples)))
     rows = [row_of(sample["tokens"], sample["labels"], model.eos_id, options.prompt_share) for sample in samples]
     found = [row for row in rows if row is not None]

@@ -20,10 +20,10 @@ from memdlm_dist.runtime import cpu
 cpu.prepare()
 
 from memdlm_dist.checkpoint import hugging_face_folder
-from memdlm_dist.checkpoint.convert import adapter_of
 from memdlm_dist.config import parse_config
 from memdlm_dist.errors import require
 from memdlm_dist.inference.model_arguments import guarded, parse, quiet
+from memdlm_dist.training.backbone import adapter_of
 
 
 def parser() -> argparse.ArgumentParser:

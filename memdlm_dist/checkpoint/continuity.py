@@ -18,18 +18,16 @@ KEYS = (
 )  # fmt: skip
 
 
-def identity(job_config: Any, global_batch_size: int, fingerprint: str) -> dict[str, Any]:
-    """What must not change between two parts of one run, by configuration key.
+def identity(
+    global_batch_size: int, seed: int, fingerprint: str, shuffle: bool, shuffle_seed: int, num_canonical_nodes: int
+) -> dict[str, Any]:
+    """Return what must not change between two parts of one run, by configuration key.
 
     Args:
         global_batch_size: sequences per optimizer step.
         fingerprint: of the indices of all training shards and of their proportions.
     """
-    data = job_config.data
-    values = (
-        global_batch_size, job_config.debug.seed or 0, fingerprint, data.shuffle, data.shuffle_seed,
-        data.num_canonical_nodes,
-    )  # fmt: skip
+    values = (global_batch_size, seed, fingerprint, shuffle, shuffle_seed, num_canonical_nodes)
     return dict(zip(KEYS, values, strict=True))
 
 

@@ -6,8 +6,9 @@ Tensors keep their type unless another is asked for, so that there and back agai
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,8 @@ from memdlm_dist.checkpoint import hugging_face_folder, weights
 from memdlm_dist.checkpoint.catalogue import METADATA, read_metadata, reader
 from memdlm_dist.checkpoint.manager import check_model
 from memdlm_dist.errors import UserError
-from memdlm_dist.models import BACKBONES, backbone_args, lora
+from memdlm_dist.models import lora
+from memdlm_dist.models.lora import Lora
 from memdlm_dist.models.state_dict_adapters import Adapter
 from memdlm_dist.runtime.rank_0 import reason_of
 from memdlm_dist.runtime.storage import is_remote
@@ -32,35 +34,40 @@ from memdlm_dist.runtime.storage import is_remote
 Progress = Callable[[str], object]
 
 
-def adapter_of(config: Any) -> Adapter:
-    """The names of a configuration's backbone.
+@dataclass(frozen=True)
+class Run:
+    """The run whose model is converted.
 
-    Raises:
-        UserError: if there is no such backbone.
+    Attributes:
+        adapter: the backbone's names on Hugging Face.
+        tensors: the model's under our names, without contents; with its adapters, if the run trains any.
+        lora: None if it trains all weights.
+        sources: where config.json and the tokenizer may lie: the folder that it starts from, and the tokenizer's.
     """
-    args = backbone_args(config.model.name, config.model.flavor)
-    args.update_from_config(config)
-    return BACKBONES[config.model.name].adapter(args, config.model.hf_assets_path)
+
+    adapter: Adapter
+    tensors: Mapping[str, Tensor]
+    lora: Lora | None
+    sources: Sequence[str]
 
 
 def from_hugging_face(
-    config: Any, source: str, output: str, dtype: torch.dtype | None, progress: Progress = lambda text: None
+    run: Run, source: str, output: str, dtype: torch.dtype | None, progress: Progress = lambda text: None
 ) -> None:
-    """Hugging Face weights as a checkpoint that `checkpoint.initial_load_path` and the tools take.
+    """Write Hugging Face weights as a checkpoint that `checkpoint.initial_load_path` and the tools take.
 
     Args:
-        config: names the backbone.
         dtype: of the checkpoint; None keeps that of each tensor.
 
     Raises:
         UserError: if the weights are of another backbone, or the output cannot be written.
     """
-    adapter = adapter_of(config)
+    adapter = run.adapter
     hugging_face_folder.check(source, adapter)
     with _new_folder(output) as folder:
         saved = HuggingFaceStorageReader(source).read_metadata().state_dict_metadata
         state = {}
-        for name, tensor in lora.without_adapters(_on_meta(config)).items():
+        for name, tensor in lora.without_adapters(run.tensors).items():
             # Of a layer's experts, which are one tensor here, the first one tells.
             first: Any = saved[next(iter(adapter.to_hf({name: tensor})))]
             state[name] = torch.empty(tensor.shape, dtype=dtype or first.properties.dtype)
@@ -73,7 +80,7 @@ def from_hugging_face(
 
 
 def to_hugging_face(
-    config: Any,
+    run: Run,
     checkpoint: str,
     output: str,
     dtype: torch.dtype | None,
@@ -81,10 +88,9 @@ def to_hugging_face(
     adapters_alone: bool = False,
     progress: Progress = lambda text: None,
 ) -> str:
-    """A checkpoint's model as Hugging Face weights, its adapters merged, or its adapters alone in PEFT's layout.
+    """Write a checkpoint's model as Hugging Face weights, its adapters merged, or its adapters alone in PEFT's layout.
 
     Args:
-        config: of the run.
         checkpoint: `step-N`, or a folder of them, whose newest good one is taken.
         dtype: of the weights; None keeps that of each tensor.
         assets: folder of the tokenizer and config.json; the checkpoint's own, then the tokenizer's, if None.
@@ -98,10 +104,9 @@ def to_hugging_face(
     found = weights.find(checkpoint)
     if not is_remote(found) and not (Path(found) / METADATA).is_file():
         raise UserError(f"{found} holds Hugging Face weights already; name a checkpoint of a training run.")
-    if adapters_alone and not config.model.converters:
+    if adapters_alone and run.lora is None:
         raise UserError('The configuration trains no adapters (model.converters = ["lora"]); leave --adapter out.')
-    adapter = adapter_of(config)
-    expected = _on_meta(config)
+    adapter, expected = run.adapter, run.tensors
     others = dict.fromkeys((OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE))
     if problem := check_model(found, {MODEL: SimpleNamespace(state_dict=lambda: expected), **others}):
         raise UserError(f"The checkpoint {found} {problem}; choose another.")
@@ -112,28 +117,18 @@ def to_hugging_face(
         progress(f"reading {_size(state)} from {found}")
         with _alone(f"The checkpoint {found} cannot be read"):
             dcp.load(state, storage_reader=reader(found), no_dist=True)
-        base = assets or config.checkpoint.initial_load_path or config.model.hf_assets_path
-        scale = config.lora.alpha / config.lora.rank
         progress(f"writing {output}")
+        sources = [assets] if assets else list(run.sources)
         if adapters_alone:
-            hugging_face_folder.write_peft(
-                _cast(state, dtype), folder, adapter, config.lora.rank, config.lora.alpha, base
-            )
+            assert run.lora is not None
+            base = sources[0] if sources else ""
+            hugging_face_folder.write_peft(_cast(state, dtype), folder, adapter, run.lora.rank, run.lora.alpha, base)
             return found
-        state = lora.merged(state, scale) if config.model.converters else state
+        state = lora.merged(state, run.lora.scale) if run.lora is not None else state
         hugging_face_folder.write(adapter.to_hf(_cast(state, dtype)), folder)
-        sources = [assets] if assets else [found, config.checkpoint.initial_load_path, config.model.hf_assets_path]
-        hugging_face_folder.describe(folder, adapter, [path for path in sources if path and not is_remote(path)])
+        sources = sources if assets else [found, *sources]
+        hugging_face_folder.describe(folder, adapter, [path for path in sources if not is_remote(path)])
     return found
-
-
-def _on_meta(config: Any) -> dict[str, Tensor]:
-    """A model's tensors under our names, without contents; with its adapters, if the run trains any."""
-    with torch.device("meta"):
-        model = BACKBONES[config.model.name].model(backbone_args(config.model.name, config.model.flavor))
-    if config.model.converters:
-        lora.LoRAConverter(config, None).convert(model)
-    return dict(model.state_dict())
 
 
 def _cast(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:

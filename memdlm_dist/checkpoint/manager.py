@@ -26,9 +26,11 @@ from memdlm_dist.checkpoint.catalogue import (
     reader,
     superfluous,
 )
+from memdlm_dist.checkpoint.settings import Checkpoint
 from memdlm_dist.compat.torchtitan import HookedCheckpoints
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import lora
+from memdlm_dist.models.lora import Lora
 from memdlm_dist.models.state_dict_adapters import file_of_each
 from memdlm_dist.runtime import storage
 from memdlm_dist.runtime.rank_0 import from_rank_0, one_line, reason_of
@@ -47,11 +49,11 @@ class ResumableCheckpoints(HookedCheckpoints):
     # Set by the trainer once it is built: what the run is (see `continuity`), and what a failed save leads to.
     identity: Mapping[str, Any]
     stop_on_save_failure: bool
-    lora: Any = None  # the configuration's section, if adapters are trained
+    lora: Lora | None = None  # if adapters are trained
     save_future: Any
     sd_adapter: Any
 
-    def __init__(self, *, checkpoint_config: Any, base_folder: str = "", **components: Any):
+    def __init__(self, *, checkpoint_config: Checkpoint, base_folder: str = "", **components: Any):
         if is_remote(checkpoint_config.folder):
             base_folder = ""
         super().__init__(checkpoint_config=checkpoint_config, base_folder=base_folder, **components)
@@ -203,7 +205,7 @@ class ResumableCheckpoints(HookedCheckpoints):
             from_rank_0(lambda: self._write_adapters(adapters, checkpoint_id))
             return None
         if self.lora is not None:
-            state_dict = lora.merged(state_dict, self.lora.alpha / self.lora.rank)
+            state_dict = lora.merged(state_dict, self.lora.scale)
         assert self.sd_adapter is not None
         self.sd_adapter.fqn_to_index_mapping = file_of_each(self.sd_adapter.expected(), self.export_dtype)
         return super().dcp_save(state_dict, checkpoint_id, *rest, **options)

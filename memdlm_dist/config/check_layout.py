@@ -1,14 +1,14 @@
 """Whether a configuration fits the number of processes and the backbone, found before anything is built."""
 
-from typing import Any
-
+from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.errors import require
+from memdlm_dist.models.linears import GROUPS, LINEARS, names_of
 from memdlm_dist.models.llada import LLaDAArgs
 from memdlm_dist.models.llada_moe import LLaDAMoEArgs
 from memdlm_dist.runtime.device import has_grouped_mm
 
 
-def check_launch(config: Any, world_size: int) -> None:
+def check_launch(config: JobConfig, world_size: int) -> None:
     """The parallel layout fits the number of processes and the batch.
 
     Raises:
@@ -58,7 +58,7 @@ def check_launch(config: Any, world_size: int) -> None:
     )
 
 
-def check_device(config: Any, device_type: str) -> None:
+def check_device(config: JobConfig, device_type: str) -> None:
     """The device can run what the configuration asks for.
 
     Raises:
@@ -72,13 +72,13 @@ def check_device(config: Any, device_type: str) -> None:
     )
 
 
-def check_backbone(config: Any, args: LLaDAArgs, world_size: int) -> None:
+def check_backbone(config: JobConfig, args: LLaDAArgs, world_size: int) -> None:
     """The backbone's sizes fit the parallel layout and the memory's targets.
 
     Raises:
         UserError: naming the size, the degree or the module.
     """
-    known = [*args.targets, *args.linears_of(list(args.targets))]
+    known = [*GROUPS, *LINEARS]
     for key, targets in {
         "parametric_memory.target_modules": config.parametric_memory.target_modules,
         "lora.target_modules": config.lora.target_modules,
@@ -89,7 +89,7 @@ def check_backbone(config: Any, args: LLaDAArgs, world_size: int) -> None:
                 f"{key} names {target!r}, which model {config.model.name} does not have; choose among "
                 f"{', '.join(known)}.",
             )
-        chosen = args.linears_of(targets)
+        chosen = names_of(targets)
         require(
             len(set(chosen)) == len(chosen),
             f"{key} names a linear twice: {', '.join(targets)} is {', '.join(chosen)}.",
@@ -119,7 +119,7 @@ def check_backbone(config: Any, args: LLaDAArgs, world_size: int) -> None:
         )
 
 
-def _check_context_parallel(config: Any, args: LLaDAArgs) -> None:
+def _check_context_parallel(config: JobConfig, args: LLaDAArgs) -> None:
     """The sequence and, if they are exchanged, the heads can be divided."""
     parallel = config.parallelism
     context, tensor = parallel.context_parallel_degree, parallel.tensor_parallel_degree
@@ -144,19 +144,19 @@ def _check_context_parallel(config: Any, args: LLaDAArgs) -> None:
     )
 
 
-def _check_experts(config: Any, args: LLaDAMoEArgs, world_size: int) -> None:
+def _check_experts(config: JobConfig, args: LLaDAMoEArgs, world_size: int) -> None:
     """A mixture of experts: how its experts are spread, and what its memory and its adapters can be."""
     memory, parallel = config.parametric_memory, config.parallelism
     experts, tensor = parallel.expert_parallel_degree, parallel.tensor_parallel_degree
     name = f"model {config.model.name}"
-    of_experts = set(args.linears_of(memory.target_modules)) & set(args.targets["ffn"])
+    of_experts = set(names_of(memory.target_modules)) & set(GROUPS["ffn"])
     require(
         not memory.enable or memory.granularity == "batch" or experts == 1,
         "parametric_memory.granularity = 'sample' is not supported with expert parallelism: the ranks of a group share "
         "one set of fast weights; set it to 'batch', or parallelism.expert_parallel_degree to 1.",
     )
     require(
-        not memory.enable or experts == 1 or of_experts == set(args.linears_of(memory.target_modules)),
+        not memory.enable or experts == 1 or of_experts == set(names_of(memory.target_modules)),
         "parametric_memory.target_modules can only be the experts' linears with expert parallelism, whose ranks share "
         'one set of fast weights; set it to ["ffn"], or parallelism.expert_parallel_degree to 1.',
     )
@@ -164,7 +164,7 @@ def _check_experts(config: Any, args: LLaDAMoEArgs, world_size: int) -> None:
         not memory.enable or not has_grouped_mm() or memory.adapter == "full" or memory.rank % 8 == 0,
         f"parametric_memory.rank = {memory.rank} must be a multiple of 8: grouped matrix products need it.",
     )
-    adapters_of_experts = set(args.linears_of(config.lora.target_modules)) & set(args.targets["ffn"])
+    adapters_of_experts = set(names_of(config.lora.target_modules)) & set(GROUPS["ffn"])
     require(
         not config.model.converters or not adapters_of_experts or tensor == 1,
         f"lora.target_modules names linears of the experts of {name} ({', '.join(sorted(adapters_of_experts))}), whose "

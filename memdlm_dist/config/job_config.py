@@ -1,25 +1,26 @@
-"""Our TOML sections, which extend torchtitan's JobConfig.
+"""The configuration: torchtitan's JobConfig and our TOML sections, each beside the code that reads it if that is below.
 
-Each field's docstring is what `--help` shows. Reading and checking is in `parse_config`.
+Each field's docstring is what `--help` shows. The defaults of the method are those of `method/`.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torchtitan.config.job_config import Checkpoint as TitanCheckpoint
 from torchtitan.config.job_config import JobConfig as TitanJobConfig
 from torchtitan.config.job_config import Model as TitanModel
-from torchtitan.config.job_config import Parallelism as TitanParallelism
 from torchtitan.config.job_config import Validation as TitanValidation
 
+from memdlm_dist.checkpoint.settings import Checkpoint
+from memdlm_dist.data.settings import Data
 from memdlm_dist.method.diffusion import SCHEDULES, WEIGHTS
 from memdlm_dist.method.fast_weights import ADAPTERS
 from memdlm_dist.method.inner_loss import INNER_LOSSES, Hidden
-from memdlm_dist.method.inner_sgd import GRADIENT_NORMS
-from memdlm_dist.method.trajectory import SUPERVISION, TRAJECTORIES
-from memdlm_dist.models.context_parallel import Method
-from memdlm_dist.models.llada import RopeScaling
+from memdlm_dist.method.inner_sgd import GRADIENT_NORMS, InnerSGD
+from memdlm_dist.method.trajectory import SUPERVISION, TRAJECTORIES, Plan
+from memdlm_dist.models.lora import Lora
+from memdlm_dist.models.parallelize import Parallelism
+from memdlm_dist.models.rope import RopeScaling
 
 
 def _one_of(names: Iterable[str]) -> Any:
@@ -41,26 +42,13 @@ class Model(TitanModel):
 
 
 @dataclass
-class Parallelism(TitanParallelism):
-    """torchtitan's section with one default changed and one key more."""
-
-    context_parallel_method: Method = "ulysses"
-    """How tokens attend to those of other ranks with context_parallel_degree > 1. ulysses exchanges tokens for heads,
-    which the degree times tensor_parallel_degree must divide; ring is torch's ring attention, for CUDA and whole rows
-    without documents."""
-
-    context_parallel_load_balancer: str | None = None
-    """Unused: attention is not causal, so that every rank has the same work."""
-
-
-@dataclass
 class Diffusion:
     """The masked-diffusion objective."""
 
-    schedule: _one_of(SCHEDULES) = "linear"  # type: ignore[valid-type]
+    schedule: _one_of(SCHEDULES) = Plan.schedule  # type: ignore[valid-type]
     """Noise schedule alpha(t): linear is 1 - t, cosine is 1 - cos(pi/2 (1 - t))."""
 
-    loss_weight: _one_of(WEIGHTS) = "schedule"  # type: ignore[valid-type]
+    loss_weight: _one_of(WEIGHTS) = Plan.loss_weight  # type: ignore[valid-type]
     """Weight of a masked token: schedule is -alpha'(t) / (1 - alpha(t)), the likelihood bound; uniform is 1."""
 
 
@@ -79,16 +67,16 @@ class ParametricMemory:
     """Share of the sequences that train with the memory, drawn for each anew (for each step, with granularity batch);
     the others are plain masked diffusion. Below 1 it keeps the base from leaning on fast weights."""
 
-    trajectory: _one_of(TRAJECTORIES) = "anchor_consistent"  # type: ignore[valid-type]
+    trajectory: _one_of(TRAJECTORIES) = Plan.trajectory  # type: ignore[valid-type]
     """States that the inner loop visits. anchor_consistent: from the pre-anchor down to the anchor, the state of
     the outer loss; pre_anchor_only and anchor_only: one step on the first or the last of these; progressive: mask
     ratios from 0.8 to 0.2 that ignore the anchor."""
 
-    inner_steps: int = 2
+    inner_steps: int = Plan.inner_steps
     """Number of inner steps K of the anchor_consistent and progressive trajectories. With 1 the first visits the
     pre-anchor alone, the second a state at ratio 0.2."""
 
-    pre_anchor_scale: float = 1.5
+    pre_anchor_scale: float = Plan.pre_anchor_scale
     """The pre-anchor masks this many times the anchor's ratio of tokens, at most all of them."""
 
     inner_loss: _one_of(INNER_LOSSES) = "cross_entropy"  # type: ignore[valid-type]
@@ -103,16 +91,16 @@ class ParametricMemory:
     teacher_hidden: Hidden = "post_final_norm"
     """Which output of the last layer hidden_mse and hidden_cosine take of the teacher."""
 
-    supervision: _one_of(SUPERVISION) = "masked"  # type: ignore[valid-type]
+    supervision: _one_of(SUPERVISION) = Plan.supervision  # type: ignore[valid-type]
     """Tokens that an inner step scores: all that its state masks, or only those that the next state reveals."""
 
-    learning_rate: float = 0.1
+    learning_rate: float = InnerSGD.learning_rate
     """Learning rate of the inner SGD."""
 
-    gradient_clip: float = 1.0
+    gradient_clip: float = InnerSGD.clip
     """Largest norm of an inner gradient; 0 switches clipping off."""
 
-    gradient_norm: _one_of(GRADIENT_NORMS) = "per_parameter"  # type: ignore[valid-type]
+    gradient_norm: _one_of(GRADIENT_NORMS) = InnerSGD.gradient_norm  # type: ignore[valid-type]
     """What is clipped: every fast tensor's gradient by its own norm, or all of a set's by their common norm."""
 
     adapter: _one_of(ADAPTERS) = "lora"  # type: ignore[valid-type]
@@ -134,78 +122,6 @@ class ParametricMemory:
 
     granularity: Literal["sample", "batch"] = "sample"
     """One set of fast weights per sequence, or one per local micro-batch (as in the published code)."""
-
-
-@dataclass
-class Lora:
-    """Outer LoRA, with model.converters = ["lora"]: the base is frozen and adapters of its linears are trained."""
-
-    rank: int = 32
-    """Rank of the adapters."""
-
-    alpha: float = 64.0
-    """The adapter's term is multiplied by alpha / rank."""
-
-    target_modules: list[str] = field(default_factory=lambda: ["attention", "ffn"])
-    """Linears of all layers that get an adapter: ffn (which is gate, up, down), attention (q, k, v, o), or any of
-    these linears by name. In llada_moe ffn gives each expert's linears adapters of their own."""
-
-    export: Literal["merged", "adapter"] = "merged"
-    """What the last save writes with checkpoint.last_save_in_hf: the whole model with the adapters merged into it, or
-    the adapters alone in PEFT's layout."""
-
-
-@dataclass
-class Data:
-    """Streams of tokenised shards, as tools/prepare_data.py writes them."""
-
-    train: list[str] = field(default_factory=list)
-    """Folders or URLs of training shards, several to mix (s3://, gs://, ... are cached in cache_folder)."""
-
-    proportions: list[float] = field(default_factory=list)
-    """Share of each training stream in an epoch, in the order of `train`; empty takes each stream once."""
-
-    validation: list[str] = field(default_factory=list)
-    """Folders or URLs of held-out shards."""
-
-    cache_folder: str = "./outputs/cache"
-    """Where shards of remote streams are kept on each node."""
-
-    cache_limit: str = ""
-    """Largest size of the cache, such as 200gb; empty for no limit."""
-
-    shuffle: bool = True
-    """Shuffle the samples anew every epoch."""
-
-    shuffle_seed: int = 9176
-    """Seed of the shuffle."""
-
-    num_canonical_nodes: int = 1
-    """Independent paths through the shards. With 1 the order does not depend on the number of ranks."""
-
-    validate_hash: str = "xxh64"
-    """Checksum that each shard must match when it is first read; empty to skip the check."""
-
-    download_retry: int = 6
-    """How often to try a download, with waits of 1, 2, 4, ... seconds between: 6 bridge half a minute."""
-
-    download_timeout: float = 60.0
-    """Seconds that one download may take."""
-
-
-@dataclass
-class Checkpoint(TitanCheckpoint):
-    """torchtitan's section with one default changed and two keys more; `folder` may be a URL (s3://bucket/run)."""
-
-    last_save_model_only: bool = False
-    """Save only the model at the last step. False, unlike in torchtitan: a finished run can then be continued."""
-
-    keep_every: int = 0
-    """Besides the latest checkpoints, keep those whose step is a multiple of this; 0 for none."""
-
-    accept_changes: list[str] = field(default_factory=list)
-    """Differences between the checkpoint's run and this one that are meant, such as training.global_batch_size or
-    data.train; any other stops the run, for it would not continue the one that was interrupted."""
 
 
 @dataclass

@@ -7,7 +7,6 @@ named in one sentence.
 import contextlib
 import difflib
 import io
-import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
@@ -26,7 +25,7 @@ from memdlm_dist.runtime.storage import is_remote
 _CONFIG_FILE_FLAGS = ("--job.config_file", "--job.config-file")
 
 
-def parse(argv: Sequence[str]) -> Any:
+def parse(argv: Sequence[str]) -> JobConfig:
     """The merged configuration of a command line: flags over TOML file over defaults.
 
     Returns:
@@ -39,14 +38,15 @@ def parse(argv: Sequence[str]) -> Any:
     if not {"-h", "--help"} & set(argv):
         _check_file(manager.config_cls, argv)
         _check_flags(manager.config_cls, argv)
-    captured = io.StringIO()
     try:
-        with contextlib.redirect_stderr(captured):
-            config = manager.parse_args(list(argv))
+        # What tyro prints of a mistake is a drawing for terminals; `_check_flag_values` says it in a sentence.
+        with contextlib.redirect_stderr(io.StringIO()):
+            config: JobConfig = manager.parse_args(list(argv))
     except SystemExit as exit_request:
         if exit_request.code in (0, None):
             raise
-        raise UserError(f"{_plain(captured.getvalue())} (--help lists all keys).") from None
+        _check_flag_values(argv)
+        raise UserError("The command line cannot be read (--help lists all keys).") from None
     except (AssertionError, ValueError) as error:  # from the sections' own __post_init__
         raise UserError(f"The configuration is not valid: {str(error).rstrip('.')}.") from None
     _check_values(config)
@@ -119,38 +119,66 @@ def _suggestion(key: str, known: dict[str, Any], prefix: str) -> str:
 
 
 def _check_flags(config_cls: type, argv: Sequence[str]) -> None:
-    """Every --section.key exists. tyro finds this too, but says it less plainly."""
+    """Every --section.key exists."""
     for argument in argv:
-        if not argument.startswith("--") or argument == "--":
+        if argument.startswith("--") and argument != "--":
+            _field_of(config_cls, argument)
+
+
+def _field_of(config_cls: type, argument: str) -> Any:
+    """Return the dataclass field that a flag names.
+
+    Raises:
+        UserError: if there is none.
+    """
+    flag = argument[2:].partition("=")[0].replace("-", "_")
+    cls: Any = config_cls
+    prefix = ""
+    *sections, key = flag.split(".")
+    for section in sections:
+        known = {f.name: f for f in fields(cls) if is_dataclass(f.type)}
+        if section not in known:
+            raise UserError(f"Unknown section {prefix}{section} in {argument}{_suggestion(section, known, prefix)}.")
+        cls, prefix = known[section].type, f"{prefix}{section}."
+    known = {f.name: f for f in fields(cls)}
+    positive = key.removeprefix("no_") if known.get(key.removeprefix("no_")) else key
+    if positive not in known:
+        raise UserError(f"Unknown key {argument}{_suggestion(key, known, prefix)}.")
+    return known[positive]
+
+
+def _check_flag_values(argv: Sequence[str]) -> None:
+    """Find the flag that cannot be parsed, by parsing each alone.
+
+    Raises:
+        UserError: naming it and what its value must be.
+    """
+    groups: list[list[str]] = []
+    for argument in argv:
+        if argument.startswith("--"):
+            groups.append([argument])
+        elif groups:
+            groups[-1].append(argument)
+        else:
+            raise UserError(f"The argument {argument!r} is of no key; write --section.key value.")
+    for flag, *values in groups:
+        if flag.partition("=")[0] in _CONFIG_FILE_FLAGS:
             continue
-        flag = argument[2:].partition("=")[0].replace("-", "_")
-        cls: Any = config_cls
-        prefix = ""
-        *sections, key = flag.split(".")
-        for section in sections:
-            known = {f.name: f for f in fields(cls) if is_dataclass(f.type)}
-            if section not in known:
-                raise UserError(
-                    f"Unknown section {prefix}{section} in {argument}{_suggestion(section, known, prefix)}."
-                )
-            cls, prefix = known[section].type, f"{prefix}{section}."
-        known = {f.name: f for f in fields(cls)}
-        positive = key.removeprefix("no_") if known.get(key.removeprefix("no_")) else key
-        if positive not in known:
-            raise UserError(f"Unknown key {argument}{_suggestion(key, known, prefix)}.")
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                ConfigManager(JobConfig).parse_args([flag, *values])
+        except SystemExit:
+            name, equals, value = flag.partition("=")
+            given = " ".join([value] * bool(equals) + values)
+            expected = _type_name(_field_of(JobConfig, name).type)
+            raise UserError(
+                f"{name} must be {expected}, but is {given!r} (--help lists all keys)."
+                if given
+                else f"{name} needs a value: {expected} (--help lists all keys)."
+            ) from None
 
 
-def _plain(text: str) -> str:
-    """What tyro's framed and coloured message says, as one line of text."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    text = re.sub(r"╭─ [^─]* ─+╮", " ", text)  # the frame's title repeats what follows
-    text = re.sub(r"^[A-Za-z\s]+-{8,}", " ", text)  # likewise, where the output takes ASCII alone
-    text = re.sub(r"[╭╮╰╯│─]+|-{8,}", " ", text)
-    text = re.split(r"Argument helptext:|For full helptext", text)[0]
-    return re.sub(r"\s+", " ", text).strip().rstrip(".")
-
-
-def _check_values(config: Any) -> None:
+def _check_values(config: JobConfig) -> None:
     """What the configuration alone can tell to be impossible, apart from the backbone's sizes."""
     memory, parallel = config.parametric_memory, config.parallelism
     require(memory.rank >= 1, f"parametric_memory.rank must be at least 1, but is {memory.rank}.")
@@ -274,7 +302,7 @@ def _check_values(config: Any) -> None:
     )
 
 
-def _check_hugging_face(config: Any) -> None:
+def _check_hugging_face(config: JobConfig) -> None:
     """The exchange of weights: what can be asked of the first load and the last save."""
     checkpoint = config.checkpoint
     require(

@@ -3,6 +3,9 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +16,15 @@ from streaming import Stream, StreamingDataset
 
 from memdlm_dist.compat import streaming
 from memdlm_dist.data import downloads, shared_memory
+from memdlm_dist.data.settings import Data
 from memdlm_dist.data.shards import HASH, read_card
-from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError
 from memdlm_dist.method.documents import FILL
 from memdlm_dist.method.trajectory import IGNORE_INDEX
-from memdlm_dist.models import backbone_args
 from memdlm_dist.runtime.storage import is_remote
+
+# The key under which a sample holds what went wrong, in place of tokens.
+MISTAKE = "mistake"
 
 _REMEDY = "prepare the data anew, or delete the file if it is a cached copy"
 
@@ -87,6 +92,17 @@ class TokenDataset(StreamingDataset):
         numbers[: sizes.sum()] = np.repeat(np.arange(len(sizes)), sizes)
         return numbers
 
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield the samples of an epoch; a mistake ends them as a sample of its own.
+
+        The loader's worker processes hand samples on as values, but exceptions as the text of their traceback.
+        """
+        try:
+            yield from super().__iter__()
+        except UserError as mistake:
+            # As many as the loader may wait for to fill a batch.
+            yield from repeat({MISTAKE: str(mistake)})
+
     def check_local_shards(self) -> None:
         """All shards of streams without a remote are there and of the right size.
 
@@ -123,36 +139,44 @@ class TokenDataset(StreamingDataset):
                 raise UserError(f"The shard {path} is corrupt: its {self._check_hash} checksum is wrong; {_REMEDY}.")
 
 
-def check_cards(job_config: Any, locations: list[str], tokenizer: DiffusionTokenizer) -> bool:
-    """The shards at `locations` fit the sequence length, the model's vocabulary, the tokenizer and the layout.
+@dataclass(frozen=True)
+class Requirements:
+    """What a run asks of the shards that it reads."""
 
-    Returns:
-        Whether rows of any of them know their documents.
+    seq_len: int
+    vocab_size: int  # of the backbone
+    flavour: str
+    mask_token_id: int  # the tokenizer's
+    ring_attention: bool
+
+
+def check_cards(locations: Sequence[str], run: Requirements) -> bool:
+    """Check that the shards at `locations` fit a run; returns whether rows of any of them know their documents.
+
+    Raises:
+        UserError: naming the folder and what does not fit.
     """
-    args = backbone_args(job_config.model.name, job_config.model.flavor)
-    parallel = job_config.parallelism
     documents = False
     for location in locations:
         card = read_card(location)
         if not card.sequences:
             raise UserError(f"The shards in {location} hold no sequence; prepare them from a corpus with text in it.")
-        if card.seq_len != job_config.training.seq_len:
+        if card.seq_len != run.seq_len:
             raise UserError(
                 f"The shards in {location} hold sequences of {card.seq_len} tokens, but training.seq_len is "
-                f"{job_config.training.seq_len}; change it, or prepare the data with --seq-len "
-                f"{job_config.training.seq_len}."
+                f"{run.seq_len}; change it, or prepare the data with --seq-len {run.seq_len}."
             )
-        if card.vocab_size > args.vocab_size:
+        if card.vocab_size > run.vocab_size:
             raise UserError(
                 f"The shards in {location} use a vocabulary of {card.vocab_size} tokens, but model.flavor "
-                f"{job_config.model.flavor} has {args.vocab_size}; choose a larger flavour or a smaller tokenizer."
+                f"{run.flavour} has {run.vocab_size}; choose a larger flavour or a smaller tokenizer."
             )
-        if card.mask_token_id != tokenizer.mask_id:
+        if card.mask_token_id != run.mask_token_id:
             raise UserError(
                 f"The shards in {location} were made with mask token id {card.mask_token_id}, but the tokenizer in "
-                f"model.hf_assets_path has {tokenizer.mask_id}; use the tokenizer that the data was prepared with."
+                f"model.hf_assets_path has {run.mask_token_id}; use the tokenizer that the data was prepared with."
             )
-        if card.documents and parallel.context_parallel_degree > 1 and parallel.context_parallel_method == "ring":
+        if card.documents and run.ring_attention:
             raise UserError(
                 f"The shards in {location} hold packed documents, which ring attention cannot keep apart; set "
                 "parallelism.context_parallel_method = 'ulysses'."
@@ -161,15 +185,14 @@ def check_cards(job_config: Any, locations: list[str], tokenizer: DiffusionToken
     return documents
 
 
-def open_dataset(job_config: Any, locations: list[str], proportions: list[float], **options: Any) -> TokenDataset:
-    """A dataset over one or several streams; those at a URL are cached under `data.cache_folder`.
+def open_dataset(data: Data, locations: list[str], proportions: list[float], **options: Any) -> TokenDataset:
+    """Open a dataset over one or several streams; those at a URL are cached under `data.cache_folder`.
 
     file:// is a URL like others: a folder that is slow to read, on a network file system say.
 
     Raises:
         UserError: if streaming cannot open a stream.
     """
-    data = job_config.data
     shares = [{"proportion": share} for share in proportions] or [{} for _ in locations]
     streams, folders, cached = [], [], []
     for location, share in zip(locations, shares, strict=True):

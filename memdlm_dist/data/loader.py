@@ -1,23 +1,24 @@
 """Shards to micro-batches: mosaicml-streaming, in an order that does not depend on the number of ranks."""
 
-import os
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
 from streaming import StreamingDataLoader
-from torchtitan.components.dataloader import BaseDataLoader
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.utils.data import default_collate
 
 from memdlm_dist.compat import streaming
-from memdlm_dist.data.dataset import TokenDataset, check_cards, open_dataset
-from memdlm_dist.data.tokenizer import DiffusionTokenizer
+from memdlm_dist.data.dataset import MISTAKE, Requirements, TokenDataset, check_cards, open_dataset
+from memdlm_dist.data.settings import Data
 from memdlm_dist.errors import UserError
 from memdlm_dist.runtime.preemption import outlive_first_sigterm, starting_workers
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 
-class EpochLoader(BaseDataLoader):
+class EpochLoader(Stateful):
     """Micro-batches for ever, epoch after epoch; its state is a position in samples, the same on every rank.
 
     An epoch is read in whole global batches, its incomplete last one is left out: so that the n-th optimizer step
@@ -38,7 +39,12 @@ class EpochLoader(BaseDataLoader):
             options = {k: v for k, v in options.items() if k not in ("persistent_workers", "prefetch_factor")}
         # Shapes stay fixed on every rank.
         self._loader = StreamingDataLoader(
-            dataset, batch_size=batch_size, drop_last=True, worker_init_fn=_start_worker, **options
+            dataset,
+            batch_size=batch_size,
+            drop_last=True,
+            worker_init_fn=_start_worker,
+            collate_fn=_collate,
+            **options,
         )
         self._dataset, self._micro_batch = dataset, batch_size * ranks
         self.global_batch_size = global_batch_size
@@ -65,17 +71,13 @@ class EpochLoader(BaseDataLoader):
             self.next_epoch()
 
     def _read(self) -> Iterator[dict[str, torch.Tensor]]:
-        try:
-            batches = iter(self._loader)
-            with starting_workers():
-                first = next(batches, None)
-            if first is not None:
-                yield first
-                yield from batches
-        except UserError as error:
-            # A worker's exception arrives with its traceback as text; its last line is the sentence.
-            message = str(error).strip().splitlines()[-1].removeprefix("memdlm_dist.errors.UserError: ")
-            raise UserError(message) from None
+        batches = iter(self._loader)
+        with starting_workers():
+            first = next(batches, None)
+        for batch in chain(() if first is None else (first,), batches):
+            if MISTAKE in batch:
+                raise UserError(batch[MISTAKE][0])
+            yield batch
 
     def _seek(self) -> None:
         """Let streaming, on this rank and in its workers, begin to read where we are."""
@@ -105,45 +107,48 @@ def _start_worker(worker: int) -> None:
     outlive_first_sigterm()
 
 
-def build_dataloader(
-    *, dp_world_size: int, dp_rank: int, tokenizer: DiffusionTokenizer, job_config: Any
+def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    mistakes = [sample[MISTAKE] for sample in samples if MISTAKE in sample]
+    return {MISTAKE: mistakes} if mistakes else default_collate(samples)
+
+
+def training_loader(
+    data: Data,
+    run: Requirements,
+    *,
+    local_batch_size: int,
+    global_batch_size: int,
+    ranks: int,
+    world_size: int,
+    **options: Any,
 ) -> EpochLoader:
-    """The training loader of one rank.
+    """Open the training loader of one rank.
+
+    Args:
+        global_batch_size: below 0 for one micro-batch of each rank.
+        ranks: data-parallel ones; streaming reads this rank's number from the environment.
+        options: of torch's DataLoader.
 
     Raises:
-        UserError: if the shards are missing, do not fit the configuration, or are too few.
+        UserError: if the shards are missing, do not fit the run, or are too few.
     """
-    del dp_rank  # streaming reads the rank from the environment
-    data, training = job_config.data, job_config.training
-    documents = check_cards(job_config, data.train, tokenizer)
     dataset = open_dataset(
-        job_config,
+        data,
         data.train,
         data.proportions,
-        batch_size=training.local_batch_size,
-        documents=documents,
+        batch_size=local_batch_size,
+        documents=check_cards(data.train, run),
         shuffle=data.shuffle,
         shuffle_seed=data.shuffle_seed,
         num_canonical_nodes=data.num_canonical_nodes,
         # Consecutive ranks, those of a context-parallel and a tensor-parallel group, get the same samples.
-        replication=int(os.environ.get("WORLD_SIZE", "1")) // dp_world_size,
+        replication=world_size // ranks,
     )
-    global_batch = training.global_batch_size
-    if global_batch < 0:
-        global_batch = training.local_batch_size * dp_world_size
-    if dataset.epoch_size < global_batch:
+    if global_batch_size < 0:
+        global_batch_size = local_batch_size * ranks
+    if dataset.epoch_size < global_batch_size:
         raise UserError(
-            f"data.train holds {dataset.epoch_size} sequences, fewer than one global batch of {global_batch}; prepare "
-            "more data, or lower training.global_batch_size or training.local_batch_size."
+            f"data.train holds {dataset.epoch_size} sequences, fewer than one global batch of {global_batch_size}; "
+            "prepare more data, or lower training.global_batch_size or training.local_batch_size."
         )
-    workers = training.dataloader
-    return EpochLoader(
-        dataset,
-        training.local_batch_size,
-        dp_world_size,
-        global_batch,
-        num_workers=workers.num_workers,
-        persistent_workers=workers.persistent_workers,
-        prefetch_factor=workers.prefetch_factor,
-        pin_memory=workers.pin_memory,
-    )
+    return EpochLoader(dataset, local_batch_size, ranks, global_batch_size, **options)

@@ -61,11 +61,6 @@ class DiffusionTokenizer(HuggingFaceTokenizer):
         return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
 
-def build_tokenizer(job_config) -> DiffusionTokenizer:
-    """The tokenizer of a run, from `model.hf_assets_path`."""
-    return DiffusionTokenizer(job_config.model.hf_assets_path)
-
-
 def train(texts: Iterable[str], size: int, folder: Path) -> DiffusionTokenizer:
     """Train a byte-level BPE of `size` tokens, end-of-text and mask included, and save it to `folder`.
 

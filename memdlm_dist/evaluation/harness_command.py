@@ -56,7 +56,7 @@ def _complete(options: Any) -> None:
     metadata: dict[str, Any] = dict(getattr(options, "metadata", None) or {})
     if not {"tokenizer", "pretrained"} & metadata.keys():
         parsed = parse_config.parse(["--job.config_file", str(config)])
-        metadata["tokenizer"] = _plain_copy(arguments.get("model.hf_assets_path", parsed.model.hf_assets_path))
+        metadata["tokenizer"] = _plain_copy(arguments.get("model.hf_assets_path") or parsed.model.hf_assets_path)
     options.metadata = metadata
 
 

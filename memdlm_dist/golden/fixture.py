@@ -205,20 +205,27 @@ def published_states(plan: Plan, with_teacher: bool, inputs: dict[str, Tensor], 
     """The fixture's masks, targets and noise levels of every inner step."""
     masks = [anchor.mask_BL]
 
-    def shared(mask_BL: Tensor) -> Tensor:
-        # One tensor object per state: states that are the same share their pass of the trunk.
-        for known in masks:
-            if torch.equal(known, mask_BL):
+    def number(mask_BL: Tensor) -> int:
+        # States that are the same share their pass of the trunk.
+        for known, other_BL in enumerate(masks):
+            if torch.equal(other_BL, mask_BL):
                 return known
         masks.append(mask_BL)
-        return mask_BL
+        return len(masks) - 1
 
     step_masks = list(inputs["step_masks"])
     following: list[Tensor | None] = [*step_masks[1:], None]
     if with_teacher and "teacher_input_ids" in inputs:
         following = [teacher_BL != inputs["input_ids"] for teacher_BL in inputs["teacher_input_ids"]]
     return [
-        State(shared(mask_BL), target_BL, plan.weight(t_B.double()), None if next_BL is None else shared(next_BL))
+        State(
+            mask_BL,
+            target_BL,
+            plan.weight(t_B.double()),
+            next_BL,
+            number(mask_BL),
+            None if next_BL is None else number(next_BL),
+        )
         for mask_BL, target_BL, t_B, next_BL in zip(
             step_masks, inputs["step_loss_masks"], inputs["step_t"], following, strict=True
         )

@@ -32,10 +32,10 @@ from memdlm_dist.method.micro_batch import Scored, gather_scored, micro_batch
 from memdlm_dist.method.trajectory import State
 from memdlm_dist.models import BACKBONES, backbone_args
 from memdlm_dist.models.llada import LLaDA
-from memdlm_dist.models.parallelize import layout, spread_on_meta
 from memdlm_dist.runtime.device import device_module, device_type
 from memdlm_dist.runtime.single_process import single_process_environment
 from memdlm_dist.runtime.storage import is_remote
+from memdlm_dist.training.backbone import layout_of, model_on_meta
 from memdlm_dist.training.objective import build_objective
 
 ANCHOR_RATIO = 0.2
@@ -85,7 +85,7 @@ class TrainedModel:
         self.device, parallel_dims = _start(config)
         args.update_from_config(config)
         self._adapter = BACKBONES[config.model.name].adapter(args, config.model.hf_assets_path)
-        model: Any = spread_on_meta(config, args, parallel_dims)
+        model: Any = model_on_meta(config, args, parallel_dims)
         model.to_empty(device=self.device)
         with torch.no_grad():
             model.init_weights()
@@ -311,4 +311,4 @@ def _start(config: Any) -> tuple[torch.device, ParallelDims]:
     device = torch.device(f"{device_type()}:{os.environ['LOCAL_RANK']}")
     device_module().set_device(device)
     world_size = dist.get_world_size() if dist.is_initialized() else dist_utils.init_distributed(config.comm)
-    return device, layout(config, world_size)
+    return device, layout_of(config, world_size)

@@ -62,6 +62,7 @@ class Backbone(Protocol):
         fast: FastWeights | None,
         readout: Any,
         context: Any,
+        outer: bool = False,
     ) -> Tensor: ...
 
 
@@ -140,7 +141,7 @@ def outer_loss(
         others.clear()
         if on_adapted is not None:
             on_adapted(fast)
-        return model.tail(h_anchor, cut, index_M, fast, _outer_head(anchor), context).sum(), statistics
+        return model.tail(h_anchor, cut, index_M, fast, _outer_head(anchor), context, outer=True).sum(), statistics
 
 
 @torch.no_grad()

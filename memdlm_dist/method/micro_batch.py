@@ -15,7 +15,7 @@ from torch import Tensor
 
 from memdlm_dist.compat.torch import tree_map_only
 from memdlm_dist.method.documents import Documents, tally_samples
-from memdlm_dist.method.trajectory import State
+from memdlm_dist.method.trajectory import ANCHOR_INPUT, State
 
 # Into how many sizes the number of scored positions is rounded.
 _HEAD_SHAPES = 16
@@ -114,33 +114,33 @@ def micro_batch(
         maskable_BL: bool, the tokens that may be masked.
         sample_ids_U: global sample ids.
         anchor: the state of the outer loss.
-        states: those of the inner loop. States whose masks are one tensor object share an input. Equal
-            values are not looked for: ranks would then differ in their passes, and in their collectives.
+        states: those of the inner loop.
         mask_token_id: what a masked token is shown as.
         with_teacher: the inner loss compares with a prediction from the next state.
         shards: number of sequence shards S, by which L must be divisible.
         shifted: the backbone predicts the next token; see `gather_scored`.
         documents: of packed rows.
     """
-    inputs: dict[int, tuple[int, Tensor]] = {}  # id of a mask -> number and tokens; the states keep the masks alive
-
-    def number(mask_BL: Tensor | None) -> int:
-        if id(mask_BL) not in inputs:
-            noisy_BL = tokens_BL if mask_BL is None else torch.where(mask_BL, mask_token_id, tokens_BL)
-            inputs[id(mask_BL)] = (len(inputs), noisy_BL)
-        return inputs[id(mask_BL)][0]
-
-    number(anchor.mask_BL)
+    # State's number of an input -> its mask, in the order of their first use; None, the clean sequence, has no mask.
+    masks: dict[int | None, Tensor | None] = {ANCHOR_INPUT: anchor.mask_BL}
+    for state in states:
+        masks.setdefault(state.reads, state.mask_BL)
+        if with_teacher:
+            masks.setdefault(state.next_reads, state.next_BL)
+    place = {number: i for i, number in enumerate(masks)}
     inner = tuple(
         InnerStep(
-            student=number(state.mask_BL),
-            teacher=number(state.next_BL) if with_teacher else None,
+            student=place[state.reads],
+            teacher=place[state.next_reads] if with_teacher else None,
             scored=gather_scored(state, tokens_BL, shards, shifted, documents),
         )
         for state in states
     )
     return MicroBatch(
-        inputs=tuple(noisy_BL for _, noisy_BL in inputs.values()),
+        inputs=tuple(
+            tokens_BL if mask_BL is None else torch.where(mask_BL, mask_token_id, tokens_BL)
+            for mask_BL in masks.values()
+        ),
         anchor=gather_scored(anchor, tokens_BL, shards, shifted, documents),
         inner=inner,
         sample_ids_U=sample_ids_U,

@@ -45,14 +45,24 @@ class Draw(NamedTuple):
         return smallest(u_BL, self.maskable_BL, count_U, self.documents)
 
 
+# The input that the outer loss reads: number 0 of a micro-batch's inputs.
+ANCHOR_INPUT = 0
+
+
 @dataclass(frozen=True)
 class State:
-    """One point of a trajectory, as masks."""
+    """One point of a trajectory, as masks.
+
+    States with the same mask name the same input, so that one pass of the trunk serves them. Which do follows from
+    the trajectory alone, never from the values of the masks: ranks would differ in their passes and collectives.
+    """
 
     mask_BL: Tensor  # bool: shown to the model as [MASK]
     target_BL: Tensor  # bool: scored, a subset of the mask
     weight_U: Tensor  # float32: loss weight of the sample's tokens
     next_BL: Tensor | None = None  # mask of the state that follows; None: the clean sequence does
+    reads: int = ANCHOR_INPUT  # number of the input with this mask
+    next_reads: int | None = None  # and with the following state's; None: the clean sequence
 
 
 @dataclass(frozen=True)
@@ -144,12 +154,12 @@ def _anchor_consistent(draw: Draw, anchor: State, plan: Plan) -> list[State]:
         realised_U = (count_U.float() / n_U.clamp(min=1).float()).double()
         # A sample with nothing masked has no scored token, so its weight is never read; keep it finite.
         weights.append(plan.weight(torch.where(count_U > 0, realised_U, 1.0)))
-        # The last state is the anchor, and the same tensor: it is to share the anchor's trunk pass.
+        # The last state is the anchor and shares its trunk pass.
         is_anchor = left == 0 and plan.inner_steps > 1
         masks.append(anchor.mask_BL if is_anchor else draw.smallest(draw.u_BL, count_U))
         if left:
             count_U = count_U - (count_U - floor_U + left - 1) // left
-    return _chain(masks, weights)
+    return _chain(masks, weights, ends_at_anchor=plan.inner_steps > 1)
 
 
 def _pre_anchor_only(draw: Draw, anchor: State, plan: Plan) -> list[State]:
@@ -205,6 +215,13 @@ def smallest(u_BL: Tensor, maskable_BL: Tensor, count_U: Tensor, documents: Docu
     return maskable_BL & (rank_BL < spread_samples(count_U, documents))
 
 
-def _chain(masks: Sequence[Tensor], weights: Sequence[Tensor]) -> list[State]:
-    following = [*masks[1:], None]
-    return [State(mask, mask, weight, after) for mask, weight, after in zip(masks, weights, following, strict=True)]
+def _chain(masks: Sequence[Tensor], weights: Sequence[Tensor], ends_at_anchor: bool = False) -> list[State]:
+    """Return the states of these masks, each followed by the next and the last by the clean sequence."""
+    reads = list(range(ANCHOR_INPUT + 1, ANCHOR_INPUT + 1 + len(masks)))
+    if ends_at_anchor:
+        reads[-1] = ANCHOR_INPUT
+    following = zip([*masks[1:], None], [*reads[1:], None], strict=True)
+    return [
+        State(mask, mask, weight, next_mask, number, next_number)
+        for mask, weight, number, (next_mask, next_number) in zip(masks, weights, reads, following, strict=True)
+    ]

@@ -5,7 +5,6 @@ Shapes: B rows, L tokens, S slots for a row's documents, H heads, d head, j pair
 
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
@@ -17,6 +16,7 @@ from torchtitan.models.attention import (
 from torchtitan.models.llama3.model.model import Attention
 
 from memdlm_dist.method.fast_weights import FastLinear, adapted
+from memdlm_dist.models.rope import rotate
 
 # What attention is restricted to: bool, True where a token attends, that broadcasts to [B, H, L, L]; or blocks of it.
 Mask = Tensor | BlockMask
@@ -29,16 +29,7 @@ class TokenContext(NamedTuple):
     mask: Mask | None = None  # over whole rows; None: every token attends to its whole row
     # Bool [B, L, S]: which of its row's sets of fast weights is the token's; None where a row has one.
     own_set: Tensor | None = None
-
-
-def rotary_frequencies(head_dim: int, length: int, theta: float) -> Tensor:
-    """exp(i p theta^(-2j/d)) for position p and pair j, complex64 `[L, d/2]`.
-
-    Complex, as in torchtitan's llama3, so that mixed precision leaves it in float32.
-    """
-    inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
-    angle = torch.outer(torch.arange(length).float(), inverse)
-    return torch.polar(torch.ones_like(angle), angle)
+    trains: bool = False  # this pass is the training loss's, not one of the inner loop or of validation
 
 
 def document_mask(number_BL: Tensor, blocks: bool) -> Mask:
@@ -56,14 +47,6 @@ def document_mask(number_BL: Tensor, blocks: bool) -> Mask:
 
     mask: BlockMask = create_attention_mask(within_document, batch, None, length, length, device=number_BL.device)
     return mask
-
-
-def rotate(x_BLHd: Tensor, frequencies_Lj: Tensor) -> Tensor:
-    """Rotary positions in the half-rotation form: pairs are (x_j, x_{j + d/2}); in float32 at least."""
-    cos, sin = (part.unsqueeze(-2) for part in torch.view_as_real(frequencies_Lj).unbind(-1))
-    x = x_BLHd.to(torch.promote_types(x_BLHd.dtype, torch.float32))
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x_BLHd)
 
 
 class BidirectionalAttentionKernel(ScaledDotProductAttentionWrapper):

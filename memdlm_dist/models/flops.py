@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 from memdlm_dist.method.bilevel import Memory
 from memdlm_dist.method.fast_weights import AdaptedLinear
 from memdlm_dist.method.micro_batch import MicroBatch
+from memdlm_dist.method.passes import passes_of
+from memdlm_dist.models.linears import GROUPS, LINEARS
 from memdlm_dist.models.llada import LLaDAArgs
 
-# Where a linear's output goes: a gradient reaches the inputs of all later stages.
-_STAGES = {"q": 0, "k": 0, "v": 0, "o": 1, "gate": 2, "up": 2, "down": 3}
+# In the order in which a layer runs them.
+_IN_ORDER = sorted(LINEARS, key=lambda name: LINEARS[name].stage)
 # Flash attention's backward pass: 5 products for the forward pass's 2, one of them computed again.
 _ATTENTION_BACKWARD = 2.5
 
@@ -72,10 +74,10 @@ class _Layer:
         sets: int,
     ):
         # The layers are alike; the last one's linears are all that is listed from there on.
-        sizes = {linear.target: linear for linear in args.adapted_linears(args.n_layers - 1, list(args.targets))}
+        sizes = {linear.target: linear for linear in args.adapted_linears(args.n_layers - 1, list(GROUPS))}
         self.linears = {
             name: 2.0 * tokens * x.experts_per_token * x.in_features * x.out_features
-            for name, x in ((name, sizes[name]) for name in _STAGES)
+            for name, x in ((name, sizes[name]) for name in _IN_ORDER)
         }
         self.attention = 4.0 * tokens * attended * args.dim
         self.forward = sum(self.linears.values()) + self.attention
@@ -91,12 +93,12 @@ class _Layer:
 
     def inner_backward(self, lowest: bool) -> float:
         """To the fast weights, through what lies between; below the lowest layer's first ones nothing is needed."""
-        first = min(_STAGES[target] for target in self.fast) if lowest else -1
-        between = sum(flops for name, flops in self.linears.items() if _STAGES[name] > first)
+        first = min(LINEARS[target].stage for target in self.fast) if lowest else -1
+        between = sum(flops for name, flops in self.linears.items() if LINEARS[name].stage > first)
         between += _ATTENTION_BACKWARD * self.attention if first < 1 else 0.0
         for target, (reads, writes) in self.fast.items():
             # Gradients of the fast tensors, of what lies between two of them, and of the linear's input.
-            between += reads + writes + writes + (reads if _STAGES[target] > first else 0.0)
+            between += reads + writes + writes + (reads if LINEARS[target].stage > first else 0.0)
         return between + self.again + self.fast_again
 
 
@@ -140,12 +142,12 @@ def step_flops(
         return StepFlops(outer, 0.0)
     trunk, tail = layers[: memory.first_layer], layers[memory.first_layer :]
     tail_forward = sum(layer.forward + layer.fast_forward for layer in tail)
-    inner = (len(batch.inputs) - 1) * sum(layer.forward for layer in trunk)
+    inner = (passes_of(batch).inputs - 1) * sum(layer.forward for layer in trunk)
     # The adapted tail has a forward and a backward pass of the fast terms besides; the terms are constants.
     inner += sum(2 * layer.fast_forward + layer.fast_again for layer in tail)
     for step in batch.inner:
         inner += tail_forward + sum(layer.inner_backward(lowest=layer is tail[0]) for layer in tail)
-        distilled = memory.loss.teacher is not None
+        distilled = step.teacher is not None
         if memory.loss.of_logits is not None:
             # Logits, and their gradient's way back; the teacher's logits.
             inner += (3 if distilled else 2) * head(step.scored)

@@ -7,7 +7,7 @@ from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial, Placement, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from memdlm_dist.method.inner_loss import Hidden
 from memdlm_dist.method.logit_loss import HeadLoss, set_losses
@@ -25,6 +25,10 @@ class OutputHead(nn.Linear):
     """
 
     placement: Placement = Shard(-1)  # of the logits under tensor parallelism
+
+    def follow_plan(self, loss_parallel: bool) -> None:
+        """Lay out the losses as torchtitan's tensor-parallel plan lays out what leaves the head."""
+        self.placement = Shard(-1) if loss_parallel else Replicate()
 
     def forward(self, x_1ND: Tensor, readout: Readout | HeadLoss = "logits") -> Tensor:
         """Logits `[1, N, V]`, the input itself, or losses `[G]`."""

@@ -9,10 +9,9 @@ rank, N of all tensor-parallel ranks. Under tensor parallelism the activations b
 sharded on the sequence, [B, L / tp, D].
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,21 +25,17 @@ from memdlm_dist.compat.torch import completed
 from memdlm_dist.method.documents import Documents
 from memdlm_dist.method.fast_weights import AdaptedLinear, FastLinear, FastWeights, adapted
 from memdlm_dist.method.logit_loss import HeadLoss
-from memdlm_dist.models.attention import BidirectionalAttention, TokenContext, document_mask, rotary_frequencies
+from memdlm_dist.models.attention import BidirectionalAttention, TokenContext, document_mask
 from memdlm_dist.models.head import OutputHead, Readout
+from memdlm_dist.models.linears import LINEARS, names_of
 from memdlm_dist.models.lora import HasAdapters
 from memdlm_dist.models.residency import Residency
-
-# How the base of the rotary positions goes by the length of the context: `LLaDAArgs.rotary_base`.
-RopeScaling = Literal["ntk", "diffusion_ntk"]
+from memdlm_dist.models.rope import RopeScaling, rescaled_base, rotary_frequencies
 
 
 @dataclass
 class LLaDAArgs(BaseModelArgs):
     """Sizes of a `llada` backbone; the defaults are LLaDA-8B's."""
-
-    # The linears of a layer that can have fast weights, by group.
-    targets: ClassVar[dict[str, tuple[str, ...]]] = {"ffn": ("gate", "up", "down"), "attention": ("q", "k", "v", "o")}
 
     enable_weight_tying: ClassVar[bool] = False  # torchtitan's adapters of Hugging Face names ask
 
@@ -67,80 +62,50 @@ class LLaDAArgs(BaseModelArgs):
     # It predicts the token after each position, as backbones that were converted from autoregressive ones do.
     shifted: bool = False
 
-    def update_from_config(self, job_config, **kwargs) -> None:
+    def update_from_config(self, job_config: Any, **kwargs: Any) -> None:
+        """Take the length of the context from a configuration; torchtitan's hook."""
         self.max_seq_len = job_config.training.seq_len
         self.rope_scaling = job_config.model.rope_scaling
         self.rope_scaling_method = job_config.model.rope_scaling_method
 
     @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def kv_dim(self) -> int:
+        """Width of keys, and of values."""
+        return self.head_dim * (self.n_kv_heads or self.n_heads)
+
+    @property
     def rotary_base(self) -> float:
-        """Base theta of the rotary positions for a context of s = `rope_scaling` times the native one, d dimensions.
-
-        ntk: theta s^(d / (d - 2)). The slowest pair turns over the longer context as far as it did over the native one.
-
-        diffusion_ntk (UltraLLaDA, arXiv 2510.10481): (2 s T / 2 pi)^(d / c). The native context T has taught a
-        bidirectional model distances from -T to T, over which the first c / 2 = ceil(d / 2 log_theta(2 T / 2 pi)) pairs
-        turn at least once; the next one then turns once over the longer context's distances.
-        """
-        if self.rope_scaling == 1:
-            return self.rope_theta
-        d = self.dim // self.n_heads
-        if self.rope_scaling_method == "ntk":
-            return self.rope_theta * self.rope_scaling ** (d / (d - 2))
-        native = self.native_length / math.pi
-        critical = 2 * math.ceil(d / 2 * math.log(native, self.rope_theta))
-        return (self.rope_scaling * native) ** (d / critical)
+        """Base theta of the rotary positions for this context."""
+        return rescaled_base(
+            self.rope_theta, self.head_dim, self.native_length, self.rope_scaling, self.rope_scaling_method
+        )
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
-        return get_dense_model_nparams_and_flops(self, model, 2 * (self.dim // self.n_heads), seq_len)
-
-    @classmethod
-    def linears_of(cls, targets: Sequence[str]) -> list[str]:
-        """Names of linears, with the groups among `targets` spelt out."""
-        return [name for target in targets for name in cls.targets.get(target, (target,))]
+        return get_dense_model_nparams_and_flops(self, model, 2 * self.head_dim, seq_len)
 
     def adapted_linears(self, first_layer: int, targets: Sequence[str]) -> list[AdaptedLinear]:
-        """The `targets` linears of layers `first_layer .. n_layers - 1`, where fast weights attach.
+        """Return the `targets` linears of layers `first_layer .. n_layers - 1`, where fast weights attach.
 
         Args:
             targets: names of linears and of their groups.
         """
-        head = self.dim // self.n_heads
-        kv_width = head * (self.n_kv_heads or self.n_heads)
-        sizes = {
-            "gate": (self.dim, self.hidden_dim, False),
-            "up": (self.dim, self.hidden_dim, False),
-            "down": (self.hidden_dim, self.dim, True),
-            "q": (self.dim, self.dim, False),
-            "k": (self.dim, kv_width, False),
-            "v": (self.dim, kv_width, False),
-            "o": (self.dim, self.dim, True),
-        }
-        names = list(sizes)
+        numbers = {name: number for number, name in enumerate(LINEARS)}
         return [
-            AdaptedLinear(str(layer), target, *sizes[target], number=layer * len(names) + names.index(target))
+            AdaptedLinear(
+                str(layer),
+                name,
+                getattr(self, LINEARS[name].reads),
+                getattr(self, LINEARS[name].writes),
+                LINEARS[name].row_wise,
+                number=layer * len(LINEARS) + numbers[name],
+            )
             for layer in range(first_layer, self.n_layers)
-            for target in self.linears_of(targets)
+            for name in names_of(targets)
         ]
-
-
-FLAVOURS = {
-    # For tests: every size divides by 4, so that four tensor-parallel ranks fit.
-    "debug": LLaDAArgs(dim=64, n_layers=4, n_heads=8, n_kv_heads=4, hidden_dim=160, vocab_size=512),
-    # 5.3 million parameters: learns something in minutes on two CPU cores.
-    "quickstart": LLaDAArgs(dim=256, n_layers=5, n_heads=4, hidden_dim=768, vocab_size=2048),
-    # launch/needle.sh: learns to look up facts in a short context within the hour on two CPU cores.
-    "needle": LLaDAArgs(
-        dim=128, n_layers=4, n_heads=4, hidden_dim=352, vocab_size=2048, init_std=0.088, head_from_embedding=True
-    ),
-    "needle_gpu": LLaDAArgs(
-        dim=512, n_layers=8, n_heads=8, hidden_dim=1408, vocab_size=2048, init_std=0.044, head_from_embedding=True
-    ),
-    # tools/bench.py on a CPU: the proportions of a large model, seconds a step.
-    "bench": LLaDAArgs(dim=512, n_layers=10, n_heads=8, hidden_dim=1376, vocab_size=4096),
-    "1B": LLaDAArgs(dim=2048, n_layers=16, n_heads=16, hidden_dim=5632),
-    "8B": LLaDAArgs(),
-}
 
 
 class AdaptableFeedForward(FeedForward):
@@ -169,14 +134,14 @@ class TransformerBlock(nn.Module):
     def _build_ffn(self, args: Any) -> None:
         self.feed_forward = AdaptableFeedForward(args.dim, args.hidden_dim)
 
-    def ffn(self, x_BLD: Tensor, fast: dict[str, FastLinear] | None, own_set: Tensor | None) -> Tensor:
+    def ffn(self, x_BLD: Tensor, fast: dict[str, FastLinear] | None, own_set: Tensor | None, trains: bool) -> Tensor:
         return self.feed_forward(x_BLD, fast=fast, own_set=own_set)
 
     def forward(self, x_BLD: Tensor, context: TokenContext, fast: dict[str, FastLinear] | None = None) -> Tensor:
-        frequencies, mask, own_set = context
+        frequencies, mask, own_set, trains = context
         # Four positional arguments, as llama3's tensor-parallel plan describes the attention's inputs.
         h_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), frequencies, mask, None, fast=fast, own_set=own_set)
-        return h_BLD + self.ffn(self.ffn_norm(h_BLD), fast, own_set)
+        return h_BLD + self.ffn(self.ffn_norm(h_BLD), fast, own_set, trains)
 
     def init_weights(self) -> None:
         for norm in (self.attention_norm, self.ffn_norm):
@@ -216,7 +181,7 @@ class LLaDA(ModelProtocol):
 
     def _rotary(self) -> Tensor:
         args = self.model_args
-        return rotary_frequencies(args.dim // args.n_heads, args.max_seq_len, args.rotary_base)
+        return rotary_frequencies(args.head_dim, args.max_seq_len, args.rotary_base)
 
     def context(
         self,
@@ -277,19 +242,21 @@ class LLaDA(ModelProtocol):
         readout: Readout | HeadLoss = "logits",
         context: TokenContext | None = None,
     ) -> Tensor:
-        """The whole model on the positions `index_M` of this rank's flattened activations; returns as `tail` does.
+        """Pass through the whole model, the head at positions `index_M` of this rank's flattened activations.
+
+        With a gradient it is the training loss's pass. Returns as `tail` does.
 
         Args:
             context: None for rows of their own, whole and attended to.
         """
-        context = context or self.context(tokens_BL.shape[1])
+        context = (context or self.context(tokens_BL.shape[1]))._replace(trains=torch.is_grad_enabled())
         return self._head(self._layers(self._embed(tokens_BL), 0, fast, context), index_M, readout)
 
     def trunk(self, inputs: Sequence[Tensor], stop: int, context: TokenContext) -> list[Tensor]:
-        """Embedding and layers `0 .. stop - 1` of several inputs: the activations that layer `stop` reads.
+        """Pass several inputs through embedding and layers `0 .. stop - 1`; returns what layer `stop` reads.
 
-        The inputs go through each layer together, while its parameters are gathered. The first has a
-        gradient (if that is enabled at all), the others have none.
+        The inputs go through each layer together, while its parameters are gathered. The first is the outer loss's
+        and has a gradient (if that is enabled at all), the others have none.
 
         Args:
             inputs: tokens `[B, L]` each.
@@ -298,11 +265,13 @@ class LLaDA(ModelProtocol):
         # The first goes first in every layer. Some versions of torch leave the casts of a no_grad pass in
         # autocast's cache, and a pass that takes those has no gradient.
         with self.residency.gathered(0):
-            streams = _first_with_gradient(self._embed, inputs)
+            first, others = self._embed(inputs[0]), without_gradient(self._embed, inputs[1:])
+        training = context._replace(trains=torch.is_grad_enabled())
         for layer in range(stop):
+            block = self.layers[str(layer)]
             with self.residency.gathered(layer + 1):
-                streams = _first_with_gradient(self.layers[str(layer)], streams, context)
-        return streams
+                first, others = block(first, training), without_gradient(block, others, context)
+        return [first, *others]
 
     def tail(
         self,
@@ -312,13 +281,18 @@ class LLaDA(ModelProtocol):
         fast: FastWeights | None,
         readout: Readout | HeadLoss,
         context: TokenContext,
+        outer: bool = False,
     ) -> Tensor:
-        """Layers `start .. n - 1` on the trunk's activations, then the head at `index_M`.
+        """Pass the trunk's activations through layers `start .. n - 1`, then the head at `index_M`.
+
+        Args:
+            outer: this is the outer loss's pass, not one of the inner loop.
 
         Returns:
             Losses `[G]` if `readout` describes them; logits `[N, V]`; or the last layer's output `[N, D]`
             before or after the final norm.
         """
+        context = context._replace(trains=outer and torch.is_grad_enabled())
         return self._head(self._layers(h_BLD, start, fast, context), index_M, readout)
 
     def _embed(self, tokens_BL: Tensor) -> Tensor:
@@ -345,7 +319,7 @@ class LLaDA(ModelProtocol):
         return out.flatten(0, 1) if readout == "logits" else out.flatten(0, 1).clone()
 
 
-def _first_with_gradient(function: Callable[..., Tensor], inputs: Sequence[Tensor], *rest: Any) -> list[Tensor]:
-    first = function(inputs[0], *rest)
-    with torch.no_grad():
-        return [first, *(function(x, *rest) for x in inputs[1:])]
+@torch.no_grad()
+def without_gradient(function: Callable[..., Tensor], inputs: Sequence[Tensor], *rest: Any) -> list[Tensor]:
+    """Return the function's value of each input."""
+    return [function(x, *rest) for x in inputs]

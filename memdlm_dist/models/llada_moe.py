@@ -24,6 +24,7 @@ from torchtitan.models.utils import get_moe_model_nparams_and_flops
 from memdlm_dist.compat.torch import grouped_mm
 from memdlm_dist.compat.torchtitan import permuted
 from memdlm_dist.method.fast_weights import AdaptedLinear, ExpertProduct, FastLinear, adapted_experts
+from memdlm_dist.models.linears import GROUPS, LINEARS
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs, TransformerBlock
 from memdlm_dist.models.lora import HasAdapters
 from memdlm_dist.runtime.device import has_grouped_mm
@@ -65,28 +66,19 @@ class LLaDAMoEArgs(LLaDAArgs):
         self.grouped = has_grouped_mm()
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
-        return get_moe_model_nparams_and_flops(self, model, 2 * (self.dim // self.n_heads), seq_len)
+        return get_moe_model_nparams_and_flops(self, model, 2 * self.head_dim, seq_len)
 
     def adapted_linears(self, first_layer: int, targets: Sequence[str]) -> list[AdaptedLinear]:
         dense = super().adapted_linears(first_layer, targets)
-        return [self._of_experts(linear) if linear.target in self.targets["ffn"] else linear for linear in dense]
+        return [self._of_experts(linear) if linear.target in GROUPS["ffn"] else linear for linear in dense]
 
     def _of_experts(self, linear: AdaptedLinear) -> AdaptedLinear:
         # Numbers beyond those of the dense linears, as many for each linear as there are experts.
-        first = (linear.number + self.n_layers * sum(map(len, self.targets.values()))) * self.n_experts
+        first = (linear.number + self.n_layers * len(LINEARS)) * self.n_experts
         return AdaptedLinear(
             linear.layer, linear.target, linear.in_features, linear.out_features, linear.row_wise, first,
             self.n_experts, self.experts_per_token,
         )  # fmt: skip
-
-
-FLAVOURS = {
-    # For tests: four tensor-parallel or expert-parallel ranks fit.
-    "debug": LLaDAMoEArgs(
-        dim=64, n_layers=4, n_heads=8, hidden_dim=32, vocab_size=512, n_experts=8, experts_per_token=2
-    ),
-    "7B-A1B": LLaDAMoEArgs(),
-}
 
 
 class AdaptableExperts(GroupedExperts, HasAdapters):
@@ -183,19 +175,27 @@ class MixtureOfExperts(MoE):
     def __init__(self, args: LLaDAMoEArgs):
         super().__init__(args.moe_args, args.dim, args.hidden_dim)
         self.experts = AdaptableExperts(args.dim, args.hidden_dim, args.n_experts, args.grouped)
-        # Set where tensor and expert parallelism apply: `set_parallel`.
+        # Set where tensor and expert parallelism apply: `expert_parallel.py`.
         self.tp_mesh: DeviceMesh | None = None
         self.local_experts = args.n_experts
 
-    def forward(self, x: Tensor, fast: dict[str, FastLinear] | None = None, own_set: Tensor | None = None) -> Tensor:
-        """Sum over a token's experts of router weight times the expert's output, `[B, L, D]`.
+    def forward(
+        self,
+        x: Tensor,
+        fast: dict[str, FastLinear] | None = None,
+        own_set: Tensor | None = None,
+        trains: bool = False,
+    ) -> Tensor:
+        """Return the sum over a token's experts of router weight times the expert's output, `[B, L, D]`.
 
         Under tensor parallelism the input is whole and the output a partial sum.
+
+        Args:
+            trains: count the experts' tokens, as of a pass of the training loss.
         """
         x_ND = x.flatten(0, 1)
         score_Nk, expert_Nk, count_E = self.router(x_ND)
-        # The training loss's pass alone counts: inner steps have fast weights with gradients.
-        if torch.is_grad_enabled() and not _inner(fast):
+        if trains:
             with torch.no_grad():
                 self.tokens_per_expert.add_(count_E)
         if self.tp_mesh is not None:
@@ -229,10 +229,6 @@ class MixtureOfExperts(MoE):
         return counts.scatter_add(0, group_S, torch.ones_like(group_S)).view(-1, sets)
 
 
-def _inner(fast: dict[str, FastLinear] | None) -> bool:
-    return any(isinstance(x, Tensor) and x.requires_grad for linear in (fast or {}).values() for x in linear)
-
-
 class MoEBlock(TransformerBlock):
     """A block whose FFN is a mixture of experts, named `moe` as torchtitan's recipes expect."""
 
@@ -241,10 +237,10 @@ class MoEBlock(TransformerBlock):
     def _build_ffn(self, args: Any) -> None:
         self.moe = MixtureOfExperts(args)
 
-    def ffn(self, x_BLD: Tensor, fast: dict[str, FastLinear] | None, own_set: Tensor | None) -> Tensor:
+    def ffn(self, x_BLD: Tensor, fast: dict[str, FastLinear] | None, own_set: Tensor | None, trains: bool) -> Tensor:
         # Fast weights of the attention are not the experts' business.
-        ours = {name: linear for name, linear in (fast or {}).items() if name in LLaDAArgs.targets["ffn"]}
-        return cast(Tensor, self.moe(x_BLD, fast=ours or None, own_set=own_set))
+        ours = {name: linear for name, linear in (fast or {}).items() if name in GROUPS["ffn"]}
+        return cast(Tensor, self.moe(x_BLD, fast=ours or None, own_set=own_set, trains=trains))
 
     def _init_ffn(self) -> None:
         self.moe.init_weights(self.weight_init_std, self.moe.tokens_per_expert.device)
@@ -269,9 +265,3 @@ class LLaDAMoE(LLaDA):
         for mixture in self.mixtures():
             mixture.tokens_per_expert.zero_()
         return load_XE
-
-    def set_parallel(self, tp_mesh: DeviceMesh | None, ep_degree: int) -> None:
-        """Tell the mixtures that their output is a partial sum over a mesh, and over how many ranks the experts are."""
-        for mixture in self.mixtures():
-            mixture.tp_mesh = tp_mesh
-            mixture.local_experts = self.model_args.n_experts // ep_degree

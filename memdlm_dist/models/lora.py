@@ -8,18 +8,18 @@ half the memory of a trained model's, and no gathering in float32.
 Shapes: R rank.
 """
 
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchtitan.config import TORCH_DTYPE_MAP
+
+from memdlm_dist.models.linears import weights_of
 
 # How the names of an adapter's two parameters end: those of a linear, and those of a linear of each expert.
 A, B = "lora_A", "lora_B"
-_ATTENTION = {"q": "wq", "k": "wk", "v": "wv", "o": "wo"}
-_FFN = {"gate": "w1", "down": "w2", "up": "w3"}
 
 
 class HasAdapters:
@@ -49,39 +49,55 @@ class LoRALinear(nn.Linear, HasAdapters):
         return F.linear(x, self.weight) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
 
 
-class LoRAConverter:
-    """torchtitan's model converter `lora`; see `[lora]` in the configuration."""
+@dataclass
+class Lora:
+    """Outer LoRA, with model.converters = ["lora"]: the base is frozen and adapters of its linears are trained."""
 
-    def __init__(self, job_config: Any, parallel_dims: Any):
-        self._config = job_config.lora
-        self._scale = job_config.lora.alpha / job_config.lora.rank
-        self._frozen_dtype = TORCH_DTYPE_MAP[job_config.training.mixed_precision_param]
-        self._dtype = TORCH_DTYPE_MAP[job_config.training.dtype]
+    rank: int = 32
+    """Rank of the adapters."""
 
-    def convert(self, model: nn.Module) -> None:
-        """Freeze the model and give the linears of all its layers adapters."""
-        for module in model.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                frozen = parameter.detach().to(self._frozen_dtype)
-                module.register_parameter(name, nn.Parameter(frozen, requires_grad=False))
-        args: Any = model.model_args
-        targets = args.linears_of(self._config.target_modules)
-        for layer in cast(nn.ModuleDict, model.layers).values():
-            self._adapt(layer.attention, {name: _ATTENTION[name] for name in targets if name in _ATTENTION})
-            ffn = {name: _FFN[name] for name in targets if name in _FFN}
-            if layer.moe_enabled:
-                cast(Any, layer).moe.experts.add_adapters(
-                    list(ffn.values()), self._config.rank, self._scale, self._dtype
-                )
-            else:
-                self._adapt(layer.feed_forward, ffn)
+    alpha: float = 64.0
+    """The adapter's term is multiplied by alpha / rank."""
 
-    def _adapt(self, parent: Any, linears: Mapping[str, str]) -> None:
-        for name in linears.values():
-            setattr(parent, name, LoRALinear(getattr(parent, name), self._config.rank, self._scale, self._dtype))
+    target_modules: list[str] = field(default_factory=lambda: ["attention", "ffn"])
+    """Linears of all layers that get an adapter: ffn (which is gate, up, down), attention (q, k, v, o), or any of
+    these linears by name. In llada_moe ffn gives each expert's linears adapters of their own."""
 
-    def post_optimizer_hook(self, model: Any) -> None:
-        """Nothing to do after a step."""
+    export: Literal["merged", "adapter"] = "merged"
+    """What the last save writes with checkpoint.last_save_in_hf: the whole model with the adapters merged into it, or
+    the adapters alone in PEFT's layout."""
+
+    @property
+    def scale(self) -> float:
+        """alpha / R."""
+        return self.alpha / self.rank
+
+
+def add_adapters(model: nn.Module, lora: Lora, frozen_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    """Freeze a backbone and give the linears of all its layers adapters.
+
+    Args:
+        frozen_dtype: of the base, from here on.
+        dtype: of the adapters.
+    """
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            frozen = parameter.detach().to(frozen_dtype)
+            module.register_parameter(name, nn.Parameter(frozen, requires_grad=False))
+    ffn = weights_of(lora.target_modules, "ffn")
+    for block in cast(nn.ModuleDict, model.layers).values():
+        layer: Any = block
+        _adapt(layer.attention, weights_of(lora.target_modules, "attention"), lora, dtype)
+        if layer.moe_enabled:
+            layer.moe.experts.add_adapters(ffn, lora.rank, lora.scale, dtype)
+        else:
+            _adapt(layer.feed_forward, ffn, lora, dtype)
+
+
+def _adapt(parent: nn.Module, linears: Sequence[str], lora: Lora, dtype: torch.dtype) -> None:
+    for name in linears:
+        linear = cast(nn.Linear, parent.get_submodule(name))
+        setattr(parent, name, LoRALinear(linear, lora.rank, lora.scale, dtype))
 
 
 def is_adapter(name: str) -> bool:

@@ -13,10 +13,10 @@ from memdlm_dist.method import bilevel, fast_weights
 from memdlm_dist.method.micro_batch import MicroBatch
 from memdlm_dist.models import backbone_args
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs
-from memdlm_dist.models.parallelize import layout, spread_on_meta
 from memdlm_dist.performance import straightforward
 from memdlm_dist.performance.collectives import Collectives
 from memdlm_dist.runtime.device import device_type
+from memdlm_dist.training.backbone import layout_of, model_on_meta
 from memdlm_dist.training.objective import Objective, build_objective
 
 KINDS = ("plain", "straightforward", "ours")
@@ -39,12 +39,12 @@ class Bench:
     @classmethod
     def build(cls, config: Any, layers: int | None = None) -> "Bench":
         """On all processes, which torch.distributed knows."""
-        dims = layout(config, dist.get_world_size())
+        dims = layout_of(config, dist.get_world_size())
         args = backbone_args(config.model.name, config.model.flavor)
         args = replace(args, n_layers=layers or args.n_layers)
         args.update_from_config(config)
         torch.manual_seed(_SEED)
-        model = spread_on_meta(config, args, dims)
+        model = model_on_meta(config, args, dims)
         _, flops = args.get_nparams_and_flops(model, config.training.seq_len)
         model.to_empty(device=device_type())
         with torch.no_grad():

@@ -9,19 +9,20 @@ of this is there at once. Not in it: the allocator's fragmentation, the librarie
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.config.job_config import Training
 from torchtitan.distributed import ParallelDims
 
+from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.method.fast_weights import AdaptedLinear
 from memdlm_dist.method.logit_loss import CHUNK_BYTES
-from memdlm_dist.method.trajectory import SINGLE_STATE
+from memdlm_dist.method.passes import Passes, planned_passes
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs
 from memdlm_dist.models.llada_moe import LLaDAMoEArgs
-from memdlm_dist.training.objective import first_adapted_layer
+from memdlm_dist.training.objective import first_adapted_layer, inner_loss_of, plan_of
 
 # The mesh dimensions over which FSDP2 shards a parameter that it gathers to compute with.
 _DATA_PARALLEL = ("dp_replicate", "fsdp", "efsdp")
@@ -82,7 +83,7 @@ class _Passes:
         return self.forward + self.backward * (2 if recomputed else 1)
 
 
-def estimate(model: LLaDA, args: LLaDAArgs, dims: ParallelDims, config: Any) -> Estimate:
+def estimate(model: LLaDA, args: LLaDAArgs, dims: ParallelDims, config: JobConfig) -> Estimate:
     """What a configuration needs.
 
     Args:
@@ -93,7 +94,7 @@ def estimate(model: LLaDA, args: LLaDAArgs, dims: ParallelDims, config: Any) -> 
     training = config.training
     micro = training.local_batch_size * dims.dp_replicate * dims.dp_shard
     micro_batches = max(1, training.global_batch_size // micro) if training.global_batch_size > 0 else 1
-    first = first_adapted_layer(config, args) if config.parametric_memory.enable else args.n_layers
+    first = first_adapted_layer(config.parametric_memory, args) if config.parametric_memory.enable else args.n_layers
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     return Estimate(
@@ -135,7 +136,7 @@ def _groups(model: LLaDA) -> Sequence[Sequence[Tensor]]:
     return [first, *(list(layer.parameters()) for layer in model.layers.values()), last]
 
 
-def _footprint(model: LLaDA, args: LLaDAArgs, dims: ParallelDims, config: Any, first: int) -> Footprint:
+def _footprint(model: LLaDA, args: LLaDAArgs, dims: ParallelDims, config: JobConfig, first: int) -> Footprint:
     training = config.training
     compute = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize
     parameters = list(model.parameters())
@@ -164,7 +165,7 @@ def _footprint(model: LLaDA, args: LLaDAArgs, dims: ParallelDims, config: Any, f
     )
 
 
-def _tokens(training: Any, dims: ParallelDims) -> float:
+def _tokens(training: Training, dims: ParallelDims) -> float:
     """Of a micro-batch, those of one context-parallel rank."""
     tokens: float = training.local_batch_size * training.seq_len / dims.cp
     return tokens
@@ -189,7 +190,7 @@ def saved_elements(args: LLaDAArgs, tp: int = 1) -> tuple[float, float]:
     return args.dim / tp, attention + ffn
 
 
-def _activations(args: LLaDAArgs, dims: ParallelDims, config: Any, first: int) -> float:
+def _activations(args: LLaDAArgs, dims: ParallelDims, config: JobConfig, first: int) -> float:
     """Of the anchor's outer pass, and the trunk's output for the other states, which the inner loop reads before it."""
     training, checkpointing = config.training, config.activation_checkpoint
     size = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize * _tokens(training, dims)
@@ -201,18 +202,18 @@ def _activations(args: LLaDAArgs, dims: ParallelDims, config: Any, first: int) -
         layers = (args.n_layers - args.n_layers // every) * everything + args.n_layers // every * kept + everything
     else:
         layers = args.n_layers * everything
-    others = args.dim / dims.tp if first < args.n_layers else 0.0
+    others = (_planned(config).inputs - 1) * args.dim / dims.tp if config.parametric_memory.enable else 0.0
     # A layer's backward pass makes a gradient of everything that its forward pass made.
     return size * (layers + everything + others + 2 * args.dim / dims.tp)
 
 
-def _fast_weights(args: LLaDAArgs, dims: ParallelDims, config: Any, first: int) -> float:
+def _fast_weights(args: LLaDAArgs, dims: ParallelDims, config: JobConfig, first: int) -> float:
     # The tensors, their gradients, and what the update makes of them. A packed row has as many sets as documents,
     # which the configuration does not tell: this is one.
     return 3.0 * _fast_bytes(args, dims, config, first)
 
 
-def _fast_bytes(args: LLaDAArgs, dims: ParallelDims, config: Any, first: int) -> float:
+def _fast_bytes(args: LLaDAArgs, dims: ParallelDims, config: JobConfig, first: int) -> float:
     memory = config.parametric_memory
     if not memory.enable:
         return 0.0
@@ -229,30 +230,21 @@ def _fast_bytes(args: LLaDAArgs, dims: ParallelDims, config: Any, first: int) ->
     return 4.0 * sets * sum(map(elements, args.adapted_linears(first, memory.target_modules)))  # in float32
 
 
-def _passes(args: LLaDAArgs, config: Any, first: int) -> list[_Passes]:
-    """Through every layer, for one micro-batch."""
-    memory = config.parametric_memory
-    if not memory.enable:
+def _passes(args: LLaDAArgs, config: JobConfig, first: int) -> list[_Passes]:
+    """Return the passes through every layer, for one micro-batch."""
+    if not config.parametric_memory.enable:
         return [_Passes(1, 1)] * args.n_layers
-    # The states besides the anchor, and the teacher's passes through the tail.
-    steps = _inner_steps(config)
-    others = {"anchor_only": 0, "pre_anchor_only": 1, "anchor_consistent": max(1, steps - 1)}.get(
-        memory.trajectory, steps
-    )
-    distilled = memory.inner_loss != "cross_entropy"
-    if distilled and memory.trajectory != "pre_anchor_only":
-        others += 1  # the clean sequence, which the last teacher reads
-    tail = _Passes(1 + steps * (2 if distilled else 1), 1 + steps)
-    return [_Passes(1 + others, 1)] * first + [tail] * (args.n_layers - first)
+    found = _planned(config)
+    trunk, tail = _Passes(found.inputs, 1), _Passes(found.tail_forward, found.tail_backward)
+    return [trunk] * first + [tail] * (args.n_layers - first)
 
 
-def _inner_steps(config: Any) -> int:
-    memory = config.parametric_memory
-    return 1 if memory.trajectory in SINGLE_STATE else memory.inner_steps
+def _planned(config: JobConfig) -> Passes:
+    return planned_passes(plan_of(config), inner_loss_of(config.parametric_memory).teacher is not None)
 
 
 def _communication(
-    model: LLaDA, args: LLaDAArgs, dims: ParallelDims, config: Any, first: int, micro_batches: int
+    model: LLaDA, args: LLaDAArgs, dims: ParallelDims, config: JobConfig, first: int, micro_batches: int
 ) -> Communication:
     training = config.training
     compute = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize
@@ -287,7 +279,7 @@ def _communication(
         # Queries, keys, values and the output; ring attention's rotation of keys and values is not told apart.
         context = layer_passes * compute * tokens * 2 * (heads + kv) / dims.tp * (dims.cp - 1) / dims.cp
         if config.parametric_memory.enable:
-            sums = _inner_steps(config) * _fast_bytes(args, dims, config, first)
+            sums = _planned(config).inner_steps * _fast_bytes(args, dims, config, first)
             context += 2 * sums * (dims.cp - 1) / dims.cp
     return Communication(*(micro_batches * x for x in (gather, reduced, tensor, context, experts)))
 

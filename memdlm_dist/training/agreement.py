@@ -1,65 +1,61 @@
-"""What all ranks agree on in every step, before the optimizer moves: one small collective, read once."""
+"""Per-step consensus: non-finite check and stop request in one all-reduce, before the optimizer moves."""
 
 import logging
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from memdlm_dist.config.job_config import Reliability
 from memdlm_dist.errors import UserError
 
 logger = logging.getLogger()
 
 
 class StepAgreement:
-    """Collects what this rank knows of a step: its losses, its gradients, and whether it was asked to stop.
+    """What all ranks agree on: whether a step's losses and gradients are finite, and whether any was asked to stop.
 
     Reading it is one wait for the device a step. torchtitan waits once a step itself, when it counts the tokens.
 
     Args:
         model_parts: whose gradients count.
-        config: the [reliability] section.
         device: of the collective.
     """
 
-    def __init__(self, model_parts: list[torch.nn.Module], config: Any, device: torch.device):
+    def __init__(self, model_parts: Sequence[torch.nn.Module], config: Reliability, device: torch.device):
         self._parameters = [p for part in model_parts for p in part.parameters()]
         self._config, self._device = config, device
         self.skipped = 0  # of the whole run
         self._in_a_row = 0
-        self.start_step()
 
-    def start_step(self) -> None:
-        self._losses: list[tuple[Tensor, Tensor]] = []
+    def reach(self, losses: Sequence[Tensor], sample_ids: Sequence[Tensor], stop_requested: bool) -> tuple[bool, str]:
+        """Reduce over all ranks; call when the step's gradients are there.
 
-    def record(self, loss: Tensor, sample_ids_B: Tensor) -> None:
-        """A micro-batch's share of the loss, and its samples."""
-        self._losses.append((loss.detach(), sample_ids_B))
-
-    def reach(self, stop_requested: bool) -> tuple[bool, str]:
-        """Call on all ranks, when the step's gradients are there.
+        Args:
+            losses: this rank's, of each micro-batch.
+            sample_ids: `[B]` of each micro-batch.
 
         Returns:
             Whether any rank was asked to stop; and what is not finite on any of them, empty if all is.
         """
-        flags = torch.stack([self._finite().logical_not(), torch.tensor(stop_requested, device=self._device)]).float()
+        finite = torch.isfinite(torch.stack(list(losses))).all() & torch.isfinite(self._local_norm())
+        flags = torch.stack([finite.logical_not(), torch.tensor(stop_requested, device=self._device)]).float()
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         not_finite, stop = flags.tolist()
         if not not_finite:
             self._in_a_row = 0
-        return bool(stop), self._describe() if not_finite else ""
+        return bool(stop), self._describe(losses, sample_ids) if not_finite else ""
 
-    def _finite(self) -> Tensor:
+    def _local_norm(self) -> Tensor:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-        norm = torch.nn.utils.get_total_norm(local)
-        return torch.isfinite(torch.stack([loss for loss, _ in self._losses])).all() & torch.isfinite(norm)
+        return torch.nn.utils.get_total_norm([g.to_local() if isinstance(g, DTensor) else g for g in gradients])
 
-    def _describe(self) -> str:
-        """The losses that are not finite, of all ranks, and their samples."""
-        ours = [(loss.item(), ids.tolist()) for loss, ids in self._losses if not torch.isfinite(loss)]
+    def _describe(self, losses: Sequence[Tensor], sample_ids: Sequence[Tensor]) -> str:
+        """Name the losses that are not finite, of all ranks, and their samples."""
+        pairs = zip(losses, sample_ids, strict=True)
+        ours = [(loss.item(), ids.tolist()) for loss, ids in pairs if not torch.isfinite(loss)]
         theirs: list[list[tuple[float, list[int]]]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(theirs, ours)
         found = [pair for pairs in theirs for pair in pairs]

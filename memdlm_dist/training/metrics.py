@@ -1,14 +1,15 @@
 """Scalars of the objective and the memory, beside torchtitan's own, and the console line's share of them."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.utils import dist_sum
 
 from memdlm_dist.compat.torchtitan import appending_to_step_line
+from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.method.inner_loop import InnerStatistics
 
 INNER_LOSS = "parametric_memory/inner_loss_step_{}"
@@ -30,7 +31,7 @@ class MemDLMMetrics(MetricsProcessor):
     Recording stays on the device. Only `log` reduces and reads, in one collective, on steps that log.
     """
 
-    def __init__(self, job_config: Any, parallel_dims: ParallelDims, tag: str | None = None):
+    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims, tag: str | None = None):
         super().__init__(job_config, parallel_dims, tag)
         self.totals: dict[str, float] = {}  # counts of the run, the same on every rank
         self.start_step()
@@ -110,26 +111,22 @@ class MemDLMMetrics(MetricsProcessor):
             torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, mesh.get_group())
         return None if largest == -torch.inf else largest.item()
 
-    def log(
-        self,
-        step: int,
-        global_avg_loss: float,
-        global_max_loss: float,
-        grad_norm: float,
-        extra_metrics: dict[str, Any] | None = None,
-    ) -> None:
-        ours = self._reduce() | self._load_balance()
-        if extra_metrics and "n_tokens_seen" in extra_metrics:
-            # Counted on every rank of a context-parallel group.
-            extra_metrics["n_tokens_seen"] /= self.parallel_dims.cp
+    def log_step(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float, tokens_seen: int) -> None:
+        """Reduce over ranks, and write a step to TensorBoard and the console.
+
+        Args:
+            loss: this rank's share of the global batch's.
+            tokens_seen: by all ranks.
+        """
+        dims = self.parallel_dims
+        average = dist_sum(loss, dims.get_optional_mesh("loss")) if dims.dp_cp_enabled else loss.item()
         largest = self._largest_rank_loss()
-        global_max_loss = global_avg_loss if largest is None else largest
-        inner = [ours[name] for k in range(len(ours)) if (name := INNER_LOSS.format(k + 1)) in ours]
+        scalars = self._reduce() | self._load_balance()
+        inner = [scalars[name] for k in range(len(scalars)) if (name := INNER_LOSS.format(k + 1)) in scalars]
         suffix = f"  inner loss: {' -> '.join(f'{loss:.4f}' for loss in inner)}" if inner else ""
+        ours = {"n_tokens_seen": tokens_seen, "lr": lr, **scalars, **self.totals}
         with appending_to_step_line(suffix):
-            super().log(
-                step, global_avg_loss, global_max_loss, grad_norm, {**(extra_metrics or {}), **ours, **self.totals}
-            )
+            super().log(step, average, average if largest is None else largest, grad_norm.item(), ours)
 
     def exclude(self, seconds: float) -> None:
         """Leave time that was not spent on training out of the next step line's throughput."""
@@ -138,10 +135,3 @@ class MemDLMMetrics(MetricsProcessor):
     def log_scalars(self, scalars: dict[str, float], step: int) -> None:
         """Write scalars to TensorBoard (and whatever else is on)."""
         self.logger.log(scalars, step)
-
-
-def build_metrics_processor(
-    job_config: Any, parallel_dims: ParallelDims, model_args: Any = None, tag: str | None = None
-) -> MemDLMMetrics:
-    del model_args
-    return MemDLMMetrics(job_config, parallel_dims, tag)

@@ -4,17 +4,17 @@ The one place where configuration, parallel layout and mathematics meet; trainin
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from torchtitan.distributed import ParallelDims
 
+from memdlm_dist.config.job_config import JobConfig, ParametricMemory
 from memdlm_dist.method import keyed_random, trajectory
 from memdlm_dist.method.bilevel import Memory, outer_loss
 from memdlm_dist.method.documents import Documents
 from memdlm_dist.method.inner_loop import InnerStatistics
-from memdlm_dist.method.inner_loss import inner_loss
+from memdlm_dist.method.inner_loss import InnerLoss, inner_loss
 from memdlm_dist.method.inner_sgd import InnerSGD
 from memdlm_dist.method.keyed_random import Stream
 from memdlm_dist.method.micro_batch import MicroBatch, micro_batch
@@ -106,28 +106,21 @@ class Objective:
 
 
 def build_objective(
-    job_config: Any,
+    config: JobConfig,
     args: LLaDAArgs,
     mask_token_id: int,
     parallel_dims: ParallelDims,
 ) -> Objective:
-    """The objective that a configuration describes, on this rank."""
-    diffusion, memory = job_config.diffusion, job_config.parametric_memory
+    """Build the objective that a configuration describes, on this rank."""
+    memory = config.parametric_memory
     tp_mesh, cp_mesh = (parallel_dims.get_optional_mesh(name) for name in ("tp", "cp"))
     return Objective(
         mask_token_id=mask_token_id,
-        plan=Plan(
-            trajectory=memory.trajectory,
-            inner_steps=memory.inner_steps,
-            pre_anchor_scale=memory.pre_anchor_scale,
-            supervision=memory.supervision,
-            schedule=diffusion.schedule,
-            loss_weight=diffusion.loss_weight,
-        ),
-        memory=_memory(job_config, args, parallel_dims) if memory.enable else None,
+        plan=plan_of(config),
+        memory=_memory(memory, args, parallel_dims) if memory.enable else None,
         # Without a seed torchtitan draws one for the weights; the noise then starts from 0, so that a
         # resumed run goes on with its own.
-        seed=job_config.debug.seed or 0,
+        seed=config.debug.seed or 0,
         shards=tp_mesh.size() if tp_mesh else 1,
         shard=tp_mesh.get_local_rank() if tp_mesh else 0,
         probability=memory.probability,
@@ -137,23 +130,40 @@ def build_objective(
     )
 
 
-def first_adapted_layer(config: Any, args: LLaDAArgs) -> int:
-    """The first layer with fast weights: int(n (1 - layer_fraction))."""
-    return int(args.n_layers * (1 - config.parametric_memory.layer_fraction))
+def plan_of(config: JobConfig) -> Plan:
+    """Return the trajectory that the inner loop follows."""
+    memory, diffusion = config.parametric_memory, config.diffusion
+    return Plan(
+        trajectory=memory.trajectory,
+        inner_steps=memory.inner_steps,
+        pre_anchor_scale=memory.pre_anchor_scale,
+        supervision=memory.supervision,
+        schedule=diffusion.schedule,
+        loss_weight=diffusion.loss_weight,
+    )
 
 
-def _memory(job_config: Any, args: LLaDAArgs, parallel_dims: ParallelDims) -> Memory:
-    config = job_config.parametric_memory
-    first_layer = first_adapted_layer(job_config, args)
+def inner_loss_of(memory: ParametricMemory) -> InnerLoss:
+    """Return what an inner step minimises."""
+    return inner_loss(memory.inner_loss, memory.student_hidden, memory.teacher_hidden)
+
+
+def first_adapted_layer(memory: ParametricMemory, args: LLaDAArgs) -> int:
+    """Return the first layer with fast weights: int(n (1 - layer_fraction))."""
+    return int(args.n_layers * (1 - memory.layer_fraction))
+
+
+def _memory(memory: ParametricMemory, args: LLaDAArgs, parallel_dims: ParallelDims) -> Memory:
+    first_layer = first_adapted_layer(memory, args)
     return Memory(
         first_layer=first_layer,
-        linears=args.adapted_linears(first_layer, config.target_modules),
-        adapter=config.adapter,
-        rank=config.rank,
-        alpha=config.alpha,
-        loss=inner_loss(config.inner_loss, config.student_hidden, config.teacher_hidden),
-        optimiser=InnerSGD(config.learning_rate, config.gradient_clip, config.gradient_norm),
-        per_sample=config.granularity == "sample",
+        linears=args.adapted_linears(first_layer, memory.target_modules),
+        adapter=memory.adapter,
+        rank=memory.rank,
+        alpha=memory.alpha,
+        loss=inner_loss_of(memory),
+        optimiser=InnerSGD(memory.learning_rate, memory.gradient_clip, memory.gradient_norm),
+        per_sample=memory.granularity == "sample",
         tp_mesh=parallel_dims.get_optional_mesh("tp"),
         ep_mesh=parallel_dims.get_optional_mesh("ep"),
         cp_mesh=parallel_dims.get_optional_mesh("cp"),

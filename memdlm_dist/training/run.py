@@ -4,7 +4,6 @@ import logging
 import os
 import tempfile
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -12,6 +11,7 @@ from memdlm_dist.checkpoint.manager import ResumableCheckpoints
 from memdlm_dist.compat.torch import connection_loss
 from memdlm_dist.compat.torchtitan import construct_checkpoints
 from memdlm_dist.config import check_layout, parse_config
+from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import backbone_args
 from memdlm_dist.models.llada import LLaDAArgs
@@ -19,8 +19,9 @@ from memdlm_dist.runtime import preemption
 from memdlm_dist.runtime.device import device_type
 from memdlm_dist.runtime.preemption import StopRequest
 from memdlm_dist.runtime.single_process import single_process_environment
-from memdlm_dist.training import train_spec, validator
+from memdlm_dist.training import train_spec
 from memdlm_dist.training.trainer import MemDLMTrainer
+from memdlm_dist.training.validation_summary import summary_table
 
 logger = logging.getLogger()
 
@@ -40,7 +41,7 @@ def check_output(dump_folder: str) -> None:
         ) from None
 
 
-def _warn_of_length(config: Any, args: LLaDAArgs) -> None:
+def _warn_of_length(config: JobConfig, args: LLaDAArgs) -> None:
     """Of published weights that are to read further than they were trained to."""
     length, known = config.training.seq_len, args.native_length * config.model.rope_scaling
     if config.checkpoint.initial_load_in_hf and length > known and int(os.environ.get("RANK", "0")) == 0:
@@ -76,7 +77,7 @@ def run(argv: Sequence[str]) -> int:
     return preemption.exit_status()
 
 
-def _train(config: Any, stop: StopRequest) -> MemDLMTrainer:
+def _train(config: JobConfig, stop: StopRequest) -> MemDLMTrainer:
     """Build, load and train; returns the trainer when all is closed."""
     trainer: MemDLMTrainer | None = None
     done = False
@@ -88,7 +89,7 @@ def _train(config: Any, stop: StopRequest) -> MemDLMTrainer:
         else:
             trainer.train()
             trainer.checkpointer.wait()
-            table = validator.summary_table(config) if config.validation.enable else None
+            table = summary_table(config.job.dump_folder) if config.validation.enable else None
             if table and int(os.environ["RANK"]) == 0:
                 print(table, flush=True)
         done = True

@@ -1,40 +1,103 @@
-"""Our backbones and components, under the names by which torchtitan's Trainer finds them."""
+"""Our backbones and components, under the names by which torchtitan's Trainer finds them.
 
+Everything here has a signature of torchtitan's; what it calls takes values of ours.
+"""
+
+import os
 from functools import cache
+from typing import Any
 
+from torch import nn
 from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.optimizer import build_optimizers
+from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.model_converter import register_model_converter
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
-from memdlm_dist.data.loader import build_dataloader
-from memdlm_dist.data.tokenizer import build_tokenizer
-from memdlm_dist.models import BACKBONES
-from memdlm_dist.models.lora import LoRAConverter
-from memdlm_dist.models.parallelize import parallelize_llada
-from memdlm_dist.training.metrics import build_metrics_processor
-from memdlm_dist.training.validator import build_validator
+from memdlm_dist.config.job_config import JobConfig
+from memdlm_dist.data.loader import EpochLoader, training_loader
+from memdlm_dist.data.tokenizer import DiffusionTokenizer
+from memdlm_dist.models import BACKBONES, backbone_args
+from memdlm_dist.models.llada import LLaDA
+from memdlm_dist.models.parallelize import convert, parallelize
+from memdlm_dist.training.backbone import recipe_of, requirements_of
+from memdlm_dist.training.metrics import MemDLMMetrics
+from memdlm_dist.training.validator import HeldOutValidator
+
+
+class _Converter:
+    """torchtitan's model converter `lora`; see `[lora]` in the configuration."""
+
+    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims):
+        self._recipe = recipe_of(job_config)
+
+    def convert(self, model: LLaDA) -> None:
+        convert(model, self._recipe)
+
+    def post_optimizer_hook(self, model: nn.Module) -> None:
+        """Do nothing after a step."""
+
+
+def _parallelize(model: LLaDA, parallel_dims: ParallelDims, job_config: JobConfig) -> LLaDA:
+    return parallelize(model, parallel_dims, recipe_of(job_config))
+
+
+def _build_tokenizer(job_config: JobConfig) -> DiffusionTokenizer:
+    return DiffusionTokenizer(job_config.model.hf_assets_path)
+
+
+def _build_dataloader(
+    *, dp_world_size: int, dp_rank: int, tokenizer: DiffusionTokenizer, job_config: JobConfig
+) -> EpochLoader:
+    del dp_rank  # streaming reads the rank from the environment
+    training = job_config.training
+    workers = training.dataloader
+    return training_loader(
+        job_config.data,
+        requirements_of(job_config, tokenizer.mask_id),
+        local_batch_size=training.local_batch_size,
+        global_batch_size=training.global_batch_size,
+        ranks=dp_world_size,
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        num_workers=workers.num_workers,
+        persistent_workers=workers.persistent_workers,
+        prefetch_factor=workers.prefetch_factor,
+        pin_memory=workers.pin_memory,
+    )
+
+
+def _build_validator(loss_fn: Any, **arguments: Any) -> HeldOutValidator:
+    del loss_fn  # the validator computes its own
+    return HeldOutValidator(**arguments)
+
+
+def _build_metrics_processor(
+    job_config: JobConfig, parallel_dims: ParallelDims, model_args: Any = None, tag: str | None = None
+) -> MemDLMMetrics:
+    del model_args
+    return MemDLMMetrics(job_config, parallel_dims, tag)
 
 
 @cache
 def register() -> None:
     """Make the backbones and their model converter known to torchtitan's Trainer."""
-    register_model_converter(LoRAConverter, "lora")
+    register_model_converter(_Converter, "lora")
     for name, backbone in BACKBONES.items():
         spec = TrainSpec(
             model_cls=backbone.model,
-            model_args=backbone.flavours,
-            parallelize_fn=parallelize_llada,
+            # The Trainer writes the length of the run's context into what it takes.
+            model_args={flavour: backbone_args(name, flavour) for flavour in backbone.flavours},
+            parallelize_fn=_parallelize,
             pipelining_fn=None,
             build_optimizers_fn=build_optimizers,
             build_lr_schedulers_fn=build_lr_schedulers,
-            build_dataloader_fn=build_dataloader,
-            build_tokenizer_fn=build_tokenizer,
+            build_dataloader_fn=_build_dataloader,
+            build_tokenizer_fn=_build_tokenizer,
             # torchtitan requires one; the trainer computes its loss itself.
             build_loss_fn=build_cross_entropy_loss,
-            build_validator_fn=build_validator,
-            build_metrics_processor_fn=build_metrics_processor,
+            build_validator_fn=_build_validator,
+            build_metrics_processor_fn=_build_metrics_processor,
             state_dict_adapter=backbone.adapter,
         )
         register_train_spec(name, spec)

@@ -1,41 +1,39 @@
 """Held-out loss with the memory off and on, on the same noise every time."""
 
-import json
 import logging
-import math
 import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torchtitan.components.validate import BaseValidator
 from torchtitan.distributed import ParallelDims
 
+from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.data.dataset import check_cards, open_dataset
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
-from memdlm_dist.errors import UserError
 from memdlm_dist.method.diffusion import level_from_uniform
 from memdlm_dist.method.documents import Documents
 from memdlm_dist.method.trajectory import IGNORE_INDEX
 from memdlm_dist.models import backbone_args
 from memdlm_dist.models.llada import LLaDA
 from memdlm_dist.runtime.device import device_type
+from memdlm_dist.training import validation_history
+from memdlm_dist.training.backbone import requirements_of
+from memdlm_dist.training.memory_dependence import MemoryDependence
 from memdlm_dist.training.metrics import MemDLMMetrics
 from memdlm_dist.training.objective import build_objective
+from memdlm_dist.training.validation_history import LOSSES
 
 logger = logging.getLogger()
 
-LOSSES = ("validation/loss_memory_off", "validation/loss_memory_on")
-HISTORY_FILE = "validation.jsonl"
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 _ROOT = 2**0.5  # spreads the documents of a row
 
 
-class HeldOutValidator(BaseValidator):
+class HeldOutValidator:
     """The likelihood bound of the held-out sequences, in nats per maskable token.
 
     The noise is keyed by the sample id alone, not by the run's seed, so it is the same at every
@@ -49,7 +47,7 @@ class HeldOutValidator(BaseValidator):
 
     def __init__(
         self,
-        job_config: Any,
+        job_config: JobConfig,
         dp_world_size: int,
         dp_rank: int,
         tokenizer: DiffusionTokenizer,
@@ -59,7 +57,7 @@ class HeldOutValidator(BaseValidator):
         metrics_processor: MemDLMMetrics,
         **pipeline: Any,
     ):
-        super().__init__(job_config)
+        self.job_config = job_config
         self.progress: Callable[[str], None] = lambda doing: None  # told of every batch
         del pipeline  # refused by the configuration's check
         self._dp_size, self._dp_rank = dp_world_size, dp_rank
@@ -70,14 +68,14 @@ class HeldOutValidator(BaseValidator):
             build_objective(job_config, args, tokenizer.mask_id, parallel_dims), seed=0, probability=1.0
         )
         data, training = job_config.data, job_config.training
-        documents = check_cards(job_config, data.validation, tokenizer)
+        documents = check_cards(data.validation, requirements_of(job_config, tokenizer.mask_id))
         self._batch_size = job_config.validation.local_batch_size or training.local_batch_size
         self._dataset = open_dataset(
-            job_config, data.validation, [], batch_size=self._batch_size, documents=documents, shuffle=False
+            data, data.validation, [], batch_size=self._batch_size, documents=documents, shuffle=False
         )
         steps, every = job_config.validation.steps, self._batch_size * dp_world_size
         self._samples = self._dataset.size if steps == -1 else min(self._dataset.size, steps * every)
-        self._leaning = Leaning()
+        self._dependence = MemoryDependence()
 
     def should_validate(self, step: int) -> bool:
         """Besides every `validation.freq` steps, after the last one."""
@@ -129,7 +127,7 @@ class HeldOutValidator(BaseValidator):
         tokens_seen /= self._parallel_dims.cp  # each rank of a context-parallel group counted whole rows
         losses = {name: total / max(tokens_seen, 1) for name, total in zip(names, totals, strict=True)}
         self._report(losses, step)
-        if len(names) == 2 and (warning := self._leaning.look(step, *losses.values())):
+        if len(names) == 2 and (warning := self._dependence.check(step, *losses.values())):
             logger.warning(warning)
         self._metrics.exclude(time.perf_counter() - began)
         return losses
@@ -139,74 +137,10 @@ class HeldOutValidator(BaseValidator):
         text = "  ".join(f"{name.removeprefix('validation/')}: {loss:.4f}" for name, loss in losses.items())
         if int(os.environ.get("RANK", "0")) == 0:
             logger.info(f"validate step: {step}  {text}  ({self._samples} held-out sequences)")
-            with open(history_path(self.job_config), "a") as file:
-                file.write(json.dumps({"step": step, **losses}) + "\n")
+            validation_history.append(validation_history.path_in(self.job_config.job.dump_folder), step, losses)
 
 
 def even_levels(row_ids_B: Tensor, slots: int) -> Tensor:
     """Noise levels of rows' samples, float64 `[B * slots]`: evenly spread, whichever the rows are."""
     place_BS = (row_ids_B.double() + 0.5).unsqueeze(1) * _GOLDEN_RATIO + torch.arange(slots) * _ROOT
     return level_from_uniform(place_BS.flatten() % 1)
-
-
-class Leaning:
-    """Watches for a base that comes to lean on fast weights that were just written on its targets.
-
-    The sign is a loss with the memory off that is above its best by more than 1 % while the loss with the memory on
-    is below what it was then.
-    """
-
-    def __init__(self) -> None:
-        self._step, self._off, self._on = 0, math.inf, math.inf
-
-    def look(self, step: int, off: float, on: float) -> str:
-        """A warning as one sentence; empty if there is nothing to warn of."""
-        if off <= self._off:
-            self._step, self._off, self._on = step, off, on
-            return ""
-        if off <= 1.01 * self._off or on >= self._on:
-            return ""
-        return (
-            f"The held-out loss with the memory off rose from {self._off:.4f} (step {self._step}) to {off:.4f}, while "
-            f"with the memory on it fell from {self._on:.4f} to {on:.4f}: the model comes to lean on its fast weights, "
-            "and will be worse without them; start from a pre-trained base (checkpoint.initial_load_path), or lower "
-            "parametric_memory.probability, parametric_memory.learning_rate or optimizer.lr."
-        )
-
-
-def history_path(job_config: Any) -> Path:
-    return Path(job_config.job.dump_folder) / HISTORY_FILE
-
-
-def history(path: Path) -> list[dict[str, float]]:
-    """The validations of a folder's last run.
-
-    Raises:
-        UserError: if they cannot be read.
-    """
-    try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"The validations in {path} cannot be read: {error}.") from None
-    # The file outlives a run that was started anew in the same folder: the last one began at its last step 0.
-    begin = max((i for i, row in enumerate(rows) if row["step"] == 0), default=0)
-    return rows[begin:]
-
-
-def summary_table(job_config: Any) -> str | None:
-    """The first and the last validation of a run as a table; None if there is none yet."""
-    path = history_path(job_config)
-    if not path.is_file():
-        return None
-    rows = history(path)
-    first, last = rows[0], rows[-1]
-    lines = ["held-out loss (nats per token)    memory off    memory on"]
-    for label, row in (("start", first), ("end", last)):
-        values = "".join(f"{row[name]:>13.4f}" if name in row else f"{'-':>13}" for name in LOSSES)
-        lines.append(f"  {label:<5} (step {row['step']:>6})            {values}")
-    return "\n".join(lines)
-
-
-def build_validator(**arguments: Any) -> HeldOutValidator:
-    arguments.pop("loss_fn")
-    return HeldOutValidator(**arguments)

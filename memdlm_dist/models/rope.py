@@ -1,0 +1,50 @@
+"""Rotary position embeddings (RoPE), and their base for a context longer than the pretrained one.
+
+Shapes: B rows, L tokens, H heads, d head, j = d / 2 pairs of a head's dimensions.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+# How the RoPE base is rescaled for a longer context: `rescaled_base`.
+RopeScaling = Literal["ntk", "diffusion_ntk"]
+
+
+def rescaled_base(theta: float, head_dim: int, native_length: int, factor: float, method: RopeScaling) -> float:
+    """Return the RoPE base for a context of s = `factor` times the native one, with d dimensions a head.
+
+    ntk: theta s^(d / (d - 2)). The slowest pair turns over the longer context as far as it did over the native one.
+
+    diffusion_ntk (UltraLLaDA, arXiv 2510.10481): (2 s T / 2 pi)^(d / c). The native context T has taught a
+    bidirectional model distances from -T to T, over which the first c / 2 = ceil(d / 2 log_theta(2 T / 2 pi)) pairs
+    turn at least once; the next one then turns once over the longer context's distances.
+    """
+    if factor == 1:
+        return theta
+    d = head_dim
+    if method == "ntk":
+        return float(theta * factor ** (d / (d - 2)))
+    native = native_length / math.pi
+    critical = 2 * math.ceil(d / 2 * math.log(native, theta))
+    return float((factor * native) ** (d / critical))
+
+
+def rotary_frequencies(head_dim: int, length: int, theta: float) -> Tensor:
+    """Return exp(i p theta^(-2j/d)) for position p and pair j, complex64 `[L, d/2]`.
+
+    Complex, as in torchtitan's llama3, so that mixed precision leaves it in float32.
+    """
+    inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    angle = torch.outer(torch.arange(length).float(), inverse)
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+def rotate(x_BLHd: Tensor, frequencies_Lj: Tensor) -> Tensor:
+    """Rotate by position in the half-rotation form, pairs (x_j, x_{j + d/2}); in float32 at least."""
+    cos, sin = (part.unsqueeze(-2) for part in torch.view_as_real(frequencies_Lj).unbind(-1))
+    x = x_BLHd.to(torch.promote_types(x_BLHd.dtype, torch.float32))
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x_BLHd)

@@ -1,0 +1,94 @@
+"""The backbone that a configuration describes: its sizes, its layout, its names on Hugging Face."""
+
+import torch
+from torchtitan.distributed import ParallelDims
+
+from memdlm_dist.checkpoint.convert import Run
+from memdlm_dist.config.job_config import JobConfig
+from memdlm_dist.data.dataset import Requirements
+from memdlm_dist.models import BACKBONES, backbone_args
+from memdlm_dist.models.llada import LLaDA, LLaDAArgs
+from memdlm_dist.models.lora import Lora
+from memdlm_dist.models.parallelize import Recipe, build_layout, convert, parallelized_on_meta
+from memdlm_dist.models.state_dict_adapters import Adapter
+
+
+def sizes_of(config: JobConfig) -> LLaDAArgs:
+    """Return the backbone's sizes, for the length of the run's context.
+
+    Raises:
+        UserError: if there is no such backbone.
+    """
+    args = backbone_args(config.model.name, config.model.flavor)
+    args.update_from_config(config)
+    return args
+
+
+def lora_of(config: JobConfig) -> Lora | None:
+    """Return the adapters that are trained; None if all weights are."""
+    return config.lora if config.model.converters else None
+
+
+def recipe_of(config: JobConfig) -> Recipe:
+    """Return what decides how the backbone is converted and parallelised."""
+    return Recipe(
+        training=config.training,
+        parallelism=config.parallelism,
+        activation_checkpoint=config.activation_checkpoint,
+        compile=config.compile,
+        lora=lora_of(config),
+        dump_folder=config.job.dump_folder,
+    )
+
+
+def layout_of(config: JobConfig, world_size: int) -> ParallelDims:
+    """Build the meshes of the configuration's parallel degrees; torch.distributed knows the ranks."""
+    return build_layout(config.parallelism, world_size)
+
+
+def model_on_meta(config: JobConfig, args: LLaDAArgs, dims: ParallelDims) -> LLaDA:
+    """Return the backbone without contents, converted and parallelised as in training.
+
+    Args:
+        args: from `sizes_of`, or other sizes for the same backbone.
+    """
+    return parallelized_on_meta(BACKBONES[config.model.name].model, args, dims, recipe_of(config))
+
+
+def adapter_of(config: JobConfig) -> Adapter:
+    """Return the state-dict adapter for the backbone's names on Hugging Face.
+
+    Raises:
+        UserError: if there is no such backbone.
+    """
+    return BACKBONES[config.model.name].adapter(sizes_of(config), config.model.hf_assets_path)
+
+
+def conversion_of(config: JobConfig) -> Run:
+    """Return what the conversion of weights needs to know of the run.
+
+    Raises:
+        UserError: if there is no such backbone.
+    """
+    adapter = adapter_of(config)
+    with torch.device("meta"):
+        model = adapter.model_cls(backbone_args(config.model.name, config.model.flavor))
+    convert(model, recipe_of(config))
+    sources = [path for path in (config.checkpoint.initial_load_path, config.model.hf_assets_path) if path]
+    return Run(adapter, dict(model.state_dict()), lora_of(config), sources)
+
+
+def requirements_of(config: JobConfig, mask_token_id: int) -> Requirements:
+    """Return what the run asks of its shards.
+
+    Args:
+        mask_token_id: the tokenizer's.
+    """
+    parallel = config.parallelism
+    return Requirements(
+        seq_len=config.training.seq_len,
+        vocab_size=backbone_args(config.model.name, config.model.flavor).vocab_size,
+        flavour=config.model.flavor,
+        mask_token_id=mask_token_id,
+        ring_attention=parallel.context_parallel_degree > 1 and parallel.context_parallel_method == "ring",
+    )

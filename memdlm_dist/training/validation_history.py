@@ -1,0 +1,37 @@
+"""The validations of a run, one JSON object a line in its output folder."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from memdlm_dist.errors import UserError
+
+# TensorBoard's names of the losses, which are the file's too.
+LOSSES = ("validation/loss_memory_off", "validation/loss_memory_on")
+HISTORY_FILE = "validation.jsonl"
+
+
+def path_in(dump_folder: str) -> Path:
+    """Return the history's path in a run's output folder."""
+    return Path(dump_folder) / HISTORY_FILE
+
+
+def append(path: Path, step: int, losses: Mapping[str, float]) -> None:
+    """Add one validation."""
+    with open(path, "a") as file:
+        file.write(json.dumps({"step": step, **losses}) + "\n")
+
+
+def history(path: Path) -> list[dict[str, float]]:
+    """Read the validations of a folder's last run.
+
+    Raises:
+        UserError: if they cannot be read.
+    """
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"The validations in {path} cannot be read: {error}.") from None
+    # The file outlives a run that was started anew in the same folder: the last one began at its last step 0.
+    begin = max((i for i, row in enumerate(rows) if row["step"] == 0), default=0)
+    return rows[begin:]

@@ -1,0 +1,17 @@
+"""The table that a run ends with: its first and last validation."""
+
+from memdlm_dist.training.validation_history import LOSSES, history, path_in
+
+
+def summary_table(dump_folder: str) -> str | None:
+    """Return the first and the last validation of a run as a table; None if there is none yet."""
+    path = path_in(dump_folder)
+    if not path.is_file():
+        return None
+    rows = history(path)
+    first, last = rows[0], rows[-1]
+    lines = ["held-out loss (nats per token)    memory off    memory on"]
+    for label, row in (("start", first), ("end", last)):
+        values = "".join(f"{row[name]:>13.4f}" if name in row else f"{'-':>13}" for name in LOSSES)
+        lines.append(f"  {label:<5} (step {row['step']:>6})            {values}")
+    return "\n".join(lines)
