@@ -18,8 +18,8 @@ from memdlm_dist.method.fast_weights import ADAPTERS
 from memdlm_dist.method.inner_loss import INNER_LOSSES, Hidden
 from memdlm_dist.method.inner_sgd import GRADIENT_NORMS, InnerSGD
 from memdlm_dist.method.trajectory import SUPERVISION, TRAJECTORIES, Plan
+from memdlm_dist.models.layout import Parallelism
 from memdlm_dist.models.lora import Lora
-from memdlm_dist.models.parallelize import Parallelism
 from memdlm_dist.models.rope import RopeScaling
 
 

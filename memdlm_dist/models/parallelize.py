@@ -9,7 +9,6 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.config.job_config import ActivationCheckpoint, Compile, Training
-from torchtitan.config.job_config import Parallelism as TitanParallelism
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.tensor_parallel import maybe_enable_async_tp
@@ -19,26 +18,14 @@ from torchtitan.tools.utils import set_default_dtype
 
 from memdlm_dist.compat.torch import checkpointed, raise_recompile_limit
 from memdlm_dist.compat.torchtitan import SAVED_OPERATORS
-from memdlm_dist.models.context_parallel import Method, apply_cp
+from memdlm_dist.models.context_parallel import apply_cp
 from memdlm_dist.models.expert_parallel import parallelize_experts
+from memdlm_dist.models.layout import Parallelism
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs, TransformerBlock
 from memdlm_dist.models.llada_moe import LLaDAMoE
 from memdlm_dist.models.lora import Lora, add_adapters
 from memdlm_dist.models.residency import Residency
 from memdlm_dist.runtime import cpu
-
-
-@dataclass
-class Parallelism(TitanParallelism):
-    """torchtitan's section with one default changed and one key more."""
-
-    context_parallel_method: Method = "ulysses"
-    """How tokens attend to those of other ranks with context_parallel_degree > 1. ulysses exchanges tokens for heads,
-    which the degree times tensor_parallel_degree must divide; ring is torch's ring attention, for CUDA and whole rows
-    without documents."""
-
-    context_parallel_load_balancer: str | None = None
-    """Unused: attention is not causal, so that every rank has the same work."""
 
 
 @dataclass(frozen=True)
@@ -55,22 +42,6 @@ class Recipe:
     @property
     def compiles(self) -> bool:
         return self.compile.enable and "model" in self.compile.components
-
-
-def build_layout(parallelism: Parallelism, world_size: int) -> ParallelDims:
-    """Build the meshes of the parallel degrees; torch.distributed knows the ranks."""
-    dims = ParallelDims(
-        dp_replicate=parallelism.data_parallel_replicate_degree,
-        dp_shard=parallelism.data_parallel_shard_degree,
-        cp=parallelism.context_parallel_degree,
-        tp=parallelism.tensor_parallel_degree,
-        pp=1,
-        ep=parallelism.expert_parallel_degree,
-        etp=parallelism.expert_tensor_parallel_degree,
-        world_size=world_size,
-    )
-    dims.build_mesh()
-    return dims
 
 
 def convert(model: LLaDA, recipe: Recipe) -> None:

@@ -1,15 +1,15 @@
 """The backbone that a configuration describes: its sizes, its layout, its names on Hugging Face."""
 
 import torch
-from torchtitan.distributed import ParallelDims
 
 from memdlm_dist.checkpoint.convert import Run
 from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.data.dataset import Requirements
 from memdlm_dist.models import BACKBONES, backbone_args
+from memdlm_dist.models.layout import Layout, build_layout
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs
 from memdlm_dist.models.lora import Lora
-from memdlm_dist.models.parallelize import Recipe, build_layout, convert, parallelized_on_meta
+from memdlm_dist.models.parallelize import Recipe, convert, parallelized_on_meta
 from memdlm_dist.models.state_dict_adapters import Adapter
 
 
@@ -41,12 +41,12 @@ def recipe_of(config: JobConfig) -> Recipe:
     )
 
 
-def layout_of(config: JobConfig, world_size: int) -> ParallelDims:
+def layout_of(config: JobConfig, world_size: int) -> Layout:
     """Build the meshes of the configuration's parallel degrees; torch.distributed knows the ranks."""
     return build_layout(config.parallelism, world_size)
 
 
-def model_on_meta(config: JobConfig, args: LLaDAArgs, dims: ParallelDims) -> LLaDA:
+def model_on_meta(config: JobConfig, args: LLaDAArgs, dims: Layout) -> LLaDA:
     """Return the backbone without contents, converted and parallelised as in training.
 
     Args:

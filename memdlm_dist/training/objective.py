@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torchtitan.distributed import ParallelDims
 
 from memdlm_dist.config.job_config import JobConfig, ParametricMemory
 from memdlm_dist.method import keyed_random, trajectory
@@ -19,6 +18,7 @@ from memdlm_dist.method.inner_sgd import InnerSGD
 from memdlm_dist.method.keyed_random import Stream
 from memdlm_dist.method.micro_batch import MicroBatch, micro_batch
 from memdlm_dist.method.trajectory import IGNORE_INDEX, Draw, Plan, State
+from memdlm_dist.models.layout import Layout
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs
 
 
@@ -109,15 +109,15 @@ def build_objective(
     config: JobConfig,
     args: LLaDAArgs,
     mask_token_id: int,
-    parallel_dims: ParallelDims,
+    layout: Layout,
 ) -> Objective:
     """Build the objective that a configuration describes, on this rank."""
     memory = config.parametric_memory
-    tp_mesh, cp_mesh = (parallel_dims.get_optional_mesh(name) for name in ("tp", "cp"))
+    tp_mesh, cp_mesh = (layout.get_optional_mesh(name) for name in ("tp", "cp"))
     return Objective(
         mask_token_id=mask_token_id,
         plan=plan_of(config),
-        memory=_memory(memory, args, parallel_dims) if memory.enable else None,
+        memory=_memory(memory, args, layout) if memory.enable else None,
         # Without a seed torchtitan draws one for the weights; the noise then starts from 0, so that a
         # resumed run goes on with its own.
         seed=config.debug.seed or 0,
@@ -153,7 +153,7 @@ def first_adapted_layer(memory: ParametricMemory, args: LLaDAArgs) -> int:
     return int(args.n_layers * (1 - memory.layer_fraction))
 
 
-def _memory(memory: ParametricMemory, args: LLaDAArgs, parallel_dims: ParallelDims) -> Memory:
+def _memory(memory: ParametricMemory, args: LLaDAArgs, layout: Layout) -> Memory:
     first_layer = first_adapted_layer(memory, args)
     return Memory(
         first_layer=first_layer,
@@ -164,7 +164,7 @@ def _memory(memory: ParametricMemory, args: LLaDAArgs, parallel_dims: ParallelDi
         loss=inner_loss_of(memory),
         optimiser=InnerSGD(memory.learning_rate, memory.gradient_clip, memory.gradient_norm),
         per_sample=memory.granularity == "sample",
-        tp_mesh=parallel_dims.get_optional_mesh("tp"),
-        ep_mesh=parallel_dims.get_optional_mesh("ep"),
-        cp_mesh=parallel_dims.get_optional_mesh("cp"),
+        tp_mesh=layout.get_optional_mesh("tp"),
+        ep_mesh=layout.get_optional_mesh("ep"),
+        cp_mesh=layout.get_optional_mesh("cp"),
     )

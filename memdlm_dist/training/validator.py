@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torchtitan.distributed import ParallelDims
 
 from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.data.dataset import check_cards, open_dataset
@@ -18,6 +17,7 @@ from memdlm_dist.method.diffusion import level_from_uniform
 from memdlm_dist.method.documents import Documents
 from memdlm_dist.method.trajectory import IGNORE_INDEX
 from memdlm_dist.models import backbone_args
+from memdlm_dist.models.layout import Layout
 from memdlm_dist.models.llada import LLaDA
 from memdlm_dist.runtime.device import device_type
 from memdlm_dist.training import validation_history
@@ -51,7 +51,7 @@ class HeldOutValidator:
         dp_world_size: int,
         dp_rank: int,
         tokenizer: DiffusionTokenizer,
-        parallel_dims: ParallelDims,
+        parallel_dims: Layout,
         validation_context: Any,
         maybe_enable_amp: Any,
         metrics_processor: MemDLMMetrics,

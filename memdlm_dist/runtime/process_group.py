@@ -1,0 +1,32 @@
+"""Joining the process group, or one that only pretends, and the autocast that goes with a layout."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch.distributed as dist
+from torchtitan.distributed import utils
+
+
+def join(comm: Any) -> int:
+    """Join the process group of the environment's ranks, unless that is done; returns the number of ranks.
+
+    Args:
+        comm: torchtitan's [comm] section.
+    """
+    return dist.get_world_size() if dist.is_initialized() else int(utils.init_distributed(comm))
+
+
+def pretend(world_size: int) -> None:
+    """Make a process group of so many ranks that communicate nothing, of which this process is the first."""
+    utils.init_fake_mode(world_size)
+
+
+def autocast(dims: Any, dtype: str, device_type: str) -> AbstractContextManager[None]:
+    """Return the autocast of torchtitan's trainer: FSDP2 casts by itself, a single rank does not.
+
+    Args:
+        dims: the layout.
+        dtype: `training.mixed_precision_param`.
+    """
+    context: AbstractContextManager[None] = utils.maybe_enable_amp(dims, dtype, device_type)
+    return context
