@@ -24,12 +24,12 @@ from torchtitan.tools.logging import logger
 
 from memdlm_dist.config import parse_config
 from memdlm_dist.method.documents import FILL
-from memdlm_dist.models import llada
+from memdlm_dist.models import flavours, llada
 from memdlm_dist.performance.bench_steps import Bench
 from memdlm_dist.performance.collectives import by_kind
 
 # Two key-value heads for each of four ranks' query heads, at most.
-llada.FLAVOURS["tiny"] = llada.LLaDAArgs(dim=32, n_layers=3, n_heads=8, n_kv_heads=4, hidden_dim=48, vocab_size=64)
+flavours.LLADA["tiny"] = llada.LLaDAArgs(dim=32, n_layers=3, n_heads=8, n_kv_heads=4, hidden_dim=48, vocab_size=64)
 ROWS, LENGTH = 4, 32
 SHARD, TENSOR = "--parallelism.data_parallel_shard_degree", "--parallelism.tensor_parallel_degree"
 CONTEXT = "--parallelism.context_parallel_degree"

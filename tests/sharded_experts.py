@@ -29,7 +29,7 @@ from memdlm_dist.checkpoint import hugging_face_folder
 from memdlm_dist.config import parse_config
 from memdlm_dist.models import BACKBONES
 from memdlm_dist.models.flavours import LLADA_MOE as FLAVOURS
-from memdlm_dist.models.flavours import LLaDAMoEArgs
+from memdlm_dist.models.llada_moe import LLaDAMoEArgs
 from memdlm_dist.performance.bench_steps import Bench
 from memdlm_dist.performance.collectives import by_kind
 

@@ -47,14 +47,14 @@ def worker(folder: Path, arguments: list[str]) -> int:
 
     rank = int(os.environ["RANK"])
     record(str(folder), rank)
-    plain = MemDLMMetrics.log
+    plain = MemDLMMetrics.log_step
     losses = open(folder / f"losses{rank}.jsonl", "a", buffering=1)  # noqa: SIM115  (open until the process ends)
 
     def log(self, step, loss, *rest, **named):
         losses.write(json.dumps([step, float(loss).hex()]) + "\n")
         plain(self, step, loss, *rest, **named)
 
-    MemDLMMetrics.log = log
+    MemDLMMetrics.log_step = log
     preemption.ignore_outside_of_training()  # as the program does
     return train.main(arguments)
 

@@ -10,14 +10,15 @@ from sharded_context import DOCUMENTS, LAYOUTS, OPTIONS, configuration, numbers,
 from torch.distributed import destroy_process_group, is_initialized
 from torchtitan.distributed.utils import init_fake_mode
 
-from memdlm_dist import train
 from memdlm_dist.checkpoint import hugging_face_folder
 from memdlm_dist.config import check_layout, parse_config
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import BACKBONES
-from memdlm_dist.models.llada import FLAVOURS, LLaDA
-from memdlm_dist.models.parallelize import layout, spread_on_meta
+from memdlm_dist.models.flavours import LLADA as FLAVOURS
+from memdlm_dist.models.llada import LLaDA
 from memdlm_dist.performance.bench_steps import Bench
+from memdlm_dist.training import run
+from memdlm_dist.training.backbone import layout_of, model_on_meta
 
 # Two layouts add up the same numbers in another order: float32 rounding (8e-7 is seen).
 TOLERANCE = 1e-5
@@ -88,7 +89,7 @@ def test_ring_attention_is_torchs_without_load_balancing(many_ranks):
 
     config = configuration(CONTEXT, "8", METHOD, "ring", "--parallelism.context_parallel_rotate_method", "alltoall")
     args = replace(FLAVOURS["tiny"], n_kv_heads=2)  # fewer heads than ranks
-    model = spread_on_meta(config, args, layout(config, many_ranks))
+    model = model_on_meta(config, args, layout_of(config, many_ranks))
     for block in model.layers.values():
         kernel = block.attention.inner_attention
         hooks = [hook.func.__qualname__ for hook in kernel._forward_pre_hooks.values()]
@@ -165,7 +166,7 @@ def test_a_run_beyond_its_weights_context_is_warned(monkeypatch):
     recipe = ["--job.config_file", "train_configs/llada_8b_128k.toml", "--model.rope_scaling"]
     configs = [parse_config.parse([*recipe, scaling]) for scaling in ("32", "8")]
     said = []
-    monkeypatch.setattr(train.logger, "warning", said.append)
+    monkeypatch.setattr(run.logger, "warning", said.append)
     for config in configs:
-        train._warn_of_length(config, FLAVOURS["8B"])
+        run._warn_of_length(config, FLAVOURS["8B"])
     assert len(said) == 1 and "131072 is longer than the 32768 tokens" in said[0] and "rope_scaling = 32 " in said[0]

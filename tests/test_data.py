@@ -3,7 +3,6 @@
 import gzip
 import json
 import lzma
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
@@ -23,6 +22,7 @@ from memdlm_dist.data.sequences import Document, Fields, fine_tuning, padded
 from memdlm_dist.errors import UserError
 from memdlm_dist.method.documents import FILL
 from memdlm_dist.method.trajectory import IGNORE_INDEX
+from memdlm_dist.training.backbone import requirements_of
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 20
 
@@ -139,7 +139,7 @@ def test_packed_rows_keep_their_documents(tmp_path):
         "--parallelism.context_parallel_degree", "2", "--parallelism.context_parallel_method", "ring",
     ])  # fmt: skip
     with pytest.raises(UserError, match="hold packed documents, which ring attention cannot keep apart"):
-        check_cards(config, [str(tmp_path / "out" / "train")], tokenizer)
+        check_cards([str(tmp_path / "out" / "train")], requirements_of(config, tokenizer.mask_id))
 
     plain = request(tmp_path, write_jsonl(tmp_path / "b.jsonl", [{"text": TEXT}]), output=tmp_path / "plain")
     prepare.prepare(plain)
@@ -328,7 +328,7 @@ def test_loader_goes_through_epochs_and_resumes_exactly(tmp_path):
 
 
 def config_with(tmp_path, **data):
-    return SimpleNamespace(data=Data(cache_folder=str(tmp_path / "cache"), **data))
+    return Data(cache_folder=str(tmp_path / "cache"), **data)
 
 
 @pytest.mark.parametrize("scheme", ["file", "local"], ids=["streaming's own way", "through fsspec"])

@@ -9,7 +9,7 @@ from torch.distributed import destroy_process_group, is_initialized
 from torchtitan.distributed.utils import init_fake_mode
 
 from memdlm_dist.config import parse_config
-from memdlm_dist.models import BACKBONES, llada, llada_moe
+from memdlm_dist.models import BACKBONES
 from memdlm_dist.performance import bench_steps as bench_step
 from memdlm_dist.performance.collectives import Collectives
 from memdlm_dist.performance.estimate import estimate, saved_elements
@@ -82,7 +82,7 @@ def test_fsdp_sends_what_is_foretold(ranks, arguments):
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_autograd_keeps_the_foretold_elements_of_a_layer(name):
-    flavours = {"llada": llada.FLAVOURS, "llada_moe": llada_moe.FLAVOURS}[name]
+    flavours = BACKBONES[name].flavours
     args = replace(flavours["debug"], dim=128, hidden_dim=192, n_layers=1, max_seq_len=256)
     model = BACKBONES[name].model(args)
     with torch.no_grad():

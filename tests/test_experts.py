@@ -13,7 +13,7 @@ from memdlm_dist.method.fast_weights import LowRank, leaves, map_leaves, select
 from memdlm_dist.method.inner_loss import inner_loss
 from memdlm_dist.method.inner_sgd import InnerSGD
 from memdlm_dist.method.trajectory import Plan
-from memdlm_dist.models import llada_moe
+from memdlm_dist.models import flavours, llada_moe
 from memdlm_dist.models.llada_moe import AdaptableExperts, LLaDAMoE, LLaDAMoEArgs
 from memdlm_dist.training.objective import Objective
 
@@ -162,7 +162,7 @@ def test_experts_without_fast_weights_are_torchtitans(model):
 
 
 def test_sizes_of_the_published_model():
-    args = llada_moe.FLAVOURS["7B-A1B"]
+    args = flavours.LLADA_MOE["7B-A1B"]
     with torch.device("meta"):
         parameters = sum(p.numel() for p in LLaDAMoE(replace(args, max_seq_len=16)).parameters())
     # 7B, of which 1B for each token: embedding and head, attention, router, 8 of 64 experts.

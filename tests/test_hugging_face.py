@@ -11,10 +11,10 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from memdlm_dist.checkpoint import hugging_face_folder
-from memdlm_dist.checkpoint.convert import adapter_of
 from memdlm_dist.config import parse_config
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import state_dict_adapters as names
+from memdlm_dist.training.backbone import adapter_of
 from tools import convert_checkpoint, random_weights
 
 RECIPES = {"llada": "train_configs/llada_8b_longalpaca.toml", "llada_moe": "train_configs/llada_moe_7b_longalpaca.toml"}

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from memdlm_dist.models import BACKBONES
-from memdlm_dist.models.llada import FLAVOURS, LLaDA, rotary_frequencies
+from memdlm_dist.models.flavours import LLADA as FLAVOURS
+from memdlm_dist.models.llada import LLaDA
+from memdlm_dist.models.rope import rotary_frequencies
 
 
 @pytest.mark.parametrize(

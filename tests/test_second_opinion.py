@@ -13,6 +13,7 @@ from memdlm_dist.method.fast_weights import ADAPTERS
 from memdlm_dist.method.inner_loss import HIDDEN_LOSSES, LOGIT_LOSSES, inner_loss
 from memdlm_dist.method.inner_sgd import GRADIENT_NORMS, InnerSGD
 from memdlm_dist.method.trajectory import IGNORE_INDEX, SUPERVISION, TRAJECTORIES, Plan, draw
+from memdlm_dist.models.linears import GROUPS
 from memdlm_dist.models.llada import LLaDAArgs
 from memdlm_dist.training.objective import Objective
 
@@ -47,7 +48,7 @@ ROWS = st.lists(
     min_size=1,
     max_size=3,
 )
-TARGETS = st.lists(st.sampled_from([*ARGS.targets["ffn"], *ARGS.targets["attention"]]), min_size=1, unique=True)
+TARGETS = st.lists(st.sampled_from([*GROUPS["ffn"], *GROUPS["attention"]]), min_size=1, unique=True)
 
 
 # The examples follow from the test's text: the same on every machine, and this many.
