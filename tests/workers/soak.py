@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Kill a run at random points, start it again, and compare every step with an undisturbed run; for N minutes.
 
-    python tests/soak.py --minutes 20 [--ranks 2] [--seed 0] [--output FOLDER]
+    python -m tests.workers.soak --minutes 20 [--ranks 2] [--seed 0] [--output FOLDER]
 
 The undisturbed run comes first. Then the same run is started over and over through our launcher, and each time
 something happens to it after a random number of seconds (see `HAPPENINGS`). After each start it must have gone on right
@@ -24,7 +24,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 STEPS, INTERVAL = 300, 10
 ARGUMENTS = [
     "--job.config_file", "train_configs/debug.toml", "--debug.seed", "7", "--model.flavor", "tiny",
@@ -39,7 +39,7 @@ ARGUMENTS = [
 
 def worker(folder: Path, arguments: list[str]) -> int:
     """One rank, which writes down what it draws and, rank 0, each step's loss."""
-    from run_many import record
+    from tests.workers.run_many import record
 
     from memdlm_dist import train
     from memdlm_dist.runtime import preemption
@@ -71,7 +71,7 @@ class Run:
         self.log = open(observed / "log", "wb")  # noqa: SIM115
         command = [
             sys.executable, "-m", "memdlm_dist.runtime.launcher", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d",
-            "--rdzv-endpoint=localhost:0", "--role=rank", "--tee=3", "tests/soak.py", "--worker", str(observed),
+            "--rdzv-endpoint=localhost:0", "--role=rank", "--tee=3", "-m", "tests.workers.soak", "--worker", str(observed),
             *ARGUMENTS, "--job.dump_folder", str(out),
         ]  # fmt: skip
         self.process = subprocess.Popen(

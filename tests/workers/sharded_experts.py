@@ -1,22 +1,20 @@
 """One step of a mixture of experts on several layouts: loss, inner statistics and every gradient.
 
-    python tests/sharded_experts.py FOLDER [LAYOUT ...]
+    python -m tests.workers.sharded_experts FOLDER [LAYOUT ...]
 
 A single process writes FOLDER/weights in Hugging Face's format, which each layout reads as
 `checkpoint.initial_load_in_hf` does, every rank its part; FOLDER/LAYOUT.pt holds what it found.
 """
 
+import contextlib
 import math
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from ranks import fork
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor
-
-sys.path[:0] = [str(Path(__file__).parent.parent / "tools")]
 
 from memdlm_dist.runtime import cpu
 
@@ -28,14 +26,10 @@ from torchtitan.tools.logging import logger
 from memdlm_dist.checkpoint import hugging_face_folder
 from memdlm_dist.config import parse_config
 from memdlm_dist.models import BACKBONES
-from memdlm_dist.models.flavours import LLADA_MOE as FLAVOURS
-from memdlm_dist.models.llada_moe import LLaDAMoEArgs
 from memdlm_dist.performance.bench_steps import Bench
 from memdlm_dist.performance.collectives import by_kind
+from tests.support.ranks import fork_group
 
-FLAVOURS["tiny"] = LLaDAMoEArgs(
-    dim=32, n_layers=2, n_heads=4, hidden_dim=16, vocab_size=64, n_experts=4, experts_per_token=2
-)
 ROWS, LENGTH = 8, 16
 SHARD, TENSOR = "--parallelism.data_parallel_shard_degree", "--parallelism.tensor_parallel_degree"
 EXPERT, EXPERT_TENSOR = "--parallelism.expert_parallel_degree", "--parallelism.expert_tensor_parallel_degree"
@@ -131,8 +125,10 @@ def common_weights(bench, folder):
     wrapper.load_state_dict(hugging_face_folder.read_into(wrapper.state_dict(), adapter, folder))
 
 
-def count_reads(found):
-    """Have DCP's reader add up the elements that this rank reads."""
+@contextlib.contextmanager
+def counted_reads():
+    """Count the elements that DCP's reader reads on this rank: one number for each request."""
+    found: list[int] = []
     plain = HuggingFaceStorageReader._process_read_request
 
     def counted(self, file, request, planner):
@@ -140,41 +136,36 @@ def count_reads(found):
         return plain(self, file, request, planner)
 
     HuggingFaceStorageReader._process_read_request = counted
+    try:
+        yield found
+    finally:
+        HuggingFaceStorageReader._process_read_request = plain
 
 
-def body(folder, layout):
-    processes, arguments, count = LAYOUTS[layout]
-
-    def rank(number):
-        logger.setLevel("WARNING")
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo")
-        reads: list[int] = []
-        count_reads(reads)
-        results = {}
-        for options in options_of(layout):
-            config = configuration(*arguments, *OPTIONS[options])
-            bench = Bench.build(config)
+def find(folder, layout):
+    """Take the steps of a layout, whose process group is there; rank 0 saves what it found."""
+    _, arguments, count = LAYOUTS[layout]
+    logger.setLevel("WARNING")
+    results = {}
+    for options in options_of(layout):
+        config = configuration(*arguments, *OPTIONS[options])
+        bench = Bench.build(config)
+        with counted_reads() as reads:
             common_weights(bench, f"{folder}/weights")
-            results[options] = step(bench, count)
-            results["read"] = torch.tensor(float(sum(reads)))
-            reads.clear()
-            if options == "lora":
-                groups = bench.groups("fsdp", "efsdp")
-                results["gathers"] = {
-                    kind: torch.tensor(float(by_kind(bench.collectives(kind).on(*groups))["all_gather"]))
-                    for kind in ("plain", "ours")
-                }
-        if number == 0:
-            torch.save(results, f"{folder}/{layout}.pt")
-        dist.destroy_process_group()
-        return 0
-
-    return fork(processes, rank)
+        results["read"] = torch.tensor(float(sum(reads)))
+        results[options] = step(bench, count)
+        if options == "lora":
+            groups = bench.groups("fsdp", "efsdp")
+            results["gathers"] = {
+                kind: torch.tensor(float(by_kind(bench.collectives(kind).on(*groups))["all_gather"]))
+                for kind in ("plain", "ours")
+            }
+    if dist.get_rank() == 0:
+        torch.save(results, f"{folder}/{layout}.pt")
 
 
 if __name__ == "__main__":
     folder, *layouts = sys.argv[1:]
     for layout in layouts or LAYOUTS:
-        if status := body(folder, layout):
+        if status := fork_group(LAYOUTS[layout][0], lambda layout=layout: find(folder, layout)):
             sys.exit(status)

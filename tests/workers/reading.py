@@ -1,6 +1,6 @@
-"""A checkpoint read on several layouts: what is generated and how likely it is, memory off and on.
+"""A checkpoint on several layouts: what is generated and how likely it is, memory off and on.
 
-    python tests/reading.py FOLDER
+    python -m tests.workers.reading FOLDER
 
 Trains two steps with the memory in FOLDER/run, then writes FOLDER/LAYOUT.json for every layout.
 """
@@ -9,10 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-import run_many
 import torch
-from launching import debug
-from ranks import fork
 
 from memdlm_dist.runtime import cpu
 
@@ -22,6 +19,9 @@ from memdlm_dist.config import parse_config
 from memdlm_dist.evaluation.exposure import Row, measure
 from memdlm_dist.inference.sampler import Decoding
 from memdlm_dist.inference.trained_model import TrainedModel
+from tests.support.launching import debug
+from tests.support.ranks import fork
+from tests.workers.run_many import train_rank
 
 SHARD, TENSOR = "--parallelism.data_parallel_shard_degree", "--parallelism.tensor_parallel_degree"
 LAYOUTS = {
@@ -36,7 +36,7 @@ PROMPTS = ["def read(self, size):", "import", "class Reader:\n    def close(self
 
 
 def read(model: TrainedModel, new_tokens: int = 6) -> dict:
-    """Everything that must not depend on the layout or on the batches."""
+    """Return everything that must not depend on the layout or on the batches."""
     found: dict = {}
     prompts = model.tokenizer.encode_plain(PROMPTS)
     for memory in (False, True):
@@ -56,27 +56,35 @@ def read(model: TrainedModel, new_tokens: int = 6) -> dict:
 
 
 def arguments_of(folder: Path) -> list[str]:
-    """The configuration of the run that trained the model."""
+    """Return the configuration of the run that trained the model."""
     return debug(folder / "run", "--model.flavor", "tiny", "--parametric_memory.layer_fraction", "0.5")
 
 
-def main(folder: Path) -> None:
-    arguments = arguments_of(folder)
+def training(folder: Path) -> list[str]:
+    """Return the arguments of the run that trains the model."""
     saving = ["--training.steps", "2", "--checkpoint.enable", "--checkpoint.interval", "2"]
-    assert run_many.run(1, [*arguments, *saving]) == 0
-    for name, (processes, layout) in LAYOUTS.items():
+    return [*arguments_of(folder), *saving]
 
-        def rank(number: int, layout: list[str] = layout, name: str = name) -> int:
-            torch.set_num_threads(1)
-            model = TrainedModel(parse_config.parse([*arguments, *layout, *BOLD]))
-            found = read(model)
-            if number == 0:
-                (folder / f"{name}.json").write_text(json.dumps(found))
-            model.close()
-            return 0
 
-        assert fork(processes, rank) == 0, name
+def read_rank(rank: int, folder: Path, name: str) -> int:
+    """Read the checkpoint on a layout; rank 0 writes what it found."""
+    torch.set_num_threads(1)
+    model = TrainedModel(parse_config.parse([*arguments_of(folder), *LAYOUTS[name][1], *BOLD]))
+    found = read(model)
+    if rank == 0:
+        (folder / f"{name}.json").write_text(json.dumps(found))
+    model.close()
+    return 0
+
+
+def main(folder: Path) -> int:
+    if status := fork(1, lambda rank: train_rank(rank, training(folder), {})):
+        return status
+    for name, (processes, _) in LAYOUTS.items():
+        if status := fork(processes, lambda rank, name=name: read_rank(rank, folder, name)):
+            return status
+    return 0
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    sys.exit(main(Path(sys.argv[1])))

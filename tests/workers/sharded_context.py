@@ -1,35 +1,30 @@
 """One step under context parallelism on several layouts: loss, inner statistics and every gradient.
 
-    python tests/sharded_context.py FOLDER [LAYOUT ...]
+    python -m tests.workers.sharded_context FOLDER [LAYOUT ...]
 
 A single process writes the weights to FOLDER, which each layout reads; FOLDER/LAYOUT.pt holds what it found.
 """
 
+import contextlib
 import sys
-from pathlib import Path
 
-import ring_on_cpu
 import torch
 import torch.distributed as dist
-from ranks import fork
-
-sys.path[:0] = [str(Path(__file__).parent.parent / "tools")]
 
 from memdlm_dist.runtime import cpu
 
 cpu.prepare()
 
-from sharded_experts import common_weights, whole
 from torchtitan.tools.logging import logger
 
 from memdlm_dist.config import parse_config
 from memdlm_dist.method.documents import FILL
-from memdlm_dist.models import flavours, llada
 from memdlm_dist.performance.bench_steps import Bench
 from memdlm_dist.performance.collectives import by_kind
+from tests.support.ranks import fork_group
+from tests.workers.ring_on_cpu import ring_on_cpu
+from tests.workers.sharded_experts import common_weights, whole
 
-# Two key-value heads for each of four ranks' query heads, at most.
-flavours.LLADA["tiny"] = llada.LLaDAArgs(dim=32, n_layers=3, n_heads=8, n_kv_heads=4, hidden_dim=48, vocab_size=64)
 ROWS, LENGTH = 4, 32
 SHARD, TENSOR = "--parallelism.data_parallel_shard_degree", "--parallelism.tensor_parallel_degree"
 CONTEXT = "--parallelism.context_parallel_degree"
@@ -51,7 +46,7 @@ BATCH = [
 ]  # fmt: skip
 ATTENTION = [MEMORY + "target_modules", "ffn,attention", MEMORY + "learning_rate", "0.02"]
 FULL = [MEMORY + "adapter", "full", MEMORY + "inner_loss", "hidden_cosine", MEMORY + "supervision", "newly_revealed"]
-MOE = ["--model.name", "llada_moe"]
+MOE = ["--model.name", "llada_moe", "--model.flavor", "tiny"]
 # name -> (arguments, step, rows: "whole", "packed", or "quarter": masked tokens in the first quarter alone)
 OPTIONS = {
     "off": ([], "plain", "whole"),
@@ -93,7 +88,8 @@ def options_of(layout):
 
 def configuration(*arguments):
     return parse_config.parse([
-        "--job.config_file", "train_configs/debug.toml", "--model.flavor", "tiny", "--training.seq_len", str(LENGTH),
+        "--job.config_file", "train_configs/debug.toml", "--model.flavor", "many_heads",
+        "--training.seq_len", str(LENGTH),
         "--parametric_memory.layer_fraction", "0.5", "--parametric_memory.rank", "4",
         # Small gradients of a model that predicts nothing yet: with this the memory matters.
         *("--parametric_memory.learning_rate", "0.1"), *arguments,
@@ -145,16 +141,12 @@ def step(bench, count, kind, rows):
     return found, least
 
 
-def body(folder, layout):
-    processes, arguments, count = LAYOUTS[layout]
-
-    def rank(number):
-        logger.setLevel("WARNING")
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo")
-        if "ring" in layout:
-            ring_on_cpu.register()
-        results = {"masked on a rank": {}}
+def find(folder, layout):
+    """Take the steps of a layout, whose process group is there; rank 0 saves what it found."""
+    _, arguments, count = LAYOUTS[layout]
+    logger.setLevel("WARNING")
+    results = {"masked on a rank": {}}
+    with ring_on_cpu() if "ring" in layout else contextlib.nullcontext():
         for options in options_of(layout):
             extra, kind, rows = OPTIONS[options]
             config = configuration(*arguments, *extra)
@@ -166,16 +158,12 @@ def body(folder, layout):
                 context, shards = (found.on(*bench.groups(name)) for name in ("cp", "fsdp"))
                 results["collectives"] = {"cp": by_kind(context), "fsdp": by_kind(shards)}
                 results["plain collectives"] = {"fsdp": by_kind(bench.collectives("plain").on(*bench.groups("fsdp")))}
-        if number == 0:
-            torch.save(results, f"{folder}/{layout}.pt")
-        dist.destroy_process_group()
-        return 0
-
-    return fork(processes, rank)
+    if dist.get_rank() == 0:
+        torch.save(results, f"{folder}/{layout}.pt")
 
 
 if __name__ == "__main__":
     folder, *layouts = sys.argv[1:]
     for layout in layouts or LAYOUTS:
-        if status := body(folder, layout):
+        if status := fork_group(LAYOUTS[layout][0], lambda layout=layout: find(folder, layout)):
             sys.exit(status)

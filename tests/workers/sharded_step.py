@@ -1,6 +1,6 @@
 """Plain, straightforward and our step on sharded models: what they compute and what they communicate.
 
-    python tests/sharded_step.py FOLDER [LAYOUT ...]
+    python -m tests.workers.sharded_step FOLDER [LAYOUT ...]
 
 Writes as JSON what test_sharded_step.py asserts, a file for each layout. Of a layout COMPILED its name followed by
 `-compiled` is the part that takes as long as all others together.
@@ -15,10 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from ranks import fork
 from torch.distributed.tensor import DTensor
-
-sys.path[:0] = [str(Path(__file__).parent.parent / "tools")]
 
 from memdlm_dist.runtime import cpu
 
@@ -30,13 +27,11 @@ from torchtitan.tools.logging import logger
 from memdlm_dist.config import parse_config
 from memdlm_dist.method import bilevel
 from memdlm_dist.method.inner_loss import inner_loss
-from memdlm_dist.models.flavours import LLADA as FLAVOURS
-from memdlm_dist.models.llada import LLaDAArgs
 from memdlm_dist.performance.bench_steps import DATA_PARALLEL, KINDS, Bench
 from memdlm_dist.performance.collectives import by_kind
+from tests.support.ranks import fork_group
 
 # Three layers of trunk, so that the counts tell them from a tail of two.
-FLAVOURS["sharded"] = LLaDAArgs(dim=32, n_layers=5, n_heads=4, n_kv_heads=2, hidden_dim=64, vocab_size=512)
 COMMON = [
     "--job.config_file", "train_configs/debug.toml", "--model.flavor", "sharded", "--training.seq_len", "64",
     "--training.local_batch_size", "2", "--parametric_memory.layer_fraction", "0.4", "--compile.backend", "aot_eager",
@@ -235,42 +230,42 @@ def compilations(bench, kind):
     return {"graphs": graphs, "breaks": dict(counters["graph_break"])}
 
 
-def body(part, path):
+def find(part):
+    """Compare the steps of a layout, or of its compiled part, whose process group is there; returns what was found."""
     layout = layout_of(part)
+    logger.setLevel("WARNING")
+    result = {"compilations": {}, "steps": {}}
+    built = None
+    for step_name in builds(part):
+        name, options = step_name.split()
+        dtype, arguments, _ = BUILDS[name]
+        if name != built:
+            bench, built = build(dtype, [*LAYOUTS[layout][1], *arguments]), name
+            if name in ("float32-compiled-checkpointing", "float32-compiled-selective"):
+                for kind in COMPILATIONS.get(layout, ()):
+                    torch._dynamo.reset()  # from nothing, as in a run of its own
+                    result["compilations"][kind] = compilations(bench, kind)
+            if name == "float32" and layout == "fsdp2":
+                result["residency"] = residency(bench)
+        # The options differ in their tensor-parallel collectives alone.
+        count = layout == "fsdp2" or options == "default"
+        result["steps"][step_name] = compare(with_options(bench, options), dtype, count)
+    return result
 
-    def rank(number):
-        logger.setLevel("WARNING")
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo")
-        result = {"compilations": {}, "steps": {}}
-        built = None
-        for step_name in builds(part):
-            name, options = step_name.split()
-            dtype, arguments, _ = BUILDS[name]
-            if name != built:
-                bench, built = build(dtype, [*LAYOUTS[layout][1], *arguments]), name
-                if name in ("float32-compiled-checkpointing", "float32-compiled-selective"):
-                    for kind in COMPILATIONS.get(layout, ()):
-                        torch._dynamo.reset()  # from nothing, as in a run of its own
-                        result["compilations"][kind] = compilations(bench, kind)
-                if name == "float32" and layout == "fsdp2":
-                    result["residency"] = residency(bench)
-            # The options differ in their tensor-parallel collectives alone.
-            count = layout == "fsdp2" or options == "default"
-            result["steps"][step_name] = compare(with_options(bench, options), dtype, count)
-        if number == 0:
-            Path(path).write_text(json.dumps(result))
-        dist.destroy_process_group()
-        return 0
 
-    return rank
+def write(part, path):
+    """Write what is found as JSON."""
+    result = find(part)
+    if dist.get_rank() == 0:
+        Path(path).write_text(json.dumps(result))
 
 
 if __name__ == "__main__":
     folder, *layouts = sys.argv[1:]
     for layout in layouts or LAYOUTS:
         began = time.perf_counter()
-        status = fork(LAYOUTS[layout_of(layout)][0], body(layout, f"{folder}/{layout}.json"))
+        path = f"{folder}/{layout}.json"
+        status = fork_group(LAYOUTS[layout_of(layout)][0], lambda part=layout, path=path: write(part, path))
         print(f"{layout}: status {status} after {time.perf_counter() - began:.1f} s", flush=True)
         if status:
             sys.exit(status)

@@ -11,13 +11,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from tests.support.ranks import free_port
+
 BUCKET = "memdlm"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Door:

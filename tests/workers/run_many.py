@@ -1,17 +1,13 @@
-"""The training entry point many times over, on several ranks, for one start of Python.
+"""Training runs in forked ranks, with what they draw recorded and with faults injected.
 
-    python tests/run_many.py JSON
+    python -m tests.workers.run_many PROCESSES [--job.config_file FILE ...]
 
-JSON is a list of {"processes", "arguments"} and, optionally, "record": a folder where every rank writes down what it
-drew (see `record`), "faults" (see faults.py), "status": the exit status that is expected, 0 by default, or "any", and
-"environment". Importing torch and torchtitan costs ten times what a few debug steps do, so this imports once and forks
-the ranks of each run, one run after the other. Each run has fresh processes and a rendezvous of its own. The flavour
-`tiny` exists here alone.
+Options of `train_rank`: "record", a folder where every rank writes what it draws (see `record`); "faults" (see
+tests/support/faults.py).
 """
 
 import hashlib
 import json
-import os
 import sys
 import time
 from dataclasses import replace
@@ -20,28 +16,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from memdlm_dist.runtime import cpu
 
 cpu.prepare()
 
-from faults import inject
-from ranks import fork
-from torch.distributed.tensor import DTensor
-
 from memdlm_dist import train
 from memdlm_dist.method import trajectory
 from memdlm_dist.method.bilevel import Memory
 from memdlm_dist.method.fast_weights import leaves
-from memdlm_dist.models.flavours import LLADA as FLAVOURS
-from memdlm_dist.models.llada import LLaDAArgs
 from memdlm_dist.training.objective import Objective
-
-# Two layers, so that one is trunk and one is tail: half the time of `debug` where every operation counts.
-FLAVOURS["tiny"] = LLaDAArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=64, vocab_size=512)
-
-# torchtitan sleeps two seconds at the end of every run.
-sys.modules["torchtitan.train"].time = SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda seconds: None)
+from tests.support.faults import inject
+from tests.support.ranks import fork
 
 
 def digest(*tensors: torch.Tensor) -> str:
@@ -52,7 +39,7 @@ def digest(*tensors: torch.Tensor) -> str:
 
 
 def record(folder: str, number: int) -> None:
-    """Write down, for every step and sample: its noise level, its states as the model reads them, its A."""
+    """Have this rank write, for every step and sample: its noise level, its input states, its A."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     file = open(Path(folder) / f"rank{number}.jsonl", "a", buffering=1)  # noqa: SIM115  (open until the process ends)
 
@@ -83,24 +70,17 @@ def record(folder: str, number: int) -> None:
     trajectory.draw, Objective.micro_batch, Memory.draw = draw, micro_batch, fast
 
 
-def run(processes: int, arguments: list[str], **options: Any) -> int:
-    def rank(number: int) -> int:
-        os.environ.update(options.get("environment", {}))
-        if folder := options.get("record"):
-            record(folder, number)
-        if faults := options.get("faults"):
-            inject(faults)
-        return train.main(arguments)
-
-    return fork(processes, rank)
+def train_rank(rank: int, arguments: list[str], options: dict[str, Any]) -> int:
+    """Train as one rank; returns the exit status."""
+    # torchtitan sleeps two seconds at the end of every run.
+    time_ = SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda seconds: None)
+    sys.modules["torchtitan.train"].time = time_  # type: ignore[attr-defined]
+    if folder := options.get("record"):
+        record(folder, rank)
+    if faults := options.get("faults"):
+        inject(faults)
+    return train.main(arguments)
 
 
 if __name__ == "__main__":
-    for entry in json.loads(sys.argv[1]):
-        began = time.perf_counter()
-        expected = entry.pop("status", 0)
-        status = run(**entry)
-        seconds = time.perf_counter() - began
-        print(f"status {status} after {seconds:.1f} s: {entry}", flush=True)
-        if expected not in (status, "any"):
-            sys.exit(1)
+    sys.exit(fork(int(sys.argv[1]), lambda rank: train_rank(rank, sys.argv[2:], {})))

@@ -1,5 +1,7 @@
-"""Torch's ring attention with the CPU's kernel, for which torch has no rule: what we ask of it can then be tested."""
+"""torch's ring attention with the CPU's kernel, for which torch has no rule: what we ask of it can then be tested."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,10 +13,15 @@ _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.
 _SEQUENCE = 2
 
 
-def register() -> None:
-    """DTensors sharded on the sequence then go around the ring, as they do on CUDA."""
+@contextlib.contextmanager
+def ring_on_cpu() -> Iterator[None]:
+    """Send DTensors sharded on the sequence around the ring, as on CUDA."""
     handlers = DTensor._op_dispatcher._custom_op_handlers
-    handlers[_FORWARD], handlers[_BACKWARD] = _forward, _backward
+    handlers |= {_FORWARD: _forward, _BACKWARD: _backward}
+    try:
+        yield
+    finally:
+        del handlers[_FORWARD], handlers[_BACKWARD]
 
 
 def _forward(operator: Any, args: Any, kwargs: Any) -> Any:

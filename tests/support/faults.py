@@ -1,6 +1,6 @@
-"""A training rank that something happens to.
+"""Faults that happen to a training rank.
 
-    python tests/faults.py FAULTS --job.config_file ... (under torchrun, or alone)
+    python -m tests.support.faults FAULTS --job.config_file ... (under torchrun, or alone)
 
 FAULTS is a JSON list of {"do", "at", "step"} and, optionally, "rank" (all by default) and "once": a file that is made
 when it happens, and keeps it from happening again in a run that is started anew.

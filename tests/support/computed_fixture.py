@@ -2,10 +2,8 @@
 
 import json
 
-import naive
 import torch
 from safetensors.torch import save_file
-from test_bilevel import scaled_model
 
 from memdlm_dist.runtime import cpu
 
@@ -13,6 +11,8 @@ cpu.prepare()
 
 from memdlm_dist.golden import fixture as golden_fixture
 from memdlm_dist.models.llada import LLaDAArgs
+from tests.oracles import naive
+from tests.support.bilevel import scaled_model
 
 OURS = {"ce": "cross_entropy", "distill": "kl", "distill_reverse": "reverse_kl"}
 
