@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
-from torchtitan.components.checkpoint import DATALOADER, LR_SCHEDULER, MODEL, OPTIMIZER, TRAIN_STATE
 
 from memdlm_dist.checkpoint import hugging_face_folder, weights
 from memdlm_dist.checkpoint.catalogue import METADATA, read_metadata, reader
@@ -107,8 +105,7 @@ def to_hugging_face(
     if adapters_alone and run.lora is None:
         raise UserError('The configuration trains no adapters (model.converters = ["lora"]); leave --adapter out.')
     adapter, expected = run.adapter, run.tensors
-    others = dict.fromkeys((OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE))
-    if problem := check_model(found, {MODEL: SimpleNamespace(state_dict=lambda: expected), **others}):
+    if problem := check_model(found, expected):
         raise UserError(f"The checkpoint {found} {problem}; choose another.")
     saved: Any = read_metadata(found).state_dict_metadata
     with _new_folder(output) as folder:

@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torchtitan.components.checkpoint import DATALOADER, MODEL, AsyncMode
+from torchtitan.components.checkpoint import DATALOADER, LR_SCHEDULER, MODEL, OPTIMIZER, TRAIN_STATE, AsyncMode
+from torchtitan.config.job_config import Checkpoint as TitanCheckpoint
 from torchtitan.tools.utils import GarbageCollection
 
 from memdlm_dist.checkpoint import continuity, hugging_face_folder
@@ -26,7 +28,6 @@ from memdlm_dist.checkpoint.catalogue import (
     reader,
     superfluous,
 )
-from memdlm_dist.checkpoint.settings import Checkpoint
 from memdlm_dist.compat.torchtitan import HookedCheckpoints
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import lora
@@ -37,6 +38,24 @@ from memdlm_dist.runtime.rank_0 import from_rank_0, one_line, reason_of
 from memdlm_dist.runtime.storage import Storage, is_remote
 
 logger = logging.getLogger()
+
+# The names of what torchtitan saves beside the model's tensors.
+_STATES = (OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE)
+
+
+@dataclass
+class Checkpoint(TitanCheckpoint):
+    """torchtitan's section with one default changed and two keys more; `folder` may be a URL (s3://bucket/run)."""
+
+    last_save_model_only: bool = False
+    """Save only the model at the last step. False, unlike in torchtitan: a finished run can then be continued."""
+
+    keep_every: int = 0
+    """Besides the latest checkpoints, keep those whose step is a multiple of this; 0 for none."""
+
+    accept_changes: list[str] = field(default_factory=list)
+    """Differences between the checkpoint's run and this one that are meant, such as training.global_batch_size or
+    data.train; any other stops the run, for it would not continue the one that was interrupted."""
 
 
 class ResumableCheckpoints(HookedCheckpoints):
@@ -133,7 +152,7 @@ class ResumableCheckpoints(HookedCheckpoints):
         Raises:
             UserError: if it is whole, but not of this model or this run.
         """
-        if problem := from_rank_0(lambda: check_model(location, self.states, base)):
+        if problem := from_rank_0(lambda: check_model(location, self.states[MODEL].state_dict(), base)):
             return problem
         same_data = True
         if not model_only:
@@ -299,10 +318,11 @@ class ResumableCheckpoints(HookedCheckpoints):
             self._remover.shutdown()
 
 
-def check_model(location: str, states: Mapping[str, Any], base: bool = False) -> str:
-    """What is wrong with a checkpoint's metadata, as the end of a sentence; empty if nothing is.
+def check_model(location: str, tensors: Mapping[str, torch.Tensor], base: bool = False) -> str:
+    """Return what is wrong with a checkpoint's metadata, as the end of a sentence; empty if nothing is.
 
     Args:
+        tensors: the model's, under our names.
         base: it may lack the adapters.
 
     Raises:
@@ -316,9 +336,9 @@ def check_model(location: str, states: Mapping[str, Any], base: bool = False) ->
         name: tuple(entry.size)
         for name, entry in entries.items()
         # The model's tensors stand at the top level, the other states under their names.
-        if isinstance(entry, TensorStorageMetadata) and name.split(".")[0] not in states
+        if isinstance(entry, TensorStorageMetadata) and name.split(".")[0] not in _STATES
     }
-    shapes = {name: tuple(tensor.shape) for name, tensor in states[MODEL].state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if base and not any(map(lora.is_adapter, saved_shapes)):
         shapes = lora.without_adapters(shapes)
     for name in [*shapes, *saved_shapes]:

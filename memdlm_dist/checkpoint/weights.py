@@ -4,7 +4,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torchtitan.components.checkpoint import DATALOADER, LR_SCHEDULER, MODEL, OPTIMIZER, TRAIN_STATE, ModelWrapper
+from torchtitan.components.checkpoint import ModelWrapper
 
 from memdlm_dist.checkpoint import hugging_face_folder
 from memdlm_dist.checkpoint.catalogue import METADATA, Catalogue, name_of, reader
@@ -63,8 +63,7 @@ def load(model: nn.Module, location: str, adapter: Adapter) -> str:
     if METADATA not in from_rank_0(lambda: Storage(found).sizes()):
         hugging_face_folder.load(weights, adapter, found)
         return found
-    others = dict.fromkeys((OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE))
-    problem = from_rank_0(lambda: check_model(found, {MODEL: weights, **others}, base=True))
+    problem = from_rank_0(lambda: check_model(found, weights.state_dict(), base=True))
     if not problem:
         try:
             states = states_in(found, weights.state_dict())

@@ -11,7 +11,7 @@ from torchtitan.config.job_config import JobConfig as TitanJobConfig
 from torchtitan.config.job_config import Model as TitanModel
 from torchtitan.config.job_config import Validation as TitanValidation
 
-from memdlm_dist.checkpoint.settings import Checkpoint
+from memdlm_dist.checkpoint.manager import Checkpoint
 from memdlm_dist.data.settings import Data
 from memdlm_dist.method.diffusion import SCHEDULES, WEIGHTS
 from memdlm_dist.method.fast_weights import ADAPTERS

@@ -33,6 +33,7 @@ from memdlm_dist import train
 from memdlm_dist.data.loader import EpochLoader
 from memdlm_dist.runtime import preemption, storage
 from memdlm_dist.training.objective import Objective
+from memdlm_dist.training.trainer import MemDLMTrainer
 
 
 def hang() -> None:
@@ -71,7 +72,7 @@ def inject(faults: Iterable[dict[str, Any]]) -> None:
     if any(fault["do"] == "impatient" for fault in mine):
         storage.PATIENCE = 0
 
-    plain_step, plain_loss, plain_read = train.MemDLMTrainer.train_step, Objective.loss_sum, EpochLoader._read
+    plain_step, plain_loss, plain_read = MemDLMTrainer.train_step, Objective.loss_sum, EpochLoader._read
     plain_write, plain_finish = FileSystemWriter.write_data, FileSystemWriter.finish
 
     def train_step(self, *arguments):
@@ -100,7 +101,7 @@ def inject(faults: Iterable[dict[str, Any]]) -> None:
         happen("metadata")
         plain_finish(self, *arguments, **named)
 
-    train.MemDLMTrainer.train_step, Objective.loss_sum, EpochLoader._read = train_step, loss_sum, read
+    MemDLMTrainer.train_step, Objective.loss_sum, EpochLoader._read = train_step, loss_sum, read
     FileSystemWriter.write_data, FileSystemWriter.finish = write_data, finish
 
 
