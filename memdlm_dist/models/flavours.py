@@ -34,7 +34,5 @@ LLADA_MOE = {
         dim=64, n_layers=4, n_heads=8, hidden_dim=32, vocab_size=512, n_experts=8, experts_per_token=2
     ),
     # One layer of trunk and one of tail, where every operation counts; two experts for each of two ranks.
-    "tiny": LLaDAMoEArgs(
-        dim=32, n_layers=2, n_heads=4, hidden_dim=16, vocab_size=64, n_experts=4, experts_per_token=2
-    ),
+    "tiny": LLaDAMoEArgs(dim=32, n_layers=2, n_heads=4, hidden_dim=16, vocab_size=64, n_experts=4, experts_per_token=2),
 }

@@ -5,8 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from launching import run_script
-from sharded_context import DOCUMENTS, LAYOUTS, OPTIONS, configuration, numbers, options_of
 from torch.distributed import destroy_process_group, is_initialized
 from torchtitan.distributed.utils import init_fake_mode
 
@@ -19,6 +17,7 @@ from memdlm_dist.models.llada import LLaDA
 from memdlm_dist.performance.bench_steps import Bench
 from memdlm_dist.training import run
 from memdlm_dist.training.backbone import layout_of, model_on_meta
+from tests.workers.sharded_context import DOCUMENTS, LAYOUTS, OPTIONS, configuration, numbers, options_of
 
 # Two layouts add up the same numbers in another order: float32 rounding (8e-7 is seen).
 TOLERANCE = 1e-5
@@ -27,9 +26,10 @@ METHOD = "--parallelism.context_parallel_method"
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(tmp_path_factory, pools):
     root = tmp_path_factory.mktemp("context")
-    run_script("tests/sharded_context.py", str(root))
+    for name, (processes, _, _) in LAYOUTS.items():
+        pools(processes).call("tests.workers.sharded_context:find", str(root), name)
     return {name: torch.load(root / f"{name}.pt") for name in LAYOUTS}
 
 
@@ -88,7 +88,7 @@ def test_ring_attention_is_torchs_without_load_balancing(many_ranks):
     from torch.distributed.tensor.experimental._attention import _cp_options
 
     config = configuration(CONTEXT, "8", METHOD, "ring", "--parallelism.context_parallel_rotate_method", "alltoall")
-    args = replace(FLAVOURS["tiny"], n_kv_heads=2)  # fewer heads than ranks
+    args = replace(FLAVOURS["many_heads"], n_kv_heads=2)  # fewer heads than ranks
     model = model_on_meta(config, args, layout_of(config, many_ranks))
     for block in model.layers.values():
         kernel = block.attention.inner_attention

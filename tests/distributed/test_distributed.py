@@ -3,10 +3,11 @@
 import json
 
 import pytest
-from launching import ROOT, debug, from_one_seed, launch, run_many, scalars
 from torch.distributed.checkpoint import FileSystemReader
 
 from memdlm_dist.data.prepare import Request, prepare
+from tests.support.launching import debug, from_one_seed, launch, run_many, scalars
+from tests.support.zygote import ROOT
 
 STEPS = 2
 TRACKED = (
@@ -88,7 +89,7 @@ def results(done):
 def pack(folder):
     """The functions of this suite's files as documents, most of them shorter than a row."""
     rows = [
-        {"text": text} for path in sorted(ROOT.glob("tests/test_*.py")) for text in path.read_text().split("\n\n\n")
+        {"text": text} for path in sorted(ROOT.glob("tests/*/test_*.py")) for text in path.read_text().split("\n\n\n")
     ]
     folder.mkdir()
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows[:300])))

@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from launching import debug, from_one_seed, run_many, scalars
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
 
 from memdlm_dist.data.sequences import Sequence
@@ -14,6 +13,7 @@ from memdlm_dist.data.shards import ShardWriter, read_card
 from memdlm_dist.method import trajectory
 from memdlm_dist.method.trajectory import Plan
 from memdlm_dist.training.metrics import HARDWARE_FLOPS
+from tests.support.launching import debug, from_one_seed, run_many, scalars
 
 LENGTH = 32
 LOCAL = "--training.local_batch_size"

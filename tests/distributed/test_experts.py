@@ -4,8 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from launching import run_script
-from sharded_experts import LAYOUTS, options_of
 from torchtitan.models.moe.moe import GroupedExperts
 
 from memdlm_dist.method.bilevel import Memory, outer_loss
@@ -16,6 +14,7 @@ from memdlm_dist.method.trajectory import Plan
 from memdlm_dist.models import flavours, llada_moe
 from memdlm_dist.models.llada_moe import AdaptableExperts, LLaDAMoE, LLaDAMoEArgs
 from memdlm_dist.training.objective import Objective
+from tests.workers.sharded_experts import LAYOUTS, options_of
 
 # Two layouts add up the same numbers in another order: float32 rounding, of quantities of order 1 (4e-6 is seen).
 TOLERANCE = 1e-5
@@ -25,9 +24,10 @@ ARGS = LLaDAMoEArgs(
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(tmp_path_factory, pools):
     root = tmp_path_factory.mktemp("experts")
-    run_script("tests/sharded_experts.py", str(root))
+    for layout, (processes, _, _) in LAYOUTS.items():
+        pools(processes).call("tests.workers.sharded_experts:find", str(root), layout)
     return {layout: torch.load(root / f"{layout}.pt") for layout in LAYOUTS}
 
 

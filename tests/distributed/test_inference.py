@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reading import BOLD, LAYOUTS, PROMPTS, arguments_of
 
 from memdlm_dist.config import parse_config
 from memdlm_dist.errors import UserError
@@ -14,6 +13,7 @@ from memdlm_dist.inference.sampler import Decoding, finished
 from memdlm_dist.inference.trained_model import TrainedModel
 from memdlm_dist.method import fast_weights
 from memdlm_dist.models.flavours import LLADA as FLAVOURS
+from tests.workers.reading import BOLD, LAYOUTS, PROMPTS, arguments_of
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from launching import debug, from_one_seed, run_many, scalars
+
+from tests.support.launching import debug, from_one_seed, run_many, scalars
 
 STEPS = 20
 # What 20 steps make of adding up the same numbers in another order (2e-7 is seen in the loss, 2e-6 in the norm).

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import run_many, scalars
 from safetensors.torch import load_file
-from test_hugging_face import RECIPES, contents
 
 from memdlm_dist.checkpoint.catalogue import read_metadata
 from memdlm_dist.config import parse_config
 from memdlm_dist.inference.trained_model import TrainedModel
+from tests.support.launching import run_many, scalars
+from tests.support.published import RECIPES, contents
 from tools import convert_checkpoint, generate, random_weights
 
 TOKENIZER = "tests/assets/debug/tokenizer"

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from launching import debug, run_many, scalars
+
+from tests.support.launching import debug, run_many, scalars
 
 LOCAL, GLOBAL = "--training.local_batch_size", "--training.global_batch_size"
 TP, CP = "--parallelism.tensor_parallel_degree", "--parallelism.context_parallel_degree"

@@ -1,10 +1,8 @@
 """Our step against the straightforward one on sharded models: the same numbers, with plain training's communication."""
 
-import json
-
 import pytest
-from launching import run_script
-from sharded_step import COMPILATIONS, COMPILED, LAYOUTS, builds
+
+from tests.workers.sharded_step import COMPILATIONS, COMPILED, LAYOUTS, builds, layout_of
 
 # float64 leaves rounding of sums; float32 adds up the same numbers in another order (1e-6 is seen); bfloat16 carries
 # 8 bits, though the same products are seen to give the same here.
@@ -18,19 +16,18 @@ def steps(layouts):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    return _run(tmp_path_factory, *LAYOUTS)
+def results(pools):
+    return find(pools, *LAYOUTS)
 
 
 @pytest.fixture(scope="module")
-def slow_results(tmp_path_factory):
-    return _run(tmp_path_factory, SLOW)
+def slow_results(pools):
+    return find(pools, SLOW)
 
 
-def _run(tmp_path_factory, *layouts):
-    root = tmp_path_factory.mktemp("sharded")
-    run_script("tests/sharded_step.py", str(root), *layouts)
-    return {layout: json.loads((root / f"{layout}.json").read_text()) for layout in layouts}
+def find(pools, *parts):
+    processes = {part: LAYOUTS[layout_of(part)][0] for part in parts}
+    return {part: pools(processes[part]).call("tests.workers.sharded_step:find", part) for part in parts}
 
 
 @pytest.fixture

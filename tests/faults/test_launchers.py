@@ -11,7 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import ROOT, debug, run_many, run_script, scalars
+
+from tests.support.launching import debug, run_many, run_module, scalars
+from tests.support.ranks import free_port
+from tests.support.zygote import ROOT
 
 SCRIPTS = ["launch/train.sh", "launch/multinode.sh", "launch/slurm.sbatch", "launch/setup.sh", "launch/quickstart.sh"]
 LOSS = "loss_metrics/global_avg_loss"
@@ -80,20 +83,14 @@ def _descendants(process: int) -> list[int]:
     return [found for child in map(int, children) for found in (*_descendants(child), child)]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 NODES = ["--training.steps", "12", "--lr_scheduler.total_steps", "12"]
 
 
 def with_faults(folder: Path, faults: list[dict]) -> None:
-    """Copies of the launch scripts that start tests/faults.py instead of the module."""
+    """Copy the launch scripts, with tests/support/faults.py in place of the module that they start."""
     for script in ("train.sh", "multinode.sh"):
         text = (ROOT / "launch" / script).read_text()
-        text = text.replace("-m memdlm_dist.train", f"tests/faults.py '{json.dumps(faults)}'")
+        text = text.replace("-m memdlm_dist.train", f"-m tests.support.faults '{json.dumps(faults)}'")
         (folder / script).write_text(text.replace('$(dirname "${BASH_SOURCE[0]}")/..', str(ROOT)))
 
 
@@ -160,7 +157,7 @@ def test_two_nodes_of_which_one_is_asked_to_stop_or_killed(tmp_path):
 
 @pytest.mark.slow
 def test_the_soak_finds_no_difference():
-    assert ", 0 mismatches." in run_script("tests/soak.py", "--minutes", "1", "--seed", "1")
+    assert ", 0 mismatches." in run_module("tests.workers.soak", "--minutes", "1", "--seed", "1")
 
 
 @pytest.mark.slow

@@ -254,7 +254,7 @@ def test_through_the_launcher(root, tmp_path):
 
 def test_a_mistake_that_only_another_rank_meets_is_said_too(root):
     command = ["-m", "memdlm_dist.runtime.launcher", "--nproc-per-node=2", "--local-ranks-filter=0", "--tee=3"]
-    rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "tests/one_rank_fails.py"]
+    rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "tests.workers.one_rank_fails"]
     done = subprocess.run([sys.executable, *command, *rendezvous], cwd=root, capture_output=True, text=True)
     assert done.returncode == EXIT_STATUS
     assert "error on local rank 1: The configuration file no/such.toml does not exist" in done.stderr

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from launching import debug, run_many, scalars
-from object_store import BUCKET, object_store
 
 from memdlm_dist.data import shared_memory
 from memdlm_dist.data.dataset import TokenDataset
 from memdlm_dist.errors import UserError
 from memdlm_dist.runtime import storage
+from tests.support.launching import debug, run_many, scalars
+from tests.support.object_store import BUCKET, object_store
 
 LOSS = "loss_metrics/global_avg_loss"
 COMMON = [

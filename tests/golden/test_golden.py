@@ -7,9 +7,9 @@ import json
 import shutil
 
 import pytest
-from computed_fixture import write_fixture
 from safetensors.torch import load_file, save_file
 
+from tests.support.computed_fixture import write_fixture
 from tools import check_golden
 
 CASES = (

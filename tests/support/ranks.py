@@ -9,9 +9,6 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-import torch
-import torch.distributed as dist
-
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -27,6 +24,9 @@ def fork(world_size: int, body: Callable[[int], int]) -> int:
 
 def fork_group(world_size: int, body: Callable[[], None]) -> int:
     """Run `body()` in forked ranks of one gloo process group; returns the exit status, as `fork` does."""
+
+    import torch  # not above: the zygote's clients need no torch
+    import torch.distributed as dist
 
     def rank(_: int) -> int:
         torch.set_num_threads(1)

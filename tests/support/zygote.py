@@ -36,9 +36,11 @@ TIMEOUT = 500
 IMPORTS = (
     "memdlm_dist.train", "memdlm_dist.inference.trained_model", "memdlm_dist.evaluation.exposure",
     "memdlm_dist.performance.bench_steps", "tests.workers.run_many", "tests.workers.reading",
-    "tests.workers.sharded_step", "tests.workers.sharded_experts", "tests.workers.sharded_context", "tests.workers.soak",
+    "tests.workers.sharded_step", "tests.workers.sharded_experts", "tests.workers.sharded_context",
+    "tests.workers.soak",
     # Imported on first use otherwise.
-    "s3fs", "torch._dynamo.backends.distributed", "torch._dynamo.backends.inductor", "torch._dynamo.backends.cudagraphs",
+    "s3fs", "torch._dynamo.backends.distributed", "torch._dynamo.backends.inductor",
+    "torch._dynamo.backends.cudagraphs",
     "torch._dynamo.backends.onnxrt", "torch._dynamo.backends.tensorrt", "torch._dynamo.backends.torchxla",
     "torch._dynamo.backends.tvm", "torch.export._trace", "torch.fx.experimental.validator",
     "torch._subclasses.schema_check_mode", "torch.profiler._cupti_monitor", "torch.utils.serialization.config",

@@ -3,17 +3,17 @@
 import json
 
 import pytest
-from launching import run_script
 
 from memdlm_dist.errors import EXIT_STATUS
+from tests.support.launching import run_module
 from tools import bench
 
 
 @pytest.mark.slow
 def test_bench_writes_what_it_measures(tmp_path):
     result, profile = tmp_path / "new/bench.json", tmp_path / "profile.txt"
-    out = run_script(
-        "tools/bench.py", "train_configs/debug.toml", "--processes", "2", "--rounds", "2", "--warm-up", "1",
+    out = run_module(
+        "tools.bench", "train_configs/debug.toml", "--processes", "2", "--rounds", "2", "--warm-up", "1",
         "--layers", "3", "--json", str(result), "--profile", str(profile), "--training.local_batch_size", "2",
     )  # fmt: skip
     assert "step, median (s)" in out and "data-parallel all-gathers" in out and str(result) in out
@@ -37,8 +37,8 @@ def test_bench_writes_what_it_measures(tmp_path):
 @pytest.mark.slow
 def test_bench_sweeps_over_lengths(tmp_path):
     result = tmp_path / "lengths.json"
-    out = run_script(
-        "tools/bench.py", "train_configs/debug.toml", "--processes", "2", "--rounds", "1", "--warm-up", "1",
+    out = run_module(
+        "tools.bench", "train_configs/debug.toml", "--processes", "2", "--rounds", "1", "--warm-up", "1",
         "--lengths", "64", "128", "--json", str(result), "--parallelism.context_parallel_degree", "2",
     )  # fmt: skip
     assert "tokens of a row" in out

@@ -5,10 +5,10 @@ import shutil
 from itertools import chain, combinations
 
 import pytest
-from launching import debug
 
 from memdlm_dist import train
 from memdlm_dist.checkpoint.catalogue import superfluous
+from tests.support.launching import debug
 from tools import checkpoints
 
 

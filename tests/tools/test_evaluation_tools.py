@@ -7,9 +7,6 @@ import sys
 
 import pytest
 import torch
-from launching import ROOT
-from reading import BOLD, arguments_of
-from test_needle import SMALL
 
 from memdlm_dist.config import parse_config
 from memdlm_dist.evaluation.exposure import Row, measure, row_of
@@ -17,6 +14,9 @@ from memdlm_dist.evaluation.harness import main as harness_command
 from memdlm_dist.inference.trained_model import TrainedModel
 from memdlm_dist.method import trajectory
 from memdlm_dist.method.trajectory import IGNORE_INDEX
+from tests.support.needles import SMALL
+from tests.support.zygote import ROOT
+from tests.workers.reading import BOLD, arguments_of
 from tools import evaluate, exposure_bias, generate
 
 SIZES = [f"--{name.replace('_', '-')}={value}" for name, value in vars(SMALL).items()]
@@ -195,9 +195,8 @@ def harness(trained, *arguments, ranks=1):
     keys = ["config=train_configs/debug.toml", f"checkpoint={trained}/run/checkpoint", "memory=on", "model.flavor=tiny",
             "parametric_memory.layer_fraction=0.5", f"parallelism.tensor_parallel_degree={ranks}"]  # fmt: skip
     runner = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"] if ranks > 1 else []
-    program = ROOT / "tests/harness_on_tiny.py"
     return subprocess.run(
-        [sys.executable, *runner, str(program), "--model_args", ",".join(keys), *arguments],
+        [sys.executable, *runner, "-m", "memdlm_dist.evaluation.harness", "--model_args", ",".join(keys), *arguments],
         capture_output=True, text=True, cwd=ROOT, timeout=500,
     )  # fmt: skip
 

@@ -4,17 +4,15 @@ import json
 import re
 
 import pytest
-from launching import ROOT
 
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError
 from memdlm_dist.evaluation.haystack import Haystack, belongs
-from memdlm_dist.evaluation.needle import PEOPLE, PLACES, TASKS, THINGS, Needles, Sample, Sizes
+from memdlm_dist.evaluation.needle import PEOPLE, PLACES, TASKS, THINGS, Needles, Sample
+from tests.support.needles import SMALL
+from tests.support.zygote import ROOT
 from tools import needle_data
 
-SMALL = Sizes(
-    values=2, distractors=1, digits=4, hops=2, letters=3, common=2, repeats=6, rare_repeats=1, facts=5, words=5
-)
 LENGTHS = (400, 700)
 TOKENIZER = str(ROOT / "tests/assets/debug/tokenizer")
 

@@ -5,8 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from sharded_context import configuration, micro_batches
-from test_bilevel import ARGS, MASK_ID, build, double, gradients, memory, objective
 from torch.distributed import destroy_process_group, is_initialized
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torchtitan.distributed.utils import init_fake_mode
@@ -21,6 +19,8 @@ from memdlm_dist.models.flops import step_flops
 from memdlm_dist.models.llada_moe import LLaDAMoE, LLaDAMoEArgs
 from memdlm_dist.performance.bench_steps import Bench
 from memdlm_dist.training.validator import even_levels
+from tests.support.bilevel import ARGS, MASK_ID, build, double, gradients, memory, objective
+from tests.workers.sharded_context import configuration, micro_batches
 
 LENGTH = 24
 SIZES = [[7, 10, 5], [24], [1, 20], [3, 4, 5, 12]]  # of documents; the first and the third row have a fill

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_bilevel import ARGS, build, data, memory, objective
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from torchtitan.config.job_config import ActivationCheckpoint
@@ -14,6 +13,7 @@ from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 from memdlm_dist.method.bilevel import outer_loss
 from memdlm_dist.models.flops import Recomputation, step_flops
 from memdlm_dist.models.llada_moe import LLaDAMoE, LLaDAMoEArgs
+from tests.support.bilevel import ARGS, build, data, memory, objective
 
 
 class Flops(TorchDispatchMode):

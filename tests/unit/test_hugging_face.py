@@ -15,20 +15,13 @@ from memdlm_dist.config import parse_config
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import state_dict_adapters as names
 from memdlm_dist.training.backbone import adapter_of
+from tests.support.published import RECIPES, contents
 from tools import convert_checkpoint, random_weights
 
-RECIPES = {"llada": "train_configs/llada_8b_longalpaca.toml", "llada_moe": "train_configs/llada_moe_7b_longalpaca.toml"}
 PLAIN = [
     "--model.flavor", "debug", "--model.hf_assets_path", "tests/assets/debug/tokenizer",
     "--training.mixed_precision_param", "float32", "--checkpoint.initial_load_path", "",
 ]  # fmt: skip
-
-
-def contents(folder):
-    tensors = {}
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        tensors |= load_file(file)
-    return tensors
 
 
 @pytest.fixture(scope="module", params=RECIPES)

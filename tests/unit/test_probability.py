@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_bilevel import build, memory, objective
 
 from memdlm_dist.method import fast_weights
 from memdlm_dist.method.bilevel import outer_loss
+from tests.support.bilevel import build, memory, objective
 
 
 def rows(count, length=16, first=0):

@@ -1,9 +1,9 @@
-import naive
 import pytest
 import torch
 
 from memdlm_dist.method import keyed_random
 from memdlm_dist.method.keyed_random import Stream
+from tests.oracles import naive
 
 
 @pytest.mark.parametrize("seed, step, sample_id", [(0, 0, 0), (7, 12, 123_456_789), (2**31, 10**6, 2**40)])

@@ -2,11 +2,9 @@
 
 from dataclasses import fields
 
-import naive
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_bilevel import double, gradients, scaled_model
 
 from memdlm_dist.method.bilevel import Memory, outer_loss
 from memdlm_dist.method.fast_weights import ADAPTERS
@@ -16,6 +14,8 @@ from memdlm_dist.method.trajectory import IGNORE_INDEX, SUPERVISION, TRAJECTORIE
 from memdlm_dist.models.linears import GROUPS
 from memdlm_dist.models.llada import LLaDAArgs
 from memdlm_dist.training.objective import Objective
+from tests.oracles import naive
+from tests.support.bilevel import double, gradients, scaled_model
 
 LENGTH, MASK_ID = 12, 22
 ARGS = LLaDAArgs(dim=16, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=24, vocab_size=23, max_seq_len=LENGTH)

@@ -1,7 +1,6 @@
 import itertools
 from dataclasses import replace
 
-import naive
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,6 +9,7 @@ from memdlm_dist.method import trajectory
 from memdlm_dist.method.diffusion import SMALLEST_LEVEL, level_from_uniform, noise_at
 from memdlm_dist.method.micro_batch import gather_scored, micro_batch
 from memdlm_dist.method.trajectory import Draw, Plan, State, anchor_state
+from tests.oracles import naive
 
 LENGTH, MASK_ID = 48, 127
 

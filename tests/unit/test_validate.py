@@ -2,13 +2,13 @@ import json
 
 import pytest
 import torch
-from launching import debug, scalars
-from test_bilevel import data, memory, objective
 
 from memdlm_dist import train
 from memdlm_dist.training.memory_dependence import MemoryDependence
 from memdlm_dist.training.validation_history import HISTORY_FILE, LOSSES
 from memdlm_dist.training.validation_summary import summary_table
+from tests.support.bilevel import data, memory, objective
+from tests.support.launching import debug, scalars
 
 
 def write(tmp_path, *rows):

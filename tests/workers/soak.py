@@ -39,11 +39,10 @@ ARGUMENTS = [
 
 def worker(folder: Path, arguments: list[str]) -> int:
     """One rank, which writes down what it draws and, rank 0, each step's loss."""
-    from tests.workers.run_many import record
-
     from memdlm_dist import train
     from memdlm_dist.runtime import preemption
     from memdlm_dist.training.metrics import MemDLMMetrics
+    from tests.workers.run_many import record
 
     rank = int(os.environ["RANK"])
     record(str(folder), rank)
@@ -71,8 +70,8 @@ class Run:
         self.log = open(observed / "log", "wb")  # noqa: SIM115
         command = [
             sys.executable, "-m", "memdlm_dist.runtime.launcher", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d",
-            "--rdzv-endpoint=localhost:0", "--role=rank", "--tee=3", "-m", "tests.workers.soak", "--worker", str(observed),
-            *ARGUMENTS, "--job.dump_folder", str(out),
+            "--rdzv-endpoint=localhost:0", "--role=rank", "--tee=3", "-m", "tests.workers.soak", "--worker",
+            str(observed), *ARGUMENTS, "--job.dump_folder", str(out),
         ]  # fmt: skip
         self.process = subprocess.Popen(
             command, cwd=ROOT, stdout=self.log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}
