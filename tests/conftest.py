@@ -1,24 +1,65 @@
-"""Shared fixtures. Importing memdlm_dist first prepares torchtitan for machines without an accelerator."""
+"""Session set-up, shared fixtures, and how pytest-xdist deals out the files."""
 
+import gc
 import logging
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from memdlm_dist.runtime import cpu
+from tests.support import zygote
 
-cpu.prepare()
+# Files that run together in one worker: one process pool, or one trained model. Every other file is a group of its own.
+GROUPS = {
+    "test_sharded_step": "pool", "test_experts": "pool", "test_context": "pool",
+    "test_inference": "trained", "test_evaluation_tools": "trained",
+}  # fmt: skip
+# Dealt out in this order, the longest first; the rest follow, and the short unit tests fill up the end.
+FIRST = ("test_distributed", "pool", "test_resume", "test_faults", "test_mistakes", "trained", "test_recipes")
 
-ROOT = Path(__file__).parent.parent
-# The oracles and helpers beside the tests, and the tools, which are scripts.
-sys.path[:0] = [str(ROOT / "tests")]
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the zygote where the session begins; prepare the machine where tests run."""
+    worker, distributed = hasattr(config, "workerinput"), config.option.dist != "no" and not config.option.collectonly
+    if not worker and not config.option.collectonly:
+        session = zygote.zygote()
+        session.__enter__()
+        config.add_cleanup(lambda: session.__exit__(None, None, None))
+    if worker or not distributed:
+        from memdlm_dist.runtime import cpu  # not above: the controller of the workers needs no torch
+
+        cpu.prepare()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep each file in one worker: its module fixtures start processes."""
+
+    def group_of(item: pytest.Item) -> str:
+        return GROUPS.get(item.path.stem, item.path.stem)
+
+    def rank(item: pytest.Item) -> int:
+        group = group_of(item)
+        return FIRST.index(group) if group in FIRST else len(FIRST) + ("unit" in item.path.parts)
+
+    items.sort(key=rank)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group_of(item)))
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # collections leave alone what is imported
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
     """The suite runs several processes on few cores."""
+    import torch
+
     torch.set_num_threads(1)
 
 
@@ -31,14 +72,31 @@ def no_stale_log_handlers():
 
 @pytest.fixture
 def root() -> Path:
-    return ROOT
+    return zygote.ROOT
+
+
+@pytest.fixture(scope="session")
+def pools():
+    """Gloo ranks by world size, which stay for the whole session: `pools(4).call("module:function", ...)`."""
+    made: dict[int, zygote.RankPool] = {}
+
+    def pool(processes: int) -> zygote.RankPool:
+        return made.setdefault(processes, zygote.RankPool(processes))
+
+    yield pool
+    for each in made.values():
+        each.close()
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """A small model, trained for two steps, and what reading.py found on every layout."""
-    from launching import run_script
+    """A small model, trained for two steps, and what workers/reading.py found on every layout."""
+    from tests.support.launching import run_many
+    from tests.workers import reading
 
     folder = tmp_path_factory.mktemp("trained")
-    run_script("tests/reading.py", str(folder))
+    run_many([(1, reading.training(folder))])
+    for name, (processes, _) in reading.LAYOUTS.items():
+        status, output = zygote.run(processes, "tests.workers.reading:read_rank", folder, name)
+        assert status == 0, output
     return folder

@@ -23,6 +23,8 @@ LLADA = {
     # One layer of trunk and one of tail, where every operation counts; and three of trunk with a tail of two.
     "tiny": LLaDAArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=64, vocab_size=512),
     "sharded": LLaDAArgs(dim=32, n_layers=5, n_heads=4, n_kv_heads=2, hidden_dim=64, vocab_size=512),
+    # Four context-parallel ranks fit, with one key-value head for the two query heads of each.
+    "many_heads": LLaDAArgs(dim=32, n_layers=3, n_heads=8, n_kv_heads=4, hidden_dim=48, vocab_size=64),
 }
 
 LLADA_MOE = {
@@ -31,4 +33,6 @@ LLADA_MOE = {
     "debug": LLaDAMoEArgs(
         dim=64, n_layers=4, n_heads=8, hidden_dim=32, vocab_size=512, n_experts=8, experts_per_token=2
     ),
+    # One layer of trunk and one of tail, where every operation counts; two experts for each of two ranks.
+    "tiny": LLaDAMoEArgs(dim=32, n_layers=2, n_heads=4, hidden_dim=16, vocab_size=64, n_experts=4, experts_per_token=2),
 }

@@ -1,0 +1,1 @@
+"""Layouts, resumption and recipes on several ranks over gloo."""

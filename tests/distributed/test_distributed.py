@@ -1,0 +1,342 @@
+"""Layouts, checkpoints and TensorBoard through the real entry point, on gloo."""
+
+import json
+
+import pytest
+from torch.distributed.checkpoint import FileSystemReader
+
+from memdlm_dist.data.prepare import Request, prepare
+from tests.support.launching import debug, from_one_seed, launch, run_many, scalars
+from tests.support.zygote import ROOT
+
+STEPS = 2
+TRACKED = (
+    "loss_metrics/global_avg_loss",
+    "grad_norm",
+    "parametric_memory/inner_loss_step_1",
+    "parametric_memory/inner_loss_step_2",
+    "parametric_memory/inner_grad_norm_step_1",
+    "parametric_memory/inner_grad_norm_step_2",
+    "parametric_memory/fast_weight_norm",
+    "diffusion/mask_ratio",
+    "validation/loss_memory_off",
+    "validation/loss_memory_on",
+)
+# All layouts add up the same numbers in another order: float32 rounding (about 5e-7 is seen), and one
+# optimizer step that amplifies it.
+TOLERANCE = 1e-5
+
+TP, CP = "--parallelism.tensor_parallel_degree", "--parallelism.context_parallel_degree"
+LOCAL = "--training.local_batch_size"
+AC = "--activation_checkpoint.mode"
+# name -> (processes, arguments); every one has a global batch of 4. More layouts, over more steps, are in
+# test_invariance.py.
+LAYOUTS = {
+    "single": (1, [LOCAL, "4"]),
+    "fsdp2": (2, [LOCAL, "2"]),
+    "tp2": (2, [LOCAL, "4", TP, "2"]),
+    "operator-checkpointing": (2, [LOCAL, "2", AC, "selective", "--activation_checkpoint.selective_ac_option", "op"]),
+    "fsdp2-tp2-accumulation": (4, [LOCAL, "1", TP, "2"]),
+    "fsdp2-cp2": (4, [LOCAL, "2", CP, "2"]),
+}
+# On packed rows; compilation sees masks and positions as arguments of its graphs.
+PACKED = {
+    "packed": (1, [LOCAL, "4"]),
+    "packed-fsdp2-cp2": (4, [LOCAL, "2", CP, "2"]),
+    "packed-compiled-cp2": (2, [LOCAL, "4", CP, "2", "--compile.enable", "--compile.backend", "aot_eager"]),
+}
+COMMON = ["--model.flavor", "tiny", "--training.steps", str(STEPS), "--training.global_batch_size", "4"]
+VALIDATED = ("single", "fsdp2", "tp2", "fsdp2-cp2", "packed", "packed-fsdp2-cp2")
+# bfloat16 carries 8 bits; one rounding is 0.4%, and they add up over the layers.
+BFLOAT16 = {"fsdp2-bfloat16": (2, [LOCAL, "2"]), "fsdp2-tp2-bfloat16": (4, [LOCAL, "2", TP, "2"])}
+BFLOAT16_TOLERANCE = 0.03
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """All runs of this file but the slow ones, for one start of Python: their folder."""
+    root = tmp_path_factory.mktemp("runs")
+    run_many([*layout_runs(root), *option_runs(root, SINGLE_RUNS + SOME_RUNS), *continued_runs(root)])
+    return root
+
+
+def layout_runs(root):
+    """Two steps from one seed checkpoint, on every layout."""
+    seed, common = from_one_seed(root, *COMMON)
+    # All 41 held-out sequences: a number that no layout divides into batches.
+    validation = ["--validation.enable", "--validation.local_batch_size", "4", "--validation.steps", "-1"]
+    data = ["--data.train", str(root / "data/train"), "--data.validation", str(root / "data/heldout")]
+    pack(root / "data")
+    everything = {
+        **LAYOUTS,
+        **{name: (n, [*args, "--training.mixed_precision_param", "bfloat16"]) for name, (n, args) in BFLOAT16.items()},
+        **{name: (n, [*args, *data]) for name, (n, args) in PACKED.items()},
+    }
+    return [
+        seed,
+        *(
+            (n, debug(root / name, *common, *args, *(validation if name in VALIDATED else ())))
+            for name, (n, args) in everything.items()
+        ),
+    ]
+
+
+@pytest.fixture(scope="module")
+def results(done):
+    return {name: scalars(done / name) for name in LAYOUTS | BFLOAT16 | PACKED}
+
+
+def pack(folder):
+    """The functions of this suite's files as documents, most of them shorter than a row."""
+    rows = [
+        {"text": text} for path in sorted(ROOT.glob("tests/*/test_*.py")) for text in path.read_text().split("\n\n\n")
+    ]
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows[:300])))
+    found = prepare(
+        Request(
+            folder,
+            128,
+            (str(folder / "rows.jsonl"),),
+            "tests/assets/debug/tokenizer",
+            pack_documents=True,
+            held_out=0.2,
+        ),
+        report=print,
+    )
+    assert found.packing["heldout"].most_documents > 1 < found.packing["train"].most_documents
+
+
+def relative_difference(ours, theirs):
+    return max(abs(ours[step] - theirs[step]) / abs(theirs[step]) for step in theirs)
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "single"])
+def test_every_layout_takes_the_same_step(results, layout):
+    reference = results["single"]
+    assert set(reference["grad_norm"]) == {1, 2} and set(reference["validation/loss_memory_on"]) == {0, 2}
+    for name in TRACKED:
+        if name.startswith("validation") and layout not in VALIDATED:
+            continue
+        ours, theirs = results[layout][name], reference[name]
+        assert set(ours) == set(theirs)
+        assert relative_difference(ours, theirs) < TOLERANCE, f"{name}: {ours} against {theirs}"
+
+
+@pytest.mark.parametrize("layout", [name for name in PACKED if name != "packed"])
+def test_packed_rows_take_the_same_step(results, layout):
+    for name in TRACKED:
+        if name.startswith("validation") and layout not in VALIDATED:
+            continue
+        assert relative_difference(results[layout][name], results["packed"][name]) < TOLERANCE, name
+    assert results["packed"]["validation/loss_memory_on"][0] < results["packed"]["validation/loss_memory_off"][0]
+
+
+def test_scalars_count_a_context_parallel_group_once(results):
+    for name in ("n_tokens_seen", "parametric_memory/hardware_flops_ratio", "loss_metrics/global_max_loss"):
+        ours, theirs = results["fsdp2-cp2"][name], results["fsdp2"][name]
+        assert relative_difference(ours, theirs) < (0.05 if "flops" in name else TOLERANCE), name
+    assert results["fsdp2-cp2"]["n_tokens_seen"] == {1: 4 * 128, 2: 8 * 128}
+
+
+@pytest.mark.slow
+def test_inductor_takes_the_same_step(tmp_path):
+    """The options below are compiled without it: it takes half a minute."""
+    seed, common = from_one_seed(tmp_path, *COMMON)
+    compiled = debug(tmp_path / "compiled", *common, LOCAL, "2", "--compile.enable")
+    run_many([seed, (1, debug(tmp_path / "single", *common, LOCAL, "4")), (2, compiled)])
+    ours, theirs = scalars(tmp_path / "compiled"), scalars(tmp_path / "single")
+    for name in TRACKED[:7]:
+        assert relative_difference(ours[name], theirs[name]) < TOLERANCE, name
+
+
+@pytest.mark.parametrize("layout", BFLOAT16)
+def test_mixed_precision_stays_close(results, layout):
+    for name in TRACKED[:4]:
+        assert relative_difference(results[layout][name], results["single"][name]) < BFLOAT16_TOLERANCE, name
+
+
+def test_throughput_is_by_plain_training_and_the_memorys_share_is_said(results):
+    """tflops and MFU go by torchtitan's model FLOPs, which know nothing of the inner loop."""
+    dim, layers, hidden, vocabulary, length = 32, 2, 64, 512, 128
+    parameters = layers * (3 * dim * dim + 3 * dim * hidden + 2 * dim) + dim + dim * vocabulary
+    flops = 6 * parameters + 12 * layers * dim * length
+    found = results["single"]
+    for step in (1, 2):
+        assert found["tflops"][step] / found["throughput(tps)"][step] == pytest.approx(flops / 1e12, rel=1e-5)
+        # One of two layers is trunk: with the pre-anchor through it, and two inner steps through the other.
+        assert 1.5 < found["parametric_memory/hardware_flops_ratio"][step] < 2.5
+
+
+def test_the_layouts_are_not_trivially_equal(results):
+    """The memory acts and the model moves, or the tests above would show nothing."""
+    one = results["single"]
+    assert one["parametric_memory/fast_weight_norm"][1] > 1e-3
+    assert one["validation/loss_memory_on"][0] < one["validation/loss_memory_off"][0]
+    assert one["validation/loss_memory_off"][2] < one["validation/loss_memory_off"][0]
+    assert one["parametric_memory/skipped_updates"] == {1: 0, 2: 0}
+
+
+# The options of the inner loop, each at least once, on the layouts in which they run different code.
+MEMORY = "--parametric_memory."
+OPTIONS = {
+    "kl-progressive-global": {"inner_loss": "kl", "trajectory": "progressive", "gradient_norm": "global"},
+    "reverse_kl-newly_revealed-3": {
+        "inner_loss": "reverse_kl", "supervision": "newly_revealed", "inner_steps": "3",
+        "target_modules": "ffn,attention",
+    },
+    "hidden_mse-anchor_only-full": {
+        "inner_loss": "hidden_mse", "trajectory": "anchor_only", "adapter": "full", "target_modules": "ffn,attention",
+    },
+    "hidden_cosine-pre_anchor_only": {
+        "inner_loss": "hidden_cosine", "trajectory": "pre_anchor_only", "student_hidden": "post_final_norm",
+        "inner_steps": "1", "target_modules": "q,o",
+    },
+    "batch": {"granularity": "batch", "adapter": "full", "target_modules": "ffn,attention"},
+}  # fmt: skip
+OPTION_LAYOUTS = {
+    "single": LAYOUTS["single"],
+    # Every block recomputed in the backward pass, and every group of parameters freed after its forward pass.
+    "fsdp2": (2, [LOCAL, "2", AC, "full", "--parallelism.fsdp_reshard_after_forward", "always"]),
+    "tp2": LAYOUTS["tp2"],
+    "tp2-no-loss-parallel": (2, [LOCAL, "4", TP, "2", "--parallelism.disable_loss_parallel"]),
+    "compiled": (2, [LOCAL, "2", "--compile.enable", "--compile.backend", "aot_eager"]),
+}
+# One set for a whole local batch depends on the local batch: only layouts with the same one are the same.
+# Compilation takes seconds; two of the sets hold what a compiled block sees of the options.
+LEFT_OUT = {
+    "batch": ("fsdp2", "compiled"),
+    "kl-progressive-global": ("compiled",),
+    "reverse_kl-newly_revealed-3": ("compiled",),
+}
+OPTION_RUNS = [
+    (options, layout) for options in OPTIONS for layout in OPTION_LAYOUTS if layout not in LEFT_OUT.get(options, ())
+]
+
+
+# Every set of options and every layout; the other pairs, which test_sharded_step.py covers below the trainer, are slow.
+SOME_RUNS = (
+    ("kl-progressive-global", "tp2-no-loss-parallel"),
+    ("reverse_kl-newly_revealed-3", "fsdp2"),
+    ("hidden_mse-anchor_only-full", "tp2"),
+    ("hidden_mse-anchor_only-full", "compiled"),
+    ("hidden_cosine-pre_anchor_only", "tp2-no-loss-parallel"),
+    ("batch", "tp2"),
+)
+
+
+SINGLE_RUNS = tuple((name, "single") for name in OPTIONS)
+
+
+def option_runs(root, chosen_runs):
+    seed, common = from_one_seed(root / "options", *COMMON)
+    runs = [seed]
+    for name, layout in chosen_runs:
+        processes, arguments = OPTION_LAYOUTS[layout]
+        chosen = [part for key, value in OPTIONS[name].items() for part in (MEMORY + key, value)]
+        runs.append((processes, debug(root / "options" / name / layout, *common, *arguments, *chosen)))
+    return runs
+
+
+@pytest.fixture(scope="module")
+def options(done):
+    return {run: scalars(done / "options" / run[0] / run[1]) for run in SINGLE_RUNS + SOME_RUNS}
+
+
+@pytest.fixture(scope="module")
+def more_options(tmp_path_factory):
+    root, more = tmp_path_factory.mktemp("more"), [run for run in OPTION_RUNS if run not in SINGLE_RUNS + SOME_RUNS]
+    run_many(option_runs(root, more))
+    return {run: scalars(root / "options" / run[0] / run[1]) for run in more}
+
+
+@pytest.mark.parametrize(
+    "name, layout",
+    [
+        pytest.param(*run, marks=() if run in SOME_RUNS else pytest.mark.slow)
+        for run in OPTION_RUNS
+        if run[1] != "single"
+    ],
+)
+def test_every_option_is_the_same_on_every_layout(request, options, name, layout):
+    found = options if (name, layout) in SOME_RUNS else request.getfixturevalue("more_options")
+    ours, theirs = found[name, layout], options[name, "single"]
+    tracked = [key for key in theirs if key.startswith("parametric_memory/inner")]
+    steps = {"kl-progressive-global": 2, "reverse_kl-newly_revealed-3": 3, "batch": 2}.get(name, 1)
+    assert len(tracked) == 2 * steps
+    for key in (*tracked, "loss_metrics/global_avg_loss", "grad_norm", "parametric_memory/fast_weight_norm"):
+        assert set(ours[key]) == set(theirs[key]) == {1, 2}
+        assert relative_difference(ours[key], theirs[key]) < TOLERANCE, f"{key}: {ours[key]} against {theirs[key]}"
+
+
+def continued_runs(root):
+    """Steps with memory, without and with again in one folder, and the reverse."""
+    save = ["--checkpoint.enable", "--checkpoint.interval", "3", LOCAL, "2"]
+    off = ["--parametric_memory.no_enable"]
+    runs = [
+        debug(root / "on", *save, "--training.steps", "3"),
+        debug(root / "on", *save, "--training.steps", "4", *off),
+        debug(root / "on", *save, "--training.steps", "5"),
+        debug(root / "off", *save, *off, "--training.steps", "3"),
+        debug(root / "off", *save, "--training.steps", "4"),
+    ]
+    return [(2, run) for run in runs]
+
+
+@pytest.fixture(scope="module")
+def continued(done):
+    return done
+
+
+def test_memory_can_be_switched_between_runs(continued):
+    on, off = scalars(continued / "on"), scalars(continued / "off")
+    assert set(on["loss_metrics/global_avg_loss"]) == {1, 2, 3, 4, 5}
+    assert set(on["parametric_memory/inner_loss_step_1"]) == {1, 2, 3, 5}
+    assert set(off["parametric_memory/inner_loss_step_1"]) == {4}
+
+
+@pytest.mark.slow
+def test_compiled_blocks_take_every_pass(tmp_path):
+    """With and without gradient, students and teachers, two batch sizes: more graphs than torch allows by default."""
+    compiled = debug(
+        tmp_path, "--compile.enable", "--compile.backend", "aot_eager", AC, "full", LOCAL, "2",
+        MEMORY + "inner_loss", "kl", MEMORY + "layer_fraction", "0.5", MEMORY + "start_step", "2", "--training.steps",
+        "3", "--validation.enable", "--validation.local_batch_size", "3", "--validation.steps", "1",
+    )  # fmt: skip
+    run_many([(1, compiled)])
+    found = scalars(tmp_path)
+    assert set(found["loss_metrics/global_avg_loss"]) == {1, 2, 3}
+    assert set(found["parametric_memory/inner_loss_step_1"]) == {2, 3}
+    assert set(found["validation/loss_memory_on"]) == {0, 3}
+
+
+def test_fast_weights_are_never_saved(continued):
+    with_memory, without = (
+        set(FileSystemReader(continued / name / "checkpoint/step-3").read_metadata().state_dict_metadata)
+        for name in ("on", "off")
+    )
+    assert with_memory == without
+
+
+def test_as_a_user_starts_it(tmp_path):
+    """launch/train.sh on two processes, with everything on: console, TensorBoard, files."""
+    out = launch(
+        2, tmp_path, "--training.steps", "4",
+        "--checkpoint.enable", "--validation.enable", "--validation.freq", "2", "--validation.steps", "1",
+        "--metrics.log_freq", "2",
+    )  # fmt: skip
+    step_lines = [line for line in out.splitlines() if " step:  " in line]
+    assert len(step_lines) == 3, "one line a logged step, from rank 0 alone"  # steps 1, 2 and 4
+    assert all(" inner loss: " in line and " -> " in line for line in step_lines)
+    assert "held-out loss" in out and "start (step      0)" in out and "end   (step      4)" in out
+    found = scalars(tmp_path)
+    assert {*TRACKED, "parametric_memory/hardware_flops_ratio", "mfu(%)"} <= set(found)
+    assert set(found["parametric_memory/inner_loss_step_1"]) == {1, 2, 4}
+    assert set(found["validation/loss_memory_off"]) == {0, 2, 4}
+    history = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in history] == [0, 2, 4]
+    assert (tmp_path / "checkpoint/step-4/.metadata").is_file()
+
+    same = ["--training.steps", "4", "--training.global_batch_size", "8", "--checkpoint.enable", "--validation.enable"]
+    (again,) = run_many([(1, debug(tmp_path, *same))])
+    assert "This run is complete: its checkpoint is at step 4" in again and " step:  " not in again

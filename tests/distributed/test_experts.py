@@ -1,0 +1,174 @@
+"""The mixture of experts: the same numbers on every layout, and its fast weights for each sequence."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torchtitan.models.moe.moe import GroupedExperts
+
+from memdlm_dist.method.bilevel import Memory, outer_loss
+from memdlm_dist.method.fast_weights import LowRank, leaves, map_leaves, select
+from memdlm_dist.method.inner_loss import inner_loss
+from memdlm_dist.method.inner_sgd import InnerSGD
+from memdlm_dist.method.trajectory import Plan
+from memdlm_dist.models import flavours, llada_moe
+from memdlm_dist.models.llada_moe import AdaptableExperts, LLaDAMoE, LLaDAMoEArgs
+from memdlm_dist.training.objective import Objective
+from tests.workers.sharded_experts import LAYOUTS, options_of
+
+# Two layouts add up the same numbers in another order: float32 rounding, of quantities of order 1 (4e-6 is seen).
+TOLERANCE = 1e-5
+ARGS = LLaDAMoEArgs(
+    dim=32, n_layers=3, n_heads=4, hidden_dim=16, vocab_size=61, n_experts=4, experts_per_token=2, max_seq_len=24
+)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, pools):
+    root = tmp_path_factory.mktemp("experts")
+    for layout, (processes, _, _) in LAYOUTS.items():
+        pools(processes).call("tests.workers.sharded_experts:find", str(root), layout)
+    return {layout: torch.load(root / f"{layout}.pt") for layout in LAYOUTS}
+
+
+STEPS = [(layout, options) for layout in LAYOUTS if not layout.startswith("one") for options in options_of(layout)]
+
+
+@pytest.mark.parametrize("layout, options", STEPS)
+def test_a_layout_gives_the_single_process_loss_and_gradients(results, layout, options):
+    ours = results[layout][options]
+    # A set of fast weights for each micro-batch: the ranks' own, or those of an expert-parallel group together.
+    single = results["one-twice" if LAYOUTS[layout][2] == 2 else "one"][options]
+    assert ours.keys() == single.keys()
+    for name, theirs in single.items():
+        if name != "load":
+            assert (ours[name] - theirs).abs().max() <= TOLERANCE * theirs.abs().max(), name
+    # Checkpointed layers count twice.
+    assert torch.equal(ours["load"] / ours["load"].sum(), single["load"] / single["load"].sum())
+    assert single["written"].min() > 0.01 and all(x.abs().max() > 0 for x in single.values())
+
+
+def test_a_rank_reads_its_part_of_the_weights(results):
+    """Of Hugging Face's folder, by DCP's reader; what a layout replicates (routers, norms) every rank reads."""
+    total = results["one"]["read"]
+    own = (x for name, x in results["one"]["lora"].items() if "weight" in name or "experts" in name)
+    assert total == sum(x.numel() for x in own)
+    for layout, (ranks, _, _) in LAYOUTS.items():
+        assert results[layout]["read"] < total * (1 / ranks + 0.02), layout
+
+
+def test_experts_are_gathered_no_more_often_than_in_plain_training(results):
+    """Embedding, two layers and head; with expert parallelism a layer's experts are a group of their own. What is
+    below the memory (embedding and the lower layer) is gathered again in the backward pass, and nothing else."""
+    found = {layout: {kind: int(n) for kind, n in results[layout]["gathers"].items()} for layout in LAYOUTS}
+    assert found["fsdp2"] == {"plain": 4 + 3, "ours": 4 + 2}
+    assert found["fsdp2-ep2"] == {"plain": 6 + 5, "ours": 6 + 3}
+
+
+def test_the_sets_matter(results):
+    """Otherwise the comparisons above could not tell whose fast weights were used."""
+    one, twice = (results[layout]["lora"]["loss"] for layout in ("one", "one-twice"))
+    assert abs(one - twice) > 1e-3 * one
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = LLaDAMoE(ARGS)
+    with torch.no_grad():
+        model.init_weights()
+        for parameter in model.parameters():
+            parameter.mul_(3)  # so that attention and router are not flat
+    return model.double()
+
+
+@pytest.mark.parametrize("adapter, norm", [("lora", "per_parameter"), ("full", "global")])
+@pytest.mark.parametrize("filled", [False, True], ids=["loop", "filled up"])
+def test_a_sequence_has_its_own_fast_weights_in_every_expert(model, monkeypatch, adapter, norm, filled):
+    """Three sequences together are the three alone; also where groups are filled up for grouped products."""
+    if filled:
+        # A grouped product by the loop, which is told of the same groups.
+        monkeypatch.setattr(llada_moe, "_grouped", lambda counts: filled_loop(counts))
+        for mixture in model.mixtures()[1:]:
+            monkeypatch.setattr(mixture.experts, "use_grouped_mm", True)
+    memory = Memory(
+        1, ARGS.adapted_linears(1, ["ffn"]), adapter, 4, 8.0,
+        inner_loss("cross_entropy", "pre_final_norm", "post_final_norm"), InnerSGD(0.3, 1.0, norm), per_sample=True,
+    )  # fmt: skip
+    objective = Objective(60, Plan(), memory, seed=0, shards=1, shard=0)
+    tokens = torch.randint(0, 60, (3, 24), generator=torch.Generator().manual_seed(2))
+    ids = torch.tensor([5, 9, 2])
+
+    def step(rows):
+        batch = objective.micro_batch(tokens[rows], tokens[rows], ids[rows], 1)
+        fast = map_leaves(lambda x: x.double(), memory.draw(0, 1, ids[rows]))
+        written = []
+        model.zero_grad()
+        loss, inner = outer_loss(model, batch, memory, fast, on_adapted=written.append)
+        loss.backward()
+        return loss.detach(), inner, [p.grad.clone() for p in model.parameters()], written[0]
+
+    loss, inner, gradients, fast = step([0, 1, 2])
+    alone = [step([row]) for row in range(3)]
+    torch.testing.assert_close(loss, sum(x[0] for x in alone))
+    torch.testing.assert_close(inner.loss_KG, torch.cat([x[1].loss_KG for x in alone], 1))
+    torch.testing.assert_close(inner.grad_norm_KG, torch.cat([x[1].grad_norm_KG for x in alone], 1))
+    assert inner.written_norm_G.min() > 0.1
+    for together, *each in zip(gradients, *(x[2] for x in alone), strict=True):
+        torch.testing.assert_close(together, sum(each))
+    for row in range(3):
+        for mine, theirs in zip(leaves(select(fast, [row], 3)), leaves(alone[row][3]), strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+
+def filled_loop(counts):
+    assert (counts % 8 == 0).all() and (counts > 0).all()
+    return llada_moe._loop(counts)
+
+
+def test_the_grouped_product_computes_what_the_loop_does():
+    """In bfloat16, which is what it computes in; groups of one expert and sequence, some of them empty."""
+    torch.manual_seed(1)
+    experts = AdaptableExperts(32, 16, 4, use_grouped_mm=False)
+    with torch.no_grad():
+        experts.init_weights(0.2)
+    experts.add_adapters(["w1", "w2"], rank=8, scale=2.0, dtype=torch.float32)
+    for name, parameter in experts.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    counts_EG = torch.tensor([[3, 9], [0, 8], [1, 0], [17, 2]])
+    x = torch.randn(40, 32, requires_grad=True)
+    # Two sets for each of four experts.
+    fast = {
+        linear.target: LowRank.start(linear, 8, 16.0, torch.arange(8), None)
+        for linear in replace(ARGS, n_layers=1).adapted_linears(0, ["ffn"])
+    }
+    fast = {target: x._replace(B_GoR=torch.randn_like(x.B_GoR) * 0.3) for target, x in fast.items()}
+    found = []
+    for grouped in (False, True):
+        experts.use_grouped_mm = grouped
+        y = experts(x, counts_EG.sum(1), fast=fast, counts_EG=counts_EG)
+        found.append((y, *torch.autograd.grad(y.square().sum(), [x, *experts.parameters()])))
+    for loop, grouped in zip(*found, strict=True):
+        assert (loop - grouped).norm() < 0.02 * loop.norm()
+
+
+def test_experts_without_fast_weights_are_torchtitans(model):
+    """The loop over groups gives what torchtitan's own loop gives."""
+    experts = model.mixtures()[0].experts
+    x = torch.randn(12, 32, dtype=torch.float64)
+    counts = torch.tensor([3, 0, 5, 4])
+    torch.testing.assert_close(experts(x, counts, fast={}), GroupedExperts.forward(experts, x, counts))
+
+
+def test_sizes_of_the_published_model():
+    args = flavours.LLADA_MOE["7B-A1B"]
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in LLaDAMoE(replace(args, max_seq_len=16)).parameters())
+    # 7B, of which 1B for each token: embedding and head, attention, router, 8 of 64 experts.
+    assert parameters == 7_356_880_896
+    linears = args.adapted_linears(14, ["ffn"])
+    assert [x.target for x in linears] == ["gate", "up", "down"] * 2 and {x.layer for x in linears} == {"14", "15"}
+    numbers = [x.number + e for x in args.adapted_linears(0, ["ffn"]) for e in range(x.experts)]
+    assert len(set(numbers)) == 16 * 3 * 64
+    assert not set(numbers) & {x.number for x in args.adapted_linears(0, ["attention"])}

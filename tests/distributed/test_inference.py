@@ -1,0 +1,175 @@
+"""A trained model as it is read: on any layout, in any batch, with the memory and without a trace of it."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from memdlm_dist.config import parse_config
+from memdlm_dist.errors import UserError
+from memdlm_dist.inference.sampler import Decoding, finished
+from memdlm_dist.inference.trained_model import TrainedModel
+from memdlm_dist.method import fast_weights
+from memdlm_dist.models.flavours import LLADA as FLAVOURS
+from tests.workers.reading import BOLD, LAYOUTS, PROMPTS, arguments_of
+
+
+@pytest.fixture(scope="module")
+def folder(trained):
+    return trained
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    found = TrainedModel(parse_config.parse([*arguments_of(folder), *BOLD]))
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def prompts(model):
+    return model.tokenizer.encode_plain(PROMPTS)
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
+def test_every_layout_reads_alike(folder, layout):
+    one, other = (json.loads((folder / f"{name}.json").read_text()) for name in ("one", layout))
+    for key, expected in one.items():
+        if key.startswith("losses"):
+            # The same numbers added in another order, in float32.
+            torch.testing.assert_close(torch.tensor(other[key]), torch.tensor(expected), rtol=1e-5, atol=1e-5)
+        else:
+            assert other[key] == expected, key
+    assert one["memory True, temperature 0.0"] != one["memory True, temperature 1.0"]
+
+
+def logits_of(model, prompts, fast=None):
+    start = model.canvas(prompts, 3)
+    return model.logits(start.tokens_BL, start.open_BL, start.attended_BL, fast)
+
+
+def test_a_row_is_read_as_if_it_were_alone(model, prompts):
+    """Whatever stands beside it, and however much fill is behind it."""
+    together = logits_of(model, prompts).unflatten(0, (len(prompts), 3))
+    for row, prompt in enumerate(prompts):
+        torch.testing.assert_close(together[row], logits_of(model, [prompt]), rtol=0, atol=1e-5)
+
+
+def test_a_prompt_is_remembered_as_if_it_were_alone(model, prompts):
+    ids = [11, 12, 13, 14, 15, 16]
+    together = model.remember(prompts, ids=ids).fast
+    for row, prompt in enumerate(prompts):
+        alone = model.remember([prompt], ids=ids[row : row + 1]).fast
+        for x, y in zip(fast_weights.leaves(together), fast_weights.leaves(alone), strict=True):
+            torch.testing.assert_close(x[row], y[0], rtol=0, atol=1e-6)
+    chosen = fast_weights.select(together, [2, 0, 2], len(prompts))
+    for x, y in zip(fast_weights.leaves(chosen), fast_weights.leaves(together), strict=True):
+        assert torch.equal(x, y[[2, 0, 2]])
+
+
+def test_the_memory_is_written_and_leaves_no_trace(model, prompts):
+    before = {name: x.clone() for name, x in model.model.state_dict().items()}
+    off = logits_of(model, prompts)
+    remembered = model.remember(prompts)
+    on = logits_of(model, prompts, remembered.fast)
+    assert remembered.seconds > 0
+    changed = (on - off).abs().unflatten(0, (len(prompts), 3)).amax((1, 2))
+    written = torch.tensor([bool(prompt) for prompt in prompts])
+    assert (changed[written] > 1e-4).all() and (changed[~written] == 0).all()  # an empty prompt writes nothing
+    assert torch.equal(logits_of(model, prompts), off)
+    after = model.model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert not model.model.training and all(p.grad is None for p in model.model.parameters())
+
+
+def test_the_inner_loop_lowers_the_loss_on_its_prompt(model, prompts):
+    """What was written helps to predict the prompt itself: the fast weights have been read, and by their own row."""
+    prompts = [prompt for prompt in prompts if len(prompt) > 3]
+    start = model.canvas(prompts, 0)
+    target_BL = start.attended_BL & (torch.arange(start.tokens_BL.shape[1]) % 2 == 0)
+    noisy_BL = torch.where(target_BL, model.mask_id, start.tokens_BL)
+
+    def loss(fast):
+        return model.nll(noisy_BL, target_BL, start.tokens_BL, start.attended_BL, fast)
+
+    fast = model.remember(prompts).fast
+    swapped = fast_weights.select(fast, list(range(len(prompts)))[::-1], len(prompts))
+    assert loss(fast).sum() < loss(None).sum()
+    assert not torch.allclose(loss(fast), loss(swapped))
+
+
+def test_nll_is_that_of_the_logits(model, prompts):
+    start = model.canvas(prompts, 3)
+    clean_BL = torch.where(start.open_BL, torch.arange(start.tokens_BL.shape[1]) + 20, start.tokens_BL)
+    found = model.nll(start.tokens_BL, start.open_BL, clean_BL, start.attended_BL)
+    logits = model.logits(start.tokens_BL, start.open_BL, start.attended_BL)
+    expected = torch.nn.functional.cross_entropy(logits, clean_BL[start.open_BL], reduction="none")
+    torch.testing.assert_close(found, expected.unflatten(0, (len(prompts), 3)).sum(1).double(), rtol=1e-5, atol=1e-5)
+
+
+def test_infilling_keeps_what_is_given(model):
+    (prompt,) = model.tokenizer.encode_plain(["def read(self):"])
+    holes = [*prompt[:1], model.mask_id, *prompt[2:], model.mask_id]
+    for memory in (None, model.remember([holes]).fast):
+        start = model.canvas([holes], 2)
+        tokens_BL = finished(model.denoise(start, Decoding(2), memory), start)
+        kept = [i for i, token in enumerate(holes) if token != model.mask_id]
+        assert [tokens_BL[0, i].item() for i in kept] == [holes[i] for i in kept]
+        assert (tokens_BL != model.mask_id).all()
+
+
+def test_a_context_beyond_training_is_read(model):
+    long = [5] * (model.trained_length + 9)
+    assert logits_of(model, [long]).isfinite().all()
+
+
+def test_spread_is_in_order_and_whole(model):
+    done = []
+    found = model.spread(list("abcdefg"), 3, lambda batch, ids: [f"{x}{i}" for x, i in zip(batch, ids)], done.append)  # noqa: B905
+    assert found == ["a0", "b1", "c2", "d3", "e4", "f5", "g6"] and done == [3, 3, 1]
+
+
+def test_a_backbone_that_predicts_the_next_token(model, folder, monkeypatch):
+    """Its targets are read one position earlier; the first token has none."""
+    monkeypatch.setitem(FLAVOURS, "tiny", replace(FLAVOURS["tiny"], shifted=True))
+    shifted = TrainedModel(parse_config.parse(arguments_of(folder)))
+    prompts = [[5, 6, 7], [8, 9]]
+    start = model.canvas(prompts, 2)
+    target_BL = torch.zeros_like(start.open_BL)
+    target_BL[0, 3:5] = target_BL[1, 2] = True
+    earlier_BL = target_BL.roll(-1, 1)
+    found = shifted.logits(start.tokens_BL, target_BL, start.attended_BL)
+    assert torch.equal(found, model.logits(start.tokens_BL, earlier_BL, start.attended_BL))
+    assert shifted.remember(prompts).seconds > 0
+    with pytest.raises(UserError, match="first one cannot be"):
+        shifted.logits(start.tokens_BL, torch.ones_like(target_BL), start.attended_BL)
+
+
+def test_checkpoints_that_cannot_be_read_are_named(model, folder, tmp_path):
+    with pytest.raises(UserError, match=f"no checkpoint that can be used in {tmp_path}"):
+        model.load(str(tmp_path))
+    good = folder / "run/checkpoint"
+    shutil.copytree(good / "step-2", tmp_path / "step-2")
+    (shard,) = (tmp_path / "step-2").glob("*.distcp")
+    content = bytearray(shard.read_bytes())
+    before = {name: x.clone() for name, x in model.model.state_dict().items()}
+    try:
+        with pytest.raises(UserError, match="corrupt: a checksum is wrong"):
+            for start in range(0, len(content), 997):  # somewhere among the weights, past the optimizer's state
+                content[start] ^= 1
+            shard.write_bytes(content)
+            model.load(str(tmp_path))
+        (tmp_path / "step-2/.metadata").unlink()
+        with pytest.raises(UserError, match="step-2 is incomplete"):
+            model.load(str(tmp_path))
+    finally:
+        model.load(str(good))
+    assert all(torch.equal(x, before[name]) for name, x in model.model.state_dict().items())
+
+
+def test_a_checkpoint_of_another_model_is_named(folder):
+    arguments = [*arguments_of(folder), "--model.flavor", "debug"]
+    with pytest.raises(UserError, match="is of another model"):
+        TrainedModel(parse_config.parse(arguments))

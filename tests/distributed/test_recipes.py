@@ -1,0 +1,210 @@
+"""Both recipes from published weights to published weights, on two ranks, with a model of debug size."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from memdlm_dist.checkpoint.catalogue import read_metadata
+from memdlm_dist.config import parse_config
+from memdlm_dist.inference.trained_model import TrainedModel
+from tests.support.launching import run_many, scalars
+from tests.support.published import RECIPES, contents
+from tools import convert_checkpoint, generate, random_weights
+
+TOKENIZER = "tests/assets/debug/tokenizer"
+SMALL = [
+    "--model.flavor", "debug", "--model.hf_assets_path", TOKENIZER, "--data.train", "tests/assets/debug/train",
+    "--data.validation", "tests/assets/debug/heldout", "--validation.steps", "1", "--training.seq_len", "128",
+    "--training.steps", "3", "--training.global_batch_size", "4", "--training.local_batch_size", "1",
+    "--training.mixed_precision_param", "float32", "--optimizer.implementation", "foreach", "--optimizer.lr", "0.02",
+    "--lr_scheduler.warmup_steps", "1", "--checkpoint.interval", "2", "--checkpoint.async_mode", "disabled",
+    "--compile.no-enable", "--parametric_memory.rank", "8", "--metrics.log_freq", "1",
+]  # fmt: skip
+EXPORT = ["--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only"]
+POOLED = ["--parallelism.expert_parallel_degree", "2", "--parametric_memory.granularity", "batch"]
+
+
+def arguments_of(root, name, run="run"):
+    return [
+        "--job.config_file", RECIPES[name], *SMALL, "--job.dump_folder", str(root / run),
+        "--checkpoint.initial_load_path", str(root / "weights"),
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Each recipe's folder: weights made by the tool, and runs that start from them."""
+    roots = {name: tmp_path_factory.mktemp(name) for name in RECIPES}
+    runs = []
+    for name, root in roots.items():
+        recipe, *rest = arguments_of(root, name)[1:]
+        assert random_weights.main([recipe, "--output", str(root / "weights"), "--dtype", "float32", *rest]) == 0
+        runs.append((2, arguments_of(root, name)))
+    # The last step again, from what the run saved before it, on another layout; and again on the first one.
+    root = roots["llada"]
+    last_step = [
+        *arguments_of(root, "llada", "exported"), *EXPORT, "--checkpoint.no-initial_load_in_hf",
+        "--checkpoint.initial_load_path", str(root / "run/checkpoint/step-2"),
+        "--checkpoint.no-initial_load_model_only", "--validation.no-enable",
+    ]  # fmt: skip
+    runs += [(2, [*last_step, "--parallelism.tensor_parallel_degree", "2"]), (2, last_step)]
+    root = roots["llada_moe"]
+    # From a checkpoint of the plain model, which is the same weights.
+    recipe, *rest = arguments_of(root, "llada_moe")[1:]
+    base = ["--input", str(root / "weights"), "--output", str(root / "base")]
+    assert convert_checkpoint.main(["from-hf", recipe, *base, *rest]) == 0
+    adapters = [
+        "--lora.export", "adapter", "--validation.no-enable", "--checkpoint.no-initial_load_in_hf",
+        "--checkpoint.initial_load_path", str(root / "base"),
+    ]  # fmt: skip
+    runs.append((2, [*arguments_of(root, "llada_moe", "exported"), *POOLED, *EXPORT]))
+    runs.append((2, [*arguments_of(root, "llada_moe", "adapters"), *POOLED, *EXPORT, *adapters]))
+    run_many(runs)
+    return roots
+
+
+@pytest.fixture(params=RECIPES)
+def run(request, trained):
+    return request.param, trained[request.param]
+
+
+def read(root, name, checkpoint):
+    return TrainedModel(parse_config.parse(arguments_of(root, name)), str(checkpoint))
+
+
+def logits(model, tokens):
+    return model.logits(tokens, torch.ones_like(tokens).bool(), torch.ones_like(tokens).bool())
+
+
+def test_training_changes_the_adapters_alone(run):
+    name, root = run
+    base = contents(root / "weights")
+    model = read(root, name, root / "run/checkpoint")
+    state = model.model.state_dict()
+    adapters = {key: x for key, x in state.items() if "lora_" in key}
+    frozen = model._adapter.to_hf({key: x for key, x in state.items() if "lora_" not in key})
+    assert frozen.keys() == base.keys() and all(torch.equal(x, base[key]) for key, x in frozen.items())
+    # B starts at zero.
+    assert adapters and all(x.abs().max() > 0 for x in adapters.values())
+    linears = 4 * 7 if name == "llada" else 4 * (4 + 3)
+    assert len(adapters) == 2 * linears
+    # AdamW keeps nothing of the base.
+    saved = read_metadata(str(root / "run/checkpoint/step-3")).state_dict_metadata
+    moments = [key for key in saved if key.endswith(".exp_avg")]
+    assert len(moments) == len(adapters) and all("lora_" in key for key in moments)
+    model.close()
+
+
+def test_adapters_train_alike_on_another_layout(trained):
+    """The third step under tensor parallelism, from the checkpoint that FSDP2 saved: adapters, moments and all."""
+    root = trained["llada"]
+    theirs, ours = scalars(root / "run"), scalars(root / "exported")
+    for name in ("loss_metrics/global_avg_loss", "grad_norm", "parametric_memory/inner_loss_step_2"):
+        assert sorted(ours[name]) == [3]
+        assert ours[name][3] == pytest.approx(theirs[name][3], rel=1e-5), name
+    # The step was taken twice, and nothing was overwritten. AdamW makes rounding larger where gradients are small.
+    first, second = (contents(root / f"exported/checkpoint/step-3{end}") for end in (".replaced-1", ""))
+    for key, x in first.items():
+        torch.testing.assert_close(x, second[key], rtol=0, atol=1e-3)
+
+
+def test_load_balance_in_tensorboard(trained):
+    """On two ranks with checkpointed layers: of the global batch."""
+    for run in ("run", "exported"):
+        curves = scalars(trained["llada_moe"] / run)
+        for name, (low, high) in {"largest_load": (1, 8), "unused": (0, 0.75), "load_entropy": (0.2, 1)}.items():
+            assert sorted(curves[f"experts/{name}"]) == [1, 2, 3]
+            assert all(low <= value <= high for value in curves[f"experts/{name}"].values())
+        # The first step's routing does not depend on how the experts are spread.
+    first, spread = (scalars(trained["llada_moe"] / run)["experts/load_entropy"][1] for run in ("run", "exported"))
+    assert first == pytest.approx(spread, abs=1e-6)
+    assert not any(name.startswith("experts/") for name in scalars(trained["llada"] / "run"))
+
+
+def test_the_last_save_is_a_published_folder_with_the_adapters_merged(run):
+    _, root = run
+    folder = root / "exported/checkpoint/step-3"
+    found = {path.name for path in folder.iterdir()}
+    assert {"config.json", "tokenizer.json", "model.safetensors.index.json", "run.json"} <= found
+    assert "sharded" not in found
+    base, ours = contents(root / "weights"), contents(folder)
+    assert {key: x.shape for key, x in base.items()} == {key: x.shape for key, x in ours.items()}
+    changed = {key for key, x in ours.items() if not torch.equal(x, base[key])}
+    adapted = ("q_proj", "attn_out", "ff_proj", "up_proj", "k_proj", "v_proj", "o_proj", "down_proj", "gate_proj")
+    expected = {
+        key for key in base if key.split(".")[-2] in adapted or (".blocks." in key and key.endswith(".ff_out.weight"))
+    }
+    # An expert that no token went to has learned nothing.
+    assert changed <= expected and all(".experts." in key for key in expected - changed)
+
+
+def test_what_is_merged_under_expert_parallelism(trained):
+    """The same run exported in two ways: the model is the published one and the adapters, expert by expert."""
+    root = trained["llada_moe"]
+    base, merged = contents(root / "weights"), contents(root / "exported/checkpoint/step-3")
+    adapters = load_file(root / "adapters/checkpoint/step-3/adapter_model.safetensors")
+    for key, weight in base.items():
+        A = adapters.get(f"base_model.model.{key.removesuffix('.weight')}.lora_A.weight")
+        if A is not None:
+            weight = weight + 2.0 * adapters[f"base_model.model.{key.removesuffix('.weight')}.lora_B.weight"] @ A
+        torch.testing.assert_close(merged[key], weight, rtol=0, atol=1e-6)
+
+
+def test_merged_equals_unmerged(run, tmp_path):
+    """The exported model computes what base and adapters do, read by the same configuration."""
+    name, root = run
+    recipe, *rest = arguments_of(root, name)[1:]
+    assert convert_checkpoint.main(["to-hf", recipe, "--output", str(tmp_path / "merged"), *rest]) == 0
+    tokens = torch.randint(0, 500, (2, 16), generator=torch.Generator().manual_seed(0))
+    model = read(root, name, root / "run/checkpoint")
+    unmerged = logits(model, tokens)
+    model.load(str(tmp_path / "merged"))
+    # float32 rounding of W x + B A x against (W + B A) x.
+    torch.testing.assert_close(logits(model, tokens), unmerged, rtol=0, atol=2e-5)
+    model.load(str(root / "weights"))
+    assert (logits(model, tokens) - unmerged).abs().max() > 0.01
+    model.close()
+
+
+def test_the_adapters_alone_in_pefts_layout(run, tmp_path):
+    name, root = run
+    recipe, *rest = arguments_of(root, name)[1:]
+    assert convert_checkpoint.main(["to-hf", recipe, "--adapter", "--output", str(tmp_path / "peft"), *rest]) == 0
+    base = contents(root / "weights")
+    saved = root / "adapters/checkpoint/step-3"
+    for folder in (tmp_path / "peft", *([saved] if name == "llada_moe" else [])):
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["peft_type"] == "LORA" and (config["r"], config["lora_alpha"]) == (32, 64.0)
+        tensors = load_file(folder / "adapter_model.safetensors")
+        largest = 0.0
+        for module in config["target_modules"]:
+            A, B = (tensors.pop(f"base_model.model.{module}.lora_{letter}.weight") for letter in "AB")
+            assert A.shape[0] == B.shape[1] == 32 and (B @ A).shape == base[f"{module}.weight"].shape
+            largest = max(largest, B.abs().max().item())
+        assert not tensors and largest > 0
+        assert not list(folder.glob("model*"))
+
+
+def test_generate_from_the_exported_folder(run, capsys):
+    name, root = run
+    recipe, *rest = arguments_of(root, name, "exported")[1:]
+    folder = str(root / "exported/checkpoint/step-3")  # the newest of the run
+    made = [recipe, "--prompt", "def read", "--new-tokens", "4", "--json", "--memory", "on"]
+    assert generate.main([*made, *rest]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["steps"] == 4 and found["memory"] == "on" and found["checkpoint"] == folder
+
+
+def test_recipes_are_what_the_paper_trains():
+    for path in RECIPES.values():
+        config = parse_config.parse(["--job.config_file", path])
+        memory, lora = config.parametric_memory, config.lora
+        assert (memory.rank, memory.alpha, memory.layer_fraction, memory.learning_rate) == (32, 64.0, 0.1, 0.1)
+        assert (memory.inner_steps, memory.gradient_clip, memory.pre_anchor_scale) == (2, 1.0, 1.5)
+        assert (lora.rank, lora.alpha, config.optimizer.lr, config.training.seq_len) == (32, 64.0, 2e-5, 4096)
+        assert config.lr_scheduler.warmup_steps == config.training.steps // 10
+        assert config.lr_scheduler.decay_type == "cosine" and config.checkpoint.initial_load_in_hf
+        assert Path(path).is_file()

@@ -1,0 +1,1 @@
+"""Failures, signals, launch scripts and mistakes of users."""

@@ -1,0 +1,187 @@
+"""The launch scripts with real processes: restarts, signals, several nodes, and a stand-in for Slurm."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.launching import debug, run_many, run_module, scalars
+from tests.support.ranks import free_port
+from tests.support.zygote import ROOT
+
+SCRIPTS = ["launch/train.sh", "launch/multinode.sh", "launch/slurm.sbatch", "launch/setup.sh", "launch/quickstart.sh"]
+LOSS = "loss_metrics/global_avg_loss"
+COMMON = ["--training.local_batch_size", "2", "--checkpoint.enable", "--checkpoint.interval", "5"]
+TIMEOUT = 180
+
+
+def test_scripts_pass_shellcheck():
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    done = subprocess.run([shellcheck, *SCRIPTS, "tests/run.sh", ".ci/run"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    "variables, says",
+    [
+        ({}, "NNODES must be a number of nodes, or MIN:MAX, but is ''"),
+        ({"NNODES": "2"}, "RDZV_ENDPOINT must be HOST:PORT, the same on all nodes, but is ''"),
+        ({"NNODES": "2", "RDZV_ENDPOINT": "a:1", "NODE_RANK": "x"}, "NODE_RANK must be a number from 0"),
+    ],
+)
+def test_mistakes_on_several_nodes(variables, says):
+    done = subprocess.run(
+        ["bash", "launch/multinode.sh", "train_configs/debug.toml"],
+        cwd=ROOT, env=os.environ | variables, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and says in done.stderr
+    done = subprocess.run(["bash", "launch/slurm.sbatch"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "name a configuration" in done.stderr
+
+
+class Launched:
+    """A launch script in a process group of its own, its output in a file."""
+
+    def __init__(self, log: Path, script: str, *arguments: str, **variables: str):
+        self.log = log
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+        with log.open("a") as file:
+            self.process = subprocess.Popen(
+                ["bash", script, *arguments], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def text(self) -> str:
+        return self.log.read_text()
+
+    def until(self, pattern: str) -> None:
+        """Wait for something in the output."""
+        deadline = time.monotonic() + TIMEOUT
+        while not re.search(pattern, self.text()):
+            assert time.monotonic() < deadline and self.process.poll() is None, self.text()[-5000:]
+            time.sleep(0.1)
+
+    def status(self) -> int:
+        return self.process.wait(TIMEOUT)
+
+    def kill(self) -> None:
+        """The agent and its ranks, at once, as when a node goes down."""
+        for child in [*_descendants(self.process.pid), self.process.pid]:
+            os.kill(child, signal.SIGKILL)
+        self.process.wait()
+
+
+def _descendants(process: int) -> list[int]:
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [found for child in map(int, children) for found in (*_descendants(child), child)]
+
+
+NODES = ["--training.steps", "12", "--lr_scheduler.total_steps", "12"]
+
+
+def with_faults(folder: Path, faults: list[dict]) -> None:
+    """Copy the launch scripts, with tests/support/faults.py in place of the module that they start."""
+    for script in ("train.sh", "multinode.sh"):
+        text = (ROOT / "launch" / script).read_text()
+        text = text.replace("-m memdlm_dist.train", f"-m tests.support.faults '{json.dumps(faults)}'")
+        (folder / script).write_text(text.replace('$(dirname "${BASH_SOURCE[0]}")/..', str(ROOT)))
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_started_again_and_a_signal_ends_it(tmp_path):
+    """kill -9 of a rank in mid-step under --max-restarts; then SIGTERM to the launcher; then on to the end."""
+    out = tmp_path / "out"
+    config, *arguments = debug(out, *COMMON, *NODES)[1:]
+    killed = {"do": "SIGKILL", "at": "step", "step": 8, "rank": 1, "once": str(tmp_path / "killed")}
+    with_faults(tmp_path, [killed, *({"do": "sleep", "at": "step", "step": step} for step in (11, 12))])
+    run = Launched(tmp_path / "log", str(tmp_path / "train.sh"), config, "--max-restarts=1", "--", *arguments, NGPU="2")
+    run.until(r"step: 10 ")
+    run.process.send_signal(signal.SIGTERM)
+    assert run.status() == 75, run.text()[-5000:]
+    text = run.text()
+    assert "failed (exitcode: -9) local_rank: 1" in text and "Traceback" not in text
+    assert re.search(r"lost another rank while taking step 8 \(.*\); see what the rank that ended first says", text)
+    assert re.search(r"Loading the checkpoint \S+step-5\.", text) and re.search(r"Stopped after step 1\d, saved", text)
+    assert not re.search(r"step: +12 ", text)
+    run_many([(2, debug(out, *COMMON, *NODES)), (2, debug(tmp_path / "straight", *COMMON, *NODES))])
+    assert scalars(out)[LOSS] == scalars(tmp_path / "straight")[LOSS]
+
+
+@pytest.mark.slow
+def test_two_nodes_of_which_one_is_asked_to_stop_or_killed(tmp_path):
+    """Two agents on loopback, one rank each. One is signalled: both stop. One goes down in mid-run and comes back."""
+    config, *arguments = debug(tmp_path / "out", *COMMON, *NODES)[1:]
+    hang = {"do": "hang", "at": "step", "step": 8, "rank": 1, "once": str(tmp_path / "hung")}
+    with_faults(tmp_path, [hang, *({"do": "sleep", "at": "step", "step": step} for step in (3, 4))])
+    port = free_port()
+    variables = {"NNODES": "2", "RDZV_ENDPOINT": f"localhost:{port}", "NGPU": "1", "MAX_RESTARTS": "3"}
+
+    def node(rank: int, log: str) -> Launched:
+        script = str(tmp_path / "multinode.sh")
+        return Launched(tmp_path / log, script, config, *arguments, NODE_RANK=str(rank), **variables)
+
+    first, second = node(0, "asked0"), node(1, "asked1")
+    first.until(r"step:  2 ")
+    second.process.send_signal(signal.SIGUSR1)
+    assert first.status() == 75 and second.status() == 75, first.text()[-5000:]
+    assert re.search(r"Stopped after step [34], saved", first.text())
+
+    first = node(0, "node0")
+    # Node 0 shall hold the rendezvous; on one machine it is whoever comes first.
+    while socket.socket().connect_ex(("localhost", port)):
+        time.sleep(0.1)
+    second = node(1, "node1")
+    first.until(r"step:  7 ")
+    deadline = time.monotonic() + TIMEOUT
+    while not (tmp_path / "hung").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    second.kill()
+    back = node(1, "node1-again")
+    assert first.status() == 0, first.text()[-5000:]
+    assert back.status() == 0, back.text()[-5000:]
+    text = first.text()
+    assert "[node 0 rank 0]" in text and "[node 1 rank 1]" in second.text() + back.text()
+    assert " step:  " in text and " step:  " not in second.text() + back.text(), "rank 0 alone prints step lines"
+    assert re.search(r"Loading the checkpoint \S+step-5\.", text)
+    run_many([(2, debug(tmp_path / "straight", *COMMON, *NODES))])
+    assert scalars(tmp_path / "out")[LOSS] == scalars(tmp_path / "straight")[LOSS]
+
+
+@pytest.mark.slow
+def test_the_soak_finds_no_difference():
+    assert ", 0 mismatches." in run_module("tests.workers.soak", "--minutes", "1", "--seed", "1")
+
+
+@pytest.mark.slow
+def test_slurm_queues_the_job_again(tmp_path):
+    """The batch script with a stand-in for Slurm's commands: srun runs a node here, and signals it."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    requeued = tmp_path / "requeued"
+    commands = {
+        "scontrol": f'if [[ $1 == requeue ]]; then echo "$2" > {requeued}; else echo localhost; echo other; fi',
+        # Slurm signals every process of the step; so does this.
+        "srun": 'while [[ $1 == --* ]]; do shift; done; setsid "$@" & pid=$!\n'
+        f"until grep -q 'step:  3 ' {tmp_path}/log; do sleep 0.2; done\n"
+        "pkill -USR1 -s $pid; wait $pid",
+    }
+    for name, text in commands.items():
+        (tools / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tools / name).chmod(0o755)
+    config, *arguments = debug(tmp_path / "out", *COMMON, "--training.steps", "3000")[1:]
+    run = Launched(
+        tmp_path / "log", "launch/slurm.sbatch", config, *arguments, PATH=f"{tools}:{os.environ['PATH']}", NGPU="1",
+        SLURM_JOB_NODELIST="localhost", SLURM_JOB_NUM_NODES="1", SLURM_JOB_ID="4711", SLURM_SUBMIT_DIR=str(ROOT),
+    )  # fmt: skip
+    assert run.status() == 0, run.text()[-5000:]
+    assert requeued.read_text() == "4711\n" and "queueing job 4711 again" in run.text()
+    (saved,) = (path.name for path in (tmp_path / "out/checkpoint").iterdir() if int(path.name[5:]) % 5)
+    assert f"Stopped after {saved.replace('-', ' ')}, saved" in run.text()

@@ -1,0 +1,261 @@
+# ruff: noqa: E501  (one row a mistake)
+"""Everything a user can get wrong: one clear sentence, a non-zero exit status, no traceback."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from memdlm_dist import train
+from memdlm_dist.errors import EXIT_STATUS
+from memdlm_dist.models.flavours import LLADA as FLAVOURS
+from tools import prepare_data
+
+DEBUG = "tests/assets/debug"
+MOE = ("--model.name", "llada_moe")
+POOLED = ("--parametric_memory.granularity", "batch")
+
+
+@dataclass
+class Mistake:
+    name: str
+    says: str  # must stand in the sentence
+    args: tuple[str, ...] = ()
+    toml: str = ""  # appended to debug.toml
+    env: dict[str, str] = field(default_factory=dict)
+
+
+MISTAKES = [
+    Mistake("missing config", "no/such.toml does not exist; check --job.config_file", ("--job.config_file", "no/such.toml")),
+    Mistake("not TOML", "is not valid TOML", toml="= 3"),
+    Mistake("unknown section in the file", "Unknown key parametric_memory2", toml="[parametric_memory2]\nranc = 3"),
+    Mistake("unknown flag", "did you mean parametric_memory.rank", ("--parametric_memory.ranc", "3")),
+    Mistake("unknown section", "did you mean parametric_memory", ("--parametric_memry.rank", "3")),
+    Mistake("wrong type of a flag", "error: --training.steps must be int, but is 'many'", ("--training.steps", "many")),
+    Mistake("missing shards", "There are no shards in nowhere", ("--data.train", "nowhere")),
+    Mistake("missing held-out shards", "no shards in nowhere", ("--validation.enable", "--data.validation", "nowhere")),
+    Mistake("no tokenizer", "There is no tokenizer.json in nowhere", ("--model.hf_assets_path", "nowhere")),
+    Mistake("world size", "3 processes cannot be divided", ("--parallelism.tensor_parallel_degree", "2"), env={"WORLD_SIZE": "3"}),
+    Mistake("world size against the mesh", "but 3 processes", ("--parallelism.data_parallel_shard_degree", "2"), env={"WORLD_SIZE": "3"}),
+    Mistake("sequence length", "hold sequences of 128 tokens, but training.seq_len is 64", ("--training.seq_len", "64")),
+    Mistake("unwritable output", "cannot be written to", ("--job.dump_folder", "pyproject.toml/out")),
+    Mistake("batch size", "must be a multiple of training.local_batch_size 4", ("--training.global_batch_size", "6")),
+    Mistake("too few samples", "fewer than one global batch of 5000", ("--training.local_batch_size", "5000")),
+    Mistake("no memory at all", "parametric_memory.probability = 0.0 must be above 0", ("--parametric_memory.probability", "0")),
+    Mistake("no layer", "parametric_memory.layer_fraction = 0.0 selects no layer", ("--parametric_memory.layer_fraction", "0")),
+    Mistake("rank", "parametric_memory.rank must be at least 1", ("--parametric_memory.rank", "0")),
+    Mistake("target module", "'gaet', which model llada does not have", ("--parametric_memory.target_modules", "gaet,up")),
+    Mistake("group and member", "names a linear twice: ffn, up is gate, up, down, up", ("--parametric_memory.target_modules", "ffn,up")),
+    Mistake("inner steps", "inner_steps must be at least 1", ("--parametric_memory.inner_steps", "0")),
+    Mistake("steps of a single state", "cannot be taken along the anchor_only trajectory", ("--parametric_memory.inner_steps", "3", "--parametric_memory.trajectory", "anchor_only")),
+    Mistake("inner loss", "error: --parametric_memory.inner_loss must be one of 'cross_entropy', 'kl', 'reverse_kl', 'hidden_mse', 'hidden_cosine', but is 'mse'", ("--parametric_memory.inner_loss", "mse")),
+    Mistake("flavour", "choose among debug, quickstart, needle, needle_gpu, bench, 1B, 8B", ("--model.flavor", "7B")),
+    Mistake("model", "is not a diffusion backbone", ("--model.name", "llama3")),
+    Mistake("converters", "model.converters = ['float8'] is not supported", ("--model.converters", "float8")),
+    Mistake("adapters' rank", "lora.rank must be at least 1", ("--lora.rank", "0")),
+    Mistake("adapters' linears", "lora.target_modules names 'w1', which model llada does not have", ("--lora.target_modules", "w1")),
+    Mistake("experts", "expert_parallel_degree = 2 needs a mixture-of-experts", ("--parallelism.expert_parallel_degree", "2"), env={"WORLD_SIZE": "2"}),
+    Mistake("experts of each sequence", "granularity = 'sample' is not supported with expert parallelism", (*MOE, "--parallelism.expert_parallel_degree", "2"), env={"WORLD_SIZE": "2"}),
+    Mistake("experts and attention", "can only be the experts' linears with expert parallelism", (*MOE, *POOLED, "--parametric_memory.target_modules", "ffn,attention", "--parallelism.expert_parallel_degree", "2"), env={"WORLD_SIZE": "2"}),
+    Mistake("experts over ranks", "The 8 experts of model.flavor debug are not divisible by parallelism.expert_parallel_degree (3)", (*MOE, *POOLED, "--parallelism.expert_parallel_degree", "3"), env={"WORLD_SIZE": "3"}),
+    Mistake("experts over shards", "The 8 experts of model.flavor debug cannot be sharded evenly over data_parallel_shard_degree 16", MOE, env={"WORLD_SIZE": "16"}),
+    Mistake("experts of too few ranks", "expert_parallel_degree (4) must divide the 2 ranks", (*MOE, *POOLED, "--parallelism.expert_parallel_degree", "4"), env={"WORLD_SIZE": "2"}),
+    Mistake("experts and TP", "expert_tensor_parallel_degree (1) must be tensor_parallel_degree (2)", (*MOE, *POOLED, "--parallelism.expert_parallel_degree", "2", "--parallelism.tensor_parallel_degree", "2"), env={"WORLD_SIZE": "4"}),
+    Mistake("adapters of experts and TP", "whose adapters tensor parallelism cannot shard", (*MOE, "--model.converters", "lora", "--parallelism.tensor_parallel_degree", "2"), env={"WORLD_SIZE": "2"}),
+    Mistake("compiled experts", "compile.enable is not supported for model llada_moe", (*MOE, "--compile.enable")),
+    Mistake("weights without checkpoints", "checkpoint.initial_load_in_hf needs checkpoint.enable", ("--checkpoint.initial_load_in_hf",)),
+    Mistake("weights and more", "set checkpoint.initial_load_model_only = true", ("--checkpoint.enable", "--checkpoint.initial_load_in_hf", "--checkpoint.no-initial_load_model_only")),
+    Mistake("quantised weights", "initial_load_in_hf_quantized is not supported", ("--checkpoint.initial_load_in_hf_quantized",)),
+    Mistake("missing weights", "There is no folder nowhere with Hugging Face weights", ("--checkpoint.enable", "--checkpoint.initial_load_in_hf", "--checkpoint.initial_load_path", "nowhere")),
+    Mistake("weights in another format", "There are no .safetensors files in tests/assets/debug/tokenizer", ("--checkpoint.enable", "--checkpoint.initial_load_in_hf")),
+    Mistake("last save without the rest", "set checkpoint.last_save_model_only = true as well", ("--checkpoint.enable", "--checkpoint.last_save_in_hf")),
+    Mistake("last save in a store", "needs a checkpoint.folder on disk, not s3://bucket/run", ("--checkpoint.enable", "--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only", "--checkpoint.folder", "s3://bucket/run")),
+    Mistake("pipeline", "pipeline_parallel_degree = 2 is not supported", ("--parallelism.pipeline_parallel_degree", "2")),
+    Mistake("replication alone", "needs data_parallel_shard_degree > 1", ("--parallelism.data_parallel_replicate_degree", "2", "--parallelism.data_parallel_shard_degree", "1"), env={"WORLD_SIZE": "2"}),
+    Mistake("sequence over TP", "training.seq_len (127) is not divisible", ("--training.seq_len", "127", "--parallelism.tensor_parallel_degree", "2"), env={"WORLD_SIZE": "2"}),
+    Mistake("heads over TP", "key-value heads of model.flavor debug (4)", ("--parallelism.tensor_parallel_degree", "8"), env={"WORLD_SIZE": "8"}),
+    Mistake("ranks over CP", "x context_parallel_degree 2 x data_parallel_shard_degree 2 makes 4 ranks, but 2 processes", ("--parallelism.context_parallel_degree", "2", "--parallelism.data_parallel_shard_degree", "2"), env={"WORLD_SIZE": "2"}),
+    Mistake("sequence over CP", "training.seq_len (126) is not divisible by parallelism.context_parallel_degree x tensor_parallel_degree (2 x 2)", ("--training.seq_len", "126", "--parallelism.tensor_parallel_degree", "2", "--parallelism.context_parallel_degree", "2"), env={"WORLD_SIZE": "4"}),
+    Mistake("heads over CP", "key-value heads of model.flavor debug (4) are not divisible by parallelism.context_parallel_degree", ("--parallelism.context_parallel_degree", "8"), env={"WORLD_SIZE": "8"}),
+    Mistake("ring without CUDA", "'ring' needs CUDA devices", ("--parallelism.context_parallel_degree", "2", "--parallelism.context_parallel_method", "ring"), env={"WORLD_SIZE": "2"}),
+    Mistake("balanced context", "context_parallel_load_balancer = 'headtail' is for causal", ("--parallelism.context_parallel_load_balancer", "headtail")),
+    Mistake("experts and CP", "context_parallel_degree = 2 is not supported with expert_parallel_degree = 2", (*MOE, *POOLED, "--parallelism.expert_parallel_degree", "2", "--parallelism.context_parallel_degree", "2"), env={"WORLD_SIZE": "4"}),
+    Mistake("experts sharded over CP", "cannot be sharded evenly over data_parallel_shard_degree 8 x context_parallel_degree 2", (*MOE, "--parallelism.context_parallel_degree", "2"), env={"WORLD_SIZE": "16"}),
+    Mistake("shorter context", "model.rope_scaling must be at least 1", ("--model.rope_scaling", "0.5")),
+    Mistake("proportions", "data.proportions has 2 entries for 1 stream", ("--data.proportions", "1", "2")),
+    Mistake("validation steps", "validation steps must be positive or -1", ("--validation.steps", "0")),
+    Mistake("missing checkpoint", "There is no complete checkpoint in nowhere", ("--checkpoint.enable", "--checkpoint.initial_load_path", "nowhere")),
+    Mistake("seed checkpoint without checkpoints", "needs checkpoint.enable", ("--checkpoint.create_seed_checkpoint",)),
+    Mistake("negative interval of kept checkpoints", "checkpoint.keep_every must not be negative", ("--checkpoint.keep_every", "-1")),
+    Mistake("no interval", "checkpoint.interval must be at least 1", ("--checkpoint.interval", "0")),
+    Mistake("unknown change", "accept_changes names data.tain; choose among training.global_batch_size,", ("--checkpoint.accept_changes", "data.tain")),
+    Mistake("no skips", "max_consecutive_skips must be at least 1", ("--reliability.max_consecutive_skips", "0")),
+    Mistake("skipping too late", "unset optimizer.early_step_in_backward", ("--reliability.on_nonfinite", "skip", "--optimizer.early_step_in_backward")),
+    Mistake("no download", "data.download_retry must be at least 1", ("--data.download_retry", "0")),
+    Mistake("unknown store", "s4://b/run is not a location that can be opened", ("--checkpoint.enable", "--checkpoint.folder", "s4://b/run")),
+    Mistake("unknown store of shards", "s4://b/train is not a location", ("--data.train", "s4://b/train")),
+    Mistake("state that is not there", "exclude_from_loading names dataloder; choose among train_state, model,", ("--checkpoint.enable", "--checkpoint.exclude_from_loading", "dataloder")),
+    Mistake("seed checkpoint on two", "needs a single process", ("--checkpoint.enable", "--checkpoint.create_seed_checkpoint"), env={"WORLD_SIZE": "2"}),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def in_root(root, monkeypatch):
+    monkeypatch.chdir(root)
+
+
+def fail(capsys, args) -> str:
+    """Run the training entry point; returns its one sentence."""
+    assert train.main(args) == EXIT_STATUS
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert "Traceback" not in captured.err + captured.out
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1 and errors[0].endswith("."), captured.err
+    return errors[0]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda m: m.name.replace(" ", "-"))
+def test_configuration(mistake, tmp_path, capsys, monkeypatch):
+    for name, value in mistake.env.items():
+        monkeypatch.setenv(name, value)
+    config = tmp_path / "config.toml"
+    config.write_text(Path("train_configs/debug.toml").read_text() + mistake.toml)
+    args = [f"--job.config_file={config}", f"--job.dump_folder={tmp_path}/out", *mistake.args]
+    if mistake.name == "missing config":
+        args = list(mistake.args)
+    assert mistake.says in fail(capsys, args)
+
+
+@pytest.mark.parametrize(
+    "toml, says",
+    [
+        ('[parametric_memory]\nrank = "8"', "parametric_memory.rank in {} must be int, but is '8'"),
+        ("[parametric_memory]\nrank = true", "parametric_memory.rank in {} must be int, but is True"),
+        ('[parametric_memory]\ngranularity = "token"', "must be one of 'sample', 'batch', but is 'token'"),
+        (
+            "[parametric_memory]\ntarget_modules = [1]",
+            "parametric_memory.target_modules in {} must be list[str]",
+        ),
+        ("[data]\nshufle = true", "Unknown key data.shufle in {}; did you mean data.shuffle."),
+        ("[data]\nzzz = true", "Unknown key data.zzz in {}; known keys are data.cache_folder"),
+        ("data = 3", "data in {} must be a section, written [data]"),
+    ],
+)
+def test_types_and_names_in_the_file(toml, says, tmp_path, capsys):
+    config = tmp_path / "config.toml"
+    config.write_text(toml)
+    assert says.format(config) in fail(capsys, [f"--job.config_file={config}"])
+
+
+def debug_args(tmp_path, *args):
+    return [
+        "--job.config_file", "train_configs/debug.toml", "--job.dump_folder", str(tmp_path / "out"),
+        "--metrics.no_enable_tensorboard", "--training.steps", "2", *args,
+    ]  # fmt: skip
+
+
+def test_tokenizer_without_mask_token(tmp_path, capsys):
+    folder = shutil.copytree(f"{DEBUG}/tokenizer", tmp_path / "tokenizer")
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    sentence = fail(capsys, debug_args(tmp_path, "--model.hf_assets_path", str(folder)))
+    assert f"The tokenizer in {folder} has no mask_token" in sentence and "--mask-token NAME" in sentence
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"vocab_size": 5000}, "use a vocabulary of 5000 tokens, but model.flavor debug has 512"),
+        ({"mask_token_id": 9}, "were made with mask token id 9, but the tokenizer"),
+        ({"sequences": 0}, "hold no sequence"),
+        ({"extra": 1}, "card"),
+    ],
+)
+def test_shards_that_do_not_fit(change, says, tmp_path, capsys):
+    folder = shutil.copytree(f"{DEBUG}/train", tmp_path / "train")
+    card = json.loads((folder / "memdlm.json").read_text())
+    (folder / "memdlm.json").write_text(json.dumps(card | change))
+    assert says in fail(capsys, debug_args(tmp_path, "--data.train", str(folder)))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "deleted"])
+def test_corrupt_shard(damage, tmp_path, capsys):
+    folder = shutil.copytree(f"{DEBUG}/train", tmp_path / "train")
+    shard = folder / "shard.00000.mds"
+    content = bytearray(shard.read_bytes())
+    if damage == "truncated":
+        shard.write_bytes(content[: len(content) // 2])
+    elif damage == "flipped":
+        content[-100] ^= 1
+        shard.write_bytes(content)
+    else:
+        shard.unlink()
+    sentence = fail(capsys, debug_args(tmp_path, "--data.train", str(folder)))
+    assert str(shard) in sentence and ("is corrupt" if damage != "deleted" else "is missing") in sentence
+
+
+def test_checkpoint_of_another_model(tmp_path, capsys, monkeypatch):
+    args = debug_args(tmp_path, "--checkpoint.enable")
+    assert train.main(args) == 0
+    saved = {p: p.stat().st_mtime_ns for p in (tmp_path / "out/checkpoint").rglob("*") if p.is_file()}
+    # The quickstart flavour has other widths and one layer more.
+    sentence = fail(capsys, [*args, "--model.flavor", "quickstart"])
+    assert "step-2 is of another model: " in sentence and "tok_embeddings.weight" in sentence
+    assert saved == {p: p.stat().st_mtime_ns for p in (tmp_path / "out/checkpoint").rglob("*") if p.is_file()}
+    # A model with one layer less finds all its tensors in the checkpoint, and is another model all the same.
+    monkeypatch.setitem(FLAVOURS, "shallow", replace(FLAVOURS["debug"], n_layers=3))
+    sentence = fail(capsys, [*args, "--model.flavor", "shallow"])
+    assert "layers.3." in sentence and "this model's absent" in sentence
+    (tmp_path / "out/checkpoint/step-2/.metadata").write_bytes(b"junk")
+    # Asked for by name it fails; otherwise there is none to fall back on.
+    assert "step-2 has a .metadata that cannot be read" in fail(capsys, [*args, "--checkpoint.load_step", "2"])
+    assert "No checkpoint in" in (sentence := fail(capsys, args)) and "step-2 are damaged); restore one" in sentence
+    assert "step-9 does not exist" in fail(capsys, [*args, "--checkpoint.load_step", "9"])
+    (tmp_path / "out/checkpoint/step-8").mkdir()
+    (tmp_path / "out/checkpoint/step-8/model.safetensors").touch()
+    assert "step-8 holds weights alone, in safetensors" in fail(capsys, [*args, "--checkpoint.load_step", "8"])
+
+
+@pytest.mark.parametrize(
+    "rows, args, says",
+    [
+        ([], (), "The corpus is empty"),
+        ([{"text": "tiny"}], (), "makes no training sequence of 64 tokens"),
+        ([{"nothing": 1}], ("--strict",), "rows.jsonl:1: none of the known formats"),
+        ([{"text": "x"}], ("--train-tokenizer", "10"), "--train-tokenizer 10 is too small"),
+        (None, (), "matches no file"),
+    ],
+)
+def test_preparation(rows, args, says, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    if rows is not None:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = ["--input", str(path), "--output", str(tmp_path / "out"), "--seq-len", "64", "--held-out", "0"]
+    tokenizer = () if "--train-tokenizer" in args else ("--train-tokenizer", "300")
+    assert prepare_data.main([*base, *tokenizer, *args]) == EXIT_STATUS
+    captured = capsys.readouterr()
+    errors = [line for line in captured.err.splitlines() if "error: " in line]
+    assert len(errors) == 1 and says in errors[0] and "Traceback" not in captured.err
+
+
+def test_through_the_launcher(root, tmp_path):
+    """Two ranks make the same mistake: still one sentence, and torchrun adds no traceback of its own."""
+    command = ["bash", "launch/train.sh", "train_configs/debug.toml", "--parametric_memory.rank", "0"]
+    done = subprocess.run(command, cwd=root, env={**os.environ, "NGPU": "2"}, capture_output=True, text=True)
+    assert done.returncode == EXIT_STATUS
+    assert "Traceback" not in done.stdout + done.stderr
+    assert (done.stdout + done.stderr).count("error: ") == 1
+
+
+def test_a_mistake_that_only_another_rank_meets_is_said_too(root):
+    command = ["-m", "memdlm_dist.runtime.launcher", "--nproc-per-node=2", "--local-ranks-filter=0", "--tee=3"]
+    rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "tests.workers.one_rank_fails"]
+    done = subprocess.run([sys.executable, *command, *rendezvous], cwd=root, capture_output=True, text=True)
+    assert done.returncode == EXIT_STATUS
+    assert "error on local rank 1: The configuration file no/such.toml does not exist" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr

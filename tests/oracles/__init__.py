@@ -1,0 +1,1 @@
+"""Slow, obvious implementations that the package is compared with."""

@@ -1,0 +1,1 @@
+"""Factories, fault injection, and the warm process that forks ranks."""

@@ -1,0 +1,80 @@
+"""Small models, memories, objectives and batches for tests of the bi-level step."""
+
+from types import SimpleNamespace
+
+import torch
+
+from memdlm_dist.method import fast_weights
+from memdlm_dist.method.bilevel import Memory
+from memdlm_dist.method.inner_loss import inner_loss
+from memdlm_dist.method.inner_sgd import InnerSGD
+from memdlm_dist.method.trajectory import IGNORE_INDEX, Plan
+from memdlm_dist.models.llada import LLaDA, LLaDAArgs
+from memdlm_dist.training.metrics import MemDLMMetrics
+from memdlm_dist.training.objective import Objective
+
+ARGS = LLaDAArgs(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=40, vocab_size=61, max_seq_len=24)
+MASK_ID = 60
+
+
+def scaled_model(args, dtype=torch.float64):
+    torch.manual_seed(0)
+    model = LLaDA(args)
+    with torch.no_grad():
+        model.init_weights()
+        for name, parameter in model.named_parameters():
+            if "norm" in name:  # away from 1, so that a norm left out would show
+                parameter.mul_(1 + 0.3 * torch.rand_like(parameter))
+            elif "layers" in name:  # larger than the initialisation, so that attention is not flat
+                parameter.mul_(8)
+    for parameter in model.parameters():  # not model.to: that would cast the complex rotary table to real
+        parameter.data = parameter.data.to(dtype)
+    if dtype == torch.float64:
+        d = args.dim // args.n_heads
+        angle = torch.outer(
+            torch.arange(args.max_seq_len).double(), args.rope_theta ** (-torch.arange(0, d, 2).double() / d)
+        )
+        model.freqs_cis = torch.polar(torch.ones_like(angle), angle)
+    return model
+
+
+def build(dtype=torch.float64):
+    return scaled_model(ARGS, dtype)
+
+
+def memory(learning_rate=0.1, clip=1.0, loss="cross_entropy", targets=("ffn",), first_layer=1, **changes) -> Memory:
+    settings = {"adapter": "lora", "rank": 4, "alpha": 8.0, "per_sample": True} | changes
+    return Memory(
+        first_layer=first_layer,
+        linears=ARGS.adapted_linears(first_layer, targets),
+        loss=inner_loss(loss, "pre_final_norm", "post_final_norm"),
+        optimiser=InnerSGD(learning_rate, clip),
+        **settings,
+    )
+
+
+def objective(with_memory: Memory | None, **plan) -> Objective:
+    return Objective(MASK_ID, Plan(**plan), with_memory, seed=3, shards=1, shard=0)
+
+
+def data(rows=4, prompt=3):
+    tokens = torch.randint(0, MASK_ID, (rows, ARGS.max_seq_len), generator=torch.Generator().manual_seed(1))
+    labels = tokens.clone()
+    labels[:, :prompt] = IGNORE_INDEX
+    return tokens, labels, torch.arange(rows) * 17
+
+
+def recorder() -> MemDLMMetrics:
+    """Return metrics that record, without TensorBoard."""
+    metrics = MemDLMMetrics.__new__(MemDLMMetrics)
+    metrics.parallel_dims = SimpleNamespace(get_optional_mesh=lambda name: None)
+    metrics.start_step()
+    return metrics
+
+
+def double(fast):
+    return fast_weights.map_leaves(lambda x: x.double(), fast)
+
+
+def gradients(model):
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}

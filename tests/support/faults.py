@@ -1,0 +1,112 @@
+"""Faults that happen to a training rank.
+
+    python -m tests.support.faults FAULTS --job.config_file ... (under torchrun, or alone)
+
+FAULTS is a JSON list of {"do", "at", "step"} and, optionally, "rank" (all by default) and "once": a file that is made
+when it happens, and keeps it from happening again in a run that is started anew.
+
+do: a signal's name (sent to this very process), "nan" (the loss), "hang" (for ever), "sleep" (2 s), "full" (no file
+can grow beyond 4 KiB from here on), "room" (they can again), "mark" (nothing but its file "once"), "raise" (an
+OSError), "impatient" (from the start on: nothing is tried again).
+at: "step" (before its forward pass), "data" (when its batch is to be loaded), "write" (with half of this rank's
+checkpoint file written), "metadata" (with all files of the checkpoint written and its metadata not).
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+from memdlm_dist.runtime import cpu
+
+cpu.prepare()
+
+from memdlm_dist import train
+from memdlm_dist.data.loader import EpochLoader
+from memdlm_dist.runtime import preemption, storage
+from memdlm_dist.training.objective import Objective
+from memdlm_dist.training.trainer import MemDLMTrainer
+
+
+def hang() -> None:
+    while True:
+        time.sleep(1)
+
+
+def inject(faults: Iterable[dict[str, Any]]) -> None:
+    """Patch the training code of this process so that the faults of its rank happen."""
+    mine = [fault for fault in faults if fault.get("rank", int(os.environ.get("RANK", "0"))) == int(os.environ["RANK"])]
+    now = {"step": 0}
+
+    def happen(at: str) -> set[str]:
+        done = set()
+        for fault in mine:
+            if fault.get("at") != at or fault["step"] != now["step"]:
+                continue
+            if once := fault.get("once"):
+                if Path(once).exists():
+                    continue
+                Path(once).touch()
+            if fault["do"].startswith("SIG"):
+                os.kill(os.getpid(), getattr(signal, fault["do"]))
+            elif fault["do"] == "hang":
+                hang()
+            elif fault["do"] == "sleep":
+                time.sleep(2)
+            elif fault["do"] == "raise":
+                raise OSError("away for a moment")
+            elif fault["do"] in ("full", "room"):
+                limit = 4096 if fault["do"] == "full" else resource.RLIM_INFINITY
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            done.add(fault["do"])
+        return done
+
+    if any(fault["do"] == "impatient" for fault in mine):
+        storage.PATIENCE = 0
+
+    plain_step, plain_loss, plain_read = MemDLMTrainer.train_step, Objective.loss_sum, EpochLoader._read
+    plain_write, plain_finish = FileSystemWriter.write_data, FileSystemWriter.finish
+
+    def train_step(self, *arguments):
+        now["step"] = self.step
+        plain_step(self, *arguments)
+
+    def loss_sum(self, model, batch, step, *rest, **named):
+        poisoned = "nan" in happen("step")
+        loss, statistics = plain_loss(self, model, batch, step, *rest, **named)
+        return (loss * torch.nan if poisoned else loss), statistics
+
+    def read(self):
+        for batch in plain_read(self):
+            happen("data")
+            yield batch
+
+    def write_data(self, plan, planner):
+        written = plain_write(self, plan, planner)
+        for file in Path(self.path).glob(f"__{os.environ['RANK']}_*"):
+            if any(fault.get("at") == "write" and fault["step"] == now["step"] for fault in mine):
+                os.truncate(file, file.stat().st_size // 2)
+        happen("write")
+        return written
+
+    def finish(self, *arguments, **named):
+        happen("metadata")
+        plain_finish(self, *arguments, **named)
+
+    MemDLMTrainer.train_step, Objective.loss_sum, EpochLoader._read = train_step, loss_sum, read
+    FileSystemWriter.write_data, FileSystemWriter.finish = write_data, finish
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("RANK", "0")
+    inject(json.loads(sys.argv[1]))
+    preemption.ignore_outside_of_training()  # as the program does
+    sys.exit(train.main(sys.argv[2:]))

@@ -1,0 +1,101 @@
+"""Forked ranks of one run."""
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def fork(world_size: int, body: Callable[[int], int]) -> int:
+    """Run `body(rank)` in forked ranks; returns the first exit status that is not zero, after which all are killed."""
+    return wait(start(world_size, body))
+
+
+def fork_group(world_size: int, body: Callable[[], None]) -> int:
+    """Run `body()` in forked ranks of one gloo process group; returns the exit status, as `fork` does."""
+
+    import torch  # not above: the zygote's clients need no torch
+    import torch.distributed as dist
+
+    def rank(_: int) -> int:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo")
+        body()
+        dist.destroy_process_group()
+        return 0
+
+    return fork(world_size, rank)
+
+
+def start(world_size: int, body: Callable[[int], int]) -> list[int]:
+    """Fork the ranks of one run, with torchrun's environment and a rendezvous of their own; returns process ids."""
+    port = free_port()
+    children = []
+    for rank in range(world_size):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        child = os.fork()
+        if not child:
+            _run(rank, world_size, port, body)
+        children.append(child)
+    return children
+
+
+def wait(children: Sequence[int], hang_up: int | None = None) -> int:
+    """Wait for processes to end; a failure kills the others.
+
+    Args:
+        hang_up: file descriptor that becomes readable when nobody waits for the result any more.
+
+    Returns:
+        The first exit status that is not zero.
+    """
+    running = {os.pidfd_open(child): child for child in children}
+    failure = 0
+
+    def kill() -> None:
+        for process in running.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+    while running:
+        ready, _, _ = select.select([*running, *([] if hang_up is None else [hang_up])], [], [])
+        if hang_up in ready:
+            hang_up = None
+            failure = failure or -signal.SIGHUP
+            kill()
+        for pidfd in ready:
+            if pidfd not in running:
+                continue
+            status = os.waitstatus_to_exitcode(os.waitpid(running.pop(pidfd), 0)[1])
+            os.close(pidfd)
+            if status and not failure:
+                failure = status
+                kill()
+    return failure
+
+
+def _run(rank: int, world_size: int, port: int, body: Callable[[int], int]) -> None:
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    try:
+        status = body(rank)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

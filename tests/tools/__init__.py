@@ -1,0 +1,1 @@
+"""Command-line tools, as users call them."""

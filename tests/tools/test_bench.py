@@ -1,0 +1,67 @@
+"""tools/bench.py as a user runs it. What it finds about speed is not asserted: that is for a quiet machine."""
+
+import json
+
+import pytest
+
+from memdlm_dist.errors import EXIT_STATUS
+from tests.support.launching import run_module
+from tools import bench
+
+
+@pytest.mark.slow
+def test_bench_writes_what_it_measures(tmp_path):
+    result, profile = tmp_path / "new/bench.json", tmp_path / "profile.txt"
+    out = run_module(
+        "tools.bench", "train_configs/debug.toml", "--processes", "2", "--rounds", "2", "--warm-up", "1",
+        "--layers", "3", "--json", str(result), "--profile", str(profile), "--training.local_batch_size", "2",
+    )  # fmt: skip
+    assert "step, median (s)" in out and "data-parallel all-gathers" in out and str(result) in out
+    found = json.loads(result.read_text())
+    for key in ("step_seconds", "tokens_per_second", "all_gathers", "reduce_scatters", "peak_bytes"):
+        assert set(found[key]) == {"plain", "straightforward", "ours"} and min(found[key].values()) > 0
+    # Embedding, three layers and head, gathered again in the backward pass but for the head; ours but for the tail.
+    assert found["all_gathers"]["plain"] == 5 + 4 and found["all_gathers"]["ours"] == 5 + 3
+    assert set(found["reduce_scatters"].values()) == {5}
+    assert found["ratio"]["ours_over_plain"] > 0 and found["ratio"]["straightforward_over_plain"] > 0
+    fastest, slowest = found["step_seconds_range"]["ours"]
+    assert fastest <= found["step_seconds"]["ours"] <= slowest
+    flops = found["flops"]
+    assert found["hardware_flops_ratio"] == pytest.approx(
+        1 + flops["hardware_inner"] / flops["hardware_outer"], rel=0.1
+    )
+    assert found["mfu"]["plain"] is None, "a CPU has no figure to compare with"
+    assert "aten::mm" in profile.read_text()
+
+
+@pytest.mark.slow
+def test_bench_sweeps_over_lengths(tmp_path):
+    result = tmp_path / "lengths.json"
+    out = run_module(
+        "tools.bench", "train_configs/debug.toml", "--processes", "2", "--rounds", "1", "--warm-up", "1",
+        "--lengths", "64", "128", "--json", str(result), "--parallelism.context_parallel_degree", "2",
+    )  # fmt: skip
+    assert "tokens of a row" in out
+    found = json.loads(result.read_text())["lengths"]
+    assert [x["length"] for x in found] == [64, 128] and found[0]["ranks"] == 2
+    assert all(set(x["step_seconds"]) == {"plain", "ours"} and x["ratio"]["ours_over_plain"] > 0 for x in found)
+    assert found[1]["flops"]["hardware_outer"] > 1.9 * found[0]["flops"]["hardware_outer"]
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["no/such.toml"], "no/such.toml does not exist"),
+        (["--activation_checkpoint.mode", "fulle"], "but is 'fulle'"),
+        (["train_configs/debug.toml", "--parametric_memory.no_enable"], "parametric_memory.enable is false"),
+        (["train_configs/debug.toml", "--processes", "3", "--parallelism.tensor_parallel_degree", "2"], "3 processes"),
+        (["train_configs/debug.toml", "--lengths", "64", "63", "--parallelism.context_parallel_degree", "2"], "(63)"),
+        (["train_configs/debug.toml", "--training.sequence", "3"], "Unknown key --training.sequence"),
+        (["train_configs/debug.toml", "--json", "pyproject.toml/x.json"], "pyproject.toml/x.json cannot be written"),
+    ],
+)
+def test_mistakes_are_named(capsys, monkeypatch, root, arguments, says):
+    monkeypatch.chdir(root)
+    assert bench.main(arguments) == EXIT_STATUS
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and says in said and said.count("\n") == 1

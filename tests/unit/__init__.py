@@ -1,0 +1,1 @@
+"""Functions and classes in isolation, in the test process."""

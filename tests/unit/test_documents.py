@@ -1,0 +1,293 @@
+"""Packed rows: a document in one is what it is alone, in a row of its own length."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributed import destroy_process_group, is_initialized
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torchtitan.distributed.utils import init_fake_mode
+
+from memdlm_dist.method import trajectory
+from memdlm_dist.method.bilevel import Memory, outer_loss
+from memdlm_dist.method.documents import FILL, Documents
+from memdlm_dist.method.inner_loss import inner_loss
+from memdlm_dist.method.inner_sgd import InnerSGD
+from memdlm_dist.models import attention, llada
+from memdlm_dist.models.flops import step_flops
+from memdlm_dist.models.llada_moe import LLaDAMoE, LLaDAMoEArgs
+from memdlm_dist.performance.bench_steps import Bench
+from memdlm_dist.training.validator import even_levels
+from tests.support.bilevel import ARGS, MASK_ID, build, double, gradients, memory, objective
+from tests.workers.sharded_context import configuration, micro_batches
+
+LENGTH = 24
+SIZES = [[7, 10, 5], [24], [1, 20], [3, 4, 5, 12]]  # of documents; the first and the third row have a fill
+ROW_IDS = torch.tensor([5, 9, 2, 40])
+STEP = 3
+
+
+def close(ours, theirs):
+    """Relative to the largest value: all is in float64, but for the norms by which is clipped."""
+    if isinstance(ours, dict):
+        for name, x in ours.items():
+            close(x, theirs[name])
+    else:
+        assert (ours.double() - theirs.double()).abs().max() <= 1e-6 * theirs.double().abs().max()
+
+
+def numbers():
+    def row(sizes):
+        found = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        return F.pad(found, (0, LENGTH - sum(sizes)), value=FILL)
+
+    return torch.stack([row(sizes) for sizes in SIZES])
+
+
+def packed():
+    """Tokens, labels and documents; every second document's first two tokens are a prompt."""
+    documents = numbers()
+    tokens = torch.randint(0, MASK_ID, (len(SIZES), LENGTH), generator=torch.Generator().manual_seed(1))
+    prompt = ((Documents.of(documents).place_BL < 2) & (documents % 2 == 1)) | (documents == FILL)
+    return tokens, torch.where(prompt, trajectory.IGNORE_INDEX, tokens), documents
+
+
+def alone():
+    """(sample, tokens, labels, id) of every document, in a row without anything else."""
+    tokens, labels, documents = packed()
+    ids = Documents.of(documents).ids(ROW_IDS)
+    slots = len(ids) // len(SIZES)
+    for row, sizes in enumerate(SIZES):
+        for number in range(len(sizes)):
+            chosen = documents[row] == number
+            sample = row * slots + number
+            yield sample, tokens[row][chosen][None], labels[row][chosen][None], ids[sample : sample + 1]
+
+
+def step(model, goal, *arguments, **more):
+    """Loss, inner statistics and gradients."""
+    batch = goal.micro_batch(*arguments, step=STEP, **more)
+    fast = double(goal.memory.draw(3, STEP, batch.sample_ids_U)) if goal.memory else None
+    model.zero_grad()
+    loss, inner = outer_loss(model, batch, goal.memory, fast)
+    loss.backward()
+    return loss.detach(), inner, gradients(model)
+
+
+OPTIONS = {
+    "off": (None, {}),
+    "default": ({}, {}),
+    "full": ({"adapter": "full", "loss": "hidden_cosine"}, {"supervision": "newly_revealed"}),
+    "all linears": ({"targets": ("ffn", "attention"), "loss": "kl"}, {"inner_steps": 3}),
+    "progressive": ({"loss": "reverse_kl"}, {"trajectory": "progressive", "schedule": "cosine"}),
+}
+
+
+@pytest.mark.parametrize("shifted", [False, True], ids=["", "next token"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_packed_document_is_what_it_is_alone(options, shifted):
+    """Loss, gradients, and of each document the inner losses, norms and what is written; float64."""
+    settings, plan = OPTIONS[options]
+    goal = replace(objective(None if settings is None else memory(**settings), **plan), shifted=shifted)
+    model = build()
+    tokens, labels, documents = packed()
+    loss, inner, found = step(model, goal, tokens, labels, ROW_IDS, documents_BL=documents)
+    total, expected = torch.zeros(()), {name: torch.zeros_like(x) for name, x in found.items()}
+    for sample, *document in alone():
+        one, statistics, of_one = step(model, goal, *document)
+        total = total + one
+        expected = {name: x + of_one[name] for name, x in expected.items()}
+        if inner is not None:
+            for name in ("loss_KG", "grad_norm_KG", "counted_KG", "written_norm_G"):
+                mine, theirs = getattr(inner, name)[..., sample], getattr(statistics, name)[..., 0]
+                close(mine, theirs)
+    close(loss, total)
+    close(found, expected)
+    if inner is not None:
+        assert (inner.written_norm_G > 0).sum() >= 6, "several documents have a memory"
+
+
+def test_one_set_for_all_documents_is_that_of_the_same_documents_in_rows_of_their_own():
+    """granularity "batch"; in rows with a fill, so that they are one micro-batch."""
+    goal = objective(memory(per_sample=False))
+    model = build()
+    tokens, labels, documents = packed()
+    together = step(model, goal, tokens, labels, ROW_IDS, documents_BL=documents)
+    rows, of_rows, ids = [], [], []
+    for _, mine, of_mine, number in alone():
+        missing = LENGTH - mine.shape[1]
+        rows.append(F.pad(mine, (0, missing)))
+        of_rows.append(F.pad(of_mine, (0, missing), value=trajectory.IGNORE_INDEX))
+        ids.append(number)
+    apart = torch.stack([torch.where(torch.arange(LENGTH) < size, 0, FILL) for row in SIZES for size in row])
+    each = step(model, goal, torch.cat(rows), torch.cat(of_rows), torch.cat(ids), documents_BL=apart)
+    close(together[0], each[0])
+    close(together[1].loss_KG, each[1].loss_KG)
+    close(together[2], each[2])
+
+
+def test_a_row_of_one_document_is_a_row_without_documents():
+    goal, model = objective(memory()), build()
+    tokens, labels, _ = packed()
+    documents = torch.zeros(len(SIZES), LENGTH, dtype=torch.int64)
+    one, other = (step(model, goal, tokens, labels, ROW_IDS, documents_BL=x) for x in (documents, None))
+    close(one[0], other[0])
+    close(one[2], other[2])
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_experts_have_fast_weights_for_every_document(adapter):
+    args = LLaDAMoEArgs(
+        dim=32, n_layers=3, n_heads=4, hidden_dim=16, vocab_size=61, n_experts=4, experts_per_token=2, max_seq_len=24
+    )
+    torch.manual_seed(0)
+    model = LLaDAMoE(args)
+    with torch.no_grad():
+        model.init_weights()
+        for parameter in model.parameters():
+            parameter.mul_(3)  # so that attention and router are not flat
+    model = model.double()
+    of_experts = Memory(
+        1, args.adapted_linears(1, ["ffn", "o"]), adapter, 4, 8.0,
+        inner_loss("cross_entropy", "pre_final_norm", "post_final_norm"), InnerSGD(0.3, 1.0), per_sample=True,
+    )  # fmt: skip
+    goal = objective(of_experts)
+    tokens, labels, documents = packed()
+    loss, inner, found = step(model, goal, tokens, labels, ROW_IDS, documents_BL=documents)
+    results = {sample: step(model, goal, *document) for sample, *document in alone()}
+    close(loss, sum(x[0] for x in results.values()))
+    for sample, (_, statistics, _) in results.items():
+        close(inner.written_norm_G[sample], statistics.written_norm_G[0])
+    for name, gradient in found.items():
+        close(gradient, sum(x[2][name] for x in results.values()))
+    assert (inner.written_norm_G > 0.01).sum() >= 6
+
+
+@pytest.fixture
+def flex(monkeypatch):
+    """Flex attention by the kernel that torch has everywhere, uncompiled."""
+    monkeypatch.setattr(attention, "create_attention_mask", create_block_mask)
+    monkeypatch.setattr(attention.FlexAttentionWrapper, "_compiled_flex_attn", flex_attention)
+    # It refuses gradients on a CPU, for what a compiler would make of it there.
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
+
+
+@pytest.fixture
+def blocks(flex, monkeypatch):
+    """What an accelerator is given; returns the masks that were made."""
+    made, document_mask = [], attention.document_mask
+
+    def noted(number_BL, blocks):
+        made.append(document_mask(number_BL, blocks=True))
+        return made[-1]
+
+    monkeypatch.setattr(llada, "document_mask", noted)
+    return made
+
+
+def test_blocks_of_flex_attention_are_the_dense_mask(flex):
+    dense, sparse = (attention.document_mask(numbers(), blocks=x) for x in (False, True))
+    assert dense.shape == (4, 1, LENGTH, LENGTH) and isinstance(sparse, BlockMask)
+    kernel = attention.BidirectionalAttentionKernel()
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(4, heads, LENGTH, 16, requires_grad=True) for heads in (4, 2, 2))
+    found = []
+    for mask in (dense, sparse):
+        out = kernel(q, k, v, enable_gqa=True, mask=mask)
+        found.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_makes_its_blocks_once(request):
+    """For all passes; and they give what the dense mask gives."""
+    goal, model = objective(memory(), inner_steps=3), build(torch.float32)
+    tokens, labels, documents = packed()
+
+    def loss():
+        batch = goal.micro_batch(tokens, labels, ROW_IDS, STEP, documents_BL=documents)
+        return goal.loss_sum(model, batch, STEP)[0].detach()
+
+    dense = loss()
+    made = request.getfixturevalue("blocks")
+    # Float32 by another kernel.
+    torch.testing.assert_close(loss(), dense, rtol=1e-5, atol=0)
+    assert len(made) == 1 and isinstance(made[0], BlockMask)
+
+
+def test_blocks_pass_through_fsdp_and_checkpoints(blocks):
+    """A single process that takes itself for one of four; what the others would send is not there to be compared."""
+    if is_initialized():
+        destroy_process_group()
+    init_fake_mode(4)
+    try:
+        bench = Bench.build(
+            configuration("--parallelism.data_parallel_shard_degree", "2", "--parallelism.context_parallel_degree", "2",
+                          "--activation_checkpoint.mode", "full")
+        )  # fmt: skip
+        (batch,) = micro_batches(bench, 1, "packed")
+        loss, inner = bench.loss_sum("ours", batch, 1)
+        loss.backward()
+        assert len(blocks) == 1 and inner.loss_KG.shape == (2, 2 * 3) and batch.inputs[0].shape == (2, 16)
+        assert all(p.grad is not None for p in bench.model.parameters())
+    finally:
+        destroy_process_group()
+
+
+def test_documents_know_their_places():
+    documents = Documents.of(numbers())
+    assert documents.slots == 4
+    assert documents.place_BL[0].tolist() == [*range(7), *range(10), *range(5), 0, 1]
+    assert documents.ids(ROW_IDS).view(4, 4)[:, 0].tolist() == ROW_IDS.tolist(), "the first has the row's own"
+    assert len(set(documents.ids(torch.arange(1000)).tolist())) == 4000
+    sizes = documents.tally(numbers() != FILL).view(4, 4)
+    assert [[n for n in row if n] for row in sizes.tolist()] == SIZES
+    pairs = sum(n * n for row in SIZES for n in row) + 2 * 2 + 3 * 3
+    assert documents.mean_attended() == pytest.approx(pairs / (4 * LENGTH))
+    part = documents.slice(8, 8)
+    assert torch.equal(part.place_BL, documents.place_BL[:, 8:16]) and part.slots == 4
+    assert documents.own().sum(-1).eq(1).all()
+
+
+def test_noise_of_a_document_does_not_depend_on_its_row():
+    _, labels, documents = packed()
+    found = Documents.of(documents)
+    draw = trajectory.draw(3, STEP, found.ids(ROW_IDS), labels != trajectory.IGNORE_INDEX, None, found)
+    for sample, _, of_one, ids in alone():
+        one = trajectory.draw(3, STEP, ids, of_one != trajectory.IGNORE_INDEX)
+        row, number = divmod(sample, found.slots)
+        assert one.t_U[0] == draw.t_U[sample]
+        assert torch.equal(one.u_BL[0], draw.u_BL[row][documents[row] == number])
+        count = torch.tensor([2])
+        counts = torch.zeros(len(draw.t_U), dtype=torch.int64).index_fill(0, torch.tensor(sample), 2)
+        assert torch.equal(
+            one.smallest(one.u_BL, count)[0], draw.smallest(draw.u_BL, counts)[row][documents[row] == number]
+        )
+
+
+def test_held_out_levels_are_even_and_do_not_depend_on_the_batch():
+    levels = even_levels(torch.arange(1000), 3)
+    assert torch.equal(levels[:30], even_levels(torch.arange(10), 3))
+    assert torch.equal(levels.view(1000, 3)[:, 0], even_levels(torch.arange(1000), 1))
+    assert len(levels[:3].unique()) == 3, "a row's documents differ"
+    counts = torch.histc(levels.float(), 20, 0, 1)
+    assert counts.min() > 140 and counts.max() < 160
+
+
+def test_packed_rows_cost_their_documents_attention_and_every_sets_terms():
+    tokens, labels, documents = packed()
+    settings = memory()
+    goal = objective(settings)
+    plain = step_flops(ARGS, goal.micro_batch(tokens, labels, ROW_IDS, STEP), None)
+    batch = goal.micro_batch(tokens, labels, ROW_IDS, STEP, documents_BL=documents)
+    of_packed = step_flops(ARGS, batch, None)
+    attended = Documents.of(documents).mean_attended()
+    head = 3 * 2 * ARGS.dim * ARGS.vocab_size
+    heads = head * (len(batch.anchor.label_N) - len(goal.micro_batch(tokens, labels, ROW_IDS, STEP).anchor.label_N))
+    # Forward 1 and backward 2.5 of the two products with every attended token.
+    less = 3.5 * 4 * tokens.numel() * ARGS.dim * ARGS.n_layers * (LENGTH - attended)
+    assert plain.outer - of_packed.outer + heads == pytest.approx(less)
+    one_set = step_flops(ARGS, batch, memory(per_sample=False))
+    assert step_flops(ARGS, batch, settings).inner > one_set.inner
+    assert settings.sets(batch) == 16

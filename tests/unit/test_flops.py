@@ -1,0 +1,113 @@
+"""The FLOP model against torch's counter on real steps."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torchtitan.config.job_config import ActivationCheckpoint
+from torchtitan.distributed import activation_checkpoint
+from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
+
+from memdlm_dist.method.bilevel import outer_loss
+from memdlm_dist.models.flops import Recomputation, step_flops
+from memdlm_dist.models.llada_moe import LLaDAMoE, LLaDAMoEArgs
+from tests.support.bilevel import ARGS, build, data, memory, objective
+
+
+class Flops(TorchDispatchMode):
+    """torch's count of every operator. (Its own FlopCounterMode breaks around `torch.autograd.grad`.)"""
+
+    total = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = operator(*args, **kwargs)
+        name = operator.overloadpacket._qualified_op_name
+        # The CPU's attention is not in torch's table.
+        if name == "aten::_scaled_dot_product_flash_attention_for_cpu":
+            self.total += sdpa_flop_count(*(x.shape for x in args[:3]))
+        elif name == "aten::_scaled_dot_product_flash_attention_for_cpu_backward":
+            self.total += sdpa_backward_flop_count(*(x.shape for x in args[:4]))
+        elif operator.overloadpacket in flop_registry:
+            self.total += flop_registry[operator.overloadpacket](*args, **kwargs, out_val=out)
+        return out
+
+
+def count(model, settings, recomputation=None, frozen=False, args=ARGS, **plan):
+    """FLOPs of a step by torch's counter, and by ours; plain if `settings` is None."""
+    goal = objective(settings, **plan)
+    tokens, labels, ids = data()
+    batch = goal.micro_batch(tokens, labels, ids, step=3)
+    fast = settings.draw(3, 3, ids) if settings is not None else None
+    with Flops() as counter:
+        outer_loss(model, batch, settings, fast)[0].backward()
+    return counter.total, step_flops(args, batch, settings, recomputation, frozen)
+
+
+CASES = {
+    "default": ({}, {}),
+    "three steps": ({}, {"inner_steps": 3}),
+    "anchor alone": ({}, {"trajectory": "anchor_only"}),
+    "kl": ({"loss": "kl"}, {"inner_steps": 3}),
+    "hidden": ({"loss": "hidden_mse"}, {"trajectory": "progressive"}),
+    "attention too": ({"targets": ("ffn", "attention")}, {}),
+    "o and down": ({"targets": ("o", "down")}, {}),
+    "down alone": ({"targets": ("down",), "first_layer": 2}, {}),
+    "full": ({"adapter": "full"}, {}),
+    "all layers": ({"first_layer": 0}, {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_product_of_a_step_is_counted(case):
+    settings, plan = CASES[case]
+    counted, ours = count(build(torch.float32), memory(**settings), **plan)
+    assert ours.outer + ours.inner == counted
+    assert ours.ratio == pytest.approx(counted / ours.outer)
+
+
+def test_plain_training_is_counted_as_such():
+    counted, ours = count(build(torch.float32), None)
+    assert ours == (counted, 0.0) and ours.ratio == 1.0
+
+
+@pytest.mark.parametrize("mode, option", [("full", "op"), ("selective", "2"), ("selective", "op")])
+@pytest.mark.parametrize("with_memory", [False, True])
+def test_checkpointing_runs_again_what_is_counted(monkeypatch, mode, option, with_memory):
+    """And so nothing of the passes without gradient."""
+    monkeypatch.setattr(activation_checkpoint, "_layer_sac_count", 0)
+    settings = memory() if with_memory else None
+    model = build(torch.float32)
+    # torchtitan's list has the attention of accelerators.
+    saved = _op_sac_save_list | {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default}
+    config = ActivationCheckpoint(mode=mode, selective_ac_option=option)
+    activation_checkpoint.apply_ac(model, config, op_sac_save_list=saved)
+    counted, ours = count(model, settings, Recomputation(mode, option))
+    assert count(build(torch.float32), settings)[0] < counted == ours.outer + ours.inner
+
+
+@pytest.mark.parametrize("with_memory", [False, True])
+def test_a_frozen_base_has_no_gradients_of_its_weights(with_memory):
+    """All but the embedding, so that every layer's input still has one."""
+    model = build(torch.float32)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("tok_embeddings"))
+    counted, ours = count(model, memory() if with_memory else None, frozen=True)
+    assert ours.outer + ours.inner == counted
+
+
+def test_experts_count_as_often_as_a_token_sees_them():
+    args = LLaDAMoEArgs(
+        dim=32, n_layers=3, n_heads=4, hidden_dim=64, vocab_size=61, n_experts=4, experts_per_token=2, max_seq_len=24
+    )
+    torch.manual_seed(0)
+    model = LLaDAMoE(args)
+    with torch.no_grad():
+        model.init_weights()
+    settings = replace(memory(), linears=args.adapted_linears(1, ["ffn"]), first_layer=1)
+    for chosen in (None, settings):
+        counted, ours = count(model, chosen, args=args)
+        # The routers and the weighted sums of the experts' outputs are left out: 2% of so small a layer.
+        assert 0.95 < (ours.outer + ours.inner) / counted < 1

@@ -1,0 +1,172 @@
+"""Weights under Hugging Face's names: in and out bit for bit, and what is wrong with them named."""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+
+from memdlm_dist.checkpoint import hugging_face_folder
+from memdlm_dist.config import parse_config
+from memdlm_dist.errors import UserError
+from memdlm_dist.models import state_dict_adapters as names
+from memdlm_dist.training.backbone import adapter_of
+from tests.support.published import RECIPES, contents
+from tools import convert_checkpoint, random_weights
+
+PLAIN = [
+    "--model.flavor", "debug", "--model.hf_assets_path", "tests/assets/debug/tokenizer",
+    "--training.mixed_precision_param", "float32", "--checkpoint.initial_load_path", "",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def recipe(request):
+    return RECIPES[request.param]
+
+
+@pytest.fixture(scope="module")
+def weights(recipe, tmp_path_factory):
+    """A folder as one is published: bfloat16, several files and their index, config.json, tokenizer."""
+    folder = tmp_path_factory.mktemp("published") / "weights"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(names, "FILE_BYTES", 2**17)
+        patch.setattr(hugging_face_folder, "file_of_each", lambda tensors: names.file_of_each(tensors, limit=2**17))
+        assert random_weights.main([recipe, "--output", str(folder), *PLAIN]) == 0
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder
+
+
+@pytest.fixture
+def adapter(recipe):
+    return adapter_of(parse_config.parse(["--job.config_file", recipe, *PLAIN]))
+
+
+def test_there_and_back_again_is_the_same_bit_for_bit(recipe, weights, tmp_path, capsys):
+    plain = [*PLAIN, "--lora.target_modules", "attention"]
+    config = tmp_path / "full.toml"
+    config.write_text(Path(recipe).read_text().replace('converters = ["lora"]', ""))
+    there, back = str(tmp_path / "checkpoint"), tmp_path / "back"
+    assert convert_checkpoint.main(["from-hf", str(config), "--input", str(weights), "--output", there, *plain]) == 0
+    assert convert_checkpoint.main(["to-hf", str(config), "--checkpoint", there, "--output", str(back), *plain]) == 0
+    theirs, ours = contents(weights), contents(back)
+    assert theirs.keys() == ours.keys()
+    for name, tensor in theirs.items():
+        assert tensor.dtype == ours[name].dtype == torch.bfloat16 and torch.equal(tensor, ours[name]), name
+    index = json.loads((back / hugging_face_folder.INDEX).read_text())["weight_map"]
+    assert index.keys() == ours.keys()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (back / name).read_bytes() == (weights / name).read_bytes()
+    # A checkpoint in float32 holds the same numbers, and gives them back.
+    wide, narrow = str(tmp_path / "float32"), tmp_path / "narrow"
+    more = ["--dtype", "float32", *plain]
+    assert convert_checkpoint.main(["from-hf", str(config), "--input", str(weights), "--output", wide, *more]) == 0
+    more = ["--dtype", "bfloat16", *plain]
+    assert convert_checkpoint.main(["to-hf", str(config), "--checkpoint", wide, "--output", str(narrow), *more]) == 0
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in contents(narrow).items())
+    # What is there already stays.
+    assert convert_checkpoint.main(["to-hf", str(config), "--checkpoint", there, "--output", str(back), *plain]) == 2
+    assert "exists and is not an empty folder" in capsys.readouterr().err
+
+
+def test_published_names(adapter):
+    found = set(adapter.expected())
+    if adapter.config()["architectures"] == ["LLaDAModelLM"]:
+        assert len(found) == 3 + 4 * 9 and {
+            "model.transformer.wte.weight", "model.transformer.blocks.3.ff_proj.weight",
+            "model.transformer.blocks.0.attn_out.weight", "model.transformer.ff_out.weight",
+        } <= found  # fmt: skip
+    else:
+        assert len(found) == 3 + 4 * (9 + 3 * 8) and {
+            "model.embed_tokens.weight", "model.layers.3.mlp.experts.7.down_proj.weight", "lm_head.weight",
+            "model.layers.0.mlp.gate.weight", "model.layers.1.self_attn.q_norm.weight",
+        } <= found  # fmt: skip
+
+
+def damaged(weights, folder, change):
+    """A copy of the weights with one file's tensors changed; returns the name of the first of them."""
+    shutil.copytree(weights, folder)
+    file = sorted(folder.glob("*.safetensors"))[1]
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    change(tensors, name)
+    save_file(tensors, file)
+    return name
+
+
+def refusal(folder, adapter):
+    with pytest.raises(UserError) as caught:
+        hugging_face_folder.check(str(folder), adapter)
+    return str(caught.value)
+
+
+def test_a_tensor_that_is_missing_unknown_or_of_another_shape_is_named(weights, adapter, tmp_path):
+    name = damaged(weights, tmp_path / "a", lambda tensors, name: tensors.pop(name))
+    assert f"lack the tensor {name}" in refusal(tmp_path / "a", adapter)
+
+    def other(tensors, name):
+        tensors["model.vision.weight"] = torch.zeros(1)
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(1)  # which some exports hold
+
+    damaged(weights, tmp_path / "b", other)
+    assert "a tensor that this model does not have, model.vision.weight; choose" in refusal(tmp_path / "b", adapter)
+
+    def reshape(tensors, name):
+        tensors[name] = torch.zeros(3, 5)
+
+    name = damaged(weights, tmp_path / "c", reshape)
+    assert f"The tensor {name} in {tmp_path / 'c'} is (3, 5), this model's (" in refusal(tmp_path / "c", adapter)
+
+
+def test_files_that_are_missing_or_broken_are_named(weights, adapter, tmp_path):
+    def copy(name):
+        shutil.copytree(weights, tmp_path / name)
+        return tmp_path / name
+
+    first = copy("file")
+    gone = sorted(first.glob("*.safetensors"))[-1]
+    gone.unlink()
+    assert f"lacks the file {gone.name}, which model.safetensors.index.json lists" in refusal(first, adapter)
+    second = copy("cut short")
+    file = sorted(second.glob("*.safetensors"))[0]
+    file.write_bytes(file.read_bytes()[:-100])
+    assert f"{file} cannot be read (" in refusal(second, adapter)
+    third = copy("rotary")
+    config = json.loads((third / "config.json").read_text())
+    (third / "config.json").write_text(json.dumps({**config, "rope_theta": 1e4, "max_position_embeddings": 1}))
+    assert "config.json describes another model than this run's: rope_theta is 10000.0 there" in refusal(third, adapter)
+    (third / "config.json").write_text(json.dumps({**config, "hidden_act": "gelu", "activation_type": "gelu"}))
+    assert "is 'gelu' there and 'silu' here" in refusal(third, adapter)
+    (third / "config.json").write_text("{")
+    assert "config.json cannot be read" in refusal(third, adapter)
+    (tmp_path / "pickles").mkdir()
+    (tmp_path / "pickles/pytorch_model.bin").write_bytes(b"")
+    assert "no .safetensors files" in refusal(tmp_path / "pickles", adapter)
+    assert "There is no folder" in refusal(tmp_path / "absent", adapter)
+    assert "read from disk, not from s3://" in refusal("s3://bucket/weights", adapter)
+
+
+def test_files_of_an_export():
+    tensors = {name: torch.empty(size, device="meta") for name, size in (("a", 10), ("b", 20), ("c", 90), ("d", 5))}
+    assert names.file_of_each(tensors, torch.bfloat16, limit=60) == {"a": 1, "b": 1, "c": 2, "d": 3}
+    assert names.file_of_each(tensors) == dict.fromkeys("abcd", 1)
+
+
+def test_conversion_refuses_what_it_cannot_convert(recipe, weights, tmp_path, capsys):
+    def error(*arguments):
+        assert convert_checkpoint.main([*arguments, *PLAIN]) == 2
+        return capsys.readouterr().err
+
+    out = ["--output", str(tmp_path / "out")]
+    assert "There is no checkpoint" in error("to-hf", recipe, "--checkpoint", str(tmp_path), *out)
+    assert "holds Hugging Face weights already" in error("to-hf", recipe, "--checkpoint", str(weights), *out)
+    other = next(path for path in RECIPES.values() if path != recipe)
+    assert "describes another model" in error("from-hf", other, "--input", str(weights), *out)
+    with warnings.catch_warnings(action="ignore"):
+        dcp.save({"norm.weight": torch.zeros(3)}, checkpoint_id=str(tmp_path / "alien"), no_dist=True)
+    assert "is of another model" in error("to-hf", recipe, "--checkpoint", str(tmp_path / "alien"), *out)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.part*"))

@@ -1,0 +1,119 @@
+"""The fast path against the obvious one of naive.py, over random options, shapes and rows."""
+
+from dataclasses import fields
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memdlm_dist.method.bilevel import Memory, outer_loss
+from memdlm_dist.method.fast_weights import ADAPTERS
+from memdlm_dist.method.inner_loss import HIDDEN_LOSSES, LOGIT_LOSSES, inner_loss
+from memdlm_dist.method.inner_sgd import GRADIENT_NORMS, InnerSGD
+from memdlm_dist.method.trajectory import IGNORE_INDEX, SUPERVISION, TRAJECTORIES, Plan, draw
+from memdlm_dist.models.linears import GROUPS
+from memdlm_dist.models.llada import LLaDAArgs
+from memdlm_dist.training.objective import Objective
+from tests.oracles import naive
+from tests.support.bilevel import double, gradients, scaled_model
+
+LENGTH, MASK_ID = 12, 22
+ARGS = LLaDAArgs(dim=16, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=24, vocab_size=23, max_seq_len=LENGTH)
+MODEL = scaled_model(ARGS)
+
+HIDDEN = st.sampled_from(["pre_final_norm", "post_final_norm"])
+OPTIONS = st.builds(
+    naive.Options,
+    trajectory=st.sampled_from(list(TRAJECTORIES)),
+    inner_steps=st.integers(1, 4),
+    pre_anchor_scale=st.sampled_from([1.0, 1.25, 1.5, 1.6, 2.0]),
+    inner_loss=st.sampled_from([*LOGIT_LOSSES, *HIDDEN_LOSSES]),
+    student_hidden=HIDDEN,
+    teacher_hidden=HIDDEN,
+    supervision=st.sampled_from(list(SUPERVISION)),
+    learning_rate=st.sampled_from([0.1, 0.5]),
+    gradient_clip=st.sampled_from([0.0, 0.3, 1.0]),
+    gradient_norm=st.sampled_from(list(GRADIENT_NORMS)),
+    schedule=st.sampled_from(["linear", "cosine"]),
+    loss_weight=st.sampled_from(["schedule", "uniform"]),
+)
+# Rows: (level, first maskable token, last one). Levels at which nothing or everything is masked, rows
+# with nothing maskable, and rows of different length are among them.
+ROWS = st.lists(
+    st.tuples(
+        st.one_of(st.sampled_from([1e-9, 0.1, 1.0]), st.floats(0.05, 0.95)),
+        st.integers(0, LENGTH // 2),
+        st.integers(0, LENGTH),
+    ),
+    min_size=1,
+    max_size=3,
+)
+TARGETS = st.lists(st.sampled_from([*GROUPS["ffn"], *GROUPS["attention"]]), min_size=1, unique=True)
+
+
+# The examples follow from the test's text: the same on every machine, and this many.
+@settings(max_examples=100, derandomize=True, deadline=None, database=None)
+@given(
+    options=OPTIONS,
+    rows=ROWS,
+    targets=TARGETS,
+    adapter=st.sampled_from(list(ADAPTERS)),
+    first_layer=st.integers(0, ARGS.n_layers - 1),
+    per_sample=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_any_options_equal_the_naive_version(options, rows, targets, adapter, first_layer, per_sample, seed):
+    ids = torch.arange(len(rows)) * 31 + seed
+    tokens = torch.randint(0, MASK_ID, (len(rows), LENGTH), generator=torch.Generator().manual_seed(seed))
+    maskable = torch.stack([(torch.arange(LENGTH) >= first) & (torch.arange(LENGTH) < last) for _, first, last in rows])
+    t = torch.tensor([level for level, _, _ in rows], dtype=torch.float64)
+    memory = Memory(
+        first_layer=first_layer,
+        linears=ARGS.adapted_linears(first_layer, targets),
+        adapter=adapter,
+        rank=3,
+        alpha=6.0,
+        loss=inner_loss(options.inner_loss, options.student_hidden, options.teacher_hidden),
+        optimiser=InnerSGD(options.learning_rate, options.gradient_clip, options.gradient_norm),
+        per_sample=per_sample,
+    )
+    plan = Plan(**{f.name: getattr(options, f.name) for f in fields(Plan)})
+    goal = Objective(MASK_ID, plan, memory, seed, shards=1, shard=0)
+    start = double(memory.draw(seed, 4, ids))
+
+    MODEL.zero_grad()
+    adapted = []
+    batch = goal.micro_batch(tokens, torch.where(maskable, tokens, IGNORE_INDEX), ids, 4, t_U=t)
+    loss, statistics = outer_loss(MODEL, batch, memory, start, on_adapted=adapted.append)
+    loss.backward()
+    ours = gradients(MODEL)
+
+    MODEL.zero_grad()
+    noise = draw(seed, 4, ids, maskable)
+    sets = [[row] for row in range(len(rows))] if per_sample else [list(range(len(rows)))]
+    fast = [
+        {
+            layer: {name: tuple(x[g] if torch.is_tensor(x) else x for x in linear) for name, linear in linears.items()}
+            for layer, linears in start.items()
+        }
+        for g in range(len(sets))
+    ]
+    oracle = naive.DenseModel(dict(MODEL.named_parameters()), ARGS)
+    outer, report = naive.bilevel(oracle, tokens, maskable, noise.u_BL, noise.v_BL, t, sets, fast, options, MASK_ID)
+    # The loss weights and the norms that clip are float32 (6e-8 each); all else is float64.
+    for g, (losses, norms, final) in enumerate(report):
+        expected = torch.tensor([losses, norms], dtype=torch.float64)
+        torch.testing.assert_close(statistics.loss_KG[:, g], expected[0], rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(statistics.grad_norm_KG[:, g].double(), expected[1], rtol=1e-5, atol=1e-8)
+        for layer, linears in final.items():
+            for name, linear in linears.items():
+                for mine, theirs in zip(adapted[0][layer][name], linear, strict=True):
+                    if torch.is_tensor(mine):
+                        torch.testing.assert_close(mine[g], theirs, rtol=1e-5, atol=1e-8)
+    outer = torch.as_tensor(outer, dtype=torch.float64)
+    torch.testing.assert_close(loss, outer, rtol=1e-6, atol=1e-9)
+    if outer.requires_grad:
+        outer.backward()
+    for name, parameter in MODEL.named_parameters():
+        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(ours[name], expected, rtol=1e-5, atol=1e-6 * max(expected.abs().max().item(), 1e-3))

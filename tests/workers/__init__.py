@@ -1,0 +1,1 @@
+"""Code that runs in ranks; each module also runs as a script."""

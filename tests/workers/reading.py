@@ -1,0 +1,90 @@
+"""A checkpoint on several layouts: what is generated and how likely it is, memory off and on.
+
+    python -m tests.workers.reading FOLDER
+
+Trains two steps with the memory in FOLDER/run, then writes FOLDER/LAYOUT.json for every layout.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from memdlm_dist.runtime import cpu
+
+cpu.prepare()
+
+from memdlm_dist.config import parse_config
+from memdlm_dist.evaluation.exposure import Row, measure
+from memdlm_dist.inference.sampler import Decoding
+from memdlm_dist.inference.trained_model import TrainedModel
+from tests.support.launching import debug
+from tests.support.ranks import fork
+from tests.workers.run_many import train_rank
+
+SHARD, TENSOR = "--parallelism.data_parallel_shard_degree", "--parallelism.tensor_parallel_degree"
+LAYOUTS = {
+    "one": (1, []),
+    "fsdp2": (2, [SHARD, "2"]),
+    "tp2": (2, [TENSOR, "2"]),
+    "fsdp2-tp2": (4, [SHARD, "2", TENSOR, "2", "--parallelism.disable_loss_parallel"]),
+}
+# A model of two training steps hardly predicts, and its inner gradients are small: with this rate they matter.
+BOLD = ["--parametric_memory.learning_rate", "20", "--parametric_memory.gradient_clip", "0"]
+PROMPTS = ["def read(self, size):", "import", "class Reader:\n    def close(self):\n        return", "x = [", "", "for"]
+
+
+def read(model: TrainedModel, new_tokens: int = 6) -> dict:
+    """Return everything that must not depend on the layout or on the batches."""
+    found: dict = {}
+    prompts = model.tokenizer.encode_plain(PROMPTS)
+    for memory in (False, True):
+        for temperature in (0.0, 1.0) if memory else (0.0,):
+            decoding = Decoding(block_size=4, steps=2, temperature=temperature, stop_at_eos=False)
+
+            def work(batch, ids, memory=memory, decoding=decoding):
+                return model.generate(batch, new_tokens, decoding, memory, ids=ids).responses
+
+            found[f"memory {memory}, temperature {temperature}"] = model.spread(prompts, 2, work)
+        # With nothing but [MASK]s all positions are equally sure, and rounding chooses among them.
+        rows = [Row(prompt, [5, 6, 7, 8]) for prompt in prompts if prompt]
+        points = measure(model, rows, memory, ratios=(0.5, 1.0), batch_size=2)
+        # Which positions are filled first is decided by confidences that differ by as little as rounding here.
+        found[f"losses, memory {memory}"] = [point.static for point in points]
+    return found
+
+
+def arguments_of(folder: Path) -> list[str]:
+    """Return the configuration of the run that trained the model."""
+    return debug(folder / "run", "--model.flavor", "tiny", "--parametric_memory.layer_fraction", "0.5")
+
+
+def training(folder: Path) -> list[str]:
+    """Return the arguments of the run that trains the model."""
+    saving = ["--training.steps", "2", "--checkpoint.enable", "--checkpoint.interval", "2"]
+    return [*arguments_of(folder), *saving]
+
+
+def read_rank(rank: int, folder: Path, name: str) -> int:
+    """Read the checkpoint on a layout; rank 0 writes what it found."""
+    torch.set_num_threads(1)
+    model = TrainedModel(parse_config.parse([*arguments_of(folder), *LAYOUTS[name][1], *BOLD]))
+    found = read(model)
+    if rank == 0:
+        (folder / f"{name}.json").write_text(json.dumps(found))
+    model.close()
+    return 0
+
+
+def main(folder: Path) -> int:
+    if status := fork(1, lambda rank: train_rank(rank, training(folder), {})):
+        return status
+    for name, (processes, _) in LAYOUTS.items():
+        if status := fork(processes, lambda rank, name=name: read_rank(rank, folder, name)):
+            return status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,86 @@
+"""Training runs in forked ranks, with what they draw recorded and with faults injected.
+
+    python -m tests.workers.run_many PROCESSES [--job.config_file FILE ...]
+
+Options of `train_rank`: "record", a folder where every rank writes what it draws (see `record`); "faults" (see
+tests/support/faults.py).
+"""
+
+import hashlib
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from memdlm_dist.runtime import cpu
+
+cpu.prepare()
+
+from memdlm_dist import train
+from memdlm_dist.method import trajectory
+from memdlm_dist.method.bilevel import Memory
+from memdlm_dist.method.fast_weights import leaves
+from memdlm_dist.training.objective import Objective
+from tests.support.faults import inject
+from tests.support.ranks import fork
+
+
+def digest(*tensors: torch.Tensor) -> str:
+    state = hashlib.sha256()
+    for tensor in tensors:
+        state.update(tensor.detach().contiguous().numpy().tobytes())
+    return state.hexdigest()[:16]
+
+
+def record(folder: str, number: int) -> None:
+    """Have this rank write, for every step and sample: its noise level, its input states, its A."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    file = open(Path(folder) / f"rank{number}.jsonl", "a", buffering=1)  # noqa: SIM115  (open until the process ends)
+
+    def write(kind: str, step: int, ids: torch.Tensor, *per_row: torch.Tensor) -> None:
+        for row, sample in enumerate(ids.tolist()):
+            file.write(json.dumps([kind, step, sample, digest(*(x[row] for x in per_row))]) + "\n")
+
+    plain_draw, plain_batch, plain_fast = trajectory.draw, Objective.micro_batch, Memory.draw
+
+    def draw(seed, step, ids, maskable, *rest):
+        drawn = plain_draw(seed, step, ids, maskable, *rest)
+        write("level", step, ids, drawn.t_U)
+        return drawn
+
+    def micro_batch(self, tokens, labels, ids, step, **rest):
+        # A context-parallel rank has a part of the states: what is written is what the parts are of.
+        whole = plain_batch(
+            replace(self, parts=1, part=0, shards=self.parts * self.shards), tokens, labels, ids, step, **rest
+        )
+        write("states", step, ids, *whole.inputs)
+        return whole.part(self.part, self.parts)
+
+    def fast(self, seed, step, ids):
+        drawn = plain_fast(self, seed, step, ids)
+        write("A", step, ids, *(x.full_tensor() if isinstance(x, DTensor) else x for x in leaves(drawn)))
+        return drawn
+
+    trajectory.draw, Objective.micro_batch, Memory.draw = draw, micro_batch, fast
+
+
+def train_rank(rank: int, arguments: list[str], options: dict[str, Any]) -> int:
+    """Train as one rank; returns the exit status."""
+    # torchtitan sleeps two seconds at the end of every run.
+    time_ = SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda seconds: None)
+    sys.modules["torchtitan.train"].time = time_  # type: ignore[attr-defined]
+    if folder := options.get("record"):
+        record(folder, rank)
+    if faults := options.get("faults"):
+        inject(faults)
+    return train.main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(fork(int(sys.argv[1]), lambda rank: train_rank(rank, sys.argv[2:], {})))

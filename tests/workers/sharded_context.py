@@ -1,0 +1,169 @@
+"""One step under context parallelism on several layouts: loss, inner statistics and every gradient.
+
+    python -m tests.workers.sharded_context FOLDER [LAYOUT ...]
+
+A single process writes the weights to FOLDER, which each layout reads; FOLDER/LAYOUT.pt holds what it found.
+"""
+
+import contextlib
+import sys
+
+import torch
+import torch.distributed as dist
+
+from memdlm_dist.runtime import cpu
+
+cpu.prepare()
+
+from torchtitan.tools.logging import logger
+
+from memdlm_dist.config import parse_config
+from memdlm_dist.method.documents import FILL
+from memdlm_dist.performance.bench_steps import Bench
+from memdlm_dist.performance.collectives import by_kind
+from tests.support.ranks import fork_group
+from tests.workers.ring_on_cpu import ring_on_cpu
+from tests.workers.sharded_experts import common_weights, whole
+
+ROWS, LENGTH = 4, 32
+SHARD, TENSOR = "--parallelism.data_parallel_shard_degree", "--parallelism.tensor_parallel_degree"
+CONTEXT = "--parallelism.context_parallel_degree"
+RING = ["--parallelism.context_parallel_method", "ring"]
+# name -> (ranks, arguments, micro-batches in which a single process does the same: sets of fast weights)
+LAYOUTS = {
+    "one": (1, [], 1),
+    "one-twice": (1, [], 2),
+    "cp2": (2, [CONTEXT, "2"], 1),
+    "cp4": (4, [CONTEXT, "4"], 1),
+    "fsdp2-cp2": (4, [SHARD, "2", CONTEXT, "2", "--activation_checkpoint.mode", "full"], 2),
+    "tp2-cp2": (4, [TENSOR, "2", CONTEXT, "2"], 1),
+    "tp2-ring2": (4, [TENSOR, "2", CONTEXT, "2", *RING], 1),
+}
+MEMORY = "--parametric_memory."
+BATCH = [
+    MEMORY + "granularity", "batch", MEMORY + "gradient_norm", "global", MEMORY + "inner_loss", "kl",
+    MEMORY + "inner_steps", "3",
+]  # fmt: skip
+ATTENTION = [MEMORY + "target_modules", "ffn,attention", MEMORY + "learning_rate", "0.02"]
+FULL = [MEMORY + "adapter", "full", MEMORY + "inner_loss", "hidden_cosine", MEMORY + "supervision", "newly_revealed"]
+MOE = ["--model.name", "llada_moe", "--model.flavor", "tiny"]
+# name -> (arguments, step, rows: "whole", "packed", or "quarter": masked tokens in the first quarter alone)
+OPTIONS = {
+    "off": ([], "plain", "whole"),
+    "off-packed": ([], "plain", "packed"),
+    "sample": ([], "ours", "whole"),
+    "sample-quarter": (ATTENTION, "ours", "quarter"),
+    "batch-quarter": (BATCH, "ours", "quarter"),
+    "sample-packed": (ATTENTION, "ours", "packed"),
+    "batch-packed": (BATCH, "ours", "packed"),
+    "full-packed": (FULL, "ours", "packed"),
+    "moe-packed": (MOE, "ours", "packed"),
+}
+DOCUMENTS = [[10, 7, 15], [32], [5, 5, 5, 5, 12], [20, 8]]  # over the ends of the ranks' parts; the last has a fill
+
+
+def numbers():
+    """Of every token's document, `[ROWS, LENGTH]`."""
+    rows = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in DOCUMENTS]
+    return torch.stack([torch.cat([row, torch.full((LENGTH - len(row),), FILL)]) for row in rows])
+
+
+# Beyond these, what a layout has code of its own for.
+EVERYWHERE = ("off", "off-packed", "sample", "sample-quarter", "sample-packed")
+ALSO = {
+    "one": tuple(OPTIONS),
+    "cp2": tuple(OPTIONS),
+    "fsdp2-cp2": ("batch-quarter", "batch-packed"),
+    "tp2-cp2": ("batch-packed", "full-packed", "moe-packed"),
+}
+
+
+def options_of(layout):
+    if layout == "one-twice":  # what depends on the micro-batch
+        return ["batch-quarter", "batch-packed"]
+    if "ring" in layout:  # it takes no documents
+        return ["off", "sample", "batch-quarter"]
+    return list(dict.fromkeys((*EVERYWHERE, *ALSO.get(layout, ()))))
+
+
+def configuration(*arguments):
+    return parse_config.parse([
+        "--job.config_file", "train_configs/debug.toml", "--model.flavor", "many_heads",
+        "--training.seq_len", str(LENGTH),
+        "--parametric_memory.layer_fraction", "0.5", "--parametric_memory.rank", "4",
+        # Small gradients of a model that predicts nothing yet: with this the memory matters.
+        *("--parametric_memory.learning_rate", "0.1"), *arguments,
+    ])  # fmt: skip
+
+
+def data(kind):
+    """Tokens, labels and documents of the global batch; most documents begin with a prompt."""
+    tokens = torch.randint(0, 63, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
+    column = torch.arange(LENGTH)
+    if kind == "packed":
+        documents = numbers()
+        prompt = (column % 16 < 3) | (documents == FILL)
+        return tokens, torch.where(prompt, -100, tokens), documents
+    maskable = column < LENGTH // 4 if kind == "quarter" else column >= torch.tensor([[0], [9], [31], [3]])
+    return tokens, torch.where(maskable, tokens, -100), None
+
+
+def micro_batches(bench, count, kind):
+    mesh = bench.dims.get_optional_mesh("batch")
+    ranks, rank = (mesh.size(), mesh.get_local_rank()) if mesh is not None else (1, 0)
+    tokens, labels, documents = data(kind)
+    mine = torch.arange(ROWS).tensor_split(ranks)[rank]
+    for ids in mine.tensor_split(count if ranks == 1 else 1):
+        of_rows = documents[ids] if documents is not None else None
+        yield bench.objective.micro_batch(tokens[ids], labels[ids], ids, step=1, documents_BL=of_rows)
+
+
+def step(bench, count, kind, rows):
+    found = {"loss": torch.zeros(())}
+    masked = []
+    for number, batch in enumerate(micro_batches(bench, count, rows)):
+        loss, inner = bench.loss_sum(kind, batch, 1)
+        loss.backward()
+        found["loss"] += loss.detach()
+        masked.append(batch.anchor.valid_N.sum())
+        if inner is not None and number == 0:  # of the first micro-batch's first set, which the first rank has too
+            found["inner"] = torch.stack([inner.loss_KG[:, 0], inner.grad_norm_KG[:, 0]])
+            found["written"] = inner.written_norm_G[0]
+    mesh = bench.dims.get_optional_mesh("loss")
+    if mesh is not None:
+        dist.all_reduce(found["loss"], group=mesh.get_group())
+    for name, p in bench.model.named_parameters():
+        found[name.replace("_checkpoint_wrapped_module.", "")] = whole(p.grad).clone()
+    bench.model.zero_grad()
+    least = torch.stack(masked).min()
+    if mesh is not None:
+        dist.all_reduce(least, dist.ReduceOp.MIN, mesh.get_group())
+    return found, least
+
+
+def find(folder, layout):
+    """Take the steps of a layout, whose process group is there; rank 0 saves what it found."""
+    _, arguments, count = LAYOUTS[layout]
+    logger.setLevel("WARNING")
+    results = {"masked on a rank": {}}
+    with ring_on_cpu() if "ring" in layout else contextlib.nullcontext():
+        for options in options_of(layout):
+            extra, kind, rows = OPTIONS[options]
+            config = configuration(*arguments, *extra)
+            bench = Bench.build(config)
+            common_weights(bench, f"{folder}/{config.model.name}")
+            results[options], results["masked on a rank"][options] = step(bench, count, kind, rows)
+            if options == "sample" and "ring" not in layout:
+                found = bench.collectives("ours")
+                context, shards = (found.on(*bench.groups(name)) for name in ("cp", "fsdp"))
+                results["collectives"] = {"cp": by_kind(context), "fsdp": by_kind(shards)}
+                results["plain collectives"] = {"fsdp": by_kind(bench.collectives("plain").on(*bench.groups("fsdp")))}
+    if dist.get_rank() == 0:
+        torch.save(results, f"{folder}/{layout}.pt")
+
+
+if __name__ == "__main__":
+    folder, *layouts = sys.argv[1:]
+    for layout in layouts or LAYOUTS:
+        if status := fork_group(LAYOUTS[layout][0], lambda layout=layout: find(folder, layout)):
+            sys.exit(status)

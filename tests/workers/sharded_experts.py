@@ -1,0 +1,171 @@
+"""One step of a mixture of experts on several layouts: loss, inner statistics and every gradient.
+
+    python -m tests.workers.sharded_experts FOLDER [LAYOUT ...]
+
+A single process writes FOLDER/weights in Hugging Face's format, which each layout reads as
+`checkpoint.initial_load_in_hf` does, every rank its part; FOLDER/LAYOUT.pt holds what it found.
+"""
+
+import contextlib
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.tensor import DTensor
+
+from memdlm_dist.runtime import cpu
+
+cpu.prepare()
+
+from torchtitan.components.checkpoint import ModelWrapper
+from torchtitan.tools.logging import logger
+
+from memdlm_dist.checkpoint import hugging_face_folder
+from memdlm_dist.config import parse_config
+from memdlm_dist.models import BACKBONES
+from memdlm_dist.performance.bench_steps import Bench
+from memdlm_dist.performance.collectives import by_kind
+from tests.support.ranks import fork_group
+
+ROWS, LENGTH = 8, 16
+SHARD, TENSOR = "--parallelism.data_parallel_shard_degree", "--parallelism.tensor_parallel_degree"
+EXPERT, EXPERT_TENSOR = "--parallelism.expert_parallel_degree", "--parallelism.expert_tensor_parallel_degree"
+# name -> (ranks, arguments, micro-batches in which a single process does the same: sets of fast weights)
+LAYOUTS = {
+    "one": (1, [], 1),
+    "one-twice": (1, [], 2),
+    "fsdp2": (2, [SHARD, "2"], 2),
+    "tp2": (2, [TENSOR, "2"], 1),
+    "ep2": (2, [SHARD, "2", EXPERT, "2"], 1),
+    "fsdp2-ep2": (4, [SHARD, "4", EXPERT, "2", "--activation_checkpoint.mode", "full"], 2),
+    "ep2-tp2": (4, [SHARD, "2", EXPERT, "2", TENSOR, "2", EXPERT_TENSOR, "2"], 1),
+}
+OPTIONS = {
+    "lora": [],
+    # Fast attention saturates soon, and then multiplies rounding: a smaller rate.
+    "sample": [
+        "--parametric_memory.granularity", "sample", "--parametric_memory.target_modules", "ffn,attention",
+        "--parametric_memory.learning_rate", "0.02",
+    ],
+    "full-global-kl": [
+        "--parametric_memory.adapter", "full", "--parametric_memory.gradient_norm", "global",
+        "--parametric_memory.inner_loss", "kl", "--parametric_memory.inner_steps", "3",
+    ],
+}  # fmt: skip
+
+
+def options_of(layout):
+    """Expert-parallel ranks share one set of the experts' fast weights."""
+    return [name for name in OPTIONS if name != "sample" or EXPERT not in LAYOUTS[layout][1]]
+
+
+def configuration(*arguments):
+    return parse_config.parse([
+        "--job.config_file", "train_configs/debug.toml", "--model.name", "llada_moe", "--model.flavor", "tiny",
+        "--training.seq_len", str(LENGTH), "--parametric_memory.layer_fraction", "0.5",
+        "--parametric_memory.granularity", "batch", "--parametric_memory.rank", "4",
+        # Small gradients of a model that predicts nothing yet: with this the memory matters.
+        *("--parametric_memory.learning_rate", "0.1"), *arguments,
+    ])  # fmt: skip
+
+
+def micro_batches(bench, count):
+    """This rank's micro-batches of the global batch: a single process has `count`, several ranks one each."""
+    mesh = bench.dims.get_optional_mesh("batch")
+    ranks, rank = (mesh.size(), mesh.get_local_rank()) if mesh is not None else (1, 0)
+    tokens = torch.randint(0, 63, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
+    labels = torch.where(
+        torch.arange(LENGTH) < torch.tensor([[0], [9], [16], [3], [5], [0], [14], [1]]), -100, tokens
+    )  # one has nothing
+    mine = torch.arange(ROWS).tensor_split(ranks)[rank]
+    for ids in mine.tensor_split(count if ranks == 1 else 1):
+        yield bench.objective.micro_batch(tokens[ids], labels[ids], ids, step=1)
+
+
+def whole(x):
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def step(bench, count):
+    found = {"loss": torch.zeros(())}
+    statistics = []
+    for batch in micro_batches(bench, count):
+        loss, inner = bench.loss_sum("ours", batch, 1)
+        loss.backward()
+        found["loss"] += loss.detach()
+        chosen = 1 % len(inner.written_norm_G)
+        statistics.append(torch.stack([inner.loss_KG[:, chosen], inner.grad_norm_KG[:, chosen]]))
+        found.setdefault("written", inner.written_norm_G[chosen])
+    mesh = bench.dims.get_optional_mesh("batch")
+    if mesh is not None:
+        dist.all_reduce(found["loss"], group=mesh.get_group())
+    found["inner"] = statistics[0]  # of the first set, or of the second sequence: the first rank has both
+    for name, p in bench.model.named_parameters():
+        found[name.replace("_checkpoint_wrapped_module.", "")] = whole(p.grad).clone()
+    found["load"] = torch.stack([mixture.tokens_per_expert for mixture in bench.model.mixtures()])
+    if mesh is not None:
+        dist.all_reduce(found["load"], group=mesh.get_group())
+    bench.model.zero_grad()
+    return found
+
+
+def common_weights(bench, folder):
+    """Give a model the weights in a folder of Hugging Face's format, which the first, unsharded one makes."""
+    adapter = BACKBONES[bench.config.model.name].adapter(bench.args)
+    if not Path(folder).exists():
+        with torch.no_grad():
+            for parameter in bench.model.parameters():
+                parameter.mul_(3)  # so that attention and router are not flat
+        hugging_face_folder.write(adapter.to_hf(bench.model.state_dict()), folder)
+    hugging_face_folder.check(folder, adapter)
+    wrapper = ModelWrapper(bench.model)
+    wrapper.load_state_dict(hugging_face_folder.read_into(wrapper.state_dict(), adapter, folder))
+
+
+@contextlib.contextmanager
+def counted_reads():
+    """Count the elements that DCP's reader reads on this rank: one number for each request."""
+    found: list[int] = []
+    plain = HuggingFaceStorageReader._process_read_request
+
+    def counted(self, file, request, planner):
+        found.append(math.prod(request.lengths))
+        return plain(self, file, request, planner)
+
+    HuggingFaceStorageReader._process_read_request = counted
+    try:
+        yield found
+    finally:
+        HuggingFaceStorageReader._process_read_request = plain
+
+
+def find(folder, layout):
+    """Take the steps of a layout, whose process group is there; rank 0 saves what it found."""
+    _, arguments, count = LAYOUTS[layout]
+    logger.setLevel("WARNING")
+    results = {}
+    for options in options_of(layout):
+        config = configuration(*arguments, *OPTIONS[options])
+        bench = Bench.build(config)
+        with counted_reads() as reads:
+            common_weights(bench, f"{folder}/weights")
+        results["read"] = torch.tensor(float(sum(reads)))
+        results[options] = step(bench, count)
+        if options == "lora":
+            groups = bench.groups("fsdp", "efsdp")
+            results["gathers"] = {
+                kind: torch.tensor(float(by_kind(bench.collectives(kind).on(*groups))["all_gather"]))
+                for kind in ("plain", "ours")
+            }
+    if dist.get_rank() == 0:
+        torch.save(results, f"{folder}/{layout}.pt")
+
+
+if __name__ == "__main__":
+    folder, *layouts = sys.argv[1:]
+    for layout in layouts or LAYOUTS:
+        if status := fork_group(LAYOUTS[layout][0], lambda layout=layout: find(folder, layout)):
+            sys.exit(status)

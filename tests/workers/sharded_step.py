@@ -1,0 +1,271 @@
+"""Plain, straightforward and our step on sharded models: what they compute and what they communicate.
+
+    python -m tests.workers.sharded_step FOLDER [LAYOUT ...]
+
+Writes as JSON what test_sharded_step.py asserts, a file for each layout. Of a layout COMPILED its name followed by
+`-compiled` is the part that takes as long as all others together.
+"""
+
+import json
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from memdlm_dist.runtime import cpu
+
+cpu.prepare()
+
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.tools.logging import logger
+
+from memdlm_dist.config import parse_config
+from memdlm_dist.method import bilevel
+from memdlm_dist.method.inner_loss import inner_loss
+from memdlm_dist.performance.bench_steps import DATA_PARALLEL, KINDS, Bench
+from memdlm_dist.performance.collectives import by_kind
+from tests.support.ranks import fork_group
+
+# Three layers of trunk, so that the counts tell them from a tail of two.
+COMMON = [
+    "--job.config_file", "train_configs/debug.toml", "--model.flavor", "sharded", "--training.seq_len", "64",
+    "--training.local_batch_size", "2", "--parametric_memory.layer_fraction", "0.4", "--compile.backend", "aot_eager",
+]  # fmt: skip
+SHARD, TENSOR = "--parallelism.data_parallel_shard_degree", "--parallelism.tensor_parallel_degree"
+LAYOUTS = {
+    "fsdp2": (2, []),
+    "hsdp2x2": (4, ["--parallelism.data_parallel_replicate_degree", "2", SHARD, "2"]),
+    "fsdp2-tp2": (4, [SHARD, "2", TENSOR, "2"]),
+}
+
+AC = ["--activation_checkpoint.mode", "full"]
+SELECTIVE = ["--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "2"]
+COMPILE = ["--compile.enable"]
+BUILDS = {  # name -> (dtype, arguments, layouts that do without: compiling takes seconds)
+    "float64": ("float64", [], ()),
+    "float64-checkpointing": ("float64", AC, ("hsdp2x2",)),
+    "float32": ("float32", [], ("fsdp2-tp2",)),
+    "float32-compiled-checkpointing": ("float32", AC + COMPILE, ("hsdp2x2", "fsdp2-tp2")),
+    "bfloat16": ("bfloat16", [], ("hsdp2x2", "fsdp2-tp2")),
+    # Blocks with a checkpoint and without, which tensor parallelism compiles in different ways.
+    "float32-compiled-selective": ("float32", SELECTIVE + COMPILE, ("fsdp2", "hsdp2x2")),
+    "float32-never": ("float32", ["--parallelism.fsdp_reshard_after_forward", "never"], ("hsdp2x2", "fsdp2-tp2")),
+    "float32-always": ("float32", ["--parallelism.fsdp_reshard_after_forward", "always"], ("hsdp2x2", "fsdp2-tp2")),
+}
+
+COMPILED = ("fsdp2-tp2", "float32-compiled-selective")
+COMPILATIONS = {"fsdp2": ("plain", "ours"), "fsdp2-tp2": ("ours",)}
+
+# name -> (plan, memory's loss, adapter, targets, sets per sample)
+OPTIONS = {
+    "default": ({}, "cross_entropy", "lora", ["ffn"], True),
+    "kl-3-newly_revealed": (
+        {"inner_steps": 3, "supervision": "newly_revealed"}, "kl", "lora", ["ffn", "attention"], True,
+    ),
+    "hidden_cosine-progressive-full": (
+        {"trajectory": "progressive", "inner_steps": 3}, "hidden_cosine", "full", ["ffn"], True,
+    ),
+    "reverse_kl-anchor_only-batch": ({"trajectory": "anchor_only"}, "reverse_kl", "lora", ["ffn"], False),
+}  # fmt: skip
+
+
+def layout_of(part):
+    return part.removesuffix("-compiled")
+
+
+def builds(part):
+    """Names of what is compared on a layout, or on its compiled part: "build options"."""
+    layout = layout_of(part)
+    for name, (_, _, without) in BUILDS.items():
+        if layout not in without and ((layout, name) == COMPILED) == (layout != part):
+            # HSDP differs from FSDP in the reduction of gradients alone.
+            some = OPTIONS if name == "float64" and layout != "hsdp2x2" else list(OPTIONS)[:1]
+            yield from (f"{name} {options}" for options in some)
+
+
+def build(dtype, arguments):
+    config = parse_config.parse([*COMMON, *arguments])
+    TORCH_DTYPE_MAP["float64"] = torch.float64
+    training = config.training
+    training.mixed_precision_param = dtype
+    training.dtype = training.mixed_precision_reduce = "float32" if dtype == "bfloat16" else dtype
+    bench = Bench.build(config)
+    with torch.no_grad():
+        for parameter in bench.model.parameters():  # larger than at the start, so that attention is not flat
+            parameter.mul_(3)
+    return bench
+
+
+def with_options(bench, name):
+    plan, loss, adapter, targets, per_sample = OPTIONS[name]
+    memory = replace(
+        bench.objective.memory,
+        loss=inner_loss(loss, "pre_final_norm", "post_final_norm"),
+        adapter=adapter,
+        linears=bench.args.adapted_linears(bench.objective.memory.first_layer, targets),
+        per_sample=per_sample,
+    )
+    objective = replace(bench.objective, memory=memory, plan=replace(bench.objective.plan, **plan))
+    return replace(bench, objective=objective)
+
+
+def step(bench, kind, dtype):
+    """Loss, inner statistics and every gradient of one step, as tensors of this rank."""
+    bench.model.zero_grad()
+    loss, statistics = bench.loss_sum(kind, bench.batch(1), 1, dtype)
+    loss.backward()
+    found = {f"gradient of {name}": local(p.grad) for name, p in bench.model.named_parameters()}
+    bench.model.zero_grad()
+    found["loss"] = loss.detach()
+    if statistics is not None:
+        for name in ("loss_KG", "grad_norm_KG", "written_norm_G"):
+            found[name] = getattr(statistics, name)
+        assert statistics.counted_KG.all() and found["written_norm_G"].min() > 0
+    return found
+
+
+def local(x):
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def difference(ours, theirs):
+    """The largest over ranks and quantities, relative to the quantity's largest value."""
+    assert ours.keys() == theirs.keys()
+    worst = max(((ours[k] - theirs[k]).abs().max() / theirs[k].abs().max().clamp(min=1e-30)).item() for k in ours)
+    return largest(worst)
+
+
+def largest(x):
+    x = torch.tensor(float(x), dtype=torch.float64)
+    dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x.item()
+
+
+def gathered(bench):
+    """Which of the embedding, the layers and the head are gathered now."""
+    modules = [bench.model.tok_embeddings, *bench.model.layers.values(), bench.model.output]
+    return [int(not _is_sharded(next(module.parameters()))) for module in modules]
+
+
+def _is_sharded(parameter):
+    return isinstance(parameter, DTensor) and "fsdp" in parameter.device_mesh.mesh_dim_names
+
+
+def compare(bench, dtype, count):
+    dtype = {"float64": torch.float64}.get(dtype)
+    ours, theirs = step(bench, "ours", dtype), step(bench, "straightforward", dtype)
+    # The losses before anything is written: of the same predictions to the last bit, in any precision.
+    first = [{"first inner losses": x["loss_KG"][0]} for x in (ours, theirs)]
+    result = {"difference": difference(ours, theirs), "difference of the first inner losses": difference(*first)}
+    if not count:
+        return result
+    communication = {kind: bench.collectives(kind, 1).on(*bench.groups(*DATA_PARALLEL)) for kind in KINDS}
+    return result | {
+        "all_gathers": {kind: by_kind(found)["all_gather"] for kind, found in communication.items()},
+        "reduce_scatters": {kind: by_kind(found)["reduce_scatter"] for kind, found in communication.items()},
+        "order": {kind: "".join(x[0][0] for x in found) for kind, found in communication.items()},
+        # Collectives on the data-parallel groups that plain training does not make, by kind and size.
+        "beyond_plain": sorted(f"{x}" for x in Counter(communication["ours"]) - Counter(communication["plain"])),
+    }
+
+
+def residency(bench):
+    """Which groups are gathered at which point, and after a step that failed in the inner loop."""
+    bench.model.zero_grad()
+    found = {"before": gathered(bench)}
+    expected = step(bench, "ours", None)
+    batch, memory = bench.batch(1), bench.objective.memory
+
+    def during(_fast):
+        found["after the inner steps"] = gathered(bench)
+
+    fast = memory.draw(0, 1, batch.sample_ids_U)
+    bench.model.zero_grad()
+    loss, _ = bilevel.outer_loss(bench.model, batch, memory, fast, bench.objective.shard, during)
+    found["before the backward pass"] = gathered(bench)
+    loss.backward()
+    found["after the backward pass"] = gathered(bench)
+
+    with torch.no_grad():
+        bilevel.outer_loss(bench.model, batch, memory, fast, bench.objective.shard)
+    found["after validation"] = gathered(bench)
+
+    def broken(*_):
+        raise ArithmeticError("on purpose")
+
+    broken_loss = memory.loss._replace(of_logits=broken)
+    for name, where in {
+        "inner loop": lambda: bilevel.outer_loss(
+            bench.model, batch, replace(memory, loss=broken_loss), fast, bench.objective.shard
+        ),
+        "between the loops": lambda: bilevel.outer_loss(
+            bench.model, batch, memory, fast, bench.objective.shard, broken
+        ),
+    }.items():
+        try:
+            where()
+            raise AssertionError("it should have failed")
+        except ArithmeticError:
+            found[f"after a failure in {name}"] = gathered(bench)
+        if name == "between the loops":  # the other one leaves FSDP2 in the middle of a forward pass
+            found["difference after a failure"] = difference(step(bench, "ours", None), expected)
+    return found
+
+
+def compilations(bench, kind):
+    """Graphs that dynamo has compiled after each of four steps, and its graph breaks."""
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    graphs = []
+    for number in range(4):
+        bench.loss_sum(kind, bench.batch(number), number)[0].backward()
+        bench.model.zero_grad()
+        graphs.append(counters["stats"]["unique_graphs"])
+    return {"graphs": graphs, "breaks": dict(counters["graph_break"])}
+
+
+def find(part):
+    """Compare the steps of a layout, or of its compiled part, whose process group is there; returns what was found."""
+    layout = layout_of(part)
+    logger.setLevel("WARNING")
+    result = {"compilations": {}, "steps": {}}
+    built = None
+    for step_name in builds(part):
+        name, options = step_name.split()
+        dtype, arguments, _ = BUILDS[name]
+        if name != built:
+            bench, built = build(dtype, [*LAYOUTS[layout][1], *arguments]), name
+            if name in ("float32-compiled-checkpointing", "float32-compiled-selective"):
+                for kind in COMPILATIONS.get(layout, ()):
+                    torch._dynamo.reset()  # from nothing, as in a run of its own
+                    result["compilations"][kind] = compilations(bench, kind)
+            if name == "float32" and layout == "fsdp2":
+                result["residency"] = residency(bench)
+        # The options differ in their tensor-parallel collectives alone.
+        count = layout == "fsdp2" or options == "default"
+        result["steps"][step_name] = compare(with_options(bench, options), dtype, count)
+    return result
+
+
+def write(part, path):
+    """Write what is found as JSON."""
+    result = find(part)
+    if dist.get_rank() == 0:
+        Path(path).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    folder, *layouts = sys.argv[1:]
+    for layout in layouts or LAYOUTS:
+        began = time.perf_counter()
+        path = f"{folder}/{layout}.json"
+        status = fork_group(LAYOUTS[layout_of(layout)][0], lambda part=layout, path=path: write(part, path))
+        print(f"{layout}: status {status} after {time.perf_counter() - began:.1f} s", flush=True)
+        if status:
+            sys.exit(status)
