@@ -8,7 +8,6 @@ quantity; exit status 1 if any is out of tolerance, 2 if a fixture is of a kind 
 yet or cannot be read.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -21,12 +20,11 @@ cpu.prepare()
 from memdlm_dist.errors import UserError
 from memdlm_dist.golden.checks import check
 from memdlm_dist.golden.fixture import Unsupported
+from memdlm_dist.runtime.entry_point import new_parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="check_golden.py"
-    )
+    parser = new_parser("check_golden.py", __doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="fixture directory")
     status = 0
     for folder in parser.parse_args(argv).folders:

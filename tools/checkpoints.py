@@ -23,13 +23,14 @@ from memdlm_dist.runtime import cpu
 cpu.prepare()
 
 from memdlm_dist.checkpoint.catalogue import Catalogue, Saved, name_of, read_run, superfluous
-from memdlm_dist.errors import EXIT_STATUS, UserError
+from memdlm_dist.errors import UserError
+from memdlm_dist.runtime.entry_point import guarded, new_parser
 from memdlm_dist.runtime.storage import Storage
 
 
 def arguments() -> argparse.ArgumentParser:
     assert __doc__
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser("checkpoints.py", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
@@ -121,17 +122,17 @@ def prune(catalogue: Catalogue, options: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = arguments().parse_args(argv)
-    try:
-        catalogue = Catalogue(options.directory)
-        if options.command == "list":
-            list_all(catalogue, options.json)
-        elif options.command == "verify":
-            return verify_all(catalogue, options.step)
-        else:
-            prune(catalogue, options)
-    except UserError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        return EXIT_STATUS
+    return guarded(lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> int:
+    catalogue = Catalogue(options.directory)
+    if options.command == "verify":
+        return verify_all(catalogue, options.step)
+    if options.command == "list":
+        list_all(catalogue, options.json)
+    else:
+        prune(catalogue, options)
     return 0
 
 

@@ -25,17 +25,15 @@ cpu.prepare()
 
 from memdlm_dist.checkpoint.convert import from_hugging_face, to_hugging_face
 from memdlm_dist.config import parse_config
-from memdlm_dist.inference.model_arguments import guarded, parse, quiet
 from memdlm_dist.inference.trained_model import checkpoint_folder
+from memdlm_dist.runtime.entry_point import guarded, new_parser, parse_with_overrides, quiet
 from memdlm_dist.training.backbone import conversion_of
 
 _DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="convert_checkpoint.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = new_parser("convert_checkpoint.py", __doc__)
     directions = p.add_subparsers(dest="direction", required=True, metavar="{from-hf,to-hf}")
     there = directions.add_parser("from-hf", help="Hugging Face weights to a checkpoint")
     there.add_argument(
@@ -81,7 +79,7 @@ def convert(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options, overrides = parse(parser(), argv)
+    options, overrides = parse_with_overrides(parser(), argv)
     return guarded(lambda: convert(options, overrides))
 
 

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -23,14 +22,15 @@ from memdlm_dist.runtime import cpu
 cpu.prepare()
 
 from memdlm_dist.config import parse_config
-from memdlm_dist.data.dataset import check_cards, open_dataset
 from memdlm_dist.errors import UserError
 from memdlm_dist.evaluation import report
-from memdlm_dist.evaluation.exposure import RATIOS, Point, Row, measure, row_of
+from memdlm_dist.evaluation.exposure import RATIOS, measure
+from memdlm_dist.evaluation.exposure_report import line, plot, rows_of
 from memdlm_dist.evaluation.retrieval import MEMORY
-from memdlm_dist.inference.model_arguments import add_model_arguments, guarded, is_first, load_model, parse, positive
-from memdlm_dist.inference.trained_model import TrainedModel, checkpoint_folder
-from memdlm_dist.training.backbone import requirements_of
+from memdlm_dist.inference.model_arguments import add_model_arguments, load_model
+from memdlm_dist.inference.trained_model import checkpoint_folder
+from memdlm_dist.runtime.entry_point import guarded, new_parser, parse_with_overrides, positive
+from memdlm_dist.runtime.rank_0 import is_first
 
 JSON, PNG = "exposure_bias.json", "exposure_bias.png"
 
@@ -44,9 +44,7 @@ def numbers(text: str) -> list[float]:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="exposure_bias.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = new_parser("exposure_bias.py", __doc__)
     add_model_arguments(p, several_checkpoints=True)
     p.add_argument("--names", nargs="+", metavar="NAME", help="of the checkpoints in table and plot")
     p.add_argument("--memory", default="off,on", metavar="M", help="off, on or off,on (default: off,on)")
@@ -60,47 +58,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the JSON and the plot")
     p.add_argument("--overwrite", action="store_true", help="replace results that are there")
     return p
-
-
-def rows_of(config: Any, model: TrainedModel, options: argparse.Namespace) -> list[Row]:
-    """The first samples with a response.
-
-    Raises:
-        UserError: if there is none.
-    """
-    locations = options.data or config.data.validation
-    if not locations:
-        raise UserError("There are no samples: data.validation is empty; give --data a folder of shards.")
-    check_cards(locations, requirements_of(config, model.mask_id))
-    dataset = open_dataset(config.data, locations, [], batch_size=1, shuffle=False)
-    samples = (dataset[i] for i in range(min(dataset.size, options.samples)))
-    rows = [row_of(sample["tokens"], sample["labels"], model.eos_id, options.prompt_share) for sample in samples]
-    found = [row for row in rows if row is not None]
-    if not found:
-        raise UserError(f"No sample of {', '.join(locations)} holds a response.")
-    return found
-
-
-def line(name: str, memory: str, point: Point) -> list[str]:
-    losses = (point.static, point.sequential, point.same_positions, point.exposure_bias, point.at_same_positions)
-    return [f"{name}, memory {memory}", f"{point.ratio:g}", *(f"{x:.4f}" for x in losses)]
-
-
-def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Losses, and their ratio, over the mask ratios."""
-    figure, (losses, ratio) = report.pyplot().subplots(1, 2, figsize=(11, 4))
-    for number, result in enumerate(results):
-        label = f"{result['name']}, memory {result['memory']}"
-        x = [point["ratio"] for point in result["points"]]
-        static, sequential = ([point[key] for point in result["points"]] for key in ("static", "sequential"))
-        losses.plot(x, static, "--", color=f"C{number}")
-        losses.plot(x, sequential, "-", color=f"C{number}", label=label)
-        ratio.plot(x, [s / t for s, t in zip(sequential, static, strict=True)], "-o", color=f"C{number}", label=label)
-    losses.set(xlabel="mask ratio", ylabel="nats per token", title="sequential (solid) and static (dashed) loss")
-    ratio.set(xlabel="mask ratio", ylabel="sequential / static", title="exposure bias")
-    losses.legend(fontsize=8)
-    ratio.axhline(1, color="grey", linewidth=0.5)
-    report.save(figure, path)
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -118,7 +75,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise UserError(f"--names gives {len(names)} names for {len(checkpoints)} checkpoints.")
     model = load_model(options, overrides, checkpoints[0])
     try:
-        rows = rows_of(config, model, options)
+        rows = rows_of(config, model, options.data, options.samples, options.prompt_share)
         results, lines = [], []
         total = len(rows) * len(checkpoints) * len(memories)
         with tqdm(total=total, unit=" rows", disable=not is_first()) as bar:
@@ -150,7 +107,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options, overrides = parse(parser(), argv)
+    options, overrides = parse_with_overrides(parser(), argv)
     return guarded(lambda: run(options, overrides))
 
 

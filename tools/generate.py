@@ -14,14 +14,9 @@ with the layout of the configuration. Keys of the configuration can follow: --se
 
 import argparse
 import json
-import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-import torch.distributed as dist
 
 from memdlm_dist.runtime import cpu
 
@@ -29,27 +24,14 @@ cpu.prepare()
 
 from memdlm_dist.data import chat
 from memdlm_dist.errors import UserError
-from memdlm_dist.inference.model_arguments import (
-    add_decoding_arguments,
-    add_model_arguments,
-    decoding_of,
-    guarded,
-    is_first,
-    load_model,
-    parse,
-)
-from memdlm_dist.inference.sampler import Decoding, Step
-from memdlm_dist.inference.trained_model import TrainedModel, sampler
-
-MASK = "[MASK]"
-_NEW_TOKENS = 64
-_BLANK, _DIM, _BOLD, _PLAIN = "░", "\x1b[2m", "\x1b[1m", "\x1b[0m"
+from memdlm_dist.inference.model_arguments import add_decoding_arguments, add_model_arguments, decoding_of, load_model
+from memdlm_dist.inference.respond import MASK, respond
+from memdlm_dist.runtime.entry_point import guarded, new_parser, parse_with_overrides
+from memdlm_dist.runtime.rank_0 import from_rank_0, is_first
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="generate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = new_parser("generate.py", __doc__)
     add_model_arguments(p)
     source = p.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT", help="the prompt (default: standard input)")
@@ -71,11 +53,11 @@ def parser() -> argparse.ArgumentParser:
 def prompts(options: argparse.Namespace) -> Iterator[str]:
     """The prompts in turn, the same on all ranks: the first one reads them."""
     if options.interactive:
-        while (text := _read_on_first(_ask)) is not None:
+        while (text := from_rank_0(_ask)) is not None:
             if text.strip():
                 yield text
         return
-    text = _read_on_first(lambda: _given(options))
+    text = from_rank_0(lambda: _given(options))
     assert text is not None
     yield text
 
@@ -96,108 +78,22 @@ def _given(options: argparse.Namespace) -> str:
         raise UserError(f"The prompt {options.file or 'on standard input'} cannot be read: {error}.") from None
 
 
-def _read_on_first(read: Callable[[], str | None]) -> str | None:
-    found: list[str | UserError | None] = [None]
-    if is_first():
-        try:
-            found = [read()]
-        except UserError as mistake:
-            found = [mistake]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast_object_list(found)
-    if isinstance(found[0], UserError):
-        raise found[0]
-    return found[0]
-
-
-class Screen:
-    """Shows the canvas of one prompt in a terminal, redrawn in place."""
-
-    def __init__(self, model: TrainedModel):
-        self._model, self._lines = model, 0
-
-    def draw(self, step: Step, length: int) -> None:
-        """The text after a step: what was decided now in bold, [MASK]s as blocks."""
-        tokens, still_open, kept = (x[0, :length].tolist() for x in step)
-        cells: list[tuple[str, str]] = []  # (style, character)
-        places = range(length)
-        # Neighbours of one kind are decoded together: a character can be of several tokens.
-        for (masked, new), group in groupby(places, key=lambda i: (still_open[i], kept[i])):
-            found = list(group)
-            text = _BLANK * len(found) if masked else self._model.tokenizer.decode([tokens[i] for i in found])
-            style = _DIM if masked else _BOLD if new else ""
-            cells += [(style, c if c.isprintable() or c == "\n" else " ") for c in text.expandtabs()]
-        columns, rows = shutil.get_terminal_size()
-        lines: list[list[tuple[str, str]]] = [[]]
-        for style, c in cells:
-            if c == "\n" or len(lines[-1]) == columns:
-                lines.append([])
-            if c != "\n":
-                lines[-1].append((style, c))
-        lines = lines[-(rows - 1) :]
-        # Up over what was drawn before, which was never more.
-        print(f"\x1b[{self._lines}F\x1b[J" if self._lines else "", end="")
-        print("\n".join(map(_coloured, lines)), flush=True)
-        self._lines = len(lines)
-
-    def clear(self) -> None:
-        """Make room for what is printed in its place."""
-        print(f"\x1b[{self._lines}F\x1b[J" if self._lines else "", end="", flush=True)
-
-
-def _coloured(line: list[tuple[str, str]]) -> str:
-    groups = groupby(line, key=lambda cell: cell[0])
-    return "".join(f"{style}{''.join(c for _, c in group)}{_PLAIN if style else ''}" for style, group in groups)
-
-
-def run(model: TrainedModel, text: str, options: argparse.Namespace, decoding: Decoding, watch: bool) -> dict:
-    """One prompt; returns what --json prints."""
-    written = text.replace(MASK, model.tokenizer.mask_token)
-    if options.chat_template:
-        template = chat.chat_template(options.chat_template, model.tokenizer)
-        written = chat.prompt(template, written)
-    (prompt,) = model.tokenizer.encode_plain([written])
-    masks = prompt.count(model.mask_id)
-    new_tokens = options.new_tokens
-    if new_tokens is None:
-        new_tokens = 0 if masks else _NEW_TOKENS
-    if not masks and not new_tokens:
-        raise UserError(f"There is nothing to fill in: the prompt has no {MASK} and --new-tokens is 0.")
-    length = len(prompt) + new_tokens
-    if length > model.trained_length and is_first():
-        print(f"warning: {length} tokens, more than the {model.trained_length} of training.", file=sys.stderr)
-    remembered = model.remember([prompt], options.anchor_ratio) if options.memory == "on" else None
-    start = model.canvas([prompt], new_tokens)
-    screen = Screen(model) if watch else None
-    steps, tokens_BL = 0, start.tokens_BL
-    began = time.perf_counter()
-    for step in model.denoise(start, decoding, remembered.fast if remembered else None):
-        steps, tokens_BL = steps + 1, step.tokens_BL
-        if screen:
-            screen.draw(step, length)
-    if screen:
-        screen.clear()
-    (response,) = sampler.responses(tokens_BL, start, model.eos_id)
-    filled = [*tokens_BL[0, : len(prompt)].tolist(), *response]
-    return {
-        "prompt": text,
-        "response": model.tokenizer.decode(response),
-        "text": model.tokenizer.decode(filled),
-        "memory": options.memory,
-        "steps": steps,
-        "memory_seconds": round(remembered.seconds, 4) if remembered else 0.0,
-        "decoding_seconds": round(time.perf_counter() - began, 4),
-        "checkpoint": model.checkpoint,
-    }
-
-
 def generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     decoding = decoding_of(options)
     model = load_model(options, overrides, options.checkpoint)
     try:
         watch = is_first() and sys.stdout.isatty() and not (options.json or options.no_watch)
         for text in prompts(options):
-            made = run(model, text, options, decoding, watch)
+            made = respond(
+                model,
+                text,
+                decoding,
+                memory=options.memory == "on",
+                anchor_ratio=options.anchor_ratio,
+                new_tokens=options.new_tokens,
+                chat_template=options.chat_template,
+                watch=watch,
+            )
             if not is_first():
                 continue
             if options.json:
@@ -212,7 +108,7 @@ def generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options, overrides = parse(parser(), argv)
+    options, overrides = parse_with_overrides(parser(), argv)
     return guarded(lambda: generate(options, overrides))
 
 

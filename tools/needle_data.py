@@ -21,16 +21,15 @@ from memdlm_dist.runtime import cpu
 cpu.prepare()
 
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
-from memdlm_dist.errors import EXIT_STATUS, UserError
+from memdlm_dist.errors import UserError
 from memdlm_dist.evaluation.haystack import Haystack
 from memdlm_dist.evaluation.needle import Needles
 from memdlm_dist.evaluation.needle_arguments import add_needle_arguments, sizes_of, tasks_of
+from memdlm_dist.runtime.entry_point import guarded, new_parser
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="needle_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = new_parser("needle_data.py", __doc__)
     p.add_argument("--tokenizer", required=True, metavar="DIR", help="tokenizer folder, by which lengths are measured")
     p.add_argument("--samples", type=int, required=True, metavar="N", help="of each task at each length")
     p.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSONL file to write")
@@ -73,14 +72,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = p.parse_args(argv)
     if options.samples < 1:
         p.error("--samples must be at least 1")
+    return guarded(lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> int:
     try:
         rows = write(options)
-    except UserError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        return EXIT_STATUS
     except OSError as error:
-        print(f"error: {options.output} cannot be written: {error}.", file=sys.stderr)
-        return EXIT_STATUS
+        raise UserError(f"{options.output} cannot be written: {error}.") from None
     print(f"{options.output}: {rows:,} rows of the {options.part} part")
     return 0
 

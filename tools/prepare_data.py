@@ -27,13 +27,11 @@ cpu.prepare()
 from memdlm_dist.data.chat import TEMPLATES
 from memdlm_dist.data.prepare import Request, prepare
 from memdlm_dist.data.sequences import Fields
-from memdlm_dist.errors import EXIT_STATUS, UserError
+from memdlm_dist.runtime.entry_point import guarded, new_parser
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="prepare_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = new_parser("prepare_data.py", __doc__)
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--input",
@@ -109,12 +107,14 @@ def main(argv: list[str] | None = None) -> int:
         overwrite=a.overwrite,
         limit=a.limit,
     )
-    try:
-        summary = prepare(request)
-    except UserError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        return EXIT_STATUS
-    print(f"{a.output}: {', '.join(f'{n:,} {part}' for part, n in summary.sequences.items())} sequences of {a.seq_len}")
+    return guarded(lambda: write(request))
+
+
+def write(request: Request) -> int:
+    """Prepare, and say what became of the corpus."""
+    summary = prepare(request)
+    counts = ", ".join(f"{n:,} {part}" for part, n in summary.sequences.items())
+    print(f"{request.output}: {counts} sequences of {request.seq_len}")
     print(
         f"  {summary.rows:,} rows, {summary.tokens:,} tokens; {summary.bad_rows:,} bad rows, "
         f"{summary.overlong_dropped:,} over-long rows dropped, {summary.overlong_truncated:,} truncated, "

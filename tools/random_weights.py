@@ -22,14 +22,12 @@ cpu.prepare()
 from memdlm_dist.checkpoint import hugging_face_folder
 from memdlm_dist.config import parse_config
 from memdlm_dist.errors import require
-from memdlm_dist.inference.model_arguments import guarded, parse, quiet
+from memdlm_dist.runtime.entry_point import guarded, new_parser, parse_with_overrides, quiet
 from memdlm_dist.training.backbone import adapter_of
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="random_weights.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = new_parser("random_weights.py", __doc__)
     p.add_argument("config", metavar="CONFIG", help="TOML file that names the backbone")
     p.add_argument("--output", required=True, metavar="DIR", help="folder to make")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the weights (default: 0)")
@@ -59,7 +57,7 @@ def make(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options, overrides = parse(parser(), argv)
+    options, overrides = parse_with_overrides(parser(), argv)
     return guarded(lambda: make(options, overrides))
 
 

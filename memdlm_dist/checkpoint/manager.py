@@ -34,7 +34,7 @@ from memdlm_dist.models import lora
 from memdlm_dist.models.lora import Lora
 from memdlm_dist.models.state_dict_adapters import file_of_each
 from memdlm_dist.runtime import storage
-from memdlm_dist.runtime.rank_0 import from_rank_0, one_line, reason_of
+from memdlm_dist.runtime.rank_0 import from_rank_0, is_first, one_line, reason_of
 from memdlm_dist.runtime.storage import Storage, is_remote
 
 logger = logging.getLogger()
@@ -301,7 +301,7 @@ class ResumableCheckpoints(HookedCheckpoints):
     def purge(self) -> None:
         """Remove what retention does not keep, in the background. Only complete checkpoints count."""
         # torchtitan calls this right after an asynchronous save has begun, when its metadata is not there yet.
-        if dist.get_rank() == 0:
+        if is_first():
             self._remover.submit(_attempt, self._remove_superfluous)
 
     def _remove_superfluous(self) -> None:

@@ -7,14 +7,13 @@
 Works under torchrun, with the layout of the configuration. Needs the package's [eval] extra.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 
 import torch.distributed as dist
 
-from memdlm_dist.errors import EXIT_STATUS, UserError
 from memdlm_dist.runtime import cpu
+from memdlm_dist.runtime.entry_point import guarded
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,15 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from memdlm_dist.evaluation.harness_command import run  # only now: it imports torchtitan
 
     try:
-        run(sys.argv[1:] if argv is None else argv)
-    except UserError as mistake:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {mistake}", file=sys.stderr)
-        return EXIT_STATUS
+        return guarded(lambda: run(sys.argv[1:] if argv is None else argv))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
 
 
 if __name__ == "__main__":

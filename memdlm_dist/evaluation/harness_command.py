@@ -2,7 +2,6 @@
 
 import atexit
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -13,12 +12,13 @@ from typing import Any
 from memdlm_dist.config import parse_config
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError
+from memdlm_dist.runtime.rank_0 import is_first
 
 _EXTRA = "The harness needs lm-evaluation-harness; install the package's [eval] extra (pip install -e '.[eval]')."
 _OUTPUTS = ("output_path", "log_samples", "wandb_args", "hf_hub_log_args")
 
 
-def run(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str]) -> int:
     """Parse the harness's flags, add what is ours to know, and let it run."""
     try:
         from lm_eval.utils import setup_logging
@@ -35,12 +35,13 @@ def run(argv: Sequence[str]) -> None:
         options.model = options.model or harness_model.NAME
         if options.model == harness_model.NAME:
             _complete(options)
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first():
         # All ranks have all results; the first one writes them.
         for name in _OUTPUTS:
             if hasattr(options, name):
                 delattr(options, name)
     cli.execute(options)
+    return 0
 
 
 def _complete(options: Any) -> None:

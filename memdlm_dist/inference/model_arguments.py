@@ -1,24 +1,13 @@
-"""The arguments by which tools find a trained model and are told how it decodes, and how they start and end."""
+"""The arguments by which commands find a trained model and are told how it decodes."""
 
 import argparse
-import logging
-import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from memdlm_dist.config import parse_config
-from memdlm_dist.errors import EXIT_STATUS, UserError
+from memdlm_dist.errors import UserError
 from memdlm_dist.inference.sampler import Decoding
 from memdlm_dist.inference.trained_model import ANCHOR_RATIO, TrainedModel
-from memdlm_dist.runtime.logs import start_logging
-
-
-def positive(text: str) -> int:
-    """A positive integer, as an argument's type."""
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+from memdlm_dist.runtime.entry_point import positive, quiet
 
 
 def add_model_arguments(p: argparse.ArgumentParser, several_checkpoints: bool = False) -> None:
@@ -75,15 +64,6 @@ def decoding_of(options: argparse.Namespace) -> Decoding:
     )
 
 
-def quiet() -> None:
-    """Leave out torchtitan's log lines, and keep standard output for what the tool makes."""
-    start_logging()
-    logging.getLogger().setLevel(logging.ERROR)
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.setStream(sys.stderr)
-
-
 def load_model(options: argparse.Namespace, overrides: Sequence[str], checkpoint: str | None = None) -> TrainedModel:
     """The model that the arguments describe; torchtitan's log lines are left out."""
     if not 0 < options.anchor_ratio <= 1:
@@ -91,36 +71,3 @@ def load_model(options: argparse.Namespace, overrides: Sequence[str], checkpoint
     quiet()
     config = parse_config.parse(["--job.config_file", options.config, *overrides])
     return TrainedModel(config, checkpoint)
-
-
-def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """The tool's own arguments, and the configuration's."""
-    options, rest = p.parse_known_args(argv)
-    expects_value = False
-    for argument in rest:
-        if argument.startswith("--"):
-            if "." not in argument:
-                p.error(f"unknown argument {argument} (keys of the configuration are written --section.key)")
-            expects_value = "=" not in argument
-        elif not expects_value:
-            p.error(f"unexpected argument {argument}")
-        else:
-            expects_value = False
-    return options, rest
-
-
-def is_first() -> bool:
-    """Whether this process is the one that prints."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def guarded(main: Callable[[], int]) -> int:
-    """A tool's exit status; a user's mistake is one sentence."""
-    try:
-        return main()
-    except UserError as mistake:
-        if is_first():
-            print(f"error: {mistake}", file=sys.stderr)
-        return EXIT_STATUS
-    except KeyboardInterrupt:
-        return 130

@@ -1,5 +1,6 @@
-"""What rank 0 alone looks up or does, and how failures are told, in one line."""
+"""What rank 0 alone looks up, prints or does, and how failures are told, in one line."""
 
+import os
 from typing import Any
 
 import torch.distributed as dist
@@ -9,16 +10,29 @@ from memdlm_dist.compat.torch import storage_error
 from memdlm_dist.errors import UserError
 
 
-def from_rank_0(action: Any) -> Any:
-    """What rank 0 gets from an action, on all ranks; an error of it is raised on all."""
+def is_first() -> bool:
+    """Return whether this process is the one that prints and writes; known before the process group is."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+_CHECKPOINTS = "The checkpoints cannot be accessed ({}); see the store."
+
+
+def from_rank_0(action: Any, failing: str = _CHECKPOINTS) -> Any:
+    """Run an action on rank 0; returns its result on all ranks, and raises its error on all.
+
+    Args:
+        failing: the sentence for an error that is not a UserError, with a place for it.
+    """
     outcome: list[Any] = [None]
-    if dist.get_rank() == 0:
+    if is_first():
         try:
             outcome = [action()]
         except Exception as error:
-            sentence = f"The checkpoints cannot be accessed ({type(error).__name__}: {one_line(error)}); see the store."
+            sentence = failing.format(f"{type(error).__name__}: {one_line(error)}")
             outcome = [_Failed(error if isinstance(error, UserError) else UserError(sentence))]
-    dist.broadcast_object_list(outcome)
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome)
     if isinstance(outcome[0], _Failed):
         raise outcome[0].error
     return outcome[0]
@@ -30,7 +44,7 @@ class _Failed:
 
 
 def reason_of(failure: BaseException) -> str:
-    """The first rank's reason, in one line."""
+    """Return the first rank's reason, in one line."""
     if isinstance(failure, CheckpointException) and failure.failures:
         rank, (error, _) = next(iter(failure.failures.items()))
         return f"rank {rank}: {one_line(error)}"
@@ -38,6 +52,6 @@ def reason_of(failure: BaseException) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message, or its name if it has none."""
+    """Return an error's message, or its name if it has none."""
     text = str(error).strip().splitlines()
     return storage_error(text[0]) if text else type(error).__name__

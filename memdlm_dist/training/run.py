@@ -18,6 +18,7 @@ from memdlm_dist.models.llada import LLaDAArgs
 from memdlm_dist.runtime import preemption
 from memdlm_dist.runtime.device import device_type
 from memdlm_dist.runtime.preemption import StopRequest
+from memdlm_dist.runtime.rank_0 import is_first
 from memdlm_dist.runtime.single_process import single_process_environment
 from memdlm_dist.training import train_spec
 from memdlm_dist.training.trainer import MemDLMTrainer
@@ -44,7 +45,7 @@ def check_output(dump_folder: str) -> None:
 def _warn_of_length(config: JobConfig, args: LLaDAArgs) -> None:
     """Of published weights that are to read further than they were trained to."""
     length, known = config.training.seq_len, args.native_length * config.model.rope_scaling
-    if config.checkpoint.initial_load_in_hf and length > known and int(os.environ.get("RANK", "0")) == 0:
+    if config.checkpoint.initial_load_in_hf and length > known and is_first():
         logger.warning(
             f"training.seq_len = {length} is longer than the {known:g} tokens that the weights' rotary positions are "
             f"for; set model.rope_scaling = {length / args.native_length:g} to extend them."
@@ -90,7 +91,7 @@ def _train(config: JobConfig, stop: StopRequest) -> MemDLMTrainer:
             trainer.train()
             trainer.checkpointer.wait()
             table = summary_table(config.job.dump_folder) if config.validation.enable else None
-            if table and int(os.environ["RANK"]) == 0:
+            if table and is_first():
                 print(table, flush=True)
         done = True
     except RuntimeError as error:

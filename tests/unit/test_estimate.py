@@ -13,6 +13,7 @@ from memdlm_dist.models import BACKBONES
 from memdlm_dist.performance import bench_steps as bench_step
 from memdlm_dist.performance.collectives import Collectives
 from memdlm_dist.performance.estimate import estimate, saved_elements
+from memdlm_dist.performance.forecast import forecast
 from tools import dry_run
 
 DEBUG = [
@@ -135,7 +136,7 @@ def test_the_base_stays_frozen_on_every_layout(recipe, arguments):
     """Styles of tensor and expert parallelism make new parameters, which by themselves are trained."""
     path = f"train_configs/{recipe}_longalpaca.toml"
     spread, plain = (
-        dry_run.look(parse_config.parse(["--job.config_file", path, *more]), 8) for more in (arguments, arguments[2:])
+        forecast(parse_config.parse(["--job.config_file", path, *more]), 8) for more in (arguments, arguments[2:])
     )
     rank, width = 32, 2048
     if recipe == "llada_8b":

@@ -1,0 +1,76 @@
+"""One prompt answered, or its [MASK]s filled in, as text."""
+
+import sys
+import time
+from typing import Any
+
+from memdlm_dist.data import chat
+from memdlm_dist.errors import UserError
+from memdlm_dist.inference import sampler
+from memdlm_dist.inference.sampler import Decoding
+from memdlm_dist.inference.screen import Screen
+from memdlm_dist.inference.trained_model import TrainedModel
+from memdlm_dist.runtime.rank_0 import is_first
+
+MASK = "[MASK]"
+_NEW_TOKENS = 64
+
+
+def respond(
+    model: TrainedModel,
+    text: str,
+    decoding: Decoding,
+    *,
+    memory: bool,
+    anchor_ratio: float,
+    new_tokens: int | None,
+    chat_template: str | None,
+    watch: bool,
+) -> dict[str, Any]:
+    """Respond to a prompt; returns the texts, the times and the checkpoint.
+
+    Args:
+        memory: write the prompt into fast weights first.
+        new_tokens: [MASK]s behind the prompt; None for 64, or none if the prompt has its own.
+        chat_template: one of `chat.TEMPLATES`.
+        watch: show the text filling in.
+
+    Raises:
+        UserError: if there is nothing to fill in, or the template refuses the prompt.
+    """
+    written = text.replace(MASK, model.tokenizer.mask_token)
+    if chat_template:
+        template = chat.chat_template(chat_template, model.tokenizer)
+        written = chat.prompt(template, written)
+    (prompt,) = model.tokenizer.encode_plain([written])
+    masks = prompt.count(model.mask_id)
+    if new_tokens is None:
+        new_tokens = 0 if masks else _NEW_TOKENS
+    if not masks and not new_tokens:
+        raise UserError(f"There is nothing to fill in: the prompt has no {MASK} and --new-tokens is 0.")
+    length = len(prompt) + new_tokens
+    if length > model.trained_length and is_first():
+        print(f"warning: {length} tokens, more than the {model.trained_length} of training.", file=sys.stderr)
+    remembered = model.remember([prompt], anchor_ratio) if memory else None
+    start = model.canvas([prompt], new_tokens)
+    screen = Screen(model) if watch else None
+    steps, tokens_BL = 0, start.tokens_BL
+    began = time.perf_counter()
+    for step in model.denoise(start, decoding, remembered.fast if remembered else None):
+        steps, tokens_BL = steps + 1, step.tokens_BL
+        if screen:
+            screen.draw(step, length)
+    if screen:
+        screen.clear()
+    (response,) = sampler.responses(tokens_BL, start, model.eos_id)
+    filled = [*tokens_BL[0, : len(prompt)].tolist(), *response]
+    return {
+        "prompt": text,
+        "response": model.tokenizer.decode(response),
+        "text": model.tokenizer.decode(filled),
+        "memory": "on" if memory else "off",
+        "steps": steps,
+        "memory_seconds": round(remembered.seconds, 4) if remembered else 0.0,
+        "decoding_seconds": round(time.perf_counter() - began, 4),
+        "checkpoint": model.checkpoint,
+    }

@@ -1,0 +1,210 @@
+"""Rounds of plain, straightforward and our steps in turn: time, memory and communication, and their tables."""
+
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torchtitan.components.optimizer import build_optimizers
+from torchtitan.distributed import utils as dist_utils
+from torchtitan.tools.utils import get_peak_flops
+
+from memdlm_dist.config.job_config import JobConfig
+from memdlm_dist.method.micro_batch import MicroBatch
+from memdlm_dist.models.flops import Recomputation, step_flops
+from memdlm_dist.performance.bench_steps import DATA_PARALLEL, KINDS, Bench
+from memdlm_dist.performance.collectives import by_kind
+from memdlm_dist.performance.peak_memory import peak_memory
+from memdlm_dist.runtime.device import device_module, device_type
+from memdlm_dist.runtime.rank_0 import is_first
+
+
+def measure(
+    bench: Bench, rounds: int, warm_up: int, profile: str | None = None, kinds: Sequence[str] = KINDS
+) -> dict[str, Any]:
+    """Take the rounds; returns everything that is reported, on every rank."""
+    config = bench.config
+    optimizer = build_optimizers([bench.model], config.optimizer, bench.dims)
+    parameters = list(bench.model.parameters())
+
+    def step(kind: str, number: int, batch: MicroBatch) -> None:
+        loss, _ = bench.loss_sum(kind, batch, number)
+        (loss / batch.maskable).backward()
+        dist_utils.clip_grad_norm_(parameters, config.training.max_norm, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    flops: dict[str, list[float]] = {"outer": [], "inner": []}
+    recomputation = Recomputation(config.activation_checkpoint.mode, config.activation_checkpoint.selective_ac_option)
+    for number in range(warm_up + rounds):
+        batch = bench.batch(number)
+        for place in range(len(kinds)):
+            kind = kinds[(place + number) % len(kinds)]
+            taken = _timed(partial(step, kind, number, batch))
+            if number >= warm_up:
+                seconds[kind].append(taken)
+        if number >= warm_up:
+            of_step = step_flops(bench.args, batch, bench.objective.memory, recomputation)
+            flops["outer"].append(of_step.outer * bench.dims.cp)
+            flops["inner"].append(of_step.inner * bench.dims.cp)
+        say(f"round {number + 1} of {warm_up + rounds}" + (" (warm-up)" if number < warm_up else ""))
+
+    counted = {kind: bench.collectives(kind) for kind in kinds}
+    data_parallel = {kind: by_kind(found.on(*bench.groups(*DATA_PARALLEL))) for kind, found in counted.items()}
+    tensor_parallel = {kind: by_kind(found.on(*bench.groups("tp"))) for kind, found in counted.items()}
+    memory = {kind: _largest(peak_memory(partial(step, kind, 0, bench.batch(0)))) for kind in kinds}
+    if profile is not None:
+        _profile(lambda: step("ours", 0, bench.batch(0)), profile)
+
+    def by_kind_of_step(value: Callable[[str], Any]) -> dict[str, Any]:
+        return {kind: value(kind) for kind in kinds}
+
+    def ratio(above: str, below: str) -> float:
+        return statistics.median(a / b for a, b in zip(seconds[above], seconds[below], strict=True))
+
+    median = {kind: statistics.median(times) for kind, times in seconds.items()}
+    tokens = config.training.local_batch_size * config.training.seq_len  # of a data-parallel rank
+    replicas = bench.dims.dp_replicate * bench.dims.dp_shard
+    peak = get_peak_flops(device_module().get_device_name()) if device_type() != "cpu" else None
+    model_flops = bench.flops_per_token * tokens
+    return {
+        "device": device_module().get_device_name(),
+        "ranks": dist.get_world_size(),
+        "torch": torch.__version__,
+        "rounds": rounds,
+        "step_seconds": median,
+        "step_seconds_range": by_kind_of_step(lambda kind: [min(seconds[kind]), max(seconds[kind])]),
+        "ratio": {
+            f"{above}_over_{below}": ratio(above, below)
+            for above, below in (("ours", "plain"), ("straightforward", "plain"), ("ours", "straightforward"))
+            if {above, below} <= set(kinds)
+        },
+        "tokens_per_second": by_kind_of_step(lambda kind: tokens * replicas / median[kind]),
+        "all_gathers": by_kind_of_step(lambda kind: data_parallel[kind]["all_gather"]),
+        "reduce_scatters": by_kind_of_step(lambda kind: data_parallel[kind]["reduce_scatter"]),
+        "all_reduces": by_kind_of_step(lambda kind: data_parallel[kind]["all_reduce"]),
+        "tensor_parallel_collectives": by_kind_of_step(lambda kind: dict(tensor_parallel[kind])),
+        "peak_bytes": by_kind_of_step(lambda kind: memory[kind][0]),
+        "peak_bytes_within_step": by_kind_of_step(lambda kind: memory[kind][1]),
+        "flops": {
+            "model": model_flops,
+            "hardware_outer": statistics.median(flops["outer"]),
+            "hardware_inner": statistics.median(flops["inner"]),
+        },
+        "hardware_flops_ratio": statistics.median(
+            (a + b) / a for a, b in zip(flops["outer"], flops["inner"], strict=True)
+        ),
+        "mfu": by_kind_of_step(
+            lambda kind: None if peak is None else model_flops / (bench.dims.tp * bench.dims.cp) / median[kind] / peak
+        ),
+    }
+
+
+def _timed(run: Callable[[], None]) -> float:
+    dist.barrier()
+    _synchronise()
+    began = time.perf_counter()
+    run()
+    _synchronise()
+    dist.barrier()
+    return time.perf_counter() - began
+
+
+def _synchronise() -> None:
+    if device_type() != "cpu":
+        device_module().synchronize()
+
+
+def _largest(values: tuple[int, ...]) -> list[int]:
+    """Return the largest of any rank, of each value."""
+    tensor = torch.tensor(values, device=device_type())
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def _profile(run: Callable[[], None], path: str) -> None:
+    """Write a table of one step's operators, or kernels, by the time they take."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device_type() == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        run()
+        _synchronise()
+    order = f"self_{device_type()}_time_total"
+    if is_first():
+        Path(path).write_text(profiler.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=80))
+
+
+def table(result: dict[str, Any]) -> str:
+    """Lay out the results for people."""
+    seconds, spread = result["step_seconds"], result["step_seconds_range"]
+    shares = {"plain": 1.0} | {kind: result["ratio"][f"{kind}_over_plain"] for kind in KINDS[1:]}
+    rows: list[tuple[str, Callable[[str], str]]] = [
+        ("step, median (s)", lambda kind: f"{seconds[kind]:.3f}"),
+        ("  fastest to slowest", lambda kind: f"{spread[kind][0]:.3f} to {spread[kind][1]:.3f}"),
+        ("  over plain", lambda kind: f"{shares[kind]:.3f}"),
+        ("tokens/s", lambda kind: f"{result['tokens_per_second'][kind]:,.0f}"),
+        ("peak memory of a rank (MiB)", lambda kind: f"{result['peak_bytes'][kind] / 2**20:,.0f}"),
+        ("  of it, within the step", lambda kind: f"{result['peak_bytes_within_step'][kind] / 2**20:,.0f}"),
+        ("data-parallel all-gathers", lambda kind: str(result["all_gathers"][kind])),
+        ("data-parallel reduce-scatters", lambda kind: str(result["reduce_scatters"][kind])),
+        ("data-parallel all-reduces", lambda kind: str(result["all_reduces"][kind])),
+        ("tensor-parallel collectives", lambda kind: str(sum(result["tensor_parallel_collectives"][kind].values()))),
+    ]
+    if result["mfu"]["plain"] is not None:
+        rows.append(("MFU, by plain model FLOPs (%)", lambda kind: f"{100 * result['mfu'][kind]:.1f}"))
+    lines = [f"{'':<32}" + "".join(f"{kind:>18}" for kind in KINDS)]
+    lines += [f"{name:<32}" + "".join(f"{value(kind):>18}" for kind in KINDS) for name, value in rows]
+    flops = result["flops"]
+    lines.append(
+        f"TFLOP a micro-batch: model {flops['model'] / 1e12:.3f}; hardware {flops['hardware_outer'] / 1e12:.3f}, "
+        f"and for the inner loop {flops['hardware_inner'] / 1e12:.3f}: x {result['hardware_flops_ratio']:.3f}"
+    )
+    lines.append(f"ours over straightforward: {result['ratio']['ours_over_straightforward']:.3f}")
+    return "\n".join(lines)
+
+
+def sweep(
+    config: JobConfig, lengths: Sequence[int], rounds: int, warm_up: int, layers: int | None = None
+) -> list[dict[str, Any]]:
+    """Measure plain and our steps on rows of several lengths, on every rank."""
+    results = []
+    for length in lengths:
+        say(f"rows of {length} tokens")
+        config.training.seq_len = length
+        bench = Bench.build(config, layers)
+        found = measure(bench, rounds, warm_up, kinds=("plain", "ours"))
+        results.append({"length": length, **found})
+        del bench
+        gc.collect()
+    return results
+
+
+def table_of_lengths(results: Sequence[dict[str, Any]]) -> str:
+    """Lay out the results of a sweep for people."""
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "tokens of a row": lambda found: f"{found['length']:,}",
+        "plain (s)": lambda found: f"{found['step_seconds']['plain']:.2f}",
+        "ours (s)": lambda found: f"{found['step_seconds']['ours']:.2f}",
+        "ours/plain": lambda found: f"{found['ratio']['ours_over_plain']:.3f}",
+        "by FLOPs": lambda found: f"{found['hardware_flops_ratio']:.3f}",
+        "plain (MiB)": lambda found: f"{found['peak_bytes']['plain'] / 2**20:,.0f}",
+        "ours (MiB)": lambda found: f"{found['peak_bytes']['ours'] / 2**20:,.0f}",
+        "within step": lambda found: f"{found['peak_bytes_within_step']['plain'] / 2**20:,.0f}",
+        "of ours": lambda found: f"{found['peak_bytes_within_step']['ours'] / 2**20:,.0f}",
+    }
+    lines = ["".join(f"{name:>17}" for name in columns)]
+    lines += ["".join(f"{value(found):>17}" for value in columns.values()) for found in results]
+    return "\n".join(lines)
+
+
+def say(text: str) -> None:
+    if is_first():
+        print(text, file=sys.stderr, flush=True)
