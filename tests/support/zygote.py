@@ -296,5 +296,6 @@ def _answer_calls(pipe: Connection) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    # The module by its name, whose classes requests are of; this one is called __main__.
+    importlib.import_module("tests.support.zygote").serve(sys.argv[1])
     os._exit(0)  # nothing to tidy up; frozen objects would be reported as leaks
