@@ -1,1 +1,1 @@
-"""Test suite; see tests/README.md."""
+"""Test suite: a folder for each kind, with what they share in support/, oracles/ and workers/."""

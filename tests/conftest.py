@@ -2,9 +2,11 @@
 
 import gc
 import logging
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.support import zygote
 
@@ -30,9 +32,24 @@ def pytest_configure(config: pytest.Config) -> None:
         cpu.prepare()
 
 
+class FileGroups(LoadScopeScheduling):
+    """Keeps a file, or the files of one group, in one worker: module fixtures start processes.
+
+    pytest-xdist 3.8 does so by marks, which pytest 9.2 no longer shows it.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        stem = PurePosixPath(nodeid.split("::")[0]).stem
+        return GROUPS.get(stem, stem)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FileGroups:
+    return FileGroups(config, log)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep each file in one worker: its module fixtures start processes."""
+    """Sort the files by how they are dealt out."""
 
     def group_of(item: pytest.Item) -> str:
         return GROUPS.get(item.path.stem, item.path.stem)
@@ -42,8 +59,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return FIRST.index(group) if group in FIRST else len(FIRST) + ("unit" in item.path.parts)
 
     items.sort(key=rank)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group_of(item)))
 
 
 def pytest_collection_finish() -> None:

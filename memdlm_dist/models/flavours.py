@@ -20,8 +20,10 @@ LLADA = {
     "bench": LLaDAArgs(dim=512, n_layers=10, n_heads=8, hidden_dim=1376, vocab_size=4096),
     # train_configs/debug.toml: every size divides by 4, so that four tensor-parallel ranks fit.
     "debug": LLaDAArgs(dim=64, n_layers=4, n_heads=8, n_kv_heads=4, hidden_dim=160, vocab_size=512),
+    "shallow": LLaDAArgs(dim=64, n_layers=3, n_heads=8, n_kv_heads=4, hidden_dim=160, vocab_size=512),
     # One layer of trunk and one of tail, where every operation counts; and three of trunk with a tail of two.
     "tiny": LLaDAArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=64, vocab_size=512),
+    "tiny_shifted": LLaDAArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=64, vocab_size=512, shifted=True),
     "sharded": LLaDAArgs(dim=32, n_layers=5, n_heads=4, n_kv_heads=2, hidden_dim=64, vocab_size=512),
     # Four context-parallel ranks fit, with one key-value head for the two query heads of each.
     "many_heads": LLaDAArgs(dim=32, n_layers=3, n_heads=8, n_kv_heads=4, hidden_dim=48, vocab_size=64),

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from memdlm_dist.errors import UserError
 from memdlm_dist.inference.sampler import Decoding, finished
 from memdlm_dist.inference.trained_model import TrainedModel
 from memdlm_dist.method import fast_weights
-from memdlm_dist.models.flavours import LLADA as FLAVOURS
 from tests.workers.reading import BOLD, LAYOUTS, PROMPTS, arguments_of
 
 
@@ -62,8 +60,9 @@ def test_a_prompt_is_remembered_as_if_it_were_alone(model, prompts):
     together = model.remember(prompts, ids=ids).fast
     for row, prompt in enumerate(prompts):
         alone = model.remember([prompt], ids=ids[row : row + 1]).fast
+        # Weights near 1, after gradients of sums over another number of columns: a few units in float32's last place.
         for x, y in zip(fast_weights.leaves(together), fast_weights.leaves(alone), strict=True):
-            torch.testing.assert_close(x[row], y[0], rtol=0, atol=1e-6)
+            torch.testing.assert_close(x[row], y[0], rtol=0, atol=4e-6)
     chosen = fast_weights.select(together, [2, 0, 2], len(prompts))
     for x, y in zip(fast_weights.leaves(chosen), fast_weights.leaves(together), strict=True):
         assert torch.equal(x, y[[2, 0, 2]])
@@ -131,10 +130,9 @@ def test_spread_is_in_order_and_whole(model):
     assert found == ["a0", "b1", "c2", "d3", "e4", "f5", "g6"] and done == [3, 3, 1]
 
 
-def test_a_backbone_that_predicts_the_next_token(model, folder, monkeypatch):
+def test_a_backbone_that_predicts_the_next_token(model, folder):
     """Its targets are read one position earlier; the first token has none."""
-    monkeypatch.setitem(FLAVOURS, "tiny", replace(FLAVOURS["tiny"], shifted=True))
-    shifted = TrainedModel(parse_config.parse(arguments_of(folder)))
+    shifted = TrainedModel(parse_config.parse([*arguments_of(folder), "--model.flavor", "tiny_shifted"]))
     prompts = [[5, 6, 7], [8, 9]]
     start = model.canvas(prompts, 2)
     target_BL = torch.zeros_like(start.open_BL)

@@ -1,0 +1,199 @@
+"""What each seam of memdlm_dist/compat assumes of another project: an upgrade that breaks one fails here, by name."""
+
+import inspect
+import logging
+import sys
+from types import SimpleNamespace
+
+import pytest
+import streaming.base.shared.prefix as shared_prefix
+import torch
+import torchtitan.components.checkpoint as titan_checkpoint
+import torchtitan.components.metrics as titan_metrics
+import torchtitan.models.moe.moe as titan_moe
+import torchtitan.models.moe.utils as titan_moe_utils
+import torchtitan.tools.utils as titan_utils
+import torchtitan.train as titan_train
+from streaming import StreamingDataset
+from streaming.base.storage.download import DOWNLOADER_MAPPINGS, CloudDownloader
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.elastic.multiprocessing import api as elastic
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+
+from memdlm_dist.compat import streaming as streaming_seam
+from memdlm_dist.compat import torch as torch_seam
+from memdlm_dist.compat import torchtitan as titan_seam
+from memdlm_dist.runtime import device
+
+
+def parameters(function) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def test_torchtitan_decides_on_the_device_by_torchs_private_function():
+    assert "_get_available_device_type() or" in inspect.getsource(titan_utils.get_device_info)
+    assert titan_utils.device_type == device.device_type()
+
+
+@pytest.mark.skipif(device.has_accelerator(), reason="nothing is patched where there is an accelerator")
+def test_torchtitan_finds_on_the_cpu_what_it_asks_of_a_device():
+    monitor = titan_metrics.build_device_memory_monitor()
+    monitor.reset_peak_stats()
+    assert monitor.get_peak_stats().max_reserved_gib > 0
+    counted = torch.histc(torch.tensor([0, 2, 2]), bins=3, min=0, max=3)
+    assert counted.tolist() == [1, 0, 2]
+    assert torch.histc(torch.tensor([0.5]), bins=2, min=0, max=1).tolist() == [0, 1]
+
+
+def test_experts_are_permuted_by_a_function_of_the_module():
+    assert "generate_permute_indices" in inspect.getsource(titan_moe_utils._permute)
+    assert "torch.histc" in inspect.getsource(titan_moe)
+    x, counts = torch.arange(12.0).view(6, 2), torch.tensor([4, 2])
+    seen = []
+
+    def run(padded, sizes):
+        seen.append((len(padded), sizes.tolist()))
+        return 2 * padded
+
+    assert torch.equal(titan_seam.permuted(run, x, counts, 1, 2), 2 * x)
+    assert seen[0][1] == [8, 8] and seen[0][0] >= 16
+
+
+def test_pending_results_are_a_class_of_their_own():
+    x = torch.ones(2)
+    assert torch_seam.completed(x) is x
+    assert issubclass(torch_seam.AsyncCollectiveTensor, torch.Tensor)
+    assert parameters(torch_seam.all_to_all_single_autograd)[:4] == [
+        "self", "output_split_sizes", "input_split_sizes", "group",
+    ]  # fmt: skip
+
+
+def test_ring_attention_has_its_switches():
+    assert hasattr(torch_seam.ring_attention._cp_options, "enable_load_balance")
+    assert parameters(torch_seam.ring_attention.set_rotate_method) == ["rotate_method"]
+
+
+def test_grouped_products_take_the_ends_of_groups():
+    x, w = torch.randn(4, 8).bfloat16(), torch.randn(2, 3, 8).bfloat16()
+    out = torch_seam.grouped_mm(x, w, torch.tensor([1, 4], dtype=torch.int32))
+    assert torch.allclose(out.float()[1:], (x[1:] @ w[1].T).float(), atol=0.1)
+
+
+def test_a_checkpointed_block_holds_the_block():
+    block = nn.Linear(1, 1)
+    assert torch_seam.checkpointed(block) is None and torch_seam.checkpointed(checkpoint_wrapper(block)) is block
+
+
+def test_recompilation_has_a_limit_that_can_be_raised():
+    before = torch._dynamo.config.recompile_limit
+    torch_seam.raise_recompile_limit(before - 1)
+    assert torch._dynamo.config.recompile_limit == before
+
+
+def test_readers_of_checkpoints_slice_entries_out_of_files():
+    assert parameters(FileSystemReader._slice_file) == ["self", "file", "sinfo"]
+    assert "self._slice_file(" in inspect.getsource(FileSystemReader.read_data)
+    assert issubclass(torch_seam.FsspecEntryReader, FileSystemReader)
+
+
+def test_operators_have_qualified_names():
+    found = []
+
+    class Names(torch_seam.TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            found.append(torch_seam.operator_name(operator))
+            return operator(*args, **(kwargs or {}))
+
+    with Names():
+        torch.ones(1).add(1)
+    assert "aten::add" in found
+
+
+def test_gloo_and_torch_save_say_what_went_wrong_in_words():
+    lost = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:1] Connection closed by peer. More.")
+    assert torch_seam.connection_loss(lost) == "Connection closed by peer"
+    assert torch_seam.connection_loss(RuntimeError("shapes differ")) == ""
+    assert "written to its end" in torch_seam.storage_error("[enforce fail at inline_container.cc:664] . x")
+    with pytest.raises(RuntimeError, match=r"inline_container\.cc"):
+        torch.save(torch.ones(10_000), open("/dev/full", "wb"))  # noqa: SIM115  (its closing fails too)
+
+
+def test_torchruns_agent_logs_whom_it_kills():
+    source = inspect.getsource(elastic)
+    assert 'log.warning(\n                            "Unable to shutdown process' in source or (
+        '"Unable to shutdown process' in source
+    )
+    assert elastic.__name__ == torch_seam.AgentLog.NAME and "exitcode: %s)" in source
+    log = torch_seam.AgentLog(explained=2)
+    kills = logging.LogRecord("x", 30, "", 0, "Unable to shutdown process %s via %s", (17, "SIGTERM"), None)
+    assert log.filter(kills) and log.killed == {17}
+    told = logging.LogRecord("x", 40, "", 0, "failed (exitcode: %s) local_rank: 0", (2,), None)
+    assert not log.filter(told)
+
+
+def test_the_trainer_constructs_the_checkpoint_manager_by_its_name():
+    assert "self.checkpointer = CheckpointManager(" in inspect.getsource(titan_train.Trainer.__init__)
+    manager = titan_checkpoint.CheckpointManager
+    assert parameters(manager._should_save) == ["self", "curr_step", "last_step"]
+    assert parameters(manager._states_to_load) == ["self", "model_only"]
+    saving = inspect.getsource(manager.save)
+    assert "self._should_save(curr_step, last_step)" in saving and "self._purge_stale_checkpoints()" in saving
+
+
+def test_the_trainers_parts_that_our_loop_uses():
+    """`train` and `train_step` are ours; these are what they call of torchtitan's, and how."""
+    trainer = titan_train.Trainer
+    assert parameters(trainer.batch_generator) == ["self", "data_iterable"]
+    theirs = "".join(map(inspect.getsource, (trainer.train_step, trainer.train, trainer.forward_backward_step)))
+    for call in (
+        "self.optimizers.zero_grad()", "self.lr_schedulers.schedulers[0].get_last_lr()[0]", "self.train_context()",
+        "self.maybe_enable_amp", "dist_utils.clip_grad_norm_(", "self.checkpointer.maybe_wait_for_staging()",
+        "self.optimizers.step()", "self.lr_schedulers.step()", "self.gc_handler.run(self.step)",
+        "dist_utils.set_pg_timeouts(", "maybe_enable_profiling(", "maybe_enable_memory_snapshot(",
+    ):  # fmt: skip
+        assert call in theirs, call
+
+
+def test_the_step_line_is_logged_in_one_go():
+    assert "tflops:" in inspect.getsource(titan_metrics.MetricsProcessor.log)
+    assert titan_metrics.logger is logging.getLogger()
+
+
+def test_special_tokens_come_from_the_tokenizers_configuration():
+    assert parameters(HuggingFaceTokenizer._get_token_from_config) == ["self", "config", "key"]
+    tokenizer = SimpleNamespace(config={"mask_token": {"content": "[M]", "__type": "AddedToken"}})
+    tokenizer._get_token_from_config = lambda *a: HuggingFaceTokenizer._get_token_from_config(tokenizer, *a)
+    assert titan_seam.special_token(tokenizer, "mask_token") == "[M]"
+
+
+def test_selective_checkpointing_has_a_list_of_operators():
+    assert torch.ops.aten.mm.default in titan_seam.SAVED_OPERATORS
+
+
+def test_streaming_numbers_its_shared_memory_by_a_function():
+    assert "_each_prefix_int()" in inspect.getsource(shared_prefix._check_and_find)
+    packed = shared_prefix._pack_locals(["/a", "/b"], 3)
+    assert streaming_seam.registered_folders(packed) == ["/a", "/b"]
+    assert streaming_seam.REGISTRATION == "locals" and len(streaming_seam.locks("000001_")) == 2
+
+
+def test_streaming_downloads_by_a_table_of_classes():
+    for name in ("_client_identifier", "_validate_remote_path", "_download_file_impl", "clean_up"):
+        assert hasattr(CloudDownloader, name), name
+    assert streaming_seam.can_download("s3") == ("s3" in DOWNLOADER_MAPPINGS)
+    assert "self._event" in inspect.getsource(StreamingDataset)
+    assert "self._unique_rank_world" in inspect.getsource(StreamingDataset)
+    assert len(streaming_seam.checksum("xxh64", b"x")) == 16
+
+
+def test_the_harness_has_a_command_line_and_a_method_for_token_ids():
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.model import TemplateLM
+
+    from memdlm_dist.compat import lm_eval as harness_seam
+
+    assert hasattr(harness_seam.command_line(), "execute") and "lm_eval" in sys.modules
+    assert "_loglikelihood_tokens" in TemplateLM.__abstractmethods__
+    assert "self._loglikelihood_tokens(" in inspect.getsource(TemplateLM.loglikelihood)
