@@ -25,7 +25,7 @@ cpu.prepare()
 
 from memdlm_dist.checkpoint.convert import from_hugging_face, to_hugging_face
 from memdlm_dist.config import parse_config
-from memdlm_dist.inference.trained_model import checkpoint_folder
+from memdlm_dist.inference.setup import checkpoint_folder
 from memdlm_dist.runtime.entry_point import guarded, new_parser, parse_with_overrides, quiet
 from memdlm_dist.training.backbone import conversion_of
 

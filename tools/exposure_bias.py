@@ -28,7 +28,7 @@ from memdlm_dist.evaluation.exposure import RATIOS, measure
 from memdlm_dist.evaluation.exposure_report import line, plot, rows_of
 from memdlm_dist.evaluation.retrieval import MEMORY
 from memdlm_dist.inference.model_arguments import add_model_arguments, load_model
-from memdlm_dist.inference.trained_model import checkpoint_folder
+from memdlm_dist.inference.setup import checkpoint_folder
 from memdlm_dist.runtime.entry_point import guarded, new_parser, parse_with_overrides, positive
 from memdlm_dist.runtime.rank_0 import is_first
 

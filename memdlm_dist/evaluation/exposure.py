@@ -95,7 +95,7 @@ def measure(
     Args:
         memory: write each prompt into fast weights first.
     """
-    found = model.spread(
+    found = model.data_parallel.map_batches(
         rows,
         batch_size,
         lambda batch, ids: list(_losses(model, batch, ids, memory, ratios, anchor_ratio)),

@@ -132,7 +132,7 @@ class HarnessModel(TokenLM):
         return respond
 
     def _spread(self, items: Sequence[Any], work: Callable[[list[Any], list[int]], list[Any]], bar: tqdm) -> list[Any]:
-        return self._model.spread(items, self._batch_size, work, bar.update)
+        return self._model.data_parallel.map_batches(items, self._batch_size, work, bar.update)
 
     def loglikelihoods(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]]

@@ -64,7 +64,7 @@ def evaluate(
             asked = [needles.sample(task, length, i) for i in range(samples)]
             for memory in memories:
                 exam = _Exam(model, decoding, new_tokens, MEMORY[memory], anchor_ratio)
-                answers = model.spread(asked, batch_size, exam.answer, progress)
+                answers = model.data_parallel.map_batches(asked, batch_size, exam.answer, progress)
                 right = [sample.accuracy(one.text) for sample, one in zip(asked, answers, strict=True)]
                 error = stdev(right) / len(right) ** 0.5 if len(right) > 1 else 0.0
                 nll = sum(one.nll for one in answers) / sum(one.tokens for one in answers)

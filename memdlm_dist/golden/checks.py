@@ -21,8 +21,6 @@ from memdlm_dist.golden.fixture import (
 from memdlm_dist.golden.sampler_check import sampler_differences
 from memdlm_dist.method.bilevel import Memory, outer_loss
 from memdlm_dist.method.fast_weights import FastWeights, map_leaves
-
-# Losses agree to float32 rounding of sums; gradients, fast weights and logits to what an independent
 from memdlm_dist.method.micro_batch import MicroBatch, micro_batch
 from memdlm_dist.method.trajectory import IGNORE_INDEX, PROGRESSIVE_RATIOS, Draw, Plan, State
 from memdlm_dist.models.llada import LLaDA

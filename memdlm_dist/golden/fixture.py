@@ -18,12 +18,10 @@ from memdlm_dist.method.fast_weights import FastLinear, FastWeights, Full, LowRa
 from memdlm_dist.method.inner_loss import InnerLoss, inner_loss
 from memdlm_dist.method.inner_sgd import InnerSGD
 from memdlm_dist.method.trajectory import PROGRESSIVE_RATIOS, Plan, State
+from memdlm_dist.models.linears import LINEARS
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs
 from memdlm_dist.models.llada_moe import LLaDAMoEArgs
 from memdlm_dist.models.state_dict_adapters import Adapter, LLaDAMoEStateDictAdapter, LLaDAStateDictAdapter
-
-# Last word of an adapted linear's name -> the fast weights' target, but for the word _proj.
-TARGETS = ("gate", "up", "down", "q", "k", "v", "o")
 
 # A manifest's words -> ours. A value that is not here is of a kind that this version does not cover.
 WORDS: dict[str, dict[Any, Any]] = {
@@ -112,7 +110,7 @@ def split_adapter(name: str) -> tuple[str, str, int | None]:
     """`model.layers.3.mlp.gate_proj` -> ("3", "gate", None); `...mlp.experts.5.gate_proj` -> ("3", "gate", 5)."""
     layer, linear = name.removeprefix("model.layers.").split(".", 1)
     target = linear.split(".")[-1].removesuffix("_proj")
-    if target not in TARGETS:
+    if target not in LINEARS:
         raise Unsupported(f"fast weights on {linear!r} are not supported yet")
     expert = re.search(r"experts\.(\d+)\.", linear)
     return layer, target, int(expert[1]) if expert else None

@@ -6,16 +6,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchtitan.distributed import ParallelDims
-from torchtitan.distributed import utils as dist_utils
 
+from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.method import bilevel, fast_weights
 from memdlm_dist.method.micro_batch import MicroBatch
 from memdlm_dist.models import backbone_args
+from memdlm_dist.models.layout import Layout
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs
 from memdlm_dist.performance import straightforward
 from memdlm_dist.performance.collectives import Collectives
 from memdlm_dist.runtime.device import device_type
+from memdlm_dist.runtime.process_group import autocast
 from memdlm_dist.training.backbone import layout_of, model_on_meta
 from memdlm_dist.training.objective import Objective, build_objective
 
@@ -28,16 +29,16 @@ _SEED = 0
 class Bench:
     """A sharded backbone with everything a step needs, of which three kinds can be taken."""
 
-    config: Any
+    config: JobConfig
     args: LLaDAArgs
-    dims: ParallelDims
+    dims: Layout
     model: LLaDA
     objective: Objective
     flops_per_token: float  # of plain training, as torchtitan counts them
     autocast: Any  # as torchtitan's trainer has it
 
     @classmethod
-    def build(cls, config: Any, layers: int | None = None) -> "Bench":
+    def build(cls, config: JobConfig, layers: int | None = None) -> "Bench":
         """On all processes, which torch.distributed knows."""
         dims = layout_of(config, dist.get_world_size())
         args = backbone_args(config.model.name, config.model.flavor)
@@ -50,8 +51,8 @@ class Bench:
         with torch.no_grad():
             model.init_weights()
         objective = build_objective(config, args, args.vocab_size - 1, dims)
-        autocast = dist_utils.maybe_enable_amp(dims, config.training.mixed_precision_param, device_type())
-        return cls(config, args, dims, model, objective, flops, autocast)
+        casting = autocast(dims, config.training.mixed_precision_param, device_type())
+        return cls(config, args, dims, model, objective, flops, casting)
 
     def batch(self, number: int) -> MicroBatch:
         """Random tokens with their noise; the same on the ranks of a tensor-parallel group."""

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.config.job_config import Training
-from torchtitan.distributed import ParallelDims
 
 from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.method.fast_weights import AdaptedLinear
 from memdlm_dist.method.logit_loss import CHUNK_BYTES
 from memdlm_dist.method.passes import Passes, planned_passes
+from memdlm_dist.models.layout import Layout
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs
 from memdlm_dist.models.llada_moe import LLaDAMoEArgs
 from memdlm_dist.training.objective import first_adapted_layer, inner_loss_of, plan_of
@@ -83,7 +83,7 @@ class _Passes:
         return self.forward + self.backward * (2 if recomputed else 1)
 
 
-def estimate(model: LLaDA, args: LLaDAArgs, dims: ParallelDims, config: JobConfig) -> Estimate:
+def estimate(model: LLaDA, args: LLaDAArgs, dims: Layout, config: JobConfig) -> Estimate:
     """What a configuration needs.
 
     Args:
@@ -136,7 +136,7 @@ def _groups(model: LLaDA) -> Sequence[Sequence[Tensor]]:
     return [first, *(list(layer.parameters()) for layer in model.layers.values()), last]
 
 
-def _footprint(model: LLaDA, args: LLaDAArgs, dims: ParallelDims, config: JobConfig, first: int) -> Footprint:
+def _footprint(model: LLaDA, args: LLaDAArgs, dims: Layout, config: JobConfig, first: int) -> Footprint:
     training = config.training
     compute = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize
     parameters = list(model.parameters())
@@ -165,7 +165,7 @@ def _footprint(model: LLaDA, args: LLaDAArgs, dims: ParallelDims, config: JobCon
     )
 
 
-def _tokens(training: Training, dims: ParallelDims) -> float:
+def _tokens(training: Training, dims: Layout) -> float:
     """Of a micro-batch, those of one context-parallel rank."""
     tokens: float = training.local_batch_size * training.seq_len / dims.cp
     return tokens
@@ -190,7 +190,7 @@ def saved_elements(args: LLaDAArgs, tp: int = 1) -> tuple[float, float]:
     return args.dim / tp, attention + ffn
 
 
-def _activations(args: LLaDAArgs, dims: ParallelDims, config: JobConfig, first: int) -> float:
+def _activations(args: LLaDAArgs, dims: Layout, config: JobConfig, first: int) -> float:
     """Of the anchor's outer pass, and the trunk's output for the other states, which the inner loop reads before it."""
     training, checkpointing = config.training, config.activation_checkpoint
     size = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize * _tokens(training, dims)
@@ -207,13 +207,13 @@ def _activations(args: LLaDAArgs, dims: ParallelDims, config: JobConfig, first: 
     return size * (layers + everything + others + 2 * args.dim / dims.tp)
 
 
-def _fast_weights(args: LLaDAArgs, dims: ParallelDims, config: JobConfig, first: int) -> float:
+def _fast_weights(args: LLaDAArgs, dims: Layout, config: JobConfig, first: int) -> float:
     # The tensors, their gradients, and what the update makes of them. A packed row has as many sets as documents,
     # which the configuration does not tell: this is one.
     return 3.0 * _fast_bytes(args, dims, config, first)
 
 
-def _fast_bytes(args: LLaDAArgs, dims: ParallelDims, config: JobConfig, first: int) -> float:
+def _fast_bytes(args: LLaDAArgs, dims: Layout, config: JobConfig, first: int) -> float:
     memory = config.parametric_memory
     if not memory.enable:
         return 0.0
@@ -244,7 +244,7 @@ def _planned(config: JobConfig) -> Passes:
 
 
 def _communication(
-    model: LLaDA, args: LLaDAArgs, dims: ParallelDims, config: JobConfig, first: int, micro_batches: int
+    model: LLaDA, args: LLaDAArgs, dims: Layout, config: JobConfig, first: int, micro_batches: int
 ) -> Communication:
     training = config.training
     compute = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize

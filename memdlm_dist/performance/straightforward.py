@@ -2,7 +2,7 @@
 
 No pass is shared, no parameter is kept, and the logits of the scored tokens exist whole. On any layout; the
 oracle of the shared passes, and the slow side of tools/bench.py. What it computes by hand is compared with
-tests/naive.py and the published numbers elsewhere.
+tests/oracles/naive.py and the published numbers elsewhere.
 """
 
 import torch

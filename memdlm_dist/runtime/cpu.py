@@ -37,7 +37,7 @@ def check_prepared() -> None:
     if not has_accelerator() and not hasattr(torch.histc, "of_integers"):
         raise UserError(
             "This machine has no accelerator, and torchtitan does not know that; call "
-            "memdlm_dist.runtime.cpu.prepare() before anything else of memdlm_dist is imported."
+            "memdlm_dist.runtime.cpu.prepare() before torchtitan or anything else of memdlm_dist is imported."
         )
 
 

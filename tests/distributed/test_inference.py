@@ -126,7 +126,11 @@ def test_a_context_beyond_training_is_read(model):
 
 def test_spread_is_in_order_and_whole(model):
     done = []
-    found = model.spread(list("abcdefg"), 3, lambda batch, ids: [f"{x}{i}" for x, i in zip(batch, ids)], done.append)  # noqa: B905
+
+    def numbered(batch, ids):
+        return [f"{x}{i}" for x, i in zip(batch, ids, strict=True)]
+
+    found = model.data_parallel.map_batches(list("abcdefg"), 3, numbered, done.append)
     assert found == ["a0", "b1", "c2", "d3", "e4", "f5", "g6"] and done == [3, 3, 1]
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from memdlm_dist.inference import sampler
+from memdlm_dist.inference.data_parallel import DataParallel
 from memdlm_dist.inference.likelihood import passes
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -54,10 +55,11 @@ class Joint:
 class ToyModel:
     """What the harness's model asks of a TrainedModel, answered from the joint distribution."""
 
-    trained_length, eos_id, mask_id, rank, ranks, _group = 8, EOS, MASK, 0, 1, None
+    trained_length, eos_id, mask_id = 8, EOS, MASK
 
     def __init__(self):
         self.joint = Joint()
+        self.data_parallel = DataParallel()
         self.calls = 0
         self.remembered = []
         self.tokenizer = SimpleNamespace(
@@ -67,11 +69,6 @@ class ToyModel:
 
     def canvas(self, prompts, new_tokens, ids=None):
         return sampler.canvas(prompts, new_tokens, MASK, EOS, ids)
-
-    def spread(self, items, size, work, progress):
-        from memdlm_dist.inference.trained_model import TrainedModel
-
-        return TrainedModel.spread(self, items, size, work, progress)
 
     def nll(self, tokens_BL, target_BL, clean_BL, attended_BL, fast=None):
         self.calls += 1

@@ -46,7 +46,7 @@ def read(model: TrainedModel, new_tokens: int = 6) -> dict:
             def work(batch, ids, memory=memory, decoding=decoding):
                 return model.generate(batch, new_tokens, decoding, memory, ids=ids).responses
 
-            found[f"memory {memory}, temperature {temperature}"] = model.spread(prompts, 2, work)
+            found[f"memory {memory}, temperature {temperature}"] = model.data_parallel.map_batches(prompts, 2, work)
         # With nothing but [MASK]s all positions are equally sure, and rounding chooses among them.
         rows = [Row(prompt, [5, 6, 7, 8]) for prompt in prompts if prompt]
         points = measure(model, rows, memory, ratios=(0.5, 1.0), batch_size=2)

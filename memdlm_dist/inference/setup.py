@@ -1,0 +1,45 @@
+"""Set-up for inference: a training configuration changed for reading, the process group and this rank's device."""
+
+import copy
+import os
+
+import torch
+
+from memdlm_dist.config.job_config import JobConfig
+from memdlm_dist.models.layout import Layout
+from memdlm_dist.runtime import process_group
+from memdlm_dist.runtime.cpu import check_prepared
+from memdlm_dist.runtime.device import device_module, device_type
+from memdlm_dist.runtime.single_process import single_process_environment
+from memdlm_dist.runtime.storage import is_remote
+from memdlm_dist.training.backbone import layout_of
+
+
+def checkpoint_folder(config: JobConfig) -> str:
+    """Return the folder or URL where a run keeps its checkpoints."""
+    folder: str = config.checkpoint.folder
+    return folder if is_remote(folder) else os.path.join(config.job.dump_folder, folder)
+
+
+def inference_config(config: JobConfig) -> JobConfig:
+    """Return a copy of a training configuration, changed for inference."""
+    config = copy.deepcopy(config)
+    # The memory is there for who asks for it, also of a model that was trained without.
+    config.parametric_memory.enable = True
+    config.activation_checkpoint.mode = "none"
+    config.compile.enable = False
+    # Each rank's prompts have memories of their own, so every rank has all experts; and prompts are not split.
+    config.parallelism.expert_parallel_degree = config.parallelism.expert_tensor_parallel_degree = 1
+    config.parallelism.context_parallel_degree = 1
+    config.comm.trace_buf_size = 0  # its folder would be made wherever one happens to be
+    config.training.global_batch_size = -1
+    return config
+
+
+def join(config: JobConfig) -> tuple[torch.device, Layout]:
+    """Join the process group; returns this rank's device and the layout."""
+    check_prepared()
+    single_process_environment()
+    device = torch.device(f"{device_type()}:{os.environ['LOCAL_RANK']}")
+    device_module().set_device(device)
+    return device, layout_of(config, process_group.join(config.comm))
