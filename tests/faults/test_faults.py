@@ -173,10 +173,10 @@ def test_a_loss_that_is_not_a_number(done):
 @pytest.mark.parametrize(
     "name, place",
     [
-        ("hang-step", r"rank 1 \(node \S+, process \d+\) is taking step 3 \(tests/support/faults\.py:\d+ in hang\)"),
+        ("hang-step", r"rank 1 \(node \S+, process \d+\) is taking step 3 \(support/faults\.py:\d+ in hang\)"),
         (
             "hang-data",
-            r"rank 1 \(node \S+, process \d+\) is loading the data of step 3 \(tests/support/faults\.py:\d+ in hang\)",
+            r"rank 1 \(node \S+, process \d+\) is loading the data of step 3 \(support/faults\.py:\d+ in hang\)",
         ),
         ("stopped-process", r"rank 1 \(node \S+, process \d+, silent for \d+ s\) was last seen taking step \d"),
     ],
