@@ -3,7 +3,6 @@
 Shapes: S slots, n groups of slots.
 """
 
-import logging
 import platform
 import re
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = [
-    "AgentLog", "EntryReader", "FsspecEntryReader", "TorchDispatchMode", "all_to_all", "checkpointed", "completed",
+    "EntryReader", "FsspecEntryReader", "TorchDispatchMode", "all_to_all", "checkpointed", "completed",
     "connection_loss", "grouped_mm", "leave_ring_unbalanced", "operator_name", "raise_recompile_limit",
     "rendezvous_store", "storage_error", "tree_leaves", "tree_map_only", "use_cpu",
 ]  # fmt: skip
@@ -143,25 +142,3 @@ def connection_loss(error: RuntimeError) -> str:
     if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
         return ""
     return re.sub(r"^\[[^]]*\] *", "", str(error).strip().splitlines()[0]).split(". ")[0]
-
-
-class AgentLog(logging.Filter):
-    """Reads the log of torchrun's agent, which has no other word on whom it killed (2.13).
-
-    Drops its report of a process that ended with `explained`, a status that the process has explained itself.
-
-    Attributes:
-        killed: process ids of the workers that the agent ended.
-    """
-
-    NAME = "torch.distributed.elastic.multiprocessing.api"
-
-    def __init__(self, explained: int) -> None:
-        super().__init__()
-        self.killed: set[int] = set()
-        self._dropped = f"exitcode: {explained})"
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if str(record.msg).startswith("Unable to shutdown process") and isinstance(record.args, tuple):
-            self.killed |= {pid for pid in record.args if isinstance(pid, int)}
-        return self._dropped not in record.getMessage()

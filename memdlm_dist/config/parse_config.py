@@ -165,12 +165,19 @@ def _check_flag_values(argv: Sequence[str]) -> None:
         if flag.partition("=")[0] in _CONFIG_FILE_FLAGS:
             continue
         try:
-            with contextlib.redirect_stderr(io.StringIO()):
+            # A section may refuse a value that goes with another one: that is not this flag's fault.
+            with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(AssertionError, ValueError):
                 ConfigManager(JobConfig).parse_args([flag, *values])
         except SystemExit:
             name, equals, value = flag.partition("=")
             given = " ".join([value] * bool(equals) + values)
-            expected = _type_name(_field_of(JobConfig, name).type)
+            key = _field_of(JobConfig, name)
+            if key.type is bool:
+                section = name.rpartition(".")[0]
+                raise UserError(
+                    f"{name} takes no value, but is given {given!r}; write {section}.{key.name} or {section}.no_{key.name}."
+                ) from None
+            expected = _type_name(key.type)
             raise UserError(
                 f"{name} must be {expected}, but is {given!r} (--help lists all keys)."
                 if given

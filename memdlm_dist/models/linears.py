@@ -46,4 +46,5 @@ def names_of(targets: Sequence[str]) -> list[str]:
 
 def weights_of(targets: Sequence[str], group: str) -> list[str]:
     """Return torchtitan's names of the linears of one group that are among `targets`."""
-    return [LINEARS[name].weight for name in names_of(targets) if LINEARS[name].group == group]
+    names = dict.fromkeys(names_of(targets))
+    return [LINEARS[name].weight for name in names if LINEARS[name].group == group]

@@ -24,7 +24,7 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousError
 
-from memdlm_dist.compat.torch import AgentLog
+from memdlm_dist.compat.torchrun import AgentLog
 from memdlm_dist.errors import EXIT_STATUS as USER_ERROR
 from memdlm_dist.runtime.preemption import EXIT_STATUS as PREEMPTED
 from memdlm_dist.runtime.preemption import ONE_REQUEST_SECONDS, STATUS_FILE

@@ -16,6 +16,7 @@ from memdlm_dist.errors import UserError
 from memdlm_dist.models import backbone_args
 from memdlm_dist.models.llada import LLaDAArgs
 from memdlm_dist.runtime import preemption
+from memdlm_dist.runtime.cpu import check_prepared
 from memdlm_dist.runtime.device import device_type
 from memdlm_dist.runtime.preemption import StopRequest
 from memdlm_dist.runtime.rank_0 import is_first
@@ -58,6 +59,7 @@ def run(argv: Sequence[str]) -> int:
     Raises:
         UserError: for everything a user can get wrong.
     """
+    check_prepared()
     config = parse_config.parse(argv)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     check_layout.check_launch(config, world_size)

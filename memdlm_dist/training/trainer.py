@@ -99,6 +99,8 @@ class MemDLMTrainer(Trainer):
                 self.step += 1
                 self.gc_handler.run(self.step)
                 self.train_step(batches)
+                if self.step == first_step:  # what was built lazily is there, and compiled
+                    self._shorten_timeouts()
                 self.watchdog.at(f"finishing step {self.step} (checkpoint, validation)", needs_others=False)
                 self.checkpointer.save(self.step, last_step=self.step == config.training.steps)
                 if config.validation.enable and self.validator.should_validate(self.step):
@@ -106,8 +108,7 @@ class MemDLMTrainer(Trainer):
                 for observer in (profiler, snapshots):
                     if observer:
                         observer.step()
-                if self.step == first_step:  # what was built lazily is there, and compiled
-                    self._shorten_timeouts()
+        torch.distributed.barrier()  # rank 0 may hold the store of the rendezvous: it leaves with the others
         logger.info("Training completed")
 
     def train_step(self, data_iterator: Iterator[Batch]) -> None:

@@ -35,6 +35,7 @@ MISTAKES = [
     Mistake("unknown section in the file", "Unknown key parametric_memory2", toml="[parametric_memory2]\nranc = 3"),
     Mistake("unknown flag", "did you mean parametric_memory.rank", ("--parametric_memory.ranc", "3")),
     Mistake("unknown section", "did you mean parametric_memory", ("--parametric_memry.rank", "3")),
+    Mistake("value of a switch", "error: --compile.enable takes no value, but is given 'true'; write --compile.enable or --compile.no_enable", ("--compile.enable", "true")),
     Mistake("wrong type of a flag", "error: --training.steps must be int, but is 'many'", ("--training.steps", "many")),
     Mistake("missing shards", "There are no shards in nowhere", ("--data.train", "nowhere")),
     Mistake("missing held-out shards", "no shards in nowhere", ("--validation.enable", "--data.validation", "nowhere")),

@@ -24,6 +24,7 @@ from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from memdlm_dist.compat import streaming as streaming_seam
 from memdlm_dist.compat import torch as torch_seam
+from memdlm_dist.compat import torchrun
 from memdlm_dist.compat import torchtitan as titan_seam
 from memdlm_dist.runtime import device
 
@@ -125,8 +126,8 @@ def test_torchruns_agent_logs_whom_it_kills():
     assert 'log.warning(\n                            "Unable to shutdown process' in source or (
         '"Unable to shutdown process' in source
     )
-    assert elastic.__name__ == torch_seam.AgentLog.NAME and "exitcode: %s)" in source
-    log = torch_seam.AgentLog(explained=2)
+    assert elastic.__name__ == torchrun.AgentLog.NAME and "exitcode: %s)" in source
+    log = torchrun.AgentLog(explained=2)
     kills = logging.LogRecord("x", 30, "", 0, "Unable to shutdown process %s via %s", (17, "SIGTERM"), None)
     assert log.filter(kills) and log.killed == {17}
     told = logging.LogRecord("x", 40, "", 0, "failed (exitcode: %s) local_rank: 0", (2,), None)
