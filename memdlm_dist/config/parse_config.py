@@ -174,9 +174,8 @@ def _check_flag_values(argv: Sequence[str]) -> None:
             key = _field_of(JobConfig, name)
             if key.type is bool:
                 section = name.rpartition(".")[0]
-                raise UserError(
-                    f"{name} takes no value, but is given {given!r}; write {section}.{key.name} or {section}.no_{key.name}."
-                ) from None
+                on, off = f"{section}.{key.name}", f"{section}.no_{key.name}"
+                raise UserError(f"{name} takes no value, but is given {given!r}; write {on} or {off}.") from None
             expected = _type_name(key.type)
             raise UserError(
                 f"{name} must be {expected}, but is {given!r} (--help lists all keys)."
