@@ -213,7 +213,7 @@ def open_dataset(data: Data, locations: list[str], proportions: list[float], **o
                 **share,
             )
         )
-    shared_memory.number_by_node()
+    shared_memory.number_by_run()
     leader = int(os.environ.get("LOCAL_RANK", "0")) == 0
     if leader:
         shared_memory.remove_leftovers(folders, cached)

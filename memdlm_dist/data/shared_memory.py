@@ -9,6 +9,7 @@ import glob
 import logging
 import os
 import time
+import zlib
 from collections.abc import Collection
 from pathlib import Path
 
@@ -53,9 +54,13 @@ def remove_leftovers(folders: Collection[str], cached: Collection[str]) -> None:
                 path.unlink(missing_ok=True)
 
 
-def number_by_node() -> None:
-    """Let the nodes of a run number their shared memory differently."""
-    streaming.number_from(int(os.environ.get("GROUP_RANK", "0")) * 100_000)
+def number_by_run() -> None:
+    """Let each node of each run number its shared memory from another place.
+
+    streaming takes the first free number: two runs that start together, or two nodes on one machine, take the same one.
+    """
+    run = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "GROUP_RANK"))
+    streaming.number_from(zlib.crc32(run.encode()) % 10_000 * 100_000)
 
 
 def _folders(registration: str) -> set[str]:
