@@ -75,11 +75,11 @@ class _Checked:
 
 
 class CheckedReader(_Checked, EntryReader):
-    """Of a folder on disk."""
+    """DCP's reader of a folder on disk, with checksums."""
 
 
 class CheckedFsspecReader(_Checked, FsspecEntryReader):
-    """Of a folder at a URL."""
+    """DCP's reader of a folder at a URL, with checksums."""
 
 
 def reader(location: str) -> EntryReader | FsspecEntryReader:
@@ -94,7 +94,7 @@ class Catalogue:
         self.storage = Storage(location)
 
     def steps(self) -> list[int]:
-        """Of everything that is named like a checkpoint, complete or not, in ascending order."""
+        """Return the steps of all that is named like a checkpoint, complete or not, in ascending order."""
         names = (_NAME.fullmatch(name) for name, size in self.storage.sizes().items() if size is None)
         return sorted(int(match[1]) for match in names if match)
 
@@ -110,7 +110,7 @@ class Catalogue:
         return Saved(step, METADATA in sizes, exported, problem, sum(size or 0 for size in sizes.values()))
 
     def complete_steps(self) -> list[int]:
-        """Of the checkpoints whose saving came to its end, in ascending order; sizes are not checked."""
+        """Return the steps of complete checkpoints in ascending order; sizes are not checked."""
         return [step for step in self.steps() if METADATA in self.storage.sizes(name_of(step))]
 
     def _problem(self, step: int, sizes: dict[str, int | None]) -> str:
@@ -159,7 +159,7 @@ class Catalogue:
 
 
 def read_run(checkpoint: Storage) -> dict[str, Any]:
-    """What the run that saved a checkpoint wrote down of itself; empty if it did not or it cannot be read."""
+    """Read a checkpoint's run.json; empty if there is none or it cannot be read."""
     try:
         found = checkpoint.read_json(RUN)
     except (FileNotFoundError, ValueError):

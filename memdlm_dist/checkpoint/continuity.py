@@ -1,4 +1,4 @@
-"""Whether a checkpoint continues this very run: what decides about the sequence of batches and their noise.
+"""Check that a checkpoint continues this very run: what decides about the sequence of batches and their noise.
 
 The number of ranks and their layout are not among it: the order of the samples and their noise depend on neither.
 """
@@ -32,7 +32,7 @@ def identity(
 
 
 def check(checkpoint: str, saved: Mapping[str, Any], ours: Mapping[str, Any], accepted: Collection[str]) -> bool:
-    """Whether the data go on where they stopped; if not, they do with the next epoch, which was accepted.
+    """Return whether the data go on where they stopped; if not, the next epoch was accepted.
 
     Args:
         checkpoint: its path or URL.

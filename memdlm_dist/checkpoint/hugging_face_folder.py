@@ -89,7 +89,7 @@ def _check_config(path: Path, adapter: Adapter) -> None:
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Of all tensors in the folder, from the files' headers."""
+    """Read the shapes of all tensors in the folder from the files' headers."""
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise UserError(f"There are no .safetensors files in {path}; other formats are not read.")

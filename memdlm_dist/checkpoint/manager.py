@@ -235,7 +235,7 @@ class ResumableCheckpoints(HookedCheckpoints):
         hugging_face_folder.write_peft(adapters, folder, self.sd_adapter, self.lora.rank, self.lora.alpha, base)
 
     def _complete_export(self, step: int) -> None:
-        """What else belongs to weights in safetensors; rank 0 alone."""
+        """Add config.json and the tokenizer to exported weights; on rank 0 alone."""
         folder = self._catalogue.storage.url(name_of(step))
         hugging_face_folder.tidy(folder)
         sources = [path for path in (self.initial_load_path, self.sd_adapter.assets) if path]
@@ -352,7 +352,7 @@ def check_model(location: str, tensors: Mapping[str, torch.Tensor], base: bool =
 
 
 def states_in(location: str, states: Mapping[str, Any]) -> dict[str, Any]:
-    """What there is to load: without the adapters, if the checkpoint is of a plain model. Call on all ranks."""
+    """Return the states to load, without the adapters if the checkpoint is of a plain model. Call on all ranks."""
     adapted = from_rank_0(lambda: any(map(lora.is_adapter, read_metadata(location).state_dict_metadata)))
     return dict(states) if adapted else lora.without_adapters(states)
 

@@ -17,7 +17,7 @@ from memdlm_dist.runtime.storage import Storage
 
 
 def find(location: str) -> str:
-    """Where a checkpoint is: `location` itself, or the newest good one in that folder, exported ones among them.
+    """Find a checkpoint: `location` itself, or the newest good one in that folder, exported ones among them.
 
     Raises:
         UserError: if there is none.

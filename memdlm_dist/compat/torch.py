@@ -5,6 +5,7 @@ Shapes: S slots, n groups of slots.
 
 import platform
 import re
+from abc import abstractmethod
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -110,9 +111,9 @@ class _Entries:
     def _slice_file(self, file: Any, entry: Any) -> Any:
         return self.check_entry(file, entry.offset, entry.length, entry.relative_path)
 
+    @abstractmethod
     def check_entry(self, file: Any, offset: int, length: int, name: str) -> Any:
         """Return the entry as an open file of bytes."""
-        raise NotImplementedError
 
 
 class EntryReader(_Entries, FileSystemReader):

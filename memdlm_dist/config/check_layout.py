@@ -1,4 +1,4 @@
-"""Whether a configuration fits the number of processes and the backbone, found before anything is built."""
+"""Check that a configuration fits the number of processes and the backbone, before anything is built."""
 
 from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.errors import require

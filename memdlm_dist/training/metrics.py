@@ -28,7 +28,7 @@ class MemDLMMetrics(MetricsProcessor):
     """torchtitan's processor, which also averages over micro-batches and data-parallel ranks what the
     trainer records during a step. The ranks of a context-parallel group record the same, but for losses and load.
 
-    Recording stays on the device. Only `log` reduces and reads, in one collective, on steps that log.
+    Recording stays on the device. Only `log_step` reduces and reads, on steps that log.
     """
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims, tag: str | None = None):

@@ -29,7 +29,7 @@ logger = logging.getLogger()
 
 
 def check_output(dump_folder: str) -> None:
-    """The output folder can be made and written to.
+    """Check that the output folder can be made and written to.
 
     Raises:
         UserError: naming it.
@@ -44,7 +44,7 @@ def check_output(dump_folder: str) -> None:
 
 
 def _warn_of_length(config: JobConfig, args: LLaDAArgs) -> None:
-    """Of published weights that are to read further than they were trained to."""
+    """Warn if seq_len exceeds the context of pretrained weights."""
     length, known = config.training.seq_len, args.native_length * config.model.rope_scaling
     if config.checkpoint.initial_load_in_hf and length > known and is_first():
         logger.warning(
@@ -95,6 +95,7 @@ def _train(config: JobConfig, stop: StopRequest) -> MemDLMTrainer:
             table = summary_table(config.job.dump_folder) if config.validation.enable else None
             if table and is_first():
                 print(table, flush=True)
+        torch.distributed.barrier()  # rank 0 may hold the store of the rendezvous: it leaves with the others
         done = True
     except RuntimeError as error:
         if trainer is None or not (reason := connection_loss(error)):

@@ -108,7 +108,6 @@ class MemDLMTrainer(Trainer):
                 for observer in (profiler, snapshots):
                     if observer:
                         observer.step()
-        torch.distributed.barrier()  # rank 0 may hold the store of the rendezvous: it leaves with the others
         logger.info("Training completed")
 
     def train_step(self, data_iterator: Iterator[Batch]) -> None:
