@@ -17,6 +17,7 @@ cpu.prepare()
 from memdlm_dist.errors import EXIT_STATUS, UserError
 from memdlm_dist.runtime import preemption
 from memdlm_dist.runtime.logs import start_logging
+from memdlm_dist.runtime.rank_0 import is_first
 from memdlm_dist.training.run import run
 
 
@@ -34,6 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             time.sleep(3)
             get_error_handler().record_exception(mistake)
         return EXIT_STATUS
+    except KeyboardInterrupt:
+        if is_first():
+            print("Interrupted: what follows the last checkpoint is lost.", file=sys.stderr, flush=True)
+        return 130
 
 
 if __name__ == "__main__":

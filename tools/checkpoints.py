@@ -8,10 +8,11 @@
 DIR is a folder or a URL with checkpoints step-N in it, such as outputs/quickstart/checkpoint or s3://bucket/run.
 Verifying reads every file and compares the checksums in it; it exits with 1 if anything is wrong. Pruning keeps the K
 newest good checkpoints and every one whose step is a multiple of N, and never removes a damaged one, or the only
-good one. A checkpoint's metadata is a pickle: use this on your own checkpoints only.
+good one.
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from memdlm_dist.checkpoint.catalogue import Catalogue, Saved, name_of, read_run
 from memdlm_dist.errors import UserError
 from memdlm_dist.runtime.entry_point import guarded, new_parser
 from memdlm_dist.runtime.storage import Storage
+from memdlm_dist.runtime.writer import claimed, this_process
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -49,7 +51,7 @@ def arguments() -> argparse.ArgumentParser:
     prune.add_argument("--keep-every", type=int, default=0, metavar="N", help="keep those at multiples of N steps too")
     prune.add_argument(
         "--incomplete", action="store_true",
-        help="remove those as well whose saving was interrupted; not while a run saves here",
+        help="remove those as well whose saving was interrupted; refused while a run saves here",
     )  # fmt: skip
     prune.add_argument("--dry-run", action="store_true", help="say what would be removed, and remove nothing")
     return parser
@@ -113,10 +115,13 @@ def prune(catalogue: Catalogue, options: argparse.Namespace) -> None:
     going = superfluous(good, options.keep_latest, options.keep_every)
     if options.incomplete:
         going += [saved.step for saved in rows if not saved.complete and not saved.exported]
-    for step in sorted(going):
-        print(f"{'would remove' if options.dry_run else 'removing'} {name_of(step)}", flush=True)
-        if not options.dry_run:
-            catalogue.remove(step)
+    # What is incomplete may be in the writing.
+    alone = claimed(options.directory, this_process()) if options.incomplete else contextlib.nullcontext()
+    with alone:
+        for step in sorted(going):
+            print(f"{'would remove' if options.dry_run else 'removing'} {name_of(step)}", flush=True)
+            if not options.dry_run:
+                catalogue.remove(step)
     print(f"{len(good) - len([step for step in going if step in good])} good checkpoints stay")
 
 

@@ -6,18 +6,16 @@ found from their sizes alone. Every entry of a file is a zip archive with a chec
 each flipped bit without unpickling anything.
 """
 
-import io
 import re
-import zipfile
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch.distributed.checkpoint.metadata import Metadata
-
-from memdlm_dist.compat.torch import EntryReader, FsspecEntryReader
-from memdlm_dist.runtime.storage import Storage, is_remote
+from memdlm_dist.checkpoint.reading import is_sound, read_metadata
+from memdlm_dist.errors import UserError, require
+from memdlm_dist.runtime.rank_0 import one_line
+from memdlm_dist.runtime.storage import Storage
 
 METADATA = ".metadata"
 RUN = "run.json"
@@ -54,39 +52,6 @@ def name_of(step: int) -> str:
     return f"step-{step}"
 
 
-def read_metadata(location: str) -> Metadata:
-    """DCP's metadata, which is a pickle: for one's own checkpoints only.
-
-    Raises:
-        Exception: whatever reading and unpickling raise.
-    """
-    return reader(location).read_metadata()
-
-
-class _Checked:
-    """Mixed into DCP's readers, which themselves do not look at the checksums: a flipped bit would be trained on."""
-
-    def check_entry(self, file: Any, offset: int, length: int, name: str) -> io.BytesIO:
-        file.seek(offset)
-        content = file.read(length)
-        if not _is_sound(content):
-            raise OSError(f"the file {name} is corrupt: a checksum is wrong")
-        return io.BytesIO(content)
-
-
-class CheckedReader(_Checked, EntryReader):
-    """DCP's reader of a folder on disk, with checksums."""
-
-
-class CheckedFsspecReader(_Checked, FsspecEntryReader):
-    """DCP's reader of a folder at a URL, with checksums."""
-
-
-def reader(location: str) -> EntryReader | FsspecEntryReader:
-    """DCP's reader of a checkpoint, which checks what it reads."""
-    return CheckedFsspecReader(location) if is_remote(location) else CheckedReader(location)
-
-
 class Catalogue:
     """The checkpoints `step-N` under a path or URL."""
 
@@ -105,13 +70,15 @@ class Catalogue:
     def look(self, step: int) -> Saved:
         """One checkpoint, its files' sizes checked."""
         sizes = self.storage.sizes(name_of(step))
-        exported = METADATA not in sizes and any(name.endswith(".safetensors") for name in sizes)
+        exported = is_export(sizes)
         problem = "" if exported else self._problem(step, sizes)
-        return Saved(step, METADATA in sizes, exported, problem, sum(size or 0 for size in sizes.values()))
+        complete = METADATA in sizes and not exported
+        return Saved(step, complete, exported, problem, sum(size or 0 for size in sizes.values()))
 
     def complete_steps(self) -> list[int]:
         """Return the steps of complete checkpoints in ascending order; sizes are not checked."""
-        return [step for step in self.steps() if METADATA in self.storage.sizes(name_of(step))]
+        sizes = {step: self.storage.sizes(name_of(step)) for step in self.steps()}
+        return [step for step, files in sizes.items() if METADATA in files and not is_export(files)]
 
     def _problem(self, step: int, sizes: dict[str, int | None]) -> str:
         if not sizes:
@@ -121,7 +88,7 @@ class Catalogue:
         try:
             ends = {name: max(o + n for o, n, _ in entries) for name, entries in self._entries(step).items()}
         except Exception as error:  # a broken pickle can raise anything
-            return f"has a {METADATA} that cannot be read ({type(error).__name__}: {error})"
+            return f"has a {METADATA} that cannot be read ({one_line(error)})"
         for name, end in sorted(ends.items()):
             size = sizes.get(name)
             if size is None:
@@ -148,13 +115,20 @@ class Catalogue:
             with self.storage.open(f"{saved.name}/{name}") as file:
                 for offset, length, tensor in sorted(entries):
                     file.seek(offset)
-                    if not _is_sound(file.read(length)):
+                    if not is_sound(file.read(length)):
                         wrong = f"has a corrupt file {name}: the checksum of {tensor} is wrong"
                         break
             yield wrong
 
     def remove(self, step: int) -> None:
-        """Remove a checkpoint, its metadata first: interrupted, it is seen to be incomplete."""
+        """Remove a checkpoint, its metadata first: interrupted, it is seen to be incomplete.
+
+        Raises:
+            UserError: if no other good checkpoint would be left, whatever asked for it.
+        """
+        others = [other for other in self.steps()[::-1] if other != step]
+        if self.look(step).good and not any(self.look(other).good for other in others):
+            raise UserError(f"{self.storage.url(name_of(step))} is the only good checkpoint, and is not removed.")
         self.storage.remove(name_of(step), first=METADATA)
 
 
@@ -167,22 +141,25 @@ def read_run(checkpoint: Storage) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _is_sound(entry: bytes) -> bool:
-    try:
-        return zipfile.ZipFile(io.BytesIO(entry)).testzip() is None
-    except zipfile.BadZipFile:
-        return False
+def is_export(files: Collection[str]) -> bool:
+    """Return whether a folder of these files holds weights to exchange: beside safetensors nothing is unpickled."""
+    return any(name.endswith(".safetensors") for name in files)
 
 
-def superfluous(good: Collection[int], keep_latest: int, keep_every: int) -> list[int]:
+def superfluous(good: Collection[int], keep_latest: int, keep_every: int, best: int | None = None) -> list[int]:
     """The steps among those of good checkpoints that may go; never all of them.
 
     Args:
         good: steps.
         keep_latest: how many of the last ones stay; 0 for all of them.
         keep_every: those whose step is a multiple of it stay too; 0 for none.
+        best: a step that stays too.
+
+    Raises:
+        UserError: if `keep_latest` is negative.
     """
+    require(keep_latest >= 0, f"The number of latest checkpoints to keep must not be negative, but is {keep_latest}.")
     if keep_latest == 0:
         return []
-    keep = set(sorted(good)[-keep_latest:])
+    keep = {*sorted(good)[-keep_latest:], best}
     return sorted(step for step in good if step not in keep and not (keep_every and step % keep_every == 0))

@@ -19,14 +19,15 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from memdlm_dist.checkpoint import hugging_face_folder, weights
-from memdlm_dist.checkpoint.catalogue import METADATA, read_metadata, reader
+from memdlm_dist.checkpoint.catalogue import is_export
 from memdlm_dist.checkpoint.manager import check_model
+from memdlm_dist.checkpoint.reading import load_states, read_metadata
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import lora
 from memdlm_dist.models.lora import Lora
 from memdlm_dist.models.state_dict_adapters import Adapter
 from memdlm_dist.runtime.rank_0 import reason_of
-from memdlm_dist.runtime.storage import is_remote
+from memdlm_dist.runtime.storage import Storage, is_remote
 
 # Told what is done now.
 Progress = Callable[[str], object]
@@ -100,7 +101,7 @@ def to_hugging_face(
         UserError: if there is no good checkpoint, it is of another model, or the output cannot be written.
     """
     found = weights.find(checkpoint)
-    if not is_remote(found) and not (Path(found) / METADATA).is_file():
+    if is_export(Storage(found).sizes()):
         raise UserError(f"{found} holds Hugging Face weights already; name a checkpoint of a training run.")
     if adapters_alone and run.lora is None:
         raise UserError('The configuration trains no adapters (model.converters = ["lora"]); leave --adapter out.')
@@ -113,7 +114,7 @@ def to_hugging_face(
         state = {name: torch.empty(expected[name].shape, dtype=saved[name].properties.dtype) for name in names}
         progress(f"reading {_size(state)} from {found}")
         with _alone(f"The checkpoint {found} cannot be read"):
-            dcp.load(state, storage_reader=reader(found), no_dist=True)
+            load_states(state, found, no_dist=True)
         progress(f"writing {output}")
         sources = [assets] if assets else list(run.sources)
         if adapters_alone:

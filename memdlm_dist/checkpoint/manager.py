@@ -3,14 +3,13 @@
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchtitan.components.checkpoint import DATALOADER, LR_SCHEDULER, MODEL, OPTIMIZER, TRAIN_STATE, AsyncMode
@@ -22,12 +21,12 @@ from memdlm_dist.checkpoint.catalogue import (
     METADATA,
     RUN,
     Catalogue,
+    is_export,
     name_of,
-    read_metadata,
     read_run,
-    reader,
     superfluous,
 )
+from memdlm_dist.checkpoint.reading import load_states, read_metadata
 from memdlm_dist.compat.torchtitan import HookedCheckpoints
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import lora
@@ -36,6 +35,7 @@ from memdlm_dist.models.state_dict_adapters import file_of_each
 from memdlm_dist.runtime import storage
 from memdlm_dist.runtime.rank_0 import from_rank_0, is_first, one_line, reason_of
 from memdlm_dist.runtime.storage import Storage, is_remote
+from memdlm_dist.runtime.writer import Claim
 
 logger = logging.getLogger()
 
@@ -43,15 +43,22 @@ logger = logging.getLogger()
 _STATES = (OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE)
 
 
+# TensorBoard's names of the validation losses.
+KeepBest = Literal["", "validation/loss_memory_off", "validation/loss_memory_on"]
+
+
 @dataclass
 class Checkpoint(TitanCheckpoint):
-    """torchtitan's section with one default changed and two keys more; `folder` may be a URL (s3://bucket/run)."""
+    """torchtitan's section with one default changed and three keys more; `folder` may be a URL (s3://bucket/run)."""
 
     last_save_model_only: bool = False
     """Save only the model at the last step. False, unlike in torchtitan: a finished run can then be continued."""
 
     keep_every: int = 0
     """Besides the latest checkpoints, keep those whose step is a multiple of this; 0 for none."""
+
+    keep_best: KeepBest = ""
+    """Besides the latest checkpoints, keep the one at whose step this validation loss was least; empty for none."""
 
     accept_changes: list[str] = field(default_factory=list)
     """Differences between the checkpoint's run and this one that are meant, such as training.global_batch_size or
@@ -69,6 +76,8 @@ class ResumableCheckpoints(HookedCheckpoints):
     identity: Mapping[str, Any]
     stop_on_save_failure: bool
     lora: Lora | None = None  # if adapters are trained
+    writer: Claim | None = None  # to the folder, on rank 0
+    scores: Callable[[], Mapping[int, float]]  # step -> what `checkpoint.keep_best` names
     save_future: Any
     sd_adapter: Any
 
@@ -135,7 +144,10 @@ class ResumableCheckpoints(HookedCheckpoints):
             return True
         if not location:
             return False
-        if METADATA not in from_rank_0(Storage(location).sizes):
+        files = from_rank_0(Storage(location).sizes)
+        if is_export(files):
+            raise UserError(f"{location} holds safetensors; set checkpoint.initial_load_in_hf to start from them.")
+        if METADATA not in files:
             raise UserError(f"There is no complete checkpoint in {location}; correct checkpoint.initial_load_path.")
         # A run that trains adapters starts from a base that has none.
         problem = self._load_from(location, self.initial_load_model_only, base=self.initial_load_model_only)
@@ -165,7 +177,7 @@ class ResumableCheckpoints(HookedCheckpoints):
         try:
             states = self.states_to_load(model_only)
             states = states_in(location, states) if base else states
-            dcp.load(states, storage_reader=reader(location))
+            load_states(states, location)
             self.states[MODEL].load_state_dict(states)  # torchtitan keeps the model's tensors at the top level
         except CheckpointException as failure:  # DCP's own, on every rank
             return f"cannot be read ({reason_of(failure)})"
@@ -262,7 +274,7 @@ class ResumableCheckpoints(HookedCheckpoints):
             reason += f"; {shutil.disk_usage(self.folder).free / 2**20:,.0f} MiB were free"
         location = folder.url(name_of(step))
         sentence = f"The checkpoint {location} could not be saved ({reason}); earlier ones are as they were"
-        from_rank_0(lambda: _attempt(lambda: self._catalogue.remove(step)))
+        from_rank_0(lambda: _attempt(lambda: self._remove(step)))
         if final or self.stop_on_save_failure:
             raise UserError(f"{sentence}; make room or choose another checkpoint.folder, and start again.")
         logger.error(f"{sentence}. Training goes on, and saves again after {self.interval} steps.")
@@ -273,17 +285,20 @@ class ResumableCheckpoints(HookedCheckpoints):
         def prepare() -> OSError | None:
             name, folder = name_of(step), self._catalogue.storage
             try:
+                self._check_writer()
                 found = folder.sizes(name)
-                if METADATA in found or any(file.endswith(".safetensors") for file in found):
+                if METADATA in found or is_export(found):
                     # A run that went back to an earlier step has come here again.
                     others = [other for other in folder.sizes() if other.startswith(f"{name}.replaced")]
                     kept = f"{name}.replaced-{len(others) + 1}"
                     folder.move(name, kept)
                     logger.warning(f"Keeping the earlier checkpoint of step {step} as {kept}.")
                 elif found:
-                    self._catalogue.remove(step)  # of a save that was interrupted
+                    self._remove(step)  # of a save that was interrupted
                 run = {"step": step, "ranks": dist.get_world_size(), "identity": dict(self.identity)}
                 folder.write_json(f"{name}/{RUN}", run)
+            except UserError:
+                raise
             except OSError as error:
                 return error
             except Exception as error:  # remote file systems have their own
@@ -308,9 +323,19 @@ class ResumableCheckpoints(HookedCheckpoints):
         complete = self._catalogue.complete_steps()
         if not complete or self._catalogue.look(complete[-1]).problem:
             return
-        for step in superfluous(complete, self._config.keep_latest_k, self._config.keep_every):
+        scores = self.scores() if self._config.keep_best else {}
+        best = min((step for step in complete if step in scores), key=lambda step: (scores[step], -step), default=None)
+        for step in superfluous(complete, self._config.keep_latest_k, self._config.keep_every, best):
             logger.info(f"Removing the checkpoint of step {step}.")
-            self._catalogue.remove(step)
+            self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        self._check_writer()
+        self._catalogue.remove(step)
+
+    def _check_writer(self) -> None:
+        if self.writer is not None:
+            self.writer.check()
 
     def close(self) -> None:
         super().close()
@@ -332,6 +357,9 @@ def check_model(location: str, tensors: Mapping[str, torch.Tensor], base: bool =
         entries = read_metadata(location).state_dict_metadata
     except Exception as error:  # a broken pickle can raise anything
         return f"has metadata that cannot be read ({one_line(error)})"
+    for name in tensors:
+        if name in entries and not isinstance(entries[name], TensorStorageMetadata):
+            return f"holds something else than a tensor as {name}"
     saved_shapes = {
         name: tuple(entry.size)
         for name, entry in entries.items()

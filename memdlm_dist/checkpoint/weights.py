@@ -1,14 +1,14 @@
 """The weights alone of a checkpoint, for whoever reads with a model and does not train it."""
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.components.checkpoint import ModelWrapper
 
 from memdlm_dist.checkpoint import hugging_face_folder
-from memdlm_dist.checkpoint.catalogue import METADATA, Catalogue, name_of, reader
+from memdlm_dist.checkpoint.catalogue import METADATA, Catalogue, is_export, name_of
 from memdlm_dist.checkpoint.manager import check_model, states_in
+from memdlm_dist.checkpoint.reading import load_states
 from memdlm_dist.errors import UserError
 from memdlm_dist.models.lora import HasAdapters
 from memdlm_dist.models.state_dict_adapters import Adapter
@@ -23,7 +23,7 @@ def find(location: str) -> str:
         UserError: if there is none.
     """
     files = Storage(location).sizes()
-    if METADATA in files or any(name.endswith(".safetensors") for name in files):
+    if METADATA in files or is_export(files):
         return location
     catalogue = Catalogue(location)
     found = catalogue.all()
@@ -60,14 +60,14 @@ def load(model: nn.Module, location: str, adapter: Adapter) -> str:
     for module in model.modules():
         if isinstance(module, HasAdapters):
             module.reset_adapters()  # which weights of a plain model leave as they are
-    if METADATA not in from_rank_0(lambda: Storage(found).sizes()):
+    if from_rank_0(lambda: is_export(Storage(found).sizes())):
         hugging_face_folder.load(weights, adapter, found)
         return found
     problem = from_rank_0(lambda: check_model(found, weights.state_dict(), base=True))
     if not problem:
         try:
             states = states_in(found, weights.state_dict())
-            dcp.load(states, storage_reader=reader(found))
+            load_states(states, found)
             weights.load_state_dict(states)
         except CheckpointException as failure:
             problem = f"cannot be read ({reason_of(failure)})"

@@ -6,11 +6,14 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from streaming import StreamingDataset
 from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, LOCALS
+from streaming.base.dataset import _ShardState
 from streaming.base.hashing import get_hash
 from streaming.base.shared import prefix
 from streaming.base.storage.download import DOWNLOADER_MAPPINGS, CloudDownloader
+from streaming.base.util import bytes_to_int
 
 # How the shared memory that names a job's folders ends; a number stands before it.
 REGISTRATION = LOCALS
@@ -60,6 +63,35 @@ def stop_threads(dataset: StreamingDataset) -> None:
 def can_download(scheme: str) -> bool:
     """Return whether streaming can download from a URL's scheme."""
     return scheme in DOWNLOADER_MAPPINGS
+
+
+class CacheOnlyEviction(StreamingDataset):
+    """A StreamingDataset whose cache limit concerns copies of remote streams alone.
+
+    streaming counts the shards of local streams as cached, and deletes them to make room (0.13).
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        if self.cache_limit:
+            local = [s for i, s in zip(self.stream_per_shard, self.shards, strict=True) if not self.streams[i].remote]
+            self.cache_limit += sum(shard.get_raw_size() for shard in local)
+
+    def _evict_coldest_shard(self) -> None:
+        cached = np.array([bool(self.streams[i].remote) for i in self.stream_per_shard])
+        candidates = np.flatnonzero(cached & (self._shard_states.numpy() == _ShardState.LOCAL))
+        if not len(candidates):
+            raise ValueError("there is no copy to delete: data.cache_limit is too low")
+        self._evict_shard(int(candidates[np.argmin(self._shard_access_times.numpy()[candidates])]))
+
+
+def size_in_bytes(text: str) -> int:
+    """Return a size such as 200gb in bytes.
+
+    Raises:
+        ValueError: if it is not one.
+    """
+    return int(bytes_to_int(text))
 
 
 class Downloader(CloudDownloader):

@@ -3,6 +3,8 @@
 Shapes: S slots, n groups of slots.
 """
 
+import json
+import pickle
 import platform
 import re
 from abc import abstractmethod
@@ -17,13 +19,14 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor, all
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.tensor.experimental import _attention as ring_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = [
-    "EntryReader", "FsspecEntryReader", "TorchDispatchMode", "all_to_all", "checkpointed", "completed",
+    "EntryReader", "FsspecEntryReader", "TorchDispatchMode", "all_to_all", "checkpointed", "collectives", "completed",
     "connection_loss", "grouped_mm", "leave_ring_unbalanced", "operator_name", "raise_recompile_limit",
     "rendezvous_store", "storage_error", "tree_leaves", "tree_map_only", "use_cpu",
 ]  # fmt: skip
@@ -99,14 +102,62 @@ def raise_recompile_limit(limit: int) -> None:
     config.recompile_limit = max(config.recompile_limit, limit)
 
 
+def collectives() -> list[tuple[int, int]]:
+    """Return (last enqueued, last completed) of the collectives of each process group, in the order of the groups.
+
+    Read off torch's flight recorder, which has no public reader (2.13); empty if the backend records nothing.
+    """
+    dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)
+    groups = json.loads(dump(False, False)).get("pg_status", {}) if dump else {}
+    keys = ("last_enqueued_collective", "last_completed_collective")
+    return [(int(groups[name][keys[0]]), int(groups[name][keys[1]])) for name in sorted(groups, key=int)]
+
+
 def rendezvous_store() -> Any:
     """Return a connection of its own to the store of the process group's rendezvous (2.13)."""
     store: Any = _get_default_store()
     return store.clone()
 
 
+_METADATA_CLASSES = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
+        "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
+}  # fmt: skip
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Unpickler of DCP's metadata that admits only the classes DCP writes; DCP's own admits every one (2.13)."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not dtype and name not in _METADATA_CLASSES.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint of ours does")
+        return super().find_class(module, name)
+
+
 class _Entries:
-    """Hands every entry's bytes to `check_entry` before DCP deserialises them; its readers have no hook (2.13)."""
+    """Reads DCP's metadata with `MetadataUnpickler`, and hands every entry's bytes to `check_entry` before DCP
+    deserialises them; its readers have no hook for either (2.13)."""
+
+    fs: Any
+    load_id: Any
+
+    def read_metadata(self, *args: Any, **options: Any) -> Metadata:
+        path = self._get_metadata_path(options.get("rank"))  # type: ignore[attr-defined]
+        with self.fs.create_stream(path, "rb") as file:
+            metadata = MetadataUnpickler(file).load()
+        if not isinstance(metadata, Metadata):
+            raise pickle.UnpicklingError("it is not the metadata of a checkpoint")
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
 
     def _slice_file(self, file: Any, entry: Any) -> Any:
         return self.check_entry(file, entry.offset, entry.length, entry.relative_path)

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from streaming import Stream, StreamingDataset
+from streaming import Stream
 
 from memdlm_dist.compat import streaming
-from memdlm_dist.data import downloads, shared_memory
+from memdlm_dist.data import downloads, shard_index, shared_memory
 from memdlm_dist.data.settings import Data
 from memdlm_dist.data.shards import HASH, read_card
 from memdlm_dist.errors import UserError
@@ -29,7 +29,7 @@ MISTAKE = "mistake"
 _REMEDY = "prepare the data anew, or delete the file if it is a cached copy"
 
 
-class TokenDataset(StreamingDataset):
+class TokenDataset(streaming.CacheOnlyEviction):
     """A StreamingDataset whose samples are clean tokens, labels and their global sample id.
 
     A sample is `{"tokens": int64 [L], "labels": int64 [L], "sample_id": int}`; labels are the tokens
@@ -216,18 +216,45 @@ def open_dataset(data: Data, locations: list[str], proportions: list[float], **o
     shared_memory.number_by_run()
     leader = int(os.environ.get("LOCAL_RANK", "0")) == 0
     if leader:
+        shards = {}
+        for location, stream in zip(locations, streams, strict=True):
+            shards[location] = shard_index.prepare(location, stream.local, stream.remote is not None)
+        _check_cache_limit(
+            data.cache_limit, [s for location in locations if is_remote(location) for s in shards[location]]
+        )
         shared_memory.remove_leftovers(folders, cached)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # all ranks look for a free name in shared memory next
     try:
         dataset = TokenDataset(
-            streams=streams, cache_limit=data.cache_limit or None, check_hash=data.validate_hash, **options
+            streams=streams, cache_limit=data.cache_limit if cached else None, check_hash=data.validate_hash, **options
         )
     except Exception as error:  # streaming raises RuntimeError, ValueError, OSError, client errors ...
         raise UserError(f"The shards in {', '.join(locations)} cannot be opened: {error}.") from None
     if leader:
         dataset.check_local_shards()
     return dataset
+
+
+def _check_cache_limit(limit: str, shards: list[dict[str, Any]]) -> None:
+    """Check that the cache can hold the shards of remote streams that are in use.
+
+    Raises:
+        UserError: if the limit is not a size, or too low.
+    """
+    if not limit or not shards:
+        return
+    try:
+        size = streaming.size_in_bytes(limit)
+    except ValueError:
+        raise UserError(f"data.cache_limit = {limit!r} is not a size; write one such as 200gb.") from None
+    # The one that is read, the next, and one each in the making and in the clearing.
+    least = 4 * max(sum(shard[key]["bytes"] for key in ("raw_data", "zip_data") if shard[key]) for shard in shards)
+    if size < least:
+        raise UserError(
+            f"data.cache_limit = {limit!r} is less than four of the largest shards, {least:,} bytes; raise it, or "
+            "empty it for no limit."
+        )
 
 
 def _register(location: str) -> None:

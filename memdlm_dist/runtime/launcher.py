@@ -14,6 +14,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -28,6 +29,18 @@ from memdlm_dist.compat.torchrun import AgentLog
 from memdlm_dist.errors import EXIT_STATUS as USER_ERROR
 from memdlm_dist.runtime.preemption import EXIT_STATUS as PREEMPTED
 from memdlm_dist.runtime.preemption import ONE_REQUEST_SECONDS, STATUS_FILE
+
+# The training processes read here which job they are of: a job that is started again keeps its name.
+JOB = "MEMDLM_JOB"
+
+
+def job_name(endpoint: str, rendezvous: str) -> str:
+    """Name this job: by the batch system, by a rendezvous that was named, or by this process."""
+    if batch := os.environ.get("SLURM_JOB_ID"):
+        return f"slurm {batch}"
+    if endpoint and not endpoint.startswith("localhost"):
+        return f"{endpoint}/{rendezvous}"
+    return f"{socket.gethostname()}/{os.getpid()}"
 
 
 class Forwarding:
@@ -120,6 +133,7 @@ def main() -> int:
     arguments = run.parse_args(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", "--shutdown-timeout=5", *sys.argv[1:]])
     # With the rendezvous' store shared, as is the default, a restart reads the connection keys of the start before.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    os.environ.setdefault(JOB, job_name(arguments.rdzv_endpoint, arguments.rdzv_id))
     Forwarding().install()
     with tempfile.NamedTemporaryFile("r", prefix="memdlm-status-") as status:
         os.environ[STATUS_FILE] = status.name

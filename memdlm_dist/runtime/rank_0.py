@@ -44,14 +44,21 @@ class _Failed:
 
 
 def reason_of(failure: BaseException) -> str:
-    """Return the first rank's reason, in one line."""
+    """Return the first rank's reason, in one line.
+
+    Raises:
+        KeyboardInterrupt: if that is what it was. DCP catches it, and the run would go on.
+    """
     if isinstance(failure, CheckpointException) and failure.failures:
+        for error, _ in failure.failures.values():
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt from None
         rank, (error, _) = next(iter(failure.failures.items()))
         return f"rank {rank}: {one_line(error)}"
     return one_line(failure)
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's message, or its name if it has none."""
+    """Return an error's message without its full stop, or its name if it has none."""
     text = str(error).strip().splitlines()
-    return storage_error(text[0]) if text else type(error).__name__
+    return storage_error(text[0]).rstrip(".") if text else type(error).__name__

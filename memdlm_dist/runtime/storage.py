@@ -1,5 +1,6 @@
 """A folder on disk or at any URL that fsspec knows (s3://, gs://, abfs://, ...), and patience with remote ones."""
 
+import contextlib
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ T = TypeVar("T")
 PATIENCE = 30.0
 FIRST_WAIT = 1.0
 # Errors that another attempt will not mend.
-_LASTING = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, ImportError)
+_LASTING = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError, ImportError)
 
 
 def is_remote(location: str) -> bool:
@@ -115,6 +116,21 @@ class Storage:
             self._fs.pipe_file(self._path(name), data)
 
         self._try(write, name)
+
+    def create_json(self, name: str, value: Any) -> None:
+        """Write a small file unless it is there already; as safe as the store's conditional writes are."""
+        data = (json.dumps(value, indent=2) + "\n").encode()
+
+        def create() -> None:
+            self._fs.makedirs(os.path.dirname(self._path(name)), exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                try:
+                    self._fs.pipe_file(self._path(name), data, mode="create")
+                except (TypeError, NotImplementedError):  # the store cannot
+                    if not self._fs.exists(self._path(name)):
+                        self._fs.pipe_file(self._path(name), data)
+
+        self._try(create, name)
 
     def read_json(self, name: str) -> Any:
         """

@@ -1,8 +1,9 @@
-"""Who is waited for when a run stands still.
+"""Hang detector: names the rank that blocks the others.
 
 A collective that never ends says nothing of the rank that did not come. So every rank tells the others, through the
-store of their rendezvous, where it is: what it is doing and in which line of code. The rank that has waited longest
-reads that, names who is missing, and ends.
+store of their rendezvous, where it is: what it is doing, in which line of code, how many collectives it has begun. The
+rank that has waited longest reads that, names who is missing, and ends. Two nodes' clocks are never compared: what a
+rank says is timed by the clock of the one that reads it.
 """
 
 import json
@@ -13,20 +14,21 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from memdlm_dist.compat.torch import rendezvous_store
+from memdlm_dist.compat.torch import collectives, rendezvous_store
 from memdlm_dist.errors import EXIT_STATUS, UserError
 
 logger = logging.getLogger()
 
-# The watchdog speaks a little before the collective itself gives up, which on some backends ends the process.
-PATIENCE = 0.85
+# The watchdog speaks a little before the collective itself gives up, which on some backends ends the process. It looks
+# at the others from earlier on, to see who moves. Shares of the collectives' timeout.
+PATIENCE, OBSERVATION = 0.85, 0.4
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,9 @@ class Place:
         line: file, line and function of the main thread.
         in_collective: whether that is inside of torch.distributed.
         still: seconds since that line last changed.
-        beat: when this was written down, by the clock of its node (s).
+        beat: how often the rank has said where it is.
+        begun: collectives that were begun, of all process groups; -1 if the backend does not count them.
+        silent: seconds since another beat came, on the clock of the rank that listens.
     """
 
     rank: int
@@ -50,7 +54,9 @@ class Place:
     line: str
     in_collective: bool
     still: float
-    beat: float
+    beat: int
+    begun: int = -1
+    silent: float = 0.0
 
 
 class Watchdog:
@@ -68,6 +74,8 @@ class Watchdog:
         self._rank, self._ranks, self._store, self._on_hang = rank, ranks, store, on_hang
         self._main = threading.main_thread().ident
         self._progress, self._doing, self._needs_others = 0, "starting", False
+        self._beat = 0
+        self._heard: dict[int, tuple[int, float]] = {}  # rank -> its last beat, and when it was first seen
         self._spot: tuple[Any, ...] = ()  # where the main thread is, and since when
         self._since = time.monotonic()
         self._stopped = threading.Event()
@@ -100,11 +108,12 @@ class Watchdog:
             try:
                 if time.monotonic() - published > self._period:
                     published = time.monotonic()
+                    self._beat += 1
                     self._store.set(_key(self._rank), json.dumps(asdict(self._here())))
-                waits = self._needs_others and self._here().still > PATIENCE * self.timeout
-                if waits and time.monotonic() - looked > self._period:
+                still = self._here().still if self._needs_others else 0.0
+                if still > OBSERVATION * self.timeout and time.monotonic() - looked > self._period:
                     looked = time.monotonic()
-                    if self._culprits():
+                    if self._culprits() and still > PATIENCE * self.timeout:
                         self._on_hang(self.explain())
                         return
             except Exception as error:  # the store goes down with the node that has it, or at the end
@@ -117,7 +126,7 @@ class Watchdog:
         still = time.monotonic() - self._since
         return Place(
             self._rank, socket.gethostname(), os.getpid(), self._progress, self._doing, line, in_collective, still,
-            time.time(),
+            self._beat, sum(begun for begun, _ in counts) if (counts := collectives()) else -1,
         )  # fmt: skip
 
     def _culprits(self) -> bool:
@@ -131,7 +140,8 @@ class Watchdog:
 
     @property
     def _silence(self) -> float:
-        return 3 * self._period + 1
+        # No longer than others are observed before one is named.
+        return min(3 * self._period + 1, (PATIENCE - OBSERVATION) * self.timeout - self._period)
 
     def _everyone(self) -> tuple[list[Place], list[int]]:
         """The places of all ranks, this one first; and the ranks that have never said where they are."""
@@ -141,25 +151,40 @@ class Watchdog:
             unknown = [rank for rank in others if not self._store.check([_key(rank)])]
         known = [_key(rank) for rank in others if rank not in unknown]
         found = self._store.multi_get(known) if known else []
-        return [self._here(), *(Place(**json.loads(place)) for place in found)], unknown
+        return [self._here(), *(self._timed(Place(**json.loads(place))) for place in found)], unknown
+
+    def _timed(self, place: Place) -> Place:
+        """Add for how long a rank has been silent."""
+        beat, since = self._heard.get(place.rank, (-1, 0.0))
+        if beat != place.beat:
+            since = time.monotonic()
+            self._heard[place.rank] = place.beat, since
+        return replace(place, silent=time.monotonic() - since)
 
 
 def missing(places: Sequence[Place], silence: float) -> list[Place]:
-    """The ranks that the first one waits for: silent, or behind it, or at rest outside of any collective.
+    """Find the ranks that the first one waits for: silent, or behind it, or at rest where the others have gone on.
 
     Args:
         places: of the rank that waits first, then of the others.
         silence: seconds after which a rank that says nothing is stopped or gone.
     """
     here, *others = places
-    silent = [place for place in others if here.beat - place.beat > silence]
+    silent = [place for place in others if place.silent > silence]
     behind = [place for place in others if place.progress < here.progress]
-    resting = [
-        place
-        for place in others
-        if not place.in_collective and place.line != here.line and place.still > 0.8 * here.still - silence
-    ]
+    resting = [place for place in others if place.still > 0.8 * here.still - silence and _is_elsewhere(place, here)]
     return silent or behind or resting
+
+
+def _is_elsewhere(place: Place, here: Place) -> bool:
+    """Return whether a rank has not come to the collective that `here` waits in.
+
+    An accelerator's collectives return at once, and a main thread that waits for one says little: then their numbers
+    tell.
+    """
+    if here.begun >= 0 and place.begun >= 0:
+        return place.begun < here.begun
+    return not place.in_collective and place.line != here.line
 
 
 def explanation(places: Sequence[Place], unknown: Sequence[int], silence: float) -> str:
@@ -168,7 +193,7 @@ def explanation(places: Sequence[Place], unknown: Sequence[int], silence: float)
     Args:
         unknown: ranks that have never said where they are.
     """
-    here, now = places[0], places[0].beat
+    here = places[0]
     head = f"No progress for {here.still:.0f} s while {here.doing}: "
     remedy = "see that rank's log and node (comm.train_timeout_seconds sets how long the others wait)."
     if unknown:
@@ -177,9 +202,9 @@ def explanation(places: Sequence[Place], unknown: Sequence[int], silence: float)
     if not absent:
         return f"{head}all ranks wait in {here.doing} ({here.line}): the network or a device may be at fault."
     for place in absent:
-        silent = now - place.beat > silence
+        silent = place.silent > silence
         last = "was last seen" if silent else "is"
-        quiet = f", silent for {now - place.beat:.0f} s" if silent else ""
+        quiet = f", silent for {place.silent:.0f} s" if silent else ""
         others.append(
             f"rank {place.rank} (node {place.node}, process {place.process}{quiet}) {last} {place.doing} ({place.line})"
         )

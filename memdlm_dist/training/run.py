@@ -4,6 +4,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -21,6 +22,8 @@ from memdlm_dist.runtime.device import device_type
 from memdlm_dist.runtime.preemption import StopRequest
 from memdlm_dist.runtime.rank_0 import is_first
 from memdlm_dist.runtime.single_process import single_process_environment
+from memdlm_dist.runtime.storage import is_remote
+from memdlm_dist.runtime.writer import Claim, claimed, this_process
 from memdlm_dist.training import train_spec
 from memdlm_dist.training.trainer import MemDLMTrainer
 from memdlm_dist.training.validation_summary import summary_table
@@ -71,8 +74,8 @@ def run(argv: Sequence[str]) -> int:
     single_process_environment()
     train_spec.register()
     construct_checkpoints(ResumableCheckpoints)
-    with StopRequest() as stop:
-        trainer = _train(config, stop)
+    with StopRequest() as stop, _writer(config) as writer:
+        trainer = _train(config, stop, writer)
     if not trainer.stopped_early:
         return 0
     saved = f"saved in {trainer.checkpointer.folder}" if config.checkpoint.enable else "not saved (checkpoint.enable)"
@@ -80,12 +83,21 @@ def run(argv: Sequence[str]) -> int:
     return preemption.exit_status()
 
 
-def _train(config: JobConfig, stop: StopRequest) -> MemDLMTrainer:
+def _writer(config: JobConfig) -> AbstractContextManager[Claim | None]:
+    """Claim the checkpoints' folder for this run, on the first rank; the others follow it."""
+    if not config.checkpoint.enable or not is_first():
+        return nullcontext()
+    folder = config.checkpoint.folder
+    return claimed(folder if is_remote(folder) else os.path.join(config.job.dump_folder, folder), this_process())
+
+
+def _train(config: JobConfig, stop: StopRequest, writer: Claim | None) -> MemDLMTrainer:
     """Build, load and train; returns the trainer when all is closed."""
     trainer: MemDLMTrainer | None = None
     done = False
     try:
         trainer = MemDLMTrainer(config, stop)
+        trainer.checkpointer.writer = writer
         if config.checkpoint.create_seed_checkpoint:
             trainer.checkpointer.save(curr_step=0, last_step=True)
             logger.info("Saved the seed checkpoint.")

@@ -28,6 +28,7 @@ from memdlm_dist.training.agreement import StepAgreement
 from memdlm_dist.training.backbone import lora_of
 from memdlm_dist.training.metrics import HARDWARE_FLOPS, MASK_RATIO, SKIPPED_BATCHES, MemDLMMetrics
 from memdlm_dist.training.objective import Objective, build_objective
+from memdlm_dist.training.validation_history import by_step, path_in
 
 logger = logging.getLogger()
 
@@ -67,6 +68,7 @@ class MemDLMTrainer(Trainer):
             data.num_canonical_nodes,
         )
         self.checkpointer.lora = lora_of(job_config)
+        self.checkpointer.scores = lambda: by_step(path_in(job_config.job.dump_folder), job_config.checkpoint.keep_best)
         self.checkpointer.stop_on_save_failure = job_config.reliability.on_save_failure == "stop"
         self.agreement = StepAgreement(self.model_parts, job_config.reliability, self.device)
         self.watchdog = start_watchdog(job_config.comm.init_timeout_seconds)

@@ -35,3 +35,8 @@ def history(path: Path) -> list[dict[str, float]]:
     # The file outlives a run that was started anew in the same folder: the last one began at its last step 0.
     begin = max((i for i, row in enumerate(rows) if row["step"] == 0), default=0)
     return rows[begin:]
+
+
+def by_step(path: Path, name: str) -> dict[int, float]:
+    """Return step -> one of `LOSSES`, of the folder's last run; empty if it has not been validated."""
+    return {int(row["step"]): row[name] for row in history(path) if name in row} if path.is_file() else {}

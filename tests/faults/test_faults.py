@@ -1,5 +1,6 @@
 """What goes wrong in long runs, done for real to ranks on gloo; each is followed by a start that goes on exactly."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -54,6 +55,12 @@ SCENARIOS = {
         (0, []),
     ],
     "asked-twice": [(143, [fault(do, "step", 2, rank=0) for do in ("SIGTERM", "sleep", "SIGTERM")])],
+    "removed": [(0, [fault("remove", "step", 5, rank=0, path="{root}/removed/checkpoint")])],
+    "interrupted": [(130, [fault("SIGINT", "write", 4)]), (0, [])],
+    "skewed": [
+        (0, [fault("skew", "", 0), fault("work", "step", 3)],
+         ["--comm.train_timeout_seconds", "4", "--checkpoint.no_enable", "--training.steps", "4"])
+    ],
     "retention": [
         (0, [], ["--checkpoint.interval=1", "--checkpoint.keep_latest_k", "2", "--checkpoint.keep_every", "3"])
     ],
@@ -70,7 +77,11 @@ def done(tmp_path_factory):
 def _run(root: Path, scenarios: dict) -> dict[str, list[str]]:
     flat = [(name, *run) for name, runs in scenarios.items() for run in runs]
     outputs = run_many(
-        (2, debug(root / name, *COMMON, *(arguments[0] if arguments else ())), {"status": status, "faults": faults})
+        (
+            2,
+            debug(root / name, *COMMON, *(arguments[0] if arguments else ())),
+            {"status": status, "faults": json.loads(json.dumps(faults).replace("{root}", str(root)))},
+        )
         for name, status, faults, *arguments in flat
     )
     found: dict[str, list[str]] = {}
@@ -198,7 +209,28 @@ def test_asked_to_stop(done):
     assert re.search(r"Loading the checkpoint \S+step-[67]\.", third)
     assert same_end(root, "asked")
     assert "Received SIGTERM again: exiting at once, without saving." in outputs["asked-twice"][0]
-    assert not (root / "asked-twice/checkpoint").exists()
+    assert not list((root / "asked-twice/checkpoint").glob("step-*"))
+
+
+def test_a_folder_that_is_removed_in_mid_run(done):
+    root, outputs = done
+    assert re.search(r"removed/checkpoint was removed or replaced while the run wrote to it", outputs["removed"][0])
+    assert {path.name for path in (root / "removed/checkpoint").iterdir()} == {"step-6", "step-8"}
+    assert same_end(root, "removed") and "Traceback" not in outputs["removed"][0]
+
+
+def test_a_keyboard_interrupt_in_a_save_ends_the_run(done):
+    root, outputs = done
+    interrupted, resumed = outputs["interrupted"]
+    assert "step:  5" not in interrupted and "Traceback" not in interrupted
+    assert re.search(r"Skipping the checkpoint \S+step-4: it is incomplete", resumed)
+    assert same_end(root, "interrupted")
+
+
+def test_clocks_are_not_compared(done):
+    """A node's clock is late, and its rank works for long: no hang."""
+    (output,) = done[1]["skewed"]
+    assert "No progress" not in output and "Training completed" in output
 
 
 def test_retention(done):

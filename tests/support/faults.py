@@ -7,7 +7,8 @@ when it happens, and keeps it from happening again in a run that is started anew
 
 do: a signal's name (sent to this very process), "nan" (the loss), "hang" (for ever), "sleep" (2 s), "full" (no file
 can grow beyond 4 KiB from here on), "room" (they can again), "mark" (nothing but its file "once"), "raise" (an
-OSError), "impatient" (from the start on: nothing is tried again).
+OSError), "remove" (the folder "path"), "work" (3.5 s of it), "impatient" (from the start on: nothing is tried again),
+"skew" (from the start on: the node's clock is 60 s late).
 at: "step" (before its forward pass), "data" (when its batch is to be loaded), "write" (with half of this rank's
 checkpoint file written), "metadata" (with all files of the checkpoint written and its metadata not).
 """
@@ -15,6 +16,7 @@ checkpoint file written), "metadata" (with all files of the checkpoint written a
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -61,6 +63,12 @@ def inject(faults: Iterable[dict[str, Any]]) -> None:
                 hang()
             elif fault["do"] == "sleep":
                 time.sleep(2)
+            elif fault["do"] == "work":
+                began = time.monotonic()
+                while time.monotonic() < began + 3.5:
+                    sum(range(1000))
+            elif fault["do"] == "remove":
+                shutil.rmtree(fault["path"])
             elif fault["do"] == "raise":
                 raise OSError("away for a moment")
             elif fault["do"] in ("full", "room"):
@@ -71,6 +79,9 @@ def inject(faults: Iterable[dict[str, Any]]) -> None:
 
     if any(fault["do"] == "impatient" for fault in mine):
         storage.PATIENCE = 0
+    if any(fault["do"] == "skew" for fault in mine):
+        clock = time.time
+        time.time = lambda: clock() - 60
 
     plain_step, plain_loss, plain_read = MemDLMTrainer.train_step, Objective.loss_sum, EpochLoader._read
     plain_write, plain_finish = FileSystemWriter.write_data, FileSystemWriter.finish

@@ -5,8 +5,8 @@ import time
 from memdlm_dist.runtime.watchdog import Place, Watchdog, explanation, missing
 
 
-def place(rank: int, progress: int = 5, line: str = "all_reduce", in_collective: bool = True, still=90.0, beat=100.0):
-    return Place(rank, f"host{rank}", 1000 + rank, progress, "taking step 5", line, in_collective, still, beat)
+def place(rank: int, progress: int = 5, line: str = "all_reduce", in_collective: bool = True, still=90.0, **more):
+    return Place(rank, f"host{rank}", 1000 + rank, progress, "taking step 5", line, in_collective, still, 7, **more)
 
 
 SILENCE = 16.0
@@ -19,12 +19,16 @@ def names(*places: Place) -> list[int]:
 def test_who_is_missing():
     here = place(0)
     assert names(here, place(1), place(2)) == [], "all are in the same collective"
-    assert names(here, place(1, beat=80.0), place(2, progress=4)) == [1], "the silent one first"
+    assert names(here, place(1, silent=20.0), place(2, progress=4)) == [1], "the silent one first"
     assert names(here, place(1), place(2, progress=4, line="read", in_collective=False, still=1.0)) == [2], "one behind"
     computing = {"line": "matmul", "in_collective": False}
     assert names(here, place(1), place(2, **computing, still=0.1)) == [], "one that is at work is no hang"
     assert names(here, place(1), place(2, **computing, still=88.0)) == [2], "at rest outside of any collective"
     assert names(place(0, line="item", in_collective=False), place(1, line="item", in_collective=False)) == []
+    # On an accelerator a main thread rests anywhere behind the collectives that it has enqueued.
+    rests = {"line": "synchronize", "in_collective": False, "still": 88.0}
+    assert names(place(0, begun=7), place(1, **rests, begun=7), place(2, **rests, begun=6)) == [2]
+    assert names(place(0, begun=7), place(1, line="compile", in_collective=False, still=1.0, begun=6)) == []
 
 
 def test_what_is_said():
@@ -33,7 +37,7 @@ def test_what_is_said():
         "No progress for 90 s while taking step 5: rank 2 (node host2, process 1002) is taking step 5 "
     )
     assert "(reader.py:7 in read), while ranks 0, 1 waited in taking step 5 (all_reduce); see that rank's log" in text
-    assert "silent for 20 s) was last seen" in explanation([place(0), place(1, beat=80.0)], [], SILENCE)
+    assert "silent for 20 s) was last seen" in explanation([place(0), place(1, silent=20.0)], [], SILENCE)
     assert "all ranks wait in taking step 5 (all_reduce)" in explanation([place(0), place(1)], [], SILENCE)
     assert "ranks 3, 4 never came" in explanation([place(0)], [3, 4], SILENCE)
 
