@@ -68,7 +68,8 @@ def can_download(scheme: str) -> bool:
 class CacheOnlyEviction(StreamingDataset):
     """A StreamingDataset whose cache limit concerns copies of remote streams alone.
 
-    streaming counts the shards of local streams as cached, and deletes them to make room (0.13).
+    streaming counts the shards of local streams and all indices as cached, and deletes such shards to make room; where
+    nothing is left to delete, it waits for ever (0.13).
     """
 
     def __init__(self, **options: Any):
@@ -76,6 +77,7 @@ class CacheOnlyEviction(StreamingDataset):
         if self.cache_limit:
             local = [s for i, s in zip(self.stream_per_shard, self.shards, strict=True) if not self.streams[i].remote]
             self.cache_limit += sum(shard.get_raw_size() for shard in local)
+            self.cache_limit += sum(stream.get_index_size() for stream in self.streams)
 
     def _evict_coldest_shard(self) -> None:
         cached = np.array([bool(self.streams[i].remote) for i in self.stream_per_shard])

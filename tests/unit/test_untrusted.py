@@ -1,0 +1,166 @@
+"""Weights, checkpoints and shards of strangers: they run no code, and write and delete nothing that is not ours."""
+
+import json
+import os
+import pickle
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.api import CheckpointException
+
+from memdlm_dist.checkpoint import weights
+from memdlm_dist.checkpoint.catalogue import Catalogue, superfluous
+from memdlm_dist.checkpoint.manager import check_model
+from memdlm_dist.checkpoint.reading import load_states
+from memdlm_dist.data.dataset import MISTAKE, open_dataset
+from memdlm_dist.data.sequences import Sequence
+from memdlm_dist.data.settings import Data
+from memdlm_dist.data.shards import Card, ShardWriter
+from memdlm_dist.errors import UserError
+
+TENSORS = {"norm.weight": torch.ones(3)}
+
+
+class Hostile:
+    """Something that makes a file when it is unpickled."""
+
+    def __init__(self, canary: Path):
+        self.canary = canary
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.canary),)
+
+
+@pytest.fixture
+def canary(tmp_path):
+    yield tmp_path / "canary"
+    assert not (tmp_path / "canary").exists(), "code was run"
+
+
+def save(folder: Path, **states) -> str:
+    dcp.save({**TENSORS, **states}, checkpoint_id=folder, no_dist=True)
+    return str(folder)
+
+
+def test_a_pickle_beside_safetensors_is_left_alone(tmp_path, canary):
+    for folder in (tmp_path / "weights", tmp_path / "run/step-3"):
+        folder.mkdir(parents=True)
+        save_file(TENSORS, folder / "model.safetensors")
+        (folder / ".metadata").write_bytes(pickle.dumps(Hostile(canary)))
+    assert weights.find(str(tmp_path / "weights")) == str(tmp_path / "weights")
+    (saved,) = Catalogue(str(tmp_path / "run")).all()
+    assert saved.exported and not saved.complete and not Catalogue(str(tmp_path / "run")).complete_steps()
+
+
+def test_metadata_names_no_foreign_class(tmp_path, canary):
+    whole = save(tmp_path / "run/step-2")
+    assert Catalogue(str(tmp_path / "run")).look(2).good and check_model(whole, TENSORS) == ""
+    (tmp_path / "run/step-2/.metadata").write_bytes(pickle.dumps(Hostile(canary)))
+    problem = "has a .metadata that cannot be read (it names posix.mkdir, which no checkpoint of ours does)"
+    assert Catalogue(str(tmp_path / "run")).look(2).problem == problem
+    assert "metadata that cannot be read (it names posix.mkdir" in check_model(whole, TENSORS)
+
+
+def test_values_beside_tensors_are_data(tmp_path, canary):
+    states = {"step": 0, "names": []}
+    load_states(states, save(tmp_path / "good", step=7, names=["a", 1.5]), no_dist=True)
+    assert states == {"step": 7, "names": ["a", 1.5]}
+    with pytest.raises(CheckpointException, match=r"posix\.mkdir"):
+        load_states({"step": 0}, save(tmp_path / "hostile", step=Hostile(canary)), no_dist=True)
+    swapped = save(tmp_path / "swapped", extra=3)
+    with pytest.raises(CheckpointException, match="extra is a tensor"):
+        load_states({"extra": torch.zeros(2)}, swapped, no_dist=True)
+    assert check_model(swapped, {**TENSORS, "extra": torch.zeros(2)}) == "holds something else than a tensor as extra"
+
+
+def shards(folder: Path, rows: int = 200, size_limit: int = 4000) -> Path:
+    """Write shards of about ten sequences each."""
+    with ShardWriter(folder, Card(64, 512, 1, 2), size_limit) as writer:
+        for _ in range(rows):
+            writer.write(Sequence(np.arange(64), np.ones(64, dtype=np.bool_)))
+    return folder
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_cache_limit_deletes_copies_alone(tmp_path):
+    mine, remote = shards(tmp_path / "mine"), shards(tmp_path / "remote")
+    before, cache = files(mine), tmp_path / "cache"
+    data = Data(cache_folder=str(cache), cache_limit="20kb")
+    dataset = open_dataset(data, [str(mine), f"file://{remote}"], [], batch_size=1, shuffle=False, predownload=1)
+    for sample in (samples := list(islice(dataset, 400))):
+        assert MISTAKE not in sample, sample
+    assert {sample["sample_id"] for sample in samples} == set(range(400))
+    assert files(mine) == before and files(remote) == before
+    kept = [path.stat().st_size for path in cache.glob("*/*.mds")]
+    assert 0 < sum(kept) <= 20 * 1024, "the limit holds for the copies"
+    small = Data(cache_folder=str(cache), cache_limit="3kb")
+    with pytest.raises(UserError, match=r"data.cache_limit = '3kb' is less than four of the largest shards, [\d,]+ b"):
+        open_dataset(small, [f"file://{remote}"], [], batch_size=1)
+    with pytest.raises(UserError, match=r"data\.cache_limit = .much. is not a size"):
+        open_dataset(Data(cache_limit="much"), [f"file://{remote}"], [], batch_size=1)
+
+
+def edited(folder: Path, **changes) -> None:
+    index = json.loads((folder / "index.json").read_text())
+    for key, value in changes.items():
+        if key == "basename":
+            index["shards"][0]["raw_data"]["basename"] = value
+        else:
+            index["shards"][0][key] = value
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("remote", [False, True])
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"basename": "../outside.mds"}, "names the file '../outside.mds' outside of its folder"),
+        ({"basename": "{root}/outside.mds"}, "outside.mds' outside of its folder"),
+        ({"basename": "a\\..\\b"}, "outside of its folder"),
+        ({"basename": "link/outside.mds"}, "names the file 'link/outside.mds' outside of its folder"),
+        ({"zip_data": {"basename": "../outside.zip", "bytes": 1, "hashes": {}}}, "'../outside.zip' outside"),
+        ({"split": "../.."}, "has the key 'split'"),
+        ({"column_encodings": ["bytes", "pkl"]}, "of encoding 'pkl'"),
+        ({"format": "json"}, "names the format 'json'"),
+    ],
+)
+def test_an_index_names_files_of_its_own_folder(tmp_path, remote, changes, says):
+    folder = shards(tmp_path / "shards", rows=20)
+    location = f"file://{folder}" if remote else str(folder)
+    cache, outside = tmp_path / "cache", tmp_path / "elsewhere"
+    outside.mkdir()
+    data = Data(cache_folder=str(cache))
+    if remote:  # the cache of an earlier run, in which somebody made a link
+        open_dataset(data, [location], [], batch_size=1)
+        (cached,) = cache.iterdir()
+        (cached / "index.json").unlink()
+    (cached if remote else folder).joinpath("link").symlink_to(outside)
+    edited(folder, **json.loads(json.dumps(changes).replace("{root}", str(tmp_path))))
+    before = {path for path in tmp_path.rglob("*") if cache not in path.parents}
+    with pytest.raises(UserError) as mistake:
+        next(iter(open_dataset(data, [location], [], batch_size=1)))
+    assert says in str(mistake.value) and str(mistake.value).endswith("use shards whose origin you know.")
+    assert {path for path in tmp_path.rglob("*") if cache not in path.parents} == before
+
+
+def test_one_good_checkpoint_is_always_left(tmp_path):
+    catalogue = Catalogue(str(tmp_path))
+    for step in (1, 2):
+        save(tmp_path / f"step-{step}")
+    for negative in (-1, -2):
+        with pytest.raises(UserError, match=f"must not be negative, but is {negative}"):
+            superfluous([1, 2], negative, 0)
+    assert superfluous([1, 2, 3, 4], 1, 0, best=2) == [1, 3]
+    catalogue.remove(1)
+    with pytest.raises(UserError, match="step-2 is the only good checkpoint, and is not removed"):
+        catalogue.remove(2)
+    (tmp_path / "step-2/__0_0.distcp").write_bytes(b"")
+    catalogue.remove(2)  # a damaged one may go
