@@ -56,6 +56,9 @@ SCENARIOS = {
     ],
     "asked-twice": [(143, [fault(do, "step", 2, rank=0) for do in ("SIGTERM", "sleep", "SIGTERM")])],
     "removed": [(0, [fault("remove", "step", 5, rank=0, path="{root}/removed/checkpoint")])],
+    "stolen": [
+        (2, [fault("steal", "step", 3, rank=0, path="file://{root}/stolen")], ["--checkpoint.folder", "file://{root}/stolen"])
+    ],
     "interrupted": [(130, [fault("SIGINT", "write", 4)]), (0, [])],
     "skewed": [
         (0, [fault("skew", "", 0), fault("work", "step", 3)],
@@ -79,7 +82,7 @@ def _run(root: Path, scenarios: dict) -> dict[str, list[str]]:
     outputs = run_many(
         (
             2,
-            debug(root / name, *COMMON, *(arguments[0] if arguments else ())),
+            debug(root / name, *COMMON, *(a.replace("{root}", str(root)) for a in (arguments or [[]])[0])),
             {"status": status, "faults": json.loads(json.dumps(faults).replace("{root}", str(root)))},
         )
         for name, status, faults, *arguments in flat
@@ -217,6 +220,15 @@ def test_a_folder_that_is_removed_in_mid_run(done):
     assert re.search(r"removed/checkpoint was removed or replaced while the run wrote to it", outputs["removed"][0])
     assert {path.name for path in (root / "removed/checkpoint").iterdir()} == {"step-6", "step-8"}
     assert same_end(root, "removed") and "Traceback" not in outputs["removed"][0]
+
+
+def test_a_run_whose_folder_another_job_has_taken_stops(done):
+    root, outputs = done
+    assert re.search(
+        r"error: Another run writes to file://\S+/stolen: job other \(node node7, proc", outputs["stolen"][0]
+    )
+    assert {path.name for path in (root / "stolen").iterdir() if path.is_dir()} == {"step-2"}
+    assert "Traceback" not in outputs["stolen"][0]
 
 
 def test_a_keyboard_interrupt_in_a_save_ends_the_run(done):

@@ -7,8 +7,8 @@ when it happens, and keeps it from happening again in a run that is started anew
 
 do: a signal's name (sent to this very process), "nan" (the loss), "hang" (for ever), "sleep" (2 s), "full" (no file
 can grow beyond 4 KiB from here on), "room" (they can again), "mark" (nothing but its file "once"), "raise" (an
-OSError), "remove" (the folder "path"), "work" (3.5 s of it), "impatient" (from the start on: nothing is tried again),
-"skew" (from the start on: the node's clock is 60 s late).
+OSError), "remove" (the folder "path"), "steal" (another job takes the folder "path"), "work" (3.5 s of it), "impatient"
+(from the start on: nothing is tried again), "skew" (from the start on: the node's clock is 60 s late).
 at: "step" (before its forward pass), "data" (when its batch is to be loaded), "write" (with half of this rank's
 checkpoint file written), "metadata" (with all files of the checkpoint written and its metadata not).
 """
@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ cpu.prepare()
 
 from memdlm_dist import train
 from memdlm_dist.data.loader import EpochLoader
-from memdlm_dist.runtime import preemption, storage
+from memdlm_dist.runtime import preemption, storage, writer
 from memdlm_dist.training.objective import Objective
 from memdlm_dist.training.trainer import MemDLMTrainer
 
@@ -69,6 +70,9 @@ def inject(faults: Iterable[dict[str, Any]]) -> None:
                     sum(range(1000))
             elif fault["do"] == "remove":
                 shutil.rmtree(fault["path"])
+            elif fault["do"] == "steal":
+                other = writer.Writer("other", 0, "node7", 1, "now")
+                storage.Storage(fault["path"]).write_json(writer.LEASE, asdict(other))
             elif fault["do"] == "raise":
                 raise OSError("away for a moment")
             elif fault["do"] in ("full", "room"):
@@ -78,7 +82,7 @@ def inject(faults: Iterable[dict[str, Any]]) -> None:
         return done
 
     if any(fault["do"] == "impatient" for fault in mine):
-        storage.PATIENCE = 0
+        storage.PATIENCE = writer.PATIENCE = 0
     if any(fault["do"] == "skew" for fault in mine):
         clock = time.time
         time.time = lambda: clock() - 60

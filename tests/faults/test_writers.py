@@ -1,0 +1,114 @@
+"""Two runs on one folder: the second is told who has it, on disk and in a store, whatever the clocks say."""
+
+import json
+import time
+from dataclasses import asdict
+
+import fsspec
+import pytest
+
+from memdlm_dist.errors import UserError
+from memdlm_dist.runtime import writer
+from memdlm_dist.runtime.storage import Storage
+from memdlm_dist.runtime.writer import LEASE, Lease, Lock, Writer, claim
+from tests.support.launching import debug, run_many
+from tests.support.object_store import BUCKET, object_store
+
+ARGUMENTS = [
+    "--model.flavor", "tiny", "--training.local_batch_size", "2", "--training.steps", "3", "--checkpoint.enable",
+    "--checkpoint.interval", "1",
+]  # fmt: skip
+
+
+def named(job: str, process: int = 1) -> Writer:
+    return Writer(job, 0, "node7", process, "2026-01-01T00:00:00+00:00")
+
+
+def test_a_second_run_is_refused_on_disk(tmp_path):
+    """This process writes to the folder; a run that is started there ends, and the next one, later, does not."""
+    folder = tmp_path / "run/checkpoint"
+    held = claim(str(folder), named("ours"))
+    assert isinstance(held, Lock)
+    arguments = debug(tmp_path / "run", *ARGUMENTS)
+    (refused,) = run_many([(2, arguments, {"status": 2, "faults": [{"do": "impatient"}]})])
+    assert "error: Another run writes to " in refused and "Traceback" not in refused
+    assert "run/checkpoint: job ours (node node7, process 1, since 2026-01-01T00:00:00+00:00); end it, or" in refused
+    held.check()
+    held.release()
+    assert not folder.exists(), "nothing was saved"
+    run_many([(2, arguments)])
+    assert {path.name for path in folder.iterdir()} == {"step-1", "step-2", "step-3"}
+
+
+def test_a_lock_goes_with_its_folder(tmp_path):
+    held = Lock(tmp_path / "run", named("ours"))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    held.check()  # on the same file system it is made anew
+    assert json.loads((tmp_path / "run" / LEASE).read_text())["job"] == "ours"
+    held._device += 1  # what an unmounted folder looks like
+    (tmp_path / "run").rename(tmp_path / "again")
+    with pytest.raises(OSError, match="is on another file system than at the start of the run"):
+        held.check()
+    assert not (tmp_path / "run").exists()
+    held.release()
+
+
+@pytest.fixture(scope="module")
+def url():
+    with object_store():
+        yield f"s3://{BUCKET}/run"
+
+
+@pytest.fixture
+def soon(monkeypatch):
+    for name, seconds in {"EXPIRY": 1.5, "PERIOD": 0.2, "SETTLING": 0.2}.items():
+        monkeypatch.setattr(writer, name, seconds)
+
+
+def kill(lease: Lease) -> None:
+    """Leave a lease as a killed process does."""
+    lease._stopped.set()
+    lease._thread.join()
+
+
+def test_a_lease_in_a_store(url, soon, monkeypatch):
+    first = claim(url, named("a"))
+    assert isinstance(first, Lease)
+    with pytest.raises(UserError, match=r"Another run writes to s3://\S+/run: job a \(node node7, process 1, since "):
+        claim(url, named("b"))
+    # The same job, started again, does not wait; the process before it learns of that before it saves.
+    began = time.monotonic()
+    second = claim(url, named("a", process=2))
+    assert time.monotonic() - began < writer.EXPIRY
+    with pytest.raises(UserError, match="process 2"):
+        first.check()
+    second.check()
+    # Another job does, until the count has stood still; by its own clock alone.
+    kill(second)
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    third = claim(url, named("c"))
+    with pytest.raises(UserError, match="job c"):
+        second.check()
+    # A lease that somebody removed is made anew.
+    Storage(url).remove(LEASE)
+    third.check()
+    third.release()
+    assert not fsspec.filesystem("s3").exists(f"{url}/{LEASE}")
+    first.release()
+
+
+def test_two_that_come_at_once(url, soon):
+    """The one that wrote later has it, where a store writes whatever is there."""
+    storage = Storage(f"{url}-2")
+
+    class Slow(Storage):
+        def create_json(self, name, value):
+            super().create_json(name, value)
+            storage.write_json(name, asdict(named("other")))
+
+    with pytest.raises(UserError, match="job other"):
+        Lease(Slow(f"{url}-2"), named("ours"))
+    storage.remove(LEASE)
+    storage.create_json(LEASE, {"x": 1})
+    storage.create_json(LEASE, {"x": 2})
+    assert storage.read_json(LEASE) == {"x": 1}
