@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 import torch.distributed as dist
@@ -44,6 +44,8 @@ _STATES = (OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE)
 
 
 # TensorBoard's names of the validation losses.
+MEMORY_OFF: Final = "validation/loss_memory_off"
+MEMORY_ON: Final = "validation/loss_memory_on"
 KeepBest = Literal["", "validation/loss_memory_off", "validation/loss_memory_on"]
 
 

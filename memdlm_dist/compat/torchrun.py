@@ -1,9 +1,16 @@
-"""torchrun 2.11 to 2.13: what its agent says in its log alone.
+"""torchrun 2.11 to 2.13: a flag that not every version has, and what its agent says in its log alone.
 
 Light to import: the launcher must soon be ready for signals.
 """
 
+import argparse
 import logging
+
+
+def shutdown_flags(parser: argparse.ArgumentParser, seconds: int) -> list[str]:
+    """Return the flag for how long workers may take to end when another one has failed; torchrun 2.11 has none."""
+    flag = "--shutdown-timeout"
+    return [f"{flag}={seconds}"] if flag in parser.format_help() else []
 
 
 class AgentLog(logging.Filter):

@@ -17,16 +17,6 @@ def check_launch(config: JobConfig, world_size: int) -> None:
     parallel, training = config.parallelism, config.training
     replicate, shard = parallel.data_parallel_replicate_degree, parallel.data_parallel_shard_degree
     tensor, context = parallel.tensor_parallel_degree, parallel.context_parallel_degree
-    for name, degree in (
-        ("data_parallel_replicate_degree", replicate),
-        ("tensor_parallel_degree", tensor),
-        ("context_parallel_degree", context),
-    ):
-        require(degree >= 1, f"parallelism.{name} must be at least 1, but is {degree}.")
-    require(
-        shard == -1 or shard >= 1,
-        f"parallelism.data_parallel_shard_degree must be -1 (all that is left) or at least 1, but is {shard}.",
-    )
     layout = f"data_parallel_replicate_degree {replicate} x tensor_parallel_degree {tensor}"
     layout += f" x context_parallel_degree {context}" if context > 1 else ""
     others = replicate * tensor * context
@@ -175,7 +165,6 @@ def _check_experts(config: JobConfig, args: LLaDAMoEArgs, world_size: int) -> No
         not grouped_adapters or config.lora.rank % 8 == 0,
         f"lora.rank = {config.lora.rank} must be a multiple of 8: grouped matrix products need it.",
     )
-    require(experts >= 1, f"parallelism.expert_parallel_degree must be at least 1, but is {experts}.")
     require(
         args.n_experts % experts == 0,
         f"The {args.n_experts} experts of model.flavor {config.model.flavor} are not divisible by "

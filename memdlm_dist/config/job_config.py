@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from torchtitan.config.job_config import Job as TitanJob
 from torchtitan.config.job_config import JobConfig as TitanJobConfig
 from torchtitan.config.job_config import Model as TitanModel
 from torchtitan.config.job_config import Validation as TitanValidation
@@ -26,6 +27,18 @@ from memdlm_dist.models.rope import RopeScaling
 def _one_of(names: Iterable[str]) -> Any:
     """The type of a choice among the entries of a table, so that a new entry is a new choice at once."""
     return Literal[tuple(names)]
+
+
+# Of TOML files: raised when a key of an older file means something else. docs/changes.md has the history.
+FORMAT = 1
+
+
+@dataclass
+class Job(TitanJob):
+    """torchtitan's section and the format of the file."""
+
+    format: int = FORMAT
+    """Format of the TOML file; a later one than this version knows is refused."""
 
 
 @dataclass
@@ -155,6 +168,7 @@ class Validation(TitanValidation):
 class JobConfig(TitanJobConfig):
     """torchtitan's JobConfig and our sections."""
 
+    job: Job = field(default_factory=Job)
     diffusion: Diffusion = field(default_factory=Diffusion)
     parametric_memory: ParametricMemory = field(default_factory=ParametricMemory)
     lora: Lora = field(default_factory=Lora)

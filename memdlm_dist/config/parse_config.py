@@ -17,12 +17,23 @@ import typeguard
 from torchtitan.config import ConfigManager
 
 from memdlm_dist.checkpoint.continuity import KEYS as CONTINUITY
-from memdlm_dist.config.job_config import JobConfig
+from memdlm_dist.checkpoint.manager import MEMORY_OFF, MEMORY_ON
+from memdlm_dist.config import ranges
+from memdlm_dist.config.job_config import FORMAT, JobConfig
 from memdlm_dist.errors import UserError, require
 from memdlm_dist.method.trajectory import SINGLE_STATE
+from memdlm_dist.runtime.rank_0 import one_line
 from memdlm_dist.runtime.storage import is_remote
 
 _CONFIG_FILE_FLAGS = ("--job.config_file", "--job.config-file")
+OPTIMIZERS = ("Adam", "AdamW")  # torchtitan's
+# torchtitan's keys that nothing here reads; accepted in silence they would mislead.
+_UNREAD = {
+    "training.dataset": "data.train",
+    "training.dataset_path": "data.train",
+    "validation.dataset": "data.validation",
+    "validation.dataset_path": "data.validation",
+}
 
 
 def parse(argv: Sequence[str]) -> JobConfig:
@@ -58,13 +69,17 @@ def _check_file(config_cls: type, argv: Sequence[str]) -> None:
     if path is None:
         return
     try:
-        values = tomllib.loads(Path(path).read_text())
+        content = Path(path).read_text(encoding="utf-8")
+        require(
+            not content.startswith("\ufeff"), f"{path} begins with a byte order mark; save it as UTF-8 without one."
+        )
+        values = tomllib.loads(content)
     except FileNotFoundError:
         raise UserError(f"The configuration file {path} does not exist; check --job.config_file.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The configuration file {path} cannot be read: {error}.") from None
+        raise UserError(f"The configuration file {path} cannot be read: {one_line(error)}.") from None
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"The configuration file {path} is not valid TOML: {error}.") from None
+        raise UserError(f"The configuration file {path} is not valid TOML: {one_line(error)}.") from None
     _check_section(config_cls, values, path, "")
 
 
@@ -84,6 +99,7 @@ def _check_section(cls: type, values: dict[str, Any], path: str, prefix: str) ->
     known = {f.name: f for f in fields(cls)}
     for key, value in values.items():
         name = prefix + key
+        _check_is_read(name, f"{name} in {path}")
         if key not in known:
             raise UserError(f"Unknown key {name} in {path}{_suggestion(key, known, prefix)}.")
         expected: Any = known[key].type
@@ -93,6 +109,10 @@ def _check_section(cls: type, values: dict[str, Any], path: str, prefix: str) ->
             _check_section(expected, value, path, name + ".")  # type: ignore[arg-type]
         elif not _has_type(value, expected):
             raise UserError(f"{name} in {path} must be {_type_name(expected)}, but is {value!r}.")
+
+
+def _check_is_read(key: str, written: str) -> None:
+    require(key not in _UNREAD, f"{written} is not read here; name folders of shards in {_UNREAD.get(key)}.")
 
 
 def _has_type(value: Any, expected: Any) -> bool:
@@ -134,6 +154,7 @@ def _field_of(config_cls: type, argument: str) -> Any:
     flag = argument[2:].partition("=")[0].replace("-", "_")
     cls: Any = config_cls
     prefix = ""
+    _check_is_read(flag, argument)
     *sections, key = flag.split(".")
     for section in sections:
         known = {f.name: f for f in fields(cls) if is_dataclass(f.type)}
@@ -186,36 +207,44 @@ def _check_flag_values(argv: Sequence[str]) -> None:
 
 def _check_values(config: JobConfig) -> None:
     """What the configuration alone can tell to be impossible, apart from the backbone's sizes."""
-    memory, parallel = config.parametric_memory, config.parallelism
-    require(memory.rank >= 1, f"parametric_memory.rank must be at least 1, but is {memory.rank}.")
-    require(memory.inner_steps >= 1, f"parametric_memory.inner_steps must be at least 1, but is {memory.inner_steps}.")
+    ranges.check(config)
+    memory, parallel, optimizer = config.parametric_memory, config.parallelism, config.optimizer
+    require(
+        config.job.format <= FORMAT,
+        f"job.format = {config.job.format} is newer than this version reads ({FORMAT}); install the version that the "
+        "file was written for.",
+    )
+    require(
+        optimizer.name in OPTIMIZERS, f"optimizer.name must be {' or '.join(OPTIMIZERS)}, but is {optimizer.name!r}."
+    )
+    require(
+        config.training.dtype == "float32" or config.training.mixed_precision_param == config.training.dtype,
+        "training.dtype = 'bfloat16' keeps the weights in bfloat16, and training.mixed_precision_param = 'float32' "
+        "computes in another type; set both alike.",
+    )
+    profiling = config.profiling
+    require(
+        not profiling.enable_profiling
+        or profiling.profile_freq >= profiling.profiler_warmup + profiling.profiler_active,
+        f"profiling.profile_freq = {profiling.profile_freq} must be at least profiler_warmup + profiler_active = "
+        f"{profiling.profiler_warmup + profiling.profiler_active}.",
+    )
+    best = config.checkpoint.keep_best
+    require(
+        not best or (config.validation.enable and config.checkpoint.interval % config.validation.freq == 0),
+        f"checkpoint.keep_best = {best!r} needs a validation at every checkpoint; set validation.enable, and "
+        f"checkpoint.interval ({config.checkpoint.interval}) to a multiple of validation.freq "
+        f"({config.validation.freq}).",
+    )
+    require(
+        best != MEMORY_ON or memory.enable,
+        f"checkpoint.keep_best = {best!r} needs parametric_memory.enable; set it, or choose {MEMORY_OFF}.",
+    )
     require(
         # 2 is the default: choosing such a trajectory takes one key.
         memory.trajectory not in SINGLE_STATE or memory.inner_steps <= 2,
         f"parametric_memory.inner_steps = {memory.inner_steps} cannot be taken along the {memory.trajectory} "
         "trajectory, which has a single state; remove inner_steps, or choose anchor_consistent or progressive.",
-    )
-    require(
-        memory.pre_anchor_scale > 0,
-        f"parametric_memory.pre_anchor_scale must be positive, but is {memory.pre_anchor_scale}.",
-    )
-    require(
-        memory.learning_rate >= 0,
-        f"parametric_memory.learning_rate must not be negative, but is {memory.learning_rate}.",
-    )
-    require(
-        0 < memory.probability <= 1,
-        f"parametric_memory.probability = {memory.probability} must be above 0, at most 1; for no memory at all set "
-        "parametric_memory.enable = false.",
-    )
-    require(
-        memory.gradient_clip >= 0,
-        f"parametric_memory.gradient_clip must not be negative (0 is off), but is {memory.gradient_clip}.",
-    )
-    require(
-        0 < memory.layer_fraction <= 1,
-        f"parametric_memory.layer_fraction = {memory.layer_fraction} selects no layer; give a value above 0, "
-        "at most 1, or set parametric_memory.enable = false.",
     )
     require(
         bool(memory.target_modules),
@@ -236,47 +265,15 @@ def _check_values(config: JobConfig) -> None:
         not config.validation.enable or bool(config.data.validation),
         "validation.enable is set but data.validation is empty; name the held-out shards or disable validation.",
     )
-    require(config.training.steps >= 1, f"training.steps must be at least 1, but is {config.training.steps}.")
-    require(
-        config.training.local_batch_size >= 1,
-        f"training.local_batch_size must be at least 1, but is {config.training.local_batch_size}.",
-    )
-    require(
-        config.training.seq_len >= 1,
-        f"training.seq_len must be at least 1, but is {config.training.seq_len}.",
-    )
-    require(
-        config.metrics.log_freq >= 1,
-        f"metrics.log_freq must be at least 1, but is {config.metrics.log_freq}.",
-    )
-    require(config.validation.freq >= 1, f"validation.freq must be at least 1, but is {config.validation.freq}.")
-    require(
-        config.checkpoint.keep_latest_k != 1,
-        "checkpoint.keep_latest_k must be 0 (keep all) or at least 2: the newest may still be in the writing.",
-    )
-    require(
-        config.checkpoint.keep_every >= 0,
-        f"checkpoint.keep_every must not be negative (0 is off), but is {config.checkpoint.keep_every}.",
-    )
-    require(
-        config.checkpoint.interval >= 1, f"checkpoint.interval must be at least 1, but is {config.checkpoint.interval}."
-    )
     unknown = [key for key in config.checkpoint.accept_changes if key not in CONTINUITY]
     require(
         not unknown,
         f"checkpoint.accept_changes names {', '.join(unknown)}; choose among {', '.join(CONTINUITY)}.",
     )
     require(
-        config.reliability.max_consecutive_skips >= 1,
-        f"reliability.max_consecutive_skips must be at least 1, but is {config.reliability.max_consecutive_skips}.",
-    )
-    require(
         config.reliability.on_nonfinite == "stop" or not config.optimizer.early_step_in_backward,
         "reliability.on_nonfinite = 'skip' needs all gradients before the optimizer moves; unset "
         "optimizer.early_step_in_backward.",
-    )
-    require(
-        config.data.download_retry >= 1, f"data.download_retry must be at least 1, not {config.data.download_retry}."
     )
     require(
         parallel.pipeline_parallel_degree == 1,
@@ -288,10 +285,6 @@ def _check_values(config: JobConfig) -> None:
         f"parallelism.context_parallel_load_balancer = {parallel.context_parallel_load_balancer!r} is for causal "
         "attention, and ours is not: every rank has the same work; remove it.",
     )
-    require(
-        config.model.rope_scaling >= 1,
-        f"model.rope_scaling must be at least 1 (the backbone's own context), but is {config.model.rope_scaling}.",
-    )
     # An empty list is written as an empty name on the command line.
     config.model.converters = [name for name in config.model.converters if name]
     require(
@@ -299,7 +292,6 @@ def _check_values(config: JobConfig) -> None:
         f'model.converters = {config.model.converters} is not supported but for ["lora"]: fast weights attach to plain '
         "linears, and the output head computes its losses itself; remove it.",
     )
-    require(config.lora.rank >= 1, f"lora.rank must be at least 1, but is {config.lora.rank}.")
     require(bool(config.lora.target_modules), "lora.target_modules is empty; name attention, ffn or linears of theirs.")
     _check_hugging_face(config)
     require(

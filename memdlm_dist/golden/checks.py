@@ -46,7 +46,7 @@ class Line:
 
 def compare(quantity: str, ours, theirs, atol: float = 0.0, rtol: float = 0.0) -> Line:
     """Largest absolute and relative difference; ok where |ours - theirs| <= atol + rtol |theirs|."""
-    ours, theirs = (torch.as_tensor(x).detach().double() for x in (ours, theirs))
+    ours, theirs = (torch.as_tensor(x).detach().cpu().double() for x in (ours, theirs))
     if ours.shape != theirs.shape:
         return Line(f"{quantity} (shape {tuple(ours.shape)})", float("inf"), float("inf"), False)
     if not theirs.numel():
@@ -97,8 +97,11 @@ def compare_trajectory(
         yield compare(f"trajectory: {what}", mine, theirs, rtol=LOSS_RTOL if what == "weights" else 0.0)
 
 
-def check(folder: Path) -> Iterator[Line]:
+def check(folder: Path, device: str = "cpu") -> Iterator[Line]:
     """Compare one fixture; yields a line per quantity. What the fixture does not hold is not checked.
+
+    Args:
+        device: on which the model computes; a sampler's fixture is checked on the CPU.
 
     Raises:
         Unsupported: the fixture is of a kind that this version does not cover.
@@ -114,7 +117,7 @@ def check(folder: Path) -> Iterator[Line]:
     inputs, results = part["inputs"], manifest.get("results", {})
     tokens_BL = inputs["input_ids"]
     adapter = adapter_of(manifest["arch"], tokens_BL.shape[1])
-    model = load_model(adapter, folder / files["weights"])
+    model = load_model(adapter, folder / files["weights"]).to(device)
     parameters = dict(model.named_parameters())
     if "anchor_mask" not in inputs and "memory" not in manifest:
         yield from compare_forward(model, inputs, part["outputs"])
@@ -133,7 +136,7 @@ def check(folder: Path) -> Iterator[Line]:
         states,
         manifest["mask_token_id"],
         with_teacher,
-    )
+    ).to(device)
     if "plain" in part:
         loss = outer_loss(model, batch, memory=None)[0] / n_maskable
         loss.backward()
@@ -145,6 +148,7 @@ def check(folder: Path) -> Iterator[Line]:
     if "anchor_mask" in inputs and ("t" in inputs or plan.trajectory != "anchor_only"):
         yield from compare_trajectory(settings, inputs, maskable_BL, anchor, states)
     fast = settings.start(manifest["adapters"], part["weights"], inputs)
+    fast = map_leaves(lambda x: x.to(device), fast)
     memory = Memory(
         first_layer=min(map(int, fast)),
         linears=(),
@@ -181,15 +185,17 @@ def check(folder: Path) -> Iterator[Line]:
 def compare_forward(model: LLaDA, inputs: dict[str, Tensor], theirs: dict[str, Tensor]) -> Iterator[Line]:
     """Logits at every position of a fixture of an architecture alone; where some are not attended to, at the others."""
     tokens_BL = inputs["input_ids"]
-    everywhere = torch.arange(tokens_BL.numel())
+    device = model.tok_embeddings.weight.device
+    tokens_BL = tokens_BL.to(device)
+    everywhere = torch.arange(tokens_BL.numel(), device=device)
     for name, mask in (("logits", None), ("logits_padded", "attention_mask_padded")):
         if name in theirs:
-            attended_BL = inputs[mask].bool() if mask else None
+            attended_BL = inputs[mask].bool().to(device) if mask else None
             context = model.context(tokens_BL.shape[1], attended_BL=attended_BL)
             with torch.no_grad():
                 logits = model(tokens_BL, everywhere, context=context).view_as(theirs[name])
             chosen = attended_BL if attended_BL is not None else torch.ones_like(tokens_BL).bool()
-            yield compare(name, logits[chosen], theirs[name][chosen], LOGITS_ATOL)
+            yield compare(name, logits[chosen], theirs[name][chosen.cpu()], LOGITS_ATOL)
 
 
 def compare_norm(label: str, parameters: Iterable[Tensor], results: dict, key: str) -> Iterator[Line]:
@@ -215,7 +221,7 @@ def compare_outer(
         yield compare(f"{label} loss", loss, results[loss_key], LOSS_ATOL, LOSS_RTOL)
     if "logits" in theirs:
         with torch.no_grad():
-            everywhere = torch.arange(batch.inputs[0].numel())
+            everywhere = torch.arange(batch.inputs[0].numel(), device=batch.inputs[0].device)
             plain = map_leaves(lambda x: x.detach(), fast) if fast else None
             logits = model(batch.inputs[0], everywhere, plain)
         yield compare(f"{label} logits", logits.view_as(theirs["logits"]), theirs["logits"], LOGITS_ATOL)

@@ -25,7 +25,7 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousError
 
-from memdlm_dist.compat.torchrun import AgentLog
+from memdlm_dist.compat.torchrun import AgentLog, shutdown_flags
 from memdlm_dist.errors import EXIT_STATUS as USER_ERROR
 from memdlm_dist.runtime.preemption import EXIT_STATUS as PREEMPTED
 from memdlm_dist.runtime.preemption import ONE_REQUEST_SECONDS, STATUS_FILE
@@ -130,7 +130,8 @@ def main() -> int:
     logging.getLogger(AgentLog.NAME).addFilter(agent)
     # torchrun's own handlers keep to the keyboard. Workers that remain when another one has failed wait for it in
     # vain: they get 5 seconds.
-    arguments = run.parse_args(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", "--shutdown-timeout=5", *sys.argv[1:]])
+    flags = ["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *shutdown_flags(run.get_args_parser(), seconds=5)]
+    arguments = run.parse_args([*flags, *sys.argv[1:]])
     # With the rendezvous' store shared, as is the default, a restart reads the connection keys of the start before.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     os.environ.setdefault(JOB, job_name(arguments.rdzv_endpoint, arguments.rdzv_id))

@@ -4,10 +4,11 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from memdlm_dist.checkpoint.manager import MEMORY_OFF, MEMORY_ON
 from memdlm_dist.errors import UserError
 
 # TensorBoard's names of the losses, which are the file's too.
-LOSSES = ("validation/loss_memory_off", "validation/loss_memory_on")
+LOSSES = (MEMORY_OFF, MEMORY_ON)
 HISTORY_FILE = "validation.jsonl"
 
 

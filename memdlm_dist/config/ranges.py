@@ -1,0 +1,130 @@
+"""What the numbers of a configuration may be: one table, by key."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from memdlm_dist.errors import require
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a number may have.
+
+    Attributes:
+        low: the least one; not itself among them if `above`.
+        high: the greatest one; not itself among them if `below`.
+        besides: values outside of it that mean something, and what.
+        remedy: what to do, as the end of the sentence.
+    """
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+    besides: Mapping[float, str] | None = None
+    remedy: str = ""
+
+    def __contains__(self, value: float) -> bool:
+        if self.besides and value in self.besides:
+            return True
+        low = value > self.low if self.above else value >= self.low
+        return low and (value < self.high if self.below else value <= self.high)
+
+    def __str__(self) -> str:
+        text = f"{'above' if self.above else 'at least'} {self.low:g}"
+        if self.high < math.inf:
+            text += f" and {'below' if self.below else 'at most'} {self.high:g}"
+        return text + "".join(f", or {value:g} ({meaning})" for value, meaning in (self.besides or {}).items())
+
+
+_COUNT, _OR_NONE, _POSITIVE, _SHARE = Range(1), Range(0), Range(0, above=True), Range(0, 1)
+_BETA, _SEED = Range(0, 1, below=True), Range(0, 2**63 - 1)
+_SECONDS = Range(1, 10**7)
+
+RANGES: dict[str, Range] = {
+    "profiling.profile_freq": _COUNT,
+    "profiling.profiler_active": _COUNT,
+    "profiling.profiler_warmup": _OR_NONE,
+    "metrics.log_freq": _COUNT,
+    "model.rope_scaling": Range(1, 1000, remedy="1 is the backbone's own context"),
+    "optimizer.lr": _OR_NONE,
+    "optimizer.beta1": _BETA,
+    "optimizer.beta2": _BETA,
+    "optimizer.eps": _POSITIVE,
+    "optimizer.weight_decay": _OR_NONE,
+    "lr_scheduler.warmup_steps": _OR_NONE,
+    "lr_scheduler.total_steps": _COUNT,
+    "lr_scheduler.decay_ratio": _SHARE,
+    "lr_scheduler.min_lr_factor": _SHARE,
+    "training.local_batch_size": _COUNT,
+    "training.global_batch_size": Range(1, besides={-1: "one micro-batch of each rank"}),
+    "training.seq_len": _COUNT,
+    "training.max_norm": Range(0, above=True, remedy="inf switches clipping off"),
+    "training.steps": _COUNT,
+    "training.gc_freq": _COUNT,
+    "training.dataloader.num_workers": Range(0, 1024),
+    "training.dataloader.prefetch_factor": _COUNT,
+    "parallelism.data_parallel_replicate_degree": _COUNT,
+    "parallelism.data_parallel_shard_degree": Range(1, besides={-1: "all that is left"}),
+    "parallelism.tensor_parallel_degree": _COUNT,
+    "parallelism.context_parallel_degree": _COUNT,
+    "parallelism.expert_parallel_degree": _COUNT,
+    "parallelism.expert_tensor_parallel_degree": _COUNT,
+    "checkpoint.interval": _COUNT,
+    "checkpoint.keep_latest_k": Range(
+        2, besides={0: "keep all"}, remedy="with 1 the newest may still be in the writing"
+    ),
+    "checkpoint.load_step": Range(0, besides={-1: "the newest good one"}),
+    "checkpoint.keep_every": Range(1, besides={0: "off"}),
+    "activation_checkpoint.memory_budget": _SHARE,
+    "comm.init_timeout_seconds": _SECONDS,
+    "comm.train_timeout_seconds": _SECONDS,
+    "comm.trace_buf_size": _OR_NONE,
+    "validation.local_batch_size": Range(1, besides={0: "training.local_batch_size"}),
+    "validation.freq": _COUNT,
+    "validation.steps": Range(1, besides={-1: "all held-out sequences"}),
+    "validation.dataloader.num_workers": Range(0, 1024),
+    "validation.dataloader.prefetch_factor": _COUNT,
+    "debug.seed": _SEED,
+    "parametric_memory.start_step": _OR_NONE,
+    "parametric_memory.probability": Range(
+        0, 1, above=True, remedy="for no memory at all set parametric_memory.enable = false"
+    ),
+    "parametric_memory.inner_steps": _COUNT,
+    "parametric_memory.pre_anchor_scale": _POSITIVE,
+    "parametric_memory.learning_rate": _OR_NONE,
+    "parametric_memory.gradient_clip": Range(0, remedy="0 switches clipping off"),
+    "parametric_memory.rank": _COUNT,
+    "parametric_memory.alpha": _POSITIVE,
+    "parametric_memory.layer_fraction": Range(
+        0, 1, above=True, remedy="for no memory at all set parametric_memory.enable = false"
+    ),
+    "lora.rank": _COUNT,
+    "lora.alpha": _POSITIVE,
+    "data.shuffle_seed": _SEED,
+    "data.num_canonical_nodes": _COUNT,
+    "data.download_retry": _COUNT,
+    "data.download_timeout": Range(0, 10**7, above=True),
+    "reliability.max_consecutive_skips": _COUNT,
+}
+# Their largest value is no number: it switches a bound off.
+_INFINITE = ("training.max_norm",)
+
+
+def check(config: Any) -> None:
+    """Check every number of a configuration; a key that is not set (None) is left alone.
+
+    Raises:
+        UserError: naming the first key out of its range, the range and the value.
+    """
+    for key, allowed in RANGES.items():
+        value = config
+        for name in key.split("."):
+            value = getattr(value, name)
+        if value is None:
+            continue
+        finite = math.isfinite(value) or key in _INFINITE
+        remedy = f"; {allowed.remedy}" if allowed.remedy else ""
+        require(finite and value in allowed, f"{key} must be {allowed}, but is {value}{remedy}.")
