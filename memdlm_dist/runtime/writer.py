@@ -22,6 +22,7 @@ from typing import Protocol
 
 from memdlm_dist.errors import UserError
 from memdlm_dist.runtime.launcher import JOB
+from memdlm_dist.runtime.rank_0 import one_line
 from memdlm_dist.runtime.storage import Storage, is_remote
 
 logger = logging.getLogger()
@@ -92,15 +93,24 @@ def claim(location: str, writer: Writer) -> Claim:
     """Claim a folder or URL for a run.
 
     Raises:
-        UserError: naming the run that has it.
+        UserError: naming the run that has it, or the location if it cannot be reached.
     """
-    if is_remote(location):
-        return Lease(Storage(location), writer)
     try:
-        return Lock(Path(location), writer)
-    except _NoLocksError as error:
-        logger.warning(f"The file system of {location} has no locks ({error}); a lease file takes their place.")
-        return Lease(Storage(location), writer)
+        if is_remote(location):
+            return Lease(Storage(location), writer)
+        try:
+            return Lock(Path(location), writer)
+        except _NoLocksError as error:
+            logger.warning(f"The file system of {location} has no locks ({error}); a lease file takes their place.")
+            return Lease(Storage(location), writer)
+    except UserError:
+        raise
+    except Exception as error:  # every remote file system raises its own
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(
+            f"The checkpoints in {location} cannot be accessed ({reason}); see the store, or choose another "
+            "checkpoint.folder."
+        ) from None
 
 
 @contextlib.contextmanager

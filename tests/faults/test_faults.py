@@ -57,7 +57,7 @@ SCENARIOS = {
     "asked-twice": [(143, [fault(do, "step", 2, rank=0) for do in ("SIGTERM", "sleep", "SIGTERM")])],
     "removed": [(0, [fault("remove", "step", 5, rank=0, path="{root}/removed/checkpoint")])],
     "stolen": [
-        (2, [fault("steal", "step", 3, rank=0, path="file://{root}/stolen")], ["--checkpoint.folder", "file://{root}/stolen"])
+        (2, [fault("steal", "step", 3, rank=0, path="file://{root}/elsewhere")], ["--checkpoint.folder", "file://{root}/elsewhere"])
     ],
     "interrupted": [(130, [fault("SIGINT", "write", 4)]), (0, [])],
     "skewed": [
@@ -225,9 +225,9 @@ def test_a_folder_that_is_removed_in_mid_run(done):
 def test_a_run_whose_folder_another_job_has_taken_stops(done):
     root, outputs = done
     assert re.search(
-        r"error: Another run writes to file://\S+/stolen: job other \(node node7, proc", outputs["stolen"][0]
+        r"error: Another run writes to file://\S+/elsewhere: job other \(node node7, proc", outputs["stolen"][0]
     )
-    assert {path.name for path in (root / "stolen").iterdir() if path.is_dir()} == {"step-2"}
+    assert {path.name for path in (root / "elsewhere").iterdir() if path.is_dir()} == {"step-2"}
     assert "Traceback" not in outputs["stolen"][0]
 
 

@@ -92,6 +92,7 @@ def object_store() -> Iterator[ObjectStore]:
             os.environ.update(environment)
             import s3fs
 
+            s3fs.S3FileSystem.clear_instance_cache()  # of an earlier store
             s3fs.S3FileSystem().mkdir(BUCKET)
             yield ObjectStore(door, environment)
         finally:
