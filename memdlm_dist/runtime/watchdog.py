@@ -23,6 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from memdlm_dist.compat.torch import collectives, rendezvous_store
 from memdlm_dist.errors import EXIT_STATUS, UserError
+from memdlm_dist.runtime.device import device_type
 
 logger = logging.getLogger()
 
@@ -40,7 +41,7 @@ class Place:
         doing: what, in words.
         line: file, line and function of the main thread.
         in_collective: whether that is inside of torch.distributed.
-        still: seconds since that line last changed.
+        still: seconds since that line last changed, or was last seen computing.
         beat: how often the rank has said where it is.
         begun: collectives that were begun, of all process groups; -1 if the backend does not count them.
         silent: seconds since another beat came, on the clock of the rank that listens.
@@ -77,7 +78,8 @@ class Watchdog:
         self._beat = 0
         self._heard: dict[int, tuple[int, float]] = {}  # rank -> its last beat, and when it was first seen
         self._spot: tuple[Any, ...] = ()  # where the main thread is, and since when
-        self._since = time.monotonic()
+        self._since = self._seen = time.monotonic()
+        self._used = 0.0  # its CPU time when it was last seen
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
@@ -121,13 +123,24 @@ class Watchdog:
 
     def _here(self) -> Place:
         line, in_collective, depth = _where(sys._current_frames().get(self._main or 0))
-        if (spot := (self._progress, line, depth)) != self._spot:
-            self._spot, self._since = spot, time.monotonic()
-        still = time.monotonic() - self._since
+        now = time.monotonic()
+        spot = (self._progress, line, depth)
+        if self._computes(now) or spot != self._spot:
+            self._spot, self._since = spot, now
+        still = now - self._since
         return Place(
             self._rank, socket.gethostname(), os.getpid(), self._progress, self._doing, line, in_collective, still,
             self._beat, sum(begun for begun, _ in counts) if (counts := collectives()) else -1,
         )  # fmt: skip
+
+    def _computes(self, now: float) -> bool:
+        """Return whether the main thread computes in one line; on a CPU alone, since who waits for an accelerator
+        may spin."""
+        if self._main is None or device_type() != "cpu":
+            return False
+        used, before = time.clock_gettime(time.pthread_getcpuclockid(self._main)), self._used
+        elapsed, self._seen, self._used = now - self._seen, now, used
+        return used - before > 0.2 * elapsed
 
     def _culprits(self) -> bool:
         """Whether another rank is at fault: a long step, in which all are at work, is not a hang."""
