@@ -4,12 +4,13 @@
 #   [NGPU=N] bash launch/train.sh CONFIG.toml [torchrun flags --] [--section.key value ...]
 #
 # NGPU: number of processes (default: all accelerators, or 2 on a machine without any).
+# LOG_RANK: local ranks whose output is shown, separated by commas (default: 0).
 # TORCHRUN_FLAGS: further flags for torchrun, such as --max-restarts=3.
 # SIGTERM and SIGUSR1: finish the step, save, exit with status 75; a second one ends it at once.
 # For several nodes see launch/multinode.sh.
 set -euo pipefail
 
-usage() { sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 if [[ $# -lt 1 || $1 == -h || $1 == --help ]]; then
     usage
@@ -43,10 +44,18 @@ if [[ ! $NGPU =~ ^[1-9][0-9]*$ ]]; then
     exit 2
 fi
 
+LOG_RANK=${LOG_RANK:-0}
+for rank in ${LOG_RANK//,/ }; do
+    if [[ ! $LOG_RANK =~ ^[0-9]+(,[0-9]+)*$ ]] || ((10#$rank >= NGPU)); then
+        echo "error: LOG_RANK must be local ranks below NGPU = $NGPU, separated by commas, but is '$LOG_RANK'." >&2
+        exit 2
+    fi
+done
+
 # One thread per process: several processes on one machine otherwise fight for its cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # shellcheck disable=SC2086  # RENDEZVOUS (of multinode.sh) and TORCHRUN_FLAGS are lists of words
 exec "$python" -m memdlm_dist.runtime.launcher --nproc-per-node="$NGPU" \
     ${RENDEZVOUS:---rdzv-backend=c10d --rdzv-endpoint=localhost:0} \
-    --local-ranks-filter="${LOG_RANK:-0}" --role=rank --tee=3 ${TORCHRUN_FLAGS:-} "${torchrun_flags[@]}" \
+    --local-ranks-filter="$LOG_RANK" --role=rank --tee=3 ${TORCHRUN_FLAGS:-} "${torchrun_flags[@]}" \
     -m memdlm_dist.train --job.config_file "$config" "$@"

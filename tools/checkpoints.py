@@ -81,7 +81,8 @@ def list_all(catalogue: Catalogue, as_json: bool) -> None:
         print(f"{'checkpoint':<14}{'size':>12}{'ranks':>7}{'global batch':>14}  state")
     for saved in rows:
         run = read_run(Storage(catalogue.storage.url(saved.name)))
-        batch = run.get("identity", {}).get("training.global_batch_size", "-")
+        identity = run.get("identity")
+        batch = identity.get("training.global_batch_size", "-") if isinstance(identity, dict) else "-"
         if as_json:
             values = {"step": saved.step, "bytes": saved.size, "good": saved.good, "state": state(saved), "run": run}
             print(json.dumps(values))

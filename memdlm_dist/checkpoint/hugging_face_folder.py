@@ -37,6 +37,8 @@ _COMPANIONS = (
 )  # fmt: skip
 # Tensors that some exports hold and no model needs: they follow from the configuration.
 _IGNORED = "rotary_emb.inv_freq"
+# Types of weights, as safetensors names them.
+_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def check(folder: str, adapter: Adapter) -> None:
@@ -97,7 +99,14 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
-                shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+                for name in opened.keys():  # noqa: SIM118
+                    tensor = opened.get_slice(name)
+                    shapes[name] = tuple(tensor.get_shape())
+                    if tensor.get_dtype() not in _DTYPES and not name.endswith(_IGNORED):
+                        raise UserError(
+                            f"The tensor {name} in {file} is of type {tensor.get_dtype()}, not one of "
+                            f"{', '.join(_DTYPES)}; use weights that are not quantised."
+                        )
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file} cannot be read ({error}); fetch it again.") from None
     if (path / INDEX).is_file():

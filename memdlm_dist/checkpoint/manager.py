@@ -76,6 +76,7 @@ class ResumableCheckpoints(HookedCheckpoints):
 
     # Set by the trainer once it is built: what the run is (see `continuity`), and what a failed save leads to.
     identity: Mapping[str, Any]
+    experiment: Mapping[str, Any]
     stop_on_save_failure: bool
     lora: Lora | None = None  # if adapters are trained
     writer: Claim | None = None  # to the folder, on rank 0
@@ -87,7 +88,7 @@ class ResumableCheckpoints(HookedCheckpoints):
         if is_remote(checkpoint_config.folder):
             base_folder = ""
         super().__init__(checkpoint_config=checkpoint_config, base_folder=base_folder, **components)
-        self.identity, self.stop_on_save_failure = {}, False
+        self.identity, self.experiment, self.stop_on_save_failure = {}, {}, False
         # Save after this step whatever the interval; set for the step at which a run is stopped.
         self.save_now = False
         self._config = checkpoint_config
@@ -171,9 +172,7 @@ class ResumableCheckpoints(HookedCheckpoints):
         same_data = True
         if not model_only:
             saved = from_rank_0(lambda: read_run(Storage(location)))
-            same_data = continuity.check(
-                location, saved.get("identity", {}), self.identity, self._config.accept_changes
-            )
+            same_data = continuity.check(location, saved, self.identity, self.experiment, self._config.accept_changes)
         logger.info(f"Loading the checkpoint {location}.")
         began = time.perf_counter()
         try:
@@ -297,7 +296,10 @@ class ResumableCheckpoints(HookedCheckpoints):
                     logger.warning(f"Keeping the earlier checkpoint of step {step} as {kept}.")
                 elif found:
                     self._remove(step)  # of a save that was interrupted
-                run = {"step": step, "ranks": dist.get_world_size(), "identity": dict(self.identity)}
+                run = {
+                    "format": continuity.FORMAT, "step": step, "ranks": dist.get_world_size(),
+                    "identity": dict(self.identity), "experiment": dict(self.experiment),
+                }  # fmt: skip
                 folder.write_json(f"{name}/{RUN}", run)
             except UserError:
                 raise
@@ -353,8 +355,10 @@ def check_model(location: str, tensors: Mapping[str, torch.Tensor], base: bool =
         base: it may lack the adapters.
 
     Raises:
-        UserError: if it is whole but of another model, naming the first tensor that does not fit.
+        UserError: if it is of a later version, or whole but of another model, naming the first tensor that does not
+            fit.
     """
+    continuity.check_format(location, read_run(Storage(location)))
     try:
         entries = read_metadata(location).state_dict_metadata
     except Exception as error:  # a broken pickle can raise anything

@@ -7,6 +7,7 @@ named in one sentence.
 import contextlib
 import difflib
 import io
+import math
 import tomllib
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
@@ -260,7 +261,9 @@ def _check_values(config: JobConfig) -> None:
         f"data.proportions has {len(config.data.proportions)} entries for {len(config.data.train)} streams in "
         "data.train; give one for each, or none.",
     )
-    require(all(share > 0 for share in config.data.proportions), "data.proportions must all be positive numbers.")
+    require(
+        all(0 < share < math.inf for share in config.data.proportions), "data.proportions must all be positive numbers."
+    )
     require(
         not config.validation.enable or bool(config.data.validation),
         "validation.enable is set but data.validation is empty; name the held-out shards or disable validation.",

@@ -1,4 +1,4 @@
-"""What the numbers of a configuration may be: one table, by key."""
+"""Ranges of a configuration's numbers: one table, by key."""
 
 import math
 from collections.abc import Mapping
@@ -33,9 +33,9 @@ class Range:
         return low and (value < self.high if self.below else value <= self.high)
 
     def __str__(self) -> str:
-        text = f"{'above' if self.above else 'at least'} {self.low:g}"
+        text = f"{'above' if self.above else 'at least'} {self.low:,}"
         if self.high < math.inf:
-            text += f" and {'below' if self.below else 'at most'} {self.high:g}"
+            text += f" and {'below' if self.below else 'at most'} {self.high:,}"
         return text + "".join(f", or {value:g} ({meaning})" for value, meaning in (self.besides or {}).items())
 
 
@@ -44,6 +44,7 @@ _BETA, _SEED = Range(0, 1, below=True), Range(0, 2**63 - 1)
 _SECONDS = Range(1, 10**7)
 
 RANGES: dict[str, Range] = {
+    "job.format": _COUNT,
     "profiling.profile_freq": _COUNT,
     "profiling.profiler_active": _COUNT,
     "profiling.profiler_warmup": _OR_NONE,
@@ -109,7 +110,7 @@ RANGES: dict[str, Range] = {
     "data.download_timeout": Range(0, 10**7, above=True),
     "reliability.max_consecutive_skips": _COUNT,
 }
-# Their largest value is no number: it switches a bound off.
+# Numbers that may be infinite, which switches a bound off.
 _INFINITE = ("training.max_norm",)
 
 

@@ -1,5 +1,6 @@
 """Tokenizers with a mask and an end-of-text token, looked up or added, never guessed."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Sequence
@@ -55,6 +56,12 @@ class DiffusionTokenizer(HuggingFaceTokenizer):
     def mask_token(self) -> str:
         """As it is written in text."""
         return str(self.tokenizer.id_to_token(self.mask_id))
+
+    def fingerprint(self) -> str:
+        """Return a hash of what tokenizer.json says of texts and ids, the same wherever and however it is written."""
+        content = json.loads((Path(self.tokenizer_path) / "tokenizer.json").read_bytes())
+        ours = {key: value for key, value in content.items() if key not in ("version", "truncation", "padding")}
+        return hashlib.sha256(json.dumps(ours, sort_keys=True).encode()).hexdigest()[:16]
 
     def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, with nothing added around it."""

@@ -25,9 +25,10 @@ class StepAgreement:
     """
 
     def __init__(self, model_parts: Sequence[torch.nn.Module], config: Reliability, device: torch.device):
-        self._parameters = [p for part in model_parts for p in part.parameters()]
+        self._parameters = dict(pair for part in model_parts for pair in part.named_parameters())
         self._config, self._device = config, device
         self.skipped = 0  # of the whole run
+        self.broken_weight = ""  # one that is not finite, so that no step can be taken
         self._in_a_row = 0
 
     def reach(self, losses: Sequence[Tensor], sample_ids: Sequence[Tensor], stop_requested: bool) -> tuple[bool, str]:
@@ -49,16 +50,20 @@ class StepAgreement:
         return bool(stop), self._describe(losses, sample_ids) if not_finite else ""
 
     def _local_norm(self) -> Tensor:
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        return torch.nn.utils.get_total_norm([g.to_local() if isinstance(g, DTensor) else g for g in gradients])
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        return torch.nn.utils.get_total_norm([_local(g) for g in gradients])
 
     def _describe(self, losses: Sequence[Tensor], sample_ids: Sequence[Tensor]) -> str:
-        """Name the losses that are not finite, of all ranks, and their samples."""
+        """Name the weights that are not finite, of all ranks; or else the losses, and their samples."""
         pairs = zip(losses, sample_ids, strict=True)
         ours = [(loss.item(), ids.tolist()) for loss, ids in pairs if not torch.isfinite(loss)]
-        theirs: list[list[tuple[float, list[int]]]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(theirs, ours)
-        found = [pair for pairs in theirs for pair in pairs]
+        weight = next((name for name, p in self._parameters.items() if not _local(p).isfinite().all()), "")
+        theirs: list[tuple[str, list[tuple[float, list[int]]]]] = [("", [])] * dist.get_world_size()
+        dist.all_gather_object(theirs, (weight, ours))
+        self.broken_weight = next((name for name, _ in theirs if name), "")
+        if self.broken_weight:
+            return f"the weights themselves are not finite ({self.broken_weight})"
+        found = [pair for _, pairs in theirs for pair in pairs]
         if not found:
             return "the gradient is not finite, though the loss is"
         samples = sorted({sample for _, ids in found for sample in ids})
@@ -71,6 +76,11 @@ class StepAgreement:
         Raises:
             UserError: if the configuration says to stop, or too many came in a row.
         """
+        if self.broken_weight:
+            raise UserError(
+                f"Step {step} cannot be taken: {wrong}; start from other weights (checkpoint.initial_load_path), or go "
+                "back to an earlier checkpoint (checkpoint.load_step)."
+            )
         if self._config.on_nonfinite == "stop":
             raise UserError(
                 f"Step {step} cannot be taken: {wrong}; look at the data and the learning rates, or set "
@@ -83,3 +93,8 @@ class StepAgreement:
                 "earlier checkpoint (checkpoint.load_step) and lower the learning rates."
             )
         logger.warning(f"Skipping the batch of step {step}: {wrong}. Skipped so far: {self.skipped}.")
+
+
+def _local(x: Tensor) -> Tensor:
+    """Return this rank's part of a tensor that may be sharded."""
+    return x.to_local() if isinstance(x, DTensor) else x

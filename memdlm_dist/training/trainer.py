@@ -15,6 +15,7 @@ from torchtitan.train import Trainer
 
 from memdlm_dist.checkpoint.continuity import identity
 from memdlm_dist.checkpoint.manager import ResumableCheckpoints
+from memdlm_dist.config.experiment import experiment_of
 from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.data.loader import Batch
 from memdlm_dist.method.inner_loop import InnerStatistics
@@ -66,7 +67,9 @@ class MemDLMTrainer(Trainer):
             data.shuffle,
             data.shuffle_seed,
             data.num_canonical_nodes,
+            self.tokenizer.fingerprint(),
         )
+        self.checkpointer.experiment = experiment_of(job_config)
         self.checkpointer.lora = lora_of(job_config)
         self.checkpointer.scores = lambda: by_step(path_in(job_config.job.dump_folder), job_config.checkpoint.keep_best)
         self.checkpointer.stop_on_save_failure = job_config.reliability.on_save_failure == "stop"

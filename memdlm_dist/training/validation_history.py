@@ -1,6 +1,7 @@
 """The validations of a run, one JSON object a line in its output folder."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -31,13 +32,14 @@ def history(path: Path) -> list[dict[str, float]]:
     """
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"The validations in {path} cannot be read: {error}.") from None
-    # The file outlives a run that was started anew in the same folder: the last one began at its last step 0.
-    begin = max((i for i, row in enumerate(rows) if row["step"] == 0), default=0)
+        # The file outlives a run that was started anew in the same folder: the last one began at its last step 0.
+        begin = max((i for i, row in enumerate(rows) if row["step"] == 0), default=0)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"The validations in {path} cannot be read ({error}); restore the file or remove it.") from None
     return rows[begin:]
 
 
 def by_step(path: Path, name: str) -> dict[int, float]:
-    """Return step -> one of `LOSSES`, of the folder's last run; empty if it has not been validated."""
-    return {int(row["step"]): row[name] for row in history(path) if name in row} if path.is_file() else {}
+    """Return step -> one of `LOSSES` where it is finite, of the folder's last run; empty if there was no validation."""
+    rows = history(path) if path.is_file() else []
+    return {int(row["step"]): row[name] for row in rows if math.isfinite(row.get(name, math.nan))}

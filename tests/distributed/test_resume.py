@@ -1,10 +1,14 @@
 """A run in two parts is the run in one: exactly on one layout, to rounding on others; if it is the same run."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 
+from memdlm_dist.checkpoint.continuity import KEYS, check, check_format
+from memdlm_dist.errors import UserError
 from tests.support.launching import debug, run_many, scalars
 
 LOCAL, GLOBAL = "--training.local_batch_size", "--training.global_batch_size"
@@ -127,6 +131,19 @@ def test_a_checkpoint_continues_on_another_layout(elastic, layout):
 
 # The same run only
 
+# What the first release wrote: a TOML file, and a checkpoint of a run of it on two ranks (see docs/changes.md).
+RELEASED = Path("tests/assets/released")
+
+
+def another_tokenizer(root: Path) -> Path:
+    """A tokenizer of the same size, in which two tokens have changed places."""
+    folder = shutil.copytree("tests/assets/debug/tokenizer", root / "another")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
 
 def changed_runs(root: Path) -> dict:
     """Continuing a run with something changed: refused; then accepted, and then with the change undone."""
@@ -134,16 +151,24 @@ def changed_runs(root: Path) -> dict:
     common = [*SMALL, *SAVE, "3", LOCAL, "2"]
     change = [GLOBAL, "8", "--data.shuffle_seed", "5", "--data.train", "tests/assets/debug/train"]
     accept = "--checkpoint.accept_changes"
+    released = debug(root / "released", *SMALL, LOCAL, "4", "--training.steps", "4", "--lr_scheduler.total_steps", "6",
+                     "--checkpoint.enable", *load(RELEASED / "checkpoint/step-2"))  # fmt: skip
     runs = {
         "made": debug(out, *common, GLOBAL, "4", "--training.steps", "3"),
         "refused": debug(out, *common, *change, "--training.steps", "6"),
         "partly": debug(out, *common, *change, "--training.steps", "6", accept, "training.global_batch_size"),
         "batch": debug(root / "batch", *common, GLOBAL, "8", "--training.steps", "6", accept,
                        "training.global_batch_size", *load(out / "checkpoint/step-3")),
+        "tokenizer": debug(root / "tokenizer", *common, GLOBAL, "4", "--training.steps", "6",
+                           *load(out / "checkpoint/step-3"), "--model.hf_assets_path", str(another_tokenizer(root))),
+        "experiment": debug(root / "experiment", *common, GLOBAL, "4", "--training.steps", "4",
+                            *load(out / "checkpoint/step-3"), "--optimizer.lr=5", "--optimizer.name=Adam",
+                            "--parametric_memory.no_enable", "--lr_scheduler.decay_type=cosine"),
+        "released": ["--job.config_file", str(RELEASED / "debug.toml"), *released[2:]],
         "data": debug(out, *common, *change, "--training.steps", "6", accept,
                       "training.global_batch_size,data.shuffle_seed,data.train"),
     }  # fmt: skip
-    status = {"refused": 2, "partly": 2}
+    status = {"refused": 2, "partly": 2, "tokenizer": 2}
     return {
         name: (1, arguments, {"status": status.get(name, 0), "record": str(root / f"draws-{name}")})
         for name, arguments in runs.items()
@@ -161,6 +186,50 @@ def test_another_run_is_not_continued_unasked(changed):
         assert part in outputs["refused"]
     assert "accept_changes data.train,data.shuffle_seed." in outputs["partly"], "what was accepted is not asked again"
     assert "Traceback" not in outputs["refused"] + outputs["partly"]
+
+
+def test_another_tokenizer_is_refused(changed):
+    _, outputs = changed
+    assert re.search(
+        r"step-3 was made with model.hf_assets_path of fingerprint \w{16} \(now \w{16}\): .* or accept the change with "
+        r"--checkpoint.accept_changes model.hf_assets_path\.",
+        outputs["tokenizer"],
+    )
+
+
+def test_another_experiment_is_said(changed):
+    root, outputs = changed
+    assert (
+        "step-3 was made with optimizer.name = AdamW (now Adam), optimizer.lr = 0.001 (now 5.0), "
+        "lr_scheduler.decay_type = linear (now cosine), parametric_memory.enable = True (now False); the run goes on "
+        "with the change."
+    ) in outputs["experiment"]
+    assert outputs["experiment"].count("WARNING") - outputs["made"].count("WARNING") == 1
+    for other in ("batch", "data"):
+        assert "the run goes on with the change" not in outputs[other]
+    run = json.loads((root / "run/checkpoint/step-3/run.json").read_text())
+    assert run["format"] == 1 and run["experiment"]["parametric_memory.rank"] == 8
+
+
+def test_the_first_releases_checkpoint_goes_on(changed):
+    """On another number of ranks; the losses are those that the release printed."""
+    found = scalars(changed[0] / "released")["loss_metrics/global_avg_loss"]
+    assert found == pytest.approx({3: 6.297245979309082, 4: 6.666538715362549}, rel=1e-5)
+
+
+def test_a_damaged_or_later_run_file(tmp_path):
+    ours = dict.fromkeys(KEYS, 1)
+    with pytest.raises(UserError, match=r"run/step-3 has format 9, and this version reads up to 1; use the version"):
+        check_format("run/step-3", {"format": 9})
+    with pytest.raises(UserError, match=r"run/step-3/run.json is damaged \(its format is 'x'\); restore the file"):
+        check_format("run/step-3", {"format": "x"})
+    for damaged in ({"identity": [1]}, {"identity": {"debug.seed": 1}, "experiment": "x"}):
+        with pytest.raises(
+            UserError, match=r"run.json is damaged \((identity is list|experiment is str), not an object"
+        ):
+            check("run/step-3", damaged, ours, {}, [])
+    with pytest.raises(UserError, match=r"debug.seed = \[7\] \(now 1\)"):
+        check("run/step-3", {"identity": {"debug.seed": [7]}}, ours, {}, [])
 
 
 def test_an_accepted_batch_size_goes_on_in_the_data(changed):

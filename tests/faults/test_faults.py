@@ -10,6 +10,7 @@ import pytest
 
 from memdlm_dist import train
 from memdlm_dist.checkpoint.catalogue import Catalogue
+from memdlm_dist.checkpoint.manager import MEMORY_OFF
 from tests.support.launching import debug, run_many, scalars
 
 LOSS = "loss_metrics/global_avg_loss"
@@ -66,6 +67,11 @@ SCENARIOS = {
     ],
     "retention": [
         (0, [], ["--checkpoint.interval=1", "--checkpoint.keep_latest_k", "2", "--checkpoint.keep_every", "3"])
+    ],
+    # Its held-out loss is least early: the learning rate is far too high.
+    "best": [
+        (0, [], ["--checkpoint.interval=1", "--checkpoint.keep_latest_k", "2", "--checkpoint.keep_best", MEMORY_OFF,
+                 "--validation.enable", "--validation.freq=1", "--validation.steps=1", "--optimizer.lr=0.05"])
     ],
 }  # fmt: skip
 
@@ -249,6 +255,10 @@ def test_retention(done):
     root, outputs = done
     assert {path.name for path in (root / "retention/checkpoint").iterdir()} == {"step-3", "step-6", "step-7", "step-8"}
     assert "Removing the checkpoint of step 1." in outputs["retention"][0]
+    losses = scalars(root / "best")[MEMORY_OFF]
+    best = min(range(1, 9), key=losses.__getitem__)
+    assert best < 7, losses
+    assert {path.name for path in (root / "best/checkpoint").iterdir()} == {f"step-{best}", "step-7", "step-8"}
 
 
 def test_a_disk_that_is_really_full(tmp_path, capsys):

@@ -100,6 +100,16 @@ MISTAKES = [
     Mistake("unknown store", "s4://b/run is not a location that can be opened", ("--checkpoint.enable", "--checkpoint.folder", "s4://b/run")),
     Mistake("unknown store of shards", "s4://b/train is not a location", ("--data.train", "s4://b/train")),
     Mistake("state that is not there", "exclude_from_loading names dataloder; choose among train_state, model,", ("--checkpoint.enable", "--checkpoint.exclude_from_loading", "dataloder")),
+    Mistake("negative retention", "error: checkpoint.keep_latest_k must be at least 2, or 0 (keep all), but is -1; with 1 the newest may still be in the writing.", ("--checkpoint.keep_latest_k", "-1")),
+    Mistake("learning rate", "error: optimizer.lr must be at least 0, but is -1.0.", ("--optimizer.lr", "-1")),
+    Mistake("momentum", "error: optimizer.beta2 must be at least 0 and below 1, but is 1.0.", ("--optimizer.beta2", "1")),
+    Mistake("not a number", "error: optimizer.eps must be above 0, but is nan.", ("--optimizer.eps", "nan")),
+    Mistake("seed", "error: debug.seed must be at least 0 and at most 9,223,372,036,854,775,807, but is -3.", ("--debug.seed", "-3")),
+    Mistake("optimizer", "error: optimizer.name must be Adam or AdamW, but is 'SGD'.", ("--optimizer.name", "SGD")),
+    Mistake("types", "training.dtype = 'bfloat16' keeps the weights in bfloat16, and training.mixed_precision_param = 'float32'", ("--training.dtype", "bfloat16")),
+    Mistake("torchtitan's data", "--training.dataset is not read here; name folders of shards in data.train.", ("--training.dataset", "c4")),
+    Mistake("best without validation", "needs a validation at every checkpoint; set validation.enable, and checkpoint.interval (5)", ("--checkpoint.enable", "--checkpoint.keep_best", "validation/loss_memory_off")),
+    Mistake("best of a memory", "needs parametric_memory.enable; set it, or choose validation/loss_memory_off", ("--checkpoint.enable", "--validation.enable", "--parametric_memory.no_enable", "--checkpoint.keep_best", "validation/loss_memory_on")),
     Mistake("seed checkpoint on two", "needs a single process", ("--checkpoint.enable", "--checkpoint.create_seed_checkpoint"), env={"WORLD_SIZE": "2"}),
 ]  # fmt: skip
 
@@ -145,12 +155,30 @@ def test_configuration(mistake, tmp_path, capsys, monkeypatch):
         ("[data]\nshufle = true", "Unknown key data.shufle in {}; did you mean data.shuffle."),
         ("[data]\nzzz = true", "Unknown key data.zzz in {}; known keys are data.cache_folder"),
         ("data = 3", "data in {} must be a section, written [data]"),
+        (
+            '[validation]\ndataset_path = "x"',
+            "validation.dataset_path in {} is not read here; name folders of shards in",
+        ),
     ],
 )
 def test_types_and_names_in_the_file(toml, says, tmp_path, capsys):
     config = tmp_path / "config.toml"
     config.write_text(toml)
     assert says.format(config) in fail(capsys, [f"--job.config_file={config}"])
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        ("\ufeff[job]\n".encode(), "begins with a byte order mark; save it as UTF-8 without one."),
+        ("[job]\n".encode("utf-16"), "cannot be read: "),
+        (b"[job]\nformat = 2\n", "job.format = 2 is newer than this version reads (1); install the version"),
+    ],
+)
+def test_files_of_other_programs(content, says, tmp_path, capsys):
+    config = tmp_path / "config.toml"
+    config.write_bytes(content + b"[data]\ntrain = ['x']\n" * says.startswith("job"))
+    assert says in fail(capsys, [f"--job.config_file={config}"])
 
 
 def debug_args(tmp_path, *args):
@@ -249,6 +277,15 @@ def test_through_the_launcher(root, tmp_path):
     assert done.returncode == EXIT_STATUS
     assert "Traceback" not in done.stdout + done.stderr
     assert (done.stdout + done.stderr).count("error: ") == 1
+
+
+@pytest.mark.parametrize("ranks", ["2", "x", "0,5", "1,"])
+def test_ranks_to_show(root, ranks):
+    command = ["bash", "launch/train.sh", "train_configs/debug.toml"]
+    environment = {**os.environ, "NGPU": "2", "LOG_RANK": ranks}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    says = f"error: LOG_RANK must be local ranks below NGPU = 2, separated by commas, but is '{ranks}'.\n"
+    assert (done.returncode, done.stderr) == (EXIT_STATUS, says)
 
 
 def test_a_mistake_that_only_another_rank_meets_is_said_too(root):

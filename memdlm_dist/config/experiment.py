@@ -1,0 +1,28 @@
+"""The settings that decide about an experiment's outcome, as a checkpoint's run.json keeps them."""
+
+from dataclasses import asdict
+from typing import Any
+
+from memdlm_dist.config.job_config import JobConfig
+
+_SECTIONS = ("optimizer", "lr_scheduler", "diffusion", "parametric_memory")
+_KEYS = {
+    "model": ("name", "flavor", "converters", "rope_scaling", "rope_scaling_method"),
+    "training": ("max_norm", "dtype", "mixed_precision_param"),
+}
+_WITHOUT_EFFECT = ("optimizer.implementation", "optimizer.early_step_in_backward")
+
+
+def experiment_of(config: JobConfig) -> dict[str, Any]:
+    """Return optimizer, schedule, objective, memory and backbone, by configuration key.
+
+    Parts that are switched off are left out.
+    """
+    sections = [*_SECTIONS, *(["lora"] if config.model.converters else [])]
+    values = {f"{name}.{key}": value for name in sections for key, value in asdict(getattr(config, name)).items()}
+    values |= {f"{name}.{key}": getattr(getattr(config, name), key) for name, keys in _KEYS.items() for key in keys}
+    values["lr_scheduler.total_steps"] = config.lr_scheduler.total_steps or config.training.steps
+    if not config.parametric_memory.enable:
+        memory = "parametric_memory."
+        values = {key: value for key, value in values.items() if not key.startswith(memory) or key == f"{memory}enable"}
+    return {key: value for key, value in values.items() if key not in _WITHOUT_EFFECT}
