@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from memdlm_dist import train
-from memdlm_dist.errors import EXIT_STATUS
-from tools import prepare_data
+from memdlm_dist.errors import EXIT_STATUS, UserError
+from tools import prepare_data, random_weights
 
 DEBUG = "tests/assets/debug"
 MOE = ("--model.name", "llada_moe")
@@ -246,6 +248,29 @@ def test_checkpoint_of_another_model(tmp_path, capsys):
     (tmp_path / "out/checkpoint/step-8").mkdir()
     (tmp_path / "out/checkpoint/step-8/model.safetensors").touch()
     assert "step-8 holds weights alone, in safetensors" in fail(capsys, [*args, "--checkpoint.load_step", "8"])
+
+
+def test_weights_that_are_not_finite_are_not_blamed_on_the_data(tmp_path, capsys):
+    tiny = ("--model.flavor", "tiny")
+    weights = tmp_path / "weights"
+    assert random_weights.main(["train_configs/debug.toml", "--output", str(weights), *tiny]) == 0
+    (file,) = weights.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["model.transformer.blocks.1.ff_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, file)
+    hf = ("--checkpoint.enable", "--checkpoint.initial_load_in_hf", "--checkpoint.initial_load_path", str(weights))
+    for skip in ((), ("--reliability.on_nonfinite", "skip")):
+        assert fail(capsys, debug_args(tmp_path, *tiny, *hf, *skip)) == (
+            "error: Step 1 cannot be taken: the weights themselves are not finite (layers.1.feed_forward.w1.weight); start "
+            "from other weights (checkpoint.initial_load_path), or go back to an earlier checkpoint (checkpoint.load_step)."
+        )
+
+
+def test_what_others_say_becomes_one_sentence():
+    assert (
+        str(UserError("It fails (no such bucket.); see\n  the store..")) == "It fails (no such bucket); see the store."
+    )
+    assert str(UserError("Files (../a, b, ...).")) == "Files (../a, b, ...)."
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,12 @@ def test_a_tensor_that_is_missing_unknown_or_of_another_shape_is_named(weights, 
     assert f"The tensor {name} in {tmp_path / 'c'} is (3, 5), this model's (" in refusal(tmp_path / "c", adapter)
 
 
+def test_weights_of_integers_are_refused(weights, adapter, tmp_path):
+    name = damaged(weights, tmp_path / "a", lambda tensors, name: tensors.update({name: tensors[name].to(torch.int8)}))
+    says = refusal(tmp_path / "a", adapter)
+    assert says.startswith(f"The tensor {name} in ") and "is of type I8, not one of F64, F32, F16, BF16; use" in says
+
+
 def test_files_that_are_missing_or_broken_are_named(weights, adapter, tmp_path):
     def copy(name):
         shutil.copytree(weights, tmp_path / name)

@@ -4,10 +4,10 @@
     python -m tests.workers.soak --minutes 20 [--ranks 2] [--seed 0] [--output FOLDER]
 
 The undisturbed run comes first. Then the same run is started over and over through our launcher, and each time
-something happens to it after a random number of seconds (see `HAPPENINGS`). After each start it must have gone on right
-after the newest good checkpoint, and each step's loss (to the last bit), samples and masks must be those of the
-undisturbed run. A run that comes to its end must have its very last checkpoint, and a new one begins. Ends with a
-table, and with 1 if anything differed.
+something happens to it after a random number of seconds (see `HAPPENINGS`); in every other start one rank's clock is
+wrong by a minute. After each start it must have gone on right after the newest good checkpoint, and each step's loss
+(to the last bit), samples and masks must be those of the undisturbed run. A run that comes to its end must have its
+very last checkpoint, and a new one begins. Ends with a table, and with 1 if anything differed.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 STEPS, INTERVAL = 300, 10
+SKEW = "SOAK_SKEW"  # seconds by which the clocks of all ranks but the first are wrong
 ARGUMENTS = [
     "--job.config_file", "train_configs/debug.toml", "--debug.seed", "7", "--model.flavor", "tiny",
     "--data.train", "tests/assets/debug/heldout", "--training.local_batch_size", "2", "--training.steps", str(STEPS),
@@ -45,6 +46,9 @@ def worker(folder: Path, arguments: list[str]) -> int:
     from tests.workers.run_many import record
 
     rank = int(os.environ["RANK"])
+    if rank and (skew := float(os.environ.get(SKEW, "0"))):
+        clock = time.time
+        time.time = lambda: clock() + skew
     record(str(folder), rank)
     plain = MemDLMMetrics.log_step
     losses = open(folder / f"losses{rank}.jsonl", "a", buffering=1)  # noqa: SIM115  (open until the process ends)
@@ -64,9 +68,9 @@ def worker(folder: Path, arguments: list[str]) -> int:
 class Run:
     """The launcher and its ranks."""
 
-    def __init__(self, out: Path, observed: Path, ranks: int):
+    def __init__(self, out: Path, observed: Path, ranks: int, skew: float = 0):
         observed.mkdir(parents=True)
-        self.checkpoints, self.observed = out / "checkpoint", observed
+        self.out, self.checkpoints, self.observed, self.number = out, out / "checkpoint", observed, ranks
         self.log = open(observed / "log", "wb")  # noqa: SIM115
         command = [
             sys.executable, "-m", "memdlm_dist.runtime.launcher", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d",
@@ -74,7 +78,11 @@ class Run:
             str(observed), *ARGUMENTS, "--job.dump_folder", str(out),
         ]  # fmt: skip
         self.process = subprocess.Popen(
-            command, cwd=ROOT, stdout=self.log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            command,
+            cwd=ROOT,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1", SKEW: str(skew)},
         )
 
     def ranks(self) -> list[int]:
@@ -156,7 +164,18 @@ def ask_every_process(run: Run, dice: random.Random) -> None:
         kill(process, signal.SIGTERM)
 
 
+def start_a_second_run(run: Run, dice: random.Random) -> None:
+    """It must end with the sentence that says who writes here; then the first one is killed."""
+    second = Run(run.out, run.observed / "second", run.number)
+    status, said = second.process.wait(), (second.observed / "log").read_text()
+    # The first one may have come to its end meanwhile, and left the folder to the second.
+    if run.process.poll() is None and not (status == 2 and "error: Another run writes to" in said):
+        raise AssertionError(f"a second run ended with {status}: {said[-2000:]}")
+    kill_everything(run, dice)
+
+
 HAPPENINGS = {
+    "a second run, then kill -9": start_a_second_run,
     "kill -9 of one rank": kill_a_rank,
     "kill -9 of launcher and ranks": kill_everything,
     "kill -9 while saving": kill_while_saving,
@@ -212,7 +231,7 @@ def soak(minutes: float, ranks: int, seed: int, root: Path) -> int:
     while time.monotonic() < deadline:
         starts += 1
         newest = max(good_steps(root / "run/checkpoint"), default=0)
-        run = Run(root / "run", root / f"observed-{starts}", ranks)
+        run = Run(root / "run", root / f"observed-{starts}", ranks, skew=starts % 2 * dice.choice([-60, 60]))
         happening, wait = dice.choice(sorted(HAPPENINGS)), dice.uniform(0, 9)
         while not run.steps_done() and run.process.poll() is None:
             time.sleep(0.05)
