@@ -32,6 +32,11 @@ class TokenContext(NamedTuple):
     trains: bool = False  # this pass is the training loss's, not one of the inner loop or of validation
 
 
+def has_block_attention(device_type: str, head_dim: int) -> bool:
+    """Return whether flex attention runs: it has no backward pass on a CPU, and no kernel for narrower heads."""
+    return device_type != "cpu" and head_dim >= 16
+
+
 def document_mask(number_BL: Tensor, blocks: bool) -> Mask:
     """Attention within documents: blocks, for flex attention, or all of it, `[B, 1, L, L]`.
 

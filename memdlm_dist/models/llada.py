@@ -25,7 +25,7 @@ from memdlm_dist.compat.torch import completed
 from memdlm_dist.method.documents import Documents
 from memdlm_dist.method.fast_weights import AdaptedLinear, FastLinear, FastWeights, adapted
 from memdlm_dist.method.logit_loss import HeadLoss
-from memdlm_dist.models.attention import BidirectionalAttention, TokenContext, document_mask
+from memdlm_dist.models.attention import BidirectionalAttention, TokenContext, document_mask, has_block_attention
 from memdlm_dist.models.head import OutputHead, Readout
 from memdlm_dist.models.linears import LINEARS, names_of
 from memdlm_dist.models.lora import HasAdapters
@@ -206,8 +206,8 @@ class LLaDA(ModelProtocol):
         assert attended_BL is None
         here = documents.slice(first, length)
         own_set = here.own() if sets_of_documents and documents.slots > 1 else None
-        # Flex attention has no backward pass on a CPU.
-        mask = document_mask(documents.number_BL, blocks=documents.number_BL.device.type != "cpu")
+        blocks = has_block_attention(documents.number_BL.device.type, self.model_args.head_dim)
+        mask = document_mask(documents.number_BL, blocks)
         return TokenContext(self.freqs_cis[here.place_BL], mask, own_set)
 
     def reach(self, length: int) -> None:

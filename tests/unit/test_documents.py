@@ -186,6 +186,12 @@ def blocks(flex, monkeypatch):
     return made
 
 
+def test_narrow_heads_take_the_dense_mask():
+    """Flex attention's CUDA kernels refuse heads of less than 16 dimensions."""
+    assert not attention.has_block_attention("cpu", 128) and not attention.has_block_attention("cuda", 8)
+    assert attention.has_block_attention("cuda", 16)
+
+
 def test_blocks_of_flex_attention_are_the_dense_mask(flex):
     dense, sparse = (attention.document_mask(numbers(), blocks=x) for x in (False, True))
     assert dense.shape == (4, 1, LENGTH, LENGTH) and isinstance(sparse, BlockMask)
