@@ -29,6 +29,7 @@ TOLERANCE = 1e-5
 TP, CP = "--parallelism.tensor_parallel_degree", "--parallelism.context_parallel_degree"
 LOCAL = "--training.local_batch_size"
 AC = "--activation_checkpoint.mode"
+DETERMINISTIC = "--debug.deterministic"  # other kernels where torch has them, an error where it has none
 # name -> (processes, arguments); every one has a global batch of 4. More layouts, over more steps, are in
 # test_invariance.py.
 LAYOUTS = {
@@ -37,7 +38,7 @@ LAYOUTS = {
     "tp2": (2, [LOCAL, "4", TP, "2"]),
     "operator-checkpointing": (2, [LOCAL, "2", AC, "selective", "--activation_checkpoint.selective_ac_option", "op"]),
     "fsdp2-tp2-accumulation": (4, [LOCAL, "1", TP, "2"]),
-    "cp2": (2, [LOCAL, "4", CP, "2"]),
+    "cp2": (2, [LOCAL, "4", CP, "2", DETERMINISTIC]),
     "fsdp2-cp2": (4, [LOCAL, "2", CP, "2"]),
 }
 # On packed rows; compilation sees masks and positions as arguments of its graphs.
@@ -267,7 +268,10 @@ def test_every_option_is_the_same_on_every_layout(request, options, name, layout
 
 # Expert-parallel ranks share one set of the experts' fast weights: a single process of all their rows has it too.
 EXPERTS = {"memory-off": [MEMORY + "no_enable"], "memory-of-a-batch": [MEMORY + "granularity", "batch"]}
-EXPERT_LAYOUTS = {"single": (1, [LOCAL, "4"]), "ep2": (2, [LOCAL, "2", "--parallelism.expert_parallel_degree", "2"])}
+EXPERT_LAYOUTS = {
+    "single": (1, [LOCAL, "4"]),
+    "ep2": (2, [LOCAL, "2", "--parallelism.expert_parallel_degree", "2", DETERMINISTIC]),
+}
 
 
 def expert_runs(root):
