@@ -52,7 +52,7 @@ def test_torchtitan_finds_on_the_cpu_what_it_asks_of_a_device():
 
 
 def test_attention_has_a_deterministic_kernel_after_cudnns():
-    """With deterministic algorithms torch passes over cuDNN's, and flash attention's backward pass becomes deterministic."""
+    """Torch passes over cuDNN's in deterministic mode; flash attention's backward pass becomes deterministic."""
     cudnn, *others = BidirectionalAttentionKernel().sdpa_backends
     assert (cudnn, *others) == (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)
     set_up = inspect.getsource(titan_distributed.set_determinism)
