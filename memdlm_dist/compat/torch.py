@@ -90,7 +90,8 @@ def leave_ring_unbalanced(rotation: Any) -> None:
 def local_block(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """Return the block of a tensor that this rank holds, and the indices in the whole of its first element.
 
-    They are what DCP writes and reads, of a DTensor that tensor parallelism and FSDP2 shard on the same dimension too.
+    By DCP's protocol for sharded tensors, which knows a DTensor that tensor parallelism and FSDP2 shard on the same
+    dimension too (2.13).
     """
     if not isinstance(x, DTensor):
         return x, (0,) * x.ndim

@@ -43,7 +43,6 @@ class Normal:
 
     std: float
     cut: float = math.inf
-    numbers_of: str = ""  # the parameter whose numbers these are multiples of, if not its own
 
     def of(self, u: Tensor) -> Tensor:
         """Map numbers that are uniform on (-1, 1), in place: the inverse of the distribution function."""
@@ -55,7 +54,6 @@ class Uniform:
     """U(-bound, bound)."""
 
     bound: float
-    numbers_of: str = ""
 
     def of(self, u: Tensor) -> Tensor:
         """Map numbers that are uniform on (-1, 1), in place."""
@@ -73,7 +71,7 @@ def distribution(name: str, shape: torch.Size, sizes: Sizes) -> Distribution:
         return Normal(1.0)
     if name == HEAD:
         std = sizes.dim**-0.5
-        return Normal(std, numbers_of=EMBEDDING) if sizes.head_from_embedding else Normal(std, cut=3.0)
+        return Normal(std) if sizes.head_from_embedding else Normal(std, cut=3.0)
     linear = name.removesuffix(".weight").rpartition(".")[2]
     if linear.endswith("norm"):
         return 1.0
@@ -91,7 +89,9 @@ def adapter_distribution(name: str, shape: torch.Size) -> Distribution:
 def draw(model: nn.Module, sizes: Sizes) -> None:
     """Draw all parameters, each rank its shards, by torch's seed: torchtitan gives all ranks the same one."""
     for name, parameter in _parameters(model).items():
-        _fill(parameter, name, distribution(name, parameter.shape, sizes))
+        # A head that starts as the embedding has its numbers, at another scale.
+        numbers = EMBEDDING if name == HEAD and sizes.head_from_embedding else name
+        _fill(parameter, numbers, distribution(name, parameter.shape, sizes))
 
 
 @torch.no_grad()
@@ -107,7 +107,12 @@ def _parameters(model: nn.Module) -> dict[str, Tensor]:
     return cast(dict[str, Tensor], get_model_state_dict(model))
 
 
-def _fill(parameter: Tensor, name: str, chosen: Distribution) -> None:
+def _fill(parameter: Tensor, numbers: str, chosen: Distribution) -> None:
+    """Fill this rank's shard of a parameter.
+
+    Args:
+        numbers: the name that its random numbers are keyed by.
+    """
     local, first = local_block(parameter)
     if isinstance(chosen, float):
         local.fill_(chosen)
@@ -118,10 +123,11 @@ def _fill(parameter: Tensor, name: str, chosen: Distribution) -> None:
     for start, count, whole in zip(first[:-1], local.shape[:-1], parameter.shape[:-1], strict=True):
         row_R = row_R.unsqueeze(-1) * whole + torch.arange(start, start + count, device=local.device)
     start, columns = first[-1], local.shape[-1]
+    # Numbers come in pairs, of which a shard may begin or end with a half.
     pair = torch.arange(start // 2, (start + columns + 1) // 2, device=local.device)
     own = slice(start % 2, start % 2 + columns)
-    number = hashlib.blake2b((chosen.numbers_of or name).encode(), digest_size=8).digest()
-    keys_R = keyed_random.key(torch.initial_seed(), Stream.WEIGHTS, int.from_bytes(number), row_R.flatten())
+    number = int.from_bytes(hashlib.blake2b(numbers.encode(), digest_size=8).digest())
+    keys_R = keyed_random.key(torch.initial_seed(), Stream.WEIGHTS, number, row_R.flatten())
     rows = max(1, _TOGETHER.get(local.device.type, _TOGETHER_ON_GPU) // columns)
     for keys_r, out_rc in zip(keys_R.split(rows), local.view(-1, columns).split(rows), strict=True):
         out_rc.copy_(chosen.of(keyed_random.symmetric(keys_r, pair))[:, own])
