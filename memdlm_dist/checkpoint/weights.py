@@ -10,7 +10,7 @@ from memdlm_dist.checkpoint.catalogue import METADATA, Catalogue, is_export, nam
 from memdlm_dist.checkpoint.manager import check_model, states_in
 from memdlm_dist.checkpoint.reading import load_states
 from memdlm_dist.errors import UserError
-from memdlm_dist.models.lora import HasAdapters
+from memdlm_dist.models import initial_weights
 from memdlm_dist.models.state_dict_adapters import Adapter
 from memdlm_dist.runtime.rank_0 import from_rank_0, reason_of
 from memdlm_dist.runtime.storage import Storage
@@ -57,9 +57,7 @@ def load(model: nn.Module, location: str, adapter: Adapter) -> str:
     """
     found: str = from_rank_0(lambda: find(location))
     weights = ModelWrapper(model)
-    for module in model.modules():
-        if isinstance(module, HasAdapters):
-            module.reset_adapters()  # which weights of a plain model leave as they are
+    initial_weights.draw_adapters(model)  # which weights of a plain model leave as they are
     if from_rank_0(lambda: is_export(Storage(found).sizes())):
         hugging_face_folder.load(weights, adapter, found)
         return found

@@ -21,13 +21,14 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import _attention as ring_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = [
     "EntryReader", "FsspecEntryReader", "TorchDispatchMode", "all_to_all", "checkpointed", "collectives", "completed",
-    "connection_loss", "grouped_mm", "leave_ring_unbalanced", "operator_name", "raise_recompile_limit",
+    "connection_loss", "grouped_mm", "leave_ring_unbalanced", "local_block", "operator_name", "raise_recompile_limit",
     "rendezvous_store", "storage_error", "tree_leaves", "tree_map_only", "use_cpu",
 ]  # fmt: skip
 
@@ -84,6 +85,20 @@ def leave_ring_unbalanced(rotation: Any) -> None:
     attention and has no public switch (2.13)."""
     ring_attention._cp_options.enable_load_balance = False
     ring_attention.set_rotate_method(rotation)
+
+
+def local_block(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Return the block of a tensor that this rank holds, and the indices in the whole of its first element.
+
+    By DCP's protocol for sharded tensors, which knows a DTensor that tensor parallelism and FSDP2 shard on the same
+    dimension too (2.13).
+    """
+    if not isinstance(x, DTensor):
+        return x, (0,) * x.ndim
+    local: Tensor = x.to_local()
+    (chunk,) = x.__create_chunk_list__()
+    assert local.numel() == 0 or chunk.sizes == local.shape
+    return local, tuple(chunk.offsets)
 
 
 def grouped_mm(x_Si: Tensor, weight_noi: Tensor, ends_n: Tensor) -> Tensor:

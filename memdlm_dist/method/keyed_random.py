@@ -5,6 +5,8 @@ Every random quantity of a training step (noise level, masks, the draw of the fa
 any number of ranks and any order of the rows, there is no generator state to save, and a slice can be
 computed without the rest. A stateful generator per row would need a Python loop over the batch.
 
+Initial weights are keyed by (seed, stream, parameter, row), so that a rank draws its shard alone.
+
 The generator is SplitMix64 (Steele, Lea and Flood 2014) read at random positions: number `j` of a key
 `k` is `mix(k + (j + 1) * GAMMA)`. It is integer arithmetic, hence the same on CPU and GPU.
 """
@@ -28,6 +30,7 @@ class Stream(IntEnum):
     MEMORY = 5
     DECODING = 6
     LIKELIHOOD = 7
+    WEIGHTS = 8
 
 
 def _signed(value: int) -> int:
@@ -38,12 +41,14 @@ def _signed(value: int) -> int:
 
 def _xor_shift(x: Tensor, bits: int) -> Tensor:
     # int64 shifts arithmetically; the mask makes it the logical shift that the generator needs.
-    return x ^ ((x >> bits) & ((1 << (64 - bits)) - 1))
+    shifted = (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
+    return x.bitwise_xor_(shifted)
 
 
 def _mix(x: Tensor) -> Tensor:
-    x = _xor_shift(x, 30) * _signed(_MULTIPLIERS[0])
-    x = _xor_shift(x, 27) * _signed(_MULTIPLIERS[1])
+    """Mix in place, in memory that is read again at once: weights are drawn at the speed of torch's generator."""
+    x = _xor_shift(x, 30).mul_(_signed(_MULTIPLIERS[0]))
+    x = _xor_shift(x, 27).mul_(_signed(_MULTIPLIERS[1]))
     return _xor_shift(x, 31)
 
 
@@ -53,8 +58,9 @@ def key(seed: int, stream: Stream, step: int | Tensor, ids: Tensor) -> Tensor:
     Args:
         seed: the run's seed.
         stream: which family of numbers.
-        step: training step, 0 for numbers that stay fixed; one for each entry of `ids`, or one for all.
-        ids: int64 tensor of any shape, for instance the global sample ids `[B]`.
+        step: training step, 0 for numbers that stay fixed; one for each entry of `ids`, or one for all. Of initial
+            weights, the parameter's number.
+        ids: int64 tensor of any shape, for instance the global sample ids `[B]`, or rows of a parameter.
 
     Returns:
         int64 tensor of the shape and on the device of `ids`.
@@ -80,3 +86,19 @@ def uniform(keys: Tensor, index: Tensor, dtype: torch.dtype = torch.float64) -> 
     bits = 53 if dtype == torch.float64 else 24
     mixed = _mix(keys.unsqueeze(-1) + (index + 1) * _signed(_GAMMA))
     return ((mixed >> (64 - bits)) & ((1 << bits) - 1)).to(dtype) * 2.0**-bits
+
+
+def symmetric(keys: Tensor, pair: Tensor) -> Tensor:
+    """Numbers `2 pair` and `2 pair + 1` of every key, uniform on (-1, 1) and symmetric about 0.
+
+    The two halves of one 64-bit number, hence half the mixing of `uniform`. Neither 0 nor an end occurs.
+
+    Args:
+        keys: int64 `[...]`.
+        pair: int64 `[n]`.
+
+    Returns:
+        `[..., 2 n]`, float32 with 24 random bits, on the device of `keys`.
+    """
+    mixed = _mix(keys.unsqueeze(-1) + (pair + 1) * _signed(_GAMMA))
+    return (mixed.view(torch.int32) >> 8).to(torch.float32).add_(0.5).mul_(2.0**-23)

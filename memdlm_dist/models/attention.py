@@ -74,7 +74,7 @@ class BidirectionalAttentionKernel(ScaledDotProductAttentionWrapper):
 
 
 class BidirectionalAttention(Attention):
-    """Every token attends to every token of its sequence or document. Projections and initialisation are llama3's.
+    """Every token attends to every token of its sequence or document. The projections are llama3's.
 
     Each projection has fast weights if it is given any: "q", "k", "v", "o".
 
@@ -115,9 +115,3 @@ class BidirectionalAttention(Attention):
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
         y_BHLd = self.inner_attention(q, k, v, enable_gqa=self.enable_gqa, mask=attention_masks)
         return adapted(self.wo, y_BHLd.transpose(1, 2).reshape(batch, length, -1), fast.get("o"), own_set)
-
-    def init_weights(self, init_std: float) -> None:
-        super().init_weights(init_std)
-        if self.qk_norm:
-            self.q_norm.reset_parameters()
-            self.k_norm.reset_parameters()

@@ -11,24 +11,24 @@ sharded on the sequence, [B, L / tp, D].
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchtitan.models.qwen3.model.model import FeedForward
-from torchtitan.models.utils import get_dense_model_nparams_and_flops, trunc_normal_
+from torchtitan.models.utils import get_dense_model_nparams_and_flops
 from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 
 from memdlm_dist.compat.torch import completed
 from memdlm_dist.method.documents import Documents
 from memdlm_dist.method.fast_weights import AdaptedLinear, FastLinear, FastWeights, adapted
 from memdlm_dist.method.logit_loss import HeadLoss
+from memdlm_dist.models import initial_weights
 from memdlm_dist.models.attention import BidirectionalAttention, TokenContext, document_mask, has_block_attention
 from memdlm_dist.models.head import OutputHead, Readout
 from memdlm_dist.models.linears import LINEARS, names_of
-from memdlm_dist.models.lora import HasAdapters
 from memdlm_dist.models.residency import Residency
 from memdlm_dist.models.rope import RopeScaling, rescaled_base, rotary_frequencies
 
@@ -122,14 +122,12 @@ class TransformerBlock(nn.Module):
 
     moe_enabled = False  # by which torchtitan's recipes tell the kinds of blocks apart
 
-    def __init__(self, layer_id: int, args: LLaDAArgs):
+    def __init__(self, args: LLaDAArgs):
         super().__init__()
         self.attention = BidirectionalAttention(args)
         self._build_ffn(args)
         self.attention_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.ffn_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
-        self.weight_init_std = 0.02 / (2 * (layer_id + 1)) ** 0.5
-        self.init_scale = args.init_std / 0.02
 
     def _build_ffn(self, args: Any) -> None:
         self.feed_forward = AdaptableFeedForward(args.dim, args.hidden_dim)
@@ -142,20 +140,6 @@ class TransformerBlock(nn.Module):
         # Four positional arguments, as llama3's tensor-parallel plan describes the attention's inputs.
         h_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), frequencies, mask, None, fast=fast, own_set=own_set)
         return h_BLD + self.ffn(self.ffn_norm(h_BLD), fast, own_set, trains)
-
-    def init_weights(self) -> None:
-        for norm in (self.attention_norm, self.ffn_norm):
-            norm.reset_parameters()
-        self.attention.init_weights(self.weight_init_std)
-        self._init_ffn()
-        if self.init_scale != 1:
-            with torch.no_grad():
-                for parameter in self.parameters():
-                    if parameter.ndim > 1:  # the norms are not scaled
-                        parameter.mul_(self.init_scale)
-
-    def _init_ffn(self) -> None:
-        self.feed_forward.init_weights(self.weight_init_std)
 
 
 class LLaDA(ModelProtocol):
@@ -175,7 +159,7 @@ class LLaDA(ModelProtocol):
         self.model_args = args
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.register_buffer("freqs_cis", self._rotary(), persistent=False)
-        self.layers = nn.ModuleDict({str(i): self.block(i, args) for i in range(args.n_layers)})
+        self.layers = nn.ModuleDict({str(i): self.block(args) for i in range(args.n_layers)})
         self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.output = OutputHead(args.dim, args.vocab_size, bias=False)
 
@@ -218,21 +202,10 @@ class LLaDA(ModelProtocol):
                 self.freqs_cis = self._rotary()
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
-        """Start all weights; call under no_grad."""
+        """Draw all weights by torch's seed, and compute the RoPE table; torchtitan's hook."""
         with torch.device(buffer_device or self.freqs_cis.device):
             self.freqs_cis = self._rotary()
-        nn.init.normal_(self.tok_embeddings.weight)
-        for block in self.layers.values():
-            cast(TransformerBlock, block).init_weights()
-        self.norm.reset_parameters()
-        std = self.model_args.dim**-0.5
-        trunc_normal_(self.output.weight, mean=0.0, std=std, a=-3 * std, b=3 * std)
-        if self.model_args.head_from_embedding:
-            with torch.no_grad():
-                self.output.weight.copy_(self.tok_embeddings.weight * std)
-        for module in self.modules():
-            if isinstance(module, HasAdapters):
-                module.reset_adapters()
+        initial_weights.draw(self, self.model_args)
 
     def forward(
         self,

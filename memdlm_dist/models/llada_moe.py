@@ -26,7 +26,6 @@ from memdlm_dist.compat.torchtitan import permuted
 from memdlm_dist.method.fast_weights import AdaptedLinear, ExpertProduct, FastLinear, adapted_experts
 from memdlm_dist.models.linears import GROUPS, LINEARS
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs, TransformerBlock
-from memdlm_dist.models.lora import HasAdapters
 from memdlm_dist.runtime.device import has_grouped_mm
 
 
@@ -81,7 +80,7 @@ class LLaDAMoEArgs(LLaDAArgs):
         )  # fmt: skip
 
 
-class AdaptableExperts(GroupedExperts, HasAdapters):
+class AdaptableExperts(GroupedExperts):
     """torchtitan's experts, W_down(silu(W_gate x) * W_up x) each, with fast weights where they are given any.
 
     Outer LoRA gives each expert's linears adapters of their own, A `[E, R, in]` and B `[E, out, R]`.
@@ -242,9 +241,6 @@ class MoEBlock(TransformerBlock):
         ours = {name: linear for name, linear in (fast or {}).items() if name in GROUPS["ffn"]}
         return cast(Tensor, self.moe(x_BLD, fast=ours or None, own_set=own_set, trains=trains))
 
-    def _init_ffn(self) -> None:
-        self.moe.init_weights(self.weight_init_std, self.moe.tokens_per_expert.device)
-
 
 class LLaDAMoE(LLaDA):
     """The backbone; everything but its blocks is LLaDA's."""
@@ -255,6 +251,11 @@ class LLaDAMoE(LLaDA):
     def mixtures(self) -> list[MixtureOfExperts]:
         """Those of all layers, in order."""
         return [cast(MoEBlock, block).moe for block in self.layers.values()]
+
+    def init_weights(self, buffer_device: torch.device | None = None) -> None:
+        super().init_weights(buffer_device)
+        for mixture in self.mixtures():
+            mixture.tokens_per_expert = torch.zeros_like(mixture.tokens_per_expert, device=buffer_device)
 
     def take_load(self) -> Tensor:
         """Tokens of every expert `[X, E]` of X layers in the training passes since the last call, on this rank.

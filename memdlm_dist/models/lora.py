@@ -22,19 +22,7 @@ from memdlm_dist.models.linears import weights_of
 A, B = "lora_A", "lora_B"
 
 
-class HasAdapters:
-    """A module with adapters, which start after the model's weights do."""
-
-    def reset_adapters(self) -> None:
-        """A ~ kaiming_uniform(a = sqrt 5), that is U(-1/sqrt(in), 1/sqrt(in)); B = 0: the model starts as the base."""
-        for name, parameter in cast(nn.Module, self).named_parameters(recurse=False):
-            if name.endswith(A):
-                nn.init.uniform_(parameter, -(parameter.shape[-1] ** -0.5), parameter.shape[-1] ** -0.5)
-            elif name.endswith(B):
-                nn.init.zeros_(parameter)
-
-
-class LoRALinear(nn.Linear, HasAdapters):
+class LoRALinear(nn.Linear):
     """A frozen linear with a trained low-rank term."""
 
     def __init__(self, linear: nn.Linear, rank: int, scale: float, dtype: torch.dtype):

@@ -6,10 +6,10 @@ import pytest
 from torch.distributed.checkpoint import FileSystemReader
 
 from memdlm_dist.data.prepare import Request, prepare
-from tests.support.launching import debug, from_one_seed, launch, run_many, scalars
+from tests.support.launching import debug, launch, run_many, scalars
 from tests.support.zygote import ROOT
 
-STEPS = 2
+STEPS = 5
 TRACKED = (
     "loss_metrics/global_avg_loss",
     "grad_norm",
@@ -22,13 +22,14 @@ TRACKED = (
     "validation/loss_memory_off",
     "validation/loss_memory_on",
 )
-# All layouts add up the same numbers in another order: float32 rounding (about 5e-7 is seen), and one
-# optimizer step that amplifies it.
+# All layouts start with the same weights and add up the same numbers in another order: float32 rounding (about 5e-7 is
+# seen), which optimizer steps amplify.
 TOLERANCE = 1e-5
 
 TP, CP = "--parallelism.tensor_parallel_degree", "--parallelism.context_parallel_degree"
 LOCAL = "--training.local_batch_size"
 AC = "--activation_checkpoint.mode"
+DETERMINISTIC = "--debug.deterministic"  # other kernels where torch has them, an error where it has none
 # name -> (processes, arguments); every one has a global batch of 4. More layouts, over more steps, are in
 # test_invariance.py.
 LAYOUTS = {
@@ -37,6 +38,7 @@ LAYOUTS = {
     "tp2": (2, [LOCAL, "4", TP, "2"]),
     "operator-checkpointing": (2, [LOCAL, "2", AC, "selective", "--activation_checkpoint.selective_ac_option", "op"]),
     "fsdp2-tp2-accumulation": (4, [LOCAL, "1", TP, "2"]),
+    "cp2": (2, [LOCAL, "4", CP, "2", DETERMINISTIC]),
     "fsdp2-cp2": (4, [LOCAL, "2", CP, "2"]),
 }
 # On packed rows; compilation sees masks and positions as arguments of its graphs.
@@ -45,7 +47,7 @@ PACKED = {
     "packed-fsdp2-cp2": (4, [LOCAL, "2", CP, "2"]),
     "packed-compiled-cp2": (2, [LOCAL, "4", CP, "2", "--compile.enable", "--compile.backend", "aot_eager"]),
 }
-COMMON = ["--model.flavor", "tiny", "--training.steps", str(STEPS), "--training.global_batch_size", "4"]
+COMMON = ["--model.flavor", "tiny", "--training.steps", "2", "--training.global_batch_size", "4"]
 VALIDATED = ("single", "fsdp2", "tp2", "fsdp2-cp2", "packed", "packed-fsdp2-cp2")
 # bfloat16 carries 8 bits; one rounding is 0.4%, and they add up over the layers.
 BFLOAT16 = {"fsdp2-bfloat16": (2, [LOCAL, "2"]), "fsdp2-tp2-bfloat16": (4, [LOCAL, "2", TP, "2"])}
@@ -56,28 +58,25 @@ BFLOAT16_TOLERANCE = 0.03
 def done(tmp_path_factory):
     """All runs of this file but the slow ones, for one start of Python: their folder."""
     root = tmp_path_factory.mktemp("runs")
-    run_many([*layout_runs(root), *option_runs(root, SINGLE_RUNS + SOME_RUNS), *continued_runs(root)])
+    runs = [layout_runs(root), option_runs(root, SINGLE_RUNS + SOME_RUNS), expert_runs(root), continued_runs(root)]
+    run_many([run for some in runs for run in some])
     return root
 
 
 def layout_runs(root):
-    """Two steps from one seed checkpoint, on every layout."""
-    seed, common = from_one_seed(root, *COMMON)
+    """Some steps from scratch, on every layout."""
     # All 41 held-out sequences: a number that no layout divides into batches.
     validation = ["--validation.enable", "--validation.local_batch_size", "4", "--validation.steps", "-1"]
     data = ["--data.train", str(root / "data/train"), "--data.validation", str(root / "data/heldout")]
     pack(root / "data")
     everything = {
-        **LAYOUTS,
+        **{name: (n, [*args, "--training.steps", str(STEPS)]) for name, (n, args) in LAYOUTS.items()},
         **{name: (n, [*args, "--training.mixed_precision_param", "bfloat16"]) for name, (n, args) in BFLOAT16.items()},
         **{name: (n, [*args, *data]) for name, (n, args) in PACKED.items()},
     }
     return [
-        seed,
-        *(
-            (n, debug(root / name, *common, *args, *(validation if name in VALIDATED else ())))
-            for name, (n, args) in everything.items()
-        ),
+        (n, debug(root / name, *COMMON, *args, *(validation if name in VALIDATED else ())))
+        for name, (n, args) in everything.items()
     ]
 
 
@@ -108,13 +107,13 @@ def pack(folder):
 
 
 def relative_difference(ours, theirs):
-    return max(abs(ours[step] - theirs[step]) / abs(theirs[step]) for step in theirs)
+    return max(abs(ours[step] - theirs[step]) / abs(theirs[step]) for step in ours)
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "single"])
 def test_every_layout_takes_the_same_step(results, layout):
     reference = results["single"]
-    assert set(reference["grad_norm"]) == {1, 2} and set(reference["validation/loss_memory_on"]) == {0, 2}
+    assert set(reference["grad_norm"]) == {1, 2, 3, 4, 5} and set(reference["validation/loss_memory_on"]) == {0, STEPS}
     for name in TRACKED:
         if name.startswith("validation") and layout not in VALIDATED:
             continue
@@ -136,15 +135,14 @@ def test_scalars_count_a_context_parallel_group_once(results):
     for name in ("n_tokens_seen", "parametric_memory/hardware_flops_ratio", "loss_metrics/global_max_loss"):
         ours, theirs = results["fsdp2-cp2"][name], results["fsdp2"][name]
         assert relative_difference(ours, theirs) < (0.05 if "flops" in name else TOLERANCE), name
-    assert results["fsdp2-cp2"]["n_tokens_seen"] == {1: 4 * 128, 2: 8 * 128}
+    assert results["fsdp2-cp2"]["n_tokens_seen"] == {step: step * 4 * 128 for step in range(1, STEPS + 1)}
 
 
 @pytest.mark.slow
 def test_inductor_takes_the_same_step(tmp_path):
     """The options below are compiled without it: it takes half a minute."""
-    seed, common = from_one_seed(tmp_path, *COMMON)
-    compiled = debug(tmp_path / "compiled", *common, LOCAL, "2", "--compile.enable")
-    run_many([seed, (1, debug(tmp_path / "single", *common, LOCAL, "4")), (2, compiled)])
+    compiled = debug(tmp_path / "compiled", *COMMON, LOCAL, "2", "--compile.enable")
+    run_many([(1, debug(tmp_path / "single", *COMMON, LOCAL, "4")), (2, compiled)])
     ours, theirs = scalars(tmp_path / "compiled"), scalars(tmp_path / "single")
     for name in TRACKED[:7]:
         assert relative_difference(ours[name], theirs[name]) < TOLERANCE, name
@@ -173,8 +171,8 @@ def test_the_layouts_are_not_trivially_equal(results):
     one = results["single"]
     assert one["parametric_memory/fast_weight_norm"][1] > 1e-3
     assert one["validation/loss_memory_on"][0] < one["validation/loss_memory_off"][0]
-    assert one["validation/loss_memory_off"][2] < one["validation/loss_memory_off"][0]
-    assert one["parametric_memory/skipped_updates"] == {1: 0, 2: 0}
+    assert one["validation/loss_memory_off"][STEPS] < one["validation/loss_memory_off"][0]
+    assert set(one["parametric_memory/skipped_updates"].values()) == {0}
 
 
 # The options of the inner loop, each at least once, on the layouts in which they run different code.
@@ -229,12 +227,11 @@ SINGLE_RUNS = tuple((name, "single") for name in OPTIONS)
 
 
 def option_runs(root, chosen_runs):
-    seed, common = from_one_seed(root / "options", *COMMON)
-    runs = [seed]
+    runs = []
     for name, layout in chosen_runs:
         processes, arguments = OPTION_LAYOUTS[layout]
         chosen = [part for key, value in OPTIONS[name].items() for part in (MEMORY + key, value)]
-        runs.append((processes, debug(root / "options" / name / layout, *common, *arguments, *chosen)))
+        runs.append((processes, debug(root / "options" / name / layout, *COMMON, *arguments, *chosen)))
     return runs
 
 
@@ -266,6 +263,33 @@ def test_every_option_is_the_same_on_every_layout(request, options, name, layout
     assert len(tracked) == 2 * steps
     for key in (*tracked, "loss_metrics/global_avg_loss", "grad_norm", "parametric_memory/fast_weight_norm"):
         assert set(ours[key]) == set(theirs[key]) == {1, 2}
+        assert relative_difference(ours[key], theirs[key]) < TOLERANCE, f"{key}: {ours[key]} against {theirs[key]}"
+
+
+# Expert-parallel ranks share one set of the experts' fast weights: a single process of all their rows has it too.
+EXPERTS = {"memory-off": [MEMORY + "no_enable"], "memory-of-a-batch": [MEMORY + "granularity", "batch"]}
+EXPERT_LAYOUTS = {
+    "single": (1, [LOCAL, "4"]),
+    "ep2": (2, [LOCAL, "2", "--parallelism.expert_parallel_degree", "2", DETERMINISTIC]),
+}
+
+
+def expert_runs(root):
+    backbone = ["--model.name", "llada_moe", "--model.flavor", "debug", "--training.steps", str(STEPS)]
+    return [
+        (n, debug(root / "experts" / name / layout, *backbone, *memory, *arguments))
+        for name, memory in EXPERTS.items()
+        for layout, (n, arguments) in EXPERT_LAYOUTS.items()
+    ]
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_take_the_same_steps_from_scratch(done, name):
+    ours, theirs = (scalars(done / "experts" / name / layout) for layout in ("ep2", "single"))
+    tracked = [key for key in theirs if key.startswith("parametric_memory/inner")]
+    assert bool(tracked) == (name != "memory-off")
+    for key in ("loss_metrics/global_avg_loss", "grad_norm", *tracked):
+        assert set(ours[key]) == set(theirs[key]) == {1, 2, 3, 4, 5}
         assert relative_difference(ours[key], theirs[key]) < TOLERANCE, f"{key}: {ours[key]} against {theirs[key]}"
 
 

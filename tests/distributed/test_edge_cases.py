@@ -13,7 +13,7 @@ from memdlm_dist.data.shards import ShardWriter, read_card
 from memdlm_dist.method import trajectory
 from memdlm_dist.method.trajectory import Plan
 from memdlm_dist.training.metrics import HARDWARE_FLOPS
-from tests.support.launching import debug, from_one_seed, run_many, scalars
+from tests.support.launching import debug, run_many, scalars
 
 LENGTH = 32
 LOCAL = "--training.local_batch_size"
@@ -57,13 +57,13 @@ def results(tmp_path_factory):
         root / "data",
         [(random.integers(4, 512, LENGTH), np.arange(LENGTH) < count) for step in MASKABLE for count in step],
     )
-    seed, common = from_one_seed(root, *data, "--training.steps", str(STEPS))
+    common = [*data, "--training.steps", str(STEPS)]
     runs = [
         (n, debug(root / name / layout, *common, *options, *args), {"record": str(root / "draws" / name / layout)})
         for name, options in OPTIONS.items()
         for layout, (n, args) in LAYOUTS.items()
     ]
-    run_many([seed, *runs])
+    run_many(runs)
     return root
 
 
@@ -118,7 +118,7 @@ def test_the_ranks_really_differ(results):
     assert sorted(counts[0] for counts in per_rank) == [0, 1, 9, LENGTH]
 
 
-def test_a_row_whose_inner_loss_is_not_finite_is_counted(results, tmp_path):
+def test_a_row_whose_inner_loss_is_not_finite_is_counted(tmp_path):
     """A token whose embedding is broken, where an inner state shows it and the anchor masks it."""
     broken, row, step = 300, 1, 1
     random = np.random.default_rng(1)
@@ -129,11 +129,15 @@ def test_a_row_whose_inner_loss_is_not_finite_is_counted(results, tmp_path):
     first, second = (state.mask_BL for state in Plan(trajectory="progressive").states(draw, anchor))
     tokens[row, int((anchor.mask_BL & first & ~second)[row].nonzero()[0])] = broken
     data = write_shards(tmp_path / "data", [(x, np.ones(LENGTH, dtype=bool)) for x in tokens])
-    progressive = ["--parametric_memory.trajectory", "progressive", "--training.steps", "1"]
-    _, common = from_one_seed(results, *data, *progressive)  # the seed is there already
+    common = [
+        *data, "--parametric_memory.trajectory", "progressive", "--training.steps", "1", "--checkpoint.enable",
+        "--checkpoint.load_only",
+    ]  # fmt: skip
+    seed = debug(tmp_path / "seed", *data, "--checkpoint.enable", "--checkpoint.create_seed_checkpoint")
+    run_many([(1, seed)])
 
     saved = str(tmp_path / "state.pt")
-    dcp_to_torch_save(results / "seed/checkpoint/step-0", saved)
+    dcp_to_torch_save(tmp_path / "seed/checkpoint/step-0", saved)
     state = torch.load(saved, weights_only=False)  # this test's own
     state["tok_embeddings.weight"][broken] = torch.nan
     torch.save(state, saved)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.support.launching import debug, from_one_seed, run_many, scalars
+from tests.support.launching import debug, run_many, scalars
 
 STEPS = 20
 # What 20 steps make of adding up the same numbers in another order (2e-7 is seen in the loss, 2e-6 in the norm).
@@ -39,14 +39,12 @@ SOME = ("single", "fsdp2-tp2", "hsdp2x2")
     ids=lambda chosen: f"{chosen[0]} on {len(chosen[1])}",
 )
 def variant(request, tmp_path_factory):
-    """A variant's runs of several layouts, from one seed checkpoint; one variant on some of the layouts by default, all
+    """A variant's runs of several layouts, from scratch; one variant on some of the layouts by default, all
     of them on all with -m slow."""
     name, layouts = request.param
     root = tmp_path_factory.mktemp(name)
-    seed, common = from_one_seed(
-        root, "--model.flavor", "tiny", "--training.steps", str(STEPS), "--training.global_batch_size", "4"
-    )
-    runs = [seed]
+    common = ["--model.flavor", "tiny", "--training.steps", str(STEPS), "--training.global_batch_size", "4"]
+    runs = []
     for layout in layouts:
         processes, _, arguments = LAYOUTS[layout]
         run = (processes, debug(root / layout, *common, *VARIANTS[name], *arguments))

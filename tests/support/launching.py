@@ -64,14 +64,6 @@ def run_module(module: str, *arguments: str) -> str:
     return _run([sys.executable, "-m", module, *arguments])
 
 
-def from_one_seed(root: Path, *args: str) -> tuple[tuple[int, list[str]], list[str]]:
-    """Return the run that writes a seed checkpoint under `root`, and the arguments of one that starts from it."""
-    enable = "--checkpoint.enable"
-    seed = (1, debug(root / "seed", *args, enable, "--checkpoint.create_seed_checkpoint"))
-    load = ["--checkpoint.load_only", "--checkpoint.initial_load_path", str(root / "seed/checkpoint/step-0")]
-    return seed, [*args, enable, *load]
-
-
 def scalars(out: Path) -> dict[str, dict[int, float]]:
     """Return the TensorBoard scalars of a run: name -> step -> value."""
     files = tuple(sorted((file, file.stat().st_size) for file in (out / "tb").rglob("*") if file.is_file()))

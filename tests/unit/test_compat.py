@@ -10,6 +10,7 @@ import streaming.base.shared.prefix as shared_prefix
 import torch
 import torchtitan.components.checkpoint as titan_checkpoint
 import torchtitan.components.metrics as titan_metrics
+import torchtitan.distributed.utils as titan_distributed
 import torchtitan.models.moe.moe as titan_moe
 import torchtitan.models.moe.utils as titan_moe_utils
 import torchtitan.tools.utils as titan_utils
@@ -20,12 +21,14 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.elastic.multiprocessing import api as elastic
+from torch.nn.attention import SDPBackend
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from memdlm_dist.compat import streaming as streaming_seam
 from memdlm_dist.compat import torch as torch_seam
 from memdlm_dist.compat import torchrun
 from memdlm_dist.compat import torchtitan as titan_seam
+from memdlm_dist.models.attention import BidirectionalAttentionKernel
 from memdlm_dist.runtime import device
 
 
@@ -46,6 +49,15 @@ def test_torchtitan_finds_on_the_cpu_what_it_asks_of_a_device():
     counted = torch.histc(torch.tensor([0, 2, 2]), bins=3, min=0, max=3)
     assert counted.tolist() == [1, 0, 2]
     assert torch.histc(torch.tensor([0.5]), bins=2, min=0, max=1).tolist() == [0, 1]
+
+
+def test_attention_has_a_deterministic_kernel_after_cudnns():
+    """Torch passes over cuDNN's in deterministic mode; flash attention's backward pass becomes deterministic."""
+    cudnn, *others = BidirectionalAttentionKernel().sdpa_backends
+    assert (cudnn, *others) == (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)
+    set_up = inspect.getsource(titan_distributed.set_determinism)
+    for what in ("torch.use_deterministic_algorithms(True", "CUBLAS_WORKSPACE_CONFIG", "_compiled_flex_attn"):
+        assert what in set_up
 
 
 def test_experts_are_permuted_by_a_function_of_the_module():

@@ -1,0 +1,162 @@
+"""Initial weights: the same to the last bit on every layout, and distributed as torchtitan's."""
+
+import math
+import time
+
+import pytest
+import torch
+from torch import nn
+from torchtitan.models.llama3 import Transformer, TransformerModelArgs
+from torchtitan.models.moe import MoE
+
+from memdlm_dist.models import initial_weights
+from memdlm_dist.models.flavours import LLADA, LLADA_MOE
+from memdlm_dist.models.initial_weights import Normal, Uniform
+from memdlm_dist.models.llada import LLaDA, LLaDAArgs
+from memdlm_dist.models.llada_moe import LLaDAMoE, LLaDAMoEArgs
+from tests.workers.sharded_weights import BACKBONES, LAYOUTS
+
+
+@pytest.fixture(scope="module")
+def single(pools):
+    return {name: pools(1).call("tests.workers.sharded_weights:find", name, []) for name in BACKBONES}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_starts_with_the_single_process_weights(pools, single, layout):
+    processes, backbone, arguments = LAYOUTS[layout]
+    assert pools(processes).call("tests.workers.sharded_weights:find", backbone, arguments) == single[backbone]
+
+
+def test_parameters_and_seeds_have_numbers_of_their_own(pools, single):
+    other = pools(1).call("tests.workers.sharded_weights:find", "llada", [], 8)
+    drawn = {name for name in other if "norm" not in name and "lora_B" not in name}
+    assert len(drawn) == 2 + 2 * 2 * 7  # embedding, head, and the linears with an adapter each of two layers
+    assert len({digests[name] for digests in (other, single["llada"]) for name in drawn}) == 2 * len(drawn)
+
+
+ARGS = LLaDAArgs(dim=256, n_layers=2, n_heads=4, hidden_dim=512, vocab_size=512, max_seq_len=8)
+MOE_ARGS = LLaDAMoEArgs(
+    dim=256, n_layers=1, n_heads=4, hidden_dim=128, vocab_size=512, n_experts=4, experts_per_token=1, max_seq_len=8
+)
+
+
+def drawn(model_class, args, seed=0):
+    torch.manual_seed(seed)
+    model = model_class(args)
+    model.init_weights()
+    return {name: x.detach() for name, x in model.named_parameters()}
+
+
+def kolmogorov_smirnov(a, b):
+    """Return the largest difference of two samples' distribution functions."""
+    a, b = a.flatten().sort().values, b.flatten().sort().values
+    points = torch.cat([a, b])
+    return max(
+        (torch.searchsorted(a, points, right=right) / len(a) - torch.searchsorted(b, points, right=right) / len(b))
+        .abs().max().item()
+        for right in (False, True)
+    )  # fmt: skip
+
+
+def assert_same_distribution(ours, theirs, name):
+    # Of two samples of n the statistic exceeds 2.2 sqrt(2 / n) once in 8,000 times.
+    assert kolmogorov_smirnov(ours, theirs) < 2.2 * math.sqrt(2 / ours.numel()), name
+    # The standard error of a standard deviation is 1 / sqrt(2 n) of it.
+    assert ours.std().item() == pytest.approx(theirs.std().item(), rel=5 / math.sqrt(ours.numel())), name
+
+
+def test_distributions_are_llama3s():
+    sizes = {"dim": 256, "n_layers": 2, "n_heads": 4, "vocab_size": 512, "max_seq_len": 8, "multiple_of": 256}
+    torch.manual_seed(1)
+    theirs = Transformer(TransformerModelArgs(**sizes))
+    with torch.no_grad():
+        theirs.init_weights()
+    theirs = dict(theirs.named_parameters())
+    ours = drawn(LLaDA, ARGS)
+    assert ours.keys() == theirs.keys()
+    for name, x in ours.items():
+        if x.ndim > 1:
+            assert_same_distribution(x, theirs[name].detach(), name)
+        else:
+            assert (x == 1).all() and (theirs[name] == 1).all(), name
+    cut = 3 * 256**-0.5
+    assert 0.98 * cut < ours["output.weight"].abs().max() <= cut
+
+
+def test_distributions_are_those_of_torchtitans_experts():
+    torch.manual_seed(1)
+    theirs = MoE(MOE_ARGS.moe_args, MOE_ARGS.dim, MOE_ARGS.hidden_dim)
+    with torch.no_grad():
+        theirs.init_weights(0.02 / math.sqrt(2), torch.device("cpu"))
+    ours = drawn(LLaDAMoE, MOE_ARGS)
+    for name, x in theirs.named_parameters():
+        assert_same_distribution(ours[f"layers.0.moe.{name}"], x.detach(), name)
+
+
+def test_settings_of_a_flavour_scale_the_blocks_and_copy_the_embedding():
+    plain = drawn(LLaDA, ARGS)
+    changed = drawn(LLaDA, LLaDAArgs(**{**vars(ARGS), "init_std": 0.08, "head_from_embedding": True}))
+    for name, x in plain.items():
+        if name.startswith("layers") and x.ndim > 1:
+            torch.testing.assert_close(changed[name], 4 * x)
+    torch.testing.assert_close(changed["output.weight"], plain["tok_embeddings.weight"] / 16)
+
+
+def correlation(a, b):
+    return abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].item())
+
+
+def test_parameters_seeds_rows_and_columns_are_independent():
+    ours, next_seed = drawn(LLaDA, ARGS), drawn(LLaDA, ARGS, seed=1)
+    one, two = (ours[f"layers.{layer}.feed_forward.w1.weight"] for layer in (0, 1))
+    # 131,072 numbers: the standard error is 0.0028.
+    assert correlation(one, two) < 0.014
+    assert correlation(one, ours["layers.0.feed_forward.w3.weight"]) < 0.014
+    assert correlation(one, next_seed["layers.0.feed_forward.w1.weight"]) < 0.014
+    assert correlation(one[1:], one[:-1]) < 0.014
+    assert correlation(one[:, 1:], one[:, :-1]) < 0.014
+    assert correlation(one[:, ::2].abs(), one[:, 1::2].abs()) < 0.02  # the halves of one 64-bit number
+
+
+@pytest.mark.parametrize("chosen", [Normal(0.02), Normal(1.0, cut=3.0), Uniform(0.1)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_block_is_the_block_of_the_whole(monkeypatch, chosen, threads):
+    """Whatever the block's sizes are to the vectors of a CPU, and to what is drawn together."""
+    torch.set_num_threads(threads)
+    whole = torch.empty(3, 101, 257)
+    initial_weights._fill(whole, "some.name", chosen)
+    monkeypatch.setitem(initial_weights._TOGETHER, "cpu", 1000)
+    for first, sizes in (((0, 0, 0), (3, 101, 257)), ((1, 40, 33), (2, 3, 7)), ((0, 99, 128), (3, 2, 1))):
+        block = torch.empty(sizes)
+        monkeypatch.setattr(initial_weights, "local_block", lambda x, first=first, block=block: (block, first))
+        initial_weights._fill(whole, "some.name", chosen)
+        (a, b, c), (i, j, k) = first, sizes
+        assert torch.equal(block, whole[a : a + i, b : b + j, c : c + k])
+
+
+def test_drawing_costs_little_more_than_torchs():
+    """1.0 to 1.1 times as long is seen; the bound leaves room for a busy machine."""
+    x = torch.empty(1024, 2048)
+
+    def seconds(function, *arguments):
+        began = time.perf_counter()
+        function(x, *arguments)
+        return time.perf_counter() - began
+
+    pairs = [
+        (seconds(initial_weights._fill, "some.name", Normal(0.02)), seconds(nn.init.trunc_normal_, 0.0, 0.02))
+        for _ in range(10)
+    ]
+    ours, theirs = map(min, zip(*pairs, strict=True))
+    assert ours < 1.5 * theirs
+
+
+def test_every_parameter_of_every_flavour_has_a_distribution():
+    for args, model_class in [*((x, LLaDA) for x in LLADA.values()), *((x, LLaDAMoE) for x in LLADA_MOE.values())]:
+        with torch.device("meta"):
+            model = model_class(args)
+        for name, x in model.named_parameters():
+            initial_weights.distribution(name, x.shape, args)
+    with pytest.raises(KeyError):
+        initial_weights.distribution("layers.0.attention.new.weight", torch.Size((2, 2)), ARGS)

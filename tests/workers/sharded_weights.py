@@ -1,0 +1,58 @@
+"""Initial weights of small backbones on several layouts, gathered."""
+
+import hashlib
+from dataclasses import replace
+
+import torch
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.tensor import DTensor
+
+from memdlm_dist.runtime import cpu
+
+cpu.prepare()
+
+from memdlm_dist.config import parse_config
+from memdlm_dist.models.flavours import LLADA, LLADA_MOE
+from memdlm_dist.models.llada_moe import LLaDAMoEArgs
+from memdlm_dist.training.backbone import layout_of, model_on_meta
+
+REPLICATE, SHARD = "--parallelism.data_parallel_replicate_degree", "--parallelism.data_parallel_shard_degree"
+TENSOR = "--parallelism.tensor_parallel_degree"
+EXPERT, EXPERT_TENSOR = "--parallelism.expert_parallel_degree", "--parallelism.expert_tensor_parallel_degree"
+WRAPPED = ["--activation_checkpoint.mode", "full", "--compile.enable"]
+# Sizes whose halves are odd, so that FSDP2 shards unevenly and a shard begins in the middle of a pair of numbers.
+BACKBONES = {
+    "llada": replace(LLADA["tiny"], dim=36, n_heads=2, n_kv_heads=2, hidden_dim=42, vocab_size=62),
+    "llada_moe": replace(LLADA_MOE["tiny"], dim=36, n_heads=2, hidden_dim=18, vocab_size=62, n_experts=6),
+}
+# Fewer experts than ranks: FSDP2 shards their rows.
+BACKBONES["two_experts"] = replace(BACKBONES["llada_moe"], n_experts=2)
+# name -> (processes, backbone, arguments)
+LAYOUTS = {
+    "tp2": (2, "llada", [TENSOR, "2"]),
+    "fsdp2-tp2": (4, "llada", [SHARD, "2", TENSOR, "2"]),
+    "fsdp4-wrapped": (4, "llada", [SHARD, "4", *WRAPPED]),
+    "hsdp2x2": (4, "llada", [REPLICATE, "2", SHARD, "2"]),
+    "fsdp4-experts": (4, "llada_moe", [SHARD, "4"]),
+    "ep2": (2, "llada_moe", [SHARD, "2", EXPERT, "2"]),
+    "fsdp4-ep2": (4, "llada_moe", [SHARD, "4", EXPERT, "2"]),
+    "fsdp4-ep2-two-experts": (4, "two_experts", [SHARD, "4", EXPERT, "2"]),
+    "ep2-tp2": (4, "llada_moe", [SHARD, "2", EXPERT, "2", TENSOR, "2", EXPERT_TENSOR, "2"]),
+}
+
+
+def find(backbone, arguments, seed=7):
+    """Return a digest of every parameter, which this process group's ranks have drawn a shard each of."""
+    sizes = BACKBONES[backbone]
+    config = parse_config.parse([
+        "--job.config_file", "train_configs/debug.toml",
+        "--model.name", "llada_moe" if isinstance(sizes, LLaDAMoEArgs) else "llada", "--model.flavor", "tiny",
+        "--model.converters", "lora", "--lora.rank", "2", *arguments,
+    ])  # fmt: skip
+    dims = layout_of(config, torch.distributed.get_world_size())
+    model = model_on_meta(config, sizes, dims).to_empty(device="cpu")
+    torch.manual_seed(seed)
+    model.init_weights()
+    state = get_model_state_dict(model)
+    whole = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in state.items()}
+    return {name: hashlib.sha256(x.float().numpy().tobytes()).hexdigest() for name, x in whole.items()}
