@@ -120,12 +120,15 @@ def raise_recompile_limit(limit: int) -> None:
 def collectives() -> list[tuple[int, int]]:
     """Return (last enqueued, last completed) of the collectives of each process group, in the order of the groups.
 
-    Read off torch's flight recorder, which has no public reader (2.13); empty if the backend records nothing.
+    Read off torch's flight recorders, NCCL's and the other backends', which have no public reader (2.13); empty if the
+    backend records nothing.
     """
-    dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)
-    groups = json.loads(dump(False, False)).get("pg_status", {}) if dump else {}
     keys = ("last_enqueued_collective", "last_completed_collective")
-    return [(int(groups[name][keys[0]]), int(groups[name][keys[1]])) for name in sorted(groups, key=int)]
+    for recorder in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):
+        dump = getattr(torch._C._distributed_c10d, recorder, None)
+        if groups := json.loads(dump(False, False)).get("pg_status", {}) if dump else {}:
+            return [(int(groups[name][keys[0]]), int(groups[name][keys[1]])) for name in sorted(groups, key=int)]
+    return []
 
 
 def rendezvous_store() -> Any:

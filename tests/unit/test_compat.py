@@ -210,3 +210,13 @@ def test_the_harness_has_a_command_line_and_a_method_for_token_ids():
     assert hasattr(harness_seam.command_line(), "execute") and "lm_eval" in sys.modules
     assert "_loglikelihood_tokens" in TemplateLM.__abstractmethods__
     assert "self._loglikelihood_tokens(" in inspect.getsource(TemplateLM.loglikelihood)
+
+
+def test_collectives_are_counted_by_the_recorder_of_the_backend(monkeypatch):
+    """NCCL has a recorder of its own, in builds with CUDA."""
+    module = torch._C._distributed_c10d
+    status = {str(group): {"last_enqueued_collective": 9 - group, "last_completed_collective": 5} for group in (0, 1)}
+    monkeypatch.setattr(module, "_dump_nccl_trace_json", lambda *_: json.dumps({"pg_status": status}), raising=False)
+    assert compat.collectives() == [(9, 5), (8, 5)]
+    monkeypatch.setattr(module, "_dump_nccl_trace_json", lambda *_: "{}")
+    assert json.loads(module._dump_fr_trace_json(False, False)).get("pg_status", {}) or compat.collectives() == []
