@@ -1,6 +1,8 @@
 """What each seam of memdlm_dist/compat assumes of another project: an upgrade that breaks one fails here, by name."""
 
+import argparse
 import inspect
+import json
 import logging
 import sys
 from types import SimpleNamespace
@@ -18,6 +20,7 @@ import torchtitan.train as titan_train
 from streaming import StreamingDataset
 from streaming.base.storage.download import DOWNLOADER_MAPPINGS, CloudDownloader
 from torch import nn
+from torch.distributed import run
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.elastic.multiprocessing import api as elastic
@@ -217,6 +220,13 @@ def test_collectives_are_counted_by_the_recorder_of_the_backend(monkeypatch):
     module = torch._C._distributed_c10d
     status = {str(group): {"last_enqueued_collective": 9 - group, "last_completed_collective": 5} for group in (0, 1)}
     monkeypatch.setattr(module, "_dump_nccl_trace_json", lambda *_: json.dumps({"pg_status": status}), raising=False)
-    assert compat.collectives() == [(9, 5), (8, 5)]
+    assert torch_seam.collectives() == [(9, 5), (8, 5)]
     monkeypatch.setattr(module, "_dump_nccl_trace_json", lambda *_: "{}")
-    assert json.loads(module._dump_fr_trace_json(False, False)).get("pg_status", {}) or compat.collectives() == []
+    monkeypatch.setattr(module, "_dump_fr_trace_json", lambda *_: json.dumps({"pg_status": {"0": status["1"]}}))
+    assert torch_seam.collectives() == [(8, 5)]
+
+
+def test_a_flag_that_older_torchruns_lack():
+    parser = run.get_args_parser()
+    assert torchrun.shutdown_flags(parser, 5) == ["--shutdown-timeout=5"]
+    assert torchrun.shutdown_flags(argparse.ArgumentParser(), 5) == []
