@@ -73,6 +73,40 @@ def ignore_outside_of_training() -> None:
 
 
 @contextlib.contextmanager
+def exiting_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end a command as an error does, so that it removes what it has not finished."""
+
+    def end(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # the removal is not to be cut short
+        print("Received SIGTERM: removing what is unfinished, and exiting.", file=sys.stderr, flush=True)
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def deferring_signals() -> Iterator[None]:
+    """Handle SIGTERM and SIGINT that arrive meanwhile afterwards; in the main thread only.
+
+    Blocking them is not enough: another thread may receive them, and the main thread still runs the handler.
+    """
+    received: list[int] = []
+    numbers: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in received:
+            signal.raise_signal(number)
+
+
+@contextlib.contextmanager
 def starting_workers() -> Iterator[None]:
     """Processes that are started meanwhile have SIGTERM blocked until they call `outlive_first_sigterm`."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
