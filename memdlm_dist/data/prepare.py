@@ -87,10 +87,10 @@ def prepare(request: Request, report: Callable[[str], None] = tqdm.write) -> Sum
         UserError: for an input, a tokenizer or an output that cannot be used, a corpus with nothing in
             it, and with `strict` for the first bad row.
     """
-    names = _check(request)
     found = corpus.sources(request.inputs) if request.inputs else corpus.builtin_sources()
     summary = Summary()
     try:
+        names = _check(request)
         request.output.mkdir(parents=True, exist_ok=True)
         # Tokenizer and shards belong together: they take their places together, or not at all.
         with output.replacing(request.output, names) as folders, ExitStack() as stack:
@@ -325,8 +325,8 @@ class _Cutter:
             BadRow: if a message holds what would be taken for the chat template's own.
         """
         for text in texts:
-            if found := self._pieces.special_tokens_in(text):
-                raise BadRow(f"a message holds the special token {next(iter(found))}, as the chat template writes it")
+            if (token := self._pieces.special_token_in(text)) is not None:
+                raise BadRow(f"a message holds the special token {token}, which would be read as the chat template's")
 
     def _encode(self, texts: list[str], parse_special_tokens: bool) -> list[list[int]]:
         encoded = (self._pieces.encode_plain if parse_special_tokens else self._pieces.encode_text)(texts)

@@ -97,7 +97,9 @@ def _problem(values: Any) -> str:
     if not isinstance(values, dict):
         return "is not a JSON object; prepare the data anew"
     number = values.get("format", FORMAT)
-    if type(number) is int and number > FORMAT:
+    if type(number) is not int or number < 1:
+        return "has no valid format; prepare the data anew"
+    if number > FORMAT:
         return (
             f"has format {number}, but this version of memdlm_dist reads format {FORMAT} at most; use a version that "
             f"reads format {number}, or prepare the data anew"

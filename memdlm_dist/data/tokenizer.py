@@ -91,6 +91,13 @@ class DiffusionTokenizer(HuggingFaceTokenizer):
         """Count the special and added tokens that stand in a text."""
         return Counter(self._written.findall(text))
 
+    def special_token_in(self, text: str) -> str | None:
+        """Return a special token that stands in a text, as it is or as the tokenizer normalises the text."""
+        if found := self._written.search(text):
+            return found.group()
+        ids = self._reserved.intersection(*self.encode_plain([text]))
+        return str(self.tokenizer.id_to_token(min(ids))) if ids else None
+
     def _encode_cut(self, text: str) -> list[int]:
         """Encode a text that is cut within each special token: some models have the whole word in their vocabulary."""
         pieces = self._cuts.split(text)
