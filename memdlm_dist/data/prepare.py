@@ -26,6 +26,7 @@ MAX_SEQ_LEN = 1 << 24
 _BATCH = 64  # rows tokenised at once, on all cores
 _BATCH_LENGTH = 1 << 18  # characters, if it is more than one row: signals wait for it
 _SHOWN_PROBLEMS = 10
+_PROBLEM_LENGTH = 300
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,7 @@ def _good_rows(
 
 
 def _bad_row(request: Request, summary: Summary, report: Callable[[str], None], location: str, problem: str) -> None:
+    problem = problem[:_PROBLEM_LENGTH].encode(errors="backslashreplace").decode()  # it may quote the row
     if request.strict:
         raise UserError(f"Bad row at {location}: {problem}; correct it, or leave out --strict to skip bad rows.")
     summary.bad_rows += 1

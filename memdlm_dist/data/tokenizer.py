@@ -120,7 +120,7 @@ class DiffusionTokenizer(HuggingFaceTokenizer):
 
     @cached_property
     def _cuts(self) -> re.Pattern[str]:
-        """Where a special token's first character ends."""
+        """The places behind the first character of a special token."""
         tokens = [(re.escape(token[0]), re.escape(token[1:])) for token in self._special_tokens if token[1:]]
         return re.compile("|".join(f"(?<={first})(?={rest})" for first, rest in tokens) or "(?!)")
 
