@@ -13,6 +13,7 @@ with the layout of the configuration. Keys of the configuration can follow: --se
 """
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,7 @@ from memdlm_dist.errors import UserError
 from memdlm_dist.inference.model_arguments import add_decoding_arguments, add_model_arguments, decoding_of, load_model
 from memdlm_dist.inference.respond import MASK, respond
 from memdlm_dist.runtime.entry_point import guarded, new_parser, parse_with_overrides
-from memdlm_dist.runtime.rank_0 import from_rank_0, is_first
+from memdlm_dist.runtime.rank_0 import from_rank_0, is_first, one_line
 
 
 def parser() -> argparse.ArgumentParser:
@@ -67,15 +68,23 @@ def _ask() -> str | None:
         return input("> ")
     except EOFError:
         return None
+    except UnicodeDecodeError as error:
+        raise UserError(f"The prompt cannot be read: {one_line(error)}; write it in UTF-8.") from None
 
 
 def _given(options: argparse.Namespace) -> str:
-    if options.prompt is not None:
-        return str(options.prompt)
     try:
-        return options.file.read_text(encoding="utf-8") if options.file else sys.stdin.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The prompt {options.file or 'on standard input'} cannot be read: {error}.") from None
+        if options.prompt is not None:
+            options.prompt.encode("utf-8")  # an argument that is no UTF-8 has surrogates in it
+            return str(options.prompt)
+        if options.file:
+            return str(options.file.read_text(encoding="utf-8"))
+        # In some locales Python takes any byte of standard input for text.
+        return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8").read()
+    except (OSError, UnicodeError) as error:
+        given = "of --prompt" if options.prompt is not None else options.file or "on standard input"
+        remedy = "write it in UTF-8" if isinstance(error, UnicodeError) else "correct --file"
+        raise UserError(f"The prompt {given} cannot be read: {one_line(error)}; {remedy}.") from None
 
 
 def generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:

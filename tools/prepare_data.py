@@ -13,7 +13,8 @@ Examples:
   python tools/prepare_data.py --input LongAlpaca-12k.json --tokenizer LLaDA-8B-Base --chat-template llada \\
       --mask-token '<|mdm_mask|>' --overlong truncate --seq-len 4096 --output data/longalpaca_8b
 
-Writes OUTPUT/train, OUTPUT/heldout, OUTPUT/tokenizer and OUTPUT/summary.json.
+Writes OUTPUT/train, OUTPUT/heldout, OUTPUT/tokenizer and OUTPUT/summary.json. With --overwrite these are replaced, and
+no file that prepare_data.py did not write. SIGTERM ends it with status 143 and leaves OUTPUT as it was.
 """
 
 import argparse
@@ -25,9 +26,11 @@ from memdlm_dist.runtime import cpu
 cpu.prepare()
 
 from memdlm_dist.data.chat import TEMPLATES
-from memdlm_dist.data.prepare import Request, prepare
+from memdlm_dist.data.prepare import MAX_SEQ_LEN, Request, prepare
 from memdlm_dist.data.sequences import Fields
-from memdlm_dist.runtime.entry_point import guarded, new_parser
+from memdlm_dist.errors import require
+from memdlm_dist.runtime.entry_point import guarded, new_parser, positive
+from memdlm_dist.runtime.preemption import exiting_on_sigterm
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,8 +43,14 @@ def parser() -> argparse.ArgumentParser:
         help="JSONL, JSON or Parquet files, folders or glob patterns, at any fsspec URL, compressed or not",
     )
     source.add_argument("--builtin", action="store_true", help="the Python standard library's source files")
-    p.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write to")
-    p.add_argument("--seq-len", type=int, required=True, metavar="N", help="tokens of one sequence (training.seq_len)")
+    p.add_argument("--output", required=True, metavar="DIR", help="folder to write to")
+    p.add_argument(
+        "--seq-len",
+        type=int,
+        required=True,
+        metavar="N",
+        help=f"tokens of one sequence (training.seq_len), from 2 to {MAX_SEQ_LEN:,}",
+    )
     pieces = p.add_mutually_exclusive_group(required=True)
     pieces.add_argument("--tokenizer", metavar="DIR", help="folder with a Hugging Face tokenizer.json")
     pieces.add_argument("--train-tokenizer", type=int, metavar="SIZE", help="train a byte-level BPE of SIZE tokens")
@@ -76,7 +85,12 @@ def parser() -> argparse.ArgumentParser:
         help="pack whole documents, or fine-tuning rows, several to a sequence as they fit best, and keep them apart "
         "in training: attention, positions, noise and memory (default: documents end to end, fine-tuning rows padded)",
     )
-    p.add_argument("--limit", type=int, metavar="N", help="read at most N rows")
+    p.add_argument(
+        "--parse-special-tokens",
+        action="store_true",
+        help="read special tokens that are written in the text as such (default: as any other text)",
+    )
+    p.add_argument("--limit", type=positive, metavar="N", help="read at most N rows")
     p.add_argument("--strict", action="store_true", help="stop at the first bad row instead of counting it")
     p.add_argument("--overwrite", action="store_true", help="replace shards that are already in OUTPUT")
     return p
@@ -85,12 +99,16 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     p = parser()
     a = p.parse_args(argv)
-    if a.seq_len < 2:
-        p.error("--seq-len must be at least 2")
     if not 0 <= a.held_out < 1:
         p.error("--held-out must be at least 0 and below 1")
-    request = Request(
-        output=a.output,
+    with exiting_on_sigterm():
+        return guarded(lambda: write(request_of(a)))
+
+
+def request_of(a: argparse.Namespace) -> Request:
+    require(bool(a.output.strip()), "--output is empty; name a folder to write to.")
+    return Request(
+        output=Path(a.output),
         seq_len=a.seq_len,
         inputs=tuple(a.input or ()),
         tokenizer=a.tokenizer,
@@ -103,11 +121,11 @@ def main(argv: list[str] | None = None) -> int:
         held_out=a.held_out,
         overlong=a.overlong,
         pack_documents=a.pack_documents,
+        parse_special_tokens=a.parse_special_tokens,
         strict=a.strict,
         overwrite=a.overwrite,
         limit=a.limit,
     )
-    return guarded(lambda: write(request))
 
 
 def write(request: Request) -> int:
@@ -120,6 +138,9 @@ def write(request: Request) -> int:
         f"{summary.overlong_dropped:,} over-long rows dropped, {summary.overlong_truncated:,} truncated, "
         f"{summary.tail_tokens_dropped:,} tokens left over"
     )
+    if summary.special_tokens:
+        found = ", ".join(f"{token} {n:,} times" for token, n in summary.special_tokens.items())
+        print(f"  special tokens in the text, {'parsed' if request.parse_special_tokens else 'kept as text'}: {found}")
     for part, packing in summary.packing.items():
         rows = summary.sequences[part]
         print(

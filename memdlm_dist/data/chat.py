@@ -1,19 +1,19 @@
 """Chat templates: how a conversation is written as text for a model that was tuned on conversations.
 
-`llada` is LLaDA-8B's own; `tokenizer` takes the template that comes with a tokenizer, rendered in Jinja's sandbox,
+`llada` is LLaDA-8B's own; `tokenizer` takes the template that comes with a tokenizer, rendered by `TemplateProcess`,
 since it is text that somebody else wrote.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from memdlm_dist.data.sequences import MAX_ROW
+from memdlm_dist.data.template_process import TemplateProcess
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError
+from memdlm_dist.runtime.rank_0 import one_line
 
 TEMPLATES = ("llada", "tokenizer")
 
@@ -55,34 +55,26 @@ def _of_tokenizer(tokenizer: DiffusionTokenizer) -> ChatTemplate:
     source = config.get("chat_template")
     file = Path(tokenizer.tokenizer_path) / "chat_template.jinja"
     if source is None and file.is_file():
-        source = file.read_text(encoding="utf-8")
+        try:
+            source = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"The chat template {file} cannot be read: {one_line(error)}.") from None
     if not isinstance(source, str):
         raise UserError(
             f"The tokenizer in {tokenizer.tokenizer_path} has no chat template (tokenizer_config.json, "
             "chat_template.jinja); choose another, or none."
         )
-
-    def refuse(text: str) -> str:
-        raise jinja2.TemplateError(text)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = refuse
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
     special = {
         key: value.get("content") if isinstance(value, dict) else value
         for key, value in config.items()
         if key.endswith("_token")
     }
     try:
-        template = environment.from_string(source)
+        template = TemplateProcess(source, special, MAX_ROW)
     except jinja2.TemplateError as error:
-        raise UserError(f"The chat template of {tokenizer.tokenizer_path} cannot be read ({error}).") from None
-
-    def render(messages: Sequence[dict[str, str]], open_end: bool) -> str:
-        values: dict[str, Any] = {**special, "messages": list(messages), "add_generation_prompt": open_end}
-        return template.render(**values)
-
-    return render
+        problem = f"cannot be read ({one_line(error)}); choose another, or none"
+        raise UserError(f"The chat template of {tokenizer.tokenizer_path} {problem}.") from None
+    return lambda messages, open_end: template.render(messages=list(messages), add_generation_prompt=open_end)
 
 
 def prompt(template: ChatTemplate, text: str) -> str:
@@ -94,7 +86,7 @@ def prompt(template: ChatTemplate, text: str) -> str:
     try:
         return template([{"role": "user", "content": text}], True)
     except jinja2.TemplateError as error:
-        raise UserError(f"The chat template refuses the prompt ({error}); choose another, or none.") from None
+        raise UserError(f"The chat template refuses the prompt ({one_line(error)}); choose another, or none.") from None
 
 
 def segments(template: ChatTemplate, messages: Sequence[dict[str, str]]) -> list[tuple[str, bool]]:
@@ -111,7 +103,7 @@ def segments(template: ChatTemplate, messages: Sequence[dict[str, str]]) -> list
         try:
             before, after = template(messages[:number], True), template(messages[: number + 1], False)
         except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template refuses it ({error})") from None
+            raise ValueError(f"the chat template refuses it ({one_line(error)})") from None
         if not before.startswith(written) or not after.startswith(before):
             raise ValueError("the chat template does not write the turns one behind the other")
         parts += [(before[len(written) :], False), (after[len(before) :], True)]

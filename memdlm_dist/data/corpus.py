@@ -1,11 +1,12 @@
 """Where text comes from: JSONL, JSON and Parquet files at any fsspec URL, and a corpus every machine has."""
 
-import io
 import json
 import lzma
+import re
 import sysconfig
+import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -15,7 +16,19 @@ import pyarrow
 import pyarrow.parquet
 import zstandard
 
+from memdlm_dist.data.compression import open_bytes
+from memdlm_dist.data.sequences import MAX_ROW
 from memdlm_dist.errors import UserError
+from memdlm_dist.runtime.rank_0 import one_line
+
+# What a file that is damaged, or not what its name says, raises.
+_UNREADABLE = (
+    OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, zstandard.ZstdError,
+    pyarrow.ArrowException,
+)  # fmt: skip
+_BOM = b"\xef\xbb\xbf"
+# What separates the elements of a JSON array, and what may hold these characters.
+_STRUCTURE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},]', re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -47,14 +60,18 @@ def sources(patterns: Sequence[str]) -> list[Source]:
     for pattern in patterns:
         try:
             filesystem, path = fsspec.core.url_to_fs(pattern)
-            if filesystem.isdir(path):
+            if "data" in filesystem.protocol:
+                raise ValueError("a data: URL names no file")
+            if filesystem.isfile(path):  # whatever characters are in its name
+                names = [path]
+            elif filesystem.isdir(path):
                 names = [n for n in sorted(filesystem.find(path)) if _kind(n) is not None]
             else:
                 names = sorted(filesystem.glob(path)) if any(c in path for c in "*?[") else [path]
                 names = [name for name in names if filesystem.isfile(name)]
             sizes = [filesystem.size(name) or 0 for name in names]
         except Exception as error:  # every remote file system raises its own
-            raise UserError(f"The input {pattern} cannot be reached: {error}.") from None
+            raise UserError(f"The input {pattern} cannot be reached: {one_line(error)}.") from None
         if not names:
             raise UserError(
                 f"The input {pattern} matches no file; give JSONL or Parquet files, a folder, or a pattern."
@@ -82,55 +99,107 @@ def rows(source: Source) -> Iterator[Row]:
     Raises:
         UserError: if the file as a whole cannot be read.
     """
-    reader = _parquet_rows if _kind(source.url) == "parquet" else _jsonl_rows
+    reader = _parquet_rows if _kind(source.url) == "parquet" else _json_rows
     try:
         yield from reader(source.url)
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, pyarrow.ArrowException) as error:
-        raise UserError(f"The input {source.url} cannot be read: {error}.") from None
+    except UserError:
+        raise
+    except _UNREADABLE as error:
+        raise UserError(f"The input {source.url} cannot be read: {one_line(error)}.") from None
 
 
-def _jsonl_rows(url: str) -> Iterator[Row]:
-    with fsspec.open(url, "rb", compression="infer") as raw:
-        # zstandard's reader cannot be read by lines; a buffer around it, and around any other, can.
-        file = io.BufferedReader(raw)
-        lines = _array_elements(file, url) if ".json" in Path(url).suffixes else file
+def _json_rows(url: str) -> Iterator[Row]:
+    with open_bytes(url) as file:
+        head = file.peek(4)[:4]
+        if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head:
+            raise UserError(f"The input {url} is not UTF-8 but UTF-16 or UTF-32; convert it to UTF-8.")
+        if head.startswith(_BOM):
+            file.read(len(_BOM))
+        lines = _whole_file(file.read(), url) if ".json" in Path(url).suffixes else _lines(file)
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            location = f"{url}:{number}"
-            try:
-                values = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                yield Row(location, {}, f"not valid JSON ({error})")
-                continue
-            if isinstance(values, dict):
-                yield Row(location, values)
-            else:
-                yield Row(location, {}, f"a JSON {type(values).__name__}, not an object")
+            if line is None or len(line) > MAX_ROW:
+                yield Row(f"{url}:{number}", {}, f"longer than {MAX_ROW:,} bytes")
+            elif line.strip():
+                yield _json_row(f"{url}:{number}", line)
 
 
-def _array_elements(file: IO[bytes], url: str) -> Iterable[bytes]:
-    """The lines of a .json file that holds JSONL, or the elements of the one array that it holds.
+def _json_row(location: str, line: bytes) -> Row:
+    try:
+        values = json.loads(line.decode("utf-8"))
+    except RecursionError:
+        return Row(location, {}, "nested too deeply")
+    except ValueError as error:  # a number of thousands of digits too
+        return Row(location, {}, f"not valid JSON ({one_line(error)})")
+    if not isinstance(values, dict):
+        return Row(location, {}, f"a JSON {type(values).__name__}, not an object")
+    return Row(location, values)
+
+
+def _lines(file: IO[bytes]) -> Iterator[bytes | None]:
+    """Yield the lines of a file, and None for one that is too long to be kept."""
+    while line := file.readline(MAX_ROW + 1):
+        if len(line) <= MAX_ROW:
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = file.readline(MAX_ROW)
+        yield None
+
+
+def _whole_file(content: bytes, url: str) -> Iterator[bytes]:
+    """Yield the rows of a .json file: the elements of its one array, its one object, or its lines.
 
     Alpaca and its relatives come as one array; it is read as a whole.
     """
-    content = file.read()
-    if not content.lstrip().startswith(b"["):
-        return content.splitlines()
-    try:
-        elements = json.loads(content)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"The input {url} is not valid JSON: {error}.") from None
-    return [json.dumps(element).encode() for element in elements]
+    if content.lstrip().startswith(b"["):
+        yield from _array_elements(content, url)
+    elif _json_row("", content).problem is None:
+        yield content
+    else:
+        yield from content.splitlines()
+
+
+def _array_elements(content: bytes, url: str) -> Iterator[bytes]:
+    """Yield the elements of a JSON array, each as it is written, so that a bad one is one bad row.
+
+    Raises:
+        UserError: if the array has no end, or something follows it.
+    """
+    depth = start = 0
+    for match in _STRUCTURE.finditer(content):
+        found = match.group()
+        depth += (found in (b"[", b"{")) - (found in (b"]", b"}"))
+        if depth == 0 or (depth == 1 and found == b","):
+            yield content[start : match.start()]
+        if depth == 0:
+            if content[match.end() :].strip():
+                raise UserError(f"The input {url} is not valid JSON: something follows the array.")
+            return
+        if start == 0 or (depth == 1 and found == b","):
+            start = match.end()
+    raise UserError(f"The input {url} is not valid JSON: the array has no end; the file may have been cut short.")
 
 
 def _parquet_rows(url: str) -> Iterator[Row]:
     with fsspec.open(url, "rb") as file:
         number = 0
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
-            for values in batch.to_pylist():
+            for values in _parquet_values(batch):
                 number += 1
-                yield Row(f"{url}:{number}", values)
+                location = f"{url}:{number}"
+                yield Row(location, {}, values) if isinstance(values, str) else Row(location, values)
+
+
+def _parquet_values(batch: pyarrow.RecordBatch) -> Iterator[dict[str, Any] | str]:
+    """Yield the rows of a batch, and the problem of one that cannot be read."""
+    try:
+        yield from batch.to_pylist()
+    except ValueError as error:  # text that is not UTF-8
+        if len(batch) == 1:
+            yield one_line(error)
+            return
+        for row in range(len(batch)):
+            yield from _parquet_values(batch.slice(row, 1))
 
 
 def builtin_sources() -> list[Source]:
@@ -150,7 +219,7 @@ def builtin_rows(source: Source) -> Iterator[Row]:
     try:
         text = Path(source.url).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        yield Row(source.url, {}, f"not readable as UTF-8 ({error})")
+        yield Row(source.url, {}, f"not readable as UTF-8 ({one_line(error)})")
         return
     if text.strip():
         yield Row(source.url, {"text": text})

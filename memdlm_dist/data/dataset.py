@@ -21,6 +21,7 @@ from memdlm_dist.data.shards import HASH, read_card
 from memdlm_dist.errors import UserError
 from memdlm_dist.method.documents import FILL
 from memdlm_dist.method.trajectory import IGNORE_INDEX
+from memdlm_dist.runtime.rank_0 import one_line
 from memdlm_dist.runtime.storage import is_remote
 
 # The key under which a sample holds what went wrong, in place of tokens.
@@ -77,7 +78,9 @@ class TokenDataset(streaming.CacheOnlyEviction):
             streaming.stop_threads(self)
             shard_id, _ = self.spanner[sample_id]
             self._check_shard(shard_id)  # says it more plainly, if that is what is wrong
-            raise UserError(f"Sample {sample_id} of {self._shard_path(shard_id)} cannot be read: {error}.") from None
+            raise UserError(
+                f"Sample {sample_id} of {self._shard_path(shard_id)} cannot be read: {one_line(error)}."
+            ) from None
         labels = torch.where(torch.from_numpy(flags.astype(np.bool_)), tokens, IGNORE_INDEX)
         documents = {"documents": torch.from_numpy(numbers)} if self._documents else {}
         return {"tokens": tokens, "labels": labels, "sample_id": sample_id, **documents}
@@ -230,7 +233,7 @@ def open_dataset(data: Data, locations: list[str], proportions: list[float], **o
             streams=streams, cache_limit=data.cache_limit if cached else None, check_hash=data.validate_hash, **options
         )
     except Exception as error:  # streaming raises RuntimeError, ValueError, OSError, client errors ...
-        raise UserError(f"The shards in {', '.join(locations)} cannot be opened: {error}.") from None
+        raise UserError(f"The shards in {', '.join(locations)} cannot be opened: {one_line(error)}.") from None
     if leader:
         dataset.check_local_shards()
     return dataset
@@ -261,4 +264,4 @@ def _register(location: str) -> None:
     try:
         downloads.register(location)
     except (ValueError, ImportError) as error:
-        raise UserError(f"The shards in {location} cannot be opened: {error}.") from None
+        raise UserError(f"The shards in {location} cannot be opened: {one_line(error)}.") from None

@@ -6,9 +6,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from memdlm_dist.data.tokenizer import DiffusionTokenizer
-
 Format = Literal["text", "prompt_response", "alpaca", "messages"]
+MAX_ROW = 64 << 20  # bytes of a row as it is stored, and characters of a text in it
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,22 @@ def _string(values: dict[str, Any], key: str) -> str:
     value = values.get(key)
     if not isinstance(value, str):
         raise BadRow(f"field {key!r} is " + ("missing" if key not in values else f"{type(value).__name__}, not text"))
+    check_text(value, f"field {key!r}")
     return value
+
+
+def check_text(text: str, name: str) -> None:
+    """Check that a text can be encoded.
+
+    Raises:
+        BadRow: if it is too long, or holds half a surrogate pair.
+    """
+    if len(text) > MAX_ROW:
+        raise BadRow(f"{name} is longer than {MAX_ROW:,} characters")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(f"{name} is no valid Unicode ({error.reason} at character {error.start})") from None
 
 
 def document(values: dict[str, Any], fields: Fields) -> str:
@@ -91,9 +105,7 @@ def segments(values: dict[str, Any], form: Format, fields: Fields) -> list[tuple
     if form == "prompt_response":
         parts = [(_string(values, fields.prompt), False), (_string(values, fields.response), True)]
     elif form == "alpaca":
-        context = values.get("input") or ""
-        if not isinstance(context, str):
-            raise BadRow(f"field 'input' is {type(context).__name__}, not text")
+        context = _string(values, "input") if values.get("input") else ""
         prompt = "\n\n".join(filter(None, (_string(values, "instruction"), context)))
         parts = [(prompt + "\n\n", False), (_string(values, "output"), True)]
     else:
@@ -166,9 +178,3 @@ def padded(document: Document, length: int, eos_id: int) -> Sequence:
         np.array(document.tokens + [eos_id] * missing, dtype=np.int64),
         np.array(document.maskable + [True] * missing, dtype=np.bool_),
     )
-
-
-def encode_segments(tokenizer: DiffusionTokenizer, parts: list[tuple[str, bool]]) -> list[tuple[list[int], bool]]:
-    """Token ids of each segment; segments are tokenised apart, so that no token spans prompt and response."""
-    encoded = tokenizer.encode_plain([text for text, _ in parts])
-    return [(ids, is_response) for ids, (_, is_response) in zip(encoded, parts, strict=True)]

@@ -1,22 +1,22 @@
 """Tokenised shards on disk: MDS files plus a card that says what is in them."""
 
-import contextlib
 import json
-import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from streaming import MDSWriter
 
+from memdlm_dist.data.output import CARD
 from memdlm_dist.data.sequences import Sequence
 from memdlm_dist.errors import UserError
+from memdlm_dist.runtime.rank_0 import one_line
 from memdlm_dist.runtime.storage import Storage
 
-CARD = "memdlm.json"
 HASH = "xxh64"
+# Of the card and of the columns that it describes; a card of memdlm_dist 0.1 has no number, and is of format 1.
+FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -29,23 +29,7 @@ class Card:
     eos_token_id: int
     sequences: int = 0
     documents: bool = False  # the rows know their documents
-
-
-@contextlib.contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A new folder to write to, which takes the place of `folder` once the context is left without an error.
-
-    Otherwise nothing of it stays, and whatever `folder` held before is untouched.
-    """
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a preparation that was killed
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    format: int = FORMAT
 
 
 class ShardWriter:
@@ -88,18 +72,46 @@ class ShardWriter:
 
 
 def read_card(location: str) -> Card:
-    """The card of a folder or URL of shards.
+    """Read the card of a folder or URL of shards.
 
     Raises:
-        UserError: if there is none or it cannot be read.
+        UserError: if there is none, or it cannot be read by this version.
     """
     storage = Storage(location)
     try:
-        return Card(**storage.read_json(CARD))
+        values = storage.read_json(CARD)
     except FileNotFoundError:
         raise UserError(
             f"There are no shards in {location} ({CARD} is missing); prepare them with tools/prepare_data.py "
             "or correct data.train and data.validation."
         ) from None
     except Exception as error:  # every remote file system raises its own
-        raise UserError(f"The shards' card {storage.url(CARD)} cannot be read: {error}.") from None
+        raise UserError(f"The shards' card {storage.url(CARD)} cannot be read: {one_line(error)}.") from None
+    if problem := _problem(values):
+        raise UserError(f"The shards' card {storage.url(CARD)} {problem}.")
+    return Card(**values)
+
+
+def _problem(values: Any) -> str:
+    """Return what keeps a card from being read, as a verb and its object with the remedy."""
+    if not isinstance(values, dict):
+        return "is not a JSON object; prepare the data anew"
+    number = values.get("format", FORMAT)
+    if type(number) is not int or number < 1:
+        return "has no valid format; prepare the data anew"
+    if number > FORMAT:
+        return (
+            f"has format {number}, but this version of memdlm_dist reads format {FORMAT} at most; use a version that "
+            f"reads format {number}, or prepare the data anew"
+        )
+    types = {field.name: field.type for field in fields(Card)}
+    if unknown := sorted(values.keys() - types.keys()):
+        return (
+            f"has the key {unknown[0]!r}, which format {number} does not have; use the version of memdlm_dist that "
+            "wrote it, or prepare the data anew"
+        )
+    wrong = [name for name, value in values.items() if type(value) is not types[name] or value < 0]
+    missing = [field.name for field in fields(Card) if field.default is MISSING and field.name not in values]
+    if wrong or missing:
+        return f"has no valid {(wrong + missing)[0]}; prepare the data anew"
+    return ""

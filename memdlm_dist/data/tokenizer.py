@@ -2,18 +2,24 @@
 
 import hashlib
 import json
+import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from memdlm_dist.compat.torchtitan import special_token
 from memdlm_dist.errors import UserError
+from memdlm_dist.runtime.rank_0 import one_line
 
 NEW_EOS_TOKEN = "<|endoftext|>"
 NEW_MASK_TOKEN = "<|mask|>"
+_SAME_TOKEN = "The tokenizer in {} has {} as mask and as end-of-text token; choose another --mask-token."
 
 
 class DiffusionTokenizer(HuggingFaceTokenizer):
@@ -24,7 +30,7 @@ class DiffusionTokenizer(HuggingFaceTokenizer):
             `eos_token`.
 
     Raises:
-        UserError: if the folder or the file is missing, or one of the two tokens is.
+        UserError: if the folder or the file is missing, or one of the two tokens is, or both are the same.
     """
 
     mask_id: int
@@ -38,9 +44,14 @@ class DiffusionTokenizer(HuggingFaceTokenizer):
         try:
             super().__init__(folder)
         except Exception as error:  # the tokenizers library raises bare Exceptions
-            raise UserError(f"The tokenizer in {folder} cannot be loaded: {error}.") from None
+            raise UserError(f"The tokenizer in {folder} cannot be loaded: {one_line(error)}.") from None
         self.mask_id = self._special("mask_token")
         self.eos_id = self._special("eos_token")
+        if self.mask_id == self.eos_id:
+            raise UserError(_SAME_TOKEN.format(folder, self.mask_token))
+        # Sections of tokenizer.json that would cut or fill what is encoded.
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
 
     def _special(self, name: str) -> int:
         token = special_token(self, name)
@@ -63,9 +74,80 @@ class DiffusionTokenizer(HuggingFaceTokenizer):
         ours = {key: value for key, value in content.items() if key not in ("version", "truncation", "padding")}
         return hashlib.sha256(json.dumps(ours, sort_keys=True).encode()).hexdigest()[:16]
 
+    def get_vocab_size(self) -> int:
+        """Return the largest token id + 1; ids need not be without gaps."""
+        return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
     def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, with nothing added around it."""
+        """Return the token ids of each text, with nothing added around it; special tokens in it are parsed."""
         return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+    def encode_text(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each text, in which nothing is a special token, even if it is written like one.
+
+        Raises:
+            ValueError: if a text becomes a special token in every way.
+        """
+        encoded = [encoding.ids for encoding in self._text_only.encode_batch(list(texts), add_special_tokens=False)]
+        return [
+            ids if self._reserved.isdisjoint(ids) else self._encode_cut(text)
+            for text, ids in zip(texts, encoded, strict=True)
+        ]
+
+    def special_tokens_in(self, text: str) -> Counter[str]:
+        """Count the special and added tokens that stand in a text."""
+        return Counter(self._written.findall(text))
+
+    def special_token_in(self, text: str) -> str | None:
+        """Return a special token that stands in a text, as it is or as the tokenizer normalises the text."""
+        if found := self._written.search(text):
+            return found.group()
+        ids = self._reserved.intersection(*self.encode_plain([text]))
+        return str(self.tokenizer.id_to_token(min(ids))) if ids else None
+
+    def _encode_cut(self, text: str) -> list[int]:
+        """Encode a text that is cut within each special token: some models have the whole word in their vocabulary."""
+        pieces = self._cuts.split(text)
+        ids = [i for e in self._text_only.encode_batch(pieces, add_special_tokens=False) for i in e.ids]
+        if not self._reserved.isdisjoint(ids):
+            raise ValueError("its text becomes a special token")
+        return ids
+
+    @cached_property
+    def _special_tokens(self) -> list[str]:
+        # Runs of blanks are added tokens of some tokenizers, and ordinary text.
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        texts = {token.content for token in added if token.special or not token.content.isspace()}
+        special = texts | {str(self.tokenizer.id_to_token(i)) for i in (self.mask_id, self.eos_id)}
+        return sorted(special, key=lambda token: (-len(token), token))  # the longest match counts
+
+    @cached_property
+    def _written(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, self._special_tokens)))
+
+    @cached_property
+    def _cuts(self) -> re.Pattern[str]:
+        """The places behind the first character of a special token."""
+        tokens = [(re.escape(token[0]), re.escape(token[1:])) for token in self._special_tokens if token[1:]]
+        return re.compile("|".join(f"(?<={first})(?={rest})" for first, rest in tokens) or "(?!)")
+
+    @cached_property
+    def _text_only(self) -> Tokenizer:
+        """The tokenizer without special tokens: all that `_special_tokens` names are special there, and not parsed."""
+        description = json.loads(self.tokenizer.to_str())
+        for token in description["added_tokens"]:
+            token["special"] = token["content"] in self._special_tokens
+        tokenizer = Tokenizer.from_str(json.dumps(description))
+        tokenizer.encode_special_tokens = True
+        return tokenizer
+
+    @cached_property
+    def _reserved(self) -> set[int]:
+        """The ids that no text has. What a model writes for unknown words is often a special token, but has its use."""
+        added = self.tokenizer.get_added_tokens_decoder().items()
+        model = json.loads(self.tokenizer.to_str())["model"]
+        unknown = model.get("unk_id"), self.tokenizer.token_to_id(model.get("unk_token") or "")
+        return {i for i, token in added if token.special and i not in unknown} | {self.mask_id, self.eos_id}
 
 
 def train(texts: Iterable[str], size: int, folder: Path) -> DiffusionTokenizer:
@@ -90,6 +172,15 @@ def train(texts: Iterable[str], size: int, folder: Path) -> DiffusionTokenizer:
     return _save(tokenizer, {"eos_token": NEW_EOS_TOKEN, "mask_token": NEW_MASK_TOKEN}, folder)
 
 
+def is_settled(source: str, mask_token: str | None, eos_token: str | None) -> bool:
+    """Return whether `adopt` would change nothing.
+
+    Raises:
+        UserError: as `adopt`.
+    """
+    return not _settle(source, *_read(source), mask_token, eos_token)
+
+
 def adopt(source: str, folder: Path, mask_token: str | None, eos_token: str | None) -> DiffusionTokenizer:
     """Copy the tokenizer in `source` to `folder`, with its mask and end-of-text tokens settled.
 
@@ -97,38 +188,68 @@ def adopt(source: str, folder: Path, mask_token: str | None, eos_token: str | No
     not named must be in tokenizer_config.json.
 
     Raises:
-        UserError: if a token is neither named nor configured, or the source is no tokenizer.
+        UserError: if a token is neither named nor configured, or the source is no tokenizer, or the mask token is the
+            end-of-text token or an ordinary word.
     """
+    tokenizer, config = _read(source)
+    _settle(source, tokenizer, config, mask_token, eos_token)
+    folder.mkdir(parents=True, exist_ok=True)
+    for extra in ("special_tokens_map.json", "chat_template.jinja"):
+        if (Path(source) / extra).is_file():
+            shutil.copy(Path(source) / extra, folder / extra)
+    return _save(tokenizer, config, folder)
+
+
+def _read(source: str) -> tuple[Tokenizer, dict[str, Any]]:
     path = Path(source)
     if not (path / "tokenizer.json").is_file():
         raise UserError(f"There is no tokenizer.json in {source}; give --tokenizer a folder that has one.")
     try:
         tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
         config_path = path / "tokenizer_config.json"
-        config = json.loads(config_path.read_text()) if config_path.is_file() else {}
+        config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
     except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise UserError(f"The tokenizer in {source} cannot be loaded: {error}.") from None
+        raise UserError(f"The tokenizer in {source} cannot be loaded: {one_line(error)}.") from None
+    if not isinstance(config, dict):
+        raise UserError(f"The tokenizer in {source} cannot be loaded: its tokenizer_config.json is not an object.")
+    return tokenizer, config
+
+
+def _settle(
+    source: str, tokenizer: Tokenizer, config: dict[str, Any], mask_token: str | None, eos_token: str | None
+) -> bool:
+    """Name and add the two tokens; returns whether anything changed."""
+    changed, contents = False, []
     for name, value in (("mask_token", mask_token), ("eos_token", eos_token)):
-        if value is not None:
-            config[name] = value
         configured = config.get(name)
         content = configured.get("content") if isinstance(configured, dict) else configured
-        if content is None:
+        if value is not None and value != content:
+            config[name], content, changed = value, value, True
+        if not isinstance(content, str) or not content:
             raise UserError(
                 f"The tokenizer in {source} names no {name}; give --{name.replace('_', '-')} NAME "
                 "(it is added to the vocabulary if it is not there)."
             )
+        contents.append(content)
+    if contents[0] == contents[1]:
+        raise UserError(_SAME_TOKEN.format(source, contents[0]))
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    if contents[0] not in added and tokenizer.token_to_id(contents[0]) is not None:
+        raise UserError(
+            f"The mask token {contents[0]} is an ordinary word of the tokenizer in {source}; choose a --mask-token "
+            "that is not in its vocabulary, or one of its special tokens."
+        )
+    for content in contents:
         if tokenizer.token_to_id(content) is None:
             tokenizer.add_special_tokens([AddedToken(content, special=True)])
-    folder.mkdir(parents=True, exist_ok=True)
-    for extra in ("special_tokens_map.json", "chat_template.jinja"):
-        if (path / extra).is_file():
-            shutil.copy(path / extra, folder / extra)
-    return _save(tokenizer, config, folder)
+            changed = True
+    return changed
 
 
 def _save(tokenizer: Tokenizer, config: dict, folder: Path) -> DiffusionTokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     return DiffusionTokenizer(str(folder))

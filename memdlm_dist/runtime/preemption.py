@@ -73,6 +73,47 @@ def ignore_outside_of_training() -> None:
 
 
 @contextlib.contextmanager
+def exiting_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end a command as an error does, so that it removes what it has not finished."""
+
+    received: list[int] = []
+
+    def end(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # the removal is not to be cut short
+        received.append(number)
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if received:  # not in the handler, which may have interrupted another print
+            print("Received SIGTERM: what was unfinished is removed.", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def deferring_signals() -> Iterator[None]:
+    """Handle SIGTERM and SIGINT that arrive meanwhile afterwards.
+
+    Blocking them is not enough: another thread may receive them, and the main thread still runs the handler.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which is the one that runs handlers
+        yield
+        return
+    received: list[int] = []
+    numbers: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in received:
+            signal.raise_signal(number)
+
+
+@contextlib.contextmanager
 def starting_workers() -> Iterator[None]:
     """Processes that are started meanwhile have SIGTERM blocked until they call `outlive_first_sigterm`."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -1,6 +1,7 @@
 # ruff: noqa: E501  (one row a mistake)
 """Everything a user can get wrong: one clear sentence, a non-zero exit status, no traceback."""
 
+import io
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from memdlm_dist import train
 from memdlm_dist.errors import EXIT_STATUS, UserError
-from tools import prepare_data, random_weights
+from tools import generate, prepare_data, random_weights
 
 DEBUG = "tests/assets/debug"
 MOE = ("--model.name", "llada_moe")
@@ -293,6 +294,18 @@ def test_preparation(rows, args, says, tmp_path, capsys):
     captured = capsys.readouterr()
     errors = [line for line in captured.err.splitlines() if "error: " in line]
     assert len(errors) == 1 and says in errors[0] and "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize("source", ["on standard input", "of --prompt", "file.txt"])
+def test_prompts_that_are_not_utf8(source, tmp_path, monkeypatch):
+    """In the C locale Python reads every byte, as half a surrogate pair if need be."""
+    stdin = io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="utf-8", errors="surrogateescape")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    (tmp_path / "file.txt").write_bytes(b"\xff")
+    arguments = {"of --prompt": ["--prompt", "\udcff"], "file.txt": ["--file", str(tmp_path / "file.txt")]}
+    options = generate.parser().parse_args(["train_configs/debug.toml", *arguments.get(source, [])])
+    with pytest.raises(UserError, match=f"{source} cannot be read: .*; write it in UTF-8\\.$"):
+        next(generate.prompts(options))
 
 
 def test_through_the_launcher(root, tmp_path):

@@ -51,7 +51,7 @@ def test_generate(call, monkeypatch, tmp_path):
     (tmp_path / "prompt.txt").write_text("def read(self):")
     _, out, _ = call(generate.main, "--file", str(tmp_path / "prompt.txt"), "--new-tokens", "5")
     assert out == made["response"] + "\n"
-    monkeypatch.setattr(sys, "stdin", io.StringIO("def read(self):"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"def read(self):")))
     assert call(generate.main, "--new-tokens", "5")[1] == out
     asked = iter(["def read(self):", "  ", "import"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(asked, None) or (_ for _ in ()).throw(EOFError))

@@ -7,8 +7,9 @@ import shutil
 import pytest
 from tokenizers import Tokenizer
 
-from memdlm_dist.data import chat
+from memdlm_dist.data import chat, template_process
 from memdlm_dist.data.dataset import TokenDataset
+from memdlm_dist.data.prepare import Request, prepare
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError
 from memdlm_dist.method.trajectory import IGNORE_INDEX
@@ -78,6 +79,61 @@ def test_a_template_that_misbehaves_makes_bad_rows(tmp_path, source, message):
     if "refuses" in message:
         with pytest.raises(UserError, match="The chat template refuses the prompt"):
             chat.prompt(template, "Add.")
+
+
+PLAIN = "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|eot|>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("{{ 1 // 0 }}", "ZeroDivisionError"),
+        (
+            "{% for i in range(99999) %}{% for j in range(999) %}{{ messages }}{% endfor %}{% endfor %}",
+            "it (needs|takes)",
+        ),
+        ("{{ 'x' * 10 ** 9 }}", "it (writes more than 67,108,864 characters|needs more than 1,073,741,824 bytes)"),
+        ("{{ 'x'.ljust(10 ** 12) }}", "it needs more than 1,073,741,824 bytes of memory"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "it takes longer than 1 s"),
+    ],
+)
+def test_a_template_has_bounds(tmp_path, source, message, monkeypatch):
+    monkeypatch.setattr(template_process, "SECONDS", 1)
+    limited = "{% if messages | length > 1 %}" + source + "{% endif %}"
+    template = chat.chat_template("tokenizer", templated(tmp_path, limited))
+    with pytest.raises(ValueError, match=f"the chat template refuses it .*{message}"):
+        chat.segments(template, CONVERSATION)
+    assert template(CONVERSATION[:1], False) == "", "the next row is rendered"
+
+
+@pytest.mark.parametrize("name", chat.TEMPLATES)
+def test_messages_are_text(tmp_path, name):
+    """Only the template's own markup is parsed: a message with special tokens in it is a bad row."""
+    tokens = ["<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eot|>"]
+    pieces = templated(tmp_path, PLAIN, tokens)
+    end = "<|eot_id|>" if name == "llada" else "<|eot|>"
+    rows = [
+        [{"role": role, "content": content}, {"role": "assistant", "content": "yes"}]
+        for role, content in [
+            ("user", "Say <|mask|>."), ("user", f"Say {end}"), ("user", "Say yes."), (f"user{end}", "Say no."),
+        ]
+    ]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    request = Request(
+        output=tmp_path / "out",
+        seq_len=160,
+        inputs=(str(tmp_path / "rows.jsonl"),),
+        tokenizer=pieces.tokenizer_path,
+        chat_template=name,
+        held_out=0.0,
+    )
+    summary = prepare(request, report=lambda _: None)
+    assert summary.bad_rows == 3 and summary.sequences["train"] == 1
+    for line, token in ((1, "<|mask|>"), (2, end), (4, end)):
+        assert any(f"rows.jsonl:{line}: a message holds the special token {token}" in p for p in summary.problems)
+    shards = TokenDataset(local=str(tmp_path / "out/train"), batch_size=1, shuffle=False, check_hash="xxh64")
+    ids = shards[0]["tokens"].tolist()
+    assert ids.count(pieces.tokenizer.token_to_id(end)) == 2 and pieces.mask_id not in ids
 
 
 def test_alpaca_rows_as_conversations(tmp_path):
