@@ -46,7 +46,7 @@ fi
 
 LOG_RANK=${LOG_RANK:-0}
 for rank in ${LOG_RANK//,/ }; do
-    if [[ ! $LOG_RANK =~ ^[0-9]+(,[0-9]+)*$ ]] || ((10#$rank >= NGPU)); then
+    if [[ ! $LOG_RANK =~ ^[0-9]{1,6}(,[0-9]{1,6})*$ ]] || ((10#$rank >= NGPU)); then
         echo "error: LOG_RANK must be local ranks below NGPU = $NGPU, separated by commas, but is '$LOG_RANK'." >&2
         exit 2
     fi

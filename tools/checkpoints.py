@@ -80,7 +80,9 @@ def list_all(catalogue: Catalogue, as_json: bool) -> None:
     if not as_json:
         print(f"{'checkpoint':<14}{'size':>12}{'ranks':>7}{'global batch':>14}  state")
     for saved in rows:
-        run = read_run(Storage(catalogue.storage.url(saved.name)))
+        run = {}
+        with contextlib.suppress(UserError):  # its other files may be good
+            run = read_run(Storage(catalogue.storage.url(saved.name)))
         identity = run.get("identity")
         batch = identity.get("training.global_batch_size", "-") if isinstance(identity, dict) else "-"
         if as_json:

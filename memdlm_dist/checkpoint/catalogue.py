@@ -19,6 +19,7 @@ from memdlm_dist.runtime.storage import Storage
 
 METADATA = ".metadata"
 RUN = "run.json"
+SCORES = "scores.json"  # step -> validation loss, beside the checkpoints: wherever a run goes on, it finds them
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -120,6 +121,21 @@ class Catalogue:
                         break
             yield wrong
 
+    def scores(self) -> dict[int, float]:
+        """Return the validation losses that were noted by `add_score`, by step.
+
+        Raises:
+            ValueError: if the file is damaged.
+        """
+        try:
+            return {int(step): float(loss) for step, loss in dict(self.storage.read_json(SCORES)).items()}
+        except FileNotFoundError:
+            return {}
+
+    def add_score(self, step: int, loss: float) -> None:
+        """Note the validation loss of a step."""
+        self.storage.write_json(SCORES, {**self.scores(), step: loss})
+
     def remove(self, step: int) -> None:
         """Remove a checkpoint, its metadata first: interrupted, it is seen to be incomplete.
 
@@ -133,12 +149,22 @@ class Catalogue:
 
 
 def read_run(checkpoint: Storage) -> dict[str, Any]:
-    """Read a checkpoint's run.json; empty if there is none or it cannot be read."""
+    """Read a checkpoint's run.json; empty if there is none.
+
+    Raises:
+        UserError: if it is damaged.
+    """
     try:
         found = checkpoint.read_json(RUN)
-    except (FileNotFoundError, ValueError):
+        require(isinstance(found, dict), f"it is a {type(found).__name__}, not an object")
+    except FileNotFoundError:
         return {}
-    return found if isinstance(found, dict) else {}
+    except ValueError as error:
+        raise UserError(
+            f"{checkpoint.url(RUN)} is damaged ({one_line(error)}); restore the file, or remove it to go on without "
+            "the check of what changed."
+        ) from None
+    return dict(found)
 
 
 def is_export(files: Collection[str]) -> bool:

@@ -1,9 +1,10 @@
 """torchtitan's CheckpointManager, which finds its way around what was interrupted or damaged."""
 
 import logging
+import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
@@ -80,7 +81,6 @@ class ResumableCheckpoints(HookedCheckpoints):
     stop_on_save_failure: bool
     lora: Lora | None = None  # if adapters are trained
     writer: Claim | None = None  # to the folder, on rank 0
-    scores: Callable[[], Mapping[int, float]]  # step -> what `checkpoint.keep_best` names
     save_future: Any
     sd_adapter: Any
 
@@ -317,6 +317,14 @@ class ResumableCheckpoints(HookedCheckpoints):
             return True
         return super().is_due(step, last_step)
 
+    def note_validation(self, step: int, losses: Mapping[str, float]) -> None:
+        """Remember the loss that `checkpoint.keep_best` goes by, beside the checkpoints."""
+        best = self._config.keep_best
+        if self.enable and not self.load_only and is_first() and math.isfinite(losses.get(best, math.nan)):
+            _attempt(
+                lambda: self._catalogue.add_score(step, losses[best]), "Noting a validation beside the checkpoints"
+            )
+
     def purge(self) -> None:
         """Remove what retention does not keep, in the background. Only complete checkpoints count."""
         # torchtitan calls this right after an asynchronous save has begun, when its metadata is not there yet.
@@ -327,7 +335,7 @@ class ResumableCheckpoints(HookedCheckpoints):
         complete = self._catalogue.complete_steps()
         if not complete or self._catalogue.look(complete[-1]).problem:
             return
-        scores = self.scores() if self._config.keep_best else {}
+        scores = self._catalogue.scores() if self._config.keep_best else {}
         best = min((step for step in complete if step in scores), key=lambda step: (scores[step], -step), default=None)
         for step in superfluous(complete, self._config.keep_latest_k, self._config.keep_every, best):
             logger.info(f"Removing the checkpoint of step {step}.")
@@ -391,9 +399,9 @@ def states_in(location: str, states: Mapping[str, Any]) -> dict[str, Any]:
     return dict(states) if adapted else lora.without_adapters(states)
 
 
-def _attempt(action: Any) -> None:
-    """Housekeeping, which must not end a run."""
+def _attempt(action: Any, what: str = "Removing a checkpoint") -> None:
+    """Do housekeeping, which must not end a run."""
     try:
         action()
     except Exception as error:
-        logger.warning(f"Removing a checkpoint failed ({one_line(error)}).")
+        logger.warning(f"{what} failed ({one_line(error)}).")

@@ -16,7 +16,7 @@ from memdlm_dist.runtime.storage import is_remote
 
 
 class _Checked:
-    """Mixed into DCP's readers, which themselves do not look at the checksums: a flipped bit would be trained on."""
+    """Checks of checksums for DCP's readers, which do not look at them: a flipped bit would be trained on."""
 
     def check_entry(self, file: Any, offset: int, length: int, name: str) -> io.BytesIO:
         file.seek(offset)

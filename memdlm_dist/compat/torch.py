@@ -10,7 +10,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,16 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor, all
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import _attention as ring_attention
@@ -150,14 +159,34 @@ _METADATA_CLASSES = {
 }  # fmt: skip
 
 
-class MetadataUnpickler(pickle.Unpickler):
-    """Unpickler of DCP's metadata that admits only the classes DCP writes; DCP's own admits every one (2.13)."""
+_BUILT = (
+    Metadata, TensorStorageMetadata, BytesStorageMetadata, TensorProperties, ChunkStorageMetadata, MetadataIndex,
+    StorageMeta, _StorageInfo,
+)  # fmt: skip
+
+
+class MetadataUnpickler(pickle._Unpickler):
+    """Unpickler of DCP's metadata that admits only the classes DCP writes; DCP's own admits every one (2.13).
+
+    Python's own in Python, for it lets `BUILD` be refused: on a class or a function that opcode sets attributes, and so
+    replaces code. A third of the speed of the one in C: 14 s for the 220,000 chunks of 8 B parameters on 256 ranks.
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not dtype and name not in _METADATA_CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint of ours does")
         return super().find_class(module, name)
+
+    def load_build(self) -> None:
+        *_, built, state = self.stack  # type: ignore[attr-defined]
+        if type(built) not in _BUILT or not (isinstance(state, dict) or hasattr(built, "__setstate__")):
+            raise pickle.UnpicklingError(f"it changes a {type(built).__name__}, which no checkpoint of ours does")
+        super().load_build()  # type: ignore[misc]
+
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 class _Entries:
@@ -173,6 +202,9 @@ class _Entries:
             metadata = MetadataUnpickler(file).load()
         if not isinstance(metadata, Metadata):
             raise pickle.UnpicklingError("it is not the metadata of a checkpoint")
+        for entry in (metadata.storage_data or {}).values():
+            if not re.fullmatch(r"[\w.-]+", entry.relative_path) or entry.relative_path in (".", ".."):
+                raise pickle.UnpicklingError(f"it names the file {entry.relative_path!r} outside of its folder")
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata

@@ -10,7 +10,7 @@ _KEYS = {
     "model": ("name", "flavor", "converters", "rope_scaling", "rope_scaling_method"),
     "training": ("max_norm", "dtype", "mixed_precision_param"),
 }
-_WITHOUT_EFFECT = ("optimizer.implementation", "optimizer.early_step_in_backward")
+_WITHOUT_EFFECT = ("optimizer.implementation",)
 
 
 def experiment_of(config: JobConfig) -> dict[str, Any]:

@@ -163,6 +163,9 @@ class Validation(TitanValidation):
     seq_len: int = 0
     """Unused: the held-out shards' own length, which must be training.seq_len."""
 
+    def __post_init__(self) -> None:
+        """Leave the check of `steps` to `ranges`, which names the key."""
+
 
 @dataclass
 class JobConfig(TitanJobConfig):

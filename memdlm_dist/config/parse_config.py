@@ -231,11 +231,16 @@ def _check_values(config: JobConfig) -> None:
         f"{profiling.profiler_warmup + profiling.profiler_active}.",
     )
     best = config.checkpoint.keep_best
+    require(not best or config.validation.enable, f"checkpoint.keep_best = {best!r} needs validation.enable; set it.")
     require(
-        not best or (config.validation.enable and config.checkpoint.interval % config.validation.freq == 0),
-        f"checkpoint.keep_best = {best!r} needs a validation at every checkpoint; set validation.enable, and "
-        f"checkpoint.interval ({config.checkpoint.interval}) to a multiple of validation.freq "
-        f"({config.validation.freq}).",
+        not best or config.checkpoint.interval % config.validation.freq == 0,
+        f"checkpoint.keep_best = {best!r} needs a validation at every checkpoint; set checkpoint.interval "
+        f"({config.checkpoint.interval}) to a multiple of validation.freq ({config.validation.freq}).",
+    )
+    option = config.activation_checkpoint.selective_ac_option
+    require(
+        option == "op" or (option.isdigit() and int(option) > 0),
+        f"activation_checkpoint.selective_ac_option must be 'op' or a number of layers, but is {option!r}.",
     )
     require(
         best != MEMORY_ON or memory.enable,

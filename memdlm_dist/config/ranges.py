@@ -39,7 +39,7 @@ class Range:
         return text + "".join(f", or {value:g} ({meaning})" for value, meaning in (self.besides or {}).items())
 
 
-_COUNT, _OR_NONE, _POSITIVE, _SHARE = Range(1), Range(0), Range(0, above=True), Range(0, 1)
+_COUNT, _OR_NONE, _POSITIVE, _FRACTION = Range(1), Range(0), Range(0, above=True), Range(0, 1)
 _BETA, _SEED = Range(0, 1, below=True), Range(0, 2**63 - 1)
 _SECONDS = Range(1, 10**7)
 
@@ -57,8 +57,8 @@ RANGES: dict[str, Range] = {
     "optimizer.weight_decay": _OR_NONE,
     "lr_scheduler.warmup_steps": _OR_NONE,
     "lr_scheduler.total_steps": _COUNT,
-    "lr_scheduler.decay_ratio": _SHARE,
-    "lr_scheduler.min_lr_factor": _SHARE,
+    "lr_scheduler.decay_ratio": _FRACTION,
+    "lr_scheduler.min_lr_factor": _FRACTION,
     "training.local_batch_size": _COUNT,
     "training.global_batch_size": Range(1, besides={-1: "one micro-batch of each rank"}),
     "training.seq_len": _COUNT,
@@ -79,7 +79,7 @@ RANGES: dict[str, Range] = {
     ),
     "checkpoint.load_step": Range(0, besides={-1: "the newest good one"}),
     "checkpoint.keep_every": Range(1, besides={0: "off"}),
-    "activation_checkpoint.memory_budget": _SHARE,
+    "activation_checkpoint.memory_budget": _FRACTION,
     "comm.init_timeout_seconds": _SECONDS,
     "comm.train_timeout_seconds": _SECONDS,
     "comm.trace_buf_size": _OR_NONE,

@@ -44,7 +44,7 @@ class Normal:
     std: float
     cut: float = math.inf
 
-    def of(self, u: Tensor) -> Tensor:
+    def transform(self, u: Tensor) -> Tensor:
         """Map numbers that are uniform on (-1, 1), in place: the inverse of the distribution function."""
         return u.mul_(math.erf(self.cut / math.sqrt(2))).erfinv_().mul_(math.sqrt(2) * self.std)
 
@@ -55,7 +55,7 @@ class Uniform:
 
     bound: float
 
-    def of(self, u: Tensor) -> Tensor:
+    def transform(self, u: Tensor) -> Tensor:
         """Map numbers that are uniform on (-1, 1), in place."""
         return u.mul_(self.bound)
 
@@ -130,4 +130,4 @@ def _fill(parameter: Tensor, numbers: str, chosen: Distribution) -> None:
     keys_R = keyed_random.key(torch.initial_seed(), Stream.WEIGHTS, number, row_R.flatten())
     rows = max(1, _TOGETHER.get(local.device.type, _TOGETHER_ON_GPU) // columns)
     for keys_r, out_rc in zip(keys_R.split(rows), local.view(-1, columns).split(rows), strict=True):
-        out_rc.copy_(chosen.of(keyed_random.symmetric(keys_r, pair))[:, own])
+        out_rc.copy_(chosen.transform(keyed_random.symmetric(keys_r, pair))[:, own])

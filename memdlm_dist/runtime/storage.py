@@ -108,12 +108,17 @@ class Storage:
         return self._try(lambda: self._fs.open(self._path(name), "rb"), name)
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write a small file, and the folders above it."""
+        """Write a small file whole or not at all, and the folders above it."""
         data = (json.dumps(value, indent=2) + "\n").encode()
 
         def write() -> None:
-            self._fs.makedirs(os.path.dirname(self._path(name)), exist_ok=True)
-            self._fs.pipe_file(self._path(name), data)
+            path = self._path(name)
+            self._fs.makedirs(os.path.dirname(path), exist_ok=True)
+            if "file" in self._fs.protocol:  # stores write an object whole
+                self._fs.pipe_file(f"{path}.tmp", data)
+                os.replace(f"{path}.tmp", path)
+            else:
+                self._fs.pipe_file(path, data)
 
         self._try(write, name)
 

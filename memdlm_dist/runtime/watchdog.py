@@ -143,7 +143,7 @@ class Watchdog:
         return used - before > 0.2 * elapsed
 
     def _culprits(self) -> bool:
-        """Whether another rank is at fault: a long step, in which all are at work, is not a hang."""
+        """Return whether another rank is at fault: a long step, in which all are at work, is not a hang."""
         places, unknown = self._everyone()
         return bool(unknown or missing(places, self._silence))
 

@@ -40,13 +40,13 @@ class Writer:
 
     Attributes:
         job: the same for all attempts of a job.
-        attempt: how often the job was started again.
+        attempt: how often the batch system queued the job again, and how often the launcher restarted its processes.
         token: of this process alone.
         count: how often the lease was renewed.
     """
 
     job: str
-    attempt: int
+    attempt: tuple[int, ...]
     node: str
     process: int
     since: str
@@ -61,16 +61,17 @@ def this_process() -> Writer:
     """Describe this process; its job is the launcher's, or it is a job of its own."""
     environment = os.environ
     node = socket.gethostname()
-    attempt = sum(int(environment.get(name, "0")) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    attempt = tuple(int(environment.get(name, "0")) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return Writer(environment.get(JOB) or f"{node}/{os.getpid()}", attempt, node, os.getpid(), now)
 
 
 def parse(content: bytes) -> Writer | None:
-    """Parse a lease; None if it is not one."""
+    """Parse a lease, without what a later version may have added; None if it is not one."""
     try:
-        return Writer(**json.loads(content))
-    except (ValueError, TypeError):
+        values = {name: value for name, value in json.loads(content).items() if name in Writer.__dataclass_fields__}
+        return Writer(**{**values, "attempt": tuple(values["attempt"])})
+    except (ValueError, TypeError, KeyError, AttributeError):
         return None
 
 
@@ -125,7 +126,7 @@ def claimed(location: str, writer: Writer) -> Iterator[Claim]:
 
 def _taken(location: str, other: Writer | None) -> UserError:
     return UserError(
-        f"Another run writes to {location}: {other or 'one that does not say which'}; end it, or choose another "
+        f"Another run writes to {location}: {other or f'one whose {LEASE} cannot be read'}; end it, or choose another "
         "checkpoint.folder or job.dump_folder."
     )
 
@@ -144,11 +145,14 @@ class Lock:
 
     def __init__(self, folder: Path, writer: Writer):
         self._folder, self._writer = folder, writer
+        self._made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         self._device = os.stat(folder).st_dev
-        self._acquire()
+        self._checking = threading.Lock()  # retention removes in a thread of its own
+        self._descriptor = self._acquire()
 
-    def _acquire(self) -> None:
+    def _acquire(self) -> int:
+        """Return a descriptor of the file that is locked."""
         deadline = time.monotonic() + PATIENCE
         while True:
             descriptor = os.open(self._folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
@@ -166,8 +170,8 @@ class Lock:
             except OSError as error:
                 os.close(descriptor)
                 raise _NoLocksError(error.strerror) from None
-        self._descriptor = descriptor
         (self._folder / LEASE).write_text(json.dumps(asdict(self._writer)) + "\n")
+        return descriptor
 
     def _other(self) -> Writer | None:
         with contextlib.suppress(OSError):
@@ -181,22 +185,24 @@ class Lock:
         return False
 
     def check(self) -> None:
-        if self._is_current(self._descriptor):
-            return
-        parent = next(path for path in (self._folder, *self._folder.absolute().parents) if path.exists())
-        if os.stat(parent).st_dev != self._device:
-            raise OSError(f"{self._folder} is on another file system than at the start of the run")
-        self._folder.mkdir(parents=True, exist_ok=True)
-        os.close(self._descriptor)
-        self._acquire()
-        logger.warning(f"{self._folder} was removed or replaced while the run wrote to it; it is made anew.")
+        with self._checking:
+            if self._is_current(self._descriptor):
+                return
+            parent = next(path for path in (self._folder, *self._folder.absolute().parents) if path.exists())
+            if os.stat(parent).st_dev != self._device:
+                raise OSError(f"{self._folder} is on another file system than at the start of the run")
+            self._folder.mkdir(parents=True, exist_ok=True)
+            before, self._descriptor = self._descriptor, self._acquire()
+            os.close(before)
+            logger.warning(f"{self._folder} was removed or replaced while the run wrote to it; it is made anew.")
 
     def release(self) -> None:
         with contextlib.suppress(OSError):
             if self._is_current(self._descriptor):
                 for name in (LEASE, LOCK):
                     (self._folder / name).unlink(missing_ok=True)
-                self._folder.rmdir()  # if nothing was saved
+                if self._made:
+                    self._folder.rmdir()  # if nothing was saved
         os.close(self._descriptor)
 
 
@@ -210,20 +216,20 @@ class Lease:
         self._thread = threading.Thread(target=self._renew, daemon=True, name="lease")
         self._thread.start()
 
-    def _read(self) -> Writer | None:
+    def _read(self) -> bytes | None:
         try:
-            return parse(self._storage.read(LEASE))
+            return self._storage.read(LEASE)
         except FileNotFoundError:
             return None
 
     def _acquire(self) -> None:
-        held = self._read()
-        if held is not None and held.job != self._writer.job:
-            self._watch(held)
-        elif held is not None:
-            logger.info(f"Taking {self._storage.url()} over from an earlier attempt of this job, {held}.")
-        value = asdict(self._writer)
-        if held is not None:
+        found, value = self._read(), asdict(self._writer)
+        if found is not None:
+            held = parse(found)
+            if held is not None and held.job == self._writer.job and held.attempt < self._writer.attempt:
+                logger.info(f"Taking {self._storage.url()} over from an earlier attempt of this job, {held}.")
+            else:
+                self._watch(found)
             self._storage.write_json(LEASE, value)
         else:
             self._storage.create_json(LEASE, value)
@@ -231,21 +237,22 @@ class Lease:
         time.sleep(SETTLING)
         self.check()
 
-    def _watch(self, held: Writer) -> None:
-        """Wait until another job's lease has stood still for `EXPIRY` seconds.
+    def _watch(self, found: bytes) -> None:
+        """Wait until another run's lease has stood still for `EXPIRY` seconds.
 
         Raises:
-            UserError: if that job is alive.
+            UserError: if that run is alive.
         """
-        logger.info(f"{self._storage.url()} is held by {held}; waiting {EXPIRY:g} s for a sign of life.")
+        holder = parse(found) or f"a run whose {LEASE} cannot be read"
+        logger.info(f"{self._storage.url()} is held by {holder}; waiting {EXPIRY:g} s for a sign of life.")
         deadline = time.monotonic() + EXPIRY
         while time.monotonic() < deadline:
             time.sleep(min(1.0, PERIOD / 2))
             now = self._read()
             if now is None:
                 return
-            if (now.token, now.count) != (held.token, held.count):
-                raise _taken(self._storage.url(), now)
+            if now != found:
+                raise _taken(self._storage.url(), parse(now))
 
     def _renew(self) -> None:
         while not self._stopped.wait(PERIOD):
@@ -259,11 +266,12 @@ class Lease:
                 logger.debug(f"The lease of {self._storage.url()} cannot be renewed: {error}")
 
     def check(self) -> None:
-        found = self._read()
-        if found is None:
+        content = self._read()
+        if content is None:
             logger.warning(f"{self._storage.url(LEASE)} was removed while the run wrote there; it is made anew.")
             self._storage.create_json(LEASE, asdict(self._writer))
-            found = self._read()
+            content = self._read()
+        found = parse(content) if content is not None else None
         if found is None or found.token != self._writer.token:
             raise _taken(self._storage.url(), found)
 

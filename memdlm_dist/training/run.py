@@ -85,7 +85,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _writer(config: JobConfig) -> AbstractContextManager[Claim | None]:
     """Claim the checkpoints' folder for this run, on the first rank; the others follow it."""
-    if not config.checkpoint.enable or not is_first():
+    if not config.checkpoint.enable or config.checkpoint.load_only or not is_first():
         return nullcontext()
     folder = config.checkpoint.folder
     return claimed(folder if is_remote(folder) else os.path.join(config.job.dump_folder, folder), this_process())

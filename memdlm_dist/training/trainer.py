@@ -29,7 +29,6 @@ from memdlm_dist.training.agreement import StepAgreement
 from memdlm_dist.training.backbone import lora_of
 from memdlm_dist.training.metrics import HARDWARE_FLOPS, MASK_RATIO, SKIPPED_BATCHES, MemDLMMetrics
 from memdlm_dist.training.objective import Objective, build_objective
-from memdlm_dist.training.validation_history import by_step, path_in
 
 logger = logging.getLogger()
 
@@ -71,7 +70,6 @@ class MemDLMTrainer(Trainer):
         )
         self.checkpointer.experiment = experiment_of(job_config)
         self.checkpointer.lora = lora_of(job_config)
-        self.checkpointer.scores = lambda: by_step(path_in(job_config.job.dump_folder), job_config.checkpoint.keep_best)
         self.checkpointer.stop_on_save_failure = job_config.reliability.on_save_failure == "stop"
         self.agreement = StepAgreement(self.model_parts, job_config.reliability, self.device)
         self.watchdog = start_watchdog(job_config.comm.init_timeout_seconds)
@@ -109,7 +107,8 @@ class MemDLMTrainer(Trainer):
                 self.watchdog.at(f"finishing step {self.step} (checkpoint, validation)", needs_others=False)
                 self.checkpointer.save(self.step, last_step=self.step == config.training.steps)
                 if config.validation.enable and self.validator.should_validate(self.step):
-                    self.validator.validate(self.model_parts, self.step)
+                    losses = self.validator.validate(self.model_parts, self.step)
+                    self.checkpointer.note_validation(self.step, losses)
                 for observer in (profiler, snapshots):
                     if observer:
                         observer.step()

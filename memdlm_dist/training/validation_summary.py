@@ -6,9 +6,9 @@ from memdlm_dist.training.validation_history import LOSSES, history, path_in
 def summary_table(dump_folder: str) -> str | None:
     """Return the first and the last validation of a run as a table; None if there is none yet."""
     path = path_in(dump_folder)
-    if not path.is_file():
+    rows = history(path) if path.is_file() else []
+    if not rows:
         return None
-    rows = history(path)
     first, last = rows[0], rows[-1]
     lines = ["held-out loss (nats per token)    memory off    memory on"]
     for label, row in (("start", first), ("end", last)):

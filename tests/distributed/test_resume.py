@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from memdlm_dist.checkpoint.catalogue import read_run
 from memdlm_dist.checkpoint.continuity import KEYS, check, check_format
 from memdlm_dist.errors import UserError
+from memdlm_dist.runtime.storage import Storage
 from tests.support.launching import debug, run_many, scalars
 
 LOCAL, GLOBAL = "--training.local_batch_size", "--training.global_batch_size"
@@ -228,6 +230,12 @@ def test_a_damaged_or_later_run_file(tmp_path):
             UserError, match=r"run.json is damaged \((identity is list|experiment is str), not an object"
         ):
             check("run/step-3", damaged, ours, {}, [])
+    for content, says in (("{", "Expecting property name"), ("[1]", "it is a list, not an object")):
+        (tmp_path / "run.json").write_text(content)
+        with pytest.raises(
+            UserError, match=rf"run.json is damaged \({says}.*\); restore the file, or remove it to go on"
+        ):
+            read_run(Storage(str(tmp_path)))
     with pytest.raises(UserError, match=r"debug.seed = \[7\] \(now 1\)"):
         check("run/step-3", {"identity": {"debug.seed": [7]}}, ours, {}, [])
 

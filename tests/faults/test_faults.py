@@ -27,6 +27,11 @@ def fault(do: str, at: str, step: int, rank: int | None = 1, **more) -> dict:
 
 
 FULL, ROOM = fault("full", "step", 3), fault("room", "step", 7)
+BEST = [
+    "--checkpoint.interval=1", "--checkpoint.keep_latest_k", "2", "--checkpoint.keep_best", MEMORY_OFF,
+    "--validation.enable", "--validation.freq=1", "--validation.steps=1", "--optimizer.lr=1",
+    "--checkpoint.folder", "{root}/best-checkpoints",
+]  # fmt: skip
 # folder -> its runs, one after the other: (expected status, faults[, arguments])
 SCENARIOS = {
     "straight": [(0, [])],
@@ -68,10 +73,10 @@ SCENARIOS = {
     "retention": [
         (0, [], ["--checkpoint.interval=1", "--checkpoint.keep_latest_k", "2", "--checkpoint.keep_every", "3"])
     ],
-    # Its held-out loss is least early: the learning rate is far too high.
+    # Its held-out loss is least early: the learning rate is far too high. It goes on with another output folder.
     "best": [
-        (0, [], ["--checkpoint.interval=1", "--checkpoint.keep_latest_k", "2", "--checkpoint.keep_best", MEMORY_OFF,
-                 "--validation.enable", "--validation.freq=1", "--validation.steps=1", "--optimizer.lr=0.05"])
+        (0, [], [*BEST, "--training.steps", "6"]),
+        (0, [], [*BEST, "--job.dump_folder", "{root}/best-elsewhere"]),
     ],
 }  # fmt: skip
 
@@ -198,7 +203,10 @@ def test_a_loss_that_is_not_a_number(done):
             "hang-data",
             r"rank 1 \(node \S+, process \d+\) is loading the data of step 3 \(support/faults\.py:\d+ in hang\)",
         ),
-        ("stopped-process", r"rank 1 \(node \S+, process \d+, silent for \d+ s\) was last seen taking step \d"),
+        (
+            "stopped-process",
+            r"rank 1 \(node \S+, process \d+, silent for \d+ s\) was last seen (taking|finishing) step \d",
+        ),
     ],
 )
 def test_a_rank_that_hangs_is_named(done, name, place):
@@ -255,10 +263,11 @@ def test_retention(done):
     root, outputs = done
     assert {path.name for path in (root / "retention/checkpoint").iterdir()} == {"step-3", "step-6", "step-7", "step-8"}
     assert "Removing the checkpoint of step 1." in outputs["retention"][0]
-    losses = scalars(root / "best")[MEMORY_OFF]
+    losses = scalars(root / "best")[MEMORY_OFF] | scalars(root / "best-elsewhere")[MEMORY_OFF]
     best = min(range(1, 9), key=losses.__getitem__)
-    assert best < 7, losses
-    assert {path.name for path in (root / "best/checkpoint").iterdir()} == {f"step-{best}", "step-7", "step-8"}
+    assert best < 5 and set(losses) == set(range(9)), losses
+    kept = {path.name for path in (root / "best-checkpoints").iterdir() if path.is_dir()}
+    assert kept == {f"step-{best}", "step-7", "step-8"}
 
 
 def test_a_disk_that_is_really_full(tmp_path, capsys):

@@ -91,7 +91,7 @@ MISTAKES = [
     Mistake("experts sharded over CP", "cannot be sharded evenly over data_parallel_shard_degree 8 x context_parallel_degree 2", (*MOE, "--parallelism.context_parallel_degree", "2"), env={"WORLD_SIZE": "16"}),
     Mistake("shorter context", "model.rope_scaling must be at least 1", ("--model.rope_scaling", "0.5")),
     Mistake("proportions", "data.proportions has 2 entries for 1 stream", ("--data.proportions", "1", "2")),
-    Mistake("validation steps", "validation steps must be positive or -1", ("--validation.steps", "0")),
+    Mistake("validation steps", "validation.steps must be at least 1, or -1 (all held-out sequences), but is 0", ("--validation.steps", "0")),
     Mistake("missing checkpoint", "There is no complete checkpoint in nowhere", ("--checkpoint.enable", "--checkpoint.initial_load_path", "nowhere")),
     Mistake("seed checkpoint without checkpoints", "needs checkpoint.enable", ("--checkpoint.create_seed_checkpoint",)),
     Mistake("negative interval of kept checkpoints", "checkpoint.keep_every must be at least 1, or 0 (off), but is -1", ("--checkpoint.keep_every", "-1")),
@@ -111,7 +111,9 @@ MISTAKES = [
     Mistake("optimizer", "error: optimizer.name must be Adam or AdamW, but is 'SGD'.", ("--optimizer.name", "SGD")),
     Mistake("types", "training.dtype = 'bfloat16' keeps the weights in bfloat16, and training.mixed_precision_param = 'float32'", ("--training.dtype", "bfloat16")),
     Mistake("torchtitan's data", "--training.dataset is not read here; name folders of shards in data.train.", ("--training.dataset", "c4")),
-    Mistake("best without validation", "needs a validation at every checkpoint; set validation.enable, and checkpoint.interval (5)", ("--checkpoint.enable", "--checkpoint.keep_best", "validation/loss_memory_off")),
+    Mistake("best without validation", "keep_best = 'validation/loss_memory_off' needs validation.enable; set it.", ("--checkpoint.enable", "--checkpoint.keep_best", "validation/loss_memory_off")),
+    Mistake("best of rare validations", "needs a validation at every checkpoint; set checkpoint.interval (5) to a multiple of validation.freq (2)", ("--checkpoint.enable", "--validation.enable", "--validation.freq", "2", "--checkpoint.keep_best", "validation/loss_memory_off")),
+    Mistake("layers to checkpoint", "selective_ac_option must be 'op' or a number of layers, but is '0'", ("--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "0")),
     Mistake("best of a memory", "needs parametric_memory.enable; set it, or choose validation/loss_memory_off", ("--checkpoint.enable", "--validation.enable", "--parametric_memory.no_enable", "--checkpoint.keep_best", "validation/loss_memory_on")),
     Mistake("seed checkpoint on two", "needs a single process", ("--checkpoint.enable", "--checkpoint.create_seed_checkpoint"), env={"WORLD_SIZE": "2"}),
 ]  # fmt: skip
@@ -317,7 +319,7 @@ def test_through_the_launcher(root, tmp_path):
     assert (done.stdout + done.stderr).count("error: ") == 1
 
 
-@pytest.mark.parametrize("ranks", ["2", "x", "0,5", "1,"])
+@pytest.mark.parametrize("ranks", ["2", "x", "0,5", "1,", "18446744073709551616"])
 def test_ranks_to_show(root, ranks):
     command = ["bash", "launch/train.sh", "train_configs/debug.toml"]
     environment = {**os.environ, "NGPU": "2", "LOG_RANK": ranks}

@@ -1,7 +1,9 @@
 """Two runs on one folder: the second is told who has it, on disk and in a store, whatever the clocks say."""
 
+import fcntl
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import fsspec
@@ -20,8 +22,8 @@ ARGUMENTS = [
 ]  # fmt: skip
 
 
-def named(job: str, process: int = 1) -> Writer:
-    return Writer(job, 0, "node7", process, "2026-01-01T00:00:00+00:00")
+def named(job: str, process: int = 1, attempt: tuple[int, ...] = (0, 0)) -> Writer:
+    return Writer(job, attempt, "node7", process, "2026-01-01T00:00:00+00:00")
 
 
 def test_a_second_run_is_refused_on_disk(tmp_path):
@@ -43,7 +45,8 @@ def test_a_second_run_is_refused_on_disk(tmp_path):
 def test_a_lock_goes_with_its_folder(tmp_path):
     held = Lock(tmp_path / "run", named("ours"))
     (tmp_path / "run").rename(tmp_path / "moved")
-    held.check()  # on the same file system it is made anew
+    with ThreadPoolExecutor(4) as threads:  # on the same file system it is made anew; retention has its own thread
+        list(threads.map(lambda _: held.check(), range(8)))
     assert json.loads((tmp_path / "run" / LEASE).read_text())["job"] == "ours"
     held._device += 1  # what an unmounted folder looks like
     (tmp_path / "run").rename(tmp_path / "again")
@@ -51,6 +54,23 @@ def test_a_lock_goes_with_its_folder(tmp_path):
         held.check()
     assert not (tmp_path / "run").exists()
     held.release()
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    Lock(kept, named("ours")).release()
+    assert kept.exists() and not list(kept.iterdir()), "a folder that was there stays"
+
+
+def test_a_lock_that_is_lost_to_another_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "PATIENCE", 0)
+    held = Lock(tmp_path / "run", named("ours"))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    monkeypatch.setattr(fcntl, "lockf", lambda *_: (_ for _ in ()).throw(BlockingIOError()))
+    with open(tmp_path / "other", "w") as other:
+        for _ in range(2):
+            with pytest.raises(UserError, match="Another run writes to"):
+                held.check()
+        held.release()
+        other.write("still open")
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +98,14 @@ def test_a_lease_in_a_store(url, soon, monkeypatch):
         claim(url, named("b"))
     # The same job, started again, does not wait; the process before it learns of that before it saves.
     began = time.monotonic()
-    second = claim(url, named("a", process=2))
+    second = claim(url, named("a", process=2, attempt=(1, 0)))
     assert time.monotonic() - began < writer.EXPIRY
     with pytest.raises(UserError, match="process 2"):
         first.check()
     second.check()
+    # Another launch of the same job, beside it, is no later attempt.
+    with pytest.raises(UserError, match="process 2"):
+        claim(url, named("a", process=3, attempt=(1, 0)))
     # Another job does, until the count has stood still; by its own clock alone.
     kill(second)
     monkeypatch.setattr(time, "time", lambda: 0.0)
@@ -95,6 +118,22 @@ def test_a_lease_in_a_store(url, soon, monkeypatch):
     third.release()
     assert not fsspec.filesystem("s3").exists(f"{url}/{LEASE}")
     first.release()
+
+
+@pytest.mark.parametrize("content", [b"", b'{"job": "a', b"[1]"])
+def test_a_lease_that_cannot_be_read_expires(url, soon, content):
+    storage = Storage(f"{url}-3")
+    fsspec.filesystem("s3").pipe_file(f"{url}-3/{LEASE}", content)
+    began = time.monotonic()
+    lease = claim(storage.url(), named("ours"))
+    assert time.monotonic() - began > writer.EXPIRY
+    value = json.loads(storage.read(LEASE))
+    assert writer.parse(json.dumps({**value, "later": 1}).encode()) is not None, "what a later version adds"
+    storage.write_json(LEASE, {"job": 1})
+    with pytest.raises(UserError, match=r"run-3: one whose writer.json cannot be read; end it"):
+        lease.check()
+    lease.release()
+    storage.remove(LEASE)
 
 
 def test_two_that_come_at_once(url, soon):

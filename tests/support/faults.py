@@ -71,7 +71,7 @@ def inject(faults: Iterable[dict[str, Any]]) -> None:
             elif fault["do"] == "remove":
                 shutil.rmtree(fault["path"])
             elif fault["do"] == "steal":
-                other = writer.Writer("other", 0, "node7", 1, "now")
+                other = writer.Writer("other", (0, 0), "node7", 1, "now")
                 storage.Storage(fault["path"]).write_json(writer.LEASE, asdict(other))
             elif fault["do"] == "raise":
                 raise OSError("away for a moment")

@@ -9,6 +9,8 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+from memdlm_dist.runtime.preemption import EXIT_STATUS as PREEMPTED
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -82,7 +84,8 @@ def wait(children: Sequence[int], hang_up: int | None = None) -> int:
             os.close(pidfd)
             if status and not failure:
                 failure = status
-                kill()
+                if status != PREEMPTED:  # to which all come together
+                    kill()
     return failure
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
 from memdlm_dist.checkpoint import weights
 from memdlm_dist.checkpoint.catalogue import Catalogue, superfluous
@@ -64,6 +65,34 @@ def test_metadata_names_no_foreign_class(tmp_path, canary):
     problem = "has a .metadata that cannot be read (it names posix.mkdir, which no checkpoint of ours does)"
     assert Catalogue(str(tmp_path / "run")).look(2).problem == problem
     assert "metadata that cannot be read (it names posix.mkdir" in check_model(whole, TENSORS)
+
+
+def changing(target, attributes: dict) -> bytes:
+    """A pickle that sets attributes of a class or a function, as the opcode BUILD does."""
+    state = pickle.dumps((None, attributes), protocol=2)[2:-1]
+    name = f"c{target.__module__}\n{target.__qualname__}\n".encode()
+    return b"\x80\x02" + name + state + b"b."
+
+
+def test_metadata_changes_no_code(tmp_path):
+    save(tmp_path / "run/step-2")
+    cache = dict(torch.serialization._get_layout.cache)
+    for target, attributes in (
+        (torch.serialization._get_layout, {"cache": {"torch.strided": "other"}}),
+        (Metadata, {"__init__": 1}),
+    ):
+        (tmp_path / "run/step-2/.metadata").write_bytes(changing(target, attributes))
+        assert "cannot be read (it changes a " in Catalogue(str(tmp_path / "run")).look(2).problem
+    assert torch.serialization._get_layout.cache == cache and callable(Metadata.__init__)
+
+
+def test_metadata_names_files_of_its_folder(tmp_path):
+    folder = Path(save(tmp_path / "run/step-2"))
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    for entry in metadata.storage_data.values():
+        entry.relative_path = "../secret.bin"
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert "it names the file '../secret.bin' outside of its folder" in Catalogue(str(tmp_path / "run")).look(2).problem
 
 
 def test_values_beside_tensors_are_data(tmp_path, canary):

@@ -5,7 +5,7 @@ import torch
 
 from memdlm_dist import train
 from memdlm_dist.training.memory_dependence import MemoryDependence
-from memdlm_dist.training.validation_history import HISTORY_FILE, LOSSES
+from memdlm_dist.training.validation_history import HISTORY_FILE, LOSSES, append, history
 from memdlm_dist.training.validation_summary import summary_table
 from tests.support.bilevel import data, memory, objective
 from tests.support.launching import debug, scalars
@@ -23,6 +23,15 @@ def test_the_table_is_of_the_last_run(tmp_path):
     lines = summary_table(str(tmp_path)).splitlines()
     assert "start (step      0)" in lines[1] and "8.0000" in lines[1] and lines[1].endswith("-")
     assert "end   (step     20)" in lines[2] and "6.5000" in lines[2]
+
+
+def test_damaged_lines_are_left_out(tmp_path, caplog):
+    path = tmp_path / HISTORY_FILE
+    path.write_text('{"step": 0, "validation/loss_memory_off": 9.0}\n[1]\n{"step": null}\n{"step": 5, "valid')
+    append(path, 10, {LOSSES[0]: 7.0})
+    assert [row["step"] for row in history(path)] == [0, 10] and "3 damaged lines" in caplog.text
+    path.write_text("{")
+    assert summary_table(str(tmp_path)) is None
 
 
 def test_the_bound_has_the_schedules_weights_and_the_inner_loop_its_own():
