@@ -7,8 +7,8 @@
 
 DIR is a folder or a URL with checkpoints step-N in it, such as outputs/quickstart/checkpoint or s3://bucket/run.
 Verifying reads every file and compares the checksums in it; it exits with 1 if anything is wrong. Pruning keeps the K
-newest good checkpoints and every one whose step is a multiple of N, and never removes a damaged one, or the only
-good one.
+newest good checkpoints, every one whose step is a multiple of N, and the best one of a run with checkpoint.keep_best. It
+never removes a damaged one, or the only good one.
 """
 
 import argparse
@@ -23,9 +23,10 @@ from memdlm_dist.runtime import cpu
 
 cpu.prepare()
 
-from memdlm_dist.checkpoint.catalogue import Catalogue, Saved, name_of, read_run, superfluous
+from memdlm_dist.checkpoint.catalogue import SCORES, Catalogue, Saved, name_of, read_run, superfluous
 from memdlm_dist.errors import UserError
 from memdlm_dist.runtime.entry_point import guarded, new_parser
+from memdlm_dist.runtime.rank_0 import one_line
 from memdlm_dist.runtime.storage import Storage
 from memdlm_dist.runtime.writer import claimed, this_process
 
@@ -115,7 +116,13 @@ def prune(catalogue: Catalogue, options: argparse.Namespace) -> None:
         raise UserError(f"--keep-every must not be negative (0 is off), but is {options.keep_every}.")
     rows = found(catalogue)
     good = [saved.step for saved in rows if saved.good]
-    going = superfluous(good, options.keep_latest, options.keep_every)
+    try:
+        best = catalogue.best(good)
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{catalogue.storage.url(SCORES)} is damaged ({one_line(error)}); restore the file or remove it."
+        ) from None
+    going = superfluous(good, options.keep_latest, options.keep_every, best)
     if options.incomplete:
         going += [saved.step for saved in rows if not saved.complete and not saved.exported]
     # What is incomplete may be in the writing.

@@ -132,6 +132,11 @@ class Catalogue:
         except FileNotFoundError:
             return {}
 
+    def best(self, steps: Collection[int]) -> int | None:
+        """Return the step among `steps` with the least loss noted, the last of several; None if none was noted."""
+        scores = self.scores()
+        return min((s for s in steps if s in scores), key=lambda step: (scores[step], -step), default=None)
+
     def add_score(self, step: int, loss: float) -> None:
         """Note the validation loss of a step."""
         self.storage.write_json(SCORES, {**self.scores(), step: loss})

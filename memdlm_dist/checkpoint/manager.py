@@ -335,8 +335,7 @@ class ResumableCheckpoints(HookedCheckpoints):
         complete = self._catalogue.complete_steps()
         if not complete or self._catalogue.look(complete[-1]).problem:
             return
-        scores = self._catalogue.scores() if self._config.keep_best else {}
-        best = min((step for step in complete if step in scores), key=lambda step: (scores[step], -step), default=None)
+        best = self._catalogue.best(complete) if self._config.keep_best else None
         for step in superfluous(complete, self._config.keep_latest_k, self._config.keep_every, best):
             logger.info(f"Removing the checkpoint of step {step}.")
             self._remove(step)

@@ -72,6 +72,15 @@ def test_prune(saved, tmp_path, capsys):
     assert checkpoints.main(["prune", str(folder), "--keep-latest", "1", "--dry-run"]) == 0
     assert "would remove step-1\nwould remove step-2\nwould remove step-4\n1 good" in capsys.readouterr().out
     assert {path.name for path in folder.iterdir()} == everything
+    (folder / "scores.json").write_text('{"1": 2.5, "2": 2.0, "9": 1.0, "6": 3.0}')
+    checkpoints.main(["prune", str(folder), "--keep-latest", "1", "--dry-run"])
+    assert "would remove step-1\nwould remove step-4\n2 good" in capsys.readouterr().out, (
+        "the best of those there stays"
+    )
+    (folder / "scores.json").write_text("[3]")
+    assert checkpoints.main(["prune", str(folder), "--keep-latest", "1"]) == 2
+    assert "scores.json is damaged (" in capsys.readouterr().err
+    (folder / "scores.json").unlink()
     checkpoints.main(["prune", str(folder), "--keep-latest", "1", "--keep-every", "2"])
     assert everything - {path.name for path in folder.iterdir()} == {"step-1"}
     checkpoints.main(["prune", str(folder), "--keep-latest", "1", "--incomplete"])
