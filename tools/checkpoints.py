@@ -7,8 +7,8 @@
 
 DIR is a folder or a URL with checkpoints step-N in it, such as outputs/quickstart/checkpoint or s3://bucket/run.
 Verifying reads every file and compares the checksums in it; it exits with 1 if anything is wrong. Pruning keeps the K
-newest good checkpoints, every one whose step is a multiple of N, and the best one of a run with checkpoint.keep_best. It
-never removes a damaged one, or the only good one.
+newest good checkpoints, every one whose step is a multiple of N, and the best one of a run with checkpoint.keep_best.
+It never removes a damaged one, or the only good one.
 """
 
 import argparse

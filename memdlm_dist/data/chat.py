@@ -25,7 +25,7 @@ _LLADA_TOKENS = (_LLADA_START, "<|start_header_id|>", "<|end_header_id|>", "<|eo
 
 
 def chat_template(name: str, tokenizer: DiffusionTokenizer) -> ChatTemplate:
-    """A template by name, one of `TEMPLATES`.
+    """Return a template by name, one of `TEMPLATES`.
 
     Raises:
         UserError: if the tokenizer lacks the template or its special tokens.
@@ -78,7 +78,7 @@ def _of_tokenizer(tokenizer: DiffusionTokenizer) -> ChatTemplate:
 
 
 def prompt(template: ChatTemplate, text: str) -> str:
-    """A user's turn, with the assistant's to come.
+    """Render a user's turn, with the assistant's to come.
 
     Raises:
         UserError: if the template cannot render it.
@@ -90,7 +90,7 @@ def prompt(template: ChatTemplate, text: str) -> str:
 
 
 def segments(template: ChatTemplate, messages: Sequence[dict[str, str]]) -> list[tuple[str, bool]]:
-    """A conversation as (text, is response) pairs: what an assistant's turn adds to the text up to it is a response.
+    """Render a conversation as (text, is response) pairs: a response is what an assistant's turn adds to the text.
 
     Raises:
         ValueError: if the template cannot render it, or writes a turn otherwise once another follows.

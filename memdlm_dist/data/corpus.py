@@ -28,7 +28,8 @@ _UNREADABLE = (
 )  # fmt: skip
 _BOM = b"\xef\xbb\xbf"
 # What separates the elements of a JSON array, and what may hold these characters.
-_STRUCTURE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},]', re.DOTALL)
+# A string without an end is one match too: each of its quotes would otherwise be tried as a string's beginning.
+_STRUCTURE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[\]{},]', re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Source:
 
 
 def sources(patterns: Sequence[str]) -> list[Source]:
-    """The files that paths, URLs and glob patterns stand for, in a fixed order.
+    """Find the files that paths, URLs and glob patterns stand for, in a fixed order.
 
     A folder stands for the JSONL and Parquet files below it.
 
@@ -94,7 +95,7 @@ def _kind(url: str) -> str | None:
 
 
 def rows(source: Source) -> Iterator[Row]:
-    """The rows of one file; a bad one comes with its `problem` instead of its values.
+    """Read the rows of one file; a bad one comes with its `problem` instead of its values.
 
     Raises:
         UserError: if the file as a whole cannot be read.
@@ -194,7 +195,7 @@ def _parquet_values(batch: pyarrow.RecordBatch) -> Iterator[dict[str, Any] | str
     """Yield the rows of a batch, and the problem of one that cannot be read."""
     try:
         yield from batch.to_pylist()
-    except ValueError as error:  # text that is not UTF-8
+    except Exception as error:  # text that is not UTF-8, dates that Python does not know
         if len(batch) == 1:
             yield one_line(error)
             return
@@ -203,7 +204,7 @@ def _parquet_values(batch: pyarrow.RecordBatch) -> Iterator[dict[str, Any] | str
 
 
 def builtin_sources() -> list[Source]:
-    """The Python standard library's source files: long real documents that every machine has."""
+    """Find the Python standard library's source files: long real documents that every machine has."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [
         path
@@ -215,7 +216,7 @@ def builtin_sources() -> list[Source]:
 
 
 def builtin_rows(source: Source) -> Iterator[Row]:
-    """One file of the built-in corpus as one document under "text"."""
+    """Read one file of the built-in corpus as one document under "text"."""
     try:
         text = Path(source.url).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -226,5 +227,5 @@ def builtin_rows(source: Source) -> Iterator[Row]:
 
 
 def is_held_out(key: str, fraction: float) -> bool:
-    """Whether what `key` stands for belongs to the held-out part; a function of the key alone."""
+    """Return whether what `key` stands for belongs to the held-out part; a function of the key alone."""
     return zlib.crc32(key.encode()) / 2**32 < fraction

@@ -49,7 +49,7 @@ class TokenDataset(streaming.CacheOnlyEviction):
         self._checked: set[int] = set()
 
     def fingerprint(self) -> str:
-        """Of what the indices say of all streams (files, sizes, checksums) and of the streams' shares.
+        """Return a hash of what the indices say of all streams (files, sizes, checksums) and of the streams' shares.
 
         Where the shards lie is not part of it: they may be moved.
         """
@@ -87,7 +87,7 @@ class TokenDataset(streaming.CacheOnlyEviction):
 
     @staticmethod
     def _numbers(sample: dict[str, Any], length: int) -> NDArray[np.int64]:
-        """Of every token's document."""
+        """Return the number of every token's document."""
         if "documents" not in sample:
             return np.zeros(length, dtype=np.int64)
         sizes = np.frombuffer(sample["documents"], np.uint32)
@@ -222,9 +222,8 @@ def open_dataset(data: Data, locations: list[str], proportions: list[float], **o
         shards = {}
         for location, stream in zip(locations, streams, strict=True):
             shards[location] = shard_index.prepare(location, stream.local, stream.remote is not None)
-        _check_cache_limit(
-            data.cache_limit, [s for location in locations if is_remote(location) for s in shards[location]]
-        )
+        # streaming counts the shards of local streams too.
+        _check_cache_limit(data.cache_limit, [s for of_stream in shards.values() for s in of_stream] if cached else [])
         shared_memory.remove_leftovers(folders, cached)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # all ranks look for a free name in shared memory next
@@ -240,7 +239,7 @@ def open_dataset(data: Data, locations: list[str], proportions: list[float], **o
 
 
 def _check_cache_limit(limit: str, shards: list[dict[str, Any]]) -> None:
-    """Check that the cache can hold the shards of remote streams that are in use.
+    """Check that the cache can hold the shards that are in use.
 
     Raises:
         UserError: if the limit is not a size, or too low.

@@ -40,14 +40,15 @@ def check(output: Path, names: tuple[str, ...], overwrite: bool) -> None:
     if summary.is_symlink() or (summary.exists() and not _read(summary).keys() >= {"rows", "sequences", "problems"}):
         raise UserError(f"{summary} was written by no preparation; choose another --output.")
     for name in names:
-        folder, partial = output / name, _partial(output / name)
-        for path in (folder, partial):
+        folder = output / name
+        places = (folder, _partial(folder), _replaced(folder))
+        for path in places:
             if path.is_symlink() or (path.exists() and not path.is_dir()):
                 kind = "a symbolic link" if path.is_symlink() else "a file"
                 raise UserError(f"{path} is {kind}, not a folder; remove it or choose another --output.")
         if not overwrite and folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder} is not empty; choose another --output or pass --overwrite to replace it.")
-        for path in (folder, partial):
+        for path in places:
             if path.exists() and (foreign := _foreign_file(path, _NAMES[name])):
                 raise UserError(f"{path} holds {foreign}, which no preparation wrote; choose another --output.")
     if summary.exists() and not overwrite:
@@ -78,13 +79,39 @@ def replacing(output: Path, names: tuple[str, ...]) -> Iterator[dict[str, Path]]
             _remove(path, _NAMES[name])
         raise
     with deferring_signals():
-        for name, path in partial.items():
-            _remove(output / name, _NAMES[name])
-            path.rename(output / name)
+        _swap(output, partial)
+
+
+def recover(output: Path) -> None:
+    """Finish what a preparation was killed in when all was written and folders were changing places."""
+    partial = {name: path for name in _NAMES if (path := _partial(output / name)).is_dir() and not path.is_symlink()}
+    if partial and all(_is_complete(path, _NAMES[name]) for name, path in partial.items()):
+        _swap(output, partial)
+    for name, names in _NAMES.items():
+        if (output / name).exists():
+            _remove(_replaced(output / name), names)
+
+
+def _swap(output: Path, partial: dict[str, Path]) -> None:
+    """Put complete folders in their places: by renames alone, and what they replace is removed when all are there."""
+    for name, path in partial.items():
+        if (output / name).exists():
+            (output / name).rename(_replaced(output / name))
+        path.rename(output / name)
+    for name in partial:
+        _remove(_replaced(output / name), _NAMES[name])
+
+
+def _is_complete(folder: Path, names: str) -> bool:
+    return _listed(folder) is not None and _foreign_file(folder, names) is None
 
 
 def _partial(folder: Path) -> Path:
     return folder.with_name(folder.name + ".partial")
+
+
+def _replaced(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".replaced")
 
 
 def _write_manifest(folder: Path, files: list[str] | None) -> None:
@@ -102,8 +129,8 @@ def _written(folder: Path, names: str) -> set[str]:
     """Return the names of a folder's files that a preparation wrote."""
     fitting = {path.name for path in folder.iterdir() if re.fullmatch(names, path.name)}
     if (folder / MANIFEST).is_file():
-        files = _read(folder / MANIFEST).get("files", [])
-        return {MANIFEST} | {name for name in fitting if files is None or name in files}
+        files = _listed(folder)
+        return {MANIFEST} | (fitting if files is None and _is_begun(folder) else fitting & set(files or ()))
     # Folders of memdlm_dist 0.1 have no manifest: an index names its shards, and a tokenizer stands beside shards.
     if names == _TOKENIZER_FILES:
         return fitting if (folder.parent / "train" / CARD).is_file() else set()
@@ -116,11 +143,22 @@ def _written(folder: Path, names: str) -> set[str]:
     return fitting & {CARD, INDEX, *shards}
 
 
+def _listed(folder: Path) -> list[str] | None:
+    """Return the files that a folder's manifest lists; None if it lists none."""
+    files = _read(folder / MANIFEST).get("files")
+    return files if isinstance(files, list) and all(isinstance(name, str) for name in files) else None
+
+
+def _is_begun(folder: Path) -> bool:
+    """Return whether a preparation has begun to write a folder, and has not come to its end."""
+    return _read(folder / MANIFEST) == {"files": None}
+
+
 def _read(path: Path) -> dict[str, Any]:
     """Read a JSON object; empty if it is none."""
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

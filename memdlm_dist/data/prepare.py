@@ -19,8 +19,9 @@ from memdlm_dist.data.packing import BestFit, Concatenation
 from memdlm_dist.data.sequences import BadRow, Document, Fields, Format
 from memdlm_dist.data.shards import Card, ShardWriter
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
-from memdlm_dist.errors import UserError
+from memdlm_dist.errors import UserError, require
 from memdlm_dist.runtime.rank_0 import one_line
+from memdlm_dist.runtime.writer import claimed, this_process
 
 MAX_SEQ_LEN = 1 << 24
 _BATCH = 64  # rows tokenised at once, on all cores
@@ -91,31 +92,33 @@ def prepare(request: Request, report: Callable[[str], None] = tqdm.write) -> Sum
     found = corpus.sources(request.inputs) if request.inputs else corpus.builtin_sources()
     summary = Summary()
     try:
-        names = _check(request)
-        request.output.mkdir(parents=True, exist_ok=True)
-        # Tokenizer and shards belong together: they take their places together, or not at all.
-        with output.replacing(request.output, names) as folders, ExitStack() as stack:
-            pieces = _settle_tokenizer(request, found, folders.get(TOKENIZER))
-            card = Card(
-                request.seq_len,
-                pieces.get_vocab_size(),
-                pieces.mask_id,
-                pieces.eos_id,
-                documents=request.pack_documents,
-            )
-            writers = {part: stack.enter_context(ShardWriter(folders[part], card)) for part in PARTS}
-            for part in PARTS:
-                output.begin(folders[part])  # the writer wants an empty folder
-            cutter = _Cutter(request, pieces, summary)
-            for batch in _batches(_good_rows(request, found, summary, report)):
-                for part, sequence in cutter.add(batch, report):
+        _check_length(request.seq_len)
+        with claimed(str(request.output), this_process()):
+            output.recover(request.output)
+            names = _check(request)
+            # Tokenizer and shards belong together: they take their places together, or not at all.
+            with output.replacing(request.output, names) as folders, ExitStack() as stack:
+                pieces = _settle_tokenizer(request, found, folders.get(TOKENIZER))
+                card = Card(
+                    request.seq_len,
+                    pieces.get_vocab_size(),
+                    pieces.mask_id,
+                    pieces.eos_id,
+                    documents=request.pack_documents,
+                )
+                writers = {part: stack.enter_context(ShardWriter(folders[part], card)) for part in PARTS}
+                for part in PARTS:
+                    output.begin(folders[part])  # the writer wants an empty folder
+                cutter = _Cutter(request, pieces, summary)
+                for batch in _batches(_good_rows(request, found, summary, report)):
+                    for part, sequence in cutter.add(batch, report):
+                        writers[part].write(sequence)
+                for part, sequence in cutter.finish():
                     writers[part].write(sequence)
-            for part, sequence in cutter.finish():
-                writers[part].write(sequence)
-            summary.sequences = {part: writer.card.sequences for part, writer in writers.items()}
-            if not summary.sequences["train"]:
-                raise UserError(_empty_message(request, summary))
-        (request.output / SUMMARY).write_text(json.dumps(asdict(summary), indent=2) + "\n")
+                summary.sequences = {part: writer.card.sequences for part, writer in writers.items()}
+                if not summary.sequences["train"]:
+                    raise UserError(_empty_message(request, summary))
+            (request.output / SUMMARY).write_text(json.dumps(asdict(summary), indent=2) + "\n")
     except OSError as error:
         raise UserError(
             f"The output folder {request.output} cannot be written to: {one_line(error)}; make room there, or choose "
@@ -124,14 +127,16 @@ def prepare(request: Request, report: Callable[[str], None] = tqdm.write) -> Sum
     return summary
 
 
+def _check_length(seq_len: int) -> None:
+    require(2 <= seq_len <= MAX_SEQ_LEN, f"--seq-len must be from 2 to {MAX_SEQ_LEN:,}, but is {seq_len}.")
+
+
 def _check(request: Request) -> tuple[str, ...]:
     """Check what to prepare; returns the folders to write, without the tokenizer's if that one is to stay as it is.
 
     Raises:
         UserError: naming what cannot be.
     """
-    if not 2 <= request.seq_len <= MAX_SEQ_LEN:
-        raise UserError(f"--seq-len must be from 2 to {MAX_SEQ_LEN:,}, but is {request.seq_len}.")
     names: tuple[str, ...] = (TOKENIZER, *PARTS)
     source, place = request.tokenizer, request.output / TOKENIZER
     if source is not None and Path(source).resolve() == place.resolve():
@@ -198,7 +203,7 @@ def _good_rows(
 
 
 def _bad_row(request: Request, summary: Summary, report: Callable[[str], None], location: str, problem: str) -> None:
-    problem = problem[:_PROBLEM_LENGTH].encode(errors="backslashreplace").decode()  # it may quote the row
+    problem = problem[:_PROBLEM_LENGTH].encode(errors="backslashreplace").decode()  # it may quote half a character
     if request.strict:
         raise UserError(f"Bad row at {location}: {problem}; correct it, or leave out --strict to skip bad rows.")
     summary.bad_rows += 1
@@ -322,13 +327,17 @@ class _Cutter:
         return [(ids, is_response) for ids, (_, is_response) in zip(encoded, parts, strict=True)]
 
     def _check_messages(self, texts: list[str]) -> None:
-        """
+        """Check that no message holds what would be taken for the chat template's own.
+
         Raises:
-            BadRow: if a message holds what would be taken for the chat template's own.
+            BadRow: naming the token.
         """
         for text in texts:
             if (token := self._pieces.special_token_in(text)) is not None:
-                raise BadRow(f"a message holds the special token {token}, which would be read as the chat template's")
+                raise BadRow(
+                    f"a message holds the special or added token {token}, which would be read as the chat template's "
+                    "(see --parse-special-tokens)"
+                )
 
     def _encode(self, texts: list[str], parse_special_tokens: bool) -> list[list[int]]:
         encoded = (self._pieces.encode_plain if parse_special_tokens else self._pieces.encode_text)(texts)

@@ -33,6 +33,7 @@ class TemplateProcess:
 
     def __init__(self, source: str, constants: dict[str, Any], max_length: int):
         self._first = {"source": source, "constants": constants, "max_length": max_length, "seconds": SECONDS}
+        self._end: weakref.finalize | None = None
         self._start()
 
     def render(self, **values: Any) -> str:
@@ -46,14 +47,16 @@ class TemplateProcess:
         return self._ask(values)
 
     def _start(self) -> None:
+        if self._end is not None:
+            self._end()  # of the process before it
         self._process = subprocess.Popen(
             [sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
-        end = weakref.finalize(self, _end, self._process)
+        self._end = weakref.finalize(self, _end, self._process)
         try:
             self._ask(self._first)
         except jinja2.TemplateError:
-            end()
+            self._end()
             raise
 
     def _ask(self, question: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """The common shape of the commands: arguments beside a configuration's, quiet logs, one sentence for a mistake."""
 
 import argparse
+import io
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -54,6 +55,9 @@ def quiet() -> None:
 
 def guarded(main: Callable[[], int]) -> int:
     """Run a command; returns its exit status. A user's mistake is one sentence on the first rank."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what is printed may quote any text
     try:
         return main()
     except UserError as mistake:

@@ -107,10 +107,9 @@ def claim(location: str, writer: Writer) -> Claim:
     except UserError:
         raise
     except Exception as error:  # every remote file system raises its own
-        reason = f"{type(error).__name__}: {one_line(error)}"
+        reason = (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {one_line(error)}"
         raise UserError(
-            f"The checkpoints in {location} cannot be accessed ({reason}); see the store, or choose another "
-            "checkpoint.folder."
+            f"{location} cannot be written to ({reason}); see the file system or the store, or choose another folder."
         ) from None
 
 
@@ -127,7 +126,7 @@ def claimed(location: str, writer: Writer) -> Iterator[Claim]:
 def _taken(location: str, other: Writer | None) -> UserError:
     return UserError(
         f"Another run writes to {location}: {other or f'one whose {LEASE} cannot be read'}; end it, or choose another "
-        "checkpoint.folder or job.dump_folder."
+        "folder."
     )
 
 

@@ -130,7 +130,9 @@ def test_messages_are_text(tmp_path, name):
     summary = prepare(request, report=lambda _: None)
     assert summary.bad_rows == 3 and summary.sequences["train"] == 1
     for line, token in ((1, "<|mask|>"), (2, end), (4, end)):
-        assert any(f"rows.jsonl:{line}: a message holds the special token {token}" in p for p in summary.problems)
+        assert any(
+            f"rows.jsonl:{line}: a message holds the special or added token {token}" in p for p in summary.problems
+        )
     shards = TokenDataset(local=str(tmp_path / "out/train"), batch_size=1, shuffle=False, check_hash="xxh64")
     ids = shards[0]["tokens"].tolist()
     assert ids.count(pieces.tokenizer.token_to_id(end)) == 2 and pieces.mask_id not in ids

@@ -8,7 +8,10 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -23,6 +26,7 @@ from memdlm_dist.data.prepare import Request
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError
 from memdlm_dist.method.trajectory import IGNORE_INDEX
+from memdlm_dist.runtime import writer
 from tools import prepare_data
 
 DEBUG = "tests/assets/debug"
@@ -411,3 +415,86 @@ def test_cards_of_another_release(tmp_path, change, says):
     with pytest.raises(UserError) as mistake:
         shards.read_card(str(folder))
     assert str(mistake.value).startswith(f"The shards' card {folder}/memdlm.json {says}")
+
+
+# Killed, and not alone.
+
+
+def test_a_preparation_that_is_killed_while_folders_change_places_is_finished(tmp_path, monkeypatch):
+    old, new = ({"text": word + TEXT} for word in ("old ", "new "))
+    run(tmp_path, jsonl(tmp_path / "old.jsonl", [old]))
+    before = (tmp_path / "out/train/shard.00000.mds").read_bytes()
+    renamed: list[Path] = []
+
+    def rename(self, target):
+        if len(renamed) == 3:
+            raise KeyboardInterrupt  # a kill, of which this process sees nothing more
+        renamed.append(Path(os.rename(self, target) or target))
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "rename", rename)
+        run(tmp_path, jsonl(tmp_path / "new.jsonl", [new]), overwrite=True)
+    assert not (tmp_path / "out/train").exists() and (tmp_path / "out/train.partial").exists()
+    assert (tmp_path / "out/train.replaced/shard.00000.mds").read_bytes() == before
+    # The next one puts all in their places before it looks.
+    with pytest.raises(UserError, match="is not empty; choose another --output or pass --overwrite"):
+        run(tmp_path, jsonl(tmp_path / "new.jsonl", [new]))
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left == {"tokenizer", "train", "heldout", "summary.json"}
+    assert (tmp_path / "out/train/shard.00000.mds").read_bytes() != before
+
+
+def test_two_preparations_of_one_folder(tmp_path, capsys):
+    rows = jsonl(tmp_path / "rows.jsonl", [{"text": TEXT}])
+    held = subprocess.Popen(
+        [sys.executable, "-c", f"import sys, time; sys.path.insert(0, {str(Path.cwd())!r})\n"
+         "from memdlm_dist.runtime import writer\nfrom pathlib import Path\n"
+         f"lock = writer.Lock(Path({str(tmp_path / 'out')!r}), writer.this_process())\nprint('held', flush=True)\n"
+         "time.sleep(60)"],
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert held.stdout is not None and held.stdout.readline() == b"held\n"
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(writer, "PATIENCE", 0)
+            arguments = [
+                "--input",
+                rows,
+                "--output",
+                str(tmp_path / "out"),
+                "--seq-len",
+                "64",
+                "--train-tokenizer",
+                "300",
+            ]
+            assert prepare_data.main(arguments) == 2
+        assert re.search(rf"Another run writes to \S+/out: job .* process {held.pid}, ", capsys.readouterr().err)
+    finally:
+        held.kill()
+        held.wait()
+
+
+@pytest.mark.parametrize("manifest", ['{"files": 5}', '{"files": "shard.00000.mds"}', "[" * 100_000, "{}"])
+def test_a_strangers_manifest(tmp_path, manifest):
+    rows = jsonl(tmp_path / "rows.jsonl", [{"text": TEXT}])
+    (tmp_path / "out/train").mkdir(parents=True)
+    (tmp_path / "out/train/shard.00000.mds").write_text("mine")
+    (tmp_path / "out/train/memdlm_files.json").write_text(manifest)
+    with pytest.raises(UserError, match=r"train holds shard.00000.mds, which no preparation wrote"):
+        run(tmp_path, rows, overwrite=True)
+    assert (tmp_path / "out/train/shard.00000.mds").read_text() == "mine"
+
+
+def test_a_string_without_an_end(tmp_path):
+    """Each of its quotes is tried once: this took minutes."""
+    path = tmp_path / "rows.json"
+    path.write_bytes(b'["' + b'\\"x' * 100_000)
+    with pytest.raises(UserError, match=r"rows.json is not valid JSON: the array has no end"):
+        run(tmp_path, str(path))
+
+
+def test_parquet_dates_beyond_pythons(tmp_path):
+    table = pyarrow.table({"text": [TEXT, TEXT], "when": pyarrow.array([0, 1 << 30], pyarrow.int32()).cast("date32")})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    summary = run(tmp_path, str(tmp_path / "rows.parquet"))
+    assert (summary.rows, summary.bad_rows) == (2, 1)
