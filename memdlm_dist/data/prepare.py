@@ -20,6 +20,7 @@ from memdlm_dist.data.sequences import BadRow, Document, Fields, Format
 from memdlm_dist.data.shards import Card, ShardWriter
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError, require
+from memdlm_dist.runtime.preemption import deferring_signals
 from memdlm_dist.runtime.rank_0 import one_line
 from memdlm_dist.runtime.writer import claimed, this_process
 
@@ -106,9 +107,10 @@ def prepare(request: Request, report: Callable[[str], None] = tqdm.write) -> Sum
                     pieces.eos_id,
                     documents=request.pack_documents,
                 )
-                writers = {part: stack.enter_context(ShardWriter(folders[part], card)) for part in PARTS}
-                for part in PARTS:
-                    output.begin(folders[part])  # the writer wants an empty folder
+                with deferring_signals():  # a writer wants an empty folder, which is not yet marked as ours
+                    writers = {part: stack.enter_context(ShardWriter(folders[part], card)) for part in PARTS}
+                    for part in PARTS:
+                        output.begin(folders[part])
                 cutter = _Cutter(request, pieces, summary)
                 for batch in _batches(_good_rows(request, found, summary, report)):
                     for part, sequence in cutter.add(batch, report):

@@ -270,10 +270,9 @@ def test_weights_that_are_not_finite_are_not_blamed_on_the_data(tmp_path, capsys
 
 
 def test_what_others_say_becomes_one_sentence():
-    assert (
-        str(UserError("It fails (no such bucket.); see\n  the store..")) == "It fails (no such bucket); see the store."
-    )
+    assert str(UserError("It fails; no such bucket:\n  a  b..")) == "It fails; no such bucket: a  b."
     assert str(UserError("Files (../a, b, ...).")) == "Files (../a, b, ...)."
+    assert str(UserError("More ...")) == "More ..."
 
 
 @pytest.mark.parametrize(
