@@ -120,10 +120,10 @@ def test_a_lease_in_a_store(url, soon, monkeypatch):
     first.release()
 
 
-@pytest.mark.parametrize("content", [b"", b'{"job": "a', b"[1]"])
-def test_a_lease_that_cannot_be_read_expires(url, soon, content):
+def test_a_lease_that_cannot_be_read_expires(url, soon):
+    assert writer.parse(b"") is writer.parse(b"[1]") is writer.parse(b'{"job": "a"}') is None
     storage = Storage(f"{url}-3")
-    fsspec.filesystem("s3").pipe_file(f"{url}-3/{LEASE}", content)
+    fsspec.filesystem("s3").pipe_file(f"{url}-3/{LEASE}", b'{"job": "a')
     began = time.monotonic()
     lease = claim(storage.url(), named("ours"))
     assert time.monotonic() - began > writer.EXPIRY
