@@ -207,7 +207,7 @@ def _check_flag_values(argv: Sequence[str]) -> None:
 
 
 def _check_values(config: JobConfig) -> None:
-    """What the configuration alone can tell to be impossible, apart from the backbone's sizes."""
+    """Check what the configuration alone can tell, apart from the backbone's sizes."""
     ranges.check(config)
     memory, parallel, optimizer = config.parametric_memory, config.parallelism, config.optimizer
     require(

@@ -1,4 +1,4 @@
-"""Where text comes from: JSONL, JSON and Parquet files at any fsspec URL, and a corpus every machine has."""
+"""Sources of text: JSONL, JSON and Parquet files at any fsspec URL, and a corpus every machine has."""
 
 import json
 import lzma

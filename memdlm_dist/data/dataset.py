@@ -144,7 +144,7 @@ class TokenDataset(streaming.CacheOnlyEviction):
 
 @dataclass(frozen=True)
 class Requirements:
-    """What a run asks of the shards that it reads."""
+    """Requirements of a run on the shards that it reads."""
 
     seq_len: int
     vocab_size: int  # of the backbone

@@ -33,7 +33,7 @@ _PROBLEM_LENGTH = 300
 
 @dataclass(frozen=True)
 class Request:
-    """What to prepare; `tools/prepare_data.py --help` describes each."""
+    """Settings of a preparation; `tools/prepare_data.py --help` describes each."""
 
     output: Path
     seq_len: int
