@@ -165,12 +165,15 @@ def ask_every_process(run: Run, dice: random.Random) -> None:
 
 
 def start_a_second_run(run: Run, dice: random.Random) -> None:
-    """It must end with the sentence that says who writes here; then the first one is killed."""
-    second = Run(run.out, run.observed / "second", run.number)
-    status, said = second.process.wait(), (second.observed / "log").read_text()
-    # The first one may have come to its end meanwhile, and left the folder to the second.
-    if run.process.poll() is None and not (status == 2 and "error: Another run writes to" in said):
-        raise AssertionError(f"a second run ended with {status}: {said[-2000:]}")
+    """It must end with the sentence that says who writes here, while the first one is held; then that is killed."""
+    held = run.ranks()
+    for rank in held:
+        kill(rank, signal.SIGSTOP)
+    if held and run.process.poll() is None:
+        second = Run(run.out, run.observed / "second", run.number)
+        status, said = second.process.wait(), (second.observed / "log").read_text()
+        if status != 2 or "error: Another run writes to" not in said:
+            raise AssertionError(f"a second run ended with {status}: {said[-2000:]}")
     kill_everything(run, dice)
 
 
