@@ -56,7 +56,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Packing:
-    """How well documents were packed."""
+    """Result of packing documents."""
 
     efficiency: float  # share of the rows' tokens that is not fill
     documents: int
@@ -65,7 +65,7 @@ class Packing:
 
 @dataclass
 class Summary:
-    """What became of the corpus."""
+    """Counts of a preparation."""
 
     rows: int = 0
     bad_rows: int = 0

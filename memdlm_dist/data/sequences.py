@@ -1,4 +1,4 @@
-"""What the rows of a corpus say, as tokens: documents, and prompts with responses to fine-tune on."""
+"""Rows of a corpus as tokens: documents, and prompts with responses to fine-tune on."""
 
 from dataclasses import dataclass
 from typing import Any, Literal

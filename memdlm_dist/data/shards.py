@@ -21,7 +21,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Card:
-    """What a folder of shards holds, beside its index.json."""
+    """Description of a folder of shards, beside its index.json."""
 
     seq_len: int
     vocab_size: int
