@@ -66,7 +66,7 @@ def _histc_of_integers(histc: Any) -> Any:
     """`torch.histc`, which on a CPU takes no integers (2.13); torchtitan counts the tokens of experts with it."""
 
     def counted(x: Tensor, bins: int, min: int = 0, max: int = 0, **rest: Any) -> Tensor:
-        if x.is_floating_point() or (min, max) != (0, bins):
+        if x.device.type != "cpu" or x.is_floating_point() or (min, max) != (0, bins):
             found: Tensor = histc(x, bins, min, max, **rest)
             return found
         return torch.bincount(x, minlength=bins)

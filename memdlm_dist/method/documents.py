@@ -71,7 +71,10 @@ class Documents(NamedTuple):
         return rank_T.view_as(u_BL)
 
     def mean_attended(self) -> float:
-        """How many tokens a token attends to, on average; the fill attends to itself. Waits for the device."""
+        """Return how many tokens a token attends to, on average; padding attends to itself.
+
+        Waits for the device that holds the documents.
+        """
         at_end_BL = torch.ones_like(self.number_BL, dtype=torch.bool)
         at_end_BL[:, :-1] = self.number_BL[:, :-1] != self.number_BL[:, 1:]
         sizes = (self.place_BL[at_end_BL] + 1).double()

@@ -138,7 +138,7 @@ class MemDLMTrainer(Trainer):
                 loss.backward()
             losses.append(loss.detach())
             if metrics.should_log(self.step):
-                self._record(batch, loss_sum, statistics)
+                self._record(one.batch, batch, loss_sum, statistics)
 
         # All ranks agree, before the optimizer moves: are losses and gradients finite, is the run to stop here?
         stop, wrong = self.agreement.reach(losses, [one.sample_ids_B for one in drawn], self.stop.requested)
@@ -187,15 +187,22 @@ class MemDLMTrainer(Trainer):
         count: Tensor = labelled.float().clamp(min=1)
         return count
 
-    def _record(self, batch: MicroBatch, loss_sum: Tensor, statistics: InnerStatistics | None) -> None:
-        """Note what a logged step shows of one micro-batch."""
+    def _record(
+        self, on_host: MicroBatch, batch: MicroBatch, loss_sum: Tensor, statistics: InnerStatistics | None
+    ) -> None:
+        """Note what a logged step shows of one micro-batch.
+
+        Args:
+            on_host: the micro-batch where its values can be read without a wait.
+            batch: the same on the device.
+        """
         metrics = self.metrics_processor
         metrics.record_rank_loss(loss_sum, batch.maskable)
         metrics.record_ratio(MASK_RATIO, batch.masked, batch.maskable)
         if statistics is not None:
             metrics.record_inner_loop(statistics)
             frozen = self.checkpointer.lora is not None
-            flops = step_flops(self.model_args, batch, self.objective.memory, self.recomputation, frozen)
+            flops = step_flops(self.model_args, on_host, self.objective.memory, self.recomputation, frozen)
             both, plain = torch.tensor([flops.outer + flops.inner, flops.outer], device=self.device)
             metrics.record_ratio(HARDWARE_FLOPS, both, plain)
 

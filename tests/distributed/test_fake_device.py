@@ -1,0 +1,37 @@
+"""Training steps and decoding beside a device that is not there: nothing waits for it, and all of it runs on CUDA.
+
+Real kernels and streams are tests/gpu's.
+"""
+
+import json
+
+import pytest
+
+from tests.support import zygote
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    path = tmp_path_factory.mktemp("fake") / "found.json"
+    status, output = zygote.run(1, "tests.workers.fake_step:write", path)
+    assert status == 0, output
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["dense", "dense, distilled", "packed", "experts", "experts, packed", "decoding"],
+)
+def test_no_operator_waits_for_the_device_or_lacks_a_cuda_kernel(found, case):
+    """The worker ends at the first wait, copy or mixture of devices that is not by design."""
+    ran, without_kernel = found["operators"][case]
+    assert ran > 50 and without_kernel == []
+
+
+def test_an_operator_of_the_cpu_alone_is_found(found):
+    assert found["of a CPU alone"] == ["aten._scaled_dot_product_flash_attention_for_cpu.default"]
+
+
+def test_mistakes_are_refused(found):
+    refused = dict.fromkeys(found["mistakes"], "Refused")
+    assert found["mistakes"] == refused | {"boolean indexing": "DynamicOutputShapeException"}

@@ -1,0 +1,140 @@
+"""A device without values beside a real host, which refuses what a real device would wait for or fail on."""
+
+import sys
+import threading
+import traceback
+from collections import Counter
+from collections.abc import Collection
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchgen
+from torch import Tensor
+from torchgen.gen import parse_native_yaml
+from torchgen.model import DispatchKey
+
+from memdlm_dist.compat.fake_device import DEVICE, FakeTensor, FakeTensorMode, OpOverload, through_the_host
+from memdlm_dist.compat.torch import TorchDispatchMode, tree_leaves, tree_map_only
+
+aten = torch.ops.aten
+
+
+class Refused(Exception):
+    """An operation that a device would wait for or fail on, and the function of the package that asked for it."""
+
+
+class FakeDevice(TorchDispatchMode):
+    """Runs operators on host tensors as they are, and operators on the device's under FakeTensorMode.
+
+    Host code that reads host tensors works. The device never gives a value back. Refused are:
+
+    - reads of a value (`.item()`, `.tolist()`, `.cpu()`, `if`), except in `reads`, which gets zeros;
+    - copies from the host, except in `copies`: the host waits for a copy of memory that is not pinned;
+    - tensors of the host and of the device in one operator, apart from scalars;
+    - by FakeTensorMode, shapes that depend on values (boolean indexing, `nonzero`).
+
+    An error in a backward pass is printed before it ends the process, which torch's Python device guard makes it do.
+
+    Args:
+        reads, copies: functions below memdlm_dist, "module:function".
+    """
+
+    supports_higher_order_operators = True  # flex attention
+
+    def __init__(self, reads: Collection[str] = (), copies: Collection[str] = ()):
+        super().__init__()
+        self.allowed_reads, self.allowed_copies = reads, copies
+        self.reads: Counter[str] = Counter()
+        self.copies: Counter[str] = Counter()
+        self.operators: set[OpOverload] = set()  # that ran on the device
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._contexts = ExitStack()
+
+    def __enter__(self) -> "FakeDevice":
+        self._contexts.enter_context(through_the_host())
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._contexts.close()
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            return self._run(operator, args, kwargs or {})
+        except Exception:
+            if threading.current_thread() is not threading.main_thread():
+                traceback.print_exc()
+                sys.stderr.flush()
+            raise
+
+    def _run(self, operator: Any, args: Any, kwargs: Any) -> Any:
+        if operator is torch.ops.prim.device.default:  # a third of all calls
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else operator(*args)
+        leaves = tree_leaves((args, kwargs))
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        target = next((x.type for x in leaves if isinstance(x, torch.device)), None)
+        if target != DEVICE and not any(isinstance(x, FakeTensor) for x in tensors):
+            return operator(*args, **kwargs)
+
+        copied = {aten._to_copy.default: tensors[:1], aten.copy_.default: tensors[1:]}.get(operator, [])
+        if operator is aten._local_scalar_dense.default:
+            self._count("a read of a value", self.reads, self.allowed_reads)
+            return torch.zeros((), dtype=args[0].dtype).item()
+        if target == "cpu" or (copied and args[0].device.type == "cpu" != copied[0].device.type):
+            self._count("a copy to the host", self.reads, self.allowed_reads)
+            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype", args[0].dtype))
+        if copied and copied[0].device.type == "cpu":
+            self._count("a copy from the host", self.copies, self.allowed_copies)
+        elif any(x.device.type == "cpu" and x.ndim for x in tensors):
+            raise Refused(f"{operator} on tensors of the host and of the device, in {_caller()}")
+        elif isinstance(operator, OpOverload):
+            self.operators.add(operator)
+        if not all(isinstance(x, FakeTensor) for x in tensors):
+            args, kwargs = tree_map_only(Tensor, self._faked, (args, kwargs))
+        with self._fake:
+            return operator(*args, **kwargs)
+
+    def _faked(self, x: Tensor) -> Tensor:
+        return x if isinstance(x, FakeTensor) else self._fake.from_tensor(x)
+
+    def _count(self, what: str, counted: Counter[str], allowed: Collection[str]) -> None:
+        if (caller := _caller()) not in allowed:
+            raise Refused(f"{what} in {caller}")
+        counted[caller] += 1
+
+
+def _caller() -> str:
+    """Return the innermost function of the package on the stack, "module:function"."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if (module := frame.f_globals.get("__name__", "")).startswith("memdlm_dist."):
+            return f"{module.removeprefix('memdlm_dist.')}:{frame.f_code.co_name}"
+        frame = frame.f_back
+    return "a backward pass"
+
+
+@cache
+def _native() -> tuple[dict[str, Any], Any]:
+    """Return torch's own operators by name, and those with a CUDA kernel, as its kernels are generated from."""
+    folder = Path(torchgen.__file__).parent / "packaged/ATen/native"
+    parsed = parse_native_yaml(str(folder / "native_functions.yaml"), str(folder / "tags.yaml"))
+    functions = {str(function.func.name): function for function in parsed.native_functions}
+    return functions, parsed.backend_indices[DispatchKey.CUDA].index
+
+
+def without_cuda_kernel(operators: Collection[OpOverload]) -> list[str]:
+    """Return torch's own operators that have neither a CUDA kernel nor one composed of other operators."""
+    functions, cuda = _native()
+    missing = []
+    for operator in operators:
+        if not str(operator).startswith("aten."):
+            continue
+        function = functions[str(operator).removeprefix("aten.").removesuffix(".default")]
+        kernel = function.structured_delegate or function.func.name
+        if not function.has_composite_kernel and kernel not in cuda:
+            missing.append(str(operator))
+    return missing

@@ -1,0 +1,71 @@
+"""A trainer without data, checkpoints and watchdog: what `train_step` needs, on any device and layout."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import torch
+from torchtitan.components.lr_scheduler import build_lr_schedulers
+from torchtitan.components.optimizer import build_optimizers
+
+from memdlm_dist.method.trajectory import IGNORE_INDEX
+from memdlm_dist.models.flops import Recomputation
+from memdlm_dist.training.agreement import StepAgreement
+from memdlm_dist.training.backbone import lora_of, model_on_meta
+from memdlm_dist.training.metrics import MemDLMMetrics
+from memdlm_dist.training.objective import build_objective
+from memdlm_dist.training.trainer import MemDLMTrainer
+
+
+def build(config, sizes, dims, device, draws=True):
+    """Return a trainer of a backbone of these sizes, set up as torchtitan's does it.
+
+    Args:
+        draws: give the weights values.
+    """
+    model = model_on_meta(config, sizes, dims).to_empty(device=device)
+    if draws:
+        with torch.no_grad():
+            model.init_weights(torch.device(device))
+    trainer = MemDLMTrainer.__new__(MemDLMTrainer)
+    checkpointing, device = config.activation_checkpoint, torch.device(device, 0)
+    vars(trainer).update(
+        job_config=config, device=device, model_args=sizes, parallel_dims=dims, step=0, ntokens_seen=0, _stopping=False,
+        model=model, model_parts=[model], objective=build_objective(config, sizes, sizes.vocab_size - 1, dims),
+        recomputation=Recomputation(checkpointing.mode, checkpointing.selective_ac_option),
+        optimizers=build_optimizers([model], config.optimizer, dims), metrics_processor=MemDLMMetrics(config, dims),
+        agreement=StepAgreement([model], config.reliability, device), gradient_accumulation_steps=1,
+        checkpointer=SimpleNamespace(maybe_wait_for_staging=lambda: None, lora=lora_of(config)),
+        watchdog=SimpleNamespace(at=lambda *_, **__: None), stop=SimpleNamespace(requested=False),
+        train_context=nullcontext, maybe_enable_amp=nullcontext(),
+    )  # fmt: skip
+    trainer.lr_schedulers = build_lr_schedulers(trainer.optimizers, config.lr_scheduler, config.training.steps)
+    trainer.metrics_processor.num_flops_per_token = 1
+    return trainer
+
+
+def batch(config, sizes, number=0, empty_rows=(), packed=False):
+    """Return a batch as the loader makes it: random tokens behind a prompt, or documents and padding.
+
+    Args:
+        number: of the batch.
+        empty_rows: rows without a token that may be masked.
+    """
+    rows, length = config.training.local_batch_size, config.training.seq_len
+    generator = torch.Generator().manual_seed(number)
+    tokens = torch.randint(0, sizes.vocab_size - 1, (rows, length), generator=generator)
+    labels = tokens.clone()
+    labels[:, : length // 8] = IGNORE_INDEX
+    labels[list(empty_rows)] = IGNORE_INDEX
+    inputs = {"input": tokens, "sample_id": torch.arange(rows) + rows * number}
+    if packed:
+        documents = (torch.arange(length) * 3 // length).expand(rows, -1).clone()
+        documents[0, -4:] = -1
+        labels[0, -4:] = IGNORE_INDEX
+        inputs["documents"] = documents
+    return inputs, labels
+
+
+def step(trainer, number, batches):
+    """Take step `number` on batches of `batch`."""
+    trainer.step = number
+    trainer.train_step(trainer.batch_generator(batches))

@@ -1,0 +1,149 @@
+"""Training steps and decoding on a device that has no values: what they read, copy and run there."""
+
+import json
+import logging
+import warnings
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from memdlm_dist.runtime import cpu
+
+cpu.prepare()
+
+from memdlm_dist.compat import fake_device
+from memdlm_dist.config import parse_config
+from memdlm_dist.inference import setup
+from memdlm_dist.inference.data_parallel import DataParallel
+from memdlm_dist.inference.sampler import Decoding
+from memdlm_dist.inference.trained_model import TrainedModel
+from memdlm_dist.runtime.process_group import pretend
+from memdlm_dist.training.backbone import layout_of, sizes_of
+from tests.support import trainer
+from tests.support.fake_device import FakeDevice, without_cuda_kernel
+
+COMMON = [
+    "--job.config_file", "train_configs/debug.toml", "--model.flavor", "tiny", "--training.seq_len", "32",
+    "--training.local_batch_size", "2", "--metrics.log_freq", "2", "--metrics.no_enable_tensorboard",
+    "--optimizer.implementation", "fused",
+]  # fmt: skip
+MEMORY = "--parametric_memory."
+EXPERTS = ["--model.name", "llada_moe"]
+DISTILLED = [MEMORY + "inner_loss", "kl", MEMORY + "inner_steps", "3", MEMORY + "supervision", "newly_revealed"]
+CASES = {  # name -> arguments; rows are packed where the name says so
+    "dense": ["--activation_checkpoint.mode", "full"],
+    "dense, distilled": [*DISTILLED, MEMORY + "target_modules", "ffn,attention", MEMORY + "probability", "0.5"],
+    "packed": [MEMORY + "target_modules", "ffn,attention"],
+    "experts": [
+        *EXPERTS, MEMORY + "inner_loss", "hidden_cosine", MEMORY + "adapter", "full", MEMORY + "granularity", "batch",
+    ],
+    "experts, packed": [*EXPERTS, "--model.converters", "lora"],
+}  # fmt: skip
+
+DRAWN = ("dense", "experts")  # cases whose weights are drawn: the others' are drawn likewise
+SILENT = ("dense", "packed")  # cases of which a step that does not log is taken too
+
+# Where a step waits for the device by design, on steps that log and on all; and where it copies to the device.
+AGREED = {"training.agreement:reach"}
+LOGGED = {f"training.metrics:{name}" for name in ("log_step", "_reduce", "_largest_rank_loss", "_load_balance")}
+COPIED = {"method.micro_batch:<lambda>", "training.trainer:_count", "training.agreement:reach"}
+COPIED_WITH_LOGS = {"training.trainer:_record"}
+# Decoding chooses tokens on the host.
+READ = {"inference.trained_model:remember", "inference.trained_model:logits", "inference.trained_model:nll"}
+GIVEN = {f"inference.trained_model:{name}" for name in ("logits", "nll", "_forward")} | {"method.micro_batch:<lambda>"}
+
+
+def sizes(config):
+    """Return the backbone's sizes, with heads that flex attention takes and experts as one product."""
+    found = replace(sizes_of(config), n_heads=2, n_kv_heads=2)
+    if config.model.name == "llada_moe":
+        found.grouped = True
+    return found
+
+
+def step(name):
+    """Take a step that logs, and of some cases one that does not; returns the operators that ran on the device."""
+    config = parse_config.parse([*COMMON, *CASES[name]])
+    args, packed = sizes(config), "packed" in name
+    with FakeDevice(AGREED | LOGGED, COPIED | COPIED_WITH_LOGS) as device:
+        trained = trainer.build(config, args, layout_of(config, 1), fake_device.DEVICE, name in DRAWN)
+        trainer.step(trained, 2, [trainer.batch(config, args, packed=packed)])
+    operators = set(device.operators)
+    if name in SILENT:
+        with FakeDevice(AGREED, COPIED) as device:
+            trainer.step(trained, 3, [trainer.batch(config, args, 1, packed=packed)])
+        assert device.reads == Counter({"training.agreement:reach": 2}), "one wait, for two flags"
+    return operators | device.operators
+
+
+def read(name):
+    """Decode with a memory and score a text; returns the operators that ran on the device."""
+    config = setup.inference_config(parse_config.parse([*COMMON, *CASES[name]]))
+    args, dims = sizes(config), layout_of(config, 1)
+    with FakeDevice(READ, GIVEN) as device:
+        trained = trainer.build(config, args, dims, fake_device.DEVICE, draws=False)
+        objective = trained.objective
+        model = TrainedModel.__new__(TrainedModel)
+        vars(model).update(
+            model=trained.model.eval(), device=trained.device, data_parallel=DataParallel.of(dims, trained.device),
+            tokenizer=SimpleNamespace(mask_id=args.vocab_size - 1, eos_id=0), _amp=nullcontext(),
+            _objective=replace(objective, plan=replace(objective.plan, loss_weight="uniform")),
+            _memory=replace(objective.memory, per_sample=True),
+        )  # fmt: skip
+        found = model.generate([[1, 2, 3, 4, 5], [6, 7]], 4, Decoding(block_size=2, stop_at_eos=False), memory=True)
+        assert [len(response) for response in found.responses] == [0, 0], "zeros, which are end-of-text here"
+        start = model.canvas([[1, 2, 3, 4, 5], [6, 7]], 4)
+        nll = model.nll(start.tokens_BL, start.response_BL, start.tokens_BL, start.attended_BL, found.fast)
+        assert nll.shape == (2,)
+    return device.operators
+
+
+# What a device does not do: name -> code with a tensor x of the device and one of the host, y.
+MISTAKES = {
+    "item": lambda x, y: x.sum().item(),
+    "if": lambda x, y: bool(x.any()),
+    "tolist": lambda x, y: x.tolist(),
+    "cpu": lambda x, y: x.cpu(),
+    "copy into a host tensor": lambda x, y: y.copy_(x),
+    "boolean indexing": lambda x, y: x[x > 0],
+    "mask of the host": lambda x, y: torch.where(y > 0, x, 0.0),
+    "indices of the host": lambda x, y: x[torch.arange(2)],
+    "copy of a mask": lambda x, y: x * y.to(x.device),
+    "constant": lambda x, y: x * torch.tensor([1.0, 2.0, 3.0], device=x.device),
+}
+
+
+def mistakes():
+    """Return what each mistake is refused with; None where it is not."""
+    found = dict.fromkeys(MISTAKES)
+    with FakeDevice():
+        x, y = torch.ones(3, device=fake_device.DEVICE), torch.ones(3)
+        assert (x * torch.ones(()) + 1.0).device == x.device, "scalars of the host are kernel arguments"
+        for name, mistake in MISTAKES.items():
+            try:
+                mistake(x, y)
+            except Exception as refusal:
+                found[name] = type(refusal).__name__
+    return found
+
+
+def write(_, path):
+    """Write as JSON how many operators of each case ran and which have no CUDA kernel; and the refused mistakes."""
+    logging.disable()
+    warnings.filterwarnings("ignore")  # of flex attention, about running uncompiled
+    fake_device.register()
+    pretend(1)
+    with torch.compiler.set_stance("force_eager"):
+        ran = {name: step(name) for name in CASES} | {"decoding": read("dense")}
+    of_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    result = {
+        "operators": {name: [len(operators), without_cuda_kernel(operators)] for name, operators in ran.items()},
+        "of a CPU alone": without_cuda_kernel([of_cpu]),
+        "mistakes": mistakes(),
+    }
+    Path(path).write_text(json.dumps(result))
+    return 0
