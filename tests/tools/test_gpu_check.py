@@ -13,7 +13,7 @@ import pytest
 
 from memdlm_dist.errors import EXIT_STATUS
 from memdlm_dist.performance.gpu_check import check as gpu_check
-from memdlm_dist.performance.gpu_check import processes, report, results
+from memdlm_dist.performance.gpu_check import gpu_report, processes, results
 from memdlm_dist.performance.gpu_check.check import Request
 from memdlm_dist.performance.gpu_check.figures import GATES, figures, judge
 from memdlm_dist.performance.gpu_check.sections import SECTIONS, Context, Section
@@ -321,4 +321,4 @@ def test_everything_with_debug_sizes(tmp_path, root):
     ):
         assert cell in said
     assert said.count("| not measured | debug sizes |") == len(GATES)
-    assert "needs an accelerator" in said and report.NOT_MEASURED in said
+    assert "needs an accelerator" in said and gpu_report.NOT_MEASURED in said

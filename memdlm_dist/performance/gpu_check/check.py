@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from memdlm_dist.errors import UserError
-from memdlm_dist.performance.gpu_check import processes, report, results
+from memdlm_dist.performance.gpu_check import gpu_report, processes, results
 from memdlm_dist.performance.gpu_check.results import FAILED, OK, SKIPPED, TIMED_OUT, Result
 from memdlm_dist.performance.gpu_check.sections import SECTIONS, Context, Failure, Section, Skip
 
@@ -106,7 +106,7 @@ def check(
             figure = section.headline(result.numbers) if result.status == OK else result.reason
             print(f"{heading}: {result.status} after {result.seconds:.0f} s: {figure}", flush=True)
             results.keep(request.output, result)
-            report.write(request.output, machine, request.command, sections)
+            gpu_report.write(request.output, machine, request.command, sections)
             if result.reason == _INTERRUPTED:
                 raise KeyboardInterrupt
             statuses.append(result.status)
