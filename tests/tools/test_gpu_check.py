@@ -312,6 +312,7 @@ def test_everything_with_debug_sizes(tmp_path, root):
     assert runs == ["run_dense, steps 1 to 2", "run_dense, steps 3 to 3"]
     said = (tmp_path / "report.md").read_text()
     for cell in (
+        "\npython tools/bench.py train_configs/debug.toml",
         "## CPU, debug sizes",
         "**Debug sizes",
         "aten::mm",

@@ -63,7 +63,7 @@ def check(
     """Run sections and write report.md; returns 0 if all that ran passed, else 1.
 
     Raises:
-        UserError: for an unknown section, or an output folder that cannot be made.
+        UserError: for an unknown section, an output folder that cannot be made, or a machine that cannot be looked up.
         KeyboardInterrupt: on Ctrl-C or SIGTERM, with the report written.
     """
     deadline = time.monotonic() + request.budget
@@ -78,42 +78,24 @@ def check(
         log = logs / "environment.log"
         log.unlink(missing_ok=True)
         environment = look_up(log)
-        debug = request.debug or not environment["devices"]
-        machine = _machine(environment["devices"], debug)
+        machine = _machine(environment["devices"], request.debug)
         print(f"{machine}, torch {environment['packages']['torch']}", flush=True)
         statuses = []
         for number, section in enumerate(chosen, start=1):
-            log = logs / f"{section.name}.log"
-            if section.name != "environment":
-                log.unlink(missing_ok=True)
-            left = deadline - time.monotonic()
-            limit = min(request.limit, left)
-            context = Context(
-                ROOT, request.output, log, environment, debug, request.quick, time.monotonic() + limit
-            )  # fmt: skip
-            result = Result(
-                section.name, machine, environment["packages"]["torch"], datetime.now().isoformat(" ", "seconds"),
-                seconds=0.0, status=SKIPPED, quick=request.quick, commands=context.commands, numbers=context.numbers,
-            )  # fmt: skip
             heading = f"[{number}/{len(chosen)}] {section.name}"
-            if section.needs_device and not environment["devices"]:
-                result.reason = "needs an accelerator, and torch finds none here"
-            elif left < (min(section.least, _DEBUG_LEAST) if debug else section.least):
-                result.reason = f"{max(left, 0.0):.0f} s of the budget were left"
-            else:
-                print(f"{heading} (at most {limit:.0f} s) ...", flush=True)
-                _run(section, context, result, limit, cut=left < request.limit)
+            result = _result(section, request, environment, deadline, heading)
             figure = section.headline(result.numbers) if result.status == OK else result.reason
             print(f"{heading}: {result.status} after {result.seconds:.0f} s: {figure}", flush=True)
             results.keep(request.output, result)
             gpu_report.write(request.output, machine, request.command, sections)
-            if result.reason == _INTERRUPTED:
-                raise KeyboardInterrupt
             statuses.append(result.status)
+            if result.reason == _INTERRUPTED:
+                break
     finally:
         signal.signal(signal.SIGTERM, previous)
-        if (request.output / "report.md").exists():
-            print(f"Report: {request.output / 'report.md'}", flush=True)
+    print(f"Report: {request.output / 'report.md'}", flush=True)
+    if result.reason == _INTERRUPTED:
+        raise KeyboardInterrupt
     return int(FAILED in statuses or TIMED_OUT in statuses)
 
 
@@ -122,6 +104,41 @@ _INTERRUPTED = "interrupted"
 
 def _interrupt(*_: Any) -> NoReturn:
     raise KeyboardInterrupt
+
+
+def _result(section: Section, request: Request, environment: dict[str, Any], deadline: float, heading: str) -> Result:
+    """Run a section, unless it cannot run here or in time; returns its result.
+
+    Args:
+        deadline: of the whole call, by time.monotonic().
+        heading: of its line on the console.
+    """
+    log = request.output / f"logs/{section.name}.log"
+    if section.name != "environment":  # whose log is the probe's
+        log.unlink(missing_ok=True)
+    debug = request.debug or not environment["devices"]
+    left = deadline - time.monotonic()
+    limit = min(request.limit, left)
+    context = Context(ROOT, request.output, log, environment, debug, request.quick, time.monotonic() + limit)
+    result = Result(
+        section.name,
+        machine=_machine(environment["devices"], request.debug),
+        torch=environment["packages"]["torch"],
+        date=datetime.now().isoformat(" ", "seconds"),
+        seconds=0.0,
+        status=SKIPPED,
+        quick=request.quick,
+        commands=context.commands,
+        numbers=context.numbers,
+    )
+    if section.needs_device and not environment["devices"]:
+        result.reason = "needs an accelerator, and torch finds none here"
+    elif left < (min(section.least, _DEBUG_LEAST) if debug else section.least):
+        result.reason = f"{max(left, 0.0):.0f} s of the budget were left"
+    else:
+        print(f"{heading} (at most {limit:.0f} s) ...", flush=True)
+        _run(section, context, result, limit, cut=left < request.limit)
+    return result
 
 
 def _run(section: Section, context: Context, result: Result, limit: float, cut: bool) -> None:
@@ -169,8 +186,9 @@ def _chosen(only: Sequence[str], sections: Sequence[Section]) -> list[Section]:
 
 def _machine(devices: Sequence[dict[str, Any]], debug: bool) -> str:
     """Return the name under which results are kept; debug sizes are apart."""
-    name = f"{len(devices)} x {devices[0]['name']}" if devices else "CPU"
-    return f"{name}, debug sizes" if debug else name
+    if not devices:
+        return f"CPU{gpu_report.DEBUG}"
+    return f"{len(devices)} x {devices[0]['name']}{gpu_report.DEBUG if debug else ''}"
 
 
 def command_line(argv: Sequence[str]) -> str:

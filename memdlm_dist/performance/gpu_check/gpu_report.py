@@ -1,6 +1,6 @@
 """report.md: everything that the kept results say, a part for each machine."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from memdlm_dist.performance.gpu_check.results import OK, Result
 from memdlm_dist.performance.gpu_check.sections import Section
 
 NOT_MEASURED = "not measured"
+DEBUG = ", debug sizes"  # how the name of such a machine ends
 _KINDS = ("plain", "straightforward", "ours")
 _MODELS = {
     "bench_8b": "LLaDA-8B, full",
@@ -18,7 +19,7 @@ _MODELS = {
     "bench_moe": "LLaDA-MoE-7B-A1B, full",
     "lora_moe": "LLaDA-MoE-7B-A1B, LoRA",
 }
-_DEBUG = (
+_DEBUG_NOTE = (
     "**Debug sizes: this checks that every section runs, and measures nothing that can be compared.** No figure below "
     "is one of the models that a table names."
 )
@@ -47,12 +48,12 @@ def write(folder: Path, machine: str, command: str, sections: Sequence[Section])
 
 
 def _part(machine: str, found: dict[str, Result], sections: Sequence[Section]) -> list[str]:
-    debug = machine.endswith("debug sizes")
+    debug = machine.endswith(DEBUG)
     environment = found["environment"].numbers if "environment" in found else {}
     rows = {section: figures(found[section].numbers) if section in found else None for section in _MODELS}
     return [
         f"## {machine}",
-        *([_DEBUG] if debug else []),
+        *([_DEBUG_NOTE] if debug else []),
         _versions(environment),
         "### Gates",
         _table(
@@ -73,6 +74,8 @@ def _part(machine: str, found: dict[str, Result], sections: Sequence[Section]) -
         _tests(found.get("tests")),
         "### Sections",
         _sections(found, sections),
+        "### Commands",
+        "\n".join(["```bash", *_commands(found.values()), "```"]),
     ]
 
 
@@ -207,3 +210,8 @@ def _sections(found: dict[str, Result], sections: Sequence[Section]) -> str:
             (section.name, section.purpose, status, said, result.date, f"{result.seconds:.0f}", result.torch)
         )  # fmt: skip
     return _table(("section", "for", "status", "", "when", "seconds", "torch"), rows)
+
+
+def _commands(found: Iterable[Result]) -> list[str]:
+    """Return the commands of every section that ran, in the repository's root."""
+    return [line for result in found if result.commands for line in (f"# {result.section}", *result.commands)]

@@ -6,6 +6,7 @@ Sections run tools and launch scripts as a user does. With debug sizes the same 
 import json
 import math
 import os
+import shlex
 import shutil
 import statistics
 import sys
@@ -67,7 +68,7 @@ class Context:
         Raises:
             processes.TimeLimit: at the section's deadline.
         """
-        self.commands.append(" ".join(command).replace(sys.executable, "python"))
+        self.commands.append(shlex.join(command).replace(sys.executable, "python").replace(f"{self.root}/", ""))
         # launch/train.sh takes the interpreter of an activated environment: this one, not .venv's.
         environment = {"VIRTUAL_ENV": sys.prefix, "NGPU": str(self.devices)}
         environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
