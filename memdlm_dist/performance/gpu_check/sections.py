@@ -359,7 +359,10 @@ def _scalars(folder: Path) -> dict[str, dict[int, float]]:
     """Return the scalars of the latest start of a run: name -> step -> value."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # imports slowly
 
-    starts = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
+    # A file each; two starts within a minute share a folder.
+    starts = sorted(folder.rglob("events.*"), key=lambda path: path.stat().st_mtime)
+    if not starts:
+        raise Failure(f"TensorBoard got nothing in {folder}")
     events = EventAccumulator(str(starts[-1]))
     events.Reload()
     return {name: {x.step: x.value for x in events.Scalars(name)} for name in events.Tags()["scalars"]}
