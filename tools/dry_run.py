@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="GIB",
         help="of one device, in GiB (default: 80)",
     )
+    p.add_argument("--layers", type=positive, metavar="N", help="number of layers, if not the flavour's")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
     return p
 
@@ -51,7 +52,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     found: dict[int, Estimate | UserError] = {}
     for size in options.world_size:
         try:
-            found[size] = forecast(config, size)
+            found[size] = forecast(config, size, options.layers)
         except UserError as mistake:
             found[size] = mistake
     print(table(config, found, options.device_memory))

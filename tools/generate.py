@@ -54,7 +54,8 @@ def parser() -> argparse.ArgumentParser:
 def prompts(options: argparse.Namespace) -> Iterator[str]:
     """The prompts in turn, the same on all ranks: the first one reads them."""
     if options.interactive:
-        while (text := from_rank_0(_ask)) is not None:
+        prompt = "" if options.json else "> "
+        while (text := from_rank_0(lambda: _ask(prompt))) is not None:
             if text.strip():
                 yield text
         return
@@ -63,9 +64,9 @@ def prompts(options: argparse.Namespace) -> Iterator[str]:
     yield text
 
 
-def _ask() -> str | None:
+def _ask(prompt: str) -> str | None:
     try:
-        return input("> ")
+        return input(prompt)
     except EOFError:
         return None
     except UnicodeDecodeError as error:

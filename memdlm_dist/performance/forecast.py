@@ -30,14 +30,18 @@ _COMMUNICATION = {
 }
 
 
-def forecast(config: JobConfig, world_size: int) -> Estimate:
+def forecast(config: JobConfig, world_size: int, layers: int | None = None) -> Estimate:
     """Estimate what a configuration needs on so many ranks.
+
+    Args:
+        layers: if not as many as the flavour has.
 
     Raises:
         UserError: if it does not fit that number.
     """
     check_layout.check_launch(config, world_size)
     args = sizes_of(config)
+    args.n_layers = layers or args.n_layers
     check_layout.check_backbone(config, args, world_size)
     pretend(world_size)
     try:

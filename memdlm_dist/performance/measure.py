@@ -23,6 +23,7 @@ from memdlm_dist.performance.collectives import by_kind
 from memdlm_dist.performance.peak_memory import peak_memory
 from memdlm_dist.runtime.device import device_module, device_type
 from memdlm_dist.runtime.rank_0 import is_first
+from memdlm_dist.training.backbone import lora_of
 
 
 def measure(
@@ -43,6 +44,7 @@ def measure(
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     flops: dict[str, list[float]] = {"outer": [], "inner": []}
     recomputation = Recomputation(config.activation_checkpoint.mode, config.activation_checkpoint.selective_ac_option)
+    frozen = lora_of(config) is not None
     for number in range(warm_up + rounds):
         batch = bench.batch(number)
         for place in range(len(kinds)):
@@ -51,7 +53,7 @@ def measure(
             if number >= warm_up:
                 seconds[kind].append(taken)
         if number >= warm_up:
-            of_step = step_flops(bench.args, batch, bench.objective.memory, recomputation)
+            of_step = step_flops(bench.args, batch, bench.objective.memory, recomputation, frozen)
             flops["outer"].append(of_step.outer * bench.dims.cp)
             flops["inner"].append(of_step.inner * bench.dims.cp)
         say(f"round {number + 1} of {warm_up + rounds}" + (" (warm-up)" if number < warm_up else ""))

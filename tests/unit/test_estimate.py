@@ -153,5 +153,8 @@ def test_dry_run_tells_what_will_not_fit(capsys):
     out = capsys.readouterr().out
     assert "GiB will not fit on devices of 4 GiB" in out and "lower training.local_batch_size" in out
     assert "256 ranks: training.global_batch_size = 32 must be a multiple of" in out
+    assert dry_run.main([recipe, "--world-size", "8", "--device-memory", "6"]) == 1
+    few = ["--layers", "1", "--training.local_batch_size", "1"]
+    assert dry_run.main([recipe, "--world-size", "8", "--device-memory", "6", *few]) == 0
     assert dry_run.main(["train_configs/absent.toml", "--world-size", "8"]) == 2
     assert "train_configs/absent.toml does not exist" in capsys.readouterr().err

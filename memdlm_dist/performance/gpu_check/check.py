@@ -1,0 +1,196 @@
+"""The check: runs sections one after the other, each with a time limit, and writes the report after each."""
+
+import json
+import math
+import shlex
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+from memdlm_dist.errors import UserError
+from memdlm_dist.performance.gpu_check import gpu_report, processes, results
+from memdlm_dist.performance.gpu_check.results import FAILED, OK, SKIPPED, TIMED_OUT, Result
+from memdlm_dist.performance.gpu_check.sections import SECTIONS, Context, Failure, Section, Skip
+
+ROOT = Path(__file__).parents[3]
+# Seconds of a section, and with --quick of a section and of the whole call.
+LIMIT, QUICK_LIMIT, QUICK_BUDGET = 480.0, 240.0, 600.0
+_DEBUG_LEAST = 5.0  # seconds below which a section with debug sizes is not worth starting
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a call of the check is to do."""
+
+    output: Path
+    command: str  # as the user typed it
+    only: Sequence[str] = ()
+    limit: float = LIMIT  # seconds of a section
+    budget: float = math.inf  # seconds of the whole call
+    quick: bool = False
+    debug: bool = False  # debug sizes; without an accelerator they are taken anyway
+
+
+def probe(log: Path) -> dict[str, Any]:
+    """Return what environment.py says of this machine, in a process of its own.
+
+    Raises:
+        UserError: if torch or the package cannot be imported.
+    """
+    command = [sys.executable, "-m", "memdlm_dist.performance.gpu_check.environment"]
+    try:
+        status, output = processes.run(command, log, 120.0, ROOT)
+    except processes.TimeLimit:
+        raise UserError(f"The devices did not answer within 120 s; see {log} and try nvidia-smi.") from None
+    told = [line for line in output.splitlines() if line.startswith("{")]
+    if status != 0 or not told:
+        raise UserError(f"The devices and versions cannot be looked up; see {log}.")
+    found: dict[str, Any] = json.loads(told[-1])
+    return found
+
+
+def check(
+    request: Request,
+    sections: Sequence[Section] = SECTIONS,
+    look_up: Callable[[Path], dict[str, Any]] = probe,
+) -> int:
+    """Run sections and write report.md; returns 0 if all that ran passed, else 1.
+
+    Raises:
+        UserError: for an unknown section, an output folder that cannot be made, or a machine that cannot be looked up.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM, with the report written.
+    """
+    deadline = time.monotonic() + request.budget
+    chosen = _chosen(request.only, sections)
+    logs = request.output / "logs"
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{request.output} cannot be made ({error}); choose another --output.") from None
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        log = logs / "environment.log"
+        log.unlink(missing_ok=True)
+        environment = look_up(log)
+        machine = _machine(environment["devices"], request.debug)
+        print(f"{machine}, torch {environment['packages']['torch']}", flush=True)
+        statuses = []
+        for number, section in enumerate(chosen, start=1):
+            heading = f"[{number}/{len(chosen)}] {section.name}"
+            result = _result(section, request, environment, deadline, heading)
+            figure = section.headline(result.numbers) if result.status == OK else result.reason
+            print(f"{heading}: {result.status} after {result.seconds:.0f} s: {figure}", flush=True)
+            results.keep(request.output, result)
+            gpu_report.write(request.output, machine, request.command, sections)
+            statuses.append(result.status)
+            if result.reason == _INTERRUPTED:
+                break
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    print(f"Report: {request.output / 'report.md'}", flush=True)
+    if result.reason == _INTERRUPTED:
+        raise KeyboardInterrupt
+    return int(FAILED in statuses or TIMED_OUT in statuses)
+
+
+_INTERRUPTED = "interrupted"
+
+
+def _interrupt(*_: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _result(section: Section, request: Request, environment: dict[str, Any], deadline: float, heading: str) -> Result:
+    """Run a section, unless it cannot run here or in time; returns its result.
+
+    Args:
+        deadline: of the whole call, by time.monotonic().
+        heading: of its line on the console.
+    """
+    log = request.output / f"logs/{section.name}.log"
+    if section.name != "environment":  # whose log is the probe's
+        log.unlink(missing_ok=True)
+    debug = request.debug or not environment["devices"]
+    left = deadline - time.monotonic()
+    limit = min(request.limit, left)
+    context = Context(ROOT, request.output, log, environment, debug, request.quick, time.monotonic() + limit)
+    result = Result(
+        section.name,
+        machine=_machine(environment["devices"], request.debug),
+        torch=environment["packages"]["torch"],
+        date=datetime.now().isoformat(" ", "seconds"),
+        seconds=0.0,
+        status=SKIPPED,
+        quick=request.quick,
+        commands=context.commands,
+        numbers=context.numbers,
+    )
+    if section.needs_device and not environment["devices"]:
+        result.reason = "needs an accelerator, and torch finds none here"
+    elif left < (min(section.least, _DEBUG_LEAST) if debug else section.least):
+        result.reason = f"{max(left, 0.0):.0f} s of the budget were left"
+    else:
+        print(f"{heading} (at most {limit:.0f} s) ...", flush=True)
+        _run(section, context, result, limit, cut=left < request.limit)
+    return result
+
+
+def _run(section: Section, context: Context, result: Result, limit: float, cut: bool) -> None:
+    """Run a section; sets its status, reason and time.
+
+    Args:
+        cut: the budget, not the section's own limit, ends it.
+    """
+    began = time.monotonic()
+    try:
+        section.run(context)
+        result.status = OK
+    except Skip as why:
+        result.reason = str(why)
+    except Failure as why:
+        result.status, result.reason = FAILED, str(why)
+    except processes.TimeLimit:
+        result.status, result.reason = TIMED_OUT, f"ended at {limit:.0f} s, {'the budget' if cut else 'its limit'}"
+    except KeyboardInterrupt:
+        result.status, result.reason = FAILED, _INTERRUPTED
+    except Exception as error:  # the next section is to run, whatever happened in this one
+        _unexpected(error, context, result)
+    try:
+        section.headline(result.numbers)
+    except Exception as error:  # what a command wrote has another shape than its result
+        _unexpected(error, context, result)
+        result.numbers.clear()
+    result.seconds = time.monotonic() - began
+
+
+def _unexpected(error: Exception, context: Context, result: Result) -> None:
+    result.status, result.reason = FAILED, f"{type(error).__name__}: {error}"
+    with context.log.open("a") as log:
+        traceback.print_exception(error, file=log)
+
+
+def _chosen(only: Sequence[str], sections: Sequence[Section]) -> list[Section]:
+    """Return the sections that are asked for, all by default, in their order."""
+    names = [section.name for section in sections]
+    for name in only:
+        if name not in names:
+            raise UserError(f"There is no section {name!r}; choose among {', '.join(names)}.")
+    return [section for section in sections if not only or section.name in only]
+
+
+def _machine(devices: Sequence[dict[str, Any]], debug: bool) -> str:
+    """Return the name under which results are kept; debug sizes are apart."""
+    if not devices:
+        return f"CPU{gpu_report.DEBUG}"
+    return f"{len(devices)} x {devices[0]['name']}{gpu_report.DEBUG if debug else ''}"
+
+
+def command_line(argv: Sequence[str]) -> str:
+    """Return the command as a user types it."""
+    return shlex.join(["bash", "launch/gpu_check.sh", *argv])
