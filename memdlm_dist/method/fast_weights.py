@@ -70,7 +70,9 @@ class LowRank(NamedTuple):
         column = torch.arange(first, first + columns, device=keys_G.device)
         element_Ri = torch.arange(rank, device=keys_G.device).unsqueeze(1) * linear.in_features + column
         u_Gn = keyed_random.uniform(keys_G, element_Ri.flatten(), torch.float32)
-        A_GRi = ((2 * u_Gn - 1) / math.sqrt(linear.in_features)).unflatten(1, (rank, columns))
+        # A tensor: CUDA multiplies by a number's rounded reciprocal, and would differ from a CPU in the last bit.
+        root = u_Gn.new_full((), math.sqrt(linear.in_features))
+        A_GRi = ((2 * u_Gn - 1) / root).unflatten(1, (rank, columns))
         B_GoR = torch.zeros(len(keys_G), rows, rank, device=keys_G.device)
         a_placement, b_placement = (Shard(2), Replicate()) if linear.row_wise else (Replicate(), Shard(1))
         return cls(_place(A_GRi, tp_mesh, a_placement), _place(B_GoR, tp_mesh, b_placement), alpha / rank)

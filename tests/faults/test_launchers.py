@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launching import debug, run_many, run_module, scalars
+from tests.support.launching import Launched, debug, run_many, run_module, scalars
 from tests.support.ranks import free_port
 from tests.support.zygote import ROOT
 
@@ -44,43 +44,6 @@ def test_mistakes_on_several_nodes(variables, says):
     assert done.returncode == 2 and says in done.stderr
     done = subprocess.run(["bash", "launch/slurm.sbatch"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "name a configuration" in done.stderr
-
-
-class Launched:
-    """A launch script in a process group of its own, its output in a file."""
-
-    def __init__(self, log: Path, script: str, *arguments: str, **variables: str):
-        self.log = log
-        environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
-        with log.open("a") as file:
-            self.process = subprocess.Popen(
-                ["bash", script, *arguments], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )  # fmt: skip
-
-    def text(self) -> str:
-        return self.log.read_text()
-
-    def until(self, pattern: str) -> None:
-        """Wait for something in the output."""
-        deadline = time.monotonic() + TIMEOUT
-        while not re.search(pattern, self.text()):
-            assert time.monotonic() < deadline and self.process.poll() is None, self.text()[-5000:]
-            time.sleep(0.1)
-
-    def status(self) -> int:
-        return self.process.wait(TIMEOUT)
-
-    def kill(self) -> None:
-        """The agent and its ranks, at once, as when a node goes down."""
-        for child in [*_descendants(self.process.pid), self.process.pid]:
-            os.kill(child, signal.SIGKILL)
-        self.process.wait()
-
-
-def _descendants(process: int) -> list[int]:
-    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    return [found for child in map(int, children) for found in (*_descendants(child), child)]
 
 
 NODES = ["--training.steps", "12", "--lr_scheduler.total_steps", "12"]

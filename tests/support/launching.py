@@ -2,8 +2,11 @@
 
 import functools
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -59,9 +62,46 @@ def run_many(runs: Iterable[tuple[int, list[str]] | tuple[int, list[str], dict[s
     return outputs
 
 
-def run_module(module: str, *arguments: str) -> str:
+def run_module(module: str, *arguments: str, **env: str) -> str:
     """Run `python -m module` as a user does; returns what it prints."""
-    return _run([sys.executable, "-m", module, *arguments])
+    return _run([sys.executable, "-m", module, *arguments], **env)
+
+
+class Launched:
+    """A launch script in a process group of its own, its output in a file."""
+
+    def __init__(self, log: Path, script: str, *arguments: str, **variables: str):
+        self.log = log
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+        with log.open("a") as file:
+            self.process = subprocess.Popen(
+                ["bash", script, *arguments], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def text(self) -> str:
+        return self.log.read_text()
+
+    def until(self, pattern: str) -> None:
+        """Wait for something in the output."""
+        deadline = time.monotonic() + TIMEOUT
+        while not re.search(pattern, self.text()):
+            assert time.monotonic() < deadline and self.process.poll() is None, self.text()[-5000:]
+            time.sleep(0.1)
+
+    def status(self) -> int:
+        return self.process.wait(TIMEOUT)
+
+    def kill(self) -> None:
+        """The agent and its ranks, at once, as when a node goes down."""
+        for child in [*_descendants(self.process.pid), self.process.pid]:
+            os.kill(child, signal.SIGKILL)
+        self.process.wait()
+
+
+def _descendants(process: int) -> list[int]:
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [found for child in map(int, children) for found in (*_descendants(child), child)]
 
 
 def scalars(out: Path) -> dict[str, dict[int, float]]:

@@ -1,0 +1,1 @@
+"""What only an accelerator can show: `pytest -m gpu`."""

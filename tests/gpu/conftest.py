@@ -1,0 +1,60 @@
+"""Marks what is in this folder `gpu`, and skips it on machines without an accelerator."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from memdlm_dist.runtime.device import device_module, device_type, has_accelerator
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def device() -> torch.device:
+    """The accelerator, whose float32 products are float32: no TF32."""
+    if not has_accelerator():
+        pytest.skip("this machine has no accelerator")
+    torch.set_float32_matmul_precision("highest")
+    return torch.device(device_type())
+
+
+@pytest.fixture(scope="session")
+def cuda(device: torch.device) -> torch.device:
+    if device.type != "cuda":
+        pytest.skip(f"torch has this for CUDA alone, and this machine has {device.type}")
+    return device
+
+
+@pytest.fixture(scope="module")
+def one_rank(device: torch.device):
+    """A process group of this process alone."""
+    device_module().set_device(0)
+    store = dist.TCPStore("localhost", 0, world_size=1, is_master=True)
+    dist.init_process_group(store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def build(one_rank: None):
+    """Build a model and its objective from train_configs/debug.toml and further arguments: `Bench.build`."""
+    from memdlm_dist.config import parse_config  # not above: torchtitan is imported after `cpu.prepare()`
+    from memdlm_dist.performance.bench_steps import Bench
+
+    def built(*arguments: str, layers: int | None = None) -> Bench:
+        config = parse_config.parse(["--job.config_file", "train_configs/debug.toml", *arguments])
+        return Bench.build(config, layers)
+
+    return built
+
+
+@pytest.fixture
+def flex_without_autotuning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile flex attention as torchtitan does under debug.deterministic: autotuning takes most of a minute."""
+    from torch.nn.attention.flex_attention import flex_attention
+    from torchtitan.models.attention import FlexAttentionWrapper  # not above, either
+
+    torch._dynamo.reset()  # the shapes of other tests count towards the limit of compilations
+    monkeypatch.setattr(FlexAttentionWrapper, "_compiled_flex_attn", torch.compile(flex_attention))

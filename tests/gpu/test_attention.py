@@ -1,0 +1,130 @@
+"""Attention on the accelerator: which kernels run, and that blocks of documents are what the dense mask is."""
+
+import torch
+
+from memdlm_dist.compat.torch import TorchDispatchMode, operator_name
+from memdlm_dist.method import bilevel
+from memdlm_dist.method.documents import FILL
+from memdlm_dist.method.fast_weights import map_leaves
+from memdlm_dist.method.inner_loss import inner_loss
+from memdlm_dist.method.inner_sgd import InnerSGD
+from memdlm_dist.method.passes import passes_of
+from memdlm_dist.method.trajectory import IGNORE_INDEX, Plan
+from memdlm_dist.models.attention import BidirectionalAttentionKernel, document_mask, has_block_attention
+from memdlm_dist.models.llada import LLaDAArgs
+from memdlm_dist.training.objective import Objective
+from tests.support.bilevel import scaled_model
+
+# Two rows of documents, one of a single token, one longer than a block of flex attention (128), and padding.
+LENGTHS = ((1, 47, 150, 40), (60, 100, 96))
+
+
+def documents():
+    rows = [torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in LENGTHS]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=FILL)
+
+
+def test_blocks_of_documents_attend_as_the_dense_mask_says(device):
+    """Forward and backward, in bfloat16 with heads of 64, grouped queries too; the dense mask in float32.
+
+    bfloat16 carries 8 bits, and the probabilities are rounded to it as well as the output: within 2% of the largest
+    value. Attention beyond a document differs by as much as the values themselves.
+    """
+    number = documents().to(device)
+    assert has_block_attention(device.type, 64)
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(heads):
+        x = torch.randn(*number.shape, heads, 64, generator=generator)
+        return x.to(device, torch.bfloat16).transpose(1, 2)  # as the projections come: heads side by side
+
+    given, upstream = [normal(4), normal(2), normal(2)], normal(4)
+    found = {}
+    for blocks in (True, False):
+        inputs = [(x if blocks else x.float()).detach().requires_grad_() for x in given]
+        y = BidirectionalAttentionKernel()(*inputs, enable_gqa=True, mask=document_mask(number, blocks))
+        found[blocks] = [y, *torch.autograd.grad(y, inputs, upstream.type_as(y))]
+    for name, ours, theirs in zip(("output", "query", "key", "value"), *found.values(), strict=True):
+        assert (ours - theirs).abs().max() < 0.02 * theirs.abs().max(), name
+
+
+def test_a_packed_step_is_the_cpus(device, flex_without_autotuning):
+    """Loss, inner losses and gradients in float32: blocks and positions on the device, a dense mask on the CPU."""
+    args = LLaDAArgs(dim=64, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=96, vocab_size=128, max_seq_len=256)
+    memory = bilevel.Memory(
+        1, args.adapted_linears(1, ["ffn", "attention"]), "lora", 4, 8.0,
+        inner_loss("cross_entropy", "pre_final_norm", "post_final_norm"), InnerSGD(0.1, 1.0), per_sample=True,
+    )  # fmt: skip
+    number = documents()
+    tokens = torch.randint(0, 127, number.shape, generator=torch.Generator().manual_seed(1))
+    labels = torch.where(number == FILL, IGNORE_INDEX, tokens)
+    batch = Objective(127, Plan(), memory, seed=0, shards=1, shard=0).micro_batch(
+        tokens, labels, torch.tensor([3, 8]), step=1, documents_BL=number
+    )
+    start = memory.draw(0, 1, batch.sample_ids_U)
+
+    def step(place):
+        model = scaled_model(args, torch.float32).to(place)
+        fast = map_leaves(lambda x: x.to(place), start)
+        loss, statistics = bilevel.outer_loss(model, batch.to(place), memory, fast)
+        loss.backward()
+        found = {name: p.grad for name, p in model.named_parameters()}
+        return found | {"loss": loss.detach(), "inner losses": statistics.loss_KG, "written": statistics.written_norm_G}
+
+    ours, theirs = step(device), step("cpu")
+    for name, x in theirs.items():
+        # Sums in another order, 1e-6 of the largest term; the inner loop and two layers amplify them.
+        assert (ours[name].cpu() - x).abs().max() < 1e-4 * x.abs().max(), name
+
+
+class AttentionOperators(TorchDispatchMode):
+    """Names of the operators of attention that run while active."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if "scaled_dot_product" in (name := operator_name(operator)):
+            self.names.append(name)
+        return operator(*args, **(kwargs or {}))
+
+
+FAST = ("aten::_scaled_dot_product_cudnn_attention", "aten::_scaled_dot_product_flash_attention")
+
+
+def test_whole_rows_are_attended_to_by_cudnn_or_flash_kernels(cuda, build):
+    """Every pass of a step in bfloat16, forward and backward.
+
+    Other kernels have other operators, and the one that keeps all scores is made of products.
+    """
+    bench = build("--model.flavor", "quickstart", "--training.mixed_precision_param", "bfloat16")
+    batch = bench.batch(0)
+    with AttentionOperators() as forward:
+        loss, _ = bench.loss_sum("ours", batch, 1)
+    with AttentionOperators() as backward:
+        loss.backward()
+    assert set(forward.names) <= {*FAST} and set(backward.names) <= {f"{name}_backward" for name in FAST}
+    passes, layers = passes_of(batch), bench.args.n_layers
+    tail = layers - bench.objective.memory.first_layer
+    assert tail == 1, "its fast weights lie above its attention, which an inner step's backward pass does not reach"
+    assert len(forward.names) == passes.inputs * (layers - tail) + passes.tail_forward * tail
+    assert len(backward.names) == layers
+
+
+def test_deterministic_attention_is_flash_attention_and_has_the_same_bits_each_time(cuda):
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(2, 4, 512, 64, generator=generator).to(cuda, torch.bfloat16) for _ in range(4)]
+    found = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(3):
+            q, k, v = (x.clone().requires_grad_() for x in given[:3])
+            with AttentionOperators() as operators:
+                y = BidirectionalAttentionKernel()(q, k, v)
+                found.append([y, *torch.autograd.grad(y, [q, k, v], given[3])])
+            assert operators.names == [FAST[1], f"{FAST[1]}_backward"]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for other in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))

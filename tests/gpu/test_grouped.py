@@ -1,0 +1,90 @@
+"""Grouped matrix products of the experts against the loop over them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from memdlm_dist.method import fast_weights
+from memdlm_dist.method.bilevel import Memory, outer_loss
+from memdlm_dist.method.fast_weights import map_leaves
+from memdlm_dist.method.inner_loss import inner_loss
+from memdlm_dist.method.inner_sgd import InnerSGD
+from memdlm_dist.method.trajectory import Plan
+from memdlm_dist.models.llada_moe import AdaptableExperts, LLaDAMoE, LLaDAMoEArgs
+from memdlm_dist.runtime.device import has_grouped_mm
+from memdlm_dist.training.objective import Objective
+
+ARGS = LLaDAMoEArgs(
+    dim=64, n_layers=2, n_heads=4, hidden_dim=32, vocab_size=128, n_experts=4, experts_per_token=2, max_seq_len=32
+)
+# A grouped product is one in bfloat16, of 8 bits; the loop's are in float32. Of norms.
+TOLERANCE = 0.02
+
+
+@pytest.fixture(autouse=True)
+def needs_grouped_products(device):
+    if not has_grouped_mm():
+        pytest.skip("this accelerator has no grouped products (compute capability 9.0)")
+
+
+@pytest.mark.parametrize("sets", [0, 1, 2], ids=["no fast weights", "one set", "two sets"])
+@pytest.mark.parametrize(
+    "counts",
+    [[[3, 9], [0, 8], [1, 0], [17, 2]], [[0, 0], [40, 0], [0, 0], [0, 0]], [[0, 0], [0, 0], [0, 0], [1, 39]]],
+    ids=["one empty", "all to the second", "all to the last"],
+)
+def test_grouped_products_are_the_loop_with_empty_experts(device, sets, counts):
+    """Output and all gradients, those of the fast weights too; zero, and not unwritten memory, where nothing came."""
+    torch.manual_seed(1)
+    experts = AdaptableExperts(ARGS.dim, ARGS.hidden_dim, ARGS.n_experts, use_grouped_mm=False).to(device)
+    with torch.no_grad():
+        experts.init_weights(0.2)
+    counts_EG = torch.tensor(counts, device=device)
+    x = torch.randn(int(counts_EG.sum()), ARGS.dim, device=device, requires_grad=True)
+    linears = replace(ARGS, n_layers=1).adapted_linears(0, ["ffn"])
+    tree = fast_weights.draw("lora", linears, 8, 16.0, torch.arange(max(sets, 1), device=device), None)
+    tree = map_leaves(lambda leaf: (leaf + 0.1 * torch.randn_like(leaf)).requires_grad_(), tree)
+    fast, leaves = (tree["0"], fast_weights.leaves(tree)) if sets else (None, [])
+
+    found = []
+    for grouped in (False, True):
+        experts.use_grouped_mm = grouped
+        y = experts(x, counts_EG.sum(1), fast=fast, counts_EG=counts_EG if sets == 2 else None)
+        found.append([y, *torch.autograd.grad(y.square().sum(), [x, *experts.parameters(), *leaves])])
+    for loop, other in zip(*found, strict=True):
+        assert (loop - other).norm() <= TOLERANCE * loop.norm()
+    chosen = counts_EG.sum(1) > 0
+    for gradient in found[1][2:5]:  # of the experts' three linears
+        assert (gradient.abs().sum((1, 2)) > 0).tolist() == chosen.tolist()
+
+
+def test_a_step_with_grouped_products_is_the_step_with_the_loop(device):
+    """Loss, inner losses and gradients, with a memory for every row; the router and attention are float32 in both."""
+    memory = Memory(
+        1, ARGS.adapted_linears(1, ["ffn"]), "lora", 8, 16.0,
+        inner_loss("cross_entropy", "pre_final_norm", "post_final_norm"), InnerSGD(0.1, 1.0), per_sample=True,
+    )  # fmt: skip
+    tokens = torch.randint(0, 127, (3, 32), generator=torch.Generator().manual_seed(2))
+    batch = Objective(127, Plan(), memory, seed=0, shards=1, shard=0).micro_batch(
+        tokens, tokens, torch.tensor([5, 9, 2]), step=1
+    )
+    batch = batch.to(device)
+
+    def step(grouped):
+        torch.manual_seed(0)
+        model = LLaDAMoE(replace(ARGS, grouped=grouped)).to(device)
+        with torch.no_grad():
+            model.init_weights()
+        loss, statistics = outer_loss(model, batch, memory, memory.draw(0, 1, batch.sample_ids_U))
+        loss.backward()
+        found = {name: p.grad for name, p in model.named_parameters()}
+        return found | {"loss": loss.detach(), "inner losses": statistics.loss_KG, "written": statistics.written_norm_G}
+
+    loop, grouped = step(False), step(True)
+    gradients = [name for name in loop if name.endswith("weight") or ".w" in name]
+    ours, theirs = (torch.cat([found[name].flatten() for name in gradients]) for found in (grouped, loop))
+    assert F.cosine_similarity(ours, theirs, 0) > 0.999
+    for name in ("loss", "inner losses", "written"):
+        assert (grouped[name] - loop[name]).norm() <= TOLERANCE * loop[name].norm(), name

@@ -1,0 +1,122 @@
+"""The accelerator's numbers are the CPU's: random draws, the published fixtures, the losses of the head."""
+
+import math
+
+import pytest
+import torch
+
+from memdlm_dist.golden.checks import check
+from memdlm_dist.method import fast_weights, keyed_random
+from memdlm_dist.method.diffusion import SetSum
+from memdlm_dist.method.keyed_random import Stream
+from memdlm_dist.method.logit_loss import HeadLoss, cross_entropy, kl, reverse_kl, set_losses
+from memdlm_dist.models.initial_weights import Normal, Uniform, distribution
+from memdlm_dist.models.llada import LLaDA, LLaDAArgs
+from memdlm_dist.models.llada_moe import LLaDAMoE, LLaDAMoEArgs
+from memdlm_dist.performance.straightforward import DISTANCES
+from tests.support.zygote import ROOT
+
+# Sample ids as far apart as those of packed documents.
+IDS = torch.arange(5) * 2**40 + 17
+# No width is a power of 4, whose square root divides without rounding.
+SIZES = {"dim": 96, "n_layers": 2, "n_heads": 6, "vocab_size": 1000, "max_seq_len": 16}
+BACKBONES = {
+    "dense": (LLaDA, LLaDAArgs(**SIZES, hidden_dim=160)),
+    "experts": (LLaDAMoE, LLaDAMoEArgs(**SIZES, hidden_dim=40, n_experts=4, experts_per_token=2)),
+}
+
+
+def test_random_numbers_have_the_cpus_bits(device):
+    def numbers(place):
+        keys = keyed_random.key(2**31 + 7, Stream.MASK, 12, IDS.to(place))
+        index = torch.arange(1000, device=place)
+        symmetric = keyed_random.symmetric(keys, index)
+        return (
+            keys, keyed_random.uniform(keys, index), keyed_random.uniform(keys, index, torch.float32),
+            symmetric.clone(), Uniform(160**-0.5).transform(symmetric),
+        )  # fmt: skip
+
+    for ours, theirs in zip(numbers(device), numbers("cpu"), strict=True):
+        assert torch.equal(ours.cpu(), theirs)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_fast_weights_start_with_the_cpus_bits(device, backbone):
+    _, args = BACKBONES[backbone]
+    linears = args.adapted_linears(1, ["ffn", "attention"])
+
+    def draw(place):
+        keys = fast_weights.keys(7, 3, IDS.to(place), per_sample=True)
+        return fast_weights.leaves(fast_weights.draw("lora", linears, 8, 16.0, keys, None))
+
+    for ours, theirs in zip(draw(device), draw("cpu"), strict=True):
+        assert torch.equal(ours.cpu(), theirs)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_weights_start_as_on_the_cpu(device, backbone):
+    """To rounding: the uniform numbers have the same bits, but each device has its own inverse error function.
+
+    Compared are the uniform numbers that the weights go back to. float32 has a step of 6e-8 below 1, and an inverse
+    may be off by a few of them.
+    """
+    model_cls, args = BACKBONES[backbone]
+
+    def weights(place):
+        torch.manual_seed(7)
+        with torch.device(place):
+            model = model_cls(args)
+        with torch.no_grad():
+            model.init_weights()
+        return {name: x.detach() for name, x in model.named_parameters()}
+
+    ours, theirs = weights(device), weights("cpu")
+    assert ours.keys() == theirs.keys()
+    for name, x in ours.items():
+        chosen = distribution(name, x.shape, args)
+        if not isinstance(chosen, Normal):
+            assert torch.equal(x.cpu(), theirs[name]), name
+            continue
+        u, v = (torch.erf(y.cpu().double() / (math.sqrt(2) * chosen.std)) for y in (x, theirs[name]))
+        torch.testing.assert_close(u, v, rtol=0, atol=5e-7, msg=name)
+
+
+FIXTURES = sorted(path.parent.name for path in ROOT.glob("tests/golden/*/manifest.json"))
+
+
+@pytest.mark.parametrize("fixture", [name for name in FIXTURES if not name.startswith("sampler")])
+def test_the_published_numbers(device, fixture):
+    """With the tolerances of the CPU; the sampler's fixture is one of token ids, checked on a CPU alone."""
+    lines = list(check(ROOT / "tests/golden" / fixture, device.type))
+    assert lines and all(line.ok for line in lines), "\n".join(map(str, lines))
+
+
+VOCABULARY, TOKENS, WIDTH = 126_464, 600, 64  # two chunks
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, kl, reverse_kl])
+# Of norms, and of sums over tokens. float32: rounding of sums over the vocabulary; bfloat16 carries 8 bits.
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)], ids=["float32", "bf16"])
+def test_losses_at_a_real_vocabulary_are_those_of_whole_logits(device, loss, dtype, tolerance):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    hidden, teacher = normal(TOKENS, WIDTH).requires_grad_(), normal(TOKENS, WIDTH)
+    weight = (normal(VOCABULARY, WIDTH) * WIDTH**-0.5).requires_grad_()
+    label = torch.randint(VOCABULARY, (TOKENS,), generator=generator).to(device)
+    coefficient = torch.rand(TOKENS, generator=generator)
+    coefficient[5:9] = 0  # padding
+    sums = SetSum(coefficient.to(device), torch.zeros_like(label), 1)
+
+    found = set_losses(hidden, weight, HeadLoss(loss, label if loss is cross_entropy else teacher, sums))
+    gradients = torch.autograd.grad(found.sum(), [hidden, weight])
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    target = label if loss is cross_entropy else teacher.double() @ exact[1].detach().T
+    expected = sums._replace(coefficient_N=sums.coefficient_N.double())(DISTANCES[loss](exact[0] @ exact[1].T, target))
+    expected_gradients = torch.autograd.grad(expected.sum(), exact)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=0)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        assert (ours - theirs).norm() < tolerance * theirs.norm()
