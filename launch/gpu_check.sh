@@ -3,7 +3,7 @@
 #
 #   bash launch/gpu_check.sh [--quick] [--only SECTION ...] [--budget SECONDS] [--output DIR] [--list]
 #
-# Eleven sections, the most valuable first, each for at most 8 minutes; --list names them. One that fails does not stop
+# Twelve sections, the most valuable first, each for at most 8 minutes; --list names them. One that fails does not stop
 # the next, and reports of several calls merge. --quick takes about ten minutes in all.
 # Without an accelerator debug sizes run on the CPU: that checks the flow and measures nothing. --debug does so on a GPU.
 # Exit status: 0 if all that ran passed, 1 if a section failed or took too long.

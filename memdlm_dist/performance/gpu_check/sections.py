@@ -300,17 +300,32 @@ def _of_tests(numbers: dict[str, Any]) -> str:
 # Runs
 
 
-def _data(context: Context, packed: bool) -> Path:
-    """Prepare shards of the built-in corpus, unless they are there."""
-    length, rows, words = ("128", "40", "500") if context.debug else ("4096", "400", "2048")
-    folder = context.scratch / ("packed" if packed else "data")
+# Weights in float32, as a full training of one's own has them.
+_DENSE_1B = ("train_configs/bench_8b.toml", "--model.flavor", "1B", "--training.dtype", "float32")
+_LAYERS_1B = 16
+# name -> (tokens of a row, files of the built-in corpus), with debug sizes and in earnest
+_DATA = {
+    "data": (("128", "40"), ("4096", "400")),
+    "packed": (("128", "40"), ("4096", "400")),
+    "packed_128k": (("256", "40"), ("131072", "1600")),
+}
+
+
+def _rows(context: Context, name: str) -> tuple[str, str]:
+    return _DATA[name][0 if context.debug else 1]
+
+
+def _data(context: Context, name: str) -> Path:
+    """Prepare shards of the built-in corpus, unless they are there; packed, but for "data"."""
+    length, files = _rows(context, name)
+    folder = context.scratch / name
     if not (folder / "summary.json").exists():
-        if packed:
-            tokens = ["--tokenizer", str(_data(context, packed=False) / "tokenizer"), "--pack-documents"]
+        if name == "data":
+            tokens = ["--train-tokenizer", "500" if context.debug else "2048"]
         else:
-            tokens = ["--train-tokenizer", words]
+            tokens = ["--tokenizer", str(_data(context, "data") / "tokenizer"), "--pack-documents"]
         context.python(
-            "tools/prepare_data.py", "--builtin", "--limit", rows, *tokens, "--seq-len", length,
+            "tools/prepare_data.py", "--builtin", "--limit", files, *tokens, "--seq-len", length,
             "--output", str(folder), "--overwrite",
         )  # fmt: skip
     return folder
@@ -318,13 +333,10 @@ def _data(context: Context, packed: bool) -> Path:
 
 def _training(context: Context, name: str, data: Path) -> list[str]:
     """Return the configuration of a short run and its keys."""
-    if context.debug:
-        arguments = ["train_configs/debug.toml", "--activation_checkpoint.mode", "full"]
-    else:
-        # The weights in float32, as a full training of one's own has them.
-        arguments = ["train_configs/bench_8b.toml", "--model.flavor", "1B", "--training.dtype", "float32"]
+    debug = ("train_configs/debug.toml", "--activation_checkpoint.mode", "full")
     return [
-        *arguments, "--job.dump_folder", str(context.scratch / name), "--data.train", str(data / "train"),
+        *(debug if context.debug else _DENSE_1B), "--job.dump_folder", str(context.scratch / name),
+        "--data.train", str(data / "train"),
         "--model.hf_assets_path", str(data / "tokenizer"), "--lr_scheduler.warmup_steps", "2",
         "--metrics.log_freq", "1", "--metrics.enable_tensorboard", "--metrics.disable_color_printing",
     ]  # fmt: skip
@@ -385,7 +397,7 @@ def _dense(context: Context) -> list[str]:
 
 def _run_dense(context: Context) -> None:
     _fresh(context, "run_dense", disk_gib=40)
-    _data(context, packed=False)
+    _data(context, "data")
     first, last = (2, 3) if context.debug else (5, 8)
     arguments = [*_dense(context), "--checkpoint.interval", str(first)]
     _train(context, "run_dense", arguments, 1, first)
@@ -395,7 +407,7 @@ def _run_dense(context: Context) -> None:
 
 def _run_experts(context: Context) -> None:
     _fresh(context, "run_experts")
-    arguments = _training(context, "run_experts", _data(context, packed=False))
+    arguments = _training(context, "run_experts", _data(context, "data"))
     # The base is frozen, in bfloat16: the whole model fits on one device of 40 GB.
     arguments += [*(_MOE_7B.debug if context.debug else _EXPERTS), *_LORA]
     _train(context, "run_experts", arguments, 1, 2 if context.debug else 5)
@@ -403,8 +415,19 @@ def _run_experts(context: Context) -> None:
 
 def _run_packed(context: Context) -> None:
     _fresh(context, "run_packed")
-    arguments = _training(context, "run_packed", _data(context, packed=True))
+    arguments = _training(context, "run_packed", _data(context, "packed"))
     _train(context, "run_packed", arguments, 1, 2 if context.debug else 5)
+
+
+def _run_128k(context: Context) -> None:
+    _fresh(context, "run_128k")
+    longer = ["--training.local_batch_size", "1", "--training.seq_len", _rows(context, "packed_128k")[0]]
+    if not context.debug:
+        longer += ["--model.rope_scaling", "32"]
+        if not _fits(context, _DENSE_1B[0], _LAYERS_1B, [*_DENSE_1B[1:], *longer]):
+            raise Skip("a row of 131,072 tokens does not fit on a device, by the estimate of tools/dry_run.py")
+    arguments = [*_training(context, "run_128k", _data(context, "packed_128k")), *longer]
+    _train(context, "run_128k", arguments, 1, 2 if context.debug else 3)
 
 
 def _of_runs(numbers: dict[str, Any]) -> str:
@@ -460,6 +483,7 @@ SECTIONS = (
             _of_runs),
     Section("run_experts", "a run of LLaDA-MoE-7B-A1B with LoRA", _run_experts, _of_runs),
     Section("run_packed", "a run of the 1B flavour on packed rows, compiled", _run_packed, _of_runs),
+    Section("run_128k", "the same on packed rows of 131,072 tokens, where memory allows", _run_128k, _of_runs),
     Section("lengths", "plain and ours on rows of 4,096 to 131,072 tokens, as far as memory and time go", _lengths,
             _of_lengths),
     Section("decoding", "tools/generate.py on run_dense's checkpoint, memory off and on", _decoding, _of_decoding),
