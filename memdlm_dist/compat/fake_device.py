@@ -5,6 +5,7 @@ Its tensors are FakeTensors, which have a shape, a dtype and a device and no val
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.attention import flex_attention
 from torch.utils import backend_registration
+from torch.utils._pytree import tree_map_only
 from torchtitan.models.moe import kernels, utils
 
 __all__ = ["DEVICE", "FakeTensor", "FakeTensorMode", "OpOverload", "register", "through_the_host"]
@@ -25,7 +27,7 @@ class _Module(backend_registration._DummyBackendModule):
     """`torch.fake`: what activation checkpointing asks of a device's module."""
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
-        return [torch.float32, torch.bfloat16]
+        return [torch.bfloat16]
 
     def get_rng_state(self, device: Any = None) -> Tensor:
         return torch.zeros(0, dtype=torch.uint8)
@@ -45,9 +47,32 @@ def register() -> None:
     """
     backend_registration._setup_privateuseone_for_python_backend(DEVICE, _Module())
     dist.Backend.default_device_backend_map[DEVICE] = "fake"
+    _register_autocast()
     flex_attention._validate_device = lambda query, key, value: None
     kernels.fill_indices_wrapper = _slot_order
     utils.generate_permute_indices = kernels.generate_permute_indices
+
+
+_AUTOCAST = "AutocastPrivateUse1"
+_registrations: list[torch.library.Library] = []  # which end with these
+# Of the operators that autocast runs in lower precision on CUDA, those that a backbone calls.
+_LOWER_PRECISION = ("linear", "matmul", "mm", "bmm", "scaled_dot_product_attention")
+
+
+def _register_autocast() -> None:
+    """Give the device autocast, which torch leaves to a backend's own kernels."""
+    _registrations[:] = everything, some = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+    everything.fallback(torch.library.fallthrough_kernel, _AUTOCAST)
+    for name in _LOWER_PRECISION:
+        some.impl(name, partial(_in_lower_precision, getattr(torch.ops.aten, name)), _AUTOCAST)
+
+
+def _in_lower_precision(operator: Any, *args: Any, **kwargs: Any) -> Any:
+    def cast(x: Tensor) -> Tensor:
+        return x.to(torch.get_autocast_dtype(DEVICE)) if x.is_floating_point() else x
+
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _AUTOCAST))):
+        return operator(*tree_map_only(Tensor, cast, args), **kwargs)
 
 
 def _slot_order(counts: Tensor, starts: Tensor, offsets: Tensor, experts: int, ranks: int, slots: int) -> Tensor:

@@ -33,8 +33,7 @@ _KINDS = {
     "c10d::recv_": "recv",
     "_dtensor::shard_dim_alltoall": "all_to_all",
 }
-# Operators beside them that communicate nothing.
-LOCAL = ("_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_autograd")
+_LOCAL = ("_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_autograd")
 
 
 class Collectives(TorchDispatchMode):
@@ -54,7 +53,7 @@ class Collectives(TorchDispatchMode):
             leaves = tree_leaves((args, kwargs or {}))
             elements = max((x.numel() for x in leaves if isinstance(x, Tensor)), default=0)
             self.found.append((_KINDS[name], _group_name(leaves), elements))
-        elif name.startswith(("c10d::", "_c10d_functional::")) and name not in LOCAL:
+        elif name.startswith(("c10d::", "_c10d_functional::")) and name not in _LOCAL:
             raise RuntimeError(f"an operator of torch.distributed that is not known here: {name}")
         return operator(*args, **(kwargs or {}))
 

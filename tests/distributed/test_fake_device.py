@@ -1,4 +1,4 @@
-"""Training steps and decoding beside a device that is not there: nothing waits for it, and all of it runs on CUDA.
+"""Training steps, validation and decoding beside a device that is not there: no waits, one device, CUDA kernels.
 
 Real kernels and streams are tests/gpu's.
 """
@@ -20,7 +20,7 @@ def found(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "case",
-    ["dense", "dense, distilled", "packed", "experts", "experts, packed", "decoding"],
+    ["dense", "dense, plain", "dense, distilled", "packed", "experts", "experts, packed", "decoding"],
 )
 def test_no_operator_waits_for_the_device_or_lacks_a_cuda_kernel(found, case):
     """The worker ends at the first wait, copy or mixture of devices that is not by design."""
@@ -34,4 +34,5 @@ def test_an_operator_of_the_cpu_alone_is_found(found):
 
 def test_mistakes_are_refused(found):
     refused = dict.fromkeys(found["mistakes"], "Refused")
+    assert len(refused) > 10
     assert found["mistakes"] == refused | {"boolean indexing": "DynamicOutputShapeException"}

@@ -20,6 +20,7 @@ from memdlm_dist.compat.fake_device import DEVICE, FakeTensor, FakeTensorMode, O
 from memdlm_dist.compat.torch import TorchDispatchMode, tree_leaves, tree_map_only
 
 aten = torch.ops.aten
+_ASSIGNMENTS = (aten.index_put.default, aten.index_put_.default)
 
 
 class Refused(Exception):
@@ -33,8 +34,11 @@ class FakeDevice(TorchDispatchMode):
 
     - reads of a value (`.item()`, `.tolist()`, `.cpu()`, `if`), except in `reads`, which gets zeros;
     - copies from the host, except in `copies`: the host waits for a copy of memory that is not pinned;
-    - tensors of the host and of the device in one operator, apart from scalars;
-    - by FakeTensorMode, shapes that depend on values (boolean indexing, `nonzero`).
+    - tensors of the host and of the device in one operator, except scalars in elementwise ones; collectives of the
+      host's;
+    - shapes that depend on values (boolean indexing, `nonzero`), and assignments to the places of a mask.
+
+    Not seen are waits within a kernel's launch (`histc` that looks for its range), and dtypes that a kernel lacks.
 
     An error in a backward pass is printed before it ends the process, which torch's Python device guard makes it do.
 
@@ -78,19 +82,26 @@ class FakeDevice(TorchDispatchMode):
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         target = next((x.type for x in leaves if isinstance(x, torch.device)), None)
         if target != DEVICE and not any(isinstance(x, FakeTensor) for x in tensors):
+            if tensors and "c10d" in str(operator):
+                raise Refused(f"{operator} on a tensor of the host, in {_caller()}")
             return operator(*args, **kwargs)
 
-        copied = {aten._to_copy.default: tensors[:1], aten.copy_.default: tensors[1:]}.get(operator, [])
         if operator is aten._local_scalar_dense.default:
             self._count("a read of a value", self.reads, self.allowed_reads)
             return torch.zeros((), dtype=args[0].dtype).item()
-        if target == "cpu" or (copied and args[0].device.type == "cpu" != copied[0].device.type):
+        if operator is aten._to_copy.default and target == "cpu":
             self._count("a copy to the host", self.reads, self.allowed_reads)
             return torch.zeros(args[0].shape, dtype=kwargs.get("dtype", args[0].dtype))
+        if operator is aten.copy_.default and args[0].device.type == "cpu":
+            self._count("a copy to the host", self.reads, self.allowed_reads)
+            return args[0].zero_()
+        copied = {aten._to_copy.default: tensors[:1], aten.copy_.default: tensors[1:]}.get(operator, [])
         if copied and copied[0].device.type == "cpu":
             self._count("a copy from the host", self.copies, self.allowed_copies)
-        elif any(x.device.type == "cpu" and x.ndim for x in tensors):
+        elif any(x.device.type == "cpu" and not _is_argument(x, operator) for x in tensors):
             raise Refused(f"{operator} on tensors of the host and of the device, in {_caller()}")
+        elif operator in _ASSIGNMENTS and args[2].numel() > 1 and torch.bool in [x.dtype for x in tree_leaves(args[1])]:
+            raise Refused(f"an assignment to the places of a mask, which are counted on the host, in {_caller()}")
         elif isinstance(operator, OpOverload):
             self.operators.add(operator)
         if not all(isinstance(x, FakeTensor) for x in tensors):
@@ -107,14 +118,21 @@ class FakeDevice(TorchDispatchMode):
         counted[caller] += 1
 
 
+def _is_argument(x: Tensor, operator: Any) -> bool:
+    """Return whether a host tensor is a number to a kernel: a scalar is, of an elementwise operator."""
+    return x.ndim == 0 and isinstance(operator, OpOverload) and torch.Tag.pointwise in operator.tags
+
+
 def _caller() -> str:
-    """Return the innermost function of the package on the stack, "module:function"."""
+    """Return the innermost named function of the package on the stack, "module:function"."""
     frame = sys._getframe(1)
     while frame is not None:
-        if (module := frame.f_globals.get("__name__", "")).startswith("memdlm_dist."):
-            return f"{module.removeprefix('memdlm_dist.')}:{frame.f_code.co_name}"
+        module, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+        # Python 3.12 has no frames for comprehensions.
+        if module.startswith("memdlm_dist.") and not name.startswith("<"):
+            return f"{module.removeprefix('memdlm_dist.')}:{name}"
         frame = frame.f_back
-    return "a backward pass"
+    return "code outside of memdlm_dist"
 
 
 @cache

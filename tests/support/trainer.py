@@ -9,11 +9,14 @@ from torchtitan.components.optimizer import build_optimizers
 
 from memdlm_dist.method.trajectory import IGNORE_INDEX
 from memdlm_dist.models.flops import Recomputation
+from memdlm_dist.runtime.process_group import autocast
 from memdlm_dist.training.agreement import StepAgreement
 from memdlm_dist.training.backbone import lora_of, model_on_meta
+from memdlm_dist.training.memory_dependence import MemoryDependence
 from memdlm_dist.training.metrics import MemDLMMetrics
 from memdlm_dist.training.objective import build_objective
 from memdlm_dist.training.trainer import MemDLMTrainer
+from memdlm_dist.training.validator import HeldOutValidator
 
 
 def build(config, sizes, dims, device, draws=True):
@@ -36,7 +39,7 @@ def build(config, sizes, dims, device, draws=True):
         agreement=StepAgreement([model], config.reliability, device), gradient_accumulation_steps=1,
         checkpointer=SimpleNamespace(maybe_wait_for_staging=lambda: None, lora=lora_of(config)),
         watchdog=SimpleNamespace(at=lambda *_, **__: None), stop=SimpleNamespace(requested=False),
-        train_context=nullcontext, maybe_enable_amp=nullcontext(),
+        train_context=nullcontext, maybe_enable_amp=autocast(dims, config.training.mixed_precision_param, device.type),
     )  # fmt: skip
     trainer.lr_schedulers = build_lr_schedulers(trainer.optimizers, config.lr_scheduler, config.training.steps)
     trainer.metrics_processor.num_flops_per_token = 1
@@ -69,3 +72,16 @@ def step(trainer, number, batches):
     """Take step `number` on batches of `batch`."""
     trainer.step = number
     trainer.train_step(trainer.batch_generator(batches))
+
+
+def validate(trainer, batches):
+    """Validate on batches of `batch`, without data and without writing anything."""
+    validator = HeldOutValidator.__new__(HeldOutValidator)
+    rows = [(inputs["input"], labels, inputs["sample_id"], inputs.get("documents")) for inputs, labels in batches]
+    vars(validator).update(
+        job_config=trainer.job_config, _objective=trainer.objective, _parallel_dims=trainer.parallel_dims,
+        _metrics=trainer.metrics_processor, _context=trainer.train_context, _amp=trainer.maybe_enable_amp,
+        _dependence=MemoryDependence(), _batches=lambda: rows, _report=lambda losses, step: None,
+        progress=lambda doing: None,
+    )  # fmt: skip
+    return validator.validate(trainer.model_parts, trainer.step)

@@ -3,19 +3,20 @@
 import json
 import logging
 import warnings
-from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 
 from memdlm_dist.runtime import cpu
 
 cpu.prepare()
 
 from memdlm_dist.compat import fake_device
+from memdlm_dist.compat.torch import tree_leaves
 from memdlm_dist.config import parse_config
 from memdlm_dist.inference import setup
 from memdlm_dist.inference.data_parallel import DataParallel
@@ -35,26 +36,32 @@ MEMORY = "--parametric_memory."
 EXPERTS = ["--model.name", "llada_moe"]
 DISTILLED = [MEMORY + "inner_loss", "kl", MEMORY + "inner_steps", "3", MEMORY + "supervision", "newly_revealed"]
 CASES = {  # name -> arguments; rows are packed where the name says so
-    "dense": ["--activation_checkpoint.mode", "full"],
+    "dense": ["--activation_checkpoint.mode", "full", "--training.mixed_precision_param", "bfloat16"],
+    "dense, plain": [MEMORY + "no_enable"],
     "dense, distilled": [*DISTILLED, MEMORY + "target_modules", "ffn,attention", MEMORY + "probability", "0.5"],
-    "packed": [MEMORY + "target_modules", "ffn,attention"],
-    "experts": [
-        *EXPERTS, MEMORY + "inner_loss", "hidden_cosine", MEMORY + "adapter", "full", MEMORY + "granularity", "batch",
+    "packed": [
+        MEMORY + "inner_loss", "hidden_mse", MEMORY + "adapter", "full", MEMORY + "gradient_norm", "global",
+        MEMORY + "target_modules", "ffn,attention",
     ],
-    "experts, packed": [*EXPERTS, "--model.converters", "lora"],
+    "experts": [*EXPERTS, MEMORY + "inner_loss", "hidden_cosine", MEMORY + "granularity", "batch"],
+    "experts, packed": [
+        *EXPERTS, "--model.converters", "lora", MEMORY + "inner_loss", "reverse_kl",
+        MEMORY + "target_modules", "ffn,attention",
+    ],
 }  # fmt: skip
-
-DRAWN = ("dense", "experts")  # cases whose weights are drawn: the others' are drawn likewise
-SILENT = ("dense", "packed")  # cases of which a step that does not log is taken too
+# Cases whose weights are drawn, of which a step that does not log is taken, and which validate. The others would do
+# the same.
+DRAWN, SILENT, VALIDATED = ("dense", "experts"), ("dense", "packed"), ("dense, distilled",)
 
 # Where a step waits for the device by design, on steps that log and on all; and where it copies to the device.
 AGREED = {"training.agreement:reach"}
 LOGGED = {f"training.metrics:{name}" for name in ("log_step", "_reduce", "_largest_rank_loss", "_load_balance")}
-COPIED = {"method.micro_batch:<lambda>", "training.trainer:_count", "training.agreement:reach"}
-COPIED_WITH_LOGS = {"training.trainer:_record"}
+COPIED = {"method.micro_batch:to", "training.trainer:_count", "training.agreement:reach"}
+RECORDED = {"training.trainer:_record"}
+SUMMED = {"training.validator:validate"}
 # Decoding chooses tokens on the host.
-READ = {"inference.trained_model:remember", "inference.trained_model:logits", "inference.trained_model:nll"}
-GIVEN = {f"inference.trained_model:{name}" for name in ("logits", "nll", "_forward")} | {"method.micro_batch:<lambda>"}
+READ = {f"inference.trained_model:{name}" for name in ("remember", "logits", "nll")}
+GIVEN = {f"inference.trained_model:{name}" for name in ("logits", "nll", "_forward")} | {"method.micro_batch:to"}
 
 
 def sizes(config):
@@ -66,23 +73,39 @@ def sizes(config):
 
 
 def step(name):
-    """Take a step that logs, and of some cases one that does not; returns the operators that ran on the device."""
+    """Take a step that logs, and of some cases more; returns the operators that ran on the device."""
     config = parse_config.parse([*COMMON, *CASES[name]])
     args, packed = sizes(config), "packed" in name
-    with FakeDevice(AGREED | LOGGED, COPIED | COPIED_WITH_LOGS) as device:
+    with FakeDevice(AGREED | LOGGED, COPIED | RECORDED) as device:
         trained = trainer.build(config, args, layout_of(config, 1), fake_device.DEVICE, name in DRAWN)
         trainer.step(trained, 2, [trainer.batch(config, args, packed=packed)])
-    operators = set(device.operators)
+    operators = device.operators
+    batch = trainer.batch(config, args, 1, packed=packed)
     if name in SILENT:
         with FakeDevice(AGREED, COPIED) as device:
-            trainer.step(trained, 3, [trainer.batch(config, args, 1, packed=packed)])
-        assert device.reads == Counter({"training.agreement:reach": 2}), "one wait, for two flags"
-    return operators | device.operators
+            trainer.step(trained, 3, [batch])
+        assert device.reads == {"training.agreement:reach": 2}, "one wait, for two flags"
+        (inputs, labels), others = batch, {"training.trainer:_count": 1, "training.agreement:reach": 1}
+        drawn = trained.objective.micro_batch(
+            inputs["input"], labels, inputs["sample_id"], 3, documents_BL=inputs.get("documents")
+        )
+        tensors = sum(isinstance(x, torch.Tensor) for x in tree_leaves(drawn))
+        assert device.copies == others | {"method.micro_batch:to": tensors}
+        operators |= device.operators
+    if name in VALIDATED:
+        with FakeDevice(SUMMED, {"method.micro_batch:to", *SUMMED}) as device:
+            trainer.validate(trained, [batch])
+        assert device.reads == dict.fromkeys(SUMMED, 3), "two losses and the number of tokens, at the end"
+        operators |= device.operators
+    return operators
 
 
-def read(name):
-    """Decode with a memory and score a text; returns the operators that ran on the device."""
-    config = setup.inference_config(parse_config.parse([*COMMON, *CASES[name]]))
+def read():
+    """Decode with a memory and score a text; returns the operators that ran on the device.
+
+    The texts are longer than the context of training.
+    """
+    config = setup.inference_config(parse_config.parse([*COMMON, "--training.seq_len", "8"]))
     args, dims = sizes(config), layout_of(config, 1)
     with FakeDevice(READ, GIVEN) as device:
         trained = trainer.build(config, args, dims, fake_device.DEVICE, draws=False)
@@ -94,15 +117,16 @@ def read(name):
             _objective=replace(objective, plan=replace(objective.plan, loss_weight="uniform")),
             _memory=replace(objective.memory, per_sample=True),
         )  # fmt: skip
-        found = model.generate([[1, 2, 3, 4, 5], [6, 7]], 4, Decoding(block_size=2, stop_at_eos=False), memory=True)
+        prompts = [[1, 2, 3, 4, 5], [6, 7]]
+        found = model.generate(prompts, 4, Decoding(block_size=2, stop_at_eos=False), memory=True)
         assert [len(response) for response in found.responses] == [0, 0], "zeros, which are end-of-text here"
-        start = model.canvas([[1, 2, 3, 4, 5], [6, 7]], 4)
+        start = model.canvas(prompts, 4)
         nll = model.nll(start.tokens_BL, start.response_BL, start.tokens_BL, start.attended_BL, found.fast)
         assert nll.shape == (2,)
     return device.operators
 
 
-# What a device does not do: name -> code with a tensor x of the device and one of the host, y.
+# name -> what a device refuses or waits for, with a tensor x of the device and one of the host, y.
 MISTAKES = {
     "item": lambda x, y: x.sum().item(),
     "if": lambda x, y: bool(x.any()),
@@ -113,6 +137,9 @@ MISTAKES = {
     "mask of the host": lambda x, y: torch.where(y > 0, x, 0.0),
     "indices of the host": lambda x, y: x[torch.arange(2)],
     "copy of a mask": lambda x, y: x * y.to(x.device),
+    "assignment to the places of a mask": lambda x, y: x.index_put_((x > 0,), x),
+    "scalar of the host in a stack": lambda x, y: torch.stack([x.sum(), y.sum()]),
+    "collective of the host": lambda x, y: dist.all_reduce(y),
     "constant": lambda x, y: x * torch.tensor([1.0, 2.0, 3.0], device=x.device),
 }
 
@@ -123,6 +150,7 @@ def mistakes():
     with FakeDevice():
         x, y = torch.ones(3, device=fake_device.DEVICE), torch.ones(3)
         assert (x * torch.ones(()) + 1.0).device == x.device, "scalars of the host are kernel arguments"
+        assert y.copy_(torch.zeros(3)) is y and not y.any(), "the host's own business"
         for name, mistake in MISTAKES.items():
             try:
                 mistake(x, y)
@@ -138,7 +166,7 @@ def write(_, path):
     fake_device.register()
     pretend(1)
     with torch.compiler.set_stance("force_eager"):
-        ran = {name: step(name) for name in CASES} | {"decoding": read("dense")}
+        ran = {name: step(name) for name in CASES} | {"decoding": read()}
     of_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     result = {
         "operators": {name: [len(operators), without_cuda_kernel(operators)] for name, operators in ran.items()},
