@@ -160,7 +160,7 @@ def test_interrupts_leave_a_report_and_no_process(tmp_path, short_grace, limit):
     stops = (
         "import os, signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); check = os.getppid();"
         f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep({0.5 if limit < 1 else 0});"
-        "[(os.kill(check, n), time.sleep(0.05)) for n in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)];"
+        "[os.kill(check, n) for n in (signal.SIGHUP, signal.SIGTERM)]; time.sleep(0.1); os.kill(check, signal.SIGINT);"
         "time.sleep(60)"
     )
     with pytest.raises(KeyboardInterrupt):
@@ -172,6 +172,23 @@ def test_interrupts_leave_a_report_and_no_process(tmp_path, short_grace, limit):
     assert kept(tmp_path, "stops")["reason"] == "interrupted"
     assert not (tmp_path / "results/cpu-debug-sizes/last.json").exists()
     assert "interrupted" in (tmp_path / "report.md").read_text()
+
+
+def test_two_interrupts_at_once_are_one(tmp_path):
+    both, ended = (signal.SIGHUP, signal.SIGTERM), []
+
+    def section(context):
+        signal.pthread_sigmask(signal.SIG_BLOCK, both)
+        try:
+            for number in both:
+                signal.raise_signal(number)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+        finally:
+            (lambda: ended.append(True))()  # a handler that raises again does so at a call
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, [Section("stops", "a test", section, str, least=0.0)])
+    assert ended and kept(tmp_path, "stops")["reason"] == "interrupted"
 
 
 def test_nohup_holds():
