@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from memdlm_dist.runtime import cpu
 
@@ -123,8 +124,10 @@ def start(options: argparse.Namespace, argv: Sequence[str], overrides: Sequence[
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options, overrides = _options(argv)
-    act = run if "RANK" in os.environ else start
-    return guarded(lambda: act(options, argv, overrides))
+    if "RANK" not in os.environ:
+        return guarded(lambda: start(options, argv, overrides))
+    # Only rank 0 is shown: what another rank fails of reaches torchrun by the error file, and is shown at the end.
+    return guarded(lambda: record(run)(options, argv, overrides) or 0)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@
     bash launch/gpu_check.sh --quick
     bash launch/gpu_check.sh --only bench_8b lora_8b --budget 900
 
-Sections run in the order of --list, the most valuable first, each for at most 8 minutes (4 with --quick); one that
-fails does not stop the next. The report keeps the results of earlier calls. Without an accelerator debug sizes run on
-the CPU, which checks the flow alone. Exit status 1 if a section failed or took too long, 130 if interrupted.
+Sections run in the order of --list, the most valuable first, each with a time limit; one that fails does not stop the
+next. The report keeps the results of earlier calls. Without an accelerator debug sizes run on the CPU, which checks the
+flow alone. Exit status 1 if a section failed or took too long, 130 if interrupted.
 """
 
 import argparse
@@ -16,8 +16,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from memdlm_dist.performance.gpu_check.check import LIMIT, QUICK_BUDGET, QUICK_LIMIT, Request, check, command_line
-from memdlm_dist.performance.gpu_check.sections import SECTIONS
+from memdlm_dist.performance.gpu_check.check import (
+    LIMIT,
+    QUICK_BUDGET,
+    QUICK_LIMIT,
+    ROOT,
+    Request,
+    check,
+    command_line,
+)
+from memdlm_dist.performance.gpu_check.sections import QUICK, SECTIONS
 from memdlm_dist.runtime.entry_point import guarded, new_parser, positive
 
 
@@ -28,10 +36,16 @@ def parser() -> argparse.ArgumentParser:
         "--budget", type=positive, metavar="SECONDS",
         help=f"for the whole call: what does not fit is skipped (default: none; {QUICK_BUDGET:.0f} with --quick)",
     )  # fmt: skip
-    p.add_argument("--quick", action="store_true", help="fewer rounds and sizes: about ten minutes in all")
+    p.add_argument(
+        "--quick", action="store_true",
+        help=f"fewer rounds and sizes, of {', '.join(QUICK)} unless --only says others, and at most "
+             f"{QUICK_LIMIT:.0f} s a section (otherwise {LIMIT:.0f})",
+    )  # fmt: skip
     p.add_argument("--debug", action="store_true", help="debug sizes on an accelerator, to try the flow")
-    p.add_argument("--output", type=Path, default=Path("outputs/gpu_check"), metavar="DIR",
-                   help="folder of report, results and logs (default: outputs/gpu_check)")  # fmt: skip
+    p.add_argument(
+        "--output", type=Path, default=ROOT / "outputs/gpu_check", metavar="DIR",
+        help="folder of report, results and logs (default: outputs/gpu_check of the repository)",
+    )  # fmt: skip
     p.add_argument("--list", action="store_true", help="list the sections and end")
     return p
 
@@ -39,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     if options.list:
         for section in SECTIONS:
-            print(f"{section.name:<12} {section.purpose} (at most {LIMIT:.0f} s)")
+            print(f"{section.name:<12} {section.purpose}")
         return 0
     return check(
         Request(

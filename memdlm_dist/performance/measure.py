@@ -25,6 +25,8 @@ from memdlm_dist.runtime.device import device_module, device_type
 from memdlm_dist.runtime.rank_0 import is_first
 from memdlm_dist.training.backbone import lora_of
 
+_A100_PEAK = 312e12  # FLOP/s, which torchtitan also takes for a device that it does not know
+
 
 def measure(
     bench: Bench, rounds: int, warm_up: int, profile: str | None = None, kinds: Sequence[str] = KINDS
@@ -74,7 +76,7 @@ def measure(
     median = {kind: statistics.median(times) for kind, times in seconds.items()}
     tokens = config.training.local_batch_size * config.training.seq_len  # of a data-parallel rank
     replicas = bench.dims.dp_replicate * bench.dims.dp_shard
-    peak = get_peak_flops(device_module().get_device_name()) if device_type() != "cpu" else None
+    peak = peak_flops(device_module().get_device_name()) if device_type() != "cpu" else None
     model_flops = bench.flops_per_token * tokens
     return {
         "device": device_module().get_device_name(),
@@ -107,6 +109,13 @@ def measure(
             lambda kind: None if peak is None else model_flops / (bench.dims.tp * bench.dims.cp) / median[kind] / peak
         ),
     }
+
+
+def peak_flops(device: str) -> float | None:
+    """Return a device's peak FLOP/s by its name; None for a MIG slice and for what torchtitan does not know."""
+    peak: float = get_peak_flops(device)
+    unknown = peak == _A100_PEAK and "A100" not in device
+    return None if unknown or "MIG" in device else peak
 
 
 def _timed(run: Callable[[], None]) -> float:

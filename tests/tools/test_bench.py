@@ -3,8 +3,11 @@
 import json
 
 import pytest
+import torch
 
 from memdlm_dist.errors import EXIT_STATUS
+from memdlm_dist.performance.gpu_check.sections import _last_words
+from memdlm_dist.performance.measure import peak_flops
 from tests.support.launching import run_module
 from tools import bench
 
@@ -46,6 +49,53 @@ def test_bench_sweeps_over_lengths(tmp_path):
     assert [x["length"] for x in found] == [64, 128] and found[0]["ranks"] == 2
     assert all(set(x["step_seconds"]) == {"plain", "ours"} and x["ratio"]["ours_over_plain"] > 0 for x in found)
     assert found[1]["flops"]["hardware_outer"] > 1.9 * found[0]["flops"]["hardware_outer"]
+
+
+def test_an_error_reaches_torchrun(tmp_path, monkeypatch, root):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(bench, "run", fail)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(torch.OutOfMemoryError):
+        bench.main([str(root / "train_configs/debug.toml")])
+    assert "OutOfMemoryError: CUDA out of memory." in (tmp_path / "error.json").read_text()
+
+
+@pytest.mark.slow
+def test_the_error_of_another_rank_is_shown(tmp_path, capfd, monkeypatch, root):
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import os, sys, time, torch\n"
+        "from tools import bench\n"
+        "def run(*_):\n"
+        "    if os.environ['RANK'] == '1': raise torch.OutOfMemoryError('CUDA out of memory. Tried 2 GiB')\n"
+        "    time.sleep(60)\n"
+        "bench.run = run\n"
+        "sys.exit(bench.main())\n"
+    )
+    monkeypatch.setattr(bench, "__file__", str(worker))
+    monkeypatch.setenv("PYTHONPATH", str(root))
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.chdir(root)
+    assert bench.main(["train_configs/debug.toml", "--processes", "2", "--json", ""]) == 1
+    said = capfd.readouterr().err
+    assert "torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB" in said
+    assert _last_words(said).endswith("CUDA out of memory. Tried 2 GiB")
+
+
+@pytest.mark.parametrize(
+    "device, peak",
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_peak_flops_are_of_devices_that_are_known(device, peak):
+    assert peak_flops(device) == peak
 
 
 @pytest.mark.parametrize(

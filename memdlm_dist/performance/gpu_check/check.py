@@ -1,22 +1,22 @@
 """The check: runs sections one after the other, each with a time limit, and writes the report after each."""
 
+import contextlib
 import json
 import math
 import shlex
-import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from memdlm_dist.errors import UserError
 from memdlm_dist.performance.gpu_check import gpu_report, processes, results
 from memdlm_dist.performance.gpu_check.results import FAILED, OK, SKIPPED, TIMED_OUT, Result
-from memdlm_dist.performance.gpu_check.sections import SECTIONS, Context, Failure, Section, Skip
+from memdlm_dist.performance.gpu_check.sections import QUICK, SECTIONS, Context, Failure, Section, Skip
 
 ROOT = Path(__file__).parents[3]
 # Seconds of a section, and with --quick of a section and of the whole call.
@@ -63,37 +63,41 @@ def check(
     """Run sections and write report.md; returns 0 if all that ran passed, else 1.
 
     Raises:
-        UserError: for an unknown section, an output folder that cannot be made, or a machine that cannot be looked up.
-        KeyboardInterrupt: on Ctrl-C or SIGTERM, with the report written.
+        UserError: for an unknown section, an output folder that cannot be written, or a machine that cannot be looked
+            up.
+        KeyboardInterrupt: on Ctrl-C, SIGTERM or SIGHUP, with the report written.
     """
     deadline = time.monotonic() + request.budget
-    chosen = _chosen(request.only, sections)
-    logs = request.output / "logs"
-    try:
-        logs.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{request.output} cannot be made ({error}); choose another --output.") from None
-    previous = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        log = logs / "environment.log"
+    chosen = _chosen(request, sections)
+    log = request.output / "logs/environment.log"
+    with _written(request.output):
+        log.parent.mkdir(parents=True, exist_ok=True)
         log.unlink(missing_ok=True)
+    interrupted = False
+
+    def interrupt(*_: Any) -> None:
+        nonlocal interrupted
+        if not interrupted:  # a second one must not keep the first from ending the processes
+            interrupted = True
+            raise KeyboardInterrupt
+
+    with processes.on_interrupt(interrupt):
         environment = look_up(log)
         machine = _machine(environment["devices"], request.debug)
         print(f"{machine}, torch {environment['packages']['torch']}", flush=True)
         statuses = []
         for number, section in enumerate(chosen, start=1):
             heading = f"[{number}/{len(chosen)}] {section.name}"
-            result = _result(section, request, environment, deadline, heading)
+            with _written(request.output):
+                result = _result(section, request, environment, deadline, heading)
+                results.keep(request.output, result)
+                gpu_report.write(request.output, machine, request.command, sections)
             figure = section.headline(result.numbers) if result.status == OK else result.reason
             print(f"{heading}: {result.status} after {result.seconds:.0f} s: {figure}", flush=True)
-            results.keep(request.output, result)
-            gpu_report.write(request.output, machine, request.command, sections)
             statuses.append(result.status)
             if result.reason == _INTERRUPTED:
                 break
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-    print(f"Report: {request.output / 'report.md'}", flush=True)
+        print(f"Report: {request.output / 'report.md'}", flush=True)
     if result.reason == _INTERRUPTED:
         raise KeyboardInterrupt
     return int(FAILED in statuses or TIMED_OUT in statuses)
@@ -102,8 +106,12 @@ def check(
 _INTERRUPTED = "interrupted"
 
 
-def _interrupt(*_: Any) -> NoReturn:
-    raise KeyboardInterrupt
+@contextlib.contextmanager
+def _written(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{output} cannot be written ({error}); make room or choose another --output.") from None
 
 
 def _result(section: Section, request: Request, environment: dict[str, Any], deadline: float, heading: str) -> Result:
@@ -156,7 +164,9 @@ def _run(section: Section, context: Context, result: Result, limit: float, cut: 
     except Failure as why:
         result.status, result.reason = FAILED, str(why)
     except processes.TimeLimit:
-        result.status, result.reason = TIMED_OUT, f"ended at {limit:.0f} s, {'the budget' if cut else 'its limit'}"
+        # The budget says nothing of the section.
+        result.status = SKIPPED if cut else TIMED_OUT
+        result.reason = f"cut by the budget at {limit:.0f} s" if cut else f"ended at {limit:.0f} s, its limit"
     except KeyboardInterrupt:
         result.status, result.reason = FAILED, _INTERRUPTED
     except Exception as error:  # the next section is to run, whatever happened in this one
@@ -175,13 +185,14 @@ def _unexpected(error: Exception, context: Context, result: Result) -> None:
         traceback.print_exception(error, file=log)
 
 
-def _chosen(only: Sequence[str], sections: Sequence[Section]) -> list[Section]:
-    """Return the sections that are asked for, all by default, in their order."""
+def _chosen(request: Request, sections: Sequence[Section]) -> list[Section]:
+    """Return the sections that are asked for, in their order; the environment in any case."""
     names = [section.name for section in sections]
-    for name in only:
+    for name in request.only:
         if name not in names:
             raise UserError(f"There is no section {name!r}; choose among {', '.join(names)}.")
-    return [section for section in sections if not only or section.name in only]
+    wanted = request.only or (QUICK if request.quick else names)
+    return [section for section in sections if section.name in {"environment", *wanted}]
 
 
 def _machine(devices: Sequence[dict[str, Any]], debug: bool) -> str:

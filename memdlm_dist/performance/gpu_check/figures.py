@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-_H100_CLASS = re.compile(r"\b(H100|H200|H800|GH200|G?B[123]00)\b")
+# Not a MIG slice of one.
+_H100_CLASS = re.compile(r"^(?!.*\bMIG\b).*\b(H100|H200|H800|GH200|G?B[123]00)\b")
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ class Figures:
     @property
     def of_whole_model(self) -> bool:
         return self.extrapolated or self.layers == (self.whole_layers,)
+
+    @property
+    def depth(self) -> str:
+        said = f"{', '.join(map(str, self.layers))} of {self.whole_layers} layers"
+        return f"{said}, extrapolated" if self.extrapolated else said
 
 
 def figures(numbers: dict[str, Any]) -> Figures | None:
@@ -108,7 +114,7 @@ def judge(gate: Gate, found: Figures | None, machine: str, debug: bool) -> tuple
         return "not measured", f"section {gate.section} has no result"
     shown = gate.form.format(gate.figure(found)) + (", extrapolated" if found.extrapolated else "")
     if not found.of_whole_model:
-        return "not measured", f"{found.layers[0]} of {found.whole_layers} layers: {shown}"
+        return "not measured", f"{found.depth}: {shown}"
     if gate.h100_class and not _H100_CLASS.search(machine):
         return "not measured", f"not an H100-class GPU: {shown}"
     return ("pass" if gate.passes(gate.figure(found)) else "fail"), shown

@@ -7,17 +7,17 @@ from typing import Any
 
 from memdlm_dist.performance.gpu_check import results
 from memdlm_dist.performance.gpu_check.figures import GATES, Figures, figures, judge
-from memdlm_dist.performance.gpu_check.results import OK, Result
+from memdlm_dist.performance.gpu_check.results import FAILED, OK, Result
 from memdlm_dist.performance.gpu_check.sections import Section
 
 NOT_MEASURED = "not measured"
 DEBUG = ", debug sizes"  # how the name of such a machine ends
 _KINDS = ("plain", "straightforward", "ours")
 _MODELS = {
-    "bench_8b": "LLaDA-8B, full",
-    "lora_8b": "LLaDA-8B, LoRA",
-    "bench_moe": "LLaDA-MoE-7B-A1B, full",
-    "lora_moe": "LLaDA-MoE-7B-A1B, LoRA",
+    "bench_8b": ("LLaDA-8B", "full"),
+    "lora_8b": ("LLaDA-8B", "LoRA"),
+    "bench_moe": ("LLaDA-MoE-7B-A1B", "full"),
+    "lora_moe": ("LLaDA-MoE-7B-A1B", "LoRA"),
 }
 _DEBUG_NOTE = (
     "**Debug sizes: this checks that every section runs, and measures nothing that can be compared.** No figure below "
@@ -41,10 +41,21 @@ def write(folder: Path, machine: str, command: str, sections: Sequence[Section])
         "section.",
     ]
     for each in (machine, *others):
-        parts += _part(each, results.load(folder, each, names), sections)
+        kept = results.load(folder, each, names)
+        parts += _part(each, {name: _readable(result, sections) for name, result in kept.items()}, sections)
     unfinished = folder / "report.md.unfinished"
     unfinished.write_text("\n\n".join(parts) + "\n")
     unfinished.replace(folder / "report.md")
+
+
+def _readable(result: Result, sections: Sequence[Section]) -> Result:
+    """Return a result of which every part can be laid out: itself, or a failure if it has another shape."""
+    try:
+        _part(result.machine, {result.section: result}, sections)
+    except Exception:  # which one depends on the shape
+        reason = "the result cannot be read; run the section again"
+        return Result(result.section, result.machine, torch="", date="", seconds=0.0, status=FAILED, reason=reason)
+    return result
 
 
 def _part(machine: str, found: dict[str, Result], sections: Sequence[Section]) -> list[str]:
@@ -101,21 +112,23 @@ def _versions(environment: dict[str, Any]) -> str:
 
 def _throughput(rows: dict[str, Figures | None], debug: bool) -> str:
     """Lay out the table of docs/performance.md."""
-    header = ["", *(f"{kind}: tokens/s/GPU, MFU" for kind in _KINDS), "ours over plain", "peak memory (GiB)", "layers"]
+    header = ["", *(f"{kind}: tokens/s/GPU, MFU" for kind in _KINDS), "ours over plain", "peak memory allocated (GiB)",
+              "measured"]  # fmt: skip
     lines = []
-    for section, name in _MODELS.items():
-        found = rows[section]
+    for section, found in rows.items():
+        model, kind = _MODELS[section]
         if found is None:
-            lines.append([name, *[NOT_MEASURED] * 6])
+            lines.append([f"{model}, {kind}", *[NOT_MEASURED] * 6])
             continue
-        layers = f"{', '.join(map(str, found.layers))} of {found.whole_layers}"
+        if not found.of_whole_model:
+            model = f"{model}'s width, {found.depth}"
         lines.append(
             [
-                f"{name} ({section} with debug sizes)" if debug else name,
+                f"{model}, {kind} ({section} with debug sizes)" if debug else f"{model}, {kind}",
                 *(_speed(found, kind) for kind in _KINDS),
                 f"{found.over_plain['ours']:.3f}",
                 f"{max(found.peak_bytes.values()) / 2**30:.1f}",
-                f"{layers}, extrapolated" if found.extrapolated else layers,
+                found.depth,
             ]
         )
     return _table(header, lines)
@@ -145,7 +158,8 @@ def _lengths(result: Result | None) -> str:
         )
         for found in result.numbers["lengths"]
     ]
-    header = ("tokens of a row", "plain (s)", "ours (s)", "ours over plain", "by FLOPs", "plain (GiB)", "ours (GiB)")
+    header = ("tokens of a row", "plain (s)", "ours (s)", "ours over plain", "by FLOPs",
+              "plain, allocated (GiB)", "ours, allocated (GiB)")  # fmt: skip
     stopped = result.numbers.get("stopped")
     return _table(header, rows) + (f"\n\nLonger rows: {NOT_MEASURED}; {stopped}." if stopped else "")
 
@@ -183,7 +197,7 @@ def _runs(found: Sequence[Result]) -> str:
     ]
     if not rows:
         return NOT_MEASURED
-    return _table(("run", "first loss", "last loss", "tokens/s/GPU, last step", "peak memory (GiB)"), rows)
+    return _table(("run", "first loss", "last loss", "tokens/s/GPU, last step", "peak memory reserved (GiB)"), rows)
 
 
 def _tests(result: Result | None) -> str:

@@ -7,8 +7,9 @@ import signal
 import subprocess
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 # Seconds from an interrupt, on which pytest and torchrun finish what they write, to SIGKILL.
 GRACE = 10.0
@@ -17,8 +18,26 @@ GRACE = 10.0
 _MARK = "MEMDLM_GPU_CHECK"
 
 
+# Ctrl-C, a batch system's end, and a connection that is lost.
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 class TimeLimit(Exception):
     """A command was ended at its time limit."""
+
+
+@contextlib.contextmanager
+def on_interrupt(handler: Callable[..., Any]) -> Iterator[None]:
+    """Handle the signals that interrupt, but those that are ignored, as nohup has it."""
+    previous = {number: signal.getsignal(number) for number in _INTERRUPTS}
+    heard = [number for number in _INTERRUPTS if previous[number] != signal.SIG_IGN]
+    for number in heard:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number in heard:
+            signal.signal(number, previous[number])
 
 
 def run(
@@ -59,7 +78,11 @@ def run(
         except subprocess.TimeoutExpired:
             raise TimeLimit from None
         finally:
-            _end(process, mark)
+            interrupts: list[int] = []
+            with on_interrupt(lambda number, frame: interrupts.append(number)):  # or some would be left running
+                _end(process, mark)
+            if interrupts:
+                raise KeyboardInterrupt
         out.seek(start)
         return process.returncode, out.read().decode(errors="replace")
 

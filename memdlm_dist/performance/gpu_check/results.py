@@ -2,17 +2,19 @@
 
 Each machine (kind and number of devices) has a folder of its own, so that measurements of different devices never
 replace each other. Of one machine the newest good result of a section stays: a later failure is noted in it, and a
-later skip leaves no trace. Without a good one the newest failure stays.
+later skip leaves no trace, nor does a quick result with the same torch. Without a good one the newest failure stays.
+Sections that look up instead of measuring keep their newest result.
 """
 
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 OK, FAILED, TIMED_OUT, SKIPPED = "ok", "failed", "timed out", "skipped"
+_NEWEST = ("environment", "tests")  # sections whose newest result stays, good or not
 
 
 @dataclass
@@ -39,9 +41,11 @@ def keep(folder: Path, new: Result) -> None:
     old = _read(path)
     if old is not None and new.status == SKIPPED and old.status != SKIPPED:
         return
-    if old is not None and old.status == OK and new.status != OK:
-        old.later = {"date": new.date, "status": new.status, "reason": new.reason}
-        new = old
+    if old is not None and old.status == OK and new.section not in _NEWEST:
+        if new.status != OK:
+            new = replace(old, later={"date": new.date, "status": new.status, "reason": new.reason})
+        elif new.quick and not old.quick and new.torch == old.torch:
+            new = replace(old, later=None)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_text(json.dumps(asdict(new), indent=1) + "\n")
@@ -67,6 +71,7 @@ def _folder(folder: Path, machine: str) -> Path:
 def _read(path: Path) -> Result | None:
     """Return the result in a file; None if there is none that can be read."""
     try:
-        return Result(**json.loads(path.read_text()))
+        found = Result(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
         return None
+    return found if isinstance(found.machine, str) else None

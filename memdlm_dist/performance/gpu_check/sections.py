@@ -3,6 +3,7 @@
 Sections run tools and launch scripts as a user does. With debug sizes the same commands run on a CPU within seconds.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -68,7 +69,8 @@ class Context:
         Raises:
             processes.TimeLimit: at the section's deadline.
         """
-        self.commands.append(shlex.join(command).replace(sys.executable, "python").replace(f"{self.root}/", ""))
+        said = shlex.join(command).replace(sys.executable, "python").replace(f"{self.root}/", "")
+        self.commands.append(f"NGPU={self.devices} {said}" if command[0] == "bash" else said)
         # launch/train.sh takes the interpreter of an activated environment: this one, not .venv's.
         environment = {"VIRTUAL_ENV": sys.prefix, "NGPU": str(self.devices)}
         environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
@@ -156,15 +158,24 @@ _MOE_7B = _Model(_EXPERTS, 16, ((8,),), ("--model.name", "llada_moe"))
 _DEBUG_LAYERS = 4
 
 
-def _fits(context: Context, config: str, layers: int, arguments: Iterable[str]) -> bool:
-    """Return whether so many layers fit on the devices, by the estimate of tools/dry_run.py."""
+_BY_ESTIMATE = "by the estimate of tools/dry_run.py"
+
+
+def _fits(context: Context, config: str, *arguments: str) -> bool:
+    """Return whether a configuration fits on the devices, by the estimate of tools/dry_run.py; on a CPU all does."""
+    if not context.environment["devices"]:
+        return True
     memory = min(device["memory_bytes"] for device in context.environment["devices"]) / 2**30
+    path = context.log.with_suffix(".dry_run.json")
+    path.unlink(missing_ok=True)
     status, output = context.status(
         sys.executable, "tools/dry_run.py", config, "--world-size", str(context.devices), "--device-memory",
-        f"{memory:.1f}", "--layers", str(layers), *arguments,
+        f"{memory:.1f}", "--json", str(path), *arguments,
     )  # fmt: skip
-    if status not in (0, 1):
-        raise Failure(f"dry_run.py ended with status {status}: {_last_words(output)}")
+    try:
+        json.loads(path.read_text())[str(context.devices)]["memory"]
+    except (OSError, ValueError, LookupError, TypeError):  # it estimated nothing, which ends with status 1 as well
+        raise Failure(f"dry_run.py ended with status {status}: {_last_words(output)}") from None
     return status == 0
 
 
@@ -191,7 +202,7 @@ def _bench_model(model: _Model, lora: bool, kernels: bool = False) -> Callable[[
         table = context.log.with_suffix(".kernels.txt")
         table.unlink(missing_ok=True)
         for depths in ((whole,), *(() if context.debug else model.less)):
-            if context.environment["devices"] and not _fits(context, config, depths[0], arguments):
+            if not _fits(context, config, "--layers", str(depths[0]), *arguments):
                 continue
             context.numbers.update(whole_layers=whole, benches=[])
             try:
@@ -208,7 +219,7 @@ def _bench_model(model: _Model, lora: bool, kernels: bool = False) -> Callable[[
             return
         if "out_of_memory" in context.numbers:
             raise Failure(context.numbers["out_of_memory"])
-        raise Skip("not even the smallest depth fits on the devices, by the estimate of tools/dry_run.py")
+        raise Skip(f"not even the smallest depth fits on the devices, {_BY_ESTIMATE}")
 
     return run
 
@@ -218,8 +229,8 @@ def _of_bench(numbers: dict[str, Any]) -> str:
     if found is None:
         return ""
     return (
-        f"plain {found.tokens_per_second['plain']:,.0f} tokens/s/GPU, ours {found.over_plain['ours']:.3f} times plain"
-        + (", extrapolated" if found.extrapolated else "")
+        f"{found.depth}: plain {found.tokens_per_second['plain']:,.0f} tokens/s/GPU, "
+        f"ours {found.over_plain['ours']:.3f} times plain"
     )
 
 
@@ -233,9 +244,19 @@ def _lengths(context: Context) -> None:
         groups = [(4096, 8192, 16384), (32768,), (65536,), (131072,)]
         if context.quick:
             groups = [(4096, 16384), (65536,)]
+    arguments += ["--training.local_batch_size", "1"]
+    every = [length for lengths in groups for length in lengths]
+    fitting = every
+    while fitting and not _fits(context, config, *arguments, "--training.seq_len", str(fitting[-1])):
+        fitting = fitting[:-1]
+    if not fitting:
+        raise Skip(f"not even rows of {every[0]:,} tokens fit on a device, {_BY_ESTIMATE}")
+    if fitting != every:
+        context.numbers["stopped"] = f"rows of {every[len(fitting)]:,} tokens do not fit, {_BY_ESTIMATE}"
+        groups = [kept for lengths in groups if (kept := tuple(x for x in lengths if x in fitting))]
     rows = context.numbers["lengths"] = []
     for lengths in groups:
-        wanted = ["--lengths", *map(str, lengths), *arguments, "--training.local_batch_size", "1"]
+        wanted = ["--lengths", *map(str, lengths), *arguments]
         began = time.monotonic()
         try:
             found = _bench(context, config, wanted, rounds=1 if context.debug else 2, warm_up=1)
@@ -262,6 +283,8 @@ def _of_lengths(numbers: dict[str, Any]) -> str:
 
 
 def _tests(context: Context) -> None:
+    if not all(map(importlib.util.find_spec, ("pytest", "xdist"))):
+        raise Skip("needs the dev extra: bash launch/setup.sh dev")
     path = context.log.with_suffix(".junit.xml")
     path.unlink(missing_ok=True)
     try:
@@ -302,7 +325,6 @@ def _of_tests(numbers: dict[str, Any]) -> str:
 
 # Weights in float32, as a full training of one's own has them.
 _DENSE_1B = ("train_configs/bench_8b.toml", "--model.flavor", "1B", "--training.dtype", "float32")
-_LAYERS_1B = 16
 # name -> (tokens of a row, files of the built-in corpus), with debug sizes and in earnest
 _DATA = {
     "data": (("128", "40"), ("4096", "400")),
@@ -380,8 +402,14 @@ def _scalars(folder: Path) -> dict[str, dict[int, float]]:
     return {name: {x.step: x.value for x in events.Scalars(name)} for name in events.Tags()["scalars"]}
 
 
-def _fresh(context: Context, name: str, disk_gib: float = 0.0) -> None:
-    """Remove an earlier check's run, and see that there is room for this one's checkpoints."""
+def _fresh(context: Context, name: str, *arguments: str, disk_gib: float = 0.0) -> None:
+    """Remove an earlier check's run, and see that there is room for this one and its checkpoints.
+
+    Args:
+        arguments: keys of the configuration beside those of the 1B flavour.
+    """
+    if not context.debug and not _fits(context, *_DENSE_1B, *arguments):
+        raise Skip(f"does not fit on the devices, {_BY_ESTIMATE}")
     folder = context.scratch / name
     shutil.rmtree(folder, ignore_errors=True)
     context.scratch.mkdir(parents=True, exist_ok=True)
@@ -406,10 +434,10 @@ def _run_dense(context: Context) -> None:
 
 
 def _run_experts(context: Context) -> None:
-    _fresh(context, "run_experts")
-    arguments = _training(context, "run_experts", _data(context, "data"))
     # The base is frozen, in bfloat16: the whole model fits on one device of 40 GB.
-    arguments += [*(_MOE_7B.debug if context.debug else _EXPERTS), *_LORA]
+    experts = [*(_MOE_7B.debug if context.debug else _EXPERTS), *_LORA]
+    _fresh(context, "run_experts", *experts)
+    arguments = [*_training(context, "run_experts", _data(context, "data")), *experts]
     _train(context, "run_experts", arguments, 1, 2 if context.debug else 5)
 
 
@@ -420,12 +448,10 @@ def _run_packed(context: Context) -> None:
 
 
 def _run_128k(context: Context) -> None:
-    _fresh(context, "run_128k")
     longer = ["--training.local_batch_size", "1", "--training.seq_len", _rows(context, "packed_128k")[0]]
     if not context.debug:
         longer += ["--model.rope_scaling", "32"]
-        if not _fits(context, _DENSE_1B[0], _LAYERS_1B, [*_DENSE_1B[1:], *longer]):
-            raise Skip("a row of 131,072 tokens does not fit on a device, by the estimate of tools/dry_run.py")
+    _fresh(context, "run_128k", *longer)
     arguments = [*_training(context, "run_128k", _data(context, "packed_128k")), *longer]
     _train(context, "run_128k", arguments, 1, 2 if context.debug else 3)
 
@@ -442,7 +468,7 @@ def _of_runs(numbers: dict[str, Any]) -> str:
 
 def _decoding(context: Context) -> None:
     if not (context.scratch / "run_dense/checkpoint").is_dir():
-        raise Skip("there is no checkpoint of section run_dense, which has not run here")
+        raise Skip("there is no checkpoint of section run_dense: run both with --only run_dense decoding")
     new_tokens = 8 if context.debug else 64 if context.quick else 128
     prompts = "import os\ndef read(self, size):\nclass Reader(object):\n"
     for memory in ("off", "on"):
@@ -488,3 +514,5 @@ SECTIONS = (
             _of_lengths),
     Section("decoding", "tools/generate.py on run_dense's checkpoint, memory off and on", _decoding, _of_decoding),
 )  # fmt: skip
+# Those of --quick, which are to take about ten minutes on an H100.
+QUICK = ("environment", "bench_8b", "lora_8b", "run_dense", "decoding")
