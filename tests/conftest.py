@@ -2,6 +2,8 @@
 
 import gc
 import logging
+import os
+import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,12 +19,18 @@ GROUPS = {
 }  # fmt: skip
 # Dealt out in this order, the longest first; the rest follow, and the short unit tests fill up the end.
 FIRST = ("test_distributed", "pool", "test_resume", "test_faults", "test_mistakes", "trained", "test_recipes")
+# The last of tests/gpu: their runs start processes, which takes longest.
+LAST = ("test_runs", "test_layouts")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Start the zygote where the session begins; prepare the machine where tests run."""
+    on_gpu = re.search(r"(?<!not )\bgpu\b", config.option.markexpr)
+    if not on_gpu:
+        # The tests are of the CPU, and a process that has looked at a GPU cannot fork ranks that use it.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     worker, distributed = hasattr(config, "workerinput"), config.option.dist != "no" and not config.option.collectonly
-    if not worker and not config.option.collectonly:
+    if not worker and not on_gpu and not config.option.collectonly:
         session = zygote.zygote()
         session.__enter__()
         config.add_cleanup(lambda: session.__exit__(None, None, None))
@@ -56,7 +64,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     def rank(item: pytest.Item) -> int:
         group = group_of(item)
-        return FIRST.index(group) if group in FIRST else len(FIRST) + ("unit" in item.path.parts)
+        if group in FIRST:
+            return FIRST.index(group)
+        if group in LAST:
+            return len(FIRST) + 2 + LAST.index(group)
+        return len(FIRST) + ("unit" in item.path.parts)
 
     items.sort(key=rank)
 

@@ -1,5 +1,10 @@
 """Marks what is in this folder `gpu`, and skips it on machines without an accelerator."""
 
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,12 +17,37 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def device() -> torch.device:
-    """The accelerator, whose float32 products are float32: no TF32."""
+def device():
+    """The accelerator, whose float32 products are float32, in child processes too: no TF32."""
     if not has_accelerator():
-        pytest.skip("this machine has no accelerator")
+        _explain_absence()
+    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    return torch.device(device_type())
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "0")
+        environment.setenv("NVIDIA_TF32_OVERRIDE", "0")
+        yield torch.device(device_type())
+    torch.set_float32_matmul_precision(before)
+
+
+def _explain_absence() -> None:
+    """Skip where there is no accelerator; fail where there is one that torch does not find."""
+    if not any(Path("/dev").glob("nvidia[0-9]*")):
+        pytest.skip("this machine has no accelerator")
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        pytest.skip("CUDA_VISIBLE_DEVICES hides the accelerators; -m gpu alone leaves them visible")
+    reason = "torch is a build for CPUs; install one for CUDA" if torch.version.cuda is None else "check the driver"
+    pytest.fail(f"torch {torch.__version__} finds no accelerator, but this machine has one: {reason}", pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def compiler(device: torch.device) -> None:
+    """What Triton builds its launchers with; inductor's, flex attention's and torchtitan's kernels are Triton's."""
+    c_compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    for found, missing in ((c_compiler, "a C compiler (CC, gcc or clang)"), (headers.is_file(), f"{headers}")):
+        if not found:
+            pytest.fail(f"Triton needs {missing}: install gcc and Python's development package", pytrace=False)
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +81,7 @@ def build(one_rank: None):
 
 
 @pytest.fixture
-def flex_without_autotuning(monkeypatch: pytest.MonkeyPatch) -> None:
+def flex_without_autotuning(compiler: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compile flex attention as torchtitan does under debug.deterministic: autotuning takes most of a minute."""
     from torch.nn.attention.flex_attention import flex_attention
     from torchtitan.models.attention import FlexAttentionWrapper  # not above, either

@@ -1,5 +1,6 @@
 """Attention on the accelerator: which kernels run, and that blocks of documents are what the dense mask is."""
 
+import pytest
 import torch
 
 from memdlm_dist.compat.torch import TorchDispatchMode, operator_name
@@ -24,27 +25,47 @@ def documents():
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=FILL)
 
 
-def test_blocks_of_documents_attend_as_the_dense_mask_says(device):
-    """Forward and backward, in bfloat16 with heads of 64, grouped queries too; the dense mask in float32.
+# Queries, keys, width of a head.
+HEADS = pytest.mark.parametrize("heads, kv_heads, width", [(4, 2, 64), (8, 2, 128)], ids=["of 64", "of 128"])
+
+
+@HEADS
+def test_blocks_of_documents_attend_as_the_dense_mask_says(device, flex_without_autotuning, heads, kv_heads, width):
+    """Forward and backward, in bfloat16 with grouped queries; the dense mask in float32."""
+    number = documents().to(device)
+    assert has_block_attention(device.type, width)
+    compare(number, document_mask(number, True), heads, kv_heads, width)
+
+
+@HEADS
+def test_whole_rows_attend_as_the_dense_mask_says(cuda, heads, kv_heads, width):
+    """Likewise, in the kernels of whole rows, which take grouped queries as they are."""
+    number = torch.zeros(2, 256, dtype=torch.int64, device=cuda)
+    with AttentionOperators() as operators:
+        compare(number, None, heads, kv_heads, width)
+    ours = operators.names[:2]
+    assert ours[0] in FAST and ours[1] == f"{ours[0]}_backward"
+
+
+def compare(number, mask, heads, kv_heads, width):
+    """Compare attention with `mask` in bfloat16 with attention with the dense mask of `number` in float32.
 
     bfloat16 carries 8 bits, and the probabilities are rounded to it as well as the output: within 2% of the largest
     value. Attention beyond a document differs by as much as the values themselves.
     """
-    number = documents().to(device)
-    assert has_block_attention(device.type, 64)
     generator = torch.Generator().manual_seed(0)
 
     def normal(heads):
-        x = torch.randn(*number.shape, heads, 64, generator=generator)
-        return x.to(device, torch.bfloat16).transpose(1, 2)  # as the projections come: heads side by side
+        x = torch.randn(*number.shape, heads, width, generator=generator)
+        return x.to(number.device, torch.bfloat16).transpose(1, 2)  # as the projections come: heads side by side
 
-    given, upstream = [normal(4), normal(2), normal(2)], normal(4)
-    found = {}
-    for blocks in (True, False):
-        inputs = [(x if blocks else x.float()).detach().requires_grad_() for x in given]
-        y = BidirectionalAttentionKernel()(*inputs, enable_gqa=True, mask=document_mask(number, blocks))
-        found[blocks] = [y, *torch.autograd.grad(y, inputs, upstream.type_as(y))]
-    for name, ours, theirs in zip(("output", "query", "key", "value"), *found.values(), strict=True):
+    given, upstream = [normal(heads), normal(kv_heads), normal(kv_heads)], normal(heads)
+    found = []
+    for dtype, used in ((torch.bfloat16, mask), (torch.float32, document_mask(number, False))):
+        inputs = [x.detach().to(dtype).requires_grad_() for x in given]
+        y = BidirectionalAttentionKernel()(*inputs, enable_gqa=True, mask=used)
+        found.append([y, *torch.autograd.grad(y, inputs, upstream.type_as(y))])
+    for name, ours, theirs in zip(("output", "query", "key", "value"), *found, strict=True):
         assert (ours - theirs).abs().max() < 0.02 * theirs.abs().max(), name
 
 

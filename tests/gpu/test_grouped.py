@@ -24,9 +24,10 @@ TOLERANCE = 0.02
 
 
 @pytest.fixture(autouse=True)
-def needs_grouped_products(device):
+def needs_grouped_products(device, request):
     if not has_grouped_mm():
         pytest.skip("this accelerator has no grouped products (compute capability 9.0)")
+    request.getfixturevalue("compiler")
 
 
 @pytest.mark.parametrize("sets", [0, 1, 2], ids=["no fast weights", "one set", "two sets"])

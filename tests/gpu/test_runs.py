@@ -47,6 +47,13 @@ def test_sigterm_ends_a_run_with_status_75_and_a_checkpoint(stopped):
         assert (out / f"checkpoint/step-{saved}/.metadata").is_file()
 
 
+def test_a_process_beside_the_run_writes_what_was_staged(stopped):
+    """torch's saving process, which only saves from pinned memory have; its lines go to the run's output."""
+    _, _, text = stopped
+    assert re.search(r"Received async checkpoint request with id=\S*/step-10\s", text)
+    assert re.search(r"Completed checkpoint save request for \S*checkpoint_id='?\S*/step-10\b", text)
+
+
 def test_the_run_resumed_is_the_run_without_a_stop_bit_for_bit(stopped, tmp_path):
     out, _, text = stopped
     step = int(re.search(r"Stopped after step (\d+)", text)[1])
