@@ -10,7 +10,6 @@ from memdlm_dist.config import parse_config
 from memdlm_dist.method.micro_batch import MicroBatch
 from memdlm_dist.performance.bench_steps import Bench
 from memdlm_dist.runtime.device import has_grouped_mm
-from memdlm_dist.runtime.process_group import autocast
 from memdlm_dist.training.agreement import StepAgreement
 from memdlm_dist.training.backbone import layout_of, sizes_of
 from memdlm_dist.training.trainer import MemDLMTrainer
@@ -71,7 +70,6 @@ def test_the_host_does_not_wait_in_a_step(cuda, one_rank, monkeypatch, request, 
     config = parse_config.parse([*COMMON, *KINDS[kind]])
     sizes, dims = sizes_of(config), layout_of(config, 1)
     trained = trainer.build(config, sizes, dims, cuda.type)
-    trained.maybe_enable_amp = autocast(dims, config.training.mixed_precision_param, cuda.type)
     batches = [[trainer.batch(config, sizes, i, packed=kind == "packed")] for i in range(3)]
 
     def step(number):
