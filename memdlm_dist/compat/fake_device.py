@@ -29,6 +29,7 @@ class _Module(backend_registration._DummyBackendModule):
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]
 
+    # No values are drawn, so that there is no state to keep.
     def get_rng_state(self, device: Any = None) -> Tensor:
         return torch.zeros(0, dtype=torch.uint8)
 

@@ -20,7 +20,7 @@ _ID_STRIDE = 2**40
 
 
 class Documents(NamedTuple):
-    """Which document of its row every token is of."""
+    """The document that each token of a packed row belongs to."""
 
     number_BL: Tensor  # int64: 0, 1, ... along the row, `FILL` behind the last
     place_BL: Tensor  # int64: position within the document
@@ -28,7 +28,7 @@ class Documents(NamedTuple):
 
     @classmethod
     def of(cls, number_BL: Tensor) -> "Documents":
-        """From the numbers alone."""
+        """Build from the tokens' document numbers alone."""
         column_L = torch.arange(number_BL.shape[1])
         begins_BL = torch.ones_like(number_BL, dtype=torch.bool)
         begins_BL[:, 1:] = number_BL[:, 1:] != number_BL[:, :-1]
@@ -47,20 +47,20 @@ class Documents(NamedTuple):
         return first_B1 + self.slot_BL
 
     def ids(self, row_ids_B: Tensor) -> Tensor:
-        """Global ids of the samples `[U]`."""
+        """Return the global ids of the samples, `[U]`."""
         return (row_ids_B.unsqueeze(1) + _ID_STRIDE * torch.arange(self.slots)).flatten()
 
     def tally(self, chosen_BL: Tensor) -> Tensor:
-        """Number of chosen tokens of every sample, int64 `[U]`."""
+        """Count the chosen tokens of every sample, int64 `[U]`."""
         zeros_U = torch.zeros(len(self.number_BL) * self.slots, dtype=torch.int64)
         return zeros_U.index_add(0, self.sample_BL.flatten(), chosen_BL.flatten().long())
 
     def spread(self, value_U: Tensor) -> Tensor:
-        """What holds of each sample, for each of its tokens `[B, L]`."""
+        """Broadcast a per-sample value to the sample's tokens, `[B, L]`."""
         return value_U[self.sample_BL]
 
     def rank(self, u_BL: Tensor) -> Tensor:
-        """How many tokens of the same sample have a smaller u, int64 `[B, L]`."""
+        """Count the tokens of the same sample with a smaller u, int64 `[B, L]`."""
         sample_T = self.sample_BL.flatten()
         order_T = u_BL.flatten().argsort()
         order_T = order_T[sample_T[order_T].argsort(stable=True)]  # sample after sample, in each by u
@@ -81,12 +81,12 @@ class Documents(NamedTuple):
         return float(sizes.square().sum()) / self.number_BL.numel()
 
     def slice(self, first: int, length: int) -> "Documents":
-        """Of some columns, as they lie in the whole rows."""
+        """Return the part of some columns, as they lie in the whole rows."""
         columns = slice(first, first + length)
         return self._replace(number_BL=self.number_BL[:, columns], place_BL=self.place_BL[:, columns])
 
     def own(self) -> Tensor:
-        """Whether a slot is the token's, bool `[B, L, S]`."""
+        """Return whether a slot is the token's, bool `[B, L, S]`."""
         return self.slot_BL.unsqueeze(-1) == torch.arange(self.slots, device=self.number_BL.device)
 
 
@@ -96,5 +96,5 @@ def tally_samples(chosen_BL: Tensor, documents: Documents | None) -> Tensor:
 
 
 def spread_samples(value_U: Tensor, documents: Documents | None) -> Tensor:
-    """What holds of each sample, as it is to be combined with its tokens: `[B, 1]`, or `[B, L]` if rows are packed."""
+    """Broadcast a per-sample value to the sample's tokens: `[B, 1]`, or `[B, L]` if rows are packed."""
     return value_U.unsqueeze(1) if documents is None else documents.spread(value_U)

@@ -18,7 +18,8 @@ from memdlm_dist.performance.gpu_check import check as gpu_check
 from memdlm_dist.performance.gpu_check import gpu_report, processes, results
 from memdlm_dist.performance.gpu_check.check import Request
 from memdlm_dist.performance.gpu_check.figures import GATES, figures, judge
-from memdlm_dist.performance.gpu_check.sections import QUICK, SECTIONS, Context, Section
+from memdlm_dist.performance.gpu_check.section import Context, Section
+from memdlm_dist.performance.gpu_check.sections import QUICK, SECTIONS
 from tools import generate
 from tools import gpu_check as tool
 

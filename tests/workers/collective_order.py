@@ -58,7 +58,7 @@ class Uncommunicated(Collectives):
             _, group, elements = self.found[-1]
             leaves = tree_leaves((args, kwargs or {}))
             dtypes = [str(x.dtype) for x in leaves if isinstance(x, Tensor)]
-            others = [x for x in leaves if isinstance(x, int | str) and x != group]  # a reduction is not readable
+            others = [x for x in leaves if isinstance(x, int | str) and x != group]  # a c10d ReduceOp cannot be read
             self.calls.append((name, group, elements, dtypes, others))
             if name.startswith("_c10d_functional::") and isinstance(out, Tensor):
                 _fill(out, args[0])

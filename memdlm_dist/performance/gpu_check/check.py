@@ -16,7 +16,8 @@ from typing import Any
 from memdlm_dist.errors import UserError
 from memdlm_dist.performance.gpu_check import gpu_report, processes, results
 from memdlm_dist.performance.gpu_check.results import FAILED, OK, SKIPPED, TIMED_OUT, Result
-from memdlm_dist.performance.gpu_check.sections import QUICK, SECTIONS, Context, Failure, Section, Skip
+from memdlm_dist.performance.gpu_check.section import Context, Failure, Section, Skip
+from memdlm_dist.performance.gpu_check.sections import QUICK, SECTIONS
 
 ROOT = Path(__file__).parents[3]
 # Seconds of a section, and with --quick of a section and of the whole call.

@@ -8,7 +8,7 @@ from typing import Any
 from memdlm_dist.performance.gpu_check import results
 from memdlm_dist.performance.gpu_check.figures import GATES, Figures, figures, judge
 from memdlm_dist.performance.gpu_check.results import FAILED, OK, Result
-from memdlm_dist.performance.gpu_check.sections import Section
+from memdlm_dist.performance.gpu_check.section import Section
 
 NOT_MEASURED = "not measured"
 DEBUG = ", debug sizes"  # how the name of such a machine ends
@@ -80,7 +80,7 @@ def _part(machine: str, found: dict[str, Result], sections: Sequence[Section]) -
         "### Decoding",
         _decoding(found.get("decoding")),
         "### Short runs",
-        _runs([found[name] for name in ("run_dense", "run_experts", "run_packed", "run_128k") if name in found]),
+        _runs(found.values()),
         "### Tests",
         _tests(found.get("tests")),
         "### Sections",
@@ -183,7 +183,7 @@ def _decoding(result: Result | None) -> str:
     return _table(("memory", "new tokens", "tokens/s", "seconds a step", "writing the memory (s)"), rows)
 
 
-def _runs(found: Sequence[Result]) -> str:
+def _runs(found: Iterable[Result]) -> str:
     rows = [
         (
             run["name"],
