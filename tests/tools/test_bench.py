@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from memdlm_dist.errors import EXIT_STATUS
-from memdlm_dist.performance.gpu_check.sections import _last_words
+from memdlm_dist.performance.gpu_check.section import last_words
 from memdlm_dist.performance.measure import peak_flops
 from tests.support.launching import run_module
 from tools import bench
@@ -82,7 +82,7 @@ def test_the_error_of_another_rank_is_shown(tmp_path, capfd, monkeypatch, root):
     assert bench.main(["train_configs/debug.toml", "--processes", "2", "--json", ""]) == 1
     said = capfd.readouterr().err
     assert "torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB" in said
-    assert _last_words(said).endswith("CUDA out of memory. Tried 2 GiB")
+    assert last_words(said).endswith("CUDA out of memory. Tried 2 GiB")
 
 
 @pytest.mark.parametrize(
