@@ -57,7 +57,7 @@ SCENARIOS = {
     "stopped-process": [(2, [fault("SIGSTOP", "step", 3)], SHORT)],
     "asked": [
         (75, [fault("SIGTERM", "step", 3)]),
-        (75, [fault("SIGUSR1", "data", 6, rank=0)], ["--checkpoint.async_mode", "async"]),
+        (75, [fault("SIGUSR1", "data", 7, rank=0)], ["--checkpoint.async_mode", "async"]),
         (0, []),
     ],
     "asked-twice": [(143, [fault(do, "step", 2, rank=0) for do in ("SIGTERM", "sleep", "SIGTERM")])],

@@ -113,8 +113,7 @@ class PackedBench(Bench):
     """A bench whose rows are packed."""
 
     def batch(self, number):
-        inputs, labels = trainer.batch(self.config, self.args, number, packed=True)
-        tokens, ids, documents = (inputs[name] for name in ("input", "sample_id", "documents"))
+        tokens, labels, ids, documents, _ = trainer.batch(self.config, self.args, number, packed=True)
         batch = self.objective.micro_batch(tokens, labels, ids, number, documents_BL=documents)
         return batch.to(self.model.tok_embeddings.weight.device)
 

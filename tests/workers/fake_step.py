@@ -16,7 +16,6 @@ from memdlm_dist.runtime import cpu
 cpu.prepare()
 
 from memdlm_dist.compat import fake_device
-from memdlm_dist.compat.torch import tree_leaves
 from memdlm_dist.config import parse_config
 from memdlm_dist.inference import setup
 from memdlm_dist.inference.data_parallel import DataParallel
@@ -37,7 +36,7 @@ EXPERTS = ["--model.name", "llada_moe"]
 DISTILLED = [MEMORY + "inner_loss", "kl", MEMORY + "inner_steps", "3", MEMORY + "supervision", "newly_revealed"]
 CASES = {  # name -> arguments; rows are packed where the name says so
     "dense": ["--activation_checkpoint.mode", "full", "--training.mixed_precision_param", "bfloat16"],
-    "dense, plain": [MEMORY + "no_enable"],
+    "dense, plain": [MEMORY + "no_enable", "--optimizer.implementation", "foreach"],
     "dense, distilled": [*DISTILLED, MEMORY + "target_modules", "ffn,attention", MEMORY + "probability", "0.5"],
     "packed": [
         MEMORY + "inner_loss", "hidden_mse", MEMORY + "adapter", "full", MEMORY + "gradient_norm", "global",
@@ -49,19 +48,21 @@ CASES = {  # name -> arguments; rows are packed where the name says so
         MEMORY + "target_modules", "ffn,attention",
     ],
 }  # fmt: skip
-# Cases whose weights are drawn, of which a step that does not log is taken, and which validate. The others would do
-# the same.
-DRAWN, SILENT, VALIDATED = ("dense", "experts"), ("dense", "packed"), ("dense, distilled",)
+# Cases whose weights are drawn, of which steps that do not log are taken, and which validate. The others would do the
+# same.
+DRAWN, SILENT, VALIDATED = ("dense", "experts"), ("dense", "dense, plain", "packed", "experts"), ("dense, distilled",)
+UNFUSED = ("dense, plain",)
 
-# Where a step waits for the device by design, on steps that log and on all; and where it copies to the device.
-AGREED = {"training.agreement:reach"}
+# Where a step waits for the device by design: without a fused optimizer, and on steps that log.
+AGREED = {"training.agreement:settle"}
 LOGGED = {f"training.metrics:{name}" for name in ("log_step", "_reduce", "_largest_rank_loss", "_load_balance")}
-COPIED = {"method.micro_batch:to", "training.trainer:_count", "training.agreement:reach"}
+# Where a step that logs copies to the device and waits; and what every step copies without waiting.
 RECORDED = {"training.trainer:_record"}
+TO_DEVICE, TO_HOST = "runtime.transfer:to_device", "runtime.transfer:__init__"
 SUMMED = {"training.validator:validate"}
 # Decoding chooses tokens on the host.
 READ = {f"inference.trained_model:{name}" for name in ("remember", "logits", "nll")}
-GIVEN = {f"inference.trained_model:{name}" for name in ("logits", "nll", "_forward")} | {"method.micro_batch:to"}
+GIVEN = {f"inference.trained_model:{name}" for name in ("logits", "nll", "_forward")}
 
 
 def sizes(config):
@@ -76,24 +77,22 @@ def step(name):
     """Take a step that logs, and of some cases more; returns the operators that ran on the device."""
     config = parse_config.parse([*COMMON, *CASES[name]])
     args, packed = sizes(config), "packed" in name
-    with FakeDevice(AGREED | LOGGED, COPIED | RECORDED) as device:
+    agreed = AGREED if name in UNFUSED else set()
+    with FakeDevice(LOGGED | agreed, RECORDED) as device:
         trained = trainer.build(config, args, layout_of(config, 1), fake_device.DEVICE, name in DRAWN)
         trainer.step(trained, 2, [trainer.batch(config, args, packed=packed)])
     operators = device.operators
     batch = trainer.batch(config, args, 1, packed=packed)
     if name in SILENT:
-        with FakeDevice(AGREED, COPIED) as device:
+        with FakeDevice(agreed) as device:
             trainer.step(trained, 3, [batch])
-        assert device.reads == {"training.agreement:reach": 2}, "one wait, for two flags"
-        (inputs, labels), others = batch, {"training.trainer:_count": 1, "training.agreement:reach": 1}
-        drawn = trained.objective.micro_batch(
-            inputs["input"], labels, inputs["sample_id"], 3, documents_BL=inputs.get("documents")
-        )
-        tensors = sum(isinstance(x, torch.Tensor) for x in tree_leaves(drawn))
-        assert device.copies == others | {"method.micro_batch:to": tensors}
+            trainer.step(trained, 5, [batch])  # which reads the flags of the one before
+        sent = {TO_DEVICE: 2} | ({} if agreed else {TO_HOST: 2})
+        assert device.transfers == sent, "a micro-batch there; the flags of all ranks back"
+        assert device.reads == dict.fromkeys(agreed, 4), "one wait a step, for two flags"
         operators |= device.operators
     if name in VALIDATED:
-        with FakeDevice(SUMMED, {"method.micro_batch:to", *SUMMED}) as device:
+        with FakeDevice(SUMMED, SUMMED) as device:
             trainer.validate(trained, [batch])
         assert device.reads == dict.fromkeys(SUMMED, 3), "two losses and the number of tokens, at the end"
         operators |= device.operators
