@@ -19,6 +19,8 @@ COMMON = [
     "--checkpoint.interval", "2", "--lr_scheduler.total_steps", "8",
 ]  # fmt: skip
 SKIP = ["--reliability.on_nonfinite", "skip"]
+# The host then learns of a step's flags a step later; a checkpoint every other step.
+LATE = [*SKIP, "--optimizer.implementation=fused", "--metrics.log_freq=100"]
 SHORT = ["--comm.train_timeout_seconds", "2", "--checkpoint.no_enable"]
 
 
@@ -52,6 +54,9 @@ SCENARIOS = {
     "nan-always": [
         (2, [fault("nan", "step", n) for n in (2, 3, 4)], [*SKIP, "--reliability.max_consecutive_skips", "3"])
     ],
+    "late": [(0, [fault("nan", "step", 4)], LATE)],
+    "late-asked": [(75, [fault("nan", "step", 4), fault("SIGTERM", "step", 5)], LATE), (0, [], LATE)],
+    "late-nan": [(2, [fault("nan", "step", 3)], LATE[2:])],
     "hang-step": [(2, [fault("hang", "step", 3)], SHORT)],
     "hang-data": [(2, [fault("hang", "data", 3)], SHORT)],
     "stopped-process": [(2, [fault("SIGSTOP", "step", 3)], SHORT)],
@@ -108,11 +113,15 @@ def losses(out: Path) -> dict[int, float]:
     return scalars(out)[LOSS]
 
 
+def saved(root: Path, name: str, step: int) -> dict[str, bytes]:
+    """The files of weights, optimizer, schedule and counts in a checkpoint."""
+    return {f.name: f.read_bytes() for f in (root / name / f"checkpoint/step-{step}").glob("*.distcp")}
+
+
 def same_end(root: Path, name: str) -> bool:
     """The same losses as the undisturbed run from the first step to the last, and the same end to the last bit."""
-    runs = root / "straight", root / name
-    curves = [losses(run) for run in runs]
-    ends = [{f.name: f.read_bytes() for f in (run / "checkpoint/step-8").glob("*.distcp")} for run in runs]
+    curves = [losses(root / run) for run in ("straight", name)]
+    ends = [saved(root, run, 8) for run in ("straight", name)]
     return curves[0] == curves[1] and list(curves[0]) == [*range(1, 9)] and ends[0] == ends[1] and len(ends[0]) == 2
 
 
@@ -193,6 +202,21 @@ def test_a_loss_that_is_not_a_number(done):
     assert found[LOSS][3] != found[LOSS][3] and 0 < abs(found[LOSS][4] - straight[4]) < 1
     assert "Loading the checkpoint" in resumed
     assert "Step 4 is the last of 3 in a row that cannot be taken" in always
+
+
+def test_flags_that_are_read_late(done):
+    """Before a save they are read at once; a stop comes with the next step, and the run goes on to the last bit."""
+    root, outputs = done
+    (skipped,), (asked, resumed), (stopped,) = (outputs[name] for name in ("late", "late-asked", "late-nan"))
+    for output in (skipped, asked):
+        sentence = r"rank [01]\].*Skipping the batch of step 4: the loss is nan on samples.*Skipped so far: 1\."
+        assert len(re.findall(sentence, output)) == 2
+    assert len(re.findall("Stopped after step 6, saved in ", asked)) == 2
+    assert re.search(r"Loading the checkpoint \S+step-6\.", resumed) and "Skipping the batch" not in resumed
+    for step in (4, 6, 8):
+        assert len(saved(root, "late", step)) == 2 and saved(root, "late", step) == saved(root, "late-asked", step)
+    assert len(re.findall(r"error: Step 3 cannot be taken: the loss is nan on samples among", stopped)) == 1
+    assert not (root / "late-nan/checkpoint/step-4").exists() and "Traceback" not in skipped + asked + stopped
 
 
 @pytest.mark.parametrize(
