@@ -21,6 +21,7 @@ from memdlm_dist.inference import setup
 from memdlm_dist.inference.data_parallel import DataParallel
 from memdlm_dist.inference.sampler import Decoding
 from memdlm_dist.inference.trained_model import TrainedModel
+from memdlm_dist.runtime import device
 from memdlm_dist.runtime.process_group import pretend
 from memdlm_dist.training.backbone import layout_of, sizes_of
 from tests.support import trainer
@@ -78,24 +79,24 @@ def step(name):
     config = parse_config.parse([*COMMON, *CASES[name]])
     args, packed = sizes(config), "packed" in name
     agreed = AGREED if name in UNFUSED else set()
-    with FakeDevice(LOGGED | agreed, RECORDED) as device:
+    with FakeDevice(LOGGED | agreed, RECORDED) as fake:
         trained = trainer.build(config, args, layout_of(config, 1), fake_device.DEVICE, name in DRAWN)
         trainer.step(trained, 2, [trainer.batch(config, args, packed=packed)])
-    operators = device.operators
+    operators = fake.operators
     batch = trainer.batch(config, args, 1, packed=packed)
     if name in SILENT:
-        with FakeDevice(agreed) as device:
+        with FakeDevice(agreed) as fake:
             trainer.step(trained, 3, [batch])
             trainer.step(trained, 5, [batch])  # which reads the flags of the one before
         sent = {TO_DEVICE: 2} | ({} if agreed else {TO_HOST: 2})
-        assert device.transfers == sent, "a micro-batch there; the flags of all ranks back"
-        assert device.reads == dict.fromkeys(agreed, 4), "one wait a step, for two flags"
-        operators |= device.operators
+        assert fake.transfers == sent, "a micro-batch there; the flags of all ranks back"
+        assert fake.reads == dict.fromkeys(agreed, 4), "one wait a step, for two flags"
+        operators |= fake.operators
     if name in VALIDATED:
-        with FakeDevice(SUMMED, SUMMED) as device:
+        with FakeDevice(SUMMED, SUMMED) as fake:
             trainer.validate(trained, [batch])
-        assert device.reads == dict.fromkeys(SUMMED, 3), "two losses and the number of tokens, at the end"
-        operators |= device.operators
+        assert fake.reads == dict.fromkeys(SUMMED, 3), "two losses and the number of tokens, at the end"
+        operators |= fake.operators
     return operators
 
 
@@ -106,7 +107,7 @@ def read():
     """
     config = setup.inference_config(parse_config.parse([*COMMON, "--training.seq_len", "8"]))
     args, dims = sizes(config), layout_of(config, 1)
-    with FakeDevice(READ, GIVEN) as device:
+    with FakeDevice(READ, GIVEN) as fake:
         trained = trainer.build(config, args, dims, fake_device.DEVICE, draws=False)
         objective = trained.objective
         model = TrainedModel.__new__(TrainedModel)
@@ -122,7 +123,11 @@ def read():
         start = model.canvas(prompts, 4)
         nll = model.nll(start.tokens_BL, start.response_BL, start.tokens_BL, start.attended_BL, found.fast)
         assert nll.shape == (2,)
-    return device.operators
+    return fake.operators
+
+
+def pinned_like(y):
+    return device.pinned(y.nbytes).view(y.dtype)
 
 
 # name -> what a device refuses or waits for, with a tensor x of the device and one of the host, y.
@@ -136,6 +141,9 @@ MISTAKES = {
     "mask of the host": lambda x, y: torch.where(y > 0, x, 0.0),
     "indices of the host": lambda x, y: x[torch.arange(2)],
     "copy of a mask": lambda x, y: x * y.to(x.device),
+    "memory that is not pinned": lambda x, y: y.to(x.device, non_blocking=True),
+    "a wait for pinned memory": lambda x, y: pinned_like(y).to(x.device),
+    "a wait for a copy to pinned memory": lambda x, y: pinned_like(y).copy_(x),
     "assignment to the places of a mask": lambda x, y: x.index_put_((x > 0,), x),
     "scalar of the host in a stack": lambda x, y: torch.stack([x.sum(), y.sum()]),
     "collective of the host": lambda x, y: dist.all_reduce(y),
@@ -150,6 +158,8 @@ def mistakes():
         x, y = torch.ones(3, device=fake_device.DEVICE), torch.ones(3)
         assert (x * torch.ones(()) + 1.0).device == x.device, "scalars of the host are kernel arguments"
         assert y.copy_(torch.zeros(3)) is y and not y.any(), "the host's own business"
+        assert pinned_like(y).to(x.device, non_blocking=True).device == x.device
+        assert not pinned_like(y).copy_(x, non_blocking=True).any()
         for name, mistake in MISTAKES.items():
             try:
                 mistake(x, y)
