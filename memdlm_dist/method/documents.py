@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from memdlm_dist.errors import require
+
 # The number that a row's fill has in place of a document's.
 FILL = -1
 
@@ -24,16 +26,29 @@ class Documents(NamedTuple):
 
     number_BL: Tensor  # int64: 0, 1, ... along the row, `FILL` behind the last
     place_BL: Tensor  # int64: position within the document
-    slots: int  # S, the largest number of documents in a row
+    slots: int  # S, the number of documents that a row can hold
 
     @classmethod
-    def of(cls, number_BL: Tensor) -> "Documents":
-        """Build from the tokens' document numbers alone."""
+    def of(cls, number_BL: Tensor, slots: int | None = None) -> "Documents":
+        """Build from the tokens' document numbers.
+
+        Args:
+            slots: S; None for the smallest power of two that these rows fit in.
+
+        Raises:
+            UserError: if a row holds more documents than `slots`.
+        """
+        most = int(number_BL.max().clamp(min=0)) + 1
+        require(
+            slots is None or most <= slots,
+            f"A row of the shards holds {most} documents, more than their card says (most_documents); prepare the data "
+            "anew.",
+        )
         column_L = torch.arange(number_BL.shape[1])
         begins_BL = torch.ones_like(number_BL, dtype=torch.bool)
         begins_BL[:, 1:] = number_BL[:, 1:] != number_BL[:, :-1]
         start_BL = torch.where(begins_BL, column_L, 0).cummax(1).values
-        return cls(number_BL, column_L - start_BL, int(number_BL.max().clamp(min=0)) + 1)
+        return cls(number_BL, column_L - start_BL, slots or power_of_two(most))
 
     @property
     def slot_BL(self) -> Tensor:
@@ -88,6 +103,11 @@ class Documents(NamedTuple):
     def own(self) -> Tensor:
         """Return whether a slot is the token's, bool `[B, L, S]`."""
         return self.slot_BL.unsqueeze(-1) == torch.arange(self.slots, device=self.number_BL.device)
+
+
+def power_of_two(number: int) -> int:
+    """Return the smallest power of two that is not below `number`, which is at least 1."""
+    return 1 << (number - 1).bit_length()
 
 
 def tally_samples(chosen_BL: Tensor, documents: Documents | None) -> Tensor:

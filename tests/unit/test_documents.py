@@ -9,6 +9,7 @@ from torch.distributed import destroy_process_group, is_initialized
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torchtitan.distributed.utils import init_fake_mode
 
+from memdlm_dist.errors import UserError
 from memdlm_dist.method import trajectory
 from memdlm_dist.method.bilevel import Memory, outer_loss
 from memdlm_dist.method.documents import FILL, Documents
@@ -53,10 +54,10 @@ def packed():
     return tokens, torch.where(prompt, trajectory.IGNORE_INDEX, tokens), documents
 
 
-def alone():
+def alone(slots=None):
     """(sample, tokens, labels, id) of every document, in a row without anything else."""
     tokens, labels, documents = packed()
-    ids = Documents.of(documents).ids(ROW_IDS)
+    ids = Documents.of(documents, slots).ids(ROW_IDS)
     slots = len(ids) // len(SIZES)
     for row, sizes in enumerate(SIZES):
         for number in range(len(sizes)):
@@ -84,17 +85,17 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("shifted", [False, True], ids=["", "next token"])
+@pytest.mark.parametrize("shifted, slots", [(False, None), (True, 8)], ids=["", "next token, empty slots"])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_a_packed_document_is_what_it_is_alone(options, shifted):
+def test_a_packed_document_is_what_it_is_alone(options, shifted, slots):
     """Loss, gradients, and of each document the inner losses, norms and what is written; float64."""
     settings, plan = OPTIONS[options]
-    goal = replace(objective(None if settings is None else memory(**settings), **plan), shifted=shifted)
+    goal = replace(objective(None if settings is None else memory(**settings), **plan), shifted=shifted, slots=slots)
     model = build()
     tokens, labels, documents = packed()
     loss, inner, found = step(model, goal, tokens, labels, ROW_IDS, documents_BL=documents)
     total, expected = torch.zeros(()), {name: torch.zeros_like(x) for name, x in found.items()}
-    for sample, *document in alone():
+    for sample, *document in alone(slots):
         one, statistics, of_one = step(model, goal, *document)
         total = total + one
         expected = {name: x + of_one[name] for name, x in expected.items()}
@@ -235,7 +236,7 @@ def test_blocks_pass_through_fsdp_and_checkpoints(blocks):
         (batch,) = micro_batches(bench, 1, "packed")
         loss, inner = bench.loss_sum("ours", batch, 1)
         loss.backward()
-        assert len(blocks) == 1 and inner.loss_KG.shape == (2, 2 * 3) and batch.inputs[0].shape == (2, 16)
+        assert len(blocks) == 1 and inner.loss_KG.shape == (2, 2 * 4) and batch.inputs[0].shape == (2, 16)
         assert all(p.grad is not None for p in bench.model.parameters())
     finally:
         destroy_process_group()
@@ -254,13 +255,18 @@ def test_documents_know_their_places():
     part = documents.slice(8, 8)
     assert torch.equal(part.place_BL, documents.place_BL[:, 8:16]) and part.slots == 4
     assert documents.own().sum(-1).eq(1).all()
+    assert [Documents.of(numbers()[rows]).slots for rows in ([0], [1], [2])] == [4, 1, 2], "powers of two"
+    assert Documents.of(numbers(), slots=8).slots == 8
+    with pytest.raises(UserError, match="A row of the shards holds 4 documents, more than their card says"):
+        Documents.of(numbers(), slots=2)
 
 
-def test_noise_of_a_document_does_not_depend_on_its_row():
+@pytest.mark.parametrize("slots", [None, 8])
+def test_noise_of_a_document_does_not_depend_on_its_row(slots):
     _, labels, documents = packed()
-    found = Documents.of(documents)
+    found = Documents.of(documents, slots)
     draw = trajectory.draw(3, STEP, found.ids(ROW_IDS), labels != trajectory.IGNORE_INDEX, None, found)
-    for sample, _, of_one, ids in alone():
+    for sample, _, of_one, ids in alone(slots):
         one = trajectory.draw(3, STEP, ids, of_one != trajectory.IGNORE_INDEX)
         row, number = divmod(sample, found.slots)
         assert one.t_U[0] == draw.t_U[sample]
