@@ -15,6 +15,7 @@ from torchtitan.models.attention import (
 )
 from torchtitan.models.llama3.model.model import Attention
 
+from memdlm_dist.method.documents import OwnSet
 from memdlm_dist.method.fast_weights import FastLinear, adapted
 from memdlm_dist.models.rope import rotate
 
@@ -27,8 +28,7 @@ class TokenContext(NamedTuple):
 
     frequencies: Tensor  # complex64 [L, j], or [B, L, j] for packed rows: rotary positions of this rank's tokens
     mask: Mask | None = None  # over whole rows; None: every token attends to its whole row
-    # Bool [B, L, S]: which of its row's sets of fast weights is the token's; None where a row has one.
-    own_set: Tensor | None = None
+    own_set: OwnSet | None = None  # None where a row has one set of fast weights
     trains: bool = False  # this pass is the training loss's, not one of the inner loop or of validation
 
 
@@ -97,7 +97,7 @@ class BidirectionalAttention(Attention):
         attention_masks: Mask | None = None,
         positions: None = None,
         fast: dict[str, FastLinear] | None = None,
-        own_set: Tensor | None = None,
+        own_set: OwnSet | None = None,
     ) -> Tensor:
         """`freqs_cis`, `attention_masks` and `own_set` are the fields of `TokenContext`."""
         # The signature is that of llama3's tensor-parallel plan; see `TransformerBlock.forward`.

@@ -1,6 +1,8 @@
 """Packed rows: a document in one is what it is alone, in a row of its own length."""
 
+from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,10 +11,13 @@ from torch.distributed import destroy_process_group, is_initialized
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torchtitan.distributed.utils import init_fake_mode
 
+from memdlm_dist.compat.fake_device import FakeTensorMode
+from memdlm_dist.compat.torch import TorchDispatchMode, grouped_mm
 from memdlm_dist.errors import UserError
-from memdlm_dist.method import trajectory
+from memdlm_dist.method import fast_weights, trajectory
 from memdlm_dist.method.bilevel import Memory, outer_loss
 from memdlm_dist.method.documents import FILL, Documents
+from memdlm_dist.method.fast_weights import AdaptedLinear
 from memdlm_dist.method.inner_loss import inner_loss
 from memdlm_dist.method.inner_sgd import InnerSGD
 from memdlm_dist.models import attention, llada
@@ -254,7 +259,7 @@ def test_documents_know_their_places():
     assert documents.mean_attended() == pytest.approx(pairs / (4 * LENGTH))
     part = documents.slice(8, 8)
     assert torch.equal(part.place_BL, documents.place_BL[:, 8:16]) and part.slots == 4
-    assert documents.own().sum(-1).eq(1).all()
+    assert documents.own_set().mask().sum(-1).eq(1).all()
     assert [Documents.of(numbers()[rows]).slots for rows in ([0], [1], [2])] == [4, 1, 2], "powers of two"
     assert Documents.of(numbers(), slots=8).slots == 8
     with pytest.raises(UserError, match="A row of the shards holds 4 documents, more than their card says"):
@@ -303,3 +308,116 @@ def test_packed_rows_cost_their_documents_attention_and_every_sets_terms():
     one_set = step_flops(ARGS, batch, memory(per_sample=False))
     assert step_flops(ARGS, batch, settings).inner > one_set.inner
     assert settings.sets(batch) == 16
+
+
+def test_tokens_are_laid_out_document_after_document():
+    documents = Documents.of(numbers(), slots=8)
+    for part in (documents, documents.slice(8, 8)):
+        grouped, sample_T = part.grouped(), part.sample_BL.flatten()
+        sizes = torch.bincount(sample_T, minlength=32)
+        ends = grouped.end_U.tolist()
+        assert ends[-1] == grouped.places == len(sample_T) + 7 * 32 and grouped.end_U.dtype == torch.int32
+        starts = [0, *ends[:-1]]
+        taken = []
+        for sample, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            assert (end - start) % 8 == 0 and (sample == 31 or end - start - sizes[sample] in range(8))
+            taken += range(start, start + int(sizes[sample]))
+        assert grouped.place_T.tolist() == taken
+        x = torch.randn(*part.number_BL.shape, 3)
+        laid_out = grouped.lay_out(x)
+        assert torch.equal(grouped.collect(laid_out, len(x)), x)
+        assert laid_out.count_nonzero() == x.numel(), "the other places are zeros"
+
+
+def fast_terms(adapter, number, slots, dtype, grouped):
+    """Output of a linear's fast term and all gradients."""
+    generator = torch.Generator().manual_seed(2)
+    documents = Documents.of(number, slots)
+    own = documents.own_set(grouped)
+    linear = AdaptedLinear("0", "up", 24, 40, False, 0)
+    keys = torch.arange(len(number) * slots)
+    fast = fast_weights.ADAPTERS[adapter].start(linear, 8, 16.0, keys, None)
+    leaves = [torch.randn(x.shape, generator=generator).to(dtype).requires_grad_() for x in fast if torch.is_tensor(x)]
+    x = torch.randn(*number.shape, 24, generator=generator).to(dtype).requires_grad_()
+    fast = type(fast)(*leaves, *(value for value in fast if not torch.is_tensor(value)))
+    y = fast.term(x, own)
+    upstream = torch.randn(y.shape, generator=generator).to(y.dtype)
+    return [y, *torch.autograd.grad(y, [x, *leaves], upstream)]
+
+
+@pytest.mark.parametrize("adapter", fast_weights.ADAPTERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_terms_are_the_masked_ones(monkeypatch, adapter, dtype):
+    """Output and gradients, with empty slots, padding and documents of one token; the masked form in float64."""
+    calls = []
+    monkeypatch.setattr(fast_weights, "grouped_mm", lambda *arguments: calls.append(1) or grouped_mm(*arguments))
+    masked = fast_terms(adapter, numbers(), 8, torch.float64, grouped=False)
+    assert not calls
+    # Float32 rounds to 6e-8 and bfloat16 to 4e-3, inputs and intermediates too, which are added up over 40 terms.
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 3e-2}[dtype]
+    for ours, theirs in zip(fast_terms(adapter, numbers(), 8, dtype, grouped=True), masked, strict=True):
+        assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max() and ours.dtype == dtype
+    assert len(calls) == {"lora": 2, "full": 1}[adapter]
+
+
+def test_sizes_that_accelerators_do_not_group_take_the_masked_form():
+    own = Documents.of(numbers()).own_set(grouped=True)
+    x = torch.zeros(4, LENGTH, 24)
+    of = partial(fast_weights._grouped_dtype, own)
+    assert of(x, torch.zeros(16, 8, 24)) == torch.float32 and of(x.double(), torch.zeros(16, 8, 24)) is None
+    assert of(x, torch.zeros(16, 4, 24)) is None, "a rank of 4"
+    with FakeTensorMode():
+        on_gpu, A_GRi = torch.zeros(4, LENGTH, 24, device="cuda"), torch.zeros(16, 8, 24, device="cuda")
+        assert of(on_gpu, A_GRi) is None and of(on_gpu.bfloat16(), A_GRi) == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert of(x, torch.zeros(16, 8, 24)) == torch.bfloat16
+
+
+@pytest.mark.parametrize("adapter", fast_weights.ADAPTERS)
+def test_a_step_with_grouped_terms_is_the_step_with_masked_ones(adapter):
+    """Loss, what is written, and gradients in float32; and the products do not depend on the documents."""
+    goal = replace(objective(memory(adapter=adapter, rank=8, targets=("ffn", "attention"))), slots=4)
+    tokens, labels, documents = packed()
+    few = torch.where(documents == FILL, FILL, documents.clamp(max=1))
+
+    def run(grouped, of_rows):
+        model = build(torch.float32)
+        model.model_args = replace(model.model_args, grouped=grouped)
+        batch = goal.micro_batch(tokens, labels, ROW_IDS, STEP, documents_BL=of_rows)
+        with Products() as products:
+            loss, inner = goal.loss_sum(model, batch, STEP)
+            loss.backward()
+        return loss.detach(), inner.written_norm_G, gradients(model), products.made
+
+    masked, grouped, other = run(False, documents), run(True, documents), run(True, few)
+    for ours, theirs in zip(grouped[:2], masked[:2], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    for name, theirs in masked[2].items():
+        # Sums in another order, through two inner steps.
+        assert (grouped[2][name] - theirs).abs().max() <= 1e-5 * theirs.abs().max(), name
+    assert masked[3] == {} and grouped[3] == other[3] and sum(grouped[3].values()) > 20
+
+
+class Products(TorchDispatchMode):
+    """Shapes of the grouped products that run while active, and how often each."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator is torch.ops.aten._grouped_mm.default:
+            self.made[args[0].shape, args[1].shape] += 1
+        return operator(*args, **(kwargs or {}))
+
+
+def test_the_flops_of_grouped_terms_do_not_depend_on_the_number_of_documents():
+    settings = memory(rank=8)
+    goal = objective(settings)
+    tokens, labels, documents = packed()
+
+    def inner(grouped, slots):
+        batch = replace(goal, slots=slots).micro_batch(tokens, labels, ROW_IDS, STEP, documents_BL=documents)
+        return step_flops(replace(ARGS, grouped=grouped), batch, settings).inner
+
+    assert inner(True, 4) == inner(True, 64) < inner(False, 4) < inner(False, 64)

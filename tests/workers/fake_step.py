@@ -41,7 +41,7 @@ CASES = {  # name -> arguments; rows are packed where the name says so
     "dense, distilled": [*DISTILLED, MEMORY + "target_modules", "ffn,attention", MEMORY + "probability", "0.5"],
     "packed": [
         MEMORY + "inner_loss", "hidden_mse", MEMORY + "adapter", "full", MEMORY + "gradient_norm", "global",
-        MEMORY + "target_modules", "ffn,attention",
+        MEMORY + "target_modules", "ffn,attention", "--training.mixed_precision_param", "bfloat16",
     ],
     "experts": [*EXPERTS, MEMORY + "inner_loss", "hidden_cosine", MEMORY + "granularity", "batch"],
     "experts, packed": [
@@ -65,11 +65,8 @@ GIVEN = {f"inference.trained_model:{name}" for name in ("logits", "nll", "_forwa
 
 
 def sizes(config):
-    """Return the backbone's sizes, with heads that flex attention takes and experts as one product."""
-    found = replace(sizes_of(config), n_heads=2, n_kv_heads=2)
-    if config.model.name == "llada_moe":
-        found.grouped = True
-    return found
+    """Return the backbone's sizes, with heads that flex attention takes and grouped products."""
+    return replace(sizes_of(config), n_heads=2, n_kv_heads=2, grouped=True)
 
 
 def step(name):
@@ -97,6 +94,9 @@ def step(name):
             trainer.validate(trained, [batch])
         assert device.reads == dict.fromkeys(SUMMED, 3), "two losses and the number of tokens, at the end"
         operators |= device.operators
+    if packed:
+        # Of dense linears' fast weights, and of experts besides.
+        assert torch.ops.aten._grouped_mm.default in operators
     return operators
 
 
