@@ -123,6 +123,17 @@ class Documents(NamedTuple):
         rank_T[order_T] = torch.arange(len(order_T)) - first_U[sample_T[order_T]]
         return rank_T.view_as(u_BL)
 
+    def ends(self) -> Tensor:
+        """Return where the sequences of all rows end, laid end to end, behind a 0: int32 `[B (S + 1) + 1]`.
+
+        A row's are its slots, empty ones too, and its padding. Nothing waits for the device.
+        """
+        number_BL = torch.where(self.number_BL == FILL, self.slots, self.number_BL)
+        first_B1 = (self.slots + 1) * torch.arange(len(number_BL), device=number_BL.device).unsqueeze(1)
+        sequence_T = (first_B1 + number_BL).flatten()
+        end_n = torch.zeros(len(number_BL) * (self.slots + 1) + 1, dtype=torch.int64, device=number_BL.device)
+        return end_n.index_add(0, sequence_T + 1, torch.ones_like(sequence_T)).cumsum(0).int()
+
     def mean_attended(self) -> float:
         """Return how many tokens a token attends to, on average; padding attends to itself.
 

@@ -26,7 +26,7 @@ from memdlm_dist.method.documents import Documents, OwnSet
 from memdlm_dist.method.fast_weights import AdaptedLinear, FastLinear, FastWeights, adapted
 from memdlm_dist.method.logit_loss import HeadLoss
 from memdlm_dist.models import initial_weights
-from memdlm_dist.models.attention import BidirectionalAttention, TokenContext, document_mask, has_block_attention
+from memdlm_dist.models.attention import BidirectionalAttention, TokenContext, attention_method, document_mask
 from memdlm_dist.models.head import OutputHead, Readout
 from memdlm_dist.models.linears import LINEARS, names_of
 from memdlm_dist.models.residency import Residency
@@ -158,6 +158,7 @@ class LLaDA(ModelProtocol):
     freqs_cis: Tensor
     layers: nn.ModuleDict
     residency = Residency()  # its own where FSDP2 shards the backbone
+    mixed_precision: torch.dtype | None = None  # which FSDP2 computes in
 
     def __init__(self, args: LLaDAArgs):
         super().__init__(args)
@@ -198,9 +199,15 @@ class LLaDA(ModelProtocol):
         here = documents.slice(first, length)
         several = sets_of_documents and documents.slots > 1
         own_set = here.own_set(self.model_args.grouped, *sequence_shard) if several else None
-        blocks = has_block_attention(documents.number_BL.device.type, self.model_args.head_dim)
-        mask = document_mask(documents.number_BL, blocks)
-        return TokenContext(self.freqs_cis[here.place_BL], mask, own_set)
+        device = documents.number_BL.device.type
+        method = attention_method(device, self.model_args.head_dim, self._dtype(device))
+        return TokenContext(self.freqs_cis[here.place_BL], document_mask(documents, method), own_set)
+
+    def _dtype(self, device_type: str) -> torch.dtype:
+        """Return the type that the blocks compute in."""
+        if torch.is_autocast_enabled(device_type):
+            return torch.get_autocast_dtype(device_type)
+        return self.mixed_precision or next(self.parameters()).dtype
 
     def reach(self, length: int) -> None:
         """Make the table of rotary positions long enough; beyond the length of training the model extrapolates."""

@@ -120,6 +120,7 @@ def parallelize(model: LLaDA, dims: ParallelDims, recipe: Recipe) -> LLaDA:
         for method in ("trunk", "tail"):
             register_fsdp_forward_method(model, method)
         model.residency = Residency.of(model, parallelism.fsdp_reshard_after_forward)
+        model.mixed_precision = TORCH_DTYPE_MAP[training.mixed_precision_param]
         cpu.prepare_collectives(model)
     return model
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.distributed import destroy_process_group, is_initialized
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torchtitan.distributed.utils import init_fake_mode
 
+from memdlm_dist.compat import torch as compat_torch
 from memdlm_dist.compat.fake_device import FakeTensorMode
 from memdlm_dist.compat.torch import TorchDispatchMode, grouped_mm
 from memdlm_dist.errors import UserError
@@ -184,32 +186,103 @@ def blocks(flex, monkeypatch):
     """What an accelerator is given; returns the masks that were made."""
     made, document_mask = [], attention.document_mask
 
-    def noted(number_BL, blocks):
-        made.append(document_mask(number_BL, blocks=True))
+    def noted(documents, method):
+        made.append(document_mask(documents, "blocks"))
         return made[-1]
 
     monkeypatch.setattr(llada, "document_mask", noted)
     return made
 
 
-def test_narrow_heads_take_the_dense_mask():
-    """Flex attention's CUDA kernels refuse heads of less than 16 dimensions."""
-    assert not attention.has_block_attention("cpu", 128) and not attention.has_block_attention("cuda", 8)
-    assert attention.has_block_attention("cuda", 16)
+METHODS = [  # device, flash kernels, width of a head, dtype -> method
+    ("cpu", False, 128, torch.bfloat16, "dense"),
+    ("cuda", True, 128, torch.bfloat16, "varlen"),
+    ("cuda", True, 8, torch.float16, "varlen"),
+    ("cuda", True, 128, torch.float32, "blocks"),
+    ("cuda", True, 512, torch.bfloat16, "blocks"),
+    ("cuda", True, 20, torch.bfloat16, "blocks"),
+    ("cuda", False, 128, torch.bfloat16, "blocks"),  # an old GPU, or torch without the kernels
+    ("cuda", False, 8, torch.bfloat16, "dense"),  # flex attention's kernels refuse narrower heads than 16
+    ("xpu", True, 128, torch.bfloat16, "blocks"),
+]
 
 
-def test_blocks_of_flex_attention_are_the_dense_mask(flex):
-    dense, sparse = (attention.document_mask(numbers(), blocks=x) for x in (False, True))
-    assert dense.shape == (4, 1, LENGTH, LENGTH) and isinstance(sparse, BlockMask)
+@pytest.mark.parametrize("device, flash, width, dtype, method", METHODS)
+def test_attention_is_chosen_by_what_runs(monkeypatch, device, flash, width, dtype, method):
+    monkeypatch.setattr(attention, "has_flash_attention", lambda: flash)
+    assert attention.attention_method(device, width, dtype) == method
+
+
+def naive_varlen(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, enable_gqa=False):
+    """torch's variable-length attention, a sequence at a time."""
+    assert (
+        torch.equal(cu_seq_q, cu_seq_k) and cu_seq_q.dtype == torch.int32 and enable_gqa == (q.shape[1] != k.shape[1])
+    )
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    out = []
+    ends = cu_seq_q.tolist()
+    for start, end in pairwise(ends):
+        assert end - start <= min(max_q, max_k)
+        scores = torch.einsum("qhd,khd->hqk", q[start:end], k[start:end]) / q.shape[-1] ** 0.5
+        out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[start:end]))
+    return torch.cat(out)
+
+
+@pytest.fixture
+def varlen(monkeypatch):
+    """Variable-length attention, which torch has for CUDA alone; returns the number of its calls."""
+    calls = []
+    monkeypatch.setattr(
+        compat_torch, "varlen_attn", lambda *args, **options: calls.append(1) or naive_varlen(*args, **options)
+    )
+    return calls
+
+
+@pytest.mark.parametrize("method", ["varlen", "blocks"])
+def test_attention_within_documents_is_the_dense_masks(flex, varlen, method):
+    documents = Documents.of(numbers(), slots=8)
+    dense, other = (attention.document_mask(documents, x) for x in ("dense", method))
+    assert dense.shape == (4, 1, LENGTH, LENGTH) and isinstance(other, {"blocks": BlockMask}.get(method, tuple))
     kernel = attention.BidirectionalAttentionKernel()
     torch.manual_seed(0)
     q, k, v = (torch.randn(4, heads, LENGTH, 16, requires_grad=True) for heads in (4, 2, 2))
+    if method == "varlen":
+        q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))
     found = []
-    for mask in (dense, sparse):
+    for mask in (dense, other):
         out = kernel(q, k, v, enable_gqa=True, mask=mask)
+        assert out.shape == q.shape
         found.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    # Float64 for the naive function, float32 by another kernel for blocks.
+    tolerance = {"varlen": {"rtol": 1e-12, "atol": 1e-12}, "blocks": {"rtol": 1e-4, "atol": 1e-5}}[method]
     for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours, theirs, **tolerance)
+    assert len(varlen) == (method == "varlen")
+
+
+def test_sequences_end_where_documents_and_padding_do():
+    """Of a fixed number, empty slots as repeated ends; of any documents."""
+    for number, sizes in ((numbers(), SIZES), (torch.zeros(4, LENGTH, dtype=torch.int64), [[LENGTH]] * 4)):
+        ends = Documents.of(number, slots=8).ends()
+        assert ends.dtype == torch.int32 and len(ends) == 4 * 9 + 1 and ends[0] == 0
+        lengths = ends.diff().view(4, 9).tolist()
+        assert lengths == [[*row, *[0] * (8 - len(row)), LENGTH - sum(row)] for row in sizes]
+
+
+def test_a_step_makes_its_sequences_once(monkeypatch, varlen):
+    """For all passes, through activation checkpoints and with outer and inner gradients: the dense mask's step."""
+    goal = objective(memory(), inner_steps=2)
+    tokens, labels, documents = packed()
+    model = build()
+    dense = step(model, goal, tokens, labels, ROW_IDS, documents_BL=documents)
+    made, ends = [], Documents.ends
+    monkeypatch.setattr(llada, "attention_method", lambda *_: "varlen")
+    monkeypatch.setattr(Documents, "ends", lambda self: made.append(1) or ends(self))
+    ours = step(model, goal, tokens, labels, ROW_IDS, documents_BL=documents)
+    close(ours[0], dense[0])
+    close(ours[1].loss_KG, dense[1].loss_KG)
+    close(ours[2], dense[2])
+    assert len(made) == 1 and len(varlen) > 6
 
 
 def test_a_step_makes_its_blocks_once(request):
