@@ -49,10 +49,10 @@ def test_a_layout_gives_the_single_process_loss_and_gradients(results, spread, o
 
 @pytest.mark.parametrize("spread, options", GROUPED)
 def test_grouped_products_give_the_single_process_step(results, spread, options):
-    ours, theirs, masked = results[spread][f"{options}, grouped"], results["one"][options], results[spread][options]
+    ours, theirs = results[spread][f"{options}, grouped"], results["one"][options]
+    assert ours.keys() == theirs.keys()
     for name, x in theirs.items():
         assert (ours[name] - x).abs().max() <= TOLERANCE * x.abs().max(), name
-    assert any(not torch.equal(ours[name], x) for name, x in masked.items()), "other products have other last bits"
 
 
 def test_the_comparison_can_tell(results):

@@ -8,6 +8,7 @@ A single process writes the weights to FOLDER, which each layout reads; FOLDER/L
 import contextlib
 import sys
 from dataclasses import replace
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ cpu.prepare()
 from torchtitan.tools.logging import logger
 
 from memdlm_dist.config import parse_config
+from memdlm_dist.method import fast_weights
 from memdlm_dist.method.documents import FILL
 from memdlm_dist.performance.bench_steps import Bench
 from memdlm_dist.performance.collectives import by_kind
@@ -160,7 +162,9 @@ def find(folder, layout):
             results[options], results["masked on a rank"][options] = step(bench, count, kind, rows)
             if (layout, options) in GROUPED:
                 bench.model.model_args = replace(bench.model.model_args, grouped=True)
-                results[f"{options}, grouped"], _ = step(bench, count, kind, rows)
+                with patch.object(fast_weights, "grouped_mm", wraps=fast_weights.grouped_mm) as products:
+                    results[f"{options}, grouped"], _ = step(bench, count, kind, rows)
+                assert products.call_count > 12
             if options == "sample" and "ring" not in layout:
                 found = bench.collectives("ours")
                 context, shards = (found.on(*bench.groups(name)) for name in ("cp", "fsdp"))
