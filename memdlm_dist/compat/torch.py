@@ -4,6 +4,7 @@ Shapes: S slots, n groups of slots.
 """
 
 import contextlib
+import inspect
 import json
 import pickle
 import platform
@@ -11,14 +12,14 @@ import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_to_all_single_autograd
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import FileSystemReader, _async_process_executor
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -33,14 +34,16 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import _attention as ring_attention
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 __all__ = [
-    "EntryReader", "FsspecEntryReader", "TorchDispatchMode", "all_to_all", "checkpointed", "collectives", "completed",
-    "connection_loss", "grouped_mm", "leave_ring_unbalanced", "local_block", "operator_name", "raise_recompile_limit",
-    "rendezvous_store", "skips_if_told", "storage_error", "told_to_skip", "tree_flatten", "tree_leaves",
-    "tree_map_only", "tree_unflatten", "use_cpu",
+    "EntryReader", "FsspecEntryReader", "SaverProcess", "TorchDispatchMode", "all_to_all", "checkpointed",
+    "collectives", "completed", "connection_loss", "construct_savers", "end_saver", "grouped_mm",
+    "leave_ring_unbalanced", "local_block", "operator_name", "raise_recompile_limit", "rendezvous_store",
+    "skips_if_told", "storage_error", "told_to_skip", "tree_flatten", "tree_leaves", "tree_map_only", "tree_unflatten",
+    "use_cpu", "varlen_attention",
 ]  # fmt: skip
 
 # The trees (`tree_flatten` and the like) and `TorchDispatchMode` are what torch's own documentation uses, under
@@ -117,6 +120,20 @@ def grouped_mm(x_Si: Tensor, weight_noi: Tensor, ends_n: Tensor) -> Tensor:
     return torch._grouped_mm(x_Si, weight_noi.transpose(-2, -1), offs=ends_n)
 
 
+# torch 2.11 takes fewer heads of keys than of queries as they are, 2.13 only where it is told.
+_GROUPED_QUERIES = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+def varlen_attention(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, end_n: Tensor, longest: int) -> Tensor:
+    """Attend within sequences that stand end to end, `[T, H, d]`; `end_n` begins with 0.
+
+    Each version has another argument for causal attention; without it all attend in both directions.
+    """
+    options: dict[str, Any] = _GROUPED_QUERIES if k_THd.shape[1] != q_THd.shape[1] else {}
+    y_THd: Any = varlen_attn(q_THd, k_THd, v_THd, end_n, end_n, longest, longest, **options)
+    return cast(Tensor, y_THd)
+
+
 def checkpointed(block: nn.Module) -> nn.Module | None:
     """Return the module inside an activation checkpoint, None if `block` is not wrapped in one (2.13)."""
     return block._checkpoint_wrapped_module if isinstance(block, CheckpointWrapper) else None
@@ -175,6 +192,39 @@ def rendezvous_store() -> Any:
     """Return a connection of its own to the store of the process group's rendezvous (2.13)."""
     store: Any = _get_default_store()
     return store.clone()
+
+
+_SaverProcess: Any = _async_process_executor._AsyncCheckpointProcess
+
+
+class SaverProcess(_SaverProcess):
+    """DCP's process for background saves, whose body has a public name here; a subclass overrides it (2.13)."""
+
+    @staticmethod
+    def serve(group: Any, pipe: Any) -> None:
+        """Save what comes through the pipe, until it closes; the process's body."""
+        _SaverProcess._checkpointing_subprocess(group, pipe)
+
+    @property
+    def _checkpointing_subprocess(self) -> Any:
+        return self.serve
+
+    def end(self) -> None:
+        """End the process, whatever it is at."""
+        self._save_process.terminate()
+        self._save_process.join()
+
+
+def construct_savers(saver: type[SaverProcess]) -> None:
+    """Let DCP construct `saver` for background saves: it has no builder for it (2.13)."""
+    vars(_async_process_executor)["_AsyncCheckpointProcess"] = saver
+
+
+def end_saver() -> None:
+    """End this rank's process for background saves; the next save starts another. DCP would keep a dead one (2.13)."""
+    saver, _async_process_executor._CHECKPOINT_PROCESS = _async_process_executor._CHECKPOINT_PROCESS, None
+    if isinstance(saver, SaverProcess):
+        saver.end()
 
 
 _METADATA_CLASSES = {
