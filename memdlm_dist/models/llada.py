@@ -9,7 +9,8 @@ rank, N of all tensor-parallel ranks. Under tensor parallelism the activations b
 sharded on the sequence, [B, L / tp, D].
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -29,7 +30,7 @@ from memdlm_dist.models import initial_weights
 from memdlm_dist.models.attention import BidirectionalAttention, TokenContext, document_mask, has_block_attention
 from memdlm_dist.models.head import OutputHead, Readout
 from memdlm_dist.models.linears import LINEARS, names_of
-from memdlm_dist.models.residency import Residency
+from memdlm_dist.models.residency import Residency, frozen
 from memdlm_dist.models.rope import RopeScaling, rescaled_base, rotary_frequencies
 
 
@@ -267,6 +268,13 @@ class LLaDA(ModelProtocol):
         """
         context = context._replace(trains=outer and torch.is_grad_enabled())
         return self._head(self._layers(h_BLD, start, fast, context), index_M, readout)
+
+    @contextmanager
+    def inner_steps(self, start: int) -> Iterator[None]:
+        """The inner loop's passes through layers `start .. n - 1` and head: their parameters are constants to it."""
+        layers = list(self.layers.values())[start:]
+        with self.residency.inner_steps(start), frozen([*layers, self.norm, self.output]):
+            yield
 
     def _embed(self, tokens_BL: Tensor) -> Tensor:
         # Under tensor parallelism this is a collective's pending result.

@@ -28,6 +28,7 @@ from memdlm_dist.config import parse_config
 from memdlm_dist.models import BACKBONES
 from memdlm_dist.performance.bench_steps import Bench
 from memdlm_dist.performance.collectives import by_kind
+from tests.support.bilevel import trained_in_each_pass
 from tests.support.ranks import fork_group
 
 ROWS, LENGTH = 8, 16
@@ -93,8 +94,12 @@ def step(bench, count):
     found = {"loss": torch.zeros(())}
     statistics = []
     for batch in micro_batches(bench, count):
-        loss, inner = bench.loss_sum("ours", batch, 1)
+        with trained_in_each_pass(bench.model, bench.objective.memory.first_layer) as trained:
+            loss, inner = bench.loss_sum("ours", batch, 1)
         loss.backward()
+        # Also in the experts' group, the tail is a constant to the inner loop.
+        assert not any(trained[:-1]) and trained[-1] > 0
+        assert all(p.requires_grad for p in bench.model.parameters())
         found["loss"] += loss.detach()
         chosen = 1 % len(inner.written_norm_G)
         statistics.append(torch.stack([inner.loss_KG[:, chosen], inner.grad_norm_KG[:, chosen]]))
