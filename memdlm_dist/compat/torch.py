@@ -70,7 +70,8 @@ def _histc_of_integers(histc: Any) -> Any:
         if x.device.type != "cpu" or x.is_floating_point() or (min, max) != (0, bins):
             found: Tensor = histc(x, bins, min, max, **rest)
             return found
-        return torch.bincount(x, minlength=bins)
+        # Not bincount, of whose result's size a compiler knows nothing.
+        return torch.zeros(bins, dtype=x.dtype).scatter_add(0, x, torch.ones_like(x))
 
     counted.of_integers = True  # type: ignore[attr-defined]
     return counted

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.backends.debugging import aot_eager
 from torchtitan.models.moe.moe import GroupedExperts
 
 from memdlm_dist.compat import torch as compat
@@ -14,8 +15,9 @@ from memdlm_dist.method.inner_sgd import InnerSGD
 from memdlm_dist.method.trajectory import Plan
 from memdlm_dist.models import flavours, llada_moe
 from memdlm_dist.models.llada_moe import AdaptableExperts, LLaDAMoE, LLaDAMoEArgs
+from memdlm_dist.models.lora import Lora, add_adapters
 from memdlm_dist.training.objective import Objective
-from tests.workers.sharded_experts import LAYOUTS, options_of
+from tests.workers.sharded_experts import COMPILED, LAYOUTS, options_of
 
 # Two layouts add up the same numbers in another order: float32 rounding, of quantities of order 1 (4e-6 is seen).
 TOLERANCE = 1e-5
@@ -30,6 +32,27 @@ def results(tmp_path_factory, pools):
     for layout, (processes, _, _) in LAYOUTS.items():
         pools(processes).call("tests.workers.sharded_experts:find", str(root), layout)
     return {layout: torch.load(root / f"{layout}.pt") for layout in LAYOUTS}
+
+
+@pytest.fixture(scope="module")
+def compiled_results(tmp_path_factory, pools):
+    root = tmp_path_factory.mktemp("compiled")
+    parts = {name: layout for layout in COMPILED for name in (layout, f"{layout}-compiled")}
+    for name, layout in {"one": "one", **parts}.items():  # the first one writes the weights
+        pools(LAYOUTS[layout][0]).call("tests.workers.sharded_experts:find", str(root), name, ["lora"])
+    return {name: torch.load(root / f"{name}.pt") for name in parts}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", COMPILED)
+def test_a_layout_compiled_around_its_experts_takes_the_eager_steps(compiled_results, layout):
+    """The same bits; another step, with other numbers of tokens for every expert, compiles nothing again."""
+    eager, compiled = compiled_results[layout], compiled_results[f"{layout}-compiled"]
+    for name, value in eager["lora"].items():
+        assert torch.equal(compiled["lora"][name], value), name
+    assert compiled["gathers"] == eager["gathers"]
+    # Before the experts two graphs, after them a third: of the trunk with gradient and without, and of inner steps.
+    assert compiled["graphs"].tolist() == [9, 9] and eager["graphs"].tolist() == [0, 0]
 
 
 STEPS = [(layout, options) for layout in LAYOUTS if not layout.startswith("one") for options in options_of(layout)]
@@ -88,9 +111,10 @@ TOKENS = torch.randint(0, 60, (3, 24), generator=torch.Generator().manual_seed(2
 IDS = torch.tensor([5, 9, 2])
 
 
-def memory_of(adapter="lora", norm="per_parameter"):
+def memory_of(adapter="lora", norm="per_parameter", layers=ARGS.n_layers):
+    first = min(layers - 1, 1)
     return Memory(
-        1, ARGS.adapted_linears(1, ["ffn"]), adapter, 8, 16.0,
+        first, replace(ARGS, n_layers=layers).adapted_linears(first, ["ffn"]), adapter, 8, 16.0,
         inner_loss("cross_entropy", "pre_final_norm", "post_final_norm"), InnerSGD(0.3, 1.0, norm), per_sample=True,
     )  # fmt: skip
 
@@ -212,6 +236,45 @@ def test_a_step_with_its_groups_in_parts(model, monkeypatch):
     parts = run(5)
     assert max(sizes) == 5
     assert all(torch.equal(x, y) for x, y in zip(parts, whole, strict=True))
+
+
+def test_blocks_compiled_around_their_experts_are_the_eager_ones():
+    """The same bits, with outer adapters, on packed rows whose documents have fast weights of their own; another
+    routing, with other numbers of tokens for every expert, compiles nothing again."""
+    models, graphs = [], []
+    for _ in range(2):
+        model = LLaDAMoE(replace(ARGS, n_layers=1))
+        add_adapters(model, Lora(rank=4), torch.float32, torch.float32)
+        generator = torch.Generator().manual_seed(1)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+        models.append(model)
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    torch._dynamo.reset()
+    for block in models[1].layers.values():
+        block.compile_around_experts(backend)
+    memory = memory_of(layers=1)
+    documents = (torch.arange(24) * 3 // 24).expand(3, -1)
+    compiled, loads = [], []
+    for number in range(2):
+        tokens = torch.randint(0, 60, (3, 24), generator=torch.Generator().manual_seed(number))
+        batch = replace(OBJECTIVE, memory=memory).micro_batch(tokens, tokens, IDS, 1, documents_BL=documents)
+        found = []
+        for model in models:
+            model.zero_grad()
+            loss, inner = outer_loss(model, batch, memory, memory.draw(0, 1, batch.sample_ids_U))
+            loss.backward()
+            trained = [p.grad for p in model.parameters() if p.requires_grad]
+            found.append([loss.detach(), inner.loss_KG, inner.written_norm_G, *trained, model.take_load()])
+        assert all(torch.equal(x, y) for x, y in zip(*found, strict=True)) and inner.written_norm_G.min() > 0
+        compiled.append(len(graphs))
+        loads.append(found[0][-1])
+    # What runs before the experts is two graphs, what runs after them a third: of inner steps, and of the outer one.
+    assert compiled == [6, 6] and not torch.equal(*loads)
 
 
 def test_experts_without_fast_weights_are_torchtitans(model):
