@@ -171,8 +171,8 @@ class Routed(NamedTuple):
     x_SD: Tensor  # the slots' tokens
     slot_S: Tensor  # int64: the slots' places among the pairs (N, k)
     score_Nk: Tensor
-    load_E: Tensor  # tokens of each expert of all ranks
-    counts_E: Tensor  # slots of each, of those that this rank sorts
+    load_E: Tensor  # tokens of every expert, which may be on other ranks
+    counts_E: Tensor  # slots of every expert, as they are sorted
     counts_EG: Tensor | None  # and of each sample, if every sample has a set of fast weights
 
 
