@@ -200,8 +200,3 @@ def _check_experts(config: JobConfig, args: LLaDAMoEArgs, world_size: int) -> No
         "parallelism.expert_parallel_comm_backend = 'deepep' is not supported: it has no place for fast weights; set "
         "it to 'standard'.",
     )
-    require(
-        not config.compile.enable or "model" not in config.compile.components,
-        f"compile.enable is not supported for {name}: the number of an expert's tokens changes with every batch; unset "
-        "it.",
-    )

@@ -70,7 +70,6 @@ MISTAKES = [
     Mistake("experts of too few ranks", "expert_parallel_degree (4) must divide the 2 ranks", (*MOE, *POOLED, "--parallelism.expert_parallel_degree", "4"), env={"WORLD_SIZE": "2"}),
     Mistake("experts and TP", "expert_tensor_parallel_degree (1) must be tensor_parallel_degree (2)", (*MOE, *POOLED, "--parallelism.expert_parallel_degree", "2", "--parallelism.tensor_parallel_degree", "2"), env={"WORLD_SIZE": "4"}),
     Mistake("adapters of experts and TP", "whose adapters tensor parallelism cannot shard", (*MOE, "--model.converters", "lora", "--parallelism.tensor_parallel_degree", "2"), env={"WORLD_SIZE": "2"}),
-    Mistake("compiled experts", "compile.enable is not supported for model llada_moe", (*MOE, "--compile.enable")),
     Mistake("weights without checkpoints", "checkpoint.initial_load_in_hf needs checkpoint.enable", ("--checkpoint.initial_load_in_hf",)),
     Mistake("weights and more", "set checkpoint.initial_load_model_only = true", ("--checkpoint.enable", "--checkpoint.initial_load_in_hf", "--checkpoint.no-initial_load_model_only")),
     Mistake("quantised weights", "initial_load_in_hf_quantized is not supported", ("--checkpoint.initial_load_in_hf_quantized",)),
