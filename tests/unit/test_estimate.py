@@ -55,6 +55,8 @@ def test_fsdp_sends_what_is_foretold(ranks, arguments):
         bench = bench_step.Bench.build(config)
         foretold = estimate(bench.model, bench.args, bench.dims, config).communication
         counted: Collectives = bench.collectives("ours")
+        # Nothing stays gathered behind a step, whose weights the optimizer changes.
+        assert all("fsdp" in p.device_mesh.mesh_dim_names for p in bench.model.parameters())
         fsdp = bench.groups("fsdp")
         shards = fsdp[0].size()
         # Each collective's largest argument is the gathered tensor, padded to divide evenly: here all sizes do.

@@ -9,6 +9,7 @@ import pytest
 
 from memdlm_dist.config import check_layout, launch, parse_config
 from memdlm_dist.errors import UserError
+from memdlm_dist.inference.setup import inference_config
 from memdlm_dist.models import backbone_args
 
 SHIPPED = sorted(path.stem for path in Path("train_configs").glob("*.toml"))
@@ -40,6 +41,9 @@ def test_shipped_configurations_start_on_any_node(name):
         expected = given.global_batch_size if given.global_batch_size > 0 else ranks * given.local_batch_size
         assert training.global_batch_size == expected
         assert expected % (training.local_batch_size * (ranks // others)) == 0
+    # Inference has no batch to divide, and keeps no parameters gathered.
+    reading = launch.resolve(inference_config(config), 3 * config.parallelism.tensor_parallel_degree)
+    assert reading.parallelism.fsdp_reshard_after_forward == "default"
     if name.endswith("longalpaca"):
         found = launch.resolve(config, 32, 8)
         assert found.parallelism.data_parallel_replicate_degree == 4 and found.training.local_batch_size == 1
