@@ -51,7 +51,6 @@ model+=(--model.hf_assets_path "$DATA/tokenizer")
 
 if [[ -z ${NGPU:-} ]]; then
     NGPU=$("$python" -c 'import torch; print(torch.accelerator.device_count() or 1)')
-    [[ $NGPU != 1 ]] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}
 fi
 export NGPU
 

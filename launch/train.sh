@@ -5,12 +5,13 @@
 #
 # NGPU: number of processes (default: all accelerators, or 2 on a machine without any).
 # LOG_RANK: local ranks whose output is shown, separated by commas (default: 0).
+# OMP_NUM_THREADS: threads of each process (default: the node's cores over its processes).
 # TORCHRUN_FLAGS: further flags for torchrun, such as --max-restarts=3.
 # SIGTERM and SIGUSR1: finish the step, save, exit with status 75; a second one ends it at once.
 # For several nodes see launch/multinode.sh.
 set -euo pipefail
 
-usage() { sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 if [[ $# -lt 1 || $1 == -h || $1 == --help ]]; then
     usage
@@ -52,8 +53,6 @@ for rank in ${LOG_RANK//,/ }; do
     fi
 done
 
-# One thread per process: several processes on one machine otherwise fight for its cores.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # shellcheck disable=SC2086  # RENDEZVOUS (of multinode.sh) and TORCHRUN_FLAGS are lists of words
 exec "$python" -m memdlm_dist.runtime.launcher --nproc-per-node="$NGPU" \
     ${RENDEZVOUS:---rdzv-backend=c10d --rdzv-endpoint=localhost:0} \

@@ -35,6 +35,7 @@ from memdlm_dist.performance.bench_steps import Bench
 from memdlm_dist.performance.measure import measure, sweep, table, table_of_lengths
 from memdlm_dist.runtime.device import device_module, device_type
 from memdlm_dist.runtime.entry_point import guarded, new_parser, positive
+from memdlm_dist.runtime.process_environment import set_process_environment
 from memdlm_dist.runtime.process_group import Processes, launched
 from memdlm_dist.runtime.rank_0 import is_first
 
@@ -119,7 +120,8 @@ def start(options: argparse.Namespace, argv: Sequence[str], overrides: Sequence[
         sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--rdzv-backend=c10d",
         "--rdzv-endpoint=localhost:0", "--local-ranks-filter=0", __file__, *argv,
     ]  # fmt: skip
-    return subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ}).returncode
+    set_process_environment(processes)
+    return subprocess.run(command).returncode
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -28,13 +28,14 @@ from memdlm_dist.checkpoint.catalogue import (
     superfluous,
 )
 from memdlm_dist.checkpoint.reading import load_states, read_metadata
+from memdlm_dist.compat.torch import end_saver
 from memdlm_dist.compat.torchtitan import HookedCheckpoints
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import lora
 from memdlm_dist.models.lora import Lora
 from memdlm_dist.models.state_dict_adapters import file_of_each
 from memdlm_dist.runtime import storage
-from memdlm_dist.runtime.rank_0 import from_rank_0, is_first, one_line, reason_of
+from memdlm_dist.runtime.rank_0 import first_reason, from_rank_0, is_first, one_line, reason_of
 from memdlm_dist.runtime.storage import Storage, is_remote
 from memdlm_dist.runtime.writer import Claim
 
@@ -200,11 +201,17 @@ class ResumableCheckpoints(HookedCheckpoints):
             return
         self.wait()
         began, pause = time.monotonic(), storage.FIRST_WAIT
-        while reason := self._try_to_save(curr_step, last_step):
+        while True:
+            reason, everywhere = first_reason(self._try_to_save(curr_step, last_step))
+            if not reason:
+                return
+            self._abandon()
             # A store that is away comes back; a disk that is full stays full.
             late = time.monotonic() + pause - began > storage.PATIENCE
-            if not self._catalogue.storage.remote or from_rank_0(lambda late=late: late):
-                self._give_up(curr_step, reason, final=last_step or self.save_now)
+            if not everywhere or not self._catalogue.storage.remote or from_rank_0(lambda late=late: late):
+                # A thread that saves waits for the ranks that failed, and would come between those of later saves.
+                stuck = not everywhere and self.async_mode == AsyncMode.ASYNC
+                self._give_up(curr_step, reason, final=last_step or self.save_now or stuck)
                 return
             logger.warning(f"Saving the checkpoint of step {curr_step} failed ({reason}); trying again in {pause:g} s.")
             time.sleep(pause)
@@ -223,10 +230,19 @@ class ResumableCheckpoints(HookedCheckpoints):
                 self._saving = step
                 if self.save_now:
                     self._finish_saving()
-        except (CheckpointException, OSError) as failure:
-            self.save_future = None
+        except UserError:
+            raise
+        except (CheckpointException, Exception) as failure:  # DCP's is a BaseException
+            self._abandon()  # before the ranks agree, for others may wait for this one's
             return reason_of(failure)
         return ""
+
+    def maybe_wait_for_staging(self) -> None:
+        """Wait until the parameters that are being saved may change."""
+        try:
+            super().maybe_wait_for_staging()
+        except Exception:  # the save fails of it too, and `wait` says so
+            self.staging = False
 
     def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str, *rest: Any, **options: Any) -> Any:
         """torchtitan's; what is exported to others is the plain model, or the adapters alone."""
@@ -263,11 +279,22 @@ class ResumableCheckpoints(HookedCheckpoints):
         """Wait for an asynchronous save that is under way."""
         if (step := self._saving) is None:
             return
+        reason = ""
         try:
             self._finish_saving()
-        except (CheckpointException, OSError) as failure:
-            self.save_future = None
-            self._give_up(step, reason_of(failure), final=False)
+        except (CheckpointException, Exception) as failure:
+            self._abandon()
+            reason = reason_of(failure)
+        reason, _ = first_reason(reason)
+        if reason:
+            self._abandon()
+            self._give_up(step, reason, final=False)
+
+    def _abandon(self) -> None:
+        """Forget the save that is under way, which has failed on some rank; others of its ranks fail with it."""
+        self._saving = self.save_future = None
+        if self.async_mode == AsyncMode.ASYNC_WITH_PINNED_MEM:
+            end_saver()
 
     def _give_up(self, step: int, reason: str, final: bool) -> None:
         folder = self._catalogue.storage

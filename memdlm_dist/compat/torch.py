@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_to_all_single_autograd
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import FileSystemReader, _async_process_executor
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -36,9 +36,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = [
-    "EntryReader", "FsspecEntryReader", "TorchDispatchMode", "all_to_all", "checkpointed", "collectives", "completed",
-    "connection_loss", "grouped_mm", "leave_ring_unbalanced", "local_block", "operator_name", "raise_recompile_limit",
-    "rendezvous_store", "storage_error", "tree_leaves", "tree_map_only", "use_cpu",
+    "EntryReader", "FsspecEntryReader", "SaverProcess", "TorchDispatchMode", "all_to_all", "checkpointed",
+    "collectives", "completed", "connection_loss", "construct_savers", "end_saver", "grouped_mm",
+    "leave_ring_unbalanced", "local_block", "operator_name", "raise_recompile_limit", "rendezvous_store",
+    "storage_error", "tree_leaves", "tree_map_only", "use_cpu",
 ]  # fmt: skip
 
 # The trees (`tree_leaves`, `tree_map_only`) and `TorchDispatchMode` are what torch's own documentation uses, under
@@ -144,6 +145,39 @@ def rendezvous_store() -> Any:
     """Return a connection of its own to the store of the process group's rendezvous (2.13)."""
     store: Any = _get_default_store()
     return store.clone()
+
+
+_SaverProcess: Any = _async_process_executor._AsyncCheckpointProcess
+
+
+class SaverProcess(_SaverProcess):
+    """DCP's process for background saves, whose body has a public name here; a subclass overrides it (2.13)."""
+
+    @staticmethod
+    def serve(group: Any, pipe: Any) -> None:
+        """Save what comes through the pipe, until it closes; the process's body."""
+        _SaverProcess._checkpointing_subprocess(group, pipe)
+
+    @property
+    def _checkpointing_subprocess(self) -> Any:
+        return self.serve
+
+    def end(self) -> None:
+        """End the process, whatever it is at."""
+        self._save_process.terminate()
+        self._save_process.join()
+
+
+def construct_savers(saver: type[SaverProcess]) -> None:
+    """Let DCP construct `saver` for background saves: it has no builder for it (2.13)."""
+    vars(_async_process_executor)["_AsyncCheckpointProcess"] = saver
+
+
+def end_saver() -> None:
+    """End this rank's process for background saves; the next save starts another. DCP would keep a dead one (2.13)."""
+    saver, _async_process_executor._CHECKPOINT_PROCESS = _async_process_executor._CHECKPOINT_PROCESS, None
+    if isinstance(saver, SaverProcess):
+        saver.end()
 
 
 _METADATA_CLASSES = {

@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.config.job_config import ActivationCheckpoint, Compile, Training
@@ -25,7 +25,6 @@ from memdlm_dist.models.llada import LLaDA, LLaDAArgs, TransformerBlock
 from memdlm_dist.models.llada_moe import LLaDAMoE
 from memdlm_dist.models.lora import Lora, add_adapters
 from memdlm_dist.models.residency import Residency
-from memdlm_dist.runtime import cpu
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,10 @@ def parallelize(model: LLaDA, dims: ParallelDims, recipe: Recipe) -> LLaDA:
         for method in ("trunk", "tail"):
             register_fsdp_forward_method(model, method)
         model.residency = Residency.of(model, parallelism.fsdp_reshard_after_forward)
-        cpu.prepare_collectives(model)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # FSDP2 asks for a sum multiplied by torchtitan's factor of 1, which neither gloo nor NCCL's NVLS has.
+                module.set_force_sum_reduction_for_comms(True)
     return model
 
 

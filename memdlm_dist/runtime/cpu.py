@@ -41,15 +41,6 @@ def check_prepared() -> None:
         )
 
 
-def prepare_collectives(model: torch.nn.Module) -> None:
-    """Let FSDP2 reduce gradients on gloo, which has no pre-multiplied sum."""
-    if has_accelerator():
-        return
-    for module in model.modules():
-        if isinstance(module, torch.distributed.fsdp.FSDPModule):
-            module.set_force_sum_reduction_for_comms(True)
-
-
 def _memory_stats() -> dict[str, int]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     return {

@@ -29,6 +29,7 @@ from memdlm_dist.compat.torchrun import AgentLog, shutdown_flags
 from memdlm_dist.errors import EXIT_STATUS as USER_ERROR
 from memdlm_dist.runtime.preemption import EXIT_STATUS as PREEMPTED
 from memdlm_dist.runtime.preemption import ONE_REQUEST_SECONDS, STATUS_FILE
+from memdlm_dist.runtime.process_environment import set_process_environment
 
 # The training processes read here which job they are of: a job that is started again keeps its name.
 JOB = "MEMDLM_JOB"
@@ -134,6 +135,7 @@ def main() -> int:
     arguments = run.parse_args([*flags, *sys.argv[1:]])
     # With the rendezvous' store shared, as is the default, a restart reads the connection keys of the start before.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    set_process_environment(run.determine_local_world_size(arguments.nproc_per_node))
     os.environ.setdefault(JOB, job_name(arguments.rdzv_endpoint, arguments.rdzv_id))
     Forwarding().install()
     with tempfile.NamedTemporaryFile("r", prefix="memdlm-status-") as status:

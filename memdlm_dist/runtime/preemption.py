@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 logger = logging.getLogger()
@@ -135,6 +136,34 @@ def outlive_first_sigterm() -> None:
     signal.set_wakeup_fd(-1)  # inherited: what this process receives would be its rank's
     signal.signal(signal.SIGTERM, handle)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+@contextlib.contextmanager
+def starting_waiters() -> Iterator[None]:
+    """Processes that this thread starts meanwhile have `SIGNALS` blocked until they call `outlive_stop_request`."""
+    resource_tracker.ensure_running()  # multiprocessing unblocks SIGTERM when it starts this helper of its own
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def outlive_stop_request() -> None:
+    """In a process that its rank waits for: ignore a request to stop, but not the rank's own signal or a second one.
+
+    `SIGNALS` stay blocked in all threads, and one that is started here takes them.
+    """
+    threading.Thread(target=_outlive, daemon=True, name="signals").start()
+
+
+def _outlive() -> None:
+    first: float | None = None
+    while True:
+        received, now = signal.sigwaitinfo(SIGNALS), time.monotonic()
+        if received.si_pid == os.getppid() or (first is not None and now - first > ONE_REQUEST_SECONDS):
+            os._exit(128 + received.si_signo)
+        first = now if first is None else first
 
 
 def exit_status() -> int:

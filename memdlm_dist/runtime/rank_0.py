@@ -38,6 +38,23 @@ def from_rank_0(action: Any, failing: str = _CHECKPOINTS) -> Any:
     return outcome[0]
 
 
+def first_reason(reason: str) -> tuple[str, bool]:
+    """Return the reason of the first rank that has one, empty if none has, and whether all have one.
+
+    Args:
+        reason: of this rank; empty if nothing failed.
+    """
+    if not dist.is_initialized():
+        return reason, bool(reason)
+    reasons = [""] * dist.get_world_size()
+    dist.all_gather_object(reasons, reason)
+    found = [(rank, text) for rank, text in enumerate(reasons) if text]
+    if not found:
+        return "", False
+    rank, text = found[0]
+    return text if text.startswith("rank ") else f"rank {rank}: {text}", len(found) == len(reasons)
+
+
 class _Failed:
     def __init__(self, error: UserError):
         self.error = error
@@ -47,15 +64,21 @@ def reason_of(failure: BaseException) -> str:
     """Return the first rank's reason, in one line.
 
     Raises:
-        KeyboardInterrupt: if that is what it was. DCP catches it, and the run would go on.
+        KeyboardInterrupt, SystemExit: if that is what it was. DCP catches them, and the run would go on.
     """
     if isinstance(failure, CheckpointException) and failure.failures:
         for error, _ in failure.failures.values():
-            if isinstance(error, KeyboardInterrupt):
-                raise KeyboardInterrupt from None
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise type(error)(*error.args) from None
         rank, (error, _) = next(iter(failure.failures.items()))
-        return f"rank {rank}: {one_line(error)}"
-    return one_line(failure)
+        return f"rank {rank}: {_described(error)}"
+    return _described(failure)
+
+
+def _described(error: BaseException) -> str:
+    """Return an error's message, with its class unless the message alone says what is wrong with a file."""
+    known = isinstance(error, OSError | CheckpointException) or storage_error(str(error)) != str(error)
+    return one_line(error) if known or not str(error) else f"{type(error).__name__}: {one_line(error)}"
 
 
 def one_line(error: BaseException) -> str:

@@ -9,7 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from memdlm_dist.checkpoint.manager import ResumableCheckpoints
-from memdlm_dist.compat.torch import connection_loss
+from memdlm_dist.checkpoint.saver import Saver
+from memdlm_dist.compat.torch import connection_loss, construct_savers
 from memdlm_dist.compat.torchtitan import construct_checkpoints
 from memdlm_dist.config import check_layout, launch, parse_config
 from memdlm_dist.config.job_config import JobConfig
@@ -73,6 +74,7 @@ def run(argv: Sequence[str]) -> int:
     single_process_environment()
     train_spec.register()
     construct_checkpoints(ResumableCheckpoints)
+    construct_savers(Saver)
     with StopRequest() as stop, _writer(config) as writer:
         trainer = _train(config, stop, writer)
     if not trainer.stopped_early:

@@ -11,6 +11,7 @@ import pytest
 from memdlm_dist import train
 from memdlm_dist.checkpoint.catalogue import Catalogue
 from memdlm_dist.checkpoint.manager import MEMORY_OFF
+from tests.support import zygote
 from tests.support.launching import debug, run_many, scalars
 
 LOSS = "loss_metrics/global_avg_loss"
@@ -43,7 +44,7 @@ SCENARIOS = {
     ],
     "full": [(0, [FULL, ROOM])],
     "full-stops": [(2, [FULL], ["--reliability.on_save_failure", "stop"])],
-    "full-at-last": [(2, [fault("full", "step", 7)])],
+    "full-at-last": [(2, [fault("bug", "save", 4, rank=None), fault("full", "step", 7)])],
     "nan": [(2, [fault("nan", "step", 3)])],
     "nan-skipped": [
         (0, [fault("nan", "step", 3)], [*SKIP, "--training.steps", "4"]),
@@ -178,6 +179,20 @@ def test_a_full_disk(done):
     assert {path.name for path in (root / "full/checkpoint").iterdir()} == {"step-2", "step-8"}
     assert re.search(r"error: The checkpoint \S+step-4 could not be saved .*make room", stops)
     assert re.search(r"error: The checkpoint \S+step-8 could not be saved", last), "the last one is not lost silently"
+
+
+def test_a_save_that_fails_of_something_unexpected(done):
+    """An exception of no known kind: training goes on, unless it is to stop, and the next save succeeds."""
+    root, outputs = done
+    (last,) = outputs["full-at-last"]
+    sentence = r"ERROR - The checkpoint \S+step-4 could not be saved \(rank 0: KeyError: 'layers.0'; [\d,]+ MiB"
+    assert re.search(sentence, last) and "Traceback" not in last
+    assert {path.name for path in (root / "full-at-last/checkpoint").iterdir()} == {"step-2", "step-6"}
+
+
+def test_a_background_save_outlives_a_signal_to_the_whole_job(tmp_path):
+    status, output = zygote.run(1, "tests.workers.saving:signalled", str(tmp_path))
+    assert status == 0, output
 
 
 def test_a_loss_that_is_not_a_number(done):

@@ -9,12 +9,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from memdlm_dist.runtime import launcher, process_environment
 from tests.support.launching import Launched, debug, run_many, run_module, scalars
 from tests.support.ranks import free_port
 from tests.support.zygote import ROOT
+from tools import bench
 
 SCRIPTS = ["launch/train.sh", "launch/multinode.sh", "launch/slurm.sbatch", "launch/setup.sh", "launch/quickstart.sh"]
 LOSS = "loss_metrics/global_avg_loss"
@@ -44,6 +47,46 @@ def test_mistakes_on_several_nodes(variables, says):
     assert done.returncode == 2 and says in done.stderr
     done = subprocess.run(["bash", "launch/slurm.sbatch"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "name a configuration" in done.stderr
+
+
+THREADS, ALLOCATOR = "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF"
+
+
+@pytest.mark.parametrize(
+    "processes, quota, given, expected",
+    [
+        ("3", "max 100000", {}, {THREADS: "2", ALLOCATOR: "expandable_segments:True"}),
+        ("16", "max 100000", {}, {THREADS: "1", ALLOCATOR: "expandable_segments:True"}),
+        ("1", "400000 100000", {}, {THREADS: "4", ALLOCATOR: "expandable_segments:True"}),
+        ("1", "max 100000", {THREADS: "3", "PYTORCH_CUDA_ALLOC_CONF": "x:1"}, {THREADS: "3", ALLOCATOR: None}),
+    ],
+)
+def test_ranks_share_the_cores_and_get_an_allocator_that_grows(
+    monkeypatch, tmp_path, processes, quota, given, expected
+):
+    """As the launcher and the bench start them: on the cores that they may use, unless the user has set it."""
+    (tmp_path / "cpu.max").write_text(quota)
+    monkeypatch.setattr(process_environment, "_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(7)))
+    monkeypatch.setattr(launcher.Forwarding, "install", lambda self: None)
+    monkeypatch.setattr(bench, "_configuration", lambda *_: None)
+    starts = (
+        (launcher.run, launcher.main),
+        (bench.subprocess, lambda: bench.main(["--processes", processes, "--json", ""])),
+    )
+    monkeypatch.setattr(sys, "argv", ["launcher", f"--nproc-per-node={processes}", "train.py"])
+    for module, start in starts:
+        environment = {name: value for name, value in os.environ.items() if name not in expected} | given
+        monkeypatch.setattr(os, "environ", environment)
+        seen: dict[str, str] = {}
+
+        def run(*_, seen=seen):
+            seen |= os.environ
+            return SimpleNamespace(returncode=0)
+
+        monkeypatch.setattr(module, "run", run)
+        assert start() == 0
+        assert {name: seen.get(name) for name in expected} == expected
 
 
 NODES = ["--training.steps", "12", "--lr_scheduler.total_steps", "12"]

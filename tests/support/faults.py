@@ -7,10 +7,12 @@ when it happens, and keeps it from happening again in a run that is started anew
 
 do: a signal's name (sent to this very process), "nan" (the loss), "hang" (for ever), "sleep" (2 s), "full" (no file
 can grow beyond 4 KiB from here on), "room" (they can again), "mark" (nothing but its file "once"), "raise" (an
-OSError), "remove" (the folder "path"), "steal" (another job takes the folder "path"), "work" (3.5 s of it), "impatient"
-(from the start on: nothing is tried again), "skew" (from the start on: the node's clock is 60 s late).
-at: "step" (before its forward pass), "data" (when its batch is to be loaded), "write" (with half of this rank's
-checkpoint file written), "metadata" (with all files of the checkpoint written and its metadata not).
+OSError), "bug" (a KeyError), "remove" (the folder "path"), "steal" (another job takes the folder "path"), "work" (3.5 s
+of it), "impatient" (from the start on: nothing is tried again), "skew" (from the start on: the node's clock is 60 s
+late).
+at: "step" (before its forward pass), "data" (when its batch is to be loaded), "save" (when it begins), "write" (with
+half of this rank's checkpoint file written), "metadata" (with all files of the checkpoint written and its metadata
+not).
 """
 
 import json
@@ -33,6 +35,7 @@ from memdlm_dist.runtime import cpu
 cpu.prepare()
 
 from memdlm_dist import train
+from memdlm_dist.checkpoint.manager import ResumableCheckpoints
 from memdlm_dist.data.loader import EpochLoader
 from memdlm_dist.runtime import preemption, storage, writer
 from memdlm_dist.training.objective import Objective
@@ -75,6 +78,8 @@ def inject(faults: Iterable[dict[str, Any]]) -> None:
                 storage.Storage(fault["path"]).write_json(writer.LEASE, asdict(other))
             elif fault["do"] == "raise":
                 raise OSError("away for a moment")
+            elif fault["do"] == "bug":
+                raise KeyError("layers.0")
             elif fault["do"] in ("full", "room"):
                 limit = 4096 if fault["do"] == "full" else resource.RLIM_INFINITY
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
@@ -88,7 +93,9 @@ def inject(faults: Iterable[dict[str, Any]]) -> None:
         time.time = lambda: clock() - 60
 
     plain_step, plain_loss, plain_read = MemDLMTrainer.train_step, Objective.loss_sum, EpochLoader._read
-    plain_write, plain_finish = FileSystemWriter.write_data, FileSystemWriter.finish
+    plain_save, plain_write, plain_finish = (
+        ResumableCheckpoints.dcp_save, FileSystemWriter.write_data, FileSystemWriter.finish,
+    )  # fmt: skip
 
     def train_step(self, *arguments):
         now["step"] = self.step
@@ -104,6 +111,10 @@ def inject(faults: Iterable[dict[str, Any]]) -> None:
             happen("data")
             yield batch
 
+    def dcp_save(self, *arguments, **named):
+        happen("save")
+        return plain_save(self, *arguments, **named)
+
     def write_data(self, plan, planner):
         written = plain_write(self, plan, planner)
         for file in Path(self.path).glob(f"__{os.environ['RANK']}_*"):
@@ -117,6 +128,7 @@ def inject(faults: Iterable[dict[str, Any]]) -> None:
         plain_finish(self, *arguments, **named)
 
     MemDLMTrainer.train_step, Objective.loss_sum, EpochLoader._read = train_step, loss_sum, read
+    ResumableCheckpoints.dcp_save = dcp_save
     FileSystemWriter.write_data, FileSystemWriter.finish = write_data, finish
 
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import streaming.base.shared.prefix as shared_prefix
 import torch
+import torch.distributed as dist
 import torchtitan.components.checkpoint as titan_checkpoint
 import torchtitan.components.metrics as titan_metrics
 import torchtitan.distributed.utils as titan_distributed
@@ -24,6 +25,7 @@ from torch.distributed import run
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.elastic.multiprocessing import api as elastic
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives as fsdp_collectives
 from torch.nn.attention import SDPBackend
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
@@ -230,3 +232,25 @@ def test_a_flag_that_older_torchruns_lack():
     parser = run.get_args_parser()
     assert torchrun.shutdown_flags(parser, 5) == ["--shutdown-timeout=5"]
     assert torchrun.shutdown_flags(argparse.ArgumentParser(), 5) == []
+
+
+def test_gradients_are_plain_sums_for_nvls_and_gloo():
+    """torchtitan sets FSDP2's divisor to 1, of which FSDP2 makes a pre-multiplied sum; forced to sums, it divides by 1,
+    which it leaves out."""
+    group = SimpleNamespace(size=lambda: 8)
+    factors = fsdp_collectives._get_gradient_divide_factors(group, None, torch.float32, "cuda", 1.0, True)
+    assert factors == (None, 1.0, dist.ReduceOp.SUM, dist.ReduceOp.SUM)
+    _, _, unforced, _ = fsdp_collectives._get_gradient_divide_factors(group, None, torch.float32, "cuda", 1.0)
+    assert unforced != dist.ReduceOp.SUM
+    gradient = torch.randn(3)
+    before = gradient.clone()
+    fsdp_collectives._div_if_needed(gradient, 1.0)
+    assert torch.equal(gradient, before)
+
+
+def test_dcps_process_has_a_body_and_a_name():
+    executor = torch_seam._async_process_executor
+    assert parameters(executor._AsyncCheckpointProcess._checkpointing_subprocess) == ["pg_init_info", "parent_conn"]
+    source = inspect.getsource(executor)
+    assert "target=self._checkpointing_subprocess" in source
+    assert "_CHECKPOINT_PROCESS = _AsyncCheckpointProcess(" in source
