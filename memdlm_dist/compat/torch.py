@@ -3,6 +3,7 @@
 Shapes: S slots, n groups of slots.
 """
 
+import inspect
 import json
 import pickle
 import platform
@@ -10,7 +11,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import _attention as ring_attention
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -39,7 +41,7 @@ __all__ = [
     "EntryReader", "FsspecEntryReader", "SaverProcess", "TorchDispatchMode", "all_to_all", "checkpointed",
     "collectives", "completed", "connection_loss", "construct_savers", "end_saver", "grouped_mm",
     "leave_ring_unbalanced", "local_block", "operator_name", "raise_recompile_limit", "rendezvous_store",
-    "storage_error", "tree_leaves", "tree_map_only", "use_cpu",
+    "storage_error", "tree_leaves", "tree_map_only", "use_cpu", "varlen_attention",
 ]  # fmt: skip
 
 # The trees (`tree_leaves`, `tree_map_only`) and `TorchDispatchMode` are what torch's own documentation uses, under
@@ -114,6 +116,20 @@ def local_block(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 def grouped_mm(x_Si: Tensor, weight_noi: Tensor, ends_n: Tensor) -> Tensor:
     """Multiply each group of slots by its own matrix, `[S, o]`; `torch.nn.functional.grouped_mm` is newer than 2.11."""
     return torch._grouped_mm(x_Si, weight_noi.transpose(-2, -1), offs=ends_n)
+
+
+# torch 2.11 takes fewer heads of keys than of queries as they are, 2.13 only where it is told.
+_GROUPED_QUERIES = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+def varlen_attention(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, end_n: Tensor, longest: int) -> Tensor:
+    """Attend within sequences that stand end to end, `[T, H, d]`; `end_n` begins with 0.
+
+    Each version has another argument for causal attention; without it all attend in both directions.
+    """
+    options: dict[str, Any] = _GROUPED_QUERIES if k_THd.shape[1] != q_THd.shape[1] else {}
+    y_THd: Any = varlen_attn(q_THd, k_THd, v_THd, end_n, end_n, longest, longest, **options)
+    return cast(Tensor, y_THd)
 
 
 def checkpointed(block: nn.Module) -> nn.Module | None:

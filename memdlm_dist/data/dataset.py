@@ -153,13 +153,15 @@ class Requirements:
     ring_attention: bool
 
 
-def check_cards(locations: Sequence[str], run: Requirements) -> bool:
-    """Check that the shards at `locations` fit a run; returns whether rows of any of them know their documents.
+def check_cards(locations: Sequence[str], run: Requirements) -> int | None:
+    """Check that the shards at `locations` fit a run; returns the largest number of documents in a row.
+
+    It is 0 if no rows know their documents, and None if a card of format 1 does not say it.
 
     Raises:
         UserError: naming the folder and what does not fit.
     """
-    documents = False
+    most: list[int | None] = [0]
     for location in locations:
         card = read_card(location)
         if not card.sequences:
@@ -184,8 +186,14 @@ def check_cards(locations: Sequence[str], run: Requirements) -> bool:
                 f"The shards in {location} hold packed documents, which ring attention cannot keep apart; set "
                 "parallelism.context_parallel_method = 'ulysses'."
             )
-        documents = documents or card.documents
-    return documents
+        most.append((card.most_documents or None) if card.documents else 0)
+    return largest(most)
+
+
+def largest(most_documents: Sequence[int | None]) -> int | None:
+    """Return the largest of numbers of documents in a row; None if one is not known."""
+    known = [number for number in most_documents if number is not None]
+    return max(known) if len(known) == len(most_documents) else None
 
 
 def open_dataset(data: Data, locations: list[str], proportions: list[float], **options: Any) -> TokenDataset:

@@ -32,9 +32,18 @@ class EpochLoader(Stateful):
         batch_size: sequences per rank and micro-batch.
         ranks: data-parallel ones.
         global_batch_size: sequences per optimizer step.
+        most_documents: of a row, from `check_cards`.
     """
 
-    def __init__(self, dataset: TokenDataset, batch_size: int, ranks: int, global_batch_size: int, **options: Any):
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        batch_size: int,
+        ranks: int,
+        global_batch_size: int,
+        most_documents: int | None = 0,
+        **options: Any,
+    ):
         if not options.get("num_workers"):
             options = {k: v for k, v in options.items() if k not in ("persistent_workers", "prefetch_factor")}
         # Shapes stay fixed on every rank.
@@ -47,7 +56,7 @@ class EpochLoader(Stateful):
             **options,
         )
         self._dataset, self._micro_batch = dataset, batch_size * ranks
-        self.global_batch_size = global_batch_size
+        self.global_batch_size, self.most_documents = global_batch_size, most_documents
         self.fingerprint = dataset.fingerprint()
         # Of all ranks together; the number of nodes is that of the first start (streaming's elasticity asks for it).
         self._position = {"epoch": 0, "samples": 0, "nodes": streaming.nodes(dataset)}
@@ -132,12 +141,13 @@ def training_loader(
     Raises:
         UserError: if the shards are missing, do not fit the run, or are too few.
     """
+    most_documents = check_cards(data.train, run)
     dataset = open_dataset(
         data,
         data.train,
         data.proportions,
         batch_size=local_batch_size,
-        documents=check_cards(data.train, run),
+        documents=most_documents != 0,
         shuffle=data.shuffle,
         shuffle_seed=data.shuffle_seed,
         num_canonical_nodes=data.num_canonical_nodes,
@@ -151,4 +161,4 @@ def training_loader(
             f"data.train holds {dataset.epoch_size} sequences, fewer than one global batch of {global_batch_size}; "
             "prepare more data, or lower training.global_batch_size or training.local_batch_size."
         )
-    return EpochLoader(dataset, local_batch_size, ranks, global_batch_size, **options)
+    return EpochLoader(dataset, local_batch_size, ranks, global_batch_size, most_documents, **options)

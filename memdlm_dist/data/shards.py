@@ -16,7 +16,8 @@ from memdlm_dist.runtime.storage import Storage
 
 HASH = "xxh64"
 # Of the card and of the columns that it describes; a card of memdlm_dist 0.1 has no number, and is of format 1.
-FORMAT = 1
+# Format 2 adds `most_documents`.
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Card:
     eos_token_id: int
     sequences: int = 0
     documents: bool = False  # the rows know their documents
+    most_documents: int = 0  # of a row; 0 where the rows do not know them, and in cards of format 1
     format: int = FORMAT
 
 
@@ -40,7 +42,7 @@ class ShardWriter:
 
     Args:
         folder: new.
-        card: what the folder will hold; its `sequences` is counted here.
+        card: what the folder will hold; its `sequences` and `most_documents` are counted here.
         size_limit: bytes of one shard, at most.
     """
 
@@ -57,8 +59,9 @@ class ShardWriter:
     def write(self, row: Sequence) -> None:
         sample = {"tokens": row.tokens_L.astype(self._dtype), "maskable": np.packbits(row.maskable_L).tobytes()}
         if self.card.documents:
-            # A row that was not packed is one document.
-            sample["documents"] = np.array(row.documents or (self.card.seq_len,), dtype=np.uint32).tobytes()
+            documents = row.documents or (self.card.seq_len,)  # a row that was not packed is one document
+            sample["documents"] = np.array(documents, dtype=np.uint32).tobytes()
+            self.card = replace(self.card, most_documents=max(self.card.most_documents, len(documents)))
         self._writer.write(sample)
         self.card = replace(self.card, sequences=self.card.sequences + 1)
 
@@ -89,14 +92,14 @@ def read_card(location: str) -> Card:
         raise UserError(f"The shards' card {storage.url(CARD)} cannot be read: {one_line(error)}.") from None
     if problem := _problem(values):
         raise UserError(f"The shards' card {storage.url(CARD)} {problem}.")
-    return Card(**values)
+    return Card(**{"format": 1, **values})
 
 
 def _problem(values: Any) -> str:
     """Return what keeps a card from being read, as a verb and its object with the remedy."""
     if not isinstance(values, dict):
         return "is not a JSON object; prepare the data anew"
-    number = values.get("format", FORMAT)
+    number = values.get("format", 1)
     if type(number) is not int or number < 1:
         return "has no valid format; prepare the data anew"
     if number > FORMAT:

@@ -46,6 +46,7 @@ class Backbone(Protocol):
         attended_BL: Tensor | None = None,
         documents: Documents | None = None,
         sets_of_documents: bool = False,
+        sequence_shard: tuple[int, int] = (0, 1),
     ) -> Any: ...
 
     def __call__(
@@ -157,12 +158,14 @@ def remember(
 
 def token_context(model: Backbone, batch: MicroBatch, memory: Memory | None) -> Any:
     """What the layers are told of a micro-batch's tokens, made once for all passes."""
+    mesh = memory.tp_mesh if memory is not None else None
     return model.context(
         batch.inputs[0].shape[1],
         batch.first,
         batch.attended_BL,
         batch.documents,
         sets_of_documents=memory is not None and memory.per_sample,
+        sequence_shard=(mesh.get_local_rank(), mesh.size()) if mesh is not None else (0, 1),
     )
 
 

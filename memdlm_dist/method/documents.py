@@ -4,7 +4,7 @@ noise level, mask ratios and fast weights are its own.
 Every row has the same number of slots for documents, some of them empty, so that a micro-batch has B S samples in
 a fixed order: slot s of row b is number b S + s.
 
-Shapes: B rows, L tokens of a row, S slots of a row, U = B S samples.
+Shapes: B rows, L tokens of a row, T = B L tokens, S slots of a row, U = B S samples, P places.
 """
 
 from typing import NamedTuple
@@ -12,11 +12,51 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from memdlm_dist.errors import require
+
 # The number that a row's fill has in place of a document's.
 FILL = -1
 
 # Between the ids of two documents of one row; the first has the row's own. Rows are fewer than this.
 _ID_STRIDE = 2**40
+
+# Grouped products take groups of a multiple of so many rows, for the gradients of their matrices.
+_GROUP_ROWS = 8
+
+
+class Grouped(NamedTuple):
+    """Tokens laid out for grouped products, sample after sample.
+
+    Each sample has a multiple of 8 places, of which those behind its tokens are empty. The number of places is a
+    function of the shapes alone.
+    """
+
+    place_T: Tensor  # int64: of every token
+    end_U: Tensor  # int32: where each sample's places end; the last sample's are all that are left
+    places: int  # P
+
+    def lay_out(self, x_BLi: Tensor) -> Tensor:
+        """Return the tokens at their places `[P, i]`, and zeros at the empty ones."""
+        x_Ti = x_BLi.flatten(0, 1)
+        return x_Ti.new_zeros(self.places, x_Ti.shape[1]).index_copy(0, self.place_T, x_Ti)
+
+    def collect(self, y_Po: Tensor, rows: int) -> Tensor:
+        """Return the tokens `[B, L, o]` from their places."""
+        return y_Po.index_select(0, self.place_T).unflatten(0, (rows, -1))
+
+
+class OwnSet(NamedTuple):
+    """Which of its row's sets of fast weights, one for each document, is a token's."""
+
+    slot_BL: Tensor  # int64
+    slots: int  # S
+    # The tokens, and those of this tensor-parallel rank's sequence shard; None where there are no grouped products.
+    whole: Grouped | None = None
+    shard: Grouped | None = None
+
+    def mask(self) -> Tensor:
+        """Return whether a set is the token's, bool `[B, L, S]`."""
+        return self.slot_BL.unsqueeze(-1) == torch.arange(self.slots, device=self.slot_BL.device)
 
 
 class Documents(NamedTuple):
@@ -24,16 +64,29 @@ class Documents(NamedTuple):
 
     number_BL: Tensor  # int64: 0, 1, ... along the row, `FILL` behind the last
     place_BL: Tensor  # int64: position within the document
-    slots: int  # S, the largest number of documents in a row
+    slots: int  # S, the number of documents that a row can hold
 
     @classmethod
-    def of(cls, number_BL: Tensor) -> "Documents":
-        """Build from the tokens' document numbers alone."""
+    def of(cls, number_BL: Tensor, slots: int | None = None) -> "Documents":
+        """Build from the tokens' document numbers.
+
+        Args:
+            slots: S; None for the smallest power of two that these rows fit in.
+
+        Raises:
+            UserError: if a row holds more documents than `slots`.
+        """
+        most = int(number_BL.max().clamp(min=0)) + 1
+        require(
+            slots is None or most <= slots,
+            f"A row of the shards holds {most} documents, more than their card says (most_documents); prepare the data "
+            "anew.",
+        )
         column_L = torch.arange(number_BL.shape[1])
         begins_BL = torch.ones_like(number_BL, dtype=torch.bool)
         begins_BL[:, 1:] = number_BL[:, 1:] != number_BL[:, :-1]
         start_BL = torch.where(begins_BL, column_L, 0).cummax(1).values
-        return cls(number_BL, column_L - start_BL, int(number_BL.max().clamp(min=0)) + 1)
+        return cls(number_BL, column_L - start_BL, slots or power_of_two(most))
 
     @property
     def slot_BL(self) -> Tensor:
@@ -70,6 +123,17 @@ class Documents(NamedTuple):
         rank_T[order_T] = torch.arange(len(order_T)) - first_U[sample_T[order_T]]
         return rank_T.view_as(u_BL)
 
+    def ends(self) -> Tensor:
+        """Return where the sequences of all rows end, laid end to end, behind a 0: int32 `[B (S + 1) + 1]`.
+
+        A row's are its slots, empty ones too, and its padding. Nothing waits for the device.
+        """
+        number_BL = torch.where(self.number_BL == FILL, self.slots, self.number_BL)
+        first_B1 = (self.slots + 1) * torch.arange(len(number_BL), device=number_BL.device).unsqueeze(1)
+        sequence_T = (first_B1 + number_BL).flatten()
+        end_n = torch.zeros(len(number_BL) * (self.slots + 1) + 1, dtype=torch.int64, device=number_BL.device)
+        return end_n.index_add(0, sequence_T + 1, torch.ones_like(sequence_T)).cumsum(0).int()
+
     def mean_attended(self) -> float:
         """Return how many tokens a token attends to, on average; padding attends to itself.
 
@@ -85,9 +149,38 @@ class Documents(NamedTuple):
         columns = slice(first, first + length)
         return self._replace(number_BL=self.number_BL[:, columns], place_BL=self.place_BL[:, columns])
 
-    def own(self) -> Tensor:
-        """Return whether a slot is the token's, bool `[B, L, S]`."""
-        return self.slot_BL.unsqueeze(-1) == torch.arange(self.slots, device=self.number_BL.device)
+    def own_set(self, grouped: bool = False, shard: int = 0, shards: int = 1) -> OwnSet:
+        """Describe which set of fast weights is each token's; nothing waits for the device.
+
+        Args:
+            grouped: for grouped products.
+            shard, shards: this tensor-parallel rank's part of the columns.
+        """
+        if not grouped:
+            return OwnSet(self.slot_BL, self.slots)
+        whole, width = self.grouped(), self.number_BL.shape[1] // shards
+        part = whole if shards == 1 else self.slice(shard * width, width).grouped()
+        return OwnSet(self.slot_BL, self.slots, whole, part)
+
+    def grouped(self) -> Grouped:
+        """Lay the tokens out; those of a sample follow each other already."""
+        sample_T = self.sample_BL.flatten()
+        tokens, samples = len(sample_T), len(self.number_BL) * self.slots
+        size_U = torch.zeros(samples, dtype=torch.int64, device=sample_T.device)
+        size_U = size_U.index_add(0, sample_T, torch.ones_like(sample_T))
+        places_U = (size_U + _GROUP_ROWS - 1) // _GROUP_ROWS * _GROUP_ROWS
+        end_U = places_U.cumsum(0)
+        shift_U = (end_U - places_U) - (size_U.cumsum(0) - size_U)
+        place_T = torch.arange(tokens, device=sample_T.device) + shift_U[sample_T]
+        most = tokens + (_GROUP_ROWS - 1) * samples
+        places = -(-most // _GROUP_ROWS) * _GROUP_ROWS
+        end_U[-1:] = places
+        return Grouped(place_T, end_U.int(), places)
+
+
+def power_of_two(number: int) -> int:
+    """Return the smallest power of two that is not below `number`, which is at least 1."""
+    return 1 << (number - 1).bit_length()
 
 
 def tally_samples(chosen_BL: Tensor, documents: Documents | None) -> Tensor:

@@ -7,6 +7,8 @@ A mixture of experts has a term for each expert in every set: where other tensor
 E G, expert by expert.
 
 A packed row has a set for every slot of its documents; what a token is given is then the term of its own document.
+Where the device multiplies groups of rows in one product, a token passes through the set of its document alone;
+elsewhere it passes through all of its row's sets, and keeps its own.
 
 Shapes: G sets of fast weights (one per sample, or one per micro-batch), B rows, L tokens, s sets of a row,
 R rank, E experts of this rank, S slots (a token as often as experts see it), sorted by expert.
@@ -24,7 +26,9 @@ from torch.distributed import broadcast, get_global_rank
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from memdlm_dist.compat.torch import grouped_mm
 from memdlm_dist.method import keyed_random
+from memdlm_dist.method.documents import Grouped, OwnSet
 from memdlm_dist.method.keyed_random import Stream
 
 
@@ -77,23 +81,37 @@ class LowRank(NamedTuple):
         a_placement, b_placement = (Shard(2), Replicate()) if linear.row_wise else (Replicate(), Shard(1))
         return cls(_place(A_GRi, tp_mesh, a_placement), _place(B_GoR, tp_mesh, b_placement), alpha / rank)
 
-    def term(self, x_BLi: Tensor, own_BLs: Tensor | None = None) -> Tensor:
+    def term(self, x_BLi: Tensor, own: OwnSet | None = None) -> Tensor:
         """(alpha / R) B (A x); see `adapted`. For a row-wise linear only the rank-R intermediate is reduced.
 
-        The sets of a packed row are one of rank s R, of whose intermediate a token keeps what is its own set's.
+        Without grouped products the sets of a packed row are one of rank s R, of whose intermediate a token keeps what
+        is its own set's.
         """
         row_wise = isinstance(self.A_GRi, DTensor) and self.A_GRi.placements[0].is_shard()
         A_GRi, B_GoR = self.A_GRi, self.B_GoR
-        if own_BLs is not None:
-            A_GRi = A_GRi.unflatten(0, (-1, own_BLs.shape[-1])).flatten(1, 2)
-            B_GoR = B_GoR.unflatten(0, (-1, own_BLs.shape[-1])).transpose(1, 2).flatten(2, 3)
+        if own is not None:
+            if (dtype := _grouped_dtype(own, x_BLi, A_GRi, B_GoR)) is not None:
+                return self.scale * self._grouped(x_BLi.to(dtype), own, row_wise)
+            own_BLs = own.mask()
+            A_GRi = A_GRi.unflatten(0, (-1, own.slots)).flatten(1, 2)
+            B_GoR = B_GoR.unflatten(0, (-1, own.slots)).transpose(1, 2).flatten(2, 3)
         z_BLR = _project(_layout(x_BLi, A_GRi, row_wise), A_GRi)
         if row_wise:
             z_BLR = cast(DTensor, z_BLR).redistribute(placements=[Shard(1)])
-        if own_BLs is not None:
+        if own is not None:
             own_BLR = own_BLs.repeat_interleave(self.A_GRi.shape[1], dim=-1)
             z_BLR = z_BLR * _beside(own_BLR.type_as(z_BLR), z_BLR)
         return _local_output(self.scale * _project(z_BLR, B_GoR), row_wise)
+
+    def _grouped(self, x_BLi: Tensor, own: OwnSet, row_wise: bool) -> Tensor:
+        """B (A x), each token's by its own set alone."""
+        assert own.whole is not None and own.shard is not None
+        A_GRi, B_GoR = _part(self.A_GRi), _part(self.B_GoR)
+        x_BLi = _part(_layout(x_BLi, self.A_GRi, row_wise))
+        if not row_wise:
+            return _products(own.whole, x_BLi, A_GRi, B_GoR)
+        z_BLR = _scattered(_products(own.whole, x_BLi, A_GRi), cast(DTensor, self.A_GRi).device_mesh)
+        return _products(own.shard, z_BLR, B_GoR)
 
     def expert_term(self, x_Si: Tensor, product: ExpertProduct) -> Tensor:
         """The term for each expert; see `adapted_experts`."""
@@ -116,17 +134,22 @@ class Full(NamedTuple):
         delta_Goi = torch.zeros(len(keys_G), *_local_sizes(linear, tp_mesh), device=keys_G.device)
         return cls(_place(delta_Goi, tp_mesh, Shard(2 if linear.row_wise else 1)))
 
-    def term(self, x_BLi: Tensor, own_BLs: Tensor | None = None) -> Tensor:
+    def term(self, x_BLi: Tensor, own: OwnSet | None = None) -> Tensor:
         """delta x; see `adapted`. For a row-wise linear the whole output is reduced, as the linear's own is.
 
-        In a packed row every set is a matrix product with all of its tokens.
+        Without grouped products every set of a packed row is a matrix product with all of its tokens.
         """
         row_wise = isinstance(self.delta_Goi, DTensor) and self.delta_Goi.placements[0].is_shard(2)
+        if own is not None and (dtype := _grouped_dtype(own, x_BLi, self.delta_Goi)) is not None:
+            assert own.whole is not None
+            x_BLi = _part(_layout(x_BLi.to(dtype), self.delta_Goi, row_wise))
+            y_BLo = _products(own.whole, x_BLi, _part(self.delta_Goi))
+            return _scattered(y_BLo, cast(DTensor, self.delta_Goi).device_mesh) if row_wise else y_BLo
         x_BLi = _layout(x_BLi, self.delta_Goi, row_wise)
-        if own_BLs is None:
+        if own is None:
             return _local_output(_project(x_BLi, self.delta_Goi), row_wise)
-        deltas_sBoi = self.delta_Goi.unflatten(0, (-1, own_BLs.shape[-1])).unbind(1)
-        own_sBL1 = own_BLs.unsqueeze(-1).unbind(2)
+        deltas_sBoi = self.delta_Goi.unflatten(0, (-1, own.slots)).unbind(1)
+        own_sBL1 = own.mask().unsqueeze(-1).unbind(2)
         # Selected before the product: the sum of partial outputs can then be reduced as one.
         terms = [
             _project(x_BLi * _beside(own_BL1.type_as(x_BLi), x_BLi), delta_Boi)
@@ -187,7 +210,7 @@ def keys(seed: int, step: int, sample_ids_B: Tensor, per_sample: bool) -> Tensor
     return keyed_random.key(seed, Stream.FAST_WEIGHTS, step, sample_ids_B if per_sample else sample_ids_B[:1])
 
 
-def adapted(linear: nn.Module, x_BLi: Tensor, fast: FastLinear | None, own_BLs: Tensor | None = None) -> Tensor:
+def adapted(linear: nn.Module, x_BLi: Tensor, fast: FastLinear | None, own: OwnSet | None = None) -> Tensor:
     """The linear's output `[B, L, out]`, with the term of its fast weights added if it has any.
 
     Under tensor parallelism the input is what the linear gets (replicated if column-wise, sharded on
@@ -195,11 +218,11 @@ def adapted(linear: nn.Module, x_BLi: Tensor, fast: FastLinear | None, own_BLs: 
     tensors.
 
     Args:
-        own_BLs: bool, which of its row's sets is a token's, on every tensor-parallel rank; None where each row has
+        own: which of its row's sets is a token's, of all tokens on every tensor-parallel rank; None where each row has
             one set, or all have one together.
     """
     y_BLo = linear(x_BLi)
-    return y_BLo if fast is None else y_BLo + fast.term(x_BLi, own_BLs).type_as(y_BLo)
+    return y_BLo if fast is None else y_BLo + fast.term(x_BLi, own).type_as(y_BLo)
 
 
 def adapted_experts(weight_Eoi: Tensor, x_Si: Tensor, fast: FastLinear | None, product: ExpertProduct) -> Tensor:
@@ -217,6 +240,36 @@ def _part(x: Tensor) -> Tensor:
     if not isinstance(x, DTensor):
         return x
     return x.to_local(grad_placements=[Partial() if x.placements[0].is_replicate() else x.placements[0]])
+
+
+def _grouped_dtype(own: OwnSet, x_BLi: Tensor, *weights: Tensor) -> torch.dtype | None:
+    """Return in which type the term is computed as grouped products; None if it is not.
+
+    Accelerators have them in bfloat16, on rows of a multiple of 16 bytes.
+    """
+    if own.whole is None:
+        return None
+    device = x_BLi.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_BLi.dtype
+    known = dtype == torch.bfloat16 or (device == "cpu" and dtype == torch.float32)
+    return dtype if known and all(size % 8 == 0 for x in weights for size in _part(x).shape[1:]) else None
+
+
+def _products(grouped: Grouped, x_BLi: Tensor, *weights: Tensor) -> Tensor:
+    """Multiply each token by its own set's matrices in turn, `[B, L, o]`; all tensors are this rank's."""
+    y_Po = grouped.lay_out(x_BLi)
+    for weight_Goi in weights:
+        y_Po = grouped_mm(y_Po, weight_Goi.type_as(y_Po), grouped.end_U)
+    return grouped.collect(y_Po, len(x_BLi))
+
+
+def _scattered(partial_BLo: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Add up all tensor-parallel ranks' parts; returns this rank's sequence shard."""
+    return (
+        DTensor.from_local(partial_BLo, mesh, [Partial()], run_check=False)
+        .redistribute(placements=[Shard(1)])
+        .to_local()
+    )
 
 
 def _local_sizes(linear: AdaptedLinear, tp_mesh: DeviceMesh | None) -> tuple[int, int]:

@@ -3,8 +3,9 @@
 Shapes: B rows, L tokens, S slots for a row's documents, H heads, d head, j pairs of a head's dimensions.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
@@ -15,11 +16,24 @@ from torchtitan.models.attention import (
 )
 from torchtitan.models.llama3.model.model import Attention
 
+from memdlm_dist.compat.torch import varlen_attention
+from memdlm_dist.method.documents import Documents, OwnSet
 from memdlm_dist.method.fast_weights import FastLinear, adapted
 from memdlm_dist.models.rope import rotate
+from memdlm_dist.runtime.device import has_flash_attention
 
-# What attention is restricted to: bool, True where a token attends, that broadcasts to [B, H, L, L]; or blocks of it.
-Mask = Tensor | BlockMask
+
+class Sequences(NamedTuple):
+    """Sequences that all rows, laid end to end, consist of; a token attends to its own."""
+
+    end_n: Tensor  # int32: where each ends, behind a 0
+    longest: int  # no sequence is longer
+
+
+# What attention is restricted to: bool, True where a token attends, that broadcasts to [B, H, L, L]; blocks of it; or
+# sequences.
+Mask = Tensor | BlockMask | Sequences
+Method = Literal["varlen", "blocks", "dense"]
 
 
 class TokenContext(NamedTuple):
@@ -27,25 +41,35 @@ class TokenContext(NamedTuple):
 
     frequencies: Tensor  # complex64 [L, j], or [B, L, j] for packed rows: rotary positions of this rank's tokens
     mask: Mask | None = None  # over whole rows; None: every token attends to its whole row
-    # Bool [B, L, S]: which of its row's sets of fast weights is the token's; None where a row has one.
-    own_set: Tensor | None = None
+    own_set: OwnSet | None = None  # None where a row has one set of fast weights
     trains: bool = False  # this pass is the training loss's, not one of the inner loop or of validation
 
 
-def has_block_attention(device_type: str, head_dim: int) -> bool:
-    """Return whether flex attention runs: it has no backward pass on a CPU, and no kernel for narrower heads."""
-    return device_type != "cpu" and head_dim >= 16
+def attention_method(device_type: str, head_dim: int, dtype: torch.dtype) -> Method:
+    """Return how attention within documents is computed: the first of these that runs.
+
+    - "varlen": torch's variable-length attention, flash kernels that CUDA has for 16 bits and some widths of a head.
+    - "blocks": flex attention, which has no backward pass on a CPU, and no kernel for narrower heads.
+    - "dense": scaled dot-product attention with a mask.
+    """
+    fits = dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
+    if device_type == "cuda" and fits and has_flash_attention():
+        return "varlen"
+    return "blocks" if device_type != "cpu" and head_dim >= 16 else "dense"
 
 
-def document_mask(number_BL: Tensor, blocks: bool) -> Mask:
-    """Attention within documents: blocks, for flex attention, or all of it, `[B, 1, L, L]`.
+def document_mask(documents: Documents, method: Method) -> Mask:
+    """Restrict attention to documents; a row's padding is one more.
 
     Args:
-        number_BL: of each token's document; see `Documents`.
+        documents: of whole rows.
     """
-    if not blocks:
-        return (number_BL.unsqueeze(2) == number_BL.unsqueeze(1)).unsqueeze(1)
+    number_BL = documents.number_BL
     batch, length = number_BL.shape
+    if method == "varlen":
+        return Sequences(documents.ends(), length)
+    if method == "dense":
+        return (number_BL.unsqueeze(2) == number_BL.unsqueeze(1)).unsqueeze(1)
 
     def within_document(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return number_BL[b, query] == number_BL[b, key]
@@ -57,8 +81,8 @@ def document_mask(number_BL: Tensor, blocks: bool) -> Mask:
 class BidirectionalAttentionKernel(ScaledDotProductAttentionWrapper):
     """torchtitan's wrapper around scaled dot-product attention, which is causal unless told otherwise.
 
-    It takes no mask either: a mask goes to torch's function directly, one of blocks to torchtitan's wrapper around
-    flex attention.
+    It takes no mask either: a dense one goes to torch's function directly, blocks to torchtitan's wrapper around flex
+    attention, sequences to torch's variable-length attention.
     """
 
     def __init__(self) -> None:
@@ -70,6 +94,10 @@ class BidirectionalAttentionKernel(ScaledDotProductAttentionWrapper):
             return super().forward(q, k, v, enable_gqa=enable_gqa, is_causal=False)
         if isinstance(mask, BlockMask):
             return self.flex(q, k, v, block_mask=mask, enable_gqa=enable_gqa)
+        if isinstance(mask, Sequences):
+            # Autocast does not know it: what follows a norm may be in float32.
+            q, k, v = (x.to(v.dtype).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+            return varlen_attention(q, k, v, *mask).unflatten(0, (-1, mask.longest)).transpose(1, 2)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=enable_gqa)
 
 
@@ -97,7 +125,7 @@ class BidirectionalAttention(Attention):
         attention_masks: Mask | None = None,
         positions: None = None,
         fast: dict[str, FastLinear] | None = None,
-        own_set: Tensor | None = None,
+        own_set: OwnSet | None = None,
     ) -> Tensor:
         """`freqs_cis`, `attention_masks` and `own_set` are the fields of `TokenContext`."""
         # The signature is that of llama3's tensor-parallel plan; see `TransformerBlock.forward`.

@@ -104,7 +104,8 @@ class _Layer:
 
 def _fast_products(linear: AdaptedLinear, memory: Memory, tokens: int, sets: int) -> tuple[float, float]:
     """FLOPs of the fast term's products: the one that reads the linear's input, and the one after it if there is."""
-    # Experts take the slots of each set apart; elsewhere all tokens of a row go through all of its sets.
+    # Experts take the slots of each set apart; elsewhere, without grouped products, all tokens of a row go through all
+    # of its sets.
     tokens *= linear.experts_per_token if linear.experts else sets
     if memory.adapter == "full":
         return 2.0 * tokens * linear.in_features * linear.out_features, 0.0
@@ -130,7 +131,9 @@ def step_flops(
     tokens, documents = batch.inputs[0].numel(), batch.documents
     # Of packed rows what blocks of documents have; a dense mask, as on a CPU, computes everything.
     attended = float(batch.length) if documents is None else documents.mean_attended()
-    sets = documents.slots if documents is not None and memory is not None and memory.per_sample else 1
+    # Grouped products take each token through its own set; the empty places between documents are not counted.
+    masked = documents is not None and memory is not None and memory.per_sample and not args.grouped
+    sets = documents.slots if documents is not None and masked else 1
     again = recomputation or Recomputation()
     layers = [_Layer(args, i, tokens, attended, memory, again, frozen, sets) for i in range(args.n_layers)]
 

@@ -22,15 +22,16 @@ from torchtitan.models.utils import get_dense_model_nparams_and_flops
 from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 
 from memdlm_dist.compat.torch import completed
-from memdlm_dist.method.documents import Documents
+from memdlm_dist.method.documents import Documents, OwnSet
 from memdlm_dist.method.fast_weights import AdaptedLinear, FastLinear, FastWeights, adapted
 from memdlm_dist.method.logit_loss import HeadLoss
 from memdlm_dist.models import initial_weights
-from memdlm_dist.models.attention import BidirectionalAttention, TokenContext, document_mask, has_block_attention
+from memdlm_dist.models.attention import BidirectionalAttention, TokenContext, attention_method, document_mask
 from memdlm_dist.models.head import OutputHead, Readout
 from memdlm_dist.models.linears import LINEARS, names_of
 from memdlm_dist.models.residency import Residency
 from memdlm_dist.models.rope import RopeScaling, rescaled_base, rotary_frequencies
+from memdlm_dist.runtime.device import has_grouped_mm
 
 
 @dataclass
@@ -61,12 +62,16 @@ class LLaDAArgs(BaseModelArgs):
     qk_norm: bool = False
     # It predicts the token after each position, as backbones that were converted from autoregressive ones do.
     shifted: bool = False
+    # Products of groups of rows with a matrix each are one, in bfloat16, as devices have it that can: of packed
+    # documents' fast weights, and of experts.
+    grouped: bool = False
 
     def update_from_config(self, job_config: Any, **kwargs: Any) -> None:
         """Take the length of the context from a configuration; torchtitan's hook."""
         self.max_seq_len = job_config.training.seq_len
         self.rope_scaling = job_config.model.rope_scaling
         self.rope_scaling_method = job_config.model.rope_scaling_method
+        self.grouped = has_grouped_mm()
 
     @property
     def head_dim(self) -> int:
@@ -111,7 +116,7 @@ class LLaDAArgs(BaseModelArgs):
 class AdaptableFeedForward(FeedForward):
     """SwiGLU, W_down(silu(W_gate x) * W_up x). Each linear has fast weights if it is given any."""
 
-    def forward(self, x: Tensor, fast: dict[str, FastLinear] | None = None, own_set: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, fast: dict[str, FastLinear] | None = None, own_set: OwnSet | None = None) -> Tensor:
         fast = fast or {}
         h = F.silu(adapted(self.w1, x, fast.get("gate"), own_set)) * adapted(self.w3, x, fast.get("up"), own_set)
         return adapted(self.w2, h, fast.get("down"), own_set)
@@ -132,7 +137,7 @@ class TransformerBlock(nn.Module):
     def _build_ffn(self, args: Any) -> None:
         self.feed_forward = AdaptableFeedForward(args.dim, args.hidden_dim)
 
-    def ffn(self, x_BLD: Tensor, fast: dict[str, FastLinear] | None, own_set: Tensor | None, trains: bool) -> Tensor:
+    def ffn(self, x_BLD: Tensor, fast: dict[str, FastLinear] | None, own_set: OwnSet | None, trains: bool) -> Tensor:
         return self.feed_forward(x_BLD, fast=fast, own_set=own_set)
 
     def forward(self, x_BLD: Tensor, context: TokenContext, fast: dict[str, FastLinear] | None = None) -> Tensor:
@@ -153,6 +158,7 @@ class LLaDA(ModelProtocol):
     freqs_cis: Tensor
     layers: nn.ModuleDict
     residency = Residency()  # its own where FSDP2 shards the backbone
+    mixed_precision: torch.dtype | None = None  # which FSDP2 computes in
 
     def __init__(self, args: LLaDAArgs):
         super().__init__(args)
@@ -174,6 +180,7 @@ class LLaDA(ModelProtocol):
         attended_BL: Tensor | None = None,
         documents: Documents | None = None,
         sets_of_documents: bool = False,
+        sequence_shard: tuple[int, int] = (0, 1),
     ) -> TokenContext:
         """What the layers are told of a micro-batch's tokens.
 
@@ -183,16 +190,24 @@ class LLaDA(ModelProtocol):
             attended_BL: bool, of whole rows: the tokens that are attended to; None for all.
             documents: of whole packed rows, on the model's device.
             sets_of_documents: every document has a set of fast weights.
+            sequence_shard: this tensor-parallel rank's number, and that of all.
         """
         if documents is None:
             attended_B11L = attended_BL[:, None, None, :] if attended_BL is not None else None
             return TokenContext(self.freqs_cis[first : first + length], attended_B11L)
         assert attended_BL is None
         here = documents.slice(first, length)
-        own_set = here.own() if sets_of_documents and documents.slots > 1 else None
-        blocks = has_block_attention(documents.number_BL.device.type, self.model_args.head_dim)
-        mask = document_mask(documents.number_BL, blocks)
-        return TokenContext(self.freqs_cis[here.place_BL], mask, own_set)
+        several = sets_of_documents and documents.slots > 1
+        own_set = here.own_set(self.model_args.grouped, *sequence_shard) if several else None
+        device = documents.number_BL.device.type
+        method = attention_method(device, self.model_args.head_dim, self._dtype(device))
+        return TokenContext(self.freqs_cis[here.place_BL], document_mask(documents, method), own_set)
+
+    def _dtype(self, device_type: str) -> torch.dtype:
+        """Return the type that the blocks compute in."""
+        if torch.is_autocast_enabled(device_type):
+            return torch.get_autocast_dtype(device_type)
+        return self.mixed_precision or next(self.parameters()).dtype
 
     def reach(self, length: int) -> None:
         """Make the table of rotary positions long enough; beyond the length of training the model extrapolates."""

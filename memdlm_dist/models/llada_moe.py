@@ -23,10 +23,10 @@ from torchtitan.models.utils import get_moe_model_nparams_and_flops
 
 from memdlm_dist.compat.torch import grouped_mm
 from memdlm_dist.compat.torchtitan import permuted
+from memdlm_dist.method.documents import OwnSet
 from memdlm_dist.method.fast_weights import AdaptedLinear, ExpertProduct, FastLinear, adapted_experts
 from memdlm_dist.models.linears import GROUPS, LINEARS
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs, TransformerBlock
-from memdlm_dist.runtime.device import has_grouped_mm
 
 
 @dataclass
@@ -43,8 +43,6 @@ class LLaDAMoEArgs(LLaDAArgs):
     qk_norm: bool = True
     n_experts: int = 64
     experts_per_token: int = 8
-    # One grouped matrix product for all experts, in bfloat16, as devices have it that can; otherwise a loop over them.
-    grouped: bool = False
 
     @property
     def moe_args(self) -> MoEArgs:
@@ -59,10 +57,6 @@ class LLaDAMoEArgs(LLaDAArgs):
             use_grouped_mm=self.grouped,
             load_balance_coeff=None,  # a bias of the routing, which the published model does not have
         )
-
-    def update_from_config(self, job_config: Any, **kwargs: Any) -> None:
-        super().update_from_config(job_config, **kwargs)
-        self.grouped = has_grouped_mm()
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
         return get_moe_model_nparams_and_flops(self, model, 2 * self.head_dim, seq_len)
@@ -182,7 +176,7 @@ class MixtureOfExperts(MoE):
         self,
         x: Tensor,
         fast: dict[str, FastLinear] | None = None,
-        own_set: Tensor | None = None,
+        own_set: OwnSet | None = None,
         trains: bool = False,
     ) -> Tensor:
         """Return the sum over a token's experts of router weight times the expert's output, `[B, L, D]`.
@@ -211,7 +205,7 @@ class MixtureOfExperts(MoE):
         return out_N1D.type_as(x).view_as(x)
 
     def _counts_of_sets(
-        self, expert_Nk: Tensor, shape: torch.Size, fast: dict[str, FastLinear] | None, own_set: Tensor | None
+        self, expert_Nk: Tensor, shape: torch.Size, fast: dict[str, FastLinear] | None, own_set: OwnSet | None
     ) -> Tensor | None:
         """Each expert's number of slots of each sample, `[E, G]`, if every sample has a set of fast weights.
 
@@ -222,7 +216,7 @@ class MixtureOfExperts(MoE):
         rows, length = shape
         set_BL = torch.arange(rows, device=expert_Nk.device).unsqueeze(1).expand(rows, length)
         if own_set is not None:
-            set_BL = set_BL * own_set.shape[-1] + own_set.to(torch.uint8).argmax(-1)
+            set_BL = set_BL * own_set.slots + own_set.slot_BL
         group_S = (expert_Nk * sets + set_BL.reshape(-1, 1)).flatten()
         counts = torch.zeros(self.experts.num_experts * sets, dtype=torch.int64, device=group_S.device)
         return counts.scatter_add(0, group_S, torch.ones_like(group_S)).view(-1, sets)
@@ -236,7 +230,7 @@ class MoEBlock(TransformerBlock):
     def _build_ffn(self, args: Any) -> None:
         self.moe = MixtureOfExperts(args)
 
-    def ffn(self, x_BLD: Tensor, fast: dict[str, FastLinear] | None, own_set: Tensor | None, trains: bool) -> Tensor:
+    def ffn(self, x_BLD: Tensor, fast: dict[str, FastLinear] | None, own_set: OwnSet | None, trains: bool) -> Tensor:
         # Fast weights of the attention are not the experts' business.
         ours = {name: linear for name, linear in (fast or {}).items() if name in GROUPS["ffn"]}
         return cast(Tensor, self.moe(x_BLD, fast=ours or None, own_set=own_set, trains=trains))

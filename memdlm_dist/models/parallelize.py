@@ -119,6 +119,7 @@ def parallelize(model: LLaDA, dims: ParallelDims, recipe: Recipe) -> LLaDA:
         for method in ("trunk", "tail"):
             register_fsdp_forward_method(model, method)
         model.residency = Residency.of(model, parallelism.fsdp_reshard_after_forward)
+        model.mixed_precision = TORCH_DTYPE_MAP[training.mixed_precision_param]
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 # FSDP2 asks for a sum multiplied by torchtitan's factor of 1, which neither gloo nor NCCL's NVLS has.

@@ -23,3 +23,9 @@ def device_module() -> Any:
 def has_grouped_mm() -> bool:
     """Return whether the device multiplies groups of rows in one product (compute capability 9.0)."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+
+
+def has_flash_attention() -> bool:
+    """Return whether torch's flash attention kernels run on the device (compute capability 8.0)."""
+    available = torch.cuda.is_available() and torch.backends.cuda.is_flash_attention_available()
+    return available and torch.cuda.get_device_capability() >= (8, 0)

@@ -36,6 +36,7 @@ class Objective:
     shifted: bool = False  # the backbone predicts the next token
     parts: int = 1  # of the rows: the context-parallel degree
     part: int = 0  # this rank's
+    slots: int | None = None  # of packed rows' documents; None: by the micro-batch, see `Documents.of`
 
     def micro_batch(
         self,
@@ -61,7 +62,7 @@ class Objective:
             documents_BL: numbers of the tokens' documents in packed rows (`Documents.number_BL`), which then are the
                 samples.
         """
-        documents = Documents.of(documents_BL) if documents_BL is not None else None
+        documents = Documents.of(documents_BL, self.slots) if documents_BL is not None else None
         sample_ids_U = sample_ids_B if documents is None else documents.ids(sample_ids_B)
         maskable_BL = labels_BL != IGNORE_INDEX
         if self.shifted:  # nothing predicts the first token

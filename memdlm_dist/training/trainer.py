@@ -1,6 +1,7 @@
 """torchtitan's Trainer with the bi-level step: `train` is the loop, `train_step` one step, each from top to bottom."""
 
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -17,13 +18,16 @@ from memdlm_dist.checkpoint.continuity import identity
 from memdlm_dist.checkpoint.manager import ResumableCheckpoints
 from memdlm_dist.config.experiment import experiment_of
 from memdlm_dist.config.job_config import JobConfig
+from memdlm_dist.data.dataset import largest
 from memdlm_dist.data.loader import Batch
+from memdlm_dist.method.documents import power_of_two
 from memdlm_dist.method.inner_loop import InnerStatistics
 from memdlm_dist.method.micro_batch import MicroBatch
 from memdlm_dist.method.trajectory import IGNORE_INDEX
 from memdlm_dist.models.flops import Recomputation, step_flops
 from memdlm_dist.models.llada_moe import LLaDAMoE
 from memdlm_dist.runtime.preemption import StopRequest
+from memdlm_dist.runtime.rank_0 import is_first
 from memdlm_dist.runtime.watchdog import start_watchdog
 from memdlm_dist.training.agreement import StepAgreement
 from memdlm_dist.training.backbone import lora_of
@@ -56,6 +60,7 @@ class MemDLMTrainer(Trainer):
         self.stop = stop
         (self.model,) = self.model_parts
         self.objective = build_objective(job_config, self.model_args, self.tokenizer.mask_id, self.parallel_dims)
+        self.objective = replace(self.objective, slots=self._document_slots())
         checkpointing = job_config.activation_checkpoint
         self.recomputation = Recomputation(checkpointing.mode, checkpointing.selective_ac_option)
         data = job_config.data
@@ -74,7 +79,7 @@ class MemDLMTrainer(Trainer):
         self.agreement = StepAgreement(self.model_parts, job_config.reliability, self.device)
         self.watchdog = start_watchdog(job_config.comm.init_timeout_seconds)
         if job_config.validation.enable:
-            self.validator.progress = self.watchdog.at
+            self.validator.progress, self.validator.slots = self.watchdog.at, self.objective.slots
         self._stopping = False
 
     @record
@@ -103,6 +108,7 @@ class MemDLMTrainer(Trainer):
                 self.gc_handler.run(self.step)
                 self.train_step(batches)
                 if self.step == first_step:  # what was built lazily is there, and compiled
+                    self._compile_ahead(resumed=first_step > 1)
                     self._shorten_timeouts()
                 self.watchdog.at(f"finishing step {self.step} (checkpoint, validation)", needs_others=False)
                 self.checkpointer.save(self.step, last_step=self.step == config.training.steps)
@@ -205,6 +211,61 @@ class MemDLMTrainer(Trainer):
             flops = step_flops(self.model_args, on_host, self.objective.memory, self.recomputation, frozen)
             both, plain = torch.tensor([flops.outer + flops.inner, flops.outer], device=self.device)
             metrics.record_ratio(HARDWARE_FLOPS, both, plain)
+
+    def _document_slots(self) -> int | None:
+        """Return the number of slots for a row's documents: a power of two, the same in the whole run.
+
+        None where a card of the shards does not say how many documents a row holds.
+        """
+        most = {"data.train": self.dataloader.most_documents}
+        if self.job_config.validation.enable:
+            most["data.validation"] = self.validator.most_documents
+        unknown = " and ".join(name for name, number in most.items() if number is None)
+        if unknown and is_first():
+            logger.warning(
+                f"The cards of the shards in {unknown} do not say how many documents a row holds: tensors will have "
+                "several sizes, for each of which ranks compile at different steps; prepare the data anew."
+            )
+        number = largest(list(most.values()))
+        return None if number is None else power_of_two(max(1, number))
+
+    def _compile_ahead(self, resumed: bool) -> None:
+        """Run once, on random tokens, what later steps and validations would be the first to run.
+
+        It is then compiled under the timeout of a start, on all ranks at the same time. No state is changed: gradients
+        are discarded, and buffers (the experts' loads) get their values back.
+
+        Args:
+            resumed: no validation has come before this start's first step.
+        """
+        config = self.job_config
+        if not config.compile.enable or "model" not in config.compile.components:
+            return
+        began = time.perf_counter()
+        self.watchdog.at("compiling what later steps and validations run")
+        before = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        if self.objective.memory is not None and self.step < config.parametric_memory.start_step:
+            batch = self._random_batch(config.training.local_batch_size, self.dataloader.most_documents != 0)
+            with self.train_context():
+                with self.maybe_enable_amp:
+                    loss_sum, _ = self.objective.loss_sum(self.model, batch, self.step)
+                loss_sum.backward()
+            self.optimizers.zero_grad()
+        if config.validation.enable and resumed:
+            batch = self._random_batch(self.validator.batch_size, self.validator.most_documents != 0)
+            self.validator.losses(self.model, batch)
+        for buffer, value in before:
+            buffer.copy_(value)
+        self.metrics_processor.exclude(time.perf_counter() - began)
+
+    def _random_batch(self, rows: int, packed: bool) -> MicroBatch:
+        """Return a micro-batch of the run's shapes, the same on every rank; packed rows hold one document."""
+        shape = (rows, self.job_config.training.seq_len)
+        tokens_BL = torch.randint(0, self.model_args.vocab_size, shape, generator=torch.Generator())
+        documents_BL = torch.zeros_like(tokens_BL) if packed else None
+        ids_B = torch.arange(rows)
+        batch = self.objective.micro_batch(tokens_BL, tokens_BL, ids_B, self.step, documents_BL=documents_BL)
+        return batch.to(self.device)
 
     def _shorten_timeouts(self) -> None:
         """Give collectives the time of a step, after the first one of this start."""

@@ -14,6 +14,7 @@ from memdlm_dist.data.dataset import check_cards, open_dataset
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.method.diffusion import level_from_uniform
 from memdlm_dist.method.documents import Documents
+from memdlm_dist.method.micro_batch import MicroBatch
 from memdlm_dist.method.trajectory import IGNORE_INDEX
 from memdlm_dist.models import backbone_args
 from memdlm_dist.models.layout import Layout
@@ -45,6 +46,8 @@ class HeldOutValidator:
     is lower by construction; memory off is the one that compares base models.
     """
 
+    slots: int | None = None  # the trainer's, see `Objective.slots`
+
     def __init__(
         self,
         job_config: JobConfig,
@@ -68,12 +71,12 @@ class HeldOutValidator:
             build_objective(job_config, args, tokenizer.mask_id, parallel_dims), seed=0, probability=1.0
         )
         data, training = job_config.data, job_config.training
-        documents = check_cards(data.validation, requirements_of(job_config, tokenizer.mask_id))
-        self._batch_size = job_config.validation.local_batch_size or training.local_batch_size
+        self.most_documents = check_cards(data.validation, requirements_of(job_config, tokenizer.mask_id))
+        self.batch_size = job_config.validation.local_batch_size or training.local_batch_size
         self._dataset = open_dataset(
-            data, data.validation, [], batch_size=self._batch_size, documents=documents, shuffle=False
+            data, data.validation, [], batch_size=self.batch_size, documents=self.most_documents != 0, shuffle=False
         )
-        steps, every = job_config.validation.steps, self._batch_size * dp_world_size
+        steps, every = job_config.validation.steps, self.batch_size * dp_world_size
         self._samples = self._dataset.size if steps == -1 else min(self._dataset.size, steps * every)
         self._dependence = MemoryDependence()
 
@@ -86,9 +89,9 @@ class HeldOutValidator:
 
         Every rank makes the same number of passes, whatever the number of samples.
         """
-        first = self._dp_rank * self._batch_size
-        for start in range(first, first + self._samples, self._dp_size * self._batch_size):
-            ids = torch.arange(start, start + self._batch_size)
+        first = self._dp_rank * self.batch_size
+        for start in range(first, first + self._samples, self._dp_size * self.batch_size):
+            ids = torch.arange(start, start + self.batch_size)
             rows = [self._dataset[int(i)] for i in ids.clamp(max=self._samples - 1)]
             labels = torch.stack([row["labels"] for row in rows])
             labels[ids >= self._samples] = IGNORE_INDEX
@@ -98,14 +101,14 @@ class HeldOutValidator:
     def validate(self, model_parts: list[torch.nn.Module], step: int) -> dict[str, float]:
         """Measure, log and append to the history; returns the losses by their TensorBoard names."""
         model = cast(LLaDA, model_parts[0])
-        objective = self._objective
+        objective = replace(self._objective, slots=self.slots)
         names = LOSSES if objective.memory else LOSSES[:1]
         sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=device_type())
         began = time.perf_counter()
         # No model.eval(): the backbone has no dropout, and compiled blocks would be compiled again.
         for tokens, labels, ids, documents in self._batches():
             self.progress(f"validating at step {step}")
-            slots = Documents.of(documents).slots if documents is not None else 1
+            slots = Documents.of(documents, self.slots).slots if documents is not None else 1
             batch = objective.micro_batch(
                 tokens,
                 labels,
@@ -115,9 +118,7 @@ class HeldOutValidator:
                 outer_weight="schedule",
                 documents_BL=documents,
             ).to(device_type())
-            for i in range(len(names)):
-                with torch.no_grad(), self._context(), self._amp:
-                    loss, _ = objective.loss_sum(model, batch, step=0, use_memory=i == 1)
+            for i, loss in enumerate(self.losses(model, batch)):
                 sums[i] += loss.double()
             sums[-1] += (labels != IGNORE_INDEX).sum()
         mesh = self._parallel_dims.get_optional_mesh("loss")
@@ -131,6 +132,14 @@ class HeldOutValidator:
             logger.warning(warning)
         self._metrics.exclude(time.perf_counter() - began)
         return losses
+
+    def losses(self, model: LLaDA, batch: MicroBatch) -> list[Tensor]:
+        """Return the loss sums of a micro-batch, with the memory off and, if there is one, on."""
+        found = []
+        for use_memory in (False, True) if self._objective.memory else (False,):
+            with torch.no_grad(), self._context(), self._amp:
+                found.append(self._objective.loss_sum(model, batch, step=0, use_memory=use_memory)[0])
+        return found
 
     def _report(self, losses: dict[str, float], step: int) -> None:
         self._metrics.log_scalars(losses, step)

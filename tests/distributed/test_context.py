@@ -17,7 +17,7 @@ from memdlm_dist.models.llada import LLaDA
 from memdlm_dist.performance.bench_steps import Bench
 from memdlm_dist.training import run
 from memdlm_dist.training.backbone import layout_of, model_on_meta
-from tests.workers.sharded_context import DOCUMENTS, LAYOUTS, OPTIONS, configuration, numbers, options_of
+from tests.workers.sharded_context import DOCUMENTS, GROUPED, LAYOUTS, OPTIONS, configuration, numbers, options_of
 
 # Two layouts add up the same numbers in another order: float32 rounding (8e-7 is seen).
 TOLERANCE = 1e-5
@@ -45,6 +45,14 @@ def test_a_layout_gives_the_single_process_loss_and_gradients(results, spread, o
     for name, theirs in single.items():
         assert (ours[name] - theirs).abs().max() <= TOLERANCE * theirs.abs().max(), name
         assert theirs.abs().max() > 0
+
+
+@pytest.mark.parametrize("spread, options", GROUPED)
+def test_grouped_products_give_the_single_process_step(results, spread, options):
+    ours, theirs = results[spread][f"{options}, grouped"], results["one"][options]
+    assert ours.keys() == theirs.keys()
+    for name, x in theirs.items():
+        assert (ours[name] - x).abs().max() <= TOLERANCE * x.abs().max(), name
 
 
 def test_the_comparison_can_tell(results):

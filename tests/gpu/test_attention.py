@@ -5,14 +5,15 @@ import torch
 
 from memdlm_dist.compat.torch import TorchDispatchMode, operator_name
 from memdlm_dist.method import bilevel
-from memdlm_dist.method.documents import FILL
+from memdlm_dist.method.documents import FILL, Documents
 from memdlm_dist.method.fast_weights import map_leaves
 from memdlm_dist.method.inner_loss import inner_loss
 from memdlm_dist.method.inner_sgd import InnerSGD
 from memdlm_dist.method.passes import passes_of
 from memdlm_dist.method.trajectory import IGNORE_INDEX, Plan
-from memdlm_dist.models.attention import BidirectionalAttentionKernel, document_mask, has_block_attention
+from memdlm_dist.models.attention import BidirectionalAttentionKernel, attention_method, document_mask
 from memdlm_dist.models.llada import LLaDAArgs
+from memdlm_dist.runtime.device import has_flash_attention
 from memdlm_dist.training.objective import Objective
 from tests.support.bilevel import scaled_model
 
@@ -30,11 +31,14 @@ HEADS = pytest.mark.parametrize("heads, kv_heads, width", [(4, 2, 64), (8, 2, 12
 
 
 @HEADS
-def test_blocks_of_documents_attend_as_the_dense_mask_says(device, flex_without_autotuning, heads, kv_heads, width):
-    """Forward and backward, in bfloat16 with grouped queries; the dense mask in float32."""
+@pytest.mark.parametrize("method", ["varlen", "blocks"])
+def test_documents_attend_as_the_dense_mask_says(device, flex_without_autotuning, method, heads, kv_heads, width):
+    """Forward and backward, in bfloat16 with grouped queries, with empty slots; the dense mask in float32."""
     number = documents().to(device)
-    assert has_block_attention(device.type, width)
-    compare(number, document_mask(number, True), heads, kv_heads, width)
+    if method == "varlen" and not has_flash_attention():
+        pytest.skip("this accelerator has no flash attention (compute capability 8.0)")
+    assert attention_method(device.type, width, torch.float32) == "blocks"
+    compare(number, document_mask(Documents(number, number, 8), method), heads, kv_heads, width)
 
 
 @HEADS
@@ -61,7 +65,7 @@ def compare(number, mask, heads, kv_heads, width):
 
     given, upstream = [normal(heads), normal(kv_heads), normal(kv_heads)], normal(heads)
     found = []
-    for dtype, used in ((torch.bfloat16, mask), (torch.float32, document_mask(number, False))):
+    for dtype, used in ((torch.bfloat16, mask), (torch.float32, document_mask(Documents(number, number, 8), "dense"))):
         inputs = [x.detach().to(dtype).requires_grad_() for x in given]
         y = BidirectionalAttentionKernel()(*inputs, enable_gqa=True, mask=used)
         found.append([y, *torch.autograd.grad(y, inputs, upstream.type_as(y))])

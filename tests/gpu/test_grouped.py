@@ -1,4 +1,4 @@
-"""Grouped matrix products of the experts against the loop over them."""
+"""Grouped matrix products against the loop over experts, and against the masked form of packed fast weights."""
 
 from dataclasses import replace
 
@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from memdlm_dist.method import fast_weights
 from memdlm_dist.method.bilevel import Memory, outer_loss
-from memdlm_dist.method.fast_weights import map_leaves
+from memdlm_dist.method.documents import FILL, Documents
+from memdlm_dist.method.fast_weights import AdaptedLinear, map_leaves
 from memdlm_dist.method.inner_loss import inner_loss
 from memdlm_dist.method.inner_sgd import InnerSGD
 from memdlm_dist.method.trajectory import Plan
@@ -89,3 +90,27 @@ def test_a_step_with_grouped_products_is_the_step_with_the_loop(device):
     assert F.cosine_similarity(ours, theirs, 0) > 0.999
     for name in ("loss", "inner losses", "written"):
         assert (grouped[name] - loop[name]).norm() <= TOLERANCE * loop[name].norm(), name
+
+
+@pytest.mark.parametrize("adapter", fast_weights.ADAPTERS)
+def test_grouped_terms_of_documents_are_the_masked_ones(device, adapter):
+    """Output and all gradients, with empty slots, padding and documents of one token; the masked form in float32."""
+    sizes = ((1, 47, 150, 40), (60, 100, 96))
+    rows = [torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in sizes]
+    number = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=FILL)
+    documents = Documents(number.to(device), number.to(device), 8)
+    linear = AdaptedLinear("0", "up", 64, 96, False, 0)
+    start = fast_weights.ADAPTERS[adapter].start(linear, 8, 16.0, torch.arange(16, device=device), None)
+    x = torch.randn(*number.shape, 64, device=device)
+    upstream = torch.randn(*number.shape, 96, device=device)
+    values = [torch.randn_like(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in start]
+
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        fast = type(start)(*(v.requires_grad_() if isinstance(v, torch.Tensor) else v for v in values))
+        inputs = [x.to(dtype).requires_grad_(), *(v for v in fast if isinstance(v, torch.Tensor))]
+        y = fast.term(inputs[0], documents.own_set(grouped=dtype == torch.bfloat16))
+        assert y.dtype == dtype
+        found.append([y, *torch.autograd.grad(y, inputs, upstream.to(dtype))])
+    for masked, grouped in zip(*found, strict=True):
+        assert (masked - grouped).norm() <= TOLERANCE * masked.norm()

@@ -74,14 +74,20 @@ def step(trainer, number, batches):
     trainer.train_step(trainer.batch_generator(batches))
 
 
-def validate(trainer, batches):
-    """Validate on batches of `batch`, without data and without writing anything."""
+def held_out(trainer, batches):
+    """Return a validator on batches of `batch`, without data and without writing anything."""
     validator = HeldOutValidator.__new__(HeldOutValidator)
     rows = [(inputs["input"], labels, inputs["sample_id"], inputs.get("documents")) for inputs, labels in batches]
     vars(validator).update(
         job_config=trainer.job_config, _objective=trainer.objective, _parallel_dims=trainer.parallel_dims,
         _metrics=trainer.metrics_processor, _context=trainer.train_context, _amp=trainer.maybe_enable_amp,
         _dependence=MemoryDependence(), _batches=lambda: rows, _report=lambda losses, step: None,
-        progress=lambda doing: None,
+        progress=lambda doing: None, batch_size=trainer.job_config.training.local_batch_size,
+        slots=trainer.objective.slots,
     )  # fmt: skip
-    return validator.validate(trainer.model_parts, trainer.step)
+    return validator
+
+
+def validate(trainer, batches):
+    """Validate on batches of `batch`."""
+    return held_out(trainer, batches).validate(trainer.model_parts, trainer.step)

@@ -99,6 +99,14 @@ def test_grouped_products_take_the_ends_of_groups():
     assert torch.allclose(out.float()[1:], (x[1:] @ w[1].T).float(), atol=0.1)
 
 
+def test_variable_length_attention_attends_in_both_directions_by_default():
+    parameters = inspect.signature(torch_seam.varlen_attn).parameters
+    assert list(parameters)[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+    assert "window_size" not in parameters or parameters["window_size"].default == (-1, -1)
+    assert "is_causal" not in parameters or parameters["is_causal"].default is False
+    assert torch.ops.torch_attn._varlen_attn.default in titan_seam.SAVED_OPERATORS
+
+
 def test_a_checkpointed_block_holds_the_block():
     block = nn.Linear(1, 1)
     assert torch_seam.checkpointed(block) is None and torch_seam.checkpointed(checkpoint_wrapper(block)) is block

@@ -3,6 +3,8 @@
 import gzip
 import json
 import lzma
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -116,7 +118,7 @@ def test_packed_rows_keep_their_documents(tmp_path):
     assert packed.documents >= 14 and packed.most_documents > 1 and packed.efficiency > 0.9
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["packing"]["train"]["documents"] >= 14
     card = shards.read_card(str(tmp_path / "out" / "train"))
-    assert card.documents
+    assert card.documents and card.most_documents == packed.most_documents
     dataset = TokenDataset(
         local=str(tmp_path / "out" / "train"), batch_size=1, shuffle=False, check_hash="xxh64", documents=True
     )
@@ -143,6 +145,13 @@ def test_packed_rows_keep_their_documents(tmp_path):
 
     plain = request(tmp_path, write_jsonl(tmp_path / "b.jsonl", [{"text": TEXT}]), output=tmp_path / "plain")
     prepare.prepare(plain)
+    config.parallelism.context_parallel_method = "ulysses"
+    run = requirements_of(config, card.mask_token_id)
+    both = [str(tmp_path / name / "train") for name in ("plain", "out")]
+    assert [check_cards(x, run) for x in (both[:1], both)] == [0, packed.most_documents]
+    of_format_1 = Path(both[1], "memdlm.json")
+    of_format_1.write_text(json.dumps({k: v for k, v in asdict(card).items() if k not in ("most_documents", "format")}))
+    assert check_cards(both, run) is None
     whole = TokenDataset(
         local=str(tmp_path / "plain" / "train"), batch_size=1, shuffle=False, check_hash="xxh64", documents=True
     )

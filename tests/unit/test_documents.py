@@ -1,6 +1,9 @@
 """Packed rows: a document in one is what it is alone, in a row of its own length."""
 
+from collections import Counter
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,9 +12,14 @@ from torch.distributed import destroy_process_group, is_initialized
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torchtitan.distributed.utils import init_fake_mode
 
-from memdlm_dist.method import trajectory
+from memdlm_dist.compat import torch as compat_torch
+from memdlm_dist.compat.fake_device import FakeTensorMode
+from memdlm_dist.compat.torch import TorchDispatchMode, grouped_mm
+from memdlm_dist.errors import UserError
+from memdlm_dist.method import fast_weights, trajectory
 from memdlm_dist.method.bilevel import Memory, outer_loss
 from memdlm_dist.method.documents import FILL, Documents
+from memdlm_dist.method.fast_weights import AdaptedLinear
 from memdlm_dist.method.inner_loss import inner_loss
 from memdlm_dist.method.inner_sgd import InnerSGD
 from memdlm_dist.models import attention, llada
@@ -53,10 +61,10 @@ def packed():
     return tokens, torch.where(prompt, trajectory.IGNORE_INDEX, tokens), documents
 
 
-def alone():
+def alone(slots=None):
     """(sample, tokens, labels, id) of every document, in a row without anything else."""
     tokens, labels, documents = packed()
-    ids = Documents.of(documents).ids(ROW_IDS)
+    ids = Documents.of(documents, slots).ids(ROW_IDS)
     slots = len(ids) // len(SIZES)
     for row, sizes in enumerate(SIZES):
         for number in range(len(sizes)):
@@ -84,17 +92,17 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("shifted", [False, True], ids=["", "next token"])
+@pytest.mark.parametrize("shifted, slots", [(False, None), (True, 8)], ids=["", "next token, empty slots"])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_a_packed_document_is_what_it_is_alone(options, shifted):
+def test_a_packed_document_is_what_it_is_alone(options, shifted, slots):
     """Loss, gradients, and of each document the inner losses, norms and what is written; float64."""
     settings, plan = OPTIONS[options]
-    goal = replace(objective(None if settings is None else memory(**settings), **plan), shifted=shifted)
+    goal = replace(objective(None if settings is None else memory(**settings), **plan), shifted=shifted, slots=slots)
     model = build()
     tokens, labels, documents = packed()
     loss, inner, found = step(model, goal, tokens, labels, ROW_IDS, documents_BL=documents)
     total, expected = torch.zeros(()), {name: torch.zeros_like(x) for name, x in found.items()}
-    for sample, *document in alone():
+    for sample, *document in alone(slots):
         one, statistics, of_one = step(model, goal, *document)
         total = total + one
         expected = {name: x + of_one[name] for name, x in expected.items()}
@@ -178,32 +186,103 @@ def blocks(flex, monkeypatch):
     """What an accelerator is given; returns the masks that were made."""
     made, document_mask = [], attention.document_mask
 
-    def noted(number_BL, blocks):
-        made.append(document_mask(number_BL, blocks=True))
+    def noted(documents, method):
+        made.append(document_mask(documents, "blocks"))
         return made[-1]
 
     monkeypatch.setattr(llada, "document_mask", noted)
     return made
 
 
-def test_narrow_heads_take_the_dense_mask():
-    """Flex attention's CUDA kernels refuse heads of less than 16 dimensions."""
-    assert not attention.has_block_attention("cpu", 128) and not attention.has_block_attention("cuda", 8)
-    assert attention.has_block_attention("cuda", 16)
+METHODS = [  # device, flash kernels, width of a head, dtype -> method
+    ("cpu", False, 128, torch.bfloat16, "dense"),
+    ("cuda", True, 128, torch.bfloat16, "varlen"),
+    ("cuda", True, 8, torch.float16, "varlen"),
+    ("cuda", True, 128, torch.float32, "blocks"),
+    ("cuda", True, 512, torch.bfloat16, "blocks"),
+    ("cuda", True, 20, torch.bfloat16, "blocks"),
+    ("cuda", False, 128, torch.bfloat16, "blocks"),  # an old GPU, or torch without the kernels
+    ("cuda", False, 8, torch.bfloat16, "dense"),  # flex attention's kernels refuse narrower heads than 16
+    ("xpu", True, 128, torch.bfloat16, "blocks"),
+]
 
 
-def test_blocks_of_flex_attention_are_the_dense_mask(flex):
-    dense, sparse = (attention.document_mask(numbers(), blocks=x) for x in (False, True))
-    assert dense.shape == (4, 1, LENGTH, LENGTH) and isinstance(sparse, BlockMask)
+@pytest.mark.parametrize("device, flash, width, dtype, method", METHODS)
+def test_attention_is_chosen_by_what_runs(monkeypatch, device, flash, width, dtype, method):
+    monkeypatch.setattr(attention, "has_flash_attention", lambda: flash)
+    assert attention.attention_method(device, width, dtype) == method
+
+
+def naive_varlen(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, enable_gqa=False):
+    """torch's variable-length attention, a sequence at a time."""
+    assert (
+        torch.equal(cu_seq_q, cu_seq_k) and cu_seq_q.dtype == torch.int32 and enable_gqa == (q.shape[1] != k.shape[1])
+    )
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    out = []
+    ends = cu_seq_q.tolist()
+    for start, end in pairwise(ends):
+        assert end - start <= min(max_q, max_k)
+        scores = torch.einsum("qhd,khd->hqk", q[start:end], k[start:end]) / q.shape[-1] ** 0.5
+        out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[start:end]))
+    return torch.cat(out)
+
+
+@pytest.fixture
+def varlen(monkeypatch):
+    """Variable-length attention, which torch has for CUDA alone; returns the number of its calls."""
+    calls = []
+    monkeypatch.setattr(
+        compat_torch, "varlen_attn", lambda *args, **options: calls.append(1) or naive_varlen(*args, **options)
+    )
+    return calls
+
+
+@pytest.mark.parametrize("method", ["varlen", "blocks"])
+def test_attention_within_documents_is_the_dense_masks(flex, varlen, method):
+    documents = Documents.of(numbers(), slots=8)
+    dense, other = (attention.document_mask(documents, x) for x in ("dense", method))
+    assert dense.shape == (4, 1, LENGTH, LENGTH) and isinstance(other, {"blocks": BlockMask}.get(method, tuple))
     kernel = attention.BidirectionalAttentionKernel()
     torch.manual_seed(0)
     q, k, v = (torch.randn(4, heads, LENGTH, 16, requires_grad=True) for heads in (4, 2, 2))
+    if method == "varlen":
+        q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))
     found = []
-    for mask in (dense, sparse):
+    for mask in (dense, other):
         out = kernel(q, k, v, enable_gqa=True, mask=mask)
+        assert out.shape == q.shape
         found.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    # Float64 for the naive function, float32 by another kernel for blocks.
+    tolerance = {"varlen": {"rtol": 1e-12, "atol": 1e-12}, "blocks": {"rtol": 1e-4, "atol": 1e-5}}[method]
     for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours, theirs, **tolerance)
+    assert len(varlen) == (method == "varlen")
+
+
+def test_sequences_end_where_documents_and_padding_do():
+    """Of a fixed number, empty slots as repeated ends; of any documents."""
+    for number, sizes in ((numbers(), SIZES), (torch.zeros(4, LENGTH, dtype=torch.int64), [[LENGTH]] * 4)):
+        ends = Documents.of(number, slots=8).ends()
+        assert ends.dtype == torch.int32 and len(ends) == 4 * 9 + 1 and ends[0] == 0
+        lengths = ends.diff().view(4, 9).tolist()
+        assert lengths == [[*row, *[0] * (8 - len(row)), LENGTH - sum(row)] for row in sizes]
+
+
+def test_a_step_makes_its_sequences_once(monkeypatch, varlen):
+    """For all passes, through activation checkpoints and with outer and inner gradients: the dense mask's step."""
+    goal = objective(memory(), inner_steps=2)
+    tokens, labels, documents = packed()
+    model = build()
+    dense = step(model, goal, tokens, labels, ROW_IDS, documents_BL=documents)
+    made, ends = [], Documents.ends
+    monkeypatch.setattr(llada, "attention_method", lambda *_: "varlen")
+    monkeypatch.setattr(Documents, "ends", lambda self: made.append(1) or ends(self))
+    ours = step(model, goal, tokens, labels, ROW_IDS, documents_BL=documents)
+    close(ours[0], dense[0])
+    close(ours[1].loss_KG, dense[1].loss_KG)
+    close(ours[2], dense[2])
+    assert len(made) == 1 and len(varlen) > 6
 
 
 def test_a_step_makes_its_blocks_once(request):
@@ -235,7 +314,7 @@ def test_blocks_pass_through_fsdp_and_checkpoints(blocks):
         (batch,) = micro_batches(bench, 1, "packed")
         loss, inner = bench.loss_sum("ours", batch, 1)
         loss.backward()
-        assert len(blocks) == 1 and inner.loss_KG.shape == (2, 2 * 3) and batch.inputs[0].shape == (2, 16)
+        assert len(blocks) == 1 and inner.loss_KG.shape == (2, 2 * 4) and batch.inputs[0].shape == (2, 16)
         assert all(p.grad is not None for p in bench.model.parameters())
     finally:
         destroy_process_group()
@@ -253,14 +332,19 @@ def test_documents_know_their_places():
     assert documents.mean_attended() == pytest.approx(pairs / (4 * LENGTH))
     part = documents.slice(8, 8)
     assert torch.equal(part.place_BL, documents.place_BL[:, 8:16]) and part.slots == 4
-    assert documents.own().sum(-1).eq(1).all()
+    assert documents.own_set().mask().sum(-1).eq(1).all()
+    assert [Documents.of(numbers()[rows]).slots for rows in ([0], [1], [2])] == [4, 1, 2], "powers of two"
+    assert Documents.of(numbers(), slots=8).slots == 8
+    with pytest.raises(UserError, match="A row of the shards holds 4 documents, more than their card says"):
+        Documents.of(numbers(), slots=2)
 
 
-def test_noise_of_a_document_does_not_depend_on_its_row():
+@pytest.mark.parametrize("slots", [None, 8])
+def test_noise_of_a_document_does_not_depend_on_its_row(slots):
     _, labels, documents = packed()
-    found = Documents.of(documents)
+    found = Documents.of(documents, slots)
     draw = trajectory.draw(3, STEP, found.ids(ROW_IDS), labels != trajectory.IGNORE_INDEX, None, found)
-    for sample, _, of_one, ids in alone():
+    for sample, _, of_one, ids in alone(slots):
         one = trajectory.draw(3, STEP, ids, of_one != trajectory.IGNORE_INDEX)
         row, number = divmod(sample, found.slots)
         assert one.t_U[0] == draw.t_U[sample]
@@ -297,3 +381,116 @@ def test_packed_rows_cost_their_documents_attention_and_every_sets_terms():
     one_set = step_flops(ARGS, batch, memory(per_sample=False))
     assert step_flops(ARGS, batch, settings).inner > one_set.inner
     assert settings.sets(batch) == 16
+
+
+def test_tokens_are_laid_out_document_after_document():
+    documents = Documents.of(numbers(), slots=8)
+    for part in (documents, documents.slice(8, 8)):
+        grouped, sample_T = part.grouped(), part.sample_BL.flatten()
+        sizes = torch.bincount(sample_T, minlength=32)
+        ends = grouped.end_U.tolist()
+        assert ends[-1] == grouped.places == len(sample_T) + 7 * 32 and grouped.end_U.dtype == torch.int32
+        starts = [0, *ends[:-1]]
+        taken = []
+        for sample, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            assert (end - start) % 8 == 0 and (sample == 31 or end - start - sizes[sample] in range(8))
+            taken += range(start, start + int(sizes[sample]))
+        assert grouped.place_T.tolist() == taken
+        x = torch.randn(*part.number_BL.shape, 3)
+        laid_out = grouped.lay_out(x)
+        assert torch.equal(grouped.collect(laid_out, len(x)), x)
+        assert laid_out.count_nonzero() == x.numel(), "the other places are zeros"
+
+
+def fast_terms(adapter, number, slots, dtype, grouped):
+    """Output of a linear's fast term and all gradients."""
+    generator = torch.Generator().manual_seed(2)
+    documents = Documents.of(number, slots)
+    own = documents.own_set(grouped)
+    linear = AdaptedLinear("0", "up", 24, 40, False, 0)
+    keys = torch.arange(len(number) * slots)
+    fast = fast_weights.ADAPTERS[adapter].start(linear, 8, 16.0, keys, None)
+    leaves = [torch.randn(x.shape, generator=generator).to(dtype).requires_grad_() for x in fast if torch.is_tensor(x)]
+    x = torch.randn(*number.shape, 24, generator=generator).to(dtype).requires_grad_()
+    fast = type(fast)(*leaves, *(value for value in fast if not torch.is_tensor(value)))
+    y = fast.term(x, own)
+    upstream = torch.randn(y.shape, generator=generator).to(y.dtype)
+    return [y, *torch.autograd.grad(y, [x, *leaves], upstream)]
+
+
+@pytest.mark.parametrize("adapter", fast_weights.ADAPTERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_terms_are_the_masked_ones(monkeypatch, adapter, dtype):
+    """Output and gradients, with empty slots, padding and documents of one token; the masked form in float64."""
+    calls = []
+    monkeypatch.setattr(fast_weights, "grouped_mm", lambda *arguments: calls.append(1) or grouped_mm(*arguments))
+    masked = fast_terms(adapter, numbers(), 8, torch.float64, grouped=False)
+    assert not calls
+    # Float32 rounds to 6e-8 and bfloat16 to 4e-3, inputs and intermediates too, which are added up over 40 terms.
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 3e-2}[dtype]
+    for ours, theirs in zip(fast_terms(adapter, numbers(), 8, dtype, grouped=True), masked, strict=True):
+        assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max() and ours.dtype == dtype
+    assert len(calls) == {"lora": 2, "full": 1}[adapter]
+
+
+def test_sizes_that_accelerators_do_not_group_take_the_masked_form():
+    own = Documents.of(numbers()).own_set(grouped=True)
+    x = torch.zeros(4, LENGTH, 24)
+    of = partial(fast_weights._grouped_dtype, own)
+    assert of(x, torch.zeros(16, 8, 24)) == torch.float32 and of(x.double(), torch.zeros(16, 8, 24)) is None
+    assert of(x, torch.zeros(16, 4, 24)) is None, "a rank of 4"
+    with FakeTensorMode():
+        on_gpu, A_GRi = torch.zeros(4, LENGTH, 24, device="cuda"), torch.zeros(16, 8, 24, device="cuda")
+        assert of(on_gpu, A_GRi) is None and of(on_gpu.bfloat16(), A_GRi) == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert of(x, torch.zeros(16, 8, 24)) == torch.bfloat16
+
+
+@pytest.mark.parametrize("adapter", fast_weights.ADAPTERS)
+def test_a_step_with_grouped_terms_is_the_step_with_masked_ones(adapter):
+    """Loss, what is written, and gradients in float32; and the products do not depend on the documents."""
+    goal = replace(objective(memory(adapter=adapter, rank=8, targets=("ffn", "attention"))), slots=4)
+    tokens, labels, documents = packed()
+    few = torch.where(documents == FILL, FILL, documents.clamp(max=1))
+
+    def run(grouped, of_rows):
+        model = build(torch.float32)
+        model.model_args = replace(model.model_args, grouped=grouped)
+        batch = goal.micro_batch(tokens, labels, ROW_IDS, STEP, documents_BL=of_rows)
+        with Products() as products:
+            loss, inner = goal.loss_sum(model, batch, STEP)
+            loss.backward()
+        return loss.detach(), inner.written_norm_G, gradients(model), products.made
+
+    masked, grouped, other = run(False, documents), run(True, documents), run(True, few)
+    for ours, theirs in zip(grouped[:2], masked[:2], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    for name, theirs in masked[2].items():
+        # Sums in another order, through two inner steps.
+        assert (grouped[2][name] - theirs).abs().max() <= 1e-5 * theirs.abs().max(), name
+    assert masked[3] == {} and grouped[3] == other[3] and sum(grouped[3].values()) > 20
+
+
+class Products(TorchDispatchMode):
+    """Shapes of the grouped products that run while active, and how often each."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator is torch.ops.aten._grouped_mm.default:
+            self.made[args[0].shape, args[1].shape] += 1
+        return operator(*args, **(kwargs or {}))
+
+
+def test_the_flops_of_grouped_terms_do_not_depend_on_the_number_of_documents():
+    settings = memory(rank=8)
+    goal = objective(settings)
+    tokens, labels, documents = packed()
+
+    def inner(grouped, slots):
+        batch = replace(goal, slots=slots).micro_batch(tokens, labels, ROW_IDS, STEP, documents_BL=documents)
+        return step_flops(replace(ARGS, grouped=grouped), batch, settings).inner
+
+    assert inner(True, 4) == inner(True, 64) < inner(False, 4) < inner(False, 64)

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from memdlm_dist.inference import setup
 from memdlm_dist.inference.data_parallel import DataParallel
 from memdlm_dist.inference.sampler import Decoding
 from memdlm_dist.inference.trained_model import TrainedModel
+from memdlm_dist.models import llada
 from memdlm_dist.runtime.process_group import pretend
 from memdlm_dist.training.backbone import layout_of, sizes_of
 from tests.support import trainer
@@ -41,7 +43,7 @@ CASES = {  # name -> arguments; rows are packed where the name says so
     "dense, distilled": [*DISTILLED, MEMORY + "target_modules", "ffn,attention", MEMORY + "probability", "0.5"],
     "packed": [
         MEMORY + "inner_loss", "hidden_mse", MEMORY + "adapter", "full", MEMORY + "gradient_norm", "global",
-        MEMORY + "target_modules", "ffn,attention",
+        MEMORY + "target_modules", "ffn,attention", "--training.mixed_precision_param", "bfloat16",
     ],
     "experts": [*EXPERTS, MEMORY + "inner_loss", "hidden_cosine", MEMORY + "granularity", "batch"],
     "experts, packed": [
@@ -52,6 +54,7 @@ CASES = {  # name -> arguments; rows are packed where the name says so
 # Cases whose weights are drawn, of which a step that does not log is taken, and which validate. The others would do
 # the same.
 DRAWN, SILENT, VALIDATED = ("dense", "experts"), ("dense", "packed"), ("dense, distilled",)
+VARLEN = ("packed",)  # whose attention is variable-length attention, as CUDA has it in bfloat16; blocks elsewhere
 
 # Where a step waits for the device by design, on steps that log and on all; and where it copies to the device.
 AGREED = {"training.agreement:reach"}
@@ -65,15 +68,18 @@ GIVEN = {f"inference.trained_model:{name}" for name in ("logits", "nll", "_forwa
 
 
 def sizes(config):
-    """Return the backbone's sizes, with heads that flex attention takes and experts as one product."""
-    found = replace(sizes_of(config), n_heads=2, n_kv_heads=2)
-    if config.model.name == "llada_moe":
-        found.grouped = True
-    return found
+    """Return the backbone's sizes, with heads that flex attention takes and grouped products."""
+    return replace(sizes_of(config), n_heads=2, n_kv_heads=2, grouped=True)
 
 
 def step(name):
     """Take a step that logs, and of some cases more; returns the operators that ran on the device."""
+    method = "varlen" if name in VARLEN else "blocks"
+    with patch.object(llada, "attention_method", lambda *_: method):
+        return _step(name)
+
+
+def _step(name):
     config = parse_config.parse([*COMMON, *CASES[name]])
     args, packed = sizes(config), "packed" in name
     with FakeDevice(AGREED | LOGGED, COPIED | RECORDED) as device:
@@ -97,6 +103,9 @@ def step(name):
             trainer.validate(trained, [batch])
         assert device.reads == dict.fromkeys(SUMMED, 3), "two losses and the number of tokens, at the end"
         operators |= device.operators
+    if packed:  # the fast weights of attention's linears, in the second case in float32, beside the experts'
+        assert torch.ops.aten._grouped_mm.default in operators
+    assert (torch.ops.torch_attn._varlen_attn.default in operators) == (name in VARLEN)
     return operators
 
 

@@ -7,6 +7,8 @@ A single process writes the weights to FOLDER, which each layout reads; FOLDER/L
 
 import contextlib
 import sys
+from dataclasses import replace
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,7 @@ cpu.prepare()
 from torchtitan.tools.logging import logger
 
 from memdlm_dist.config import parse_config
+from memdlm_dist.method import fast_weights
 from memdlm_dist.method.documents import FILL
 from memdlm_dist.performance.bench_steps import Bench
 from memdlm_dist.performance.collectives import by_kind
@@ -78,6 +81,10 @@ ALSO = {
 }
 
 
+# Once more with grouped products, whose tokens are a part of the columns, and of these a sequence shard.
+GROUPED = [(layout, options) for layout in ("cp2", "tp2-cp2") for options in ("sample-packed", "full-packed")]
+
+
 def options_of(layout):
     if layout == "one-twice":  # what depends on the micro-batch
         return ["batch-quarter", "batch-packed"]
@@ -90,7 +97,7 @@ def configuration(*arguments):
     return parse_config.parse([
         "--job.config_file", "train_configs/debug.toml", "--model.flavor", "many_heads",
         "--training.seq_len", str(LENGTH),
-        "--parametric_memory.layer_fraction", "0.5", "--parametric_memory.rank", "4",
+        "--parametric_memory.layer_fraction", "0.5", "--parametric_memory.rank", "8",
         # Small gradients of a model that predicts nothing yet: with this the memory matters.
         *("--parametric_memory.learning_rate", "0.1"), *arguments,
     ])  # fmt: skip
@@ -153,6 +160,11 @@ def find(folder, layout):
             bench = Bench.build(config)
             common_weights(bench, f"{folder}/{config.model.name}")
             results[options], results["masked on a rank"][options] = step(bench, count, kind, rows)
+            if (layout, options) in GROUPED:
+                bench.model.model_args = replace(bench.model.model_args, grouped=True)
+                with patch.object(fast_weights, "grouped_mm", wraps=fast_weights.grouped_mm) as products:
+                    results[f"{options}, grouped"], _ = step(bench, count, kind, rows)
+                assert products.call_count > 12
             if options == "sample" and "ring" not in layout:
                 found = bench.collectives("ours")
                 context, shards = (found.on(*bench.groups(name)) for name in ("cp", "fsdp"))

@@ -22,7 +22,7 @@ def environment() -> dict[str, Any]:
     cpu.prepare()  # before torchtitan is imported
     import torch
 
-    from memdlm_dist.models.attention import has_block_attention
+    from memdlm_dist.models.attention import attention_method
     from memdlm_dist.runtime.device import device_module, device_type, has_accelerator, has_grouped_mm
 
     kind, cuda = device_type(), torch.cuda.is_available()
@@ -47,7 +47,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "grouped matrix products for experts": has_grouped_mm(),
-        "flex attention for packed rows": has_block_attention(kind, head_dim=128),
+        "attention of packed rows": attention_method(kind, 128, torch.bfloat16),
         "bfloat16": bool(cuda and torch.cuda.is_bf16_supported(including_emulation=False)),
     }
 
