@@ -34,8 +34,8 @@ gpu)
     DATA=${DATA:-data/needle-gpu} OUT=${OUT:-outputs/needle-gpu}
     short_length=192 lengths=256,512 length=512 samples=20000 questions=200 new_tokens=48
     model=(--model.flavor needle_gpu --training.mixed_precision_param bfloat16)
-    base=(--training.seq_len 192 --training.local_batch_size 128 --training.global_batch_size 128
-        --training.steps 20000 --optimizer.lr 1e-3 --checkpoint.interval 2000 --validation.freq 2000)
+    base=(--training.seq_len 192 --training.global_batch_size 128 --training.steps 20000 --optimizer.lr 1e-3
+        --checkpoint.interval 2000 --validation.freq 2000)
     tune=(--training.seq_len 512 --training.steps 2000 --optimizer.lr 1e-4 --checkpoint.interval 2000
         --validation.freq 250)
     short_sizes=(--values 2 --digits 4 --hops 2 --letters 3 --common 2 --repeats 6 --rare-repeats 1 --facts 4 --words 20)

@@ -27,7 +27,7 @@ from memdlm_dist.runtime import cpu
 
 cpu.prepare()
 
-from memdlm_dist.config import check_layout, parse_config
+from memdlm_dist.config import check_layout, launch, parse_config
 from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import backbone_args
@@ -36,6 +36,7 @@ from memdlm_dist.performance.measure import measure, sweep, table, table_of_leng
 from memdlm_dist.runtime.device import device_module, device_type
 from memdlm_dist.runtime.entry_point import guarded, new_parser, positive
 from memdlm_dist.runtime.process_environment import set_process_environment
+from memdlm_dist.runtime.process_group import Processes, launched
 from memdlm_dist.runtime.rank_0 import is_first
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "train_configs/bench_cpu.toml"
@@ -47,7 +48,7 @@ def run(options: argparse.Namespace, argv: Sequence[str], overrides: Sequence[st
     Raises:
         UserError: for a configuration that cannot be measured.
     """
-    config = _configuration(options.config, overrides, int(os.environ["WORLD_SIZE"]))
+    config = _configuration(options.config, overrides, launched())
     device_module().set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("gloo" if device_type() == "cpu" else None)
     result = {"config": str(options.config), "overrides": list(overrides), "layers": options.layers}
@@ -77,13 +78,13 @@ def _check_output(path: str | None) -> None:
         raise UserError(f"{path} cannot be written ({error}); choose another file.") from None
 
 
-def _configuration(path: Path, overrides: Sequence[str], world_size: int, length: int | None = None) -> JobConfig:
+def _configuration(path: Path, overrides: Sequence[str], processes: Processes, length: int | None = None) -> JobConfig:
     config = parse_config.parse(["--job.config_file", str(path), *overrides])
     config.training.seq_len = length or config.training.seq_len
-    check_layout.check_launch(config, world_size)
+    config = launch.resolve(config, *processes)
     check_layout.check_device(config, device_type())
     args = backbone_args(config.model.name, config.model.flavor)
-    check_layout.check_backbone(config, args, world_size)
+    check_layout.check_backbone(config, args)
     if not config.parametric_memory.enable:
         raise UserError("parametric_memory.enable is false, so there is nothing to compare; set it to true.")
     return config
@@ -112,7 +113,7 @@ def start(options: argparse.Namespace, argv: Sequence[str], overrides: Sequence[
     """Start the processes that measure, once nothing is wrong with what is asked."""
     processes = options.processes or torch.accelerator.device_count() or 2
     for length in options.lengths or [None]:
-        _configuration(options.config, overrides, processes, length)
+        _configuration(options.config, overrides, Processes(processes, processes), length)
     _check_output(options.json)
     _check_output(options.profile)
     command = [

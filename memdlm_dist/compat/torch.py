@@ -16,6 +16,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_to_all_single_autograd
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
@@ -74,7 +75,8 @@ def _histc_of_integers(histc: Any) -> Any:
         if x.device.type != "cpu" or x.is_floating_point() or (min, max) != (0, bins):
             found: Tensor = histc(x, bins, min, max, **rest)
             return found
-        return torch.bincount(x, minlength=bins)
+        # Not bincount, of whose result's size a compiler knows nothing.
+        return torch.zeros(bins, dtype=x.dtype).scatter_add(0, x, torch.ones_like(x))
 
     counted.of_integers = True  # type: ignore[attr-defined]
     return counted
@@ -115,9 +117,32 @@ def local_block(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return local, tuple(chunk.offsets)
 
 
+# CUDA's grouped product takes fewer than 1,024 groups (2.13).
+MAX_GROUPS = 1023
+
+
 def grouped_mm(x_Si: Tensor, weight_noi: Tensor, ends_n: Tensor) -> Tensor:
-    """Multiply each group of slots by its own matrix, `[S, o]`; `torch.nn.functional.grouped_mm` is newer than 2.11."""
-    return torch._grouped_mm(x_Si, weight_noi.transpose(-2, -1), offs=ends_n)
+    """Multiply each group of slots by its own matrix, `[S, o]`; `torch.nn.functional.grouped_mm` is newer than 2.11.
+
+    Slots behind the last group get undefined values or zeros, and so does their gradient.
+
+    More than `MAX_GROUPS` groups are multiplied in parts. Where a part's slots begin is known to the device alone, so
+    each part takes all slots: those before it and behind it are two groups more, whose matrices are zero.
+    """
+    if len(weight_noi) <= MAX_GROUPS:
+        return torch._grouped_mm(x_Si, weight_noi.transpose(-2, -1), offs=ends_n)
+    zero_1oi = weight_noi.new_zeros(1, *weight_noi.shape[1:])
+    begins_n, all_1 = F.pad(ends_n, (1, 0)), ends_n.new_full((1,), len(x_Si))
+    most = MAX_GROUPS - 2
+    y_So, first = None, 0
+    for part_noi in weight_noi.split(most):
+        # The first end is the one of the slots before this part.
+        ends = torch.cat([begins_n[first : first + len(part_noi) + 1], all_1])
+        part_So = grouped_mm(x_Si, torch.cat([zero_1oi, part_noi, zero_1oi]), ends)
+        y_So = part_So if y_So is None else y_So + part_So
+        first += most
+    assert y_So is not None
+    return y_So
 
 
 # torch 2.11 takes fewer heads of keys than of queries as they are, 2.13 only where it is told.

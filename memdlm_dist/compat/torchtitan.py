@@ -18,6 +18,7 @@ from torchtitan.distributed.context_parallel import apply_cp_to_attention_module
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 from torchtitan.models.moe import kernels, utils
 from torchtitan.models.moe.utils import _permute, _unpermute
+from torchtitan.models.qwen3.model.state_dict_adapter import Qwen3StateDictAdapter
 
 from memdlm_dist.compat.torch import leave_ring_unbalanced
 
@@ -94,3 +95,23 @@ def appending_to_step_line(suffix: str) -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(append)
+
+
+class ReplicatedExpertsAdapter(Qwen3StateDictAdapter):
+    """torchtitan's adapter of mixtures of experts, for HSDP too.
+
+    0.2.2 asks every placement of an expert's weights which dimension it shards, and `Replicate` has none.
+    """
+
+    def _caculate_indices_from_placements(
+        self, dim: int, dim_size: int, dtensor_placements: tuple[Any, ...], device_mesh: Any
+    ) -> tuple[int, int]:
+        sharding = [i for i, placement in enumerate(dtensor_placements) if not placement.is_replicate()]
+        if not sharding:
+            return 0, dim_size
+        names = tuple(device_mesh.mesh_dim_names[i] for i in sharding)
+        placements = tuple(dtensor_placements[i] for i in sharding)
+        found: tuple[int, int] = super()._caculate_indices_from_placements(
+            dim, dim_size, placements, device_mesh[names]
+        )
+        return found

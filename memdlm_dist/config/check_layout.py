@@ -1,4 +1,4 @@
-"""Check that a configuration fits the number of processes and the backbone, before anything is built."""
+"""Check that a configuration whose launch is resolved fits the device and the backbone, before anything is built."""
 
 from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.errors import require
@@ -6,46 +6,6 @@ from memdlm_dist.models.linears import GROUPS, LINEARS, names_of
 from memdlm_dist.models.llada import LLaDAArgs
 from memdlm_dist.models.llada_moe import LLaDAMoEArgs
 from memdlm_dist.runtime.device import has_grouped_mm
-
-
-def check_launch(config: JobConfig, world_size: int) -> None:
-    """The parallel layout fits the number of processes and the batch.
-
-    Raises:
-        UserError: naming the degree or the batch size.
-    """
-    parallel, training = config.parallelism, config.training
-    replicate, shard = parallel.data_parallel_replicate_degree, parallel.data_parallel_shard_degree
-    tensor, context = parallel.tensor_parallel_degree, parallel.context_parallel_degree
-    layout = f"data_parallel_replicate_degree {replicate} x tensor_parallel_degree {tensor}"
-    layout += f" x context_parallel_degree {context}" if context > 1 else ""
-    others = replicate * tensor * context
-    if shard == -1:
-        require(
-            world_size % others == 0,
-            f"{world_size} processes cannot be divided into {layout}; change NGPU or the degrees under [parallelism].",
-        )
-        shard = world_size // others
-    require(
-        shard * others == world_size,
-        f"{layout} x data_parallel_shard_degree {shard} makes {shard * others} ranks, but "
-        f"{world_size} processes were started; change NGPU or the degrees under [parallelism].",
-    )
-    require(
-        replicate == 1 or shard * context > 1,
-        "parallelism.data_parallel_replicate_degree > 1 needs data_parallel_shard_degree > 1 (HSDP): replication "
-        "without sharding is not supported; use data_parallel_shard_degree instead.",
-    )
-    require(
-        world_size == 1 or not config.checkpoint.create_seed_checkpoint,
-        "checkpoint.create_seed_checkpoint needs a single process, so that nothing is sharded; set NGPU=1.",
-    )
-    micro = training.local_batch_size * replicate * shard
-    require(
-        training.global_batch_size < 0 or (training.global_batch_size > 0 and training.global_batch_size % micro == 0),
-        f"training.global_batch_size = {training.global_batch_size} must be a multiple of "
-        f"training.local_batch_size {training.local_batch_size} x {replicate * shard} data-parallel ranks = {micro}.",
-    )
 
 
 def check_device(config: JobConfig, device_type: str) -> None:
@@ -62,8 +22,11 @@ def check_device(config: JobConfig, device_type: str) -> None:
     )
 
 
-def check_backbone(config: JobConfig, args: LLaDAArgs, world_size: int) -> None:
+def check_backbone(config: JobConfig, args: LLaDAArgs) -> None:
     """The backbone's sizes fit the parallel layout and the memory's targets.
+
+    Args:
+        config: from `launch.resolve`.
 
     Raises:
         UserError: naming the size, the degree or the module.
@@ -85,7 +48,7 @@ def check_backbone(config: JobConfig, args: LLaDAArgs, world_size: int) -> None:
             f"{key} names a linear twice: {', '.join(targets)} is {', '.join(chosen)}.",
         )
     if isinstance(args, LLaDAMoEArgs):
-        _check_experts(config, args, world_size)
+        _check_experts(config, args)
     else:
         require(
             config.parallelism.expert_parallel_degree == 1,
@@ -134,7 +97,7 @@ def _check_context_parallel(config: JobConfig, args: LLaDAArgs) -> None:
     )
 
 
-def _check_experts(config: JobConfig, args: LLaDAMoEArgs, world_size: int) -> None:
+def _check_experts(config: JobConfig, args: LLaDAMoEArgs) -> None:
     """A mixture of experts: how its experts are spread, and what its memory and its adapters can be."""
     memory, parallel = config.parametric_memory, config.parallelism
     experts, tensor = parallel.expert_parallel_degree, parallel.tensor_parallel_degree
@@ -176,8 +139,6 @@ def _check_experts(config: JobConfig, args: LLaDAMoEArgs, world_size: int) -> No
         f"tensor_parallel_degree ({tensor}) where experts are spread over ranks too; set it to {tensor}.",
     )
     shard = parallel.data_parallel_shard_degree
-    if shard == -1:
-        shard = world_size // (parallel.data_parallel_replicate_degree * parallel.context_parallel_degree * tensor)
     require(
         shard % experts == 0,
         f"parallelism.expert_parallel_degree ({experts}) must divide the {shard} ranks of data_parallel_shard_degree, "
@@ -192,16 +153,11 @@ def _check_experts(config: JobConfig, args: LLaDAMoEArgs, world_size: int) -> No
             if parallel.context_parallel_degree > 1
             else ""
         )
-        + "; raise parallelism.expert_parallel_degree, or set "
-        "parallelism.data_parallel_replicate_degree so that fewer ranks share them.",
+        + "; raise parallelism.expert_parallel_degree, or let fewer ranks share them with "
+        "parallelism.data_parallel_shard_within = 'node' or data_parallel_replicate_degree.",
     )
     require(
         parallel.expert_parallel_comm_backend == "standard",
         "parallelism.expert_parallel_comm_backend = 'deepep' is not supported: it has no place for fast weights; set "
         "it to 'standard'.",
-    )
-    require(
-        not config.compile.enable or "model" not in config.compile.components,
-        f"compile.enable is not supported for {name}: the number of an expert's tokens changes with every batch; unset "
-        "it.",
     )

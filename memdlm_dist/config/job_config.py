@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torchtitan.config.job_config import Job as TitanJob
 from torchtitan.config.job_config import JobConfig as TitanJobConfig
 from torchtitan.config.job_config import Model as TitanModel
+from torchtitan.config.job_config import Training as TitanTraining
 from torchtitan.config.job_config import Validation as TitanValidation
 
 from memdlm_dist.checkpoint.manager import Checkpoint
@@ -138,6 +139,18 @@ class ParametricMemory:
 
 
 @dataclass
+class Training(TitanTraining):
+    """torchtitan's section and a local batch size that follows from the global one."""
+
+    local_batch_size: int = 8
+    """Sequences per rank and forward pass. -1: this data-parallel rank's share of global_batch_size, or its largest
+    divisor that max_local_batch_size allows; the rest is gradient accumulation."""
+
+    max_local_batch_size: int = 0
+    """Largest local batch size that -1 chooses; 0: no limit."""
+
+
+@dataclass
 class Reliability:
     """What happens when something goes wrong."""
 
@@ -176,6 +189,7 @@ class JobConfig(TitanJobConfig):
     parametric_memory: ParametricMemory = field(default_factory=ParametricMemory)
     lora: Lora = field(default_factory=Lora)
     model: Model = field(default_factory=Model)
+    training: Training = field(default_factory=Training)
     parallelism: Parallelism = field(default_factory=Parallelism)
     data: Data = field(default_factory=Data)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)

@@ -219,6 +219,10 @@ def _check_values(config: JobConfig) -> None:
         optimizer.name in OPTIMIZERS, f"optimizer.name must be {' or '.join(OPTIMIZERS)}, but is {optimizer.name!r}."
     )
     require(
+        config.training.local_batch_size != -1 or config.training.global_batch_size != -1,
+        "training.local_batch_size = -1 is a share of training.global_batch_size, which is not set; set one of them.",
+    )
+    require(
         config.training.dtype == "float32" or config.training.mixed_precision_param == config.training.dtype,
         "training.dtype = 'bfloat16' keeps the weights in bfloat16, and training.mixed_precision_param = 'float32' "
         "computes in another type; set both alike.",

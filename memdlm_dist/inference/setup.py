@@ -32,7 +32,10 @@ def inference_config(config: JobConfig) -> JobConfig:
     config.parallelism.expert_parallel_degree = config.parallelism.expert_tensor_parallel_degree = 1
     config.parallelism.context_parallel_degree = 1
     config.comm.trace_buf_size = 0  # its folder would be made wherever one happens to be
-    config.training.global_batch_size = -1
+    # Prompts come in batches of the caller's.
+    config.training.local_batch_size, config.training.global_batch_size = 1, -1
+    # What a training step gathers once would stay gathered through all of decoding.
+    config.parallelism.fsdp_reshard_after_forward = "default"
     return config
 
 

@@ -3,7 +3,6 @@
 Shapes: B sequences, L tokens, N predicted positions, V vocabulary. Arguments and results are on the host.
 """
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -15,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from memdlm_dist.checkpoint import weights
-from memdlm_dist.config import check_layout
+from memdlm_dist.config import check_layout, launch
 from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError
@@ -71,11 +70,9 @@ class TrainedModel:
     """
 
     def __init__(self, config: JobConfig, checkpoint: str | None = None):
-        config = setup.inference_config(config)
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        check_layout.check_launch(config, world_size)
+        config = launch.resolve(setup.inference_config(config), *process_group.launched())
         args = backbone_args(config.model.name, config.model.flavor)
-        check_layout.check_backbone(config, args, world_size)
+        check_layout.check_backbone(config, args)
         self.tokenizer = DiffusionTokenizer(config.model.hf_assets_path)
         self.device, parallel_dims = setup.join(config)
         args.update_from_config(config)

@@ -28,8 +28,6 @@ class Residency(Protocol):
 
     def tail(self, first_layer: int) -> AbstractContextManager[None]: ...
 
-    def inner_steps(self, first_layer: int) -> AbstractContextManager[None]: ...
-
 
 class Backbone(Protocol):
     """What the bi-level step asks of a backbone; see `models.llada.LLaDA` for what each does.
@@ -65,6 +63,8 @@ class Backbone(Protocol):
         context: Any,
         outer: bool = False,
     ) -> Tensor: ...
+
+    def inner_steps(self, start: int) -> AbstractContextManager[None]: ...
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def _write(
     shard: int,
     context: Any,
 ) -> tuple[FastWeights, InnerStatistics]:
-    with model.residency.inner_steps(memory.first_layer):
+    with model.inner_steps(memory.first_layer):
         return inner_loop.adapt(
             _state_loss(model, batch, memory, hidden, shard, context),
             [step.scored for step in batch.inner],

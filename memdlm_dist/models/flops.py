@@ -7,6 +7,9 @@ which MFU goes, with what is computed again in the backward pass, and with the h
 With F for the trunk's and tail's forward pass, plain training is F forward and 2 F backward. The inner loop
 adds a forward pass of the trunk for every state that is not the anchor, and for every inner step a forward
 pass of the tail and that part of its backward pass which leads to the fast weights.
+
+Compiled blocks run the same products, except under activation checkpointing: they run nothing again that the
+backward pass does not need, such as a block's last product.
 """
 
 from dataclasses import dataclass

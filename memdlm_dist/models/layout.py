@@ -1,7 +1,7 @@
 """The parallel layout of a run: the degrees and the meshes of its ranks."""
 
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Literal, Protocol, cast
 
 from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.config.job_config import Parallelism as TitanParallelism
@@ -12,7 +12,12 @@ from memdlm_dist.models.context_parallel import Method
 
 @dataclass
 class Parallelism(TitanParallelism):
-    """torchtitan's section with one default changed and one key more."""
+    """torchtitan's section with one default changed and two keys more."""
+
+    data_parallel_shard_within: Literal["world", "node"] = "world"
+    """Ranks that data_parallel_shard_degree = -1 shards parameters over. world: all that the other degrees leave; node:
+    those of one node, so that only gradients cross nodes, with data_parallel_replicate_degree the number of nodes.
+    Without effect on a single node, or if one of the two degrees is set."""
 
     context_parallel_method: Method = "ulysses"
     """How tokens attend to those of other ranks with context_parallel_degree > 1. ulysses exchanges tokens for heads,

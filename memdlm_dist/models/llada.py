@@ -9,7 +9,8 @@ rank, N of all tensor-parallel ranks. Under tensor parallelism the activations b
 sharded on the sequence, [B, L / tp, D].
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -26,10 +27,16 @@ from memdlm_dist.method.documents import Documents, OwnSet
 from memdlm_dist.method.fast_weights import AdaptedLinear, FastLinear, FastWeights, adapted
 from memdlm_dist.method.logit_loss import HeadLoss
 from memdlm_dist.models import initial_weights
-from memdlm_dist.models.attention import BidirectionalAttention, TokenContext, attention_method, document_mask
+from memdlm_dist.models.attention import (
+    BidirectionalAttention,
+    Mask,
+    TokenContext,
+    attention_method,
+    document_mask,
+)
 from memdlm_dist.models.head import OutputHead, Readout
-from memdlm_dist.models.linears import LINEARS, names_of
-from memdlm_dist.models.residency import Residency
+from memdlm_dist.models.linears import GROUPS, LINEARS, names_of
+from memdlm_dist.models.residency import Residency, frozen
 from memdlm_dist.models.rope import RopeScaling, rescaled_base, rotary_frequencies
 from memdlm_dist.runtime.device import has_grouped_mm
 
@@ -137,14 +144,30 @@ class TransformerBlock(nn.Module):
     def _build_ffn(self, args: Any) -> None:
         self.feed_forward = AdaptableFeedForward(args.dim, args.hidden_dim)
 
-    def ffn(self, x_BLD: Tensor, fast: dict[str, FastLinear] | None, own_set: OwnSet | None, trains: bool) -> Tensor:
+    def attend(
+        self,
+        x_BLD: Tensor,
+        frequencies: Tensor,
+        mask: Mask | None,
+        own_set: OwnSet | None,
+        fast: dict[str, FastLinear],
+    ) -> tuple[Tensor, Tensor]:
+        """Return the residual stream after the attention, and what the FFN reads of it."""
+        # Four positional arguments, as llama3's tensor-parallel plan describes the attention's inputs.
+        h_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), frequencies, mask, None, fast=fast, own_set=own_set)
+        return h_BLD, self.ffn_norm(h_BLD)
+
+    def ffn(self, x_BLD: Tensor, fast: dict[str, FastLinear], own_set: OwnSet | None, trains: bool) -> Tensor:
         return self.feed_forward(x_BLD, fast=fast, own_set=own_set)
 
     def forward(self, x_BLD: Tensor, context: TokenContext, fast: dict[str, FastLinear] | None = None) -> Tensor:
         frequencies, mask, own_set, trains = context
-        # Four positional arguments, as llama3's tensor-parallel plan describes the attention's inputs.
-        h_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), frequencies, mask, None, fast=fast, own_set=own_set)
-        return h_BLD + self.ffn(self.ffn_norm(h_BLD), fast, own_set, trains)
+        h_BLD, normed_BLD = self.attend(x_BLD, frequencies, mask, own_set, _of_group("attention", fast))
+        return h_BLD + self.ffn(normed_BLD, _of_group("ffn", fast), own_set, trains)
+
+
+def _of_group(group: str, fast: dict[str, FastLinear] | None) -> dict[str, FastLinear]:
+    return {name: linear for name, linear in (fast or {}).items() if name in GROUPS[group]}
 
 
 class LLaDA(ModelProtocol):
@@ -282,6 +305,13 @@ class LLaDA(ModelProtocol):
         """
         context = context._replace(trains=outer and torch.is_grad_enabled())
         return self._head(self._layers(h_BLD, start, fast, context), index_M, readout)
+
+    @contextmanager
+    def inner_steps(self, start: int) -> Iterator[None]:
+        """The inner loop's passes through layers `start .. n - 1` and head: their parameters are constants to it."""
+        layers = list(self.layers.values())[start:]
+        with self.residency.inner_steps(start), frozen([*layers, self.norm, self.output]):
+            yield
 
     def _embed(self, tokens_BL: Tensor) -> Tensor:
         # Under tensor parallelism this is a collective's pending result.

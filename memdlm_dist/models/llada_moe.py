@@ -8,9 +8,9 @@ Shapes: B rows, L tokens, G sets of fast weights, D model, F width of an expert,
 token, E experts of this rank, S slots: the N k pairs of a token and an expert, sorted by expert.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -159,6 +159,17 @@ def _loop(counts: Tensor) -> ExpertProduct:
     return product
 
 
+class Routed(NamedTuple):
+    """Where the tokens go, and what the experts read."""
+
+    x_SD: Tensor  # the slots' tokens
+    slot_S: Tensor  # int64: the slots' places among the pairs (N, k)
+    score_Nk: Tensor
+    load_E: Tensor  # tokens of every expert, which may be on other ranks
+    counts_E: Tensor  # slots of every expert, as they are sorted
+    counts_EG: Tensor | None  # and of each sample, if every sample has a set of fast weights
+
+
 class MixtureOfExperts(MoE):
     """torchtitan's router, reorderer and experts; the experts take fast weights."""
 
@@ -184,35 +195,46 @@ class MixtureOfExperts(MoE):
         Under tensor parallelism the input is whole and the output a partial sum.
 
         Args:
+            fast: of the experts; None, or none of them, without.
             trains: count the experts' tokens, as of a pass of the training loss.
         """
-        x_ND = x.flatten(0, 1)
-        score_Nk, expert_Nk, count_E = self.router(x_ND)
+        sets = len(next(iter(fast.values()))[0]) // self.local_experts if fast else 1
+        routed = self.route(x, sets, own_set)
         if trains:
             with torch.no_grad():
-                self.tokens_per_expert.add_(count_E)
+                self.tokens_per_expert.add_(routed.load_E)
+        out_SD = self.experts(routed.x_SD, routed.counts_E, fast=fast or None, counts_EG=routed.counts_EG)
+        return self.combine(out_SD, routed.slot_S, routed.score_Nk).view_as(x)
+
+    def route(self, x_BLD: Tensor, sets: int, own_set: OwnSet | None) -> Routed:
+        """Choose the tokens' experts, and sort the slots by expert.
+
+        Args:
+            sets: of the experts' fast weights: one, or one of each sample.
+            own_set: see `TokenContext`.
+        """
+        x_ND = x_BLD.flatten(0, 1)
+        score_Nk, expert_Nk, load_E = self.router(x_ND)
         if self.tp_mesh is not None:
             # Each rank weights what it has of the experts' outputs, so that the score's gradient is a partial sum.
             score = DTensor.from_local(score_Nk, self.tp_mesh, [Replicate()], run_check=False)
             score_Nk = score.to_local(grad_placements=[Partial()])
         _, slot_S, counts_E = self.reorderer(score_Nk, expert_Nk)
-        counts_EG = self._counts_of_sets(expert_Nk, x.shape[:2], fast, own_set)
-        routed_SD = self.experts(x_ND[slot_S // self.router.top_k], counts_E, fast=fast, counts_EG=counts_EG)
-        # Back in the tokens' order, which unlike adding them up at their places gives the same sums every time.
-        routed_NkD = routed_SD.new_zeros(score_Nk.numel(), x.shape[-1]).index_copy(0, slot_S, routed_SD)
-        routed_NkD = routed_NkD.unflatten(0, score_Nk.shape)
-        out_N1D = torch.bmm(score_Nk.unsqueeze(1), routed_NkD.float())
-        return out_N1D.type_as(x).view_as(x)
+        counts_EG = self._counts_of_sets(expert_Nk, x_BLD.shape[:2], sets, own_set) if sets > 1 else None
+        return Routed(x_ND[slot_S // self.router.top_k], slot_S, score_Nk, load_E, counts_E, counts_EG)
 
-    def _counts_of_sets(
-        self, expert_Nk: Tensor, shape: torch.Size, fast: dict[str, FastLinear] | None, own_set: OwnSet | None
-    ) -> Tensor | None:
-        """Each expert's number of slots of each sample, `[E, G]`, if every sample has a set of fast weights.
+    def combine(self, out_SD: Tensor, slot_S: Tensor, score_Nk: Tensor) -> Tensor:
+        """Return the weighted sums of the experts' outputs, `[N, 1, D]`."""
+        # Back in the tokens' order, which unlike adding them up at their places gives the same sums every time.
+        out_NkD = out_SD.new_zeros(score_Nk.numel(), out_SD.shape[-1]).index_copy(0, slot_S, out_SD)
+        out_NkD = out_NkD.unflatten(0, score_Nk.shape)
+        return torch.bmm(score_Nk.unsqueeze(1), out_NkD.float()).type_as(out_SD)
+
+    def _counts_of_sets(self, expert_Nk: Tensor, shape: torch.Size, sets: int, own_set: OwnSet | None) -> Tensor:
+        """Each expert's number of slots of each sample, `[E, G]`.
 
         The slots of an expert are in the tokens' order, so those of a sample follow each other already.
         """
-        if fast is None or (sets := len(next(iter(fast.values()))[0]) // self.local_experts) == 1:
-            return None
         rows, length = shape
         set_BL = torch.arange(rows, device=expert_Nk.device).unsqueeze(1).expand(rows, length)
         if own_set is not None:
@@ -230,10 +252,17 @@ class MoEBlock(TransformerBlock):
     def _build_ffn(self, args: Any) -> None:
         self.moe = MixtureOfExperts(args)
 
-    def ffn(self, x_BLD: Tensor, fast: dict[str, FastLinear] | None, own_set: OwnSet | None, trains: bool) -> Tensor:
-        # Fast weights of the attention are not the experts' business.
-        ours = {name: linear for name, linear in (fast or {}).items() if name in GROUPS["ffn"]}
-        return cast(Tensor, self.moe(x_BLD, fast=ours or None, own_set=own_set, trains=trains))
+    def ffn(self, x_BLD: Tensor, fast: dict[str, FastLinear], own_set: OwnSet | None, trains: bool) -> Tensor:
+        return cast(Tensor, self.moe(x_BLD, fast=fast, own_set=own_set, trains=trains))
+
+    def compile_around_experts(self, backend: str | Callable[..., Any]) -> None:
+        """Compile what runs before the experts and after them, in three functions.
+
+        The experts themselves stay eager: the number of an expert's tokens changes with every batch, and FSDP2 and
+        expert parallelism have hooks on them.
+        """
+        for owner, name in ((self, "attend"), (self.moe, "route"), (self.moe, "combine")):
+            setattr(owner, name, torch.compile(getattr(owner, name), backend=backend, fullgraph=True))
 
 
 class LLaDAMoE(LLaDA):

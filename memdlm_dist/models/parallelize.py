@@ -22,7 +22,7 @@ from memdlm_dist.models.context_parallel import apply_cp
 from memdlm_dist.models.expert_parallel import parallelize_experts
 from memdlm_dist.models.layout import Parallelism
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs, TransformerBlock
-from memdlm_dist.models.llada_moe import LLaDAMoE
+from memdlm_dist.models.llada_moe import LLaDAMoE, MoEBlock
 from memdlm_dist.models.lora import Lora, add_adapters
 from memdlm_dist.models.residency import Residency
 
@@ -62,8 +62,8 @@ def parallelize(model: LLaDA, dims: ParallelDims, recipe: Recipe) -> LLaDA:
     """Apply tensor, expert and context parallelism, activation checkpointing, compilation and FSDP2, in that order.
 
     TP goes first, since the others wrap what it shards; checkpointing inside compilation, so that the
-    compiler sees both (but around it with TP, see `_compile_below_checkpoints`); FSDP outermost, one group
-    per block. The ranks of a context-parallel group are among those over which FSDP shards.
+    compiler sees both (but around it with TP, see `_compile_below_checkpoints`, and with experts); FSDP
+    outermost, one group per block. The ranks of a context-parallel group are among those over which FSDP shards.
     """
     parallelism, training = recipe.parallelism, recipe.training
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
@@ -96,7 +96,9 @@ def parallelize(model: LLaDA, dims: ParallelDims, recipe: Recipe) -> LLaDA:
         # A block is compiled once for every way of passing through it: with and without gradient, of the activations
         # or the fast weights or both, for every batch size.
         raise_recompile_limit(64)
-        if dims.tp_enabled:
+        if isinstance(model, LLaDAMoE):
+            _compile_around_experts(model, recipe.compile)
+        elif dims.tp_enabled:
             _compile_below_checkpoints(model, recipe.compile)
         else:
             apply_compile(model, recipe.compile)
@@ -140,6 +142,16 @@ def _apply_tp(model: LLaDA, mesh: DeviceMesh, recipe: Recipe) -> None:
                 parallelize_module(block.get_submodule(name), mesh, style)
     maybe_enable_async_tp(cast(Any, recipe), mesh)  # which reads two sections of a configuration
     model.output.follow_plan(loss_parallel)
+
+
+def _compile_around_experts(model: LLaDAMoE, config: Compile) -> None:
+    """Compile every block within its checkpoint, but for its experts.
+
+    torchtitan's recipe compiles each module around them: more graphs, eager products of scores between them, and
+    wrappers that show in the names of the parameters.
+    """
+    for block in model.layers.values():
+        cast(MoEBlock, checkpointed(block) or block).compile_around_experts(config.backend)
 
 
 def _compile_below_checkpoints(model: LLaDA, config: Compile) -> None:

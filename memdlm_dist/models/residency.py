@@ -6,15 +6,16 @@ for all states at once; those of the tail, and the output head's, stay from the 
 outer backward pass is through them. A step then gathers no more than one of plain masked diffusion does,
 and reduces gradients once.
 
-Everything here has no effect on a backbone that FSDP2 does not shard.
+`Residency` has no effect on a backbone that FSDP2 does not shard.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 
@@ -105,6 +106,31 @@ class Residency:
         self.root.set_requires_gradient_sync(outer)
         # Otherwise the end of each backward pass waits for reductions and drops what the outer one needs.
         self.root.set_is_last_backward(outer)
+
+
+@contextmanager
+def frozen(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """No parameter of the modules requires a gradient in this context.
+
+    The backward pass of a compiled block computes every gradient that one of its inputs may need, whichever
+    are asked for.
+    """
+    trained = [
+        (module, name, parameter)
+        for root in modules
+        for module in root.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.requires_grad
+    ]
+    # A group that FSDP2 gathers in this context takes the flags of its sharded parameters: no need to gather it first.
+    for _, _, parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, name, parameter in trained:
+            parameter.requires_grad_(True)
+            module.get_parameter(name).requires_grad_(True)  # another one, where FSDP2 has gathered or freed the group
 
 
 def _experts(block: Any) -> list[FSDPModule]:

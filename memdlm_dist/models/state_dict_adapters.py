@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torchtitan.models.qwen3.model.state_dict_adapter import Qwen3StateDictAdapter
 from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 
+from memdlm_dist.compat.torchtitan import ReplicatedExpertsAdapter
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs
 from memdlm_dist.models.llada_moe import LLaDAMoE, LLaDAMoEArgs
 
@@ -120,7 +120,7 @@ class LLaDAStateDictAdapter(Adapter):
         }  # fmt: skip
 
 
-class LLaDAMoEStateDictAdapter(Adapter, Qwen3StateDictAdapter):
+class LLaDAMoEStateDictAdapter(Adapter, ReplicatedExpertsAdapter):
     """LLaDA-MoE's names, which are those of Qwen3's mixtures of experts.
 
     torchtitan's adapter keeps an expert's matrix on the rank that has it, so that each rank reads and writes its own.
@@ -129,10 +129,10 @@ class LLaDAMoEStateDictAdapter(Adapter, Qwen3StateDictAdapter):
     model_cls = LLaDAMoE
 
     def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        return Qwen3StateDictAdapter.to_hf(self, state_dict)
+        return ReplicatedExpertsAdapter.to_hf(self, state_dict)
 
     def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
-        return Qwen3StateDictAdapter.from_hf(self, hf_state_dict)
+        return ReplicatedExpertsAdapter.from_hf(self, hf_state_dict)
 
     def config(self) -> dict[str, Any]:
         args: LLaDAMoEArgs = self.args

@@ -1,4 +1,4 @@
-"""What a step needs on one rank, before anything runs: bytes that are held, and bytes that are sent.
+"""What a step needs on one rank, before anything runs: bytes that are held and sent, and what is computed.
 
 From a backbone on the meta device, spread over a layout as for training, the sharded sizes are read off; activations
 and communication follow from the sizes and from the order in which the bi-level step passes through the layers. Peak
@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchtitan.config import TORCH_DTYPE_MAP
@@ -19,13 +20,16 @@ from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.method.fast_weights import AdaptedLinear
 from memdlm_dist.method.logit_loss import CHUNK_BYTES
 from memdlm_dist.method.passes import Passes, planned_passes
+from memdlm_dist.models.flops import Recomputation, step_flops
 from memdlm_dist.models.layout import Layout
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs
 from memdlm_dist.models.llada_moe import LLaDAMoEArgs
-from memdlm_dist.training.objective import first_adapted_layer, inner_loss_of, plan_of
+from memdlm_dist.training.backbone import lora_of
+from memdlm_dist.training.objective import build_objective, first_adapted_layer, inner_loss_of, plan_of
 
 # The mesh dimensions over which FSDP2 shards a parameter that it gathers to compute with.
 _DATA_PARALLEL = ("dp_replicate", "fsdp", "efsdp")
+_LEVELS = 8  # noise levels over which the FLOPs of a row are averaged
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Footprint:
     weights: float  # sharded, in the type in which they are kept
     gradients: float
     optimizer: float  # AdamW's two moments
-    gathered: float  # tail and head, which stay, and two layers of the trunk
+    gathered: float  # tail and head, which stay, and two layers of the trunk; all that is never freed
     gathered_gradients: float  # of the layer whose gradients are being reduced
     activations: float
     head: float  # one chunk of logits, with its gradient
@@ -51,7 +55,8 @@ class Communication:
     """Bytes that one rank sends in an optimizer step, by ring algorithms."""
 
     gather: float  # FSDP2's all-gathers
-    reduce: float  # its reduce-scatters and, with HSDP, all-reduces
+    reduce: float  # its reduce-scatters
+    replicate: float  # HSDP's all-reduces
     tensor: float  # tensor parallelism's
     context: float  # context parallelism's: tokens for heads, and the fast weights' gradients
     experts: float  # the exchange of tokens
@@ -66,9 +71,13 @@ class Estimate:
     parameters: int
     trained: int
     active: int  # that a token passes through
+    replicas: int  # of the parameters, which HSDP keeps
+    sequences: int  # of a micro-batch
     micro_batches: int  # of an optimizer step
     memory: Footprint
     communication: Communication
+    across_nodes: list[str]  # parts of the communication whose process groups are not within a node
+    flops: float  # of the matrix products of an optimizer step on one rank
 
 
 @dataclass(frozen=True)
@@ -83,17 +92,17 @@ class _Passes:
         return self.forward + self.backward * (2 if recomputed else 1)
 
 
-def estimate(model: LLaDA, args: LLaDAArgs, dims: Layout, config: JobConfig) -> Estimate:
-    """What a configuration needs.
+def estimate(model: LLaDA, args: LLaDAArgs, dims: Layout, config: JobConfig, node_size: int | None = None) -> Estimate:
+    """Estimate what a configuration needs.
 
     Args:
         model: on the meta device, spread over `dims` by `parallelize_llada`.
         args: its sizes.
-        config: from `parse_config.parse`.
+        config: from `launch.resolve`.
+        node_size: ranks of a node; all of them if None.
     """
     training = config.training
-    micro = training.local_batch_size * dims.dp_replicate * dims.dp_shard
-    micro_batches = max(1, training.global_batch_size // micro) if training.global_batch_size > 0 else 1
+    micro_batches = training.global_batch_size // (training.local_batch_size * dims.dp_replicate * dims.dp_shard)
     first = first_adapted_layer(config.parametric_memory, args) if config.parametric_memory.enable else args.n_layers
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
@@ -101,9 +110,13 @@ def estimate(model: LLaDA, args: LLaDAArgs, dims: Layout, config: JobConfig) -> 
         parameters=sum(p.numel() for p in parameters),
         trained=sum(p.numel() for p in trained),
         active=_active(model, args),
+        replicas=dims.dp_replicate,
+        sequences=training.local_batch_size,
         micro_batches=micro_batches,
         memory=_footprint(model, args, dims, config, first),
         communication=_communication(model, args, dims, config, first, micro_batches),
+        across_nodes=_across_nodes(dims, node_size) if node_size else [],
+        flops=micro_batches * training.local_batch_size * _row_flops(args, dims, config),
     )
 
 
@@ -143,8 +156,9 @@ def _footprint(model: LLaDA, args: LLaDAArgs, dims: Layout, config: JobConfig, f
     trained = [_local(p) for p in parameters if p.requires_grad]
     groups = _groups(model)
     if dims.fsdp_enabled:
-        resident = groups[1 + first :] if first < args.n_layers else groups[-1:]
-        passing = sorted((_gathered_elements(group) for group in groups[: 1 + first]), reverse=True)[:2]
+        freed = 0 if config.parallelism.fsdp_reshard_after_forward == "never" else 1 + first
+        resident = groups[freed:]
+        passing = sorted((_gathered_elements(group) for group in groups[:freed]), reverse=True)[:2]
         gathered = compute * (sum(map(_gathered_elements, resident)) + sum(passing))
         largest = max(_gathered_elements(p for p in group if p.requires_grad) for group in groups)
         # As autograd makes them, and as they are reduced: now and, while that is under way, before.
@@ -250,7 +264,7 @@ def _communication(
     compute = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize
     reduce = TORCH_DTYPE_MAP[training.mixed_precision_reduce].itemsize
     policy = config.parallelism.fsdp_reshard_after_forward
-    gather = reduced = 0.0
+    gather = reduced = replicated = 0.0
     groups = _groups(model)
     for number, group in enumerate(groups):
         # What was freed behind the forward pass is gathered again for the backward pass: tail and head were not.
@@ -262,7 +276,7 @@ def _communication(
         for shards, elements in _by_shards(p for p in group if p.requires_grad):
             reduced += reduce * elements * (shards - 1) / shards
             # HSDP reduces the shards over the replicas.
-            reduced += 2 * reduce * elements / shards * (dims.dp_replicate - 1) / dims.dp_replicate
+            replicated += 2 * reduce * elements / shards * (dims.dp_replicate - 1) / dims.dp_replicate
     tokens = _tokens(training, dims)
     passes = _passes(args, config, first)
     recomputed = config.activation_checkpoint.mode == "full"
@@ -281,7 +295,43 @@ def _communication(
         if config.parametric_memory.enable:
             sums = _planned(config).inner_steps * _fast_bytes(args, dims, config, first)
             context += 2 * sums * (dims.cp - 1) / dims.cp
-    return Communication(*(micro_batches * x for x in (gather, reduced, tensor, context, experts)))
+    return Communication(*(micro_batches * x for x in (gather, reduced, replicated, tensor, context, experts)))
+
+
+def _across_nodes(dims: Layout, node_size: int) -> list[str]:
+    """Return the parts of the communication whose groups are not within a node.
+
+    Ranks are numbered with tensor parallelism innermost, then context parallelism, the shards and the replicas;
+    expert parallelism takes neighbours among the shards. A group lies among consecutive ranks, and blocks of so many
+    are within a node if they divide it.
+    """
+    shards = dims.dp_shard * dims.cp * dims.tp
+    spans = {
+        "gather": shards,
+        "reduce": shards,
+        "replicate": dims.dp_replicate * shards,
+        "tensor": dims.tp,
+        "context": dims.cp * dims.tp,
+        "experts": dims.ep * dims.tp,
+    }
+    return [name for name, span in spans.items() if node_size % span]
+
+
+def _row_flops(args: LLaDAArgs, dims: Layout, config: JobConfig) -> float:
+    """Return the FLOPs of one sequence on one rank, as the mean over evenly spread noise levels.
+
+    Rows are taken as one document each: how long those of packed rows are the configuration does not tell.
+    """
+    checkpointing, objective = config.activation_checkpoint, build_objective(config, args, args.vocab_size - 1, dims)
+    recomputation = Recomputation(checkpointing.mode, checkpointing.selective_ac_option)
+    row_1L, id_1 = torch.zeros(1, config.training.seq_len, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    total = 0.0
+    for number in range(_LEVELS):
+        level_1 = torch.full((1,), (number + 0.5) / _LEVELS, dtype=torch.float64)
+        batch = objective.micro_batch(row_1L, row_1L, id_1, step=0, t_U=level_1)
+        frozen = lora_of(config) is not None
+        total += sum(step_flops(args, batch, objective.memory, recomputation, frozen))
+    return total / _LEVELS / dims.tp
 
 
 def _by_shards(parameters: Iterable[Tensor]) -> list[tuple[int, int]]:

@@ -3,6 +3,7 @@
 import argparse
 import io
 import logging
+import math
 import sys
 from collections.abc import Callable, Sequence
 
@@ -15,6 +16,14 @@ def positive(text: str) -> int:
     """Parse a positive integer, as an argument's type."""
     number = int(text)
     if number < 1:
+        raise ValueError
+    return number
+
+
+def positive_number(text: str) -> float:
+    """Parse a positive finite number, as an argument's type."""
+    number = float(text)
+    if not 0 < number < math.inf:
         raise ValueError
     return number
 

@@ -1,10 +1,24 @@
-"""Joining the process group, or one that only pretends, and the autocast that goes with a layout."""
+"""The processes of a launch: how many, their process group, and the autocast that goes with a layout."""
 
+import os
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torchtitan.distributed import utils
+
+
+class Processes(NamedTuple):
+    """The number of processes of a launch."""
+
+    total: int
+    per_node: int
+
+
+def launched() -> Processes:
+    """Return the processes that torchrun has started; one without it."""
+    total = int(os.environ.get("WORLD_SIZE", "1"))
+    return Processes(total, int(os.environ.get("LOCAL_WORLD_SIZE", total)))
 
 
 def join(comm: Any) -> int:

@@ -12,7 +12,7 @@ from memdlm_dist.checkpoint.manager import ResumableCheckpoints
 from memdlm_dist.checkpoint.saver import Saver
 from memdlm_dist.compat.torch import connection_loss, construct_savers
 from memdlm_dist.compat.torchtitan import construct_checkpoints
-from memdlm_dist.config import check_layout, parse_config
+from memdlm_dist.config import check_layout, launch, parse_config
 from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import backbone_args
@@ -21,6 +21,7 @@ from memdlm_dist.runtime import preemption
 from memdlm_dist.runtime.cpu import check_prepared
 from memdlm_dist.runtime.device import device_type
 from memdlm_dist.runtime.preemption import StopRequest
+from memdlm_dist.runtime.process_group import launched
 from memdlm_dist.runtime.rank_0 import is_first
 from memdlm_dist.runtime.single_process import single_process_environment
 from memdlm_dist.runtime.storage import is_remote
@@ -64,12 +65,10 @@ def run(argv: Sequence[str]) -> int:
         UserError: for everything a user can get wrong.
     """
     check_prepared()
-    config = parse_config.parse(argv)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    check_layout.check_launch(config, world_size)
+    config = launch.resolve(parse_config.parse(argv), *launched())
     check_layout.check_device(config, device_type())
     args = backbone_args(config.model.name, config.model.flavor)
-    check_layout.check_backbone(config, args, world_size)
+    check_layout.check_backbone(config, args)
     _warn_of_length(config, args)
     check_output(config.job.dump_folder)
     single_process_environment()

@@ -103,7 +103,7 @@ def test_ring_attention_is_torchs_without_load_balancing(many_ranks):
         hooks = [hook.func.__qualname__ for hook in kernel._forward_pre_hooks.values()]
         assert hooks == ["_ContextParallel.sdpa_input_fn"] and len(kernel._forward_hooks) == 1
     assert not _cp_options.enable_load_balance and _cp_options.rotate_method.name == "ALL_TO_ALL"
-    check_layout.check_backbone(config, args, many_ranks)
+    check_layout.check_backbone(config, args)
     check_layout.check_device(config, "cuda")
     with pytest.raises(UserError, match="'ring' needs CUDA devices, and this machine has cpu; set it to 'ulysses'"):
         check_layout.check_device(config, "cpu")

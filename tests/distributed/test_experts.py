@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.backends.debugging import aot_eager
 from torchtitan.models.moe.moe import GroupedExperts
 
+from memdlm_dist.compat import torch as compat
 from memdlm_dist.method.bilevel import Memory, outer_loss
 from memdlm_dist.method.fast_weights import LowRank, leaves, map_leaves, select
 from memdlm_dist.method.inner_loss import inner_loss
@@ -13,8 +15,9 @@ from memdlm_dist.method.inner_sgd import InnerSGD
 from memdlm_dist.method.trajectory import Plan
 from memdlm_dist.models import flavours, llada_moe
 from memdlm_dist.models.llada_moe import AdaptableExperts, LLaDAMoE, LLaDAMoEArgs
+from memdlm_dist.models.lora import Lora, add_adapters
 from memdlm_dist.training.objective import Objective
-from tests.workers.sharded_experts import LAYOUTS, options_of
+from tests.workers.sharded_experts import COMPILED, LAYOUTS, options_of
 
 # Two layouts add up the same numbers in another order: float32 rounding, of quantities of order 1 (4e-6 is seen).
 TOLERANCE = 1e-5
@@ -29,6 +32,27 @@ def results(tmp_path_factory, pools):
     for layout, (processes, _, _) in LAYOUTS.items():
         pools(processes).call("tests.workers.sharded_experts:find", str(root), layout)
     return {layout: torch.load(root / f"{layout}.pt") for layout in LAYOUTS}
+
+
+@pytest.fixture(scope="module")
+def compiled_results(tmp_path_factory, pools):
+    root = tmp_path_factory.mktemp("compiled")
+    parts = {name: layout for layout in COMPILED for name in (layout, f"{layout}-compiled")}
+    for name, layout in {"one": "one", **parts}.items():  # the first one writes the weights
+        pools(LAYOUTS[layout][0]).call("tests.workers.sharded_experts:find", str(root), name, ["lora"])
+    return {name: torch.load(root / f"{name}.pt") for name in parts}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", COMPILED)
+def test_a_layout_compiled_around_its_experts_takes_the_eager_steps(compiled_results, layout):
+    """The same bits; another step, with other numbers of tokens for every expert, compiles nothing again."""
+    eager, compiled = compiled_results[layout], compiled_results[f"{layout}-compiled"]
+    for name, value in eager["lora"].items():
+        assert torch.equal(compiled["lora"][name], value), name
+    assert compiled["gathers"] == eager["gathers"]
+    # Before the experts two graphs, after them a third: of the trunk with gradient and without, and of inner steps.
+    assert compiled["graphs"].tolist() == [9, 9] and eager["graphs"].tolist() == [0, 0]
 
 
 STEPS = [(layout, options) for layout in LAYOUTS if not layout.startswith("one") for options in options_of(layout)]
@@ -82,6 +106,30 @@ def model():
     return model.double()
 
 
+OBJECTIVE = Objective(60, Plan(), None, seed=0, shards=1, shard=0)
+TOKENS = torch.randint(0, 60, (3, 24), generator=torch.Generator().manual_seed(2))
+IDS = torch.tensor([5, 9, 2])
+
+
+def memory_of(adapter="lora", norm="per_parameter", layers=ARGS.n_layers):
+    first = min(layers - 1, 1)
+    return Memory(
+        first, replace(ARGS, n_layers=layers).adapted_linears(first, ["ffn"]), adapter, 8, 16.0,
+        inner_loss("cross_entropy", "pre_final_norm", "post_final_norm"), InnerSGD(0.3, 1.0, norm), per_sample=True,
+    )  # fmt: skip
+
+
+def step(model, memory, rows):
+    """Loss, inner statistics, gradients and fast weights of a step on some of the rows, in float64."""
+    batch = replace(OBJECTIVE, memory=memory).micro_batch(TOKENS[rows], TOKENS[rows], IDS[rows], 1)
+    fast = map_leaves(lambda x: x.double(), memory.draw(0, 1, IDS[rows]))
+    written = []
+    model.zero_grad()
+    loss, inner = outer_loss(model, batch, memory, fast, on_adapted=written.append)
+    loss.backward()
+    return loss.detach(), inner, [p.grad.clone() for p in model.parameters()], written[0]
+
+
 @pytest.mark.parametrize("adapter, norm", [("lora", "per_parameter"), ("full", "global")])
 @pytest.mark.parametrize("filled", [False, True], ids=["loop", "filled up"])
 def test_a_sequence_has_its_own_fast_weights_in_every_expert(model, monkeypatch, adapter, norm, filled):
@@ -91,25 +139,9 @@ def test_a_sequence_has_its_own_fast_weights_in_every_expert(model, monkeypatch,
         monkeypatch.setattr(llada_moe, "_grouped", lambda counts: filled_loop(counts))
         for mixture in model.mixtures()[1:]:
             monkeypatch.setattr(mixture.experts, "use_grouped_mm", True)
-    memory = Memory(
-        1, ARGS.adapted_linears(1, ["ffn"]), adapter, 4, 8.0,
-        inner_loss("cross_entropy", "pre_final_norm", "post_final_norm"), InnerSGD(0.3, 1.0, norm), per_sample=True,
-    )  # fmt: skip
-    objective = Objective(60, Plan(), memory, seed=0, shards=1, shard=0)
-    tokens = torch.randint(0, 60, (3, 24), generator=torch.Generator().manual_seed(2))
-    ids = torch.tensor([5, 9, 2])
-
-    def step(rows):
-        batch = objective.micro_batch(tokens[rows], tokens[rows], ids[rows], 1)
-        fast = map_leaves(lambda x: x.double(), memory.draw(0, 1, ids[rows]))
-        written = []
-        model.zero_grad()
-        loss, inner = outer_loss(model, batch, memory, fast, on_adapted=written.append)
-        loss.backward()
-        return loss.detach(), inner, [p.grad.clone() for p in model.parameters()], written[0]
-
-    loss, inner, gradients, fast = step([0, 1, 2])
-    alone = [step([row]) for row in range(3)]
+    memory = memory_of(adapter, norm)
+    loss, inner, gradients, fast = step(model, memory, [0, 1, 2])
+    alone = [step(model, memory, [row]) for row in range(3)]
     torch.testing.assert_close(loss, sum(x[0] for x in alone))
     torch.testing.assert_close(inner.loss_KG, torch.cat([x[1].loss_KG for x in alone], 1))
     torch.testing.assert_close(inner.grad_norm_KG, torch.cat([x[1].grad_norm_KG for x in alone], 1))
@@ -151,6 +183,98 @@ def test_the_grouped_product_computes_what_the_loop_does():
         found.append((y, *torch.autograd.grad(y.square().sum(), [x, *experts.parameters()])))
     for loop, grouped in zip(*found, strict=True):
         assert (loop - grouped).norm() < 0.02 * loop.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_more_groups_than_a_grouped_product_takes_are_multiplied_in_parts(monkeypatch, dtype):
+    """Each group the same bits as in one product, and the loop's numbers; some groups are empty, and what lies behind
+    the last one reaches nothing."""
+    torch.manual_seed(1)
+    counts = torch.tensor([0, 3, 0, 8, 5, 0, 0, 7, 1, 9, 2, 0])
+    last, ends = int(counts.sum()), counts.cumsum(0, dtype=torch.int32)
+    x, weight = (
+        torch.randn(shape, dtype=dtype, requires_grad=True) for shape in [(last + 6, 16), (len(counts), 8, 16)]
+    )
+    gradient = torch.randn(last + 6, 8, dtype=dtype)
+    with torch.no_grad():
+        x[last:] = gradient[last:] = torch.nan
+
+    def run(product, limit):
+        monkeypatch.setattr(compat, "MAX_GROUPS", limit)
+        y = product(x, weight)
+        dx, dw = torch.autograd.grad(y, [x, weight], gradient[: len(y)])
+        return y[:last], dx[:last], dw
+
+    whole, *parts = (run(lambda x, weight: compat.grouped_mm(x, weight, ends), limit) for limit in (1023, 7, 4, 3))
+    loop = run(lambda x, weight: llada_moe._loop(counts)(x[:last], weight), 1023)
+    # The loop's products add up in another order: rounding of a type with 24 bits, or with 8.
+    close = {"rtol": 0, "atol": {torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype]}
+    for i, value in enumerate(whole):
+        assert all(torch.equal(found[i], value) for found in parts)
+        torch.testing.assert_close(value, loop[i], **close)
+
+
+def test_a_step_with_its_groups_in_parts(model, monkeypatch):
+    """Four experts times three sets are twelve groups: the same bits in four parts as in one product."""
+    for mixture in model.mixtures()[1:]:
+        monkeypatch.setattr(mixture.experts, "use_grouped_mm", True)
+    sizes, plain = [], torch._grouped_mm
+
+    def counted(x, weight, offs):
+        sizes.append(len(offs))
+        return plain(x, weight, offs=offs)
+
+    def run(limit):
+        monkeypatch.setattr(compat, "MAX_GROUPS", limit)
+        sizes.clear()
+        loss, inner, gradients, fast = step(model, memory_of(), [0, 1, 2])
+        return [loss, *inner.__dict__.values(), *gradients, *leaves(fast)]
+
+    monkeypatch.setattr(torch, "_grouped_mm", counted)
+    whole = run(1023)
+    assert max(sizes) == 12
+    parts = run(5)
+    assert max(sizes) == 5
+    assert all(torch.equal(x, y) for x, y in zip(parts, whole, strict=True))
+
+
+def test_blocks_compiled_around_their_experts_are_the_eager_ones():
+    """The same bits, with outer adapters, on packed rows whose documents have fast weights of their own; another
+    routing, with other numbers of tokens for every expert, compiles nothing again."""
+    models, graphs = [], []
+    for _ in range(2):
+        model = LLaDAMoE(replace(ARGS, n_layers=1))
+        add_adapters(model, Lora(rank=4), torch.float32, torch.float32)
+        generator = torch.Generator().manual_seed(1)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+        models.append(model)
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    torch._dynamo.reset()
+    for block in models[1].layers.values():
+        block.compile_around_experts(backend)
+    memory = memory_of(layers=1)
+    documents = (torch.arange(24) * 3 // 24).expand(3, -1)
+    compiled, loads = [], []
+    for number in range(2):
+        tokens = torch.randint(0, 60, (3, 24), generator=torch.Generator().manual_seed(number))
+        batch = replace(OBJECTIVE, memory=memory).micro_batch(tokens, tokens, IDS, 1, documents_BL=documents)
+        found = []
+        for model in models:
+            model.zero_grad()
+            loss, inner = outer_loss(model, batch, memory, memory.draw(0, 1, batch.sample_ids_U))
+            loss.backward()
+            trained = [p.grad for p in model.parameters() if p.requires_grad]
+            found.append([loss.detach(), inner.loss_KG, inner.written_norm_G, *trained, model.take_load()])
+        assert all(torch.equal(x, y) for x, y in zip(*found, strict=True)) and inner.written_norm_G.min() > 0
+        compiled.append(len(graphs))
+        loads.append(found[0][-1])
+    # What runs before the experts is two graphs, what runs after them a third: of inner steps, and of the outer one.
+    assert compiled == [6, 6] and not torch.equal(*loads)
 
 
 def test_experts_without_fast_weights_are_torchtitans(model):

@@ -1,4 +1,4 @@
-"""Both recipes from published weights to published weights, on two ranks, with a model of debug size."""
+"""Both recipes from published weights to published weights, and the quickstart, with models of debug size."""
 
 import json
 from pathlib import Path
@@ -196,6 +196,27 @@ def test_generate_from_the_exported_folder(run, capsys):
     assert generate.main([*made, *rest]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["steps"] == 4 and found["memory"] == "on" and found["checkpoint"] == folder
+
+
+def test_the_quickstart_reads_the_same_samples_on_four_ranks(tmp_path):
+    """As shipped, but for model and data: its local batch follows from the number of ranks."""
+    for ranks in (4, 1):
+        arguments = [
+            "--job.config_file", "train_configs/quickstart.toml", *SMALL[:SMALL.index("--training.steps")],
+            "--training.steps", "3", "--job.dump_folder", str(tmp_path / f"{ranks}"), "--metrics.log_freq", "1",
+            "--validation.no-enable", "--checkpoint.no-enable", "--parametric_memory.start_step", "3",
+        ]  # fmt: skip
+        run_many([(ranks, arguments, {"record": str(tmp_path / f"drawn-{ranks}")})])
+    drawn, losses = {}, {}
+    for ranks in (4, 1):
+        files = [tmp_path / f"drawn-{ranks}/rank{rank}.jsonl" for rank in range(ranks)]
+        lines = [file.read_text().splitlines() for file in files]
+        assert len({len(of_rank) for of_rank in lines}) == 1
+        drawn[ranks] = sorted(line for of_rank in lines for line in of_rank)
+        losses[ranks] = scalars(tmp_path / f"{ranks}")["loss_metrics/global_avg_loss"]
+    assert drawn[4] == drawn[1] and sum('["level", 2' in line for line in drawn[4]) == 16
+    # The order in which float32 losses are added up.
+    assert sorted(losses[4]) == [1, 2, 3] and losses[4] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_recipes_are_what_the_paper_trains():

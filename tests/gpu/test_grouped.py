@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from memdlm_dist.compat.torch import grouped_mm
 from memdlm_dist.method import fast_weights
 from memdlm_dist.method.bilevel import Memory, outer_loss
 from memdlm_dist.method.documents import FILL, Documents
@@ -60,6 +61,26 @@ def test_grouped_products_are_the_loop_with_empty_experts(device, sets, counts):
     chosen = counts_EG.sum(1) > 0
     for gradient in found[1][2:5]:  # of the experts' three linears
         assert (gradient.abs().sum((1, 2)) > 0).tolist() == chosen.tolist()
+
+
+def test_more_groups_than_a_grouped_product_takes(device):
+    """1,200 groups, every third one empty, and slots behind the last: the products of the groups one by one."""
+    torch.manual_seed(1)
+    sizes = [8 * (i % 3) for i in range(1200)]
+    ends = torch.tensor(sizes, device=device).cumsum(0, dtype=torch.int32)
+    x, weight, gradient = (
+        torch.randn(shape, device=device, dtype=torch.bfloat16)
+        for shape in [(sum(sizes) + 16, 64), (1200, 32, 64), (sum(sizes) + 16, 32)]
+    )
+    gradient[sum(sizes) :] = torch.nan
+    x.requires_grad_(), weight.requires_grad_()
+    y = grouped_mm(x, weight, ends)
+    found = y, *torch.autograd.grad(y, [x, weight], gradient)
+    alone = torch.cat([F.linear(part, one) for part, one in zip(x.split([*sizes, 16]), weight.unbind(), strict=False)])
+    expected = alone, *torch.autograd.grad(alone, [x, weight], gradient[: sum(sizes)])
+    for ours, theirs in zip(found, expected, strict=True):
+        ours, theirs = (z[: sum(sizes)].float() for z in (ours, theirs))
+        assert ours.isfinite().all() and (ours - theirs).norm() <= TOLERANCE * theirs.norm()
 
 
 def test_a_step_with_grouped_products_is_the_step_with_the_loop(device):

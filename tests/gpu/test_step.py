@@ -19,10 +19,12 @@ COMMON = [
 ]  # fmt: skip
 FULL_CHECKPOINTING = ["--activation_checkpoint.mode", "full"]
 PACKED = ["--model.flavor", "quickstart", "--training.seq_len", "256", "--training.local_batch_size", "2"]
+INDUCTOR = ["--compile.enable", "--compile.backend", "inductor"]
 KINDS = {
     "dense": ["--model.flavor", "quickstart", *FULL_CHECKPOINTING],
     "packed": PACKED,
     "experts": ["--model.name", "llada_moe"],
+    "experts, compiled": ["--model.name", "llada_moe", *INDUCTOR],
 }
 
 
@@ -44,9 +46,9 @@ def test_the_host_does_not_wait_in_a_step(cuda, one_rank, request, kind):
     Two steps come first, for what is built on first use: graphs, workspaces, optimizer states and kernels, whose
     builders do wait.
     """
-    if kind == "experts" and not has_grouped_mm():
+    if kind.startswith("experts") and not has_grouped_mm():
         pytest.skip("without grouped products the experts are a loop, which reads their numbers of tokens on the host")
-    request.getfixturevalue({"dense": "device", "packed": "flex_without_autotuning", "experts": "compiler"}[kind])
+    request.getfixturevalue({"dense": "device", "packed": "flex_without_autotuning"}.get(kind, "compiler"))
     config = parse_config.parse([*COMMON, *KINDS[kind]])
     sizes, dims = sizes_of(config), layout_of(config, 1)
     trained = trainer.build(config, sizes, dims, cuda.type)
@@ -92,7 +94,6 @@ def test_a_micro_batch_arrives_as_it_was(cuda, build):
         assert torch.equal(a.cpu(), b) if isinstance(b, torch.Tensor) else a == b
 
 
-INDUCTOR = ["--compile.enable", "--compile.backend", "inductor"]
 # A compiled block adds up in another order than PyTorch's kernels do: a few 1e-6 in float32, which the inner loop
 # amplifies. In bfloat16, of 8 bits, eager operators round each result, of which a compiled block keeps some in float32:
 # 0.01 of a quantity's largest value is seen on a CPU.
@@ -111,6 +112,20 @@ def test_compiled_blocks_give_the_eager_loss_and_gradients(one_rank, compiler, d
     compiled = {name.replace("_orig_mod.", ""): x for name, x in compiled.items()}
     assert compiled.keys() == eager.keys() and "gradient of output.weight" in eager
     assert sharded_step.difference(compiled, eager) < tolerance
+
+
+def test_experts_compiled_around_give_the_eager_loss_and_gradients(build, compiler):
+    """In float32, the experts as a loop; and nothing is compiled after the second step, whatever the routing."""
+    arguments = ["--model.name", "llada_moe", "--training.mixed_precision_param", "float32", *FULL_CHECKPOINTING]
+    benches = [build(*arguments, *more) for more in ([], INDUCTOR)]
+    for mixture in (mixture for bench in benches for mixture in bench.model.mixtures()):
+        mixture.experts.use_grouped_mm = False
+    eager, compiled = (sharded_step.step(bench, "ours", None) for bench in benches)
+    assert sharded_step.difference(compiled, eager) < COMPILED["float32"][1]
+    torch._dynamo.reset()
+    found = sharded_step.compilations(benches[1], "ours")
+    assert found["breaks"] == {}
+    assert found["graphs"][0] >= 1 and found["graphs"][1:] == [found["graphs"][1]] * 3
 
 
 class PackedBench(Bench):

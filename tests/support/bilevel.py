@@ -1,5 +1,6 @@
 """Small models, memories, objectives and batches for tests of the bi-level step."""
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
@@ -78,3 +79,16 @@ def double(fast):
 
 def gradients(model):
     return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+
+@contextmanager
+def trained_in_each_pass(model, first_layer):
+    """Yield a list that gets, at every pass of the head, how many parameters of the tail require a gradient."""
+    tail, found = [*list(model.layers.values())[first_layer:], model.norm, model.output], []
+    handle = model.output.register_forward_pre_hook(
+        lambda *_: found.append(sum(p.requires_grad for part in tail for p in part.parameters()))
+    )
+    try:
+        yield found
+    finally:
+        handle.remove()

@@ -8,12 +8,13 @@ import torch
 from torch.distributed import destroy_process_group, is_initialized
 from torchtitan.distributed.utils import init_fake_mode
 
-from memdlm_dist.config import parse_config
+from memdlm_dist.config import launch, parse_config
 from memdlm_dist.models import BACKBONES
 from memdlm_dist.performance import bench_steps as bench_step
 from memdlm_dist.performance.collectives import Collectives
-from memdlm_dist.performance.estimate import estimate, saved_elements
+from memdlm_dist.performance.estimate import Communication, Estimate, Footprint, estimate, saved_elements
 from memdlm_dist.performance.forecast import forecast
+from memdlm_dist.performance.step_time import Speeds, StepTime, step_time, warning
 from tools import dry_run
 
 DEBUG = [
@@ -38,21 +39,24 @@ CONTEXT = "--parallelism.context_parallel_degree"
     [
         (4, [SHARD, "4"]),
         (4, [SHARD, "4", "--model.converters", "lora"]),
+        (4, [SHARD, "4", "--model.converters", "lora", "--parallelism.fsdp_reshard_after_forward", "never"]),
         (4, [SHARD, "2", TENSOR, "2", "--parametric_memory.inner_loss", "kl", "--parametric_memory.inner_steps", "3"]),
         (8, [SHARD, "4", "--parallelism.data_parallel_replicate_degree", "2"]),
         (4, [SHARD, "2", CONTEXT, "2", "--parametric_memory.target_modules", "ffn,attention"]),
         (8, [TENSOR, "2", CONTEXT, "2", "--activation_checkpoint.mode", "full"]),
     ],
-    ids=["fsdp4", "lora", "fsdp2-tp2", "hsdp", "fsdp2-cp2", "fsdp2-tp2-cp2"],
+    ids=["fsdp4", "lora", "lora-never", "fsdp2-tp2", "hsdp", "fsdp2-cp2", "fsdp2-tp2-cp2"],
 )
 def test_fsdp_sends_what_is_foretold(ranks, arguments):
     """Counted in a step of a single process that takes itself for one of many."""
-    config = parse_config.parse([*DEBUG, *arguments])
+    config = launch.resolve(parse_config.parse([*DEBUG, *arguments]), ranks)
     init_fake_mode(ranks)
     try:
         bench = bench_step.Bench.build(config)
         foretold = estimate(bench.model, bench.args, bench.dims, config).communication
         counted: Collectives = bench.collectives("ours")
+        # Nothing stays gathered behind a step, whose weights the optimizer changes.
+        assert all("fsdp" in p.device_mesh.mesh_dim_names for p in bench.model.parameters())
         fsdp = bench.groups("fsdp")
         shards = fsdp[0].size()
         # Each collective's largest argument is the gathered tensor, padded to divide evenly: here all sizes do.
@@ -62,7 +66,8 @@ def test_fsdp_sends_what_is_foretold(ranks, arguments):
         }
         replicated = sum(4 * n for _, n in counted.on(*bench.groups("dp_replicate")))
         assert foretold.gather == pytest.approx(sums["all_gather"])
-        assert foretold.reduce == pytest.approx(sums["reduce_scatter"] + 2 * replicated / 2)
+        assert foretold.reduce == pytest.approx(sums["reduce_scatter"])
+        assert foretold.replicate == pytest.approx(2 * replicated / 2)
         if tensor := bench.groups("tp"):
             # The layers' exchanges; those of embedding and head, and of the fast terms' middle, are left out.
             half = 2 * 64 // bench.dims.cp * bench.args.dim // 2
@@ -110,7 +115,7 @@ def test_dry_run_of_the_recipes(tmp_path, capsys):
     for name in ("llada_8b", "llada_moe_7b"):
         file = tmp_path / f"{name}.json"
         recipe = f"train_configs/{name}_longalpaca.toml"
-        sizes = ["--world-size", "8", "32", "--training.local_batch_size", "1"]
+        sizes = ["--world-size", "8", "32"]
         assert dry_run.main([recipe, "--json", str(file), *sizes]) == 0
         found[name] = json.loads(file.read_text())
     out = capsys.readouterr().out
@@ -119,7 +124,15 @@ def test_dry_run_of_the_recipes(tmp_path, capsys):
     base = 8_015_581_184  # LLaDA-8B
     assert dense["8"]["parameters"] - dense["8"]["trained"] == base
     assert dense["8"]["memory"]["weights"] == pytest.approx((2 * base + 4 * 83_886_080) / 8, rel=1e-3)
-    assert dense["8"]["memory"]["optimizer"] == 4 * dense["32"]["memory"]["optimizer"] == 2 * 4 * 83_886_080 / 8
+    # Four nodes have a replica each, and a rank a fourth of the sequences.
+    assert dense["8"]["memory"]["optimizer"] == dense["32"]["memory"]["optimizer"] == 2 * 4 * 83_886_080 / 8
+    assert [(dense[n]["replicas"], dense[n]["sequences"]) for n in ("8", "32")] == [(1, 4), (4, 1)]
+    # The base and the adapters are gathered once, in bfloat16, and stay; across nodes only gradients are reduced.
+    for x in dense.values():
+        assert x["memory"]["gathered"] == 2 * (base + 83_886_080)
+        assert x["communication"]["gather"] == 2 * (base + 83_886_080) * 7 / 8
+    assert dense["8"]["across_nodes"] == [] and dense["32"]["across_nodes"] == ["replicate"]
+    assert dense["32"]["communication"]["replicate"] == 2 * 4 * 83_886_080 / 8 * 3 / 4
     assert moe["8"]["parameters"] - moe["8"]["trained"] == 7_356_880_896
     assert moe["8"]["active"] < 2e9
 
@@ -151,10 +164,83 @@ def test_dry_run_tells_what_will_not_fit(capsys):
     recipe = "train_configs/llada_8b_longalpaca.toml"
     assert dry_run.main([recipe, "--world-size", "8", "256", "--device-memory", "4"]) == 1
     out = capsys.readouterr().out
-    assert "GiB will not fit on devices of 4 GiB" in out and "lower training.local_batch_size" in out
-    assert "256 ranks: training.global_batch_size = 32 must be a multiple of" in out
-    assert dry_run.main([recipe, "--world-size", "8", "--device-memory", "6"]) == 1
+    assert "GiB will not fit on devices of 4 GiB" in out
+    assert 'parallelism.fsdp_reshard_after_forward = "default"' in out
+    assert "256 ranks: training.global_batch_size = 32 cannot be divided among 256 data-parallel ranks" in out
+    freed = ["--parallelism.fsdp_reshard_after_forward", "default", "--device-memory", "6"]
+    assert dry_run.main([recipe, "--world-size", "8", *freed]) == 1
+    assert "lower training.max_local_batch_size" in capsys.readouterr().out
     few = ["--layers", "1", "--training.local_batch_size", "1"]
-    assert dry_run.main([recipe, "--world-size", "8", "--device-memory", "6", *few]) == 0
+    assert dry_run.main([recipe, "--world-size", "8", *freed, *few]) == 0
     assert dry_run.main(["train_configs/absent.toml", "--world-size", "8"]) == 2
     assert "train_configs/absent.toml does not exist" in capsys.readouterr().err
+
+
+def by_hand(flops=2e14, **parts):
+    """Return an estimate of which only what decides about the time is filled in."""
+    sent = dict.fromkeys(("gather", "reduce", "replicate", "tensor", "context", "experts"), 0.0) | parts
+    memory = Footprint(*[0.0] * 8)
+    return Estimate(0, 0, 0, 1, 4, 1, memory, Communication(**sent), ["gather", "replicate"], flops)
+
+
+def test_the_seconds_of_a_step():
+    speeds = Speeds(tflops=400, intra=450, inter=50)
+    found = step_time(by_hand(gather=20e9, reduce=9e9, replicate=5e9, tensor=81e9), speeds)
+    # 200 of 400 TFLOP/s; 90 GB at 450 GB/s; 25 GB at 50 GB/s.
+    assert found == StepTime(compute=0.5, within_nodes=pytest.approx(0.2), across_nodes=pytest.approx(0.5))
+    assert found.communication == pytest.approx(0.7)
+
+
+SLOW = {  # what is sent across nodes or, of tensor parallelism, within them; what else is so -> the sentence
+    "0.48 s is less": ({"gather": 24e9}, {}, None),
+    "shards across nodes": (
+        {"gather": 28e9},
+        {},
+        "communication takes 0.56 s of a step, longer than its 0.50 s of compute; set "
+        "parallelism.data_parallel_shard_within = 'node'.",
+    ),
+    "gathers": (
+        {"gather": 28e9}, {"replicas": 2}, "set parallelism.fsdp_reshard_after_forward = 'never' if memory allows.",
+    ),
+    "gradients": ({"replicate": 28e9}, {}, "raise training.global_batch_size, or take fewer ranks."),
+    "micro-batches": ({"replicate": 28e9}, {"micro_batches": 2}, "raise training.local_batch_size if memory allows, "),
+    "tensor parallel": ({"tensor": 270e9}, {}, "takes 0.60 s of a step, longer than its 0.50 s of compute; lower "),
+}  # fmt: skip
+
+
+def test_a_step_that_sends_longer_than_it_computes():
+    config = parse_config.parse(DEBUG)
+    for name, (sent, changes, sentence) in SLOW.items():
+        found = warning(config, replace(by_hand(**sent), **changes), Speeds(tflops=400, intra=450, inter=50))
+        assert (found is None) == (sentence is None) and (sentence or "") in (found or ""), name
+
+
+def test_dry_run_prints_the_seconds(capsys, tmp_path):
+    """Of two layers of LLaDA-8B, all weights trained, without memory, on two nodes of 4 ranks."""
+    arguments = [
+        "train_configs/llada_8b_longalpaca.toml", "--world-size", "8", "--ranks-per-node", "4", "--layers", "2",
+        "--model.converters", "", "--parametric_memory.no-enable", "--activation_checkpoint.mode", "none",
+        "--parallelism.data_parallel_shard_within", "world", "--tflops", "100", "--inter", "10", "--json",
+        str(tmp_path / "found.json"),
+    ]  # fmt: skip
+    assert dry_run.main(arguments) == 0
+    found = json.loads((tmp_path / "found.json").read_text())["8"]
+    tokens, width, wide, vocabulary = 4 * 4096, 4096, 12288, 126464
+    linears = 2 * (4 * width * width + 3 * width * wide)
+    # Forward and twice that backward, but 2.5 times attention's; the head on half the tokens.
+    flops = 3 * 2 * tokens * linears + 3.5 * 2 * 4 * tokens * 4096 * width + 3 * 2 * tokens / 2 * width * vocabulary
+    # The scored positions are rounded up to a sixteenth of the tokens.
+    assert found["flops"] == pytest.approx(flops, rel=0.02)
+    assert found["seconds"]["compute"] == found["flops"] / 100e12
+    parameters = linears + 2 * 2 * width + 2 * vocabulary * width + width
+    # Gathered once in bfloat16, reduced in float32.
+    assert found["communication"]["gather"] == 2 * parameters * 7 / 8
+    assert found["communication"]["reduce"] == 4 * parameters * 7 / 8
+    assert found["seconds"] == {
+        "compute": found["flops"] / 1e14, "within_nodes": 0.0,
+        "across_nodes": pytest.approx(6 * parameters * 7 / 8 / 10e9),
+    }  # fmt: skip
+    out = capsys.readouterr().out
+    assert "8 ranks: communication takes" in out and "set parallelism.data_parallel_shard_within = 'node'." in out
+    assert dry_run.main([*arguments, "--ranks-per-node", "8", "--intra", "1e6"]) == 0
+    assert "communication takes" not in capsys.readouterr().out

@@ -1,9 +1,12 @@
 """The FLOP model against torch's counter on real steps."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.backends.debugging import aot_eager
+from torch._functorch.aot_autograd import make_boxed_func
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from torchtitan.config.job_config import ActivationCheckpoint
@@ -33,6 +36,35 @@ class Flops(TorchDispatchMode):
         elif operator.overloadpacket in flop_registry:
             self.total += flop_registry[operator.overloadpacket](*args, **kwargs, out_val=out)
         return out
+
+
+class CompiledFlops:
+    """torch's count of what compiled graphs and the eager head between them run."""
+
+    def __init__(self):
+        self.total = 0
+
+    def counted(self, function):
+        def run(*args, **kwargs):
+            with Flops() as counter:
+                out = function(*args, **kwargs)
+            self.total += counter.total
+            return out
+
+        return run
+
+    def backend(self, graph, inputs):
+        """Run what AOTAutograd makes of a graph, operator by operator."""
+
+        def compiler(graph, inputs):
+            return make_boxed_func(self.counted(graph))
+
+        return aot_eager(graph, inputs, fw_compiler=compiler, bw_compiler=compiler)
+
+    def compile(self, model):
+        for block in model.layers.values():
+            block.compile(backend=self.backend, fullgraph=True)
+        model.output.forward = self.counted(model.output.forward)
 
 
 def count(model, settings, recomputation=None, frozen=False, args=ARGS, **plan):
@@ -71,6 +103,28 @@ def test_every_product_of_a_step_is_counted(case):
 def test_plain_training_is_counted_as_such():
     counted, ours = count(build(torch.float32), None)
     assert ours == (counted, 0.0) and ours.ratio == 1.0
+
+
+def test_compiled_blocks_run_the_same_products(monkeypatch):
+    """Because the base is a constant to the inner steps: losses and gradients are the same bits if it is not, but
+    AOTAutograd would compute its gradients in every inner step."""
+    settings = memory(first_layer=0)
+    tokens, labels, ids = data()
+    batch = objective(settings).micro_batch(tokens, labels, ids, step=3)
+    models = {name: build(torch.float32) for name in ("eager", "compiled", "not constant")}
+    torch._dynamo.reset()
+    (counter := CompiledFlops()).compile(models["compiled"])
+    monkeypatch.setattr(models["not constant"], "inner_steps", lambda start: nullcontext())
+
+    def step(model):
+        loss, statistics = outer_loss(model, batch, settings, settings.draw(3, 3, ids))
+        loss.backward()
+        return [loss.detach(), statistics.loss_KG, statistics.grad_norm_KG, *(p.grad for p in model.parameters())]
+
+    for found in zip(*map(step, models.values()), strict=True):
+        assert all(torch.equal(x, found[0]) for x in found)
+    ours = step_flops(ARGS, batch, settings)
+    assert counter.total == ours.outer + ours.inner
 
 
 @pytest.mark.parametrize("mode, option", [("full", "op"), ("selective", "2"), ("selective", "op")])

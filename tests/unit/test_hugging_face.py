@@ -1,20 +1,23 @@
 """Weights under Hugging Face's names: in and out bit for bit, and what is wrong with them named."""
 
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from memdlm_dist.checkpoint import hugging_face_folder
-from memdlm_dist.config import parse_config
+from memdlm_dist.config import launch, parse_config
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import state_dict_adapters as names
-from memdlm_dist.training.backbone import adapter_of
+from memdlm_dist.runtime.process_group import pretend
+from memdlm_dist.training.backbone import adapter_of, layout_of, model_on_meta, sizes_of
 from tests.support.published import RECIPES, contents
 from tools import convert_checkpoint, random_weights
 
@@ -176,3 +179,31 @@ def test_conversion_refuses_what_it_cannot_convert(recipe, weights, tmp_path, ca
         dcp.save({"norm.weight": torch.zeros(3)}, checkpoint_id=str(tmp_path / "alien"), no_dist=True)
     assert "is of another model" in error("to-hf", recipe, "--checkpoint", str(tmp_path / "alien"), *out)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.part*"))
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+def test_experts_of_replicas_have_names(experts):
+    """On ranks that are not there, two nodes of two: each keeps its experts of both nodes' replicas."""
+    config = parse_config.parse([
+        "--job.config_file", "train_configs/llada_moe_7b_longalpaca.toml", "--model.flavor", "debug",
+        "--model.converters", "", "--parallelism.expert_parallel_degree", str(experts),
+        "--parametric_memory.granularity", "batch",
+    ])  # fmt: skip
+    config, args = launch.resolve(config, 4, 2), sizes_of(config)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    pretend(4)
+    try:
+        dims = layout_of(config, 4)
+        assert (dims.dp_replicate, dims.dp_shard) == (2, 2)
+        state = model_on_meta(config, args, dims).state_dict()
+        adapter = adapter_of(config)
+        theirs = adapter.to_hf(dict(state))
+        found = {int(number) for key in theirs for number in re.findall(r"layers\.0\.mlp\.experts\.(\d+)\.", key)}
+        assert found == set(range(args.n_experts // 2))
+        back = adapter.from_hf(theirs)
+        assert {key: (x.shape, x.placements) for key, x in back.items()} == {
+            key: (x.shape, x.placements) for key, x in state.items()
+        }
+    finally:
+        dist.destroy_process_group()

@@ -81,6 +81,21 @@ def test_inputs_go_through_the_trunk_together_and_the_first_alone_has_a_gradient
         assert not model.trunk(inputs, 2, context)[0].requires_grad
 
 
+def test_the_tail_is_a_constant_in_inner_steps_and_as_before_behind_them():
+    """Also behind a failure; a parameter that was frozen stays so."""
+    model = LLaDA(FLAVOURS["debug"])
+    model.output.requires_grad_(False)
+
+    def trained():
+        return {name for name, p in model.named_parameters() if p.requires_grad}
+
+    before = trained()
+    with pytest.raises(ArithmeticError), model.inner_steps(1):
+        assert trained() == {name for name in before if name.startswith(("tok_embeddings", "layers.0."))} != set()
+        raise ArithmeticError
+    assert trained() == before and "norm.weight" in before and "output.weight" not in before
+
+
 def test_activations_of_the_streams_without_gradient_do_not_accumulate():
     """Of every state but the anchor there is one layer's output at a time, however deep the trunk; autograd keeps
     nothing of them."""

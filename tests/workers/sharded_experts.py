@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch._dynamo.utils import counters
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor
 
@@ -28,6 +29,7 @@ from memdlm_dist.config import parse_config
 from memdlm_dist.models import BACKBONES
 from memdlm_dist.performance.bench_steps import Bench
 from memdlm_dist.performance.collectives import by_kind
+from tests.support.bilevel import trained_in_each_pass
 from tests.support.ranks import fork_group
 
 ROWS, LENGTH = 8, 16
@@ -43,6 +45,9 @@ LAYOUTS = {
     "fsdp2-ep2": (4, [SHARD, "4", EXPERT, "2", "--activation_checkpoint.mode", "full"], 2),
     "ep2-tp2": (4, [SHARD, "2", EXPERT, "2", TENSOR, "2", EXPERT_TENSOR, "2"], 1),
 }
+# Layouts of which `find` also takes "LAYOUT-compiled": with the blocks compiled around their experts.
+COMPILED = ("fsdp2", "tp2", "fsdp2-ep2", "ep2-tp2")
+COMPILE = ["--compile.enable", "--compile.backend", "aot_eager"]
 OPTIONS = {
     "lora": [],
     # Fast attention saturates soon, and then multiplies rounding: a smaller rate.
@@ -72,11 +77,11 @@ def configuration(*arguments):
     ])  # fmt: skip
 
 
-def micro_batches(bench, count):
+def micro_batches(bench, count, seed):
     """This rank's micro-batches of the global batch: a single process has `count`, several ranks one each."""
     mesh = bench.dims.get_optional_mesh("batch")
     ranks, rank = (mesh.size(), mesh.get_local_rank()) if mesh is not None else (1, 0)
-    tokens = torch.randint(0, 63, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(0, 63, (ROWS, LENGTH), generator=torch.Generator().manual_seed(seed))
     labels = torch.where(
         torch.arange(LENGTH) < torch.tensor([[0], [9], [16], [3], [5], [0], [14], [1]]), -100, tokens
     )  # one has nothing
@@ -89,12 +94,16 @@ def whole(x):
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def step(bench, count):
+def step(bench, count, seed=1):
     found = {"loss": torch.zeros(())}
     statistics = []
-    for batch in micro_batches(bench, count):
-        loss, inner = bench.loss_sum("ours", batch, 1)
+    for batch in micro_batches(bench, count, seed):
+        with trained_in_each_pass(bench.model, bench.objective.memory.first_layer) as trained:
+            loss, inner = bench.loss_sum("ours", batch, 1)
         loss.backward()
+        # Also in the experts' group, the tail is a constant to the inner loop.
+        assert not any(trained[:-1]) and trained[-1] > 0
+        assert all(p.requires_grad for p in bench.model.parameters())
         found["loss"] += loss.detach()
         chosen = 1 % len(inner.written_norm_G)
         statistics.append(torch.stack([inner.loss_KG[:, chosen], inner.grad_norm_KG[:, chosen]]))
@@ -142,26 +151,38 @@ def counted_reads():
         HuggingFaceStorageReader._process_read_request = plain
 
 
-def find(folder, layout):
-    """Take the steps of a layout, whose process group is there; rank 0 saves what it found."""
+def find(folder, name, some=None):
+    """Take the steps of a layout, whose process group is there; rank 0 saves what it found.
+
+    Args:
+        name: of the layout, or of the layout compiled.
+        some: of its options; None for all.
+    """
+    layout = name.removesuffix("-compiled")
     _, arguments, count = LAYOUTS[layout]
     logger.setLevel("WARNING")
     results = {}
-    for options in options_of(layout):
-        config = configuration(*arguments, *OPTIONS[options])
+    for options in some or options_of(layout):
+        config = configuration(*arguments, *OPTIONS[options], *(COMPILE if name != layout else []))
         bench = Bench.build(config)
         with counted_reads() as reads:
             common_weights(bench, f"{folder}/weights")
         results["read"] = torch.tensor(float(sum(reads)))
+        torch._dynamo.reset()
+        counters.clear()
         results[options] = step(bench, count)
         if options == "lora":
+            graphs = [counters["stats"]["unique_graphs"]]
+            if name != layout:
+                step(bench, count, seed=2)
+            results["graphs"] = torch.tensor([*graphs, counters["stats"]["unique_graphs"]])
             groups = bench.groups("fsdp", "efsdp")
             results["gathers"] = {
                 kind: torch.tensor(float(by_kind(bench.collectives(kind).on(*groups))["all_gather"]))
                 for kind in ("plain", "ours")
             }
     if dist.get_rank() == 0:
-        torch.save(results, f"{folder}/{layout}.pt")
+        torch.save(results, f"{folder}/{name}.pt")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from memdlm_dist.method import bilevel
 from memdlm_dist.method.inner_loss import inner_loss
 from memdlm_dist.performance.bench_steps import DATA_PARALLEL, KINDS, Bench
 from memdlm_dist.performance.collectives import by_kind
+from tests.support.bilevel import trained_in_each_pass
 from tests.support.ranks import fork_group
 
 # Three layers of trunk, so that the counts tell them from a tail of two.
@@ -117,8 +118,14 @@ def with_options(bench, name):
 def step(bench, kind, dtype):
     """Loss, inner statistics and every gradient of one step, as tensors of this rank."""
     bench.model.zero_grad()
-    loss, statistics = bench.loss_sum(kind, bench.batch(1), 1, dtype)
+    first_layer = bench.objective.memory.first_layer
+    with trained_in_each_pass(bench.model, first_layer) as trained:
+        loss, statistics = bench.loss_sum(kind, bench.batch(1), 1, dtype)
     loss.backward()
+    if kind == "ours":  # gathered or not, the tail is a constant to the inner loop
+        tail = [*list(bench.model.layers.values())[first_layer:], bench.model.norm, bench.model.output]
+        assert trained == [0] * (len(trained) - 1) + [sum(1 for part in tail for _ in part.parameters())], trained
+        assert all(p.requires_grad for p in bench.model.parameters())
     found = {f"gradient of {name}": local(p.grad) for name, p in bench.model.named_parameters()}
     bench.model.zero_grad()
     found["loss"] = loss.detach()

@@ -22,7 +22,7 @@ class _Model:
     debug: tuple[str, ...]
 
 
-EXPERTS = ("--model.name", "llada_moe", "--model.flavor", "7B-A1B", "--compile.no_enable")
+EXPERTS = ("--model.name", "llada_moe", "--model.flavor", "7B-A1B")
 EXPERTS_DEBUG = ("--model.name", "llada_moe")
 LORA = ("--model.converters", "lora")
 DENSE_8B = _Model((), 32, ((24, 16), (16, 8), (8,)), ())
