@@ -15,6 +15,7 @@ from tests.support import zygote
 # Files that run together in one worker: one process pool, or one trained model. Every other file is a group of its own.
 GROUPS = {
     "test_sharded_step": "pool", "test_experts": "pool", "test_context": "pool", "test_initial_weights": "pool",
+    "test_skipped_steps": "pool",
     "test_inference": "trained", "test_evaluation_tools": "trained",
 }  # fmt: skip
 # Dealt out in this order, the longest first; the rest follow, and the short unit tests fill up the end.

@@ -24,7 +24,7 @@ DEVICE = "fake"
 
 
 class _Module(backend_registration._DummyBackendModule):
-    """`torch.fake`: what activation checkpointing asks of a device's module."""
+    """`torch.fake`: what activation checkpointing and the package ask of a device's module."""
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]
@@ -35,6 +35,18 @@ class _Module(backend_registration._DummyBackendModule):
 
     def set_rng_state(self, state: Tensor, device: Any = None) -> None:
         pass
+
+    def set_device(self, device: Any) -> None:
+        pass
+
+    class Event:
+        """An event of a device that does everything at once."""
+
+        def record(self) -> None:
+            pass
+
+        def synchronize(self) -> None:
+            pass
 
     def device(self, index: Any) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()

@@ -3,13 +3,14 @@
 Shapes: S slots, n groups of slots.
 """
 
+import contextlib
 import inspect
 import json
 import pickle
 import platform
 import re
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any, ClassVar, cast
 
@@ -36,16 +37,17 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import _attention as ring_attention
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 __all__ = [
     "EntryReader", "FsspecEntryReader", "SaverProcess", "TorchDispatchMode", "all_to_all", "checkpointed",
     "collectives", "completed", "connection_loss", "construct_savers", "end_saver", "grouped_mm",
     "leave_ring_unbalanced", "local_block", "operator_name", "raise_recompile_limit", "rendezvous_store",
-    "storage_error", "tree_leaves", "tree_map_only", "use_cpu", "varlen_attention",
+    "skips_if_told", "storage_error", "told_to_skip", "tree_flatten", "tree_leaves", "tree_map_only", "tree_unflatten",
+    "use_cpu", "varlen_attention",
 ]  # fmt: skip
 
-# The trees (`tree_leaves`, `tree_map_only`) and `TorchDispatchMode` are what torch's own documentation uses, under
+# The trees (`tree_flatten` and the like) and `TorchDispatchMode` are what torch's own documentation uses, under
 # modules with an underscore (2.13).
 
 
@@ -166,6 +168,35 @@ def raise_recompile_limit(limit: int) -> None:
     """Let a function be compiled at least `limit` times; torch fails at the ninth by default (2.13)."""
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, limit)
+
+
+def skips_if_told(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
+    """Return whether an optimizer's step honours `told_to_skip` with a flag on `device`: fused Adam and AdamW do.
+
+    The flag's own copy to another device would be in flight when a CPU's kernel reads it (2.11 to 2.13).
+    """
+    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+    groups = optimizer.param_groups
+    return fused and all(group.get("fused") and group["params"][0].device.type == device.type for group in groups)
+
+
+@contextlib.contextmanager
+def told_to_skip(optimizers: Iterable[torch.optim.Optimizer], flag: Tensor) -> Iterator[None]:
+    """Let steps in this context change neither weights nor optimizer state if `flag` is 1; the host need not know.
+
+    `torch.amp.GradScaler`'s protocol with fused optimizers: their kernels read `found_inf` (2.11 to 2.13).
+
+    Args:
+        flag: float32 scalar, 0 or 1.
+    """
+    told: list[Any] = list(optimizers)
+    for optimizer in told:
+        optimizer.found_inf = flag
+    try:
+        yield
+    finally:
+        for optimizer in told:
+            del optimizer.found_inf
 
 
 def collectives() -> list[tuple[int, int]]:

@@ -1,11 +1,11 @@
 """Shards to micro-batches: mosaicml-streaming, in an order that does not depend on the number of ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from streaming import StreamingDataLoader
+from torch import Tensor
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.utils.data import default_collate
 
@@ -15,7 +15,15 @@ from memdlm_dist.data.settings import Data
 from memdlm_dist.errors import UserError
 from memdlm_dist.runtime.preemption import outlive_first_sigterm, starting_workers
 
-Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
+
+class Batch(NamedTuple):
+    """The rows of a micro-batch, all int64."""
+
+    tokens_BL: Tensor
+    labels_BL: Tensor  # the tokens that may be masked, -100 elsewhere
+    sample_ids_B: Tensor
+    documents_BL: Tensor | None  # where the rows know theirs
+    position: dict[str, int]  # of the loader behind them
 
 
 class EpochLoader(Stateful):
@@ -24,8 +32,7 @@ class EpochLoader(Stateful):
     An epoch is read in whole global batches, its incomplete last one is left out: so that the n-th optimizer step
     reads the same samples on any number of ranks, with any micro-batch and any number of workers.
 
-    Yields `({"input": tokens [B, L], "sample_id": [B]}, labels [B, L])`, all int64; with "documents" [B, L] where the
-    rows know theirs.
+    It may read ahead of training: whoever uses a batch then sets `position` to the batch's, which checkpoints have.
 
     Args:
         dataset: with `batch_size` for its own.
@@ -59,27 +66,32 @@ class EpochLoader(Stateful):
         self.global_batch_size, self.most_documents = global_batch_size, most_documents
         self.fingerprint = dataset.fingerprint()
         # Of all ranks together; the number of nodes is that of the first start (streaming's elasticity asks for it).
-        self._position = {"epoch": 0, "samples": 0, "nodes": streaming.nodes(dataset)}
+        self.position = {"epoch": 0, "samples": 0, "nodes": streaming.nodes(dataset)}
+        self.before_workers: Callable[[], None] = lambda: None  # called before worker processes are forked
 
     def __iter__(self) -> Iterator[Batch]:
-        position = self._position
+        """Yield the batches from `position` on."""
+        position = dict(self.position)
         upcoming = 0  # the epoch that streaming reads next by itself
         while True:
             left = self._dataset.epoch_size - position["samples"]
             end = position["samples"] + left // self.global_batch_size * self.global_batch_size
             if end > position["samples"]:
                 if (position["epoch"], position["samples"]) != (upcoming, 0):
-                    self._seek()
+                    self._seek(position)
                 upcoming = position["epoch"] + 1
-                for batch in self._read():
+                for rows in self._read():
                     # What is left of the epoch is read as well, less than a step: the workers come to its end.
                     if position["samples"] < end:
                         position["samples"] += self._micro_batch
-                        labels = batch.pop("labels")
-                        yield {"input": batch.pop("tokens"), **batch}, labels
-            self.next_epoch()
+                        yield Batch(
+                            rows["tokens"], rows["labels"], rows["sample_id"], rows.get("documents"), dict(position)
+                        )
+            position |= _beginning_of_next(position)
 
-    def _read(self) -> Iterator[dict[str, torch.Tensor]]:
+    def _read(self) -> Iterator[dict[str, Tensor]]:
+        if self._loader.num_workers:
+            self.before_workers()
         batches = iter(self._loader)
         with starting_workers():
             first = next(batches, None)
@@ -88,27 +100,31 @@ class EpochLoader(Stateful):
                 raise UserError(batch[MISTAKE][0])
             yield batch
 
-    def _seek(self) -> None:
-        """Let streaming, on this rank and in its workers, begin to read where we are."""
+    def _seek(self, position: dict[str, int]) -> None:
+        """Let streaming, on this rank and in its workers, begin to read at a position."""
         self._dataset.load_state_dict(
             {
-                "epoch": self._position["epoch"],
-                "sample_in_epoch": self._position["samples"],
+                "epoch": position["epoch"],
+                "sample_in_epoch": position["samples"],
                 "num_canonical_nodes": self._dataset.num_canonical_nodes,
                 "shuffle_seed": self._dataset.shuffle_seed,
-                "initial_physical_nodes": self._position["nodes"],
+                "initial_physical_nodes": position["nodes"],
             }
         )
 
     def next_epoch(self) -> None:
         """Go to the beginning of the next epoch."""
-        self._position |= {"epoch": self._position["epoch"] + 1, "samples": 0}
+        self.position |= _beginning_of_next(self.position)
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(self._position)
+        return dict(self.position)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._position |= state_dict
+        self.position |= state_dict
+
+
+def _beginning_of_next(position: dict[str, int]) -> dict[str, int]:
+    return {"epoch": position["epoch"] + 1, "samples": 0}
 
 
 def _start_worker(worker: int) -> None:

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memdlm_dist.compat.torch import tree_map_only
 from memdlm_dist.method.documents import Documents, tally_samples
 from memdlm_dist.method.trajectory import ANCHOR_INPUT, State
+from memdlm_dist.runtime.transfer import Packed
 
 # Into how many sizes the number of scored positions is rounded.
 _HEAD_SHAPES = 16
@@ -92,7 +92,9 @@ class MicroBatch(NamedTuple):
         )
 
     def to(self, device: torch.device | str) -> "MicroBatch":
-        return tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), self)
+        """Copy to the device, in one copy that the host does not wait for."""
+        moved: MicroBatch = Packed(self, torch.device(device)).to_device()
+        return moved
 
 
 def micro_batch(

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def has_accelerator() -> bool:
@@ -18,6 +19,21 @@ def device_type() -> str:
 def device_module() -> Any:
     """Return torch's module of the device, such as `torch.cuda`."""
     return torch.get_device_module(device_type())
+
+
+def is_host(device: torch.device) -> bool:
+    """Return whether a device's memory is the host's own."""
+    return device.type == "cpu"
+
+
+def use(device: torch.device) -> None:
+    """Make `device` the current one of this thread; a new thread begins with the first of the machine."""
+    torch.get_device_module(device.type).set_device(device)
+
+
+def pinned(size: int) -> Tensor:
+    """Return so many bytes of host memory that the accelerator copies from and to while the host goes on."""
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
 def has_grouped_mm() -> bool:

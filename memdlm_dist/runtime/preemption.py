@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM or SIGUSR1 end a run after the step that it is in, saved."""
+"""Being asked to stop: SIGTERM or SIGUSR1 end a run after the step that it is in, or the next, saved."""
 
 import contextlib
 import logging
@@ -59,7 +59,7 @@ class StopRequest:
         if not self.requested:
             self._first, self.requested = time.monotonic(), True
             logger.info(
-                f"Received {number.name}: finishing this step, then saving and exiting with status {EXIT_STATUS}; "
+                f"Received {number.name}: finishing a step, then saving and exiting with status {EXIT_STATUS}; "
                 "a second signal exits at once."
             )
         elif time.monotonic() - self._first > ONE_REQUEST_SECONDS:

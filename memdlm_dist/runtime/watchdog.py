@@ -39,7 +39,7 @@ class Place:
     Attributes:
         progress: how many places it has been at. All ranks go through the same ones, so the least is behind.
         doing: what, in words.
-        line: file, line and function of the main thread.
+        line: file, line and function of the main thread, or of the one that it waits for.
         in_collective: whether that is inside of torch.distributed.
         still: seconds since that line last changed, or was last seen computing.
         beat: how often the rank has said where it is.
@@ -73,7 +73,7 @@ class Watchdog:
     def __init__(self, rank: int, ranks: int, store: Any, timeout: float, on_hang: Callable[[str], None]):
         self.timeout = timeout
         self._rank, self._ranks, self._store, self._on_hang = rank, ranks, store, on_hang
-        self._main = threading.main_thread().ident
+        self._main = self._working = threading.main_thread().ident
         self._progress, self._doing, self._needs_others = 0, "starting", False
         self._beat = 0
         self._heard: dict[int, tuple[int, float]] = {}  # rank -> its last beat, and when it was first seen
@@ -86,9 +86,15 @@ class Watchdog:
     def start(self) -> None:
         self._thread.start()
 
-    def at(self, doing: str, needs_others: bool = True) -> None:
-        """The rank has come to something new. `needs_others`: it cannot go on if another rank does not come."""
+    def at(self, doing: str, needs_others: bool = True, waits_for: int | None = None) -> None:
+        """The rank has come to something new.
+
+        Args:
+            needs_others: it cannot go on if another rank does not come.
+            waits_for: the thread of this process that the main thread waits for, whose line is then the rank's.
+        """
         self._progress, self._doing, self._needs_others = self._progress + 1, doing, needs_others
+        self._working = waits_for or self._main
 
     @property
     def doing(self) -> str:
@@ -122,7 +128,7 @@ class Watchdog:
                 logger.debug(f"The watchdog cannot reach the store: {error}")
 
     def _here(self) -> Place:
-        line, in_collective, depth = _where(sys._current_frames().get(self._main or 0))
+        line, in_collective, depth = _where(sys._current_frames().get(self._working or 0))
         now = time.monotonic()
         spot = (self._progress, line, depth)
         if self._computes(now) or spot != self._spot:

@@ -2,52 +2,113 @@
 
 import logging
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torchtitan.components.optimizer import OptimizersContainer
 
+from memdlm_dist.compat.torch import skips_if_told, told_to_skip
 from memdlm_dist.config.job_config import Reliability
 from memdlm_dist.errors import UserError
+from memdlm_dist.runtime.transfer import OnItsWay
 
 logger = logging.getLogger()
+
+
+class _Asked(NamedTuple):
+    """A step whose flags the host has not read, and what names the cause if they say that it is not finite."""
+
+    step: int
+    flags: Tensor  # float32 [2], 0 or 1 over all ranks: not finite, asked to stop
+    arriving: OnItsWay | None  # None: they are read at once
+    losses: Sequence[Tensor]
+    sample_ids: Sequence[Tensor]
 
 
 class StepAgreement:
     """What all ranks agree on: whether a step's losses and gradients are finite, and whether any was asked to stop.
 
-    Reading it is one wait for the device a step. torchtitan waits once a step itself, when it counts the tokens.
+    Fused optimizers leave a step out on the device if it is not finite; the host reads the flags when the next step
+    reaches its own, or when `settle` is called, and has nothing to wait for then. For other optimizers, and for those
+    of a model that lies elsewhere (offloaded to the CPU), it reads them at once, and waits for the device.
 
     Args:
         model_parts: whose gradients count.
+        optimizers: which take the step.
         device: of the collective.
     """
 
-    def __init__(self, model_parts: Sequence[torch.nn.Module], config: Reliability, device: torch.device):
+    def __init__(
+        self,
+        model_parts: Sequence[torch.nn.Module],
+        optimizers: OptimizersContainer,
+        config: Reliability,
+        device: torch.device,
+    ):
         self._parameters = dict(pair for part in model_parts for pair in part.named_parameters())
-        self._config, self._device = config, device
-        self.skipped = 0  # of the whole run
+        self._optimizers, self._config, self._device = optimizers, config, device
+        self.skipped = 0  # batches, of the whole run
+        self.stop = False  # a rank was asked to
         self.broken_weight = ""  # one that is not finite, so that no step can be taken
         self._in_a_row = 0
+        self._asked: _Asked | None = None
 
-    def reach(self, losses: Sequence[Tensor], sample_ids: Sequence[Tensor], stop_requested: bool) -> tuple[bool, str]:
-        """Reduce over all ranks; call when the step's gradients are there.
+    def reach(self, step: int, losses: Sequence[Tensor], sample_ids: Sequence[Tensor], stop_requested: bool) -> None:
+        """Reduce over all ranks; call when the step's gradients are there. Settles the step before.
 
         Args:
             losses: this rank's, of each micro-batch.
-            sample_ids: `[B]` of each micro-batch.
+            sample_ids: `[B]` of each micro-batch, on the host.
 
-        Returns:
-            Whether any rank was asked to stop; and what is not finite on any of them, empty if all is.
+        Raises:
+            UserError: see `settle`.
         """
+        self.settle()
         finite = torch.isfinite(torch.stack(list(losses))).all() & torch.isfinite(self._local_norm())
-        flags = torch.stack([finite.logical_not(), torch.tensor(stop_requested, device=self._device)]).float()
+        asked_to_stop = torch.full((), float(stop_requested), device=self._device)
+        flags = torch.stack([finite.logical_not().float(), asked_to_stop])
         dist.all_reduce(flags, dist.ReduceOp.MAX)
+        late = all(skips_if_told(optimizer, flags.device) for optimizer in self._optimizers)
+        self._asked = _Asked(step, flags, OnItsWay(flags) if late else None, losses, sample_ids)
+
+    def step_optimizers(self) -> None:
+        """Take the step, which changes neither weights nor optimizer state if it is not finite.
+
+        Raises:
+            UserError: see `settle`.
+        """
+        assert self._asked is not None, "the ranks have not agreed"
+        if self._asked.arriving is not None:
+            with told_to_skip(self._optimizers, self._asked.flags[0]):
+                self._optimizers.step()
+            return
+        skipped = self.skipped
+        self.settle()
+        if self.skipped > skipped:
+            # Parameters without a gradient are left alone, and their optimizer state too.
+            self._optimizers.zero_grad(set_to_none=True)
+        self._optimizers.step()
+
+    def settle(self) -> None:
+        """Act on the flags of the last step, if that has not been done: count its batch if it was skipped, set `stop`.
+
+        Raises:
+            UserError: if its batch is not finite and may not be skipped, if too many were in a row, or if a weight is
+                not finite.
+        """
+        if (asked := self._asked) is None:
+            return
+        self._asked = None
+        flags = asked.flags if asked.arriving is None else asked.arriving.read()
         not_finite, stop = flags.tolist()
-        if not not_finite:
+        self.stop = self.stop or bool(stop)
+        if not_finite:
+            self._skip(asked.step, self._describe(asked.losses, asked.sample_ids))
+        else:
             self._in_a_row = 0
-        return bool(stop), self._describe(losses, sample_ids) if not_finite else ""
 
     def _local_norm(self) -> Tensor:
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
@@ -70,7 +131,7 @@ class StepAgreement:
         shown = ", ".join(map(str, samples[:16])) + (", ..." if len(samples) > 16 else "")
         return f"the loss is {found[0][0]} on samples among {shown}"
 
-    def skip(self, step: int, wrong: str) -> None:
+    def _skip(self, step: int, wrong: str) -> None:
         """Count a batch that must not change anything.
 
         Raises:

@@ -2,10 +2,10 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,6 @@ from memdlm_dist.data.loader import Batch
 from memdlm_dist.method.documents import power_of_two
 from memdlm_dist.method.inner_loop import InnerStatistics
 from memdlm_dist.method.micro_batch import MicroBatch
-from memdlm_dist.method.trajectory import IGNORE_INDEX
 from memdlm_dist.models.flops import Recomputation, step_flops
 from memdlm_dist.models.llada_moe import LLaDAMoE
 from memdlm_dist.runtime.preemption import StopRequest
@@ -31,18 +30,11 @@ from memdlm_dist.runtime.rank_0 import is_first
 from memdlm_dist.runtime.watchdog import start_watchdog
 from memdlm_dist.training.agreement import StepAgreement
 from memdlm_dist.training.backbone import lora_of
+from memdlm_dist.training.draw_ahead import DrawAhead, Drawn
 from memdlm_dist.training.metrics import HARDWARE_FLOPS, MASK_RATIO, SKIPPED_BATCHES, MemDLMMetrics
 from memdlm_dist.training.objective import Objective, build_objective
 
 logger = logging.getLogger()
-
-
-class _Drawn(NamedTuple):
-    """A micro-batch with its noise drawn, on the host."""
-
-    batch: MicroBatch
-    sample_ids_B: Tensor
-    labelled: Tensor  # number of tokens with a label, a scalar
 
 
 class MemDLMTrainer(Trainer):
@@ -76,11 +68,10 @@ class MemDLMTrainer(Trainer):
         self.checkpointer.experiment = experiment_of(job_config)
         self.checkpointer.lora = lora_of(job_config)
         self.checkpointer.stop_on_save_failure = job_config.reliability.on_save_failure == "stop"
-        self.agreement = StepAgreement(self.model_parts, job_config.reliability, self.device)
+        self.agreement = StepAgreement(self.model_parts, self.optimizers, job_config.reliability, self.device)
         self.watchdog = start_watchdog(job_config.comm.init_timeout_seconds)
         if job_config.validation.enable:
             self.validator.progress, self.validator.slots = self.watchdog.at, self.objective.slots
-        self._stopping = False
 
     @record
     def train(self) -> None:
@@ -100,10 +91,11 @@ class MemDLMTrainer(Trainer):
         with (
             maybe_enable_profiling(config.profiling, **profiling) as profiler,
             maybe_enable_memory_snapshot(config.profiling, **profiling) as snapshots,
+            self.drawing_ahead(self.dataloader) as batches,
         ):
-            batches = self.batch_generator(self.dataloader)
+            self.dataloader.before_workers = batches.until_awaited
             first_step = self.step + 1
-            while self.step < config.training.steps and not self._stopping:
+            while self.step < config.training.steps and not self.agreement.stop:
                 self.step += 1
                 self.gc_handler.run(self.step)
                 self.train_step(batches)
@@ -111,8 +103,14 @@ class MemDLMTrainer(Trainer):
                     self._compile_ahead(resumed=first_step > 1)
                     self._shorten_timeouts()
                 self.watchdog.at(f"finishing step {self.step} (checkpoint, validation)", needs_others=False)
-                self.checkpointer.save(self.step, last_step=self.step == config.training.steps)
-                if config.validation.enable and self.validator.should_validate(self.step):
+                last = self.step == config.training.steps
+                validates = config.validation.enable and self.validator.should_validate(self.step)
+                if last or validates or self.agreement.stop or self.checkpointer.is_due(self.step, last):
+                    self.agreement.settle()  # nothing is saved or measured that may yet be found not to be finite
+                if self.agreement.stop:
+                    self.checkpointer.save_now = True
+                self.checkpointer.save(self.step, last_step=last)
+                if validates:
                     losses = self.validator.validate(self.model_parts, self.step)
                     self.checkpointer.note_validation(self.step, losses)
                 for observer in (profiler, snapshots):
@@ -120,23 +118,22 @@ class MemDLMTrainer(Trainer):
                         observer.step()
         logger.info("Training completed")
 
-    def train_step(self, data_iterator: Iterator[Batch]) -> None:
+    def train_step(self, batches: DrawAhead) -> None:
         """Take one optimizer step: the bi-level objective over the micro-batches of the global batch."""
         self.optimizers.zero_grad()
         lr = self.lr_schedulers.schedulers[0].get_last_lr()[0]
         metrics = self.metrics_processor
         metrics.start_step()
 
-        # The micro-batches with their noise, on the host; earlier steps are plain masked diffusion.
-        started = self.step >= self.job_config.parametric_memory.start_step
-        objective = self.objective if started else replace(self.objective, memory=None)
-        drawn = [self._draw(data_iterator, objective) for _ in range(self.gradient_accumulation_steps)]
-        global_tokens = self._count(sum(one.labelled for one in drawn))
+        # The micro-batches with their noise, on the host; those of the next step are drawn from here on.
+        drawn = self._take(batches)
+        objective = self._objective_of(self.step)
+        global_tokens = self._count(drawn)
 
         # Forward and backward; each loss is this rank's share of the global one.
         losses = []
         for one in drawn:
-            batch = one.batch.to(self.device)
+            batch = one.packed.to_device()
             with self.train_context():
                 with self.maybe_enable_amp:
                     loss_sum, statistics = objective.loss_sum(self.model, batch, self.step)
@@ -146,52 +143,62 @@ class MemDLMTrainer(Trainer):
             if metrics.should_log(self.step):
                 self._record(one.batch, batch, loss_sum, statistics)
 
-        # All ranks agree, before the optimizer moves: are losses and gradients finite, is the run to stop here?
-        stop, wrong = self.agreement.reach(losses, [one.sample_ids_B for one in drawn], self.stop.requested)
-        if stop:
-            self._stopping = self.checkpointer.save_now = True
+        # All ranks agree, before the optimizer moves: are losses and gradients finite, is the run to stop?
+        self.agreement.reach(self.step, losses, [one.sample_ids_B for one in drawn], self.stop.requested)
         grad_norm = dist_utils.clip_grad_norm_(
             list(self.model.parameters()),
             self.job_config.training.max_norm,
             foreach=True,
             ep_enabled=self.parallel_dims.ep_enabled,
         )
-        if wrong:
-            self.agreement.skip(self.step, wrong)
-            # Parameters without a gradient are left alone, and their optimizer state too.
-            self.optimizers.zero_grad(set_to_none=True)
         self.checkpointer.maybe_wait_for_staging()
-        self.optimizers.step()
+        self.agreement.step_optimizers()
         self.lr_schedulers.step()
 
         if metrics.should_log(self.step):
+            self.agreement.settle()
             if isinstance(self.model, LLaDAMoE):
                 metrics.record_expert_load(self.model.take_load())
             metrics.totals[SKIPPED_BATCHES] = self.agreement.skipped
             metrics.log_step(self.step, torch.stack(losses).sum(), grad_norm, lr, self.tokens_seen)
 
-    def _draw(self, data_iterator: Iterator[Batch], objective: Objective) -> _Drawn:
-        """Load a micro-batch and draw its noise."""
-        # A rank whose data do not come holds the others up, and not the other way round.
-        self.watchdog.at(f"loading the data of step {self.step}", needs_others=False)
-        inputs, labels_BL = next(data_iterator)
-        self.watchdog.at(f"taking step {self.step}")
-        ids_B = inputs["sample_id"]
-        batch = objective.micro_batch(
-            inputs["input"], labels_BL, ids_B, self.step, documents_BL=inputs.get("documents")
+    def drawing_ahead(self, loader: Iterable[Batch]) -> DrawAhead:
+        """Return the source of the steps' micro-batches; a context manager."""
+        steps, per_step = self.job_config.training.steps, self.gradient_accumulation_steps
+        return DrawAhead(loader, self._draw, per_step, steps, self.device)
+
+    def _draw(self, batch: Batch, step: int) -> MicroBatch:
+        """Draw the noise of a micro-batch; in the thread that draws ahead."""
+        return self._objective_of(step).micro_batch(
+            batch.tokens_BL, batch.labels_BL, batch.sample_ids_B, step, documents_BL=batch.documents_BL
         )
-        return _Drawn(batch, ids_B, (labels_BL != IGNORE_INDEX).sum())
 
-    def _count(self, labelled: Any) -> Tensor | float:
-        """Return the global batch's tokens with a label; 1 for a batch without any, whose loss is 0.
+    def _objective_of(self, step: int) -> Objective:
+        """Return a step's objective: before `start_step` plain masked diffusion."""
+        started = step >= self.job_config.parametric_memory.start_step
+        return self.objective if started else replace(self.objective, memory=None)
 
-        torchtitan counts over ranks into a number, and a single rank on the device, where nothing waits for it.
-        """
-        labelled = labelled.to(self.device)
+    def _take(self, batches: DrawAhead) -> list[Drawn]:
+        """Wait for the step's micro-batches, and count what is read."""
+        # A rank whose data do not come holds the others up, and not the other way round.
+        self.watchdog.at(f"loading the data of step {self.step}", needs_others=False, waits_for=batches.thread)
+        began = time.perf_counter()
+        drawn = batches.take(self.step)
+        self.metrics_processor.data_loading_times.append(time.perf_counter() - began)
+        self.watchdog.at(f"taking step {self.step}")
+        tokens = sum(one.tokens for one in drawn)
+        self.ntokens_seen += tokens
+        self.metrics_processor.ntokens_since_last_log += tokens
+        self.dataloader.position = drawn[-1].position
+        return drawn
+
+    def _count(self, drawn: Sequence[Drawn]) -> Tensor:
+        """Return the global batch's tokens with a label, on the device; 1 for a batch without any, whose loss is 0."""
+        # A number is an argument of the kernel that fills: nothing is copied to the device.
+        count = torch.full((), sum(one.labelled for one in drawn), dtype=torch.int64, device=self.device)
         if self.parallel_dims.dp_enabled:
-            return max(dist_utils.dist_sum(labelled, self.parallel_dims.get_mesh("batch")), 1.0)
-        count: Tensor = labelled.float().clamp(min=1)
-        return count
+            torch.distributed.all_reduce(count, group=self.parallel_dims.get_mesh("batch").get_group())
+        return count.float().clamp(min=1)
 
     def _record(
         self, on_host: MicroBatch, batch: MicroBatch, loss_sum: Tensor, statistics: InnerStatistics | None
@@ -276,7 +283,7 @@ class MemDLMTrainer(Trainer):
     @property
     def stopped_early(self) -> bool:
         """Whether the run was asked to stop before its last step."""
-        return self._stopping and self.step < self.job_config.training.steps
+        return self.agreement.stop and self.step < self.job_config.training.steps
 
     @property
     def tokens_seen(self) -> int:

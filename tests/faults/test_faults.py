@@ -20,6 +20,8 @@ COMMON = [
     "--checkpoint.interval", "2", "--lr_scheduler.total_steps", "8",
 ]  # fmt: skip
 SKIP = ["--reliability.on_nonfinite", "skip"]
+# The host then learns of a step's flags a step later; a checkpoint every other step.
+LATE = [*SKIP, "--optimizer.implementation=fused", "--metrics.log_freq=100"]
 SHORT = ["--comm.train_timeout_seconds", "2", "--checkpoint.no_enable"]
 
 
@@ -45,7 +47,7 @@ SCENARIOS = {
     "full": [(0, [FULL, ROOM])],
     "full-stops": [(2, [FULL], ["--reliability.on_save_failure", "stop"])],
     "full-at-last": [(2, [fault("bug", "save", 4, rank=None), fault("full", "step", 7)])],
-    "nan": [(2, [fault("nan", "step", 3)])],
+    "nan": [(2, [fault("nan", "step", 3)], LATE[2:])],
     "nan-skipped": [
         (0, [fault("nan", "step", 3)], [*SKIP, "--training.steps", "4"]),
         (0, [], [*SKIP, "--training.steps", "5"]),
@@ -53,12 +55,14 @@ SCENARIOS = {
     "nan-always": [
         (2, [fault("nan", "step", n) for n in (2, 3, 4)], [*SKIP, "--reliability.max_consecutive_skips", "3"])
     ],
+    "late": [(0, [fault("nan", "step", 4)], LATE)],
+    "late-asked": [(75, [fault("nan", "step", 4), fault("SIGTERM", "step", 5)], LATE), (0, [], LATE)],
     "hang-step": [(2, [fault("hang", "step", 3)], SHORT)],
     "hang-data": [(2, [fault("hang", "data", 3)], SHORT)],
     "stopped-process": [(2, [fault("SIGSTOP", "step", 3)], SHORT)],
     "asked": [
         (75, [fault("SIGTERM", "step", 3)]),
-        (75, [fault("SIGUSR1", "data", 6, rank=0)], ["--checkpoint.async_mode", "async"]),
+        (75, [fault("SIGUSR1", "data", 7, rank=0)], ["--checkpoint.async_mode", "async"]),
         (0, []),
     ],
     "asked-twice": [(143, [fault(do, "step", 2, rank=0) for do in ("SIGTERM", "sleep", "SIGTERM")])],
@@ -109,11 +113,15 @@ def losses(out: Path) -> dict[int, float]:
     return scalars(out)[LOSS]
 
 
+def saved(root: Path, name: str, step: int) -> dict[str, bytes]:
+    """The files of weights, optimizer, schedule and counts in a checkpoint."""
+    return {f.name: f.read_bytes() for f in (root / name / f"checkpoint/step-{step}").glob("*.distcp")}
+
+
 def same_end(root: Path, name: str) -> bool:
     """The same losses as the undisturbed run from the first step to the last, and the same end to the last bit."""
-    runs = root / "straight", root / name
-    curves = [losses(run) for run in runs]
-    ends = [{f.name: f.read_bytes() for f in (run / "checkpoint/step-8").glob("*.distcp")} for run in runs]
+    curves = [losses(root / run) for run in ("straight", name)]
+    ends = [saved(root, run, 8) for run in ("straight", name)]
     return curves[0] == curves[1] and list(curves[0]) == [*range(1, 9)] and ends[0] == ends[1] and len(ends[0]) == 2
 
 
@@ -200,6 +208,7 @@ def test_a_loss_that_is_not_a_number(done):
     (stopped,), (skipped, resumed), (always,) = (outputs[name] for name in ("nan", "nan-skipped", "nan-always"))
     sentence = r"error: Step 3 cannot be taken: the loss is nan on samples among \d+, \d+; "
     assert len(re.findall(sentence, stopped)) == 1 and "Traceback" not in stopped
+    assert not (root / "nan/checkpoint/step-4").exists(), "which is when the host learns of step 3"
     assert len(re.findall(r"rank [01]\].*Skipping the batch of step 3: the loss is nan on samples", skipped)) == 2
     found, straight = scalars(root / "nan-skipped"), losses(root / "straight")
     assert found["reliability/skipped_batches"] == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1}, "the count goes on after a restart"
@@ -208,6 +217,20 @@ def test_a_loss_that_is_not_a_number(done):
     assert found[LOSS][3] != found[LOSS][3] and 0 < abs(found[LOSS][4] - straight[4]) < 1
     assert "Loading the checkpoint" in resumed
     assert "Step 4 is the last of 3 in a row that cannot be taken" in always
+
+
+def test_flags_that_are_read_late(done):
+    """Before a save they are read at once; a stop comes with the next step, and the run goes on to the last bit."""
+    root, outputs = done
+    (skipped,), (asked, resumed) = (outputs[name] for name in ("late", "late-asked"))
+    for output in (skipped, asked):
+        sentence = r"rank [01]\].*Skipping the batch of step 4: the loss is nan on samples.*Skipped so far: 1\."
+        assert len(re.findall(sentence, output)) == 2
+    assert len(re.findall("Stopped after step 6, saved in ", asked)) == 2
+    assert re.search(r"Loading the checkpoint \S+step-6\.", resumed) and "Skipping the batch" not in resumed
+    for step in (4, 6, 8):
+        assert len(saved(root, "late", step)) == 2 and saved(root, "late", step) == saved(root, "late-asked", step)
+    assert "Traceback" not in skipped + asked + resumed
 
 
 @pytest.mark.parametrize(

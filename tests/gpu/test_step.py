@@ -1,20 +1,17 @@
 """One step on the accelerator: the host never waits for it, and compiled blocks compute what eager ones do."""
 
-from collections import Counter
 from contextlib import contextmanager
 
 import pytest
 import torch
 
+from memdlm_dist.compat.torch import tree_leaves
 from memdlm_dist.config import parse_config
-from memdlm_dist.method.micro_batch import MicroBatch
 from memdlm_dist.performance.bench_steps import Bench
 from memdlm_dist.runtime.device import has_grouped_mm
-from memdlm_dist.training.agreement import StepAgreement
 from memdlm_dist.training.backbone import layout_of, sizes_of
-from memdlm_dist.training.trainer import MemDLMTrainer
 from tests.support import trainer
-from tests.workers import sharded_step
+from tests.workers import sharded_step, skipped_steps
 
 COMMON = [
     "--job.config_file", "train_configs/debug.toml", "--training.mixed_precision_param", "bfloat16",
@@ -29,8 +26,6 @@ KINDS = {
     "experts": ["--model.name", "llada_moe"],
     "experts, compiled": ["--model.name", "llada_moe", *INDUCTOR],
 }
-# What waits by design: the transfers of the batch, which lies in pageable memory, and the flags of all ranks.
-WAITS = [(MicroBatch, "to"), (MemDLMTrainer, "_count"), (StepAgreement, "reach")]
 
 
 @contextmanager
@@ -44,24 +39,9 @@ def sync_debug_mode(mode):
         torch.cuda.set_sync_debug_mode(before)
 
 
-def let_wait(monkeypatch, counted):
-    """Let the functions of `WAITS` wait, and count their calls."""
-
-    def waiting(name, function):
-        def wait(*arguments):
-            counted[name] += 1
-            with sync_debug_mode("default"):
-                return function(*arguments)
-
-        return wait
-
-    for owner, name in WAITS:
-        monkeypatch.setattr(owner, name, waiting(name, getattr(owner, name)))
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_host_does_not_wait_in_a_step(cuda, one_rank, monkeypatch, request, kind):
-    """The whole of `train_step` without logging, in bfloat16: noise to optimizer, but for `WAITS`.
+def test_the_host_does_not_wait_in_a_step(cuda, one_rank, request, kind):
+    """The whole of `train_step` without logging, in bfloat16: from the batch to the optimizer, nothing waits.
 
     Two steps come first, for what is built on first use: graphs, workspaces, optimizer states and kernels, whose
     builders do wait.
@@ -79,15 +59,39 @@ def test_the_host_does_not_wait_in_a_step(cuda, one_rank, monkeypatch, request, 
 
     step(0), step(1)
     before = {name: p.detach().clone() for name, p in trained.model.named_parameters()}
-    waited = Counter()
-    let_wait(monkeypatch, waited)
     with sync_debug_mode("error"):
-        step(2)
-    assert waited == {name: 1 for _, name in WAITS} and trained.agreement.skipped == 0
+        step(2)  # reads the flags of the step before, and of its own only in `settle`
+    trained.agreement.settle()
+    assert trained.agreement.skipped == 0
     for name, p in trained.model.named_parameters():
         assert p.isfinite().all() and not torch.equal(p, before[name]), name
     with pytest.raises(RuntimeError, match="synchronizing"), sync_debug_mode("error"):
         before["output.weight"].sum().item()  # the detector works
+
+
+def test_a_step_that_is_not_finite_changes_nothing_before_the_host_knows(cuda, one_rank):
+    config = parse_config.parse([*COMMON, *KINDS["dense"], "--reliability.on_nonfinite", "skip"])
+    sizes, dims = sizes_of(config), layout_of(config, 1)
+    trained = trainer.build(config, sizes, dims, cuda.type)
+    trained.objective = skipped_steps.Poisoned(**vars(trained.objective), steps=(3,))
+    skipped = []
+    for number in (2, 3, 4):
+        before = skipped_steps.state(trained)
+        trainer.step(trained, number, [trainer.batch(config, sizes, number)])
+        assert skipped_steps.same(skipped_steps.state(trained), before) == (number == 3)
+        skipped.append(trained.agreement.skipped)
+    assert skipped == [0, 0, 1]
+
+
+def test_a_micro_batch_arrives_as_it_was(cuda, build):
+    bench = build(*PACKED)
+    tokens, labels, ids, documents, _ = trainer.batch(bench.config, bench.args, 0, packed=True)
+    on_host = bench.objective.micro_batch(tokens, labels, ids, 1, documents_BL=documents)
+    arrived = on_host.to(cuda)
+    pairs = list(zip(tree_leaves(arrived), tree_leaves(on_host), strict=True))
+    assert len(pairs) > 10 and all(a.device.type == cuda.type for a, b in pairs if isinstance(b, torch.Tensor))
+    for a, b in pairs:
+        assert torch.equal(a.cpu(), b) if isinstance(b, torch.Tensor) else a == b
 
 
 # A compiled block adds up in another order than PyTorch's kernels do: a few 1e-6 in float32, which the inner loop
@@ -128,8 +132,7 @@ class PackedBench(Bench):
     """A bench whose rows are packed."""
 
     def batch(self, number):
-        inputs, labels = trainer.batch(self.config, self.args, number, packed=True)
-        tokens, ids, documents = (inputs[name] for name in ("input", "sample_id", "documents"))
+        tokens, labels, ids, documents, _ = trainer.batch(self.config, self.args, number, packed=True)
         batch = self.objective.micro_batch(tokens, labels, ids, number, documents_BL=documents)
         return batch.to(self.model.tok_embeddings.weight.device)
 

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torchgen
@@ -18,6 +19,7 @@ from torchgen.model import DispatchKey
 
 from memdlm_dist.compat.fake_device import DEVICE, FakeTensor, FakeTensorMode, OpOverload, through_the_host
 from memdlm_dist.compat.torch import TorchDispatchMode, tree_leaves, tree_map_only
+from memdlm_dist.runtime import device
 
 aten = torch.ops.aten
 _ASSIGNMENTS = (aten.index_put.default, aten.index_put_.default)
@@ -33,7 +35,8 @@ class FakeDevice(TorchDispatchMode):
     Host code that reads host tensors works. The device never gives a value back. Refused are:
 
     - reads of a value (`.item()`, `.tolist()`, `.cpu()`, `if`), except in `reads`, which gets zeros;
-    - copies from the host, except in `copies`: the host waits for a copy of memory that is not pinned;
+    - copies from and to the host's memory that is not pinned, except in `copies` and `reads`: the host waits for them.
+      Those of pinned memory, if they are not to be waited for, are counted in `transfers`;
     - tensors of the host and of the device in one operator, except scalars in elementwise ones; collectives of the
       host's;
     - shapes that depend on values (boolean indexing, `nonzero`), and assignments to the places of a mask.
@@ -53,12 +56,15 @@ class FakeDevice(TorchDispatchMode):
         self.allowed_reads, self.allowed_copies = reads, copies
         self.reads: Counter[str] = Counter()
         self.copies: Counter[str] = Counter()
+        self.transfers: Counter[str] = Counter()
+        self._pinned: dict[int, Tensor] = {}  # address -> what lies there, which stays
         self.operators: set[OpOverload] = set()  # that ran on the device
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._contexts = ExitStack()
 
     def __enter__(self) -> "FakeDevice":
         self._contexts.enter_context(through_the_host())
+        self._contexts.enter_context(patch.object(device, "pinned", self._pin))
         super().__enter__()
         return self
 
@@ -89,6 +95,12 @@ class FakeDevice(TorchDispatchMode):
         if operator is aten._local_scalar_dense.default:
             self._count("a read of a value", self.reads, self.allowed_reads)
             return torch.zeros((), dtype=args[0].dtype).item()
+        if operator in (aten._to_copy.default, aten.copy_.default) and self._is_transfer(operator, args, kwargs):
+            self.transfers[_caller()] += 1
+            if not isinstance(args[0], FakeTensor) and target is None:
+                return args[0].zero_()
+            with self._fake:
+                return operator(*tree_map_only(Tensor, self._faked, args), **kwargs)
         if operator is aten._to_copy.default and target == "cpu":
             self._count("a copy to the host", self.reads, self.allowed_reads)
             return torch.zeros(args[0].shape, dtype=kwargs.get("dtype", args[0].dtype))
@@ -108,6 +120,22 @@ class FakeDevice(TorchDispatchMode):
             args, kwargs = tree_map_only(Tensor, self._faked, (args, kwargs))
         with self._fake:
             return operator(*args, **kwargs)
+
+    def _pin(self, size: int) -> Tensor:
+        """Return bytes that count as pinned: what `runtime.device.pinned` is here."""
+        found = torch.empty(size, dtype=torch.uint8)
+        self._pinned[found.untyped_storage().data_ptr()] = found
+        return found
+
+    def _is_transfer(self, operator: Any, args: Any, kwargs: Any) -> bool:
+        """Return whether this is a copy to or from pinned memory for which the host does not wait."""
+        if operator is aten.copy_.default:
+            into, source, not_waiting = args[0], args[1], args[2:] == (True,) or kwargs.get("non_blocking")
+            host = into if isinstance(source, FakeTensor) else source
+        else:
+            host, not_waiting = args[0], kwargs.get("non_blocking")
+        pinned = not isinstance(host, FakeTensor) and host.untyped_storage().data_ptr() in self._pinned
+        return pinned and bool(not_waiting)
 
     def _faked(self, x: Tensor) -> Tensor:
         return x if isinstance(x, FakeTensor) else self._fake.from_tensor(x)

@@ -10,9 +10,9 @@ can grow beyond 4 KiB from here on), "room" (they can again), "mark" (nothing bu
 OSError), "bug" (a KeyError), "remove" (the folder "path"), "steal" (another job takes the folder "path"), "work" (3.5 s
 of it), "impatient" (from the start on: nothing is tried again), "skew" (from the start on: the node's clock is 60 s
 late).
-at: "step" (before its forward pass), "data" (when its batch is to be loaded), "save" (when it begins), "write" (with
-half of this rank's checkpoint file written), "metadata" (with all files of the checkpoint written and its metadata
-not).
+at: "step" (before its forward pass), "data" (when its batch is to be loaded, while the step before runs), "save" (when
+it begins), "write" (with half of this rank's checkpoint file written), "metadata" (with all files of the checkpoint
+written and its metadata not).
 """
 
 import json
@@ -38,6 +38,7 @@ from memdlm_dist import train
 from memdlm_dist.checkpoint.manager import ResumableCheckpoints
 from memdlm_dist.data.loader import EpochLoader
 from memdlm_dist.runtime import preemption, storage, writer
+from memdlm_dist.training.draw_ahead import DrawAhead
 from memdlm_dist.training.objective import Objective
 from memdlm_dist.training.trainer import MemDLMTrainer
 
@@ -50,12 +51,12 @@ def hang() -> None:
 def inject(faults: Iterable[dict[str, Any]]) -> None:
     """Patch the training code of this process so that the faults of its rank happen."""
     mine = [fault for fault in faults if fault.get("rank", int(os.environ.get("RANK", "0"))) == int(os.environ["RANK"])]
-    now = {"step": 0}
+    now = {"step": 0, "data": 0}  # the step that is taken, and the one whose batches are loaded
 
     def happen(at: str) -> set[str]:
         done = set()
         for fault in mine:
-            if fault.get("at") != at or fault["step"] != now["step"]:
+            if fault.get("at") != at or fault["step"] != now["data" if at == "data" else "step"]:
                 continue
             if once := fault.get("once"):
                 if Path(once).exists():
@@ -93,6 +94,7 @@ def inject(faults: Iterable[dict[str, Any]]) -> None:
         time.time = lambda: clock() - 60
 
     plain_step, plain_loss, plain_read = MemDLMTrainer.train_step, Objective.loss_sum, EpochLoader._read
+    plain_load = DrawAhead._load
     plain_save, plain_write, plain_finish = (
         ResumableCheckpoints.dcp_save, FileSystemWriter.write_data, FileSystemWriter.finish,
     )  # fmt: skip
@@ -105,6 +107,10 @@ def inject(faults: Iterable[dict[str, Any]]) -> None:
         poisoned = "nan" in happen("step")
         loss, statistics = plain_loss(self, model, batch, step, *rest, **named)
         return (loss * torch.nan if poisoned else loss), statistics
+
+    def load(self, batches, step):
+        now["data"] = step
+        return plain_load(self, batches, step)
 
     def read(self):
         for batch in plain_read(self):
@@ -128,6 +134,7 @@ def inject(faults: Iterable[dict[str, Any]]) -> None:
         plain_finish(self, *arguments, **named)
 
     MemDLMTrainer.train_step, Objective.loss_sum, EpochLoader._read = train_step, loss_sum, read
+    DrawAhead._load = load
     ResumableCheckpoints.dcp_save = dcp_save
     FileSystemWriter.write_data, FileSystemWriter.finish = write_data, finish
 

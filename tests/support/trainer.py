@@ -7,6 +7,7 @@ import torch
 from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.optimizer import build_optimizers
 
+from memdlm_dist.data.loader import Batch
 from memdlm_dist.method.trajectory import IGNORE_INDEX
 from memdlm_dist.models.flops import Recomputation
 from memdlm_dist.runtime.process_group import autocast
@@ -32,15 +33,16 @@ def build(config, sizes, dims, device, draws=True):
     trainer = MemDLMTrainer.__new__(MemDLMTrainer)
     checkpointing, device = config.activation_checkpoint, torch.device(device, 0)
     vars(trainer).update(
-        job_config=config, device=device, model_args=sizes, parallel_dims=dims, step=0, ntokens_seen=0, _stopping=False,
+        job_config=config, device=device, model_args=sizes, parallel_dims=dims, step=0, ntokens_seen=0,
         model=model, model_parts=[model], objective=build_objective(config, sizes, sizes.vocab_size - 1, dims),
         recomputation=Recomputation(checkpointing.mode, checkpointing.selective_ac_option),
-        optimizers=build_optimizers([model], config.optimizer, dims), metrics_processor=MemDLMMetrics(config, dims),
-        agreement=StepAgreement([model], config.reliability, device), gradient_accumulation_steps=1,
+        metrics_processor=MemDLMMetrics(config, dims), gradient_accumulation_steps=1, dataloader=SimpleNamespace(),
         checkpointer=SimpleNamespace(maybe_wait_for_staging=lambda: None, lora=lora_of(config)),
         watchdog=SimpleNamespace(at=lambda *_, **__: None), stop=SimpleNamespace(requested=False),
         train_context=nullcontext, maybe_enable_amp=autocast(dims, config.training.mixed_precision_param, device.type),
     )  # fmt: skip
+    trainer.optimizers = build_optimizers([model], config.optimizer, dims)
+    trainer.agreement = StepAgreement([model], trainer.optimizers, config.reliability, device)
     trainer.lr_schedulers = build_lr_schedulers(trainer.optimizers, config.lr_scheduler, config.training.steps)
     trainer.metrics_processor.num_flops_per_token = 1
     return trainer
@@ -59,25 +61,25 @@ def batch(config, sizes, number=0, empty_rows=(), packed=False):
     labels = tokens.clone()
     labels[:, : length // 8] = IGNORE_INDEX
     labels[list(empty_rows)] = IGNORE_INDEX
-    inputs = {"input": tokens, "sample_id": torch.arange(rows) + rows * number}
+    documents = None
     if packed:
         documents = (torch.arange(length) * 3 // length).expand(rows, -1).clone()
         documents[0, -4:] = -1
         labels[0, -4:] = IGNORE_INDEX
-        inputs["documents"] = documents
-    return inputs, labels
+    return Batch(tokens, labels, torch.arange(rows) + rows * number, documents, {})
 
 
 def step(trainer, number, batches):
     """Take step `number` on batches of `batch`."""
     trainer.step = number
-    trainer.train_step(trainer.batch_generator(batches))
+    with trainer.drawing_ahead(batches) as ahead:
+        trainer.train_step(ahead)
 
 
 def held_out(trainer, batches):
     """Return a validator on batches of `batch`, without data and without writing anything."""
     validator = HeldOutValidator.__new__(HeldOutValidator)
-    rows = [(inputs["input"], labels, inputs["sample_id"], inputs.get("documents")) for inputs, labels in batches]
+    rows = [batch[:4] for batch in batches]
     vars(validator).update(
         job_config=trainer.job_config, _objective=trainer.objective, _parallel_dims=trainer.parallel_dims,
         _metrics=trainer.metrics_processor, _context=trainer.train_context, _amp=trainer.maybe_enable_amp,

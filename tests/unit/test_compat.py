@@ -33,6 +33,7 @@ from memdlm_dist.compat import streaming as streaming_seam
 from memdlm_dist.compat import torch as torch_seam
 from memdlm_dist.compat import torchrun
 from memdlm_dist.compat import torchtitan as titan_seam
+from memdlm_dist.compat.torch import skips_if_told, told_to_skip
 from memdlm_dist.models.attention import BidirectionalAttentionKernel
 from memdlm_dist.runtime import device
 
@@ -171,7 +172,6 @@ def test_the_trainer_constructs_the_checkpoint_manager_by_its_name():
 def test_the_trainers_parts_that_our_loop_uses():
     """`train` and `train_step` are ours; these are what they call of torchtitan's, and how."""
     trainer = titan_train.Trainer
-    assert parameters(trainer.batch_generator) == ["self", "data_iterable"]
     theirs = "".join(map(inspect.getsource, (trainer.train_step, trainer.train, trainer.forward_backward_step)))
     for call in (
         "self.optimizers.zero_grad()", "self.lr_schedulers.schedulers[0].get_last_lr()[0]", "self.train_context()",
@@ -180,6 +180,23 @@ def test_the_trainers_parts_that_our_loop_uses():
         "dist_utils.set_pg_timeouts(", "maybe_enable_profiling(", "maybe_enable_memory_snapshot(",
     ):  # fmt: skip
         assert call in theirs, call
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_a_fused_optimizer_told_to_skip_changes_nothing(kind):
+    cpu = torch.device("cpu")
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.full((3,), torch.nan)
+    optimizer = kind([weight], fused=True, weight_decay=0.5)
+    assert skips_if_told(optimizer, cpu) and not skips_if_told(kind([weight], foreach=True), cpu)
+    assert not skips_if_told(optimizer, torch.device("cuda"))
+    with told_to_skip([optimizer], torch.tensor(1.0)):
+        optimizer.step()
+    assert torch.equal(weight, torch.ones(3)) and not any(x.any() for x in optimizer.state[weight].values())
+    weight.grad = torch.ones(3)
+    with told_to_skip([optimizer], torch.tensor(0.0)):
+        optimizer.step()
+    assert (weight < 1).all() and optimizer.state[weight]["step"] == 1
 
 
 def test_the_step_line_is_logged_in_one_go():

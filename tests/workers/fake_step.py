@@ -18,13 +18,13 @@ cpu.prepare()
 
 from memdlm_dist.compat import fake_device
 from memdlm_dist.compat import torch as compat
-from memdlm_dist.compat.torch import tree_leaves
 from memdlm_dist.config import parse_config
 from memdlm_dist.inference import setup
 from memdlm_dist.inference.data_parallel import DataParallel
 from memdlm_dist.inference.sampler import Decoding
 from memdlm_dist.inference.trained_model import TrainedModel
 from memdlm_dist.models import llada
+from memdlm_dist.runtime import device
 from memdlm_dist.runtime.process_group import pretend
 from memdlm_dist.training.backbone import layout_of, sizes_of
 from tests.support import trainer
@@ -40,7 +40,7 @@ EXPERTS = ["--model.name", "llada_moe"]
 DISTILLED = [MEMORY + "inner_loss", "kl", MEMORY + "inner_steps", "3", MEMORY + "supervision", "newly_revealed"]
 CASES = {  # name -> arguments; rows are packed where the name says so
     "dense": ["--activation_checkpoint.mode", "full", "--training.mixed_precision_param", "bfloat16"],
-    "dense, plain": [MEMORY + "no_enable"],
+    "dense, plain": [MEMORY + "no_enable", "--optimizer.implementation", "foreach"],
     "dense, distilled": [*DISTILLED, MEMORY + "target_modules", "ffn,attention", MEMORY + "probability", "0.5"],
     "packed": [
         MEMORY + "inner_loss", "hidden_mse", MEMORY + "adapter", "full", MEMORY + "gradient_norm", "global",
@@ -52,20 +52,22 @@ CASES = {  # name -> arguments; rows are packed where the name says so
         MEMORY + "target_modules", "ffn,attention",
     ],
 }  # fmt: skip
-# Cases whose weights are drawn, of which a step that does not log is taken, and which validate. The others would do
-# the same.
-DRAWN, SILENT, VALIDATED = ("dense", "experts"), ("dense", "packed"), ("dense, distilled",)
+# Cases whose weights are drawn, of which steps that do not log are taken, and which validate. The others would do the
+# same.
+DRAWN, SILENT, VALIDATED = ("dense", "experts"), ("dense", "dense, plain", "packed"), ("dense, distilled",)
+UNFUSED = ("dense, plain",)
 VARLEN = ("packed",)  # whose attention is variable-length attention, as CUDA has it in bfloat16; blocks elsewhere
 
-# Where a step waits for the device by design, on steps that log and on all; and where it copies to the device.
-AGREED = {"training.agreement:reach"}
+# Where a step waits for the device by design: without a fused optimizer, and on steps that log.
+AGREED = {"training.agreement:settle"}
 LOGGED = {f"training.metrics:{name}" for name in ("log_step", "_reduce", "_largest_rank_loss", "_load_balance")}
-COPIED = {"method.micro_batch:to", "training.trainer:_count", "training.agreement:reach"}
+# Where a step that logs copies to the device and waits; and what every step copies without waiting.
 RECORDED = {"training.trainer:_record"}
+TO_DEVICE, TO_HOST = "runtime.transfer:to_device", "runtime.transfer:__init__"
 SUMMED = {"training.validator:validate"}
 # Decoding chooses tokens on the host.
 READ = {f"inference.trained_model:{name}" for name in ("remember", "logits", "nll")}
-GIVEN = {f"inference.trained_model:{name}" for name in ("logits", "nll", "_forward")} | {"method.micro_batch:to"}
+GIVEN = {f"inference.trained_model:{name}" for name in ("logits", "nll", "_forward")}
 
 
 def sizes(config):
@@ -83,27 +85,26 @@ def step(name):
 def _step(name):
     config = parse_config.parse([*COMMON, *CASES[name]])
     args, packed = sizes(config), "packed" in name
-    with FakeDevice(AGREED | LOGGED, COPIED | RECORDED) as device:
+    agreed = AGREED if name in UNFUSED else set()
+    with FakeDevice(LOGGED | agreed, RECORDED) as fake:
         trained = trainer.build(config, args, layout_of(config, 1), fake_device.DEVICE, name in DRAWN)
         trainer.step(trained, 2, [trainer.batch(config, args, packed=packed)])
-    operators = device.operators
+    operators = fake.operators
     batch = trainer.batch(config, args, 1, packed=packed)
     if name in SILENT:
-        with FakeDevice(AGREED, COPIED) as device:
-            trainer.step(trained, 3, [batch])
-        assert device.reads == {"training.agreement:reach": 2}, "one wait, for two flags"
-        (inputs, labels), others = batch, {"training.trainer:_count": 1, "training.agreement:reach": 1}
-        drawn = trained.objective.micro_batch(
-            inputs["input"], labels, inputs["sample_id"], 3, documents_BL=inputs.get("documents")
-        )
-        tensors = sum(isinstance(x, torch.Tensor) for x in tree_leaves(drawn))
-        assert device.copies == others | {"method.micro_batch:to": tensors}
-        operators |= device.operators
+        steps = (3, 5) if name == "dense" else (3,)
+        with FakeDevice(agreed) as fake:
+            for number in steps:  # the second reads the flags of the first
+                trainer.step(trained, number, [batch])
+        sent = {TO_DEVICE: len(steps)} | ({} if agreed else {TO_HOST: len(steps)})
+        assert fake.transfers == sent, "a micro-batch there; the flags of all ranks back"
+        assert fake.reads == dict.fromkeys(agreed, 2), "one wait, for two flags"
+        operators |= fake.operators
     if name in VALIDATED:
-        with FakeDevice(SUMMED, {"method.micro_batch:to", *SUMMED}) as device:
+        with FakeDevice(SUMMED, SUMMED) as fake:
             trainer.validate(trained, [batch])
-        assert device.reads == dict.fromkeys(SUMMED, 3), "two losses and the number of tokens, at the end"
-        operators |= device.operators
+        assert fake.reads == dict.fromkeys(SUMMED, 3), "two losses and the number of tokens, at the end"
+        operators |= fake.operators
     if packed:  # the fast weights of attention's linears, in the second case in float32, beside the experts'
         assert torch.ops.aten._grouped_mm.default in operators
     assert (torch.ops.torch_attn._varlen_attn.default in operators) == (name in VARLEN)
@@ -117,7 +118,7 @@ def read():
     """
     config = setup.inference_config(parse_config.parse([*COMMON, "--training.seq_len", "8"]))
     args, dims = sizes(config), layout_of(config, 1)
-    with FakeDevice(READ, GIVEN) as device:
+    with FakeDevice(READ, GIVEN) as fake:
         trained = trainer.build(config, args, dims, fake_device.DEVICE, draws=False)
         objective = trained.objective
         model = TrainedModel.__new__(TrainedModel)
@@ -133,7 +134,11 @@ def read():
         start = model.canvas(prompts, 4)
         nll = model.nll(start.tokens_BL, start.response_BL, start.tokens_BL, start.attended_BL, found.fast)
         assert nll.shape == (2,)
-    return device.operators
+    return fake.operators
+
+
+def pinned_like(y):
+    return device.pinned(y.nbytes).view(y.dtype)
 
 
 # name -> what a device refuses or waits for, with a tensor x of the device and one of the host, y.
@@ -147,6 +152,9 @@ MISTAKES = {
     "mask of the host": lambda x, y: torch.where(y > 0, x, 0.0),
     "indices of the host": lambda x, y: x[torch.arange(2)],
     "copy of a mask": lambda x, y: x * y.to(x.device),
+    "memory that is not pinned": lambda x, y: y.to(x.device, non_blocking=True),
+    "a wait for pinned memory": lambda x, y: pinned_like(y).to(x.device),
+    "a wait for a copy to pinned memory": lambda x, y: pinned_like(y).copy_(x),
     "assignment to the places of a mask": lambda x, y: x.index_put_((x > 0,), x),
     "scalar of the host in a stack": lambda x, y: torch.stack([x.sum(), y.sum()]),
     "collective of the host": lambda x, y: dist.all_reduce(y),
@@ -161,6 +169,8 @@ def mistakes():
         x, y = torch.ones(3, device=fake_device.DEVICE), torch.ones(3)
         assert (x * torch.ones(()) + 1.0).device == x.device, "scalars of the host are kernel arguments"
         assert y.copy_(torch.zeros(3)) is y and not y.any(), "the host's own business"
+        assert pinned_like(y).to(x.device, non_blocking=True).device == x.device
+        assert not pinned_like(y).copy_(x, non_blocking=True).any()
         for name, mistake in MISTAKES.items():
             try:
                 mistake(x, y)

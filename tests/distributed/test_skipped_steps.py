@@ -1,0 +1,17 @@
+"""What is not finite changes nothing, and is known on all ranks a step later."""
+
+import re
+
+
+def test_fused_optimizers_skip_before_the_host_knows(pools):
+    ranks = pools(2).call("tests.workers.skipped_steps:find")
+    errors = {found.pop("error") for found in ranks}
+    expected = {
+        "unknown": 0, "unchanged": True, "known a step later": 1, "changed": True, "steps taken": {3},
+        "stops early": False, "stops": True, "skipped": 1, "unchanged for long": True, "skipped by now": 2,
+        "unchanged at the end": True,
+    }  # fmt: skip
+    assert ranks == [expected, expected]
+    (error,) = errors
+    samples = re.escape(", ".join(map(str, (2 * (2 * 8 + 1), 2 * (2 * 8 + 1) + 1))))
+    assert re.match(rf"Step 8 is the last of 2 in a row .*: the loss is nan on samples among {samples};", error), error

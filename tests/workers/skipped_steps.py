@@ -1,0 +1,90 @@
+"""Steps that are not finite, which a fused optimizer skips on the device before the host knows."""
+
+import logging
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+
+from memdlm_dist.runtime import cpu
+
+cpu.prepare()
+
+from memdlm_dist.config import parse_config
+from memdlm_dist.errors import UserError
+from memdlm_dist.training.agreement import _local
+from memdlm_dist.training.backbone import layout_of, sizes_of
+from memdlm_dist.training.objective import Objective
+from tests.support import trainer
+
+ARGUMENTS = [
+    "--job.config_file", "train_configs/debug.toml", "--model.flavor", "tiny", "--training.seq_len", "32",
+    "--training.local_batch_size", "2", "--training.steps", "100", "--metrics.log_freq", "100",
+    "--metrics.no_enable_tensorboard", "--optimizer.implementation", "fused", "--optimizer.weight_decay", "0.5",
+    "--reliability.on_nonfinite", "skip", "--reliability.max_consecutive_skips", "2",
+    "--parallelism.data_parallel_shard_degree", "2",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Poisoned(Objective):
+    """An objective whose loss is not a number in some steps."""
+
+    steps: tuple[int, ...] = ()
+
+    def loss_sum(self, model, batch, step, *rest, **named):
+        loss, statistics = super().loss_sum(model, batch, step, *rest, **named)
+        return (loss * torch.nan if step in self.steps else loss), statistics
+
+
+def state(trained):
+    """Return this rank's part of weights, moments and step counters."""
+    (optimizer,) = trained.optimizers
+    moments = [x for of in optimizer.state.values() for x in of.values()]
+    return [_local(x).detach().clone() for x in [*trained.model.parameters(), *moments]]
+
+
+def same(a, b):
+    return len(a) == len(b) > 0 and all(map(torch.equal, a, b))
+
+
+def find():
+    """Take steps 2 to 9 on two ranks, of which rank 1 poisons 4, 7 and 8; returns what each rank saw."""
+    logging.disable()
+    rank, config = dist.get_rank(), parse_config.parse(ARGUMENTS)
+    args, dims = replace(sizes_of(config), n_heads=2, n_kv_heads=2), layout_of(config, 2)
+    torch.manual_seed(0)
+    trained = trainer.build(config, args, dims, "cpu")
+    trained.objective = Poisoned(**vars(trained.objective), steps=(4, 7, 8) if rank else ())
+    agreement, found = trained.agreement, {}
+
+    def step(number):
+        trainer.step(trained, number, [trainer.batch(config, args, 2 * number + rank)])
+
+    step(2), step(3)
+    before = state(trained)
+    step(4)
+    found["unknown"] = agreement.skipped
+    found["unchanged"] = same(state(trained), before)
+    step(5)
+    found["known a step later"] = agreement.skipped
+    found["changed"] = not same(state(trained), before)
+    (optimizer,) = trained.optimizers
+    found["steps taken"] = {int(of["step"]) for of in optimizer.state.values()}
+    trained.stop.requested = rank == 0
+    step(6)
+    found["stops early"] = agreement.stop
+    agreement.settle()
+    agreement.settle()  # again, which changes nothing
+    found["stops"], found["skipped"] = agreement.stop, agreement.skipped
+    before = state(trained)
+    step(7), step(8)
+    found["unchanged for long"], found["skipped by now"] = same(state(trained), before), agreement.skipped
+    try:
+        step(9)
+    except UserError as error:
+        found["error"] = str(error)
+    found["unchanged at the end"] = same(state(trained), before)
+    ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, found)
+    return ranks
