@@ -111,7 +111,7 @@ class _Layer:
 
 def _fast_products(linear: AdaptedLinear, memory: Memory, tokens: int, sets: int, grouped: bool) -> tuple[float, float]:
     """FLOPs of the fast term's products: the one that reads the linear's input, and the one after it if there is."""
-    # Experts take the slots of each set apart, and grouped products the tokens of each document; elsewhere all tokens of
+    # Experts take the slots of each set apart, grouped products the tokens of each document; elsewhere all tokens of
     # a row go through all of its sets.
     grouped = grouped and can_group(memory.adapter, linear, memory.rank, memory.tp_mesh)
     tokens *= linear.experts_per_token if linear.experts else 1 if grouped else sets
