@@ -305,8 +305,8 @@ def _communication(
     tensor = layer_passes * 4 * compute * tokens * args.dim * (dims.tp - 1) / dims.tp
     experts = 0.0
     if isinstance(args, LLaDAMoEArgs):
-        slots = tokens * args.experts_per_token
-        experts = layer_passes * 2 * compute * slots * args.dim * (dims.ep - 1) / dims.ep
+        routed = tokens * args.experts_per_token
+        experts = layer_passes * 2 * compute * routed * args.dim * (dims.ep - 1) / dims.ep
     context = 0.0
     if dims.cp > 1:
         heads, kv = args.dim, (args.dim // args.n_heads) * (args.n_kv_heads or args.n_heads)
