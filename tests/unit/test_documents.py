@@ -260,8 +260,10 @@ def test_attention_within_documents_is_the_dense_masks(flex, varlen, method):
 
 
 def test_sequences_end_where_documents_and_padding_do():
-    """Of a fixed number, empty slots as repeated ends; of any documents."""
-    for number, sizes in ((numbers(), SIZES), (torch.zeros(4, LENGTH, dtype=torch.int64), [[LENGTH]] * 4)):
+    """Of a fixed number, empty slots as repeated ends; in rows of one document, of as many as slots and of none too."""
+    full = torch.arange(LENGTH) // 3
+    rows = torch.stack([torch.zeros_like(full), full, torch.full_like(full, FILL), full.clamp(max=1)])
+    for number, sizes in ((numbers(), SIZES), (rows, [[LENGTH], [3] * 8, [], [3, LENGTH - 3]])):
         ends = Documents.of(number, slots=8).ends()
         assert ends.dtype == torch.int32 and len(ends) == 4 * 9 + 1 and ends[0] == 0
         lengths = ends.diff().view(4, 9).tolist()
