@@ -15,6 +15,7 @@ from memdlm_dist.performance.collectives import Collectives
 from memdlm_dist.performance.estimate import Communication, Estimate, Footprint, estimate, saved_elements
 from memdlm_dist.performance.forecast import forecast
 from memdlm_dist.performance.step_time import Speeds, StepTime, step_time, warning
+from memdlm_dist.training.backbone import sizes_of
 from tools import dry_run
 
 DEBUG = [
@@ -84,6 +85,18 @@ def test_fsdp_sends_what_is_foretold(ranks, arguments):
             assert foretold.context == pytest.approx(sent, rel=0.01 if "ffn,attention" in arguments else 0.2)
     finally:
         destroy_process_group()
+
+
+def test_packed_rows_have_sets_and_copies_for_their_slots():
+    """Of 5 documents, 8 slots; 4 rows of 64 tokens; the layer that is run again has copies for gate, up and down."""
+    arguments = ["--activation_checkpoint.mode", "full", "--training.local_batch_size", "4"]
+    config = parse_config.parse([*DEBUG, *arguments])
+    one, five = (forecast(config, 1, documents=number) for number in (1, 5))
+    assert five.memory.fast_weights == 8 * one.memory.fast_weights > 0
+    args, rows = sizes_of(config), 4 * (config.training.seq_len + 8 * 8)
+    copies = five.memory.activations - one.memory.activations
+    assert copies == 4 * rows * (2 * args.dim + args.hidden_dim)
+    assert five.flops == one.flops
 
 
 @pytest.mark.parametrize("name", BACKBONES)
