@@ -169,7 +169,7 @@ def test_dry_run_tells_what_will_not_fit(capsys):
     assert 'parallelism.fsdp_reshard_after_forward = "default"' in out
     assert "256 ranks: training.global_batch_size = 32 cannot be divided among 256 data-parallel ranks" in out
     freed = ["--parallelism.fsdp_reshard_after_forward", "default", "--device-memory", "6"]
-    assert dry_run.main([recipe, "--world-size", "8", *freed]) == 1
+    assert dry_run.main([recipe, "--world-size", "8", "--layers", "8", *freed]) == 1
     assert "lower training.max_local_batch_size" in capsys.readouterr().out
     few = ["--layers", "1", "--training.local_batch_size", "1"]
     assert dry_run.main([recipe, "--world-size", "8", *freed, *few]) == 0
