@@ -36,10 +36,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = [
-    "EntryReader", "FsspecEntryReader", "SaverProcess", "TorchDispatchMode", "all_to_all", "checkpointed",
-    "collectives", "completed", "connection_loss", "construct_savers", "end_saver", "grouped_mm",
-    "leave_ring_unbalanced", "local_block", "operator_name", "raise_recompile_limit", "rendezvous_store",
-    "storage_error", "tree_leaves", "tree_map_only", "use_cpu",
+    "EntryReader", "FsspecEntryReader", "SaverProcess", "TorchDispatchMode", "add_product_", "all_to_all",
+    "checkpointed", "collectives", "completed", "connection_loss", "construct_savers", "end_saver", "grouped_mm",
+    "leave_ring_unbalanced", "local_block", "mark_dynamic", "operator_name", "raise_recompile_limit",
+    "rendezvous_store", "storage_error", "tree_leaves", "tree_map_only", "use_cpu",
 ]  # fmt: skip
 
 # The trees (`tree_leaves`, `tree_map_only`) and `TorchDispatchMode` are what torch's own documentation uses, under
@@ -114,6 +114,24 @@ def local_block(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 def grouped_mm(x_Si: Tensor, weight_noi: Tensor, ends_n: Tensor) -> Tensor:
     """Multiply each group of slots by its own matrix, `[S, o]`; `torch.nn.functional.grouped_mm` is newer than 2.11."""
     return torch._grouped_mm(x_Si, weight_noi.transpose(-2, -1), offs=ends_n)
+
+
+def add_product_(sum_ij: Tensor, a_ik: Tensor, b_kj: Tensor) -> None:
+    """Add a product to a sum that may be of a wider type, in which it is not rounded before.
+
+    Products that keep their float32 sums are CUDA's (2.8 to 2.13); elsewhere the factors are cast.
+    """
+    if sum_ij.dtype == a_ik.dtype:
+        sum_ij.addmm_(a_ik, b_kj)
+    elif sum_ij.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
+        torch.addmm(sum_ij, a_ik, b_kj, out_dtype=sum_ij.dtype, out=sum_ij)
+    else:
+        sum_ij.addmm_(a_ik.to(sum_ij.dtype), b_kj.to(sum_ij.dtype))
+
+
+def mark_dynamic(x: Tensor, dim: int) -> None:
+    """Let what is compiled take every size of a dimension; the function's module is private by name (2.13)."""
+    torch._dynamo.mark_dynamic(x, dim)
 
 
 def checkpointed(block: nn.Module) -> nn.Module | None:

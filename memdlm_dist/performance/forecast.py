@@ -18,7 +18,7 @@ _MEMORY = {
     "gathered": "gathered: tail, head, two layers",
     "gathered_gradients": "gradients being reduced",
     "activations": "activations",
-    "head": "logits, one chunk",
+    "head": "logits and gradient of the head",
     "fast_weights": "fast weights",
 }
 _COMMUNICATION = {
