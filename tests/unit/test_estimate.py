@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.distributed import destroy_process_group, is_initialized
+from torch.distributed.fsdp import FSDPModule
 from torchtitan.distributed.utils import init_fake_mode
 
 from memdlm_dist.config import launch, parse_config
@@ -15,6 +16,9 @@ from memdlm_dist.performance.collectives import Collectives
 from memdlm_dist.performance.estimate import Communication, Estimate, Footprint, estimate, saved_elements
 from memdlm_dist.performance.forecast import forecast
 from memdlm_dist.performance.step_time import Speeds, StepTime, step_time, warning
+from memdlm_dist.runtime import cpu
+from memdlm_dist.runtime.process_group import pretend
+from memdlm_dist.training.backbone import layout_of, model_on_meta, sizes_of
 from tools import dry_run
 
 DEBUG = [
@@ -82,6 +86,36 @@ def test_fsdp_sends_what_is_foretold(ranks, arguments):
             # The lowest adapted layer has no backward pass through its attention in inner steps, if it has no fast
             # weights there; and the losses are summed too.
             assert foretold.context == pytest.approx(sent, rel=0.01 if "ffn,attention" in arguments else 0.2)
+    finally:
+        destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "arguments, backend",
+    [
+        (["--compile.enable", "--compile.backend", "aot_eager"], "aot_eager"),
+        (["--compile.enable", TENSOR, "2", SHARD, "2"], None),  # whose losses communicate
+        (["--compile.enable", "--compile.components", "model"], None),
+        ([], None),
+    ],
+    ids=["losses", "tp2", "model", "eager"],
+)
+def test_the_head_compiles_its_losses_and_fsdp_sums(monkeypatch, arguments, backend):
+    """As the configuration has it; gradients are plain sums beside an accelerator too."""
+    monkeypatch.setattr(cpu, "has_accelerator", lambda: True)
+    config = parse_config.parse([*DEBUG, *arguments])
+    pretend(4)
+    try:
+        model = model_on_meta(config, sizes_of(config), layout_of(config, 4))
+        assert model.output.backend == backend
+        groups = [
+            group
+            for module in model.modules()
+            if isinstance(module, FSDPModule)
+            for group in [module._get_fsdp_state()._fsdp_param_group]
+            if group is not None
+        ]
+        assert len(groups) > 3 and all(group.force_sum_reduction_for_comms for group in groups)
     finally:
         destroy_process_group()
 
