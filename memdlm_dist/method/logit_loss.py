@@ -147,11 +147,10 @@ class HeadLoss:
         loss: of the tokens' logits.
         target: labels `[N]`, or the teacher's final-normed hidden states `[N, D]`, a constant.
         sums: how the tokens' losses add up.
-        train_head: False where the head is a constant, as it is to the inner loop: its gradient is then not computed.
     """
 
-    def __init__(self, loss: LogitLoss, target: Tensor, sums: SetSum, train_head: bool = True):
-        self.loss, self.target, self.sums, self.train_head = loss, target, sums, train_head
+    def __init__(self, loss: LogitLoss, target: Tensor, sums: SetSum):
+        self.loss, self.target, self.sums = loss, target, sums
 
 
 def set_losses(
@@ -180,7 +179,7 @@ def set_losses(
         group,
         backend,
         with_gradient and hidden_ND.requires_grad,
-        with_gradient and weight_VD.requires_grad and head.train_head,
+        with_gradient and weight_VD.requires_grad,
     )
     return loss_G
 
