@@ -40,11 +40,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 __all__ = [
-    "EntryReader", "FsspecEntryReader", "SaverProcess", "TorchDispatchMode", "all_to_all", "checkpointed",
-    "collectives", "completed", "connection_loss", "construct_savers", "end_saver", "grouped_mm",
-    "leave_ring_unbalanced", "local_block", "operator_name", "raise_recompile_limit", "rendezvous_store",
-    "skips_if_told", "storage_error", "told_to_skip", "tree_flatten", "tree_leaves", "tree_map_only", "tree_unflatten",
-    "use_cpu", "varlen_attention",
+    "EntryReader", "FsspecEntryReader", "SaverProcess", "TorchDispatchMode", "add_product_", "all_to_all",
+    "checkpointed", "collectives", "completed", "connection_loss", "construct_savers", "end_saver", "grouped_mm",
+    "leave_ring_unbalanced", "local_block", "mark_dynamic", "operator_name", "raise_recompile_limit",
+    "rendezvous_store", "skips_if_told", "storage_error", "told_to_skip", "tree_flatten", "tree_leaves",
+    "tree_map_only", "tree_unflatten", "use_cpu", "varlen_attention",
 ]  # fmt: skip
 
 # The trees (`tree_flatten` and the like) and `TorchDispatchMode` are what torch's own documentation uses, under
@@ -158,6 +158,24 @@ def varlen_attention(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, end_n: Tensor,
     options: dict[str, Any] = _GROUPED_QUERIES if k_THd.shape[1] != q_THd.shape[1] else {}
     y_THd: Any = varlen_attn(q_THd, k_THd, v_THd, end_n, end_n, longest, longest, **options)
     return cast(Tensor, y_THd)
+
+
+def add_product_(sum_ij: Tensor, a_ik: Tensor, b_kj: Tensor) -> None:
+    """Add a product to a sum that may be of a wider type, in which it is not rounded before.
+
+    Products that keep their float32 sums are CUDA's (2.8 to 2.13); elsewhere the factors are cast.
+    """
+    if sum_ij.dtype == a_ik.dtype:
+        sum_ij.addmm_(a_ik, b_kj)
+    elif sum_ij.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
+        torch.addmm(sum_ij, a_ik, b_kj, out_dtype=sum_ij.dtype, out=sum_ij)
+    else:
+        sum_ij.addmm_(a_ik.to(sum_ij.dtype), b_kj.to(sum_ij.dtype))
+
+
+def mark_dynamic(x: Tensor, dim: int) -> None:
+    """Let what is compiled take every size of a dimension; the function's module is private by name (2.13)."""
+    torch._dynamo.mark_dynamic(x, dim)
 
 
 def checkpointed(block: nn.Module) -> nn.Module | None:

@@ -211,7 +211,7 @@ def _state_loss(
             with _no_gradient():
                 target = model.tail(hidden[step.teacher], cut, index_M, current, loss.teacher, context)
         if loss.of_logits is not None:
-            head = HeadLoss(loss.of_logits, whole(target), sums, train_head=False)
+            head = HeadLoss(loss.of_logits, whole(target), sums)
             return model.tail(hidden[step.student], cut, index_M, current, head, context)
         assert loss.of_hidden is not None
         student = model.tail(hidden[step.student], cut, index_M, current, loss.student, context)

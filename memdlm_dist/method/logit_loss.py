@@ -2,7 +2,8 @@
 
 The head's matrix product, the loss and its gradient are computed chunk by chunk of tokens: at 126 k words
 the logits of one long sequence are otherwise larger than everything else in memory. Every gradient is
-known as soon as its chunk's logits are, so none of them is kept or computed twice.
+known as soon as its chunk's logits are, so none of them is kept or computed twice. What lies between the
+logits' product and those of the gradients can be compiled; it then takes the place of the logits, in their type.
 (`torch.nn.functional.linear_cross_entropy` computes them twice if tokens have weights of their own, and
 knows neither a sharded vocabulary nor a teacher; the tests compare with it.)
 
@@ -11,6 +12,7 @@ G sets of fast weights.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce, get_rank
 
+from memdlm_dist.compat.torch import add_product_, mark_dynamic
 from memdlm_dist.method.diffusion import SetSum
 
-# Size of a chunk's logits in float32: 530 tokens at LLaDA's 126,464 words, enough to keep the products large.
+# Size of a chunk's logits in float32: 512 tokens at LLaDA's 126,464 words, enough to keep the products large.
 CHUNK_BYTES = 2**28
+# Rows of a chunk are a multiple of this, which fills the tiles of matrix products; the last chunk may have fewer.
+CHUNK_ROWS = 128
 
 
 class Vocabulary(NamedTuple):
@@ -55,14 +60,20 @@ LogitLoss = Callable[[Tensor, Tensor, Vocabulary], tuple[Tensor, Tensor]]
 def cross_entropy(logits_CV: Tensor, label_C: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
     """-log p(label) in nats; its gradient is p - 1[label]."""
     index_C, own_C = vocabulary.own(label_C)
-    top_C = vocabulary.max(logits_CV.amax(-1))
-    exp_CV = logits_CV.sub_(top_C.unsqueeze(1))
-    label_logit_C = torch.where(own_C, exp_CV.gather(1, index_C.unsqueeze(1)).squeeze(1), 0.0)
-    exp_CV.exp_()
+    logits_CV = logits_CV.sub_(vocabulary.max(logits_CV.amax(-1)).unsqueeze(1))
+    label_logit_C = torch.where(own_C, logits_CV.gather(1, index_C.unsqueeze(1)).squeeze(1), 0.0)
+    compiling = torch.compiler.is_compiling()
+    exp_CV = logits_CV.exp() if compiling else logits_CV.exp_()
     total_C, label_logit_C = vocabulary.sum(torch.stack([exp_CV.sum(-1), label_logit_C]))
+    loss_C = total_C.log() - label_logit_C
+    if compiling:
+        # From the logits again, in one pass: exponentials of two uses and a scatter would each be kept in memory.
+        is_label_CV = torch.arange(vocabulary.size, device=index_C.device) == index_C.unsqueeze(1)
+        p_CV = (logits_CV - total_C.log().unsqueeze(1)).exp()
+        return loss_C, p_CV - (is_label_CV & own_C.unsqueeze(1)).to(p_CV.dtype)
     gradient_CV = exp_CV.div_(total_C.unsqueeze(1))
     gradient_CV.scatter_add_(1, index_C.unsqueeze(1), -own_C.to(gradient_CV.dtype).unsqueeze(1))
-    return total_C.log() - label_logit_C, gradient_CV
+    return loss_C, gradient_CV
 
 
 def kl(logits_CV: Tensor, teacher_CV: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
@@ -84,10 +95,46 @@ def reverse_kl(logits_CV: Tensor, teacher_CV: Tensor, vocabulary: Vocabulary) ->
 
 def _log_probabilities(a_CV: Tensor, b_CV: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
     top_2C = vocabulary.max(torch.stack([a_CV.amax(-1), b_CV.amax(-1)]))
-    a_CV, b_CV = (x.sub_(top.unsqueeze(1)) for x, top in zip((a_CV, b_CV), top_2C, strict=True))
+    a_CV, b_CV = a_CV.sub_(top_2C[0].unsqueeze(1)), b_CV.sub_(top_2C[1].unsqueeze(1))
     total_2C = vocabulary.sum(torch.stack([a_CV.exp().sum(-1), b_CV.exp().sum(-1)])).log_()
-    a_CV, b_CV = (x.sub_(total.unsqueeze(1)) for x, total in zip((a_CV, b_CV), total_2C, strict=True))
-    return a_CV, b_CV
+    return a_CV.sub_(total_2C[0].unsqueeze(1)), b_CV.sub_(total_2C[1].unsqueeze(1))
+
+
+def _weighted(
+    loss: LogitLoss, logits_CV: Tensor, target: Tensor, coefficient_C: Tensor, vocabulary: Vocabulary
+) -> tuple[Tensor, Tensor]:
+    """Return a chunk's losses `[C]` and the gradient of their weighted sum, in the type of the logits.
+
+    Args:
+        logits_CV: as the product returns them; overwritten unless compiled.
+        target: labels `[C]`, or the teacher's logits; so are these.
+        coefficient_C: weights, of the gradient alone.
+    """
+    precision = torch.promote_types(logits_CV.dtype, torch.float32)
+    # Compiled, these copies are made in registers, while what overwrites an argument is written back to it.
+    compiling = torch.compiler.is_compiling()
+    if target.is_floating_point():
+        target = target.to(precision, copy=compiling)
+    loss_C, gradient_CV = loss(logits_CV.to(precision, copy=compiling), target, vocabulary)
+    gradient_CV.mul_(coefficient_C.unsqueeze(1))
+    return loss_C, gradient_CV.to(logits_CV.dtype) if compiling else logits_CV.copy_(gradient_CV)
+
+
+@cache
+def _compiled(backend: str | Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return `_weighted` compiled: one graph for a loss, whatever the number of rows."""
+    compiled = torch.compile(_weighted, backend=backend, fullgraph=True)
+
+    def run(loss: LogitLoss, logits_CV: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        if len(logits_CV) < 2:  # compilers take one row for a constant
+            return _weighted(loss, logits_CV, *rest)
+        for x in (logits_CV, *rest):
+            if isinstance(x, Tensor):
+                mark_dynamic(x, 0)
+        found: tuple[Tensor, Tensor] = compiled(loss, logits_CV, *rest)
+        return found
+
+    return run
 
 
 class HeadLoss:
@@ -100,14 +147,19 @@ class HeadLoss:
         loss: of the tokens' logits.
         target: labels `[N]`, or the teacher's final-normed hidden states `[N, D]`, a constant.
         sums: how the tokens' losses add up.
-        train_head: False where the head is a constant, as it is to the inner loop: its gradient is then not computed.
     """
 
-    def __init__(self, loss: LogitLoss, target: Tensor, sums: SetSum, train_head: bool = True):
-        self.loss, self.target, self.sums, self.train_head = loss, target, sums, train_head
+    def __init__(self, loss: LogitLoss, target: Tensor, sums: SetSum):
+        self.loss, self.target, self.sums = loss, target, sums
 
 
-def set_losses(hidden_ND: Tensor, weight_VD: Tensor, head: HeadLoss, group: ProcessGroup | None = None) -> Tensor:
+def set_losses(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    head: HeadLoss,
+    group: ProcessGroup | None = None,
+    backend: str | Callable[..., Any] | None = None,
+) -> Tensor:
     """sum over a set's tokens of c_i l_i, `[G]`, in float32 at least, equal on all ranks of `group`.
 
     Args:
@@ -116,15 +168,18 @@ def set_losses(hidden_ND: Tensor, weight_VD: Tensor, head: HeadLoss, group: Proc
         weight_VD: the head's weight, this rank's rows of it. Can have a gradient if there is one set.
         head: loss, targets and coefficients.
         group: the tensor-parallel ranks that share the vocabulary in equal parts.
+        backend: compiles the losses, for torch.compile; None leaves them eager. Without a group alone.
     """
+    assert group is None or backend is None
     with_gradient = torch.is_grad_enabled()
     loss_G = _SetLosses.apply(
         hidden_ND,
         weight_VD,
         head,
         group,
+        backend,
         with_gradient and hidden_ND.requires_grad,
-        with_gradient and weight_VD.requires_grad and head.train_head,
+        with_gradient and weight_VD.requires_grad,
     )
     return loss_G
 
@@ -139,34 +194,37 @@ class _SetLosses(torch.autograd.Function):
         weight_VD: Tensor,
         head: HeadLoss,
         group: ProcessGroup | None,
+        backend: str | Callable[..., Any] | None,
         hidden_gradient: bool,
         weight_gradient: bool,
     ) -> Tensor:
         assert not weight_gradient or head.sums.n_sets == 1
         vocabulary = Vocabulary(len(weight_VD), group)
-        precision = torch.promote_types(hidden_ND.dtype, torch.float32)
+        weighted = _weighted if backend is None else _compiled(backend)
         distilled = head.target.is_floating_point()
+        length = chunk_length(len(hidden_ND), len(weight_VD), hidden_ND.dtype)
         dh_ND = torch.empty_like(hidden_ND) if hidden_gradient else None
         dw_VD: Tensor | None = None
+        if weight_gradient and length < len(hidden_ND):
+            dw_VD = torch.zeros_like(weight_VD, dtype=torch.promote_types(weight_VD.dtype, torch.float32))
         losses = []
-        start = 0
-        for h_CD in hidden_ND.split(_chunk_length(len(hidden_ND), weight_VD, precision)):
-            rows = slice(start, start := start + len(h_CD))
-            target = head.target[rows]
+        for start in range(0, len(hidden_ND), length):
+            rows = slice(start, start + length)
+            h_CD, target = hidden_ND[rows], head.target[rows]
             if distilled:
-                target = F.linear(target.to(weight_VD.dtype), weight_VD).to(precision)
-            loss_C, gradient_CV = head.loss(F.linear(h_CD, weight_VD).to(precision), target, vocabulary)
+                target = F.linear(target.to(weight_VD.dtype), weight_VD)
+            logits_CV = F.linear(h_CD, weight_VD)
+            loss_C, gradient_CV = weighted(head.loss, logits_CV, target, head.sums.coefficient_N[rows], vocabulary)
             losses.append(loss_C)
-            if dh_ND is None and not weight_gradient:
-                continue
-            gradient_CV = gradient_CV.mul_(head.sums.coefficient_N[rows].unsqueeze(1)).to(hidden_ND.dtype)
             if dh_ND is not None:
                 torch.mm(gradient_CV, weight_VD, out=dh_ND[rows])
-            if weight_gradient:
-                # Rounded to the weight's type once a chunk: there are few.
-                dw_VD = gradient_CV.T @ h_CD if dw_VD is None else dw_VD.addmm_(gradient_CV.T, h_CD)
+            if dw_VD is not None:
+                add_product_(dw_VD, gradient_CV.T, h_CD)
+            elif weight_gradient:
+                dw_VD = gradient_CV.T @ h_CD
+            del logits_CV, gradient_CV, target  # before the next chunk's
         ctx.set_N = head.sums.set_N if head.sums.n_sets > 1 else None
-        ctx.gradients = dh_ND, dw_VD
+        ctx.gradients, ctx.weight_dtype = (dh_ND, dw_VD), weight_VD.dtype
         return head.sums(torch.cat(losses))
 
     @staticmethod
@@ -177,12 +235,15 @@ class _SetLosses(torch.autograd.Function):
         if dh_ND is not None:
             dh_ND.mul_(grad_G if ctx.set_N is None else grad_G[ctx.set_N].unsqueeze(1))
         if dw_VD is not None:
-            dw_VD.mul_(grad_G)
-        return dh_ND, dw_VD, None, None, None, None
+            dw_VD = dw_VD.mul_(grad_G).to(ctx.weight_dtype)
+        return dh_ND, dw_VD, None, None, None, None, None
 
 
-def _chunk_length(tokens: int, weight_VD: Tensor, precision: torch.dtype) -> int:
-    """Tokens of a chunk: equal chunks, as few as keep each one's logits within `CHUNK_BYTES`."""
-    most = max(1, CHUNK_BYTES // (len(weight_VD) * precision.itemsize))
-    chunks = -(-tokens // most)
-    return -(-tokens // chunks)
+def chunk_length(tokens: int, vocabulary: int, dtype: torch.dtype) -> int:
+    """Return the rows of a chunk: as few chunks as keep each one's logits within `CHUNK_BYTES`, in multiples of
+    `CHUNK_ROWS` where these are within it."""
+    most = max(1, CHUNK_BYTES // (vocabulary * torch.promote_types(dtype, torch.float32).itemsize))
+    multiple = CHUNK_ROWS if most >= CHUNK_ROWS else 1
+    most -= most % multiple
+    equal = -(-tokens // -(-tokens // most))
+    return -(-equal // multiple) * multiple

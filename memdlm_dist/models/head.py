@@ -3,7 +3,8 @@
 Shapes: N scored tokens of all tensor-parallel ranks, D model, V vocabulary, G sets of fast weights.
 """
 
-from typing import Literal, cast
+from collections.abc import Callable
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ class OutputHead(nn.Linear):
     """
 
     placement: Placement = Shard(-1)  # of the logits under tensor parallelism
+    backend: str | Callable[..., Any] | None = None  # torch.compile's for the losses; None leaves them eager
 
     def follow_plan(self, loss_parallel: bool) -> None:
         """Lay out the losses as torchtitan's tensor-parallel plan lays out what leaves the head."""
@@ -39,7 +41,7 @@ class OutputHead(nn.Linear):
     def _losses(self, x_1ND: Tensor, head: HeadLoss) -> Tensor:
         x_1ND, weight = self._autocast(x_1ND, self.weight)
         if not isinstance(weight, DTensor):
-            return set_losses(x_1ND.squeeze(0), weight, head)
+            return set_losses(x_1ND.squeeze(0), weight, head, backend=self.backend)
         # Every rank computes all sets' losses, so that "as logits are" each holds its own copy of them.
         mesh = weight.device_mesh
         h_ND = cast(DTensor, x_1ND).to_local(grad_placements=[Partial()]).squeeze(0)

@@ -42,6 +42,10 @@ class Recipe:
     def compiles(self) -> bool:
         return self.compile.enable and "model" in self.compile.components
 
+    @property
+    def compiles_losses(self) -> bool:
+        return self.compile.enable and "loss" in self.compile.components
+
 
 def convert(model: LLaDA, recipe: Recipe) -> None:
     """Give a backbone the adapters that are trained in its place, if any are."""
@@ -102,6 +106,9 @@ def parallelize(model: LLaDA, dims: ParallelDims, recipe: Recipe) -> LLaDA:
             _compile_below_checkpoints(model, recipe.compile)
         else:
             apply_compile(model, recipe.compile)
+
+    if recipe.compiles_losses and not dims.tp_enabled:
+        model.output.backend = recipe.compile.backend
 
     if dims.fsdp_enabled:
         names = ["dp_replicate", "fsdp"] if dims.dp_replicate_enabled else ["fsdp"]

@@ -19,7 +19,7 @@ from torchtitan.config.job_config import Training
 from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.method.documents import GROUP_ROWS, power_of_two
 from memdlm_dist.method.fast_weights import AdaptedLinear
-from memdlm_dist.method.logit_loss import CHUNK_BYTES
+from memdlm_dist.method.logit_loss import chunk_length
 from memdlm_dist.method.passes import Passes, planned_passes
 from memdlm_dist.models.flops import Recomputation, step_flops
 from memdlm_dist.models.layout import Layout
@@ -43,7 +43,7 @@ class Footprint:
     gathered: float  # tail and head, which stay, and two layers of the trunk; all that is never freed
     gathered_gradients: float  # of the layer whose gradients are being reduced
     activations: float
-    head: float  # one chunk of logits, with its gradient
+    head: float  # one chunk of logits with what the loss makes of it, and the sum of the weight's gradient
     fast_weights: float  # with their gradients and the next ones
 
     @property
@@ -183,10 +183,42 @@ def _footprint(model: LLaDA, args: LLaDAArgs, dims: Layout, config: JobConfig, f
         gathered=gathered,
         gathered_gradients=reducing,
         activations=_activations(args, dims, config, first) + _laid_out(args, dims, config, first, slots),
-        head=2.0 * min(CHUNK_BYTES, 4.0 * _tokens(training, dims) * args.vocab_size / dims.tp),
+        head=_head(args, dims, config, trained=any(p.requires_grad for p in model.output.parameters())),
         # With their gradients, and what the update makes of them.
         fast_weights=3.0 * _fast_bytes(args, dims, config, first, slots),
     )
+
+
+# Tensors of the logits' size, in float32, that an eager loss makes besides the logits and the teacher's.
+_TEMPORARIES = {"cross_entropy": 0, "kl": 3, "reverse_kl": 2}
+
+
+def chunk_bytes(loss: str, dtype: torch.dtype, fused: bool) -> int:
+    """Return the bytes that a chunk's loss holds for each element of its logits.
+
+    Args:
+        loss: a loss of logits, by name.
+        dtype: of the logits' product; they are read in float32.
+        fused: the loss is compiled: it keeps nothing of this size but the gradient.
+    """
+    with_teacher = 1 if loss == "cross_entropy" else 2
+    if fused:
+        return (with_teacher + 1) * dtype.itemsize
+    copy = 4 if dtype.itemsize < 4 else 0
+    return with_teacher * (dtype.itemsize + copy) + 4 * _TEMPORARIES[loss]
+
+
+def _head(args: LLaDAArgs, dims: Layout, config: JobConfig, trained: bool) -> float:
+    training, memory = config.training, config.parametric_memory
+    dtype = TORCH_DTYPE_MAP[training.mixed_precision_param]
+    tokens, vocabulary = math.ceil(_tokens(training, dims)), args.vocab_size // dims.tp
+    rows = chunk_length(tokens, vocabulary, dtype)
+    fused = config.compile.enable and "loss" in config.compile.components and dims.tp == 1
+    losses = {"cross_entropy": vocabulary * args.dim * 4 if trained and rows < tokens and dtype.itemsize < 4 else 0}
+    if memory.enable and memory.inner_loss in _TEMPORARIES:
+        losses.setdefault(memory.inner_loss, 0)
+    # Of several chunks the outer loss sums the weight's gradient in float32 before it is rounded.
+    return max(rows * vocabulary * chunk_bytes(loss, dtype, fused) + summed for loss, summed in losses.items())
 
 
 def _tokens(training: Training, dims: Layout) -> float:

@@ -19,7 +19,7 @@ _MEMORY = {
     "gathered": "gathered parameters",
     "gathered_gradients": "gradients being reduced",
     "activations": "activations",
-    "head": "logits, one chunk",
+    "head": "logits and gradient of the head",
     "fast_weights": "fast weights",
 }
 _COMMUNICATION = {

@@ -247,7 +247,7 @@ class MemDLMTrainer(Trainer):
             resumed: no validation has come before this start's first step.
         """
         config = self.job_config
-        if not config.compile.enable or "model" not in config.compile.components:
+        if not config.compile.enable:
             return
         began = time.perf_counter()
         self.watchdog.at("compiling what later steps and validations run")

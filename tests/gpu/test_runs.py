@@ -24,13 +24,13 @@ CURVES = (
 
 @pytest.fixture(scope="module")
 def stopped(device, tmp_path_factory):
-    """A run that got SIGTERM after a save from pinned memory: its folder, exit status and output."""
+    """A run whose every process got SIGTERM after a save from pinned memory: its folder, exit status and output."""
     root = tmp_path_factory.mktemp("runs")
     config, *arguments = debug(root / "stopped", *TRAINING, *SAVE, "--training.steps", "1000")[1:]
     run = Launched(root / "log", "launch/train.sh", config, *arguments, NGPU="1")
     try:
         run.until(r" step: 12 ")
-        run.process.send_signal(signal.SIGTERM)
+        run.signal_all(signal.SIGTERM)
         status = run.status()
     finally:
         if run.process.poll() is None:
@@ -52,6 +52,8 @@ def test_a_process_beside_the_run_writes_what_was_staged(stopped):
     _, _, text = stopped
     assert re.search(r"Received async checkpoint request with id=\S*/step-10\s", text)
     assert re.search(r"Completed checkpoint save request for \S*checkpoint_id='?\S*/step-10\b", text)
+    step = re.search(r"Stopped after step (\d+)", text)[1]
+    assert re.search(rf"Completed checkpoint save request for \S*checkpoint_id='?\S*/step-{step}\b", text)
 
 
 def test_the_run_resumed_is_the_run_without_a_stop_bit_for_bit(stopped, tmp_path):

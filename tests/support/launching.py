@@ -1,5 +1,6 @@
 """Start training runs from tests, and read their TensorBoard scalars."""
 
+import contextlib
 import functools
 import os
 import re
@@ -91,6 +92,12 @@ class Launched:
 
     def status(self) -> int:
         return self.process.wait(TIMEOUT)
+
+    def signal_all(self, number: int) -> None:
+        """Send a signal to every process of the job, as a batch system does."""
+        for process in (self.process.pid, *_descendants(self.process.pid)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, number)
 
     def kill(self) -> None:
         """The agent and its ranks, at once, as when a node goes down."""

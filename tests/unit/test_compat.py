@@ -275,7 +275,7 @@ def test_gradients_are_plain_sums_for_nvls_and_gloo():
 
 def test_dcps_process_has_a_body_and_a_name():
     executor = torch_seam._async_process_executor
-    assert parameters(executor._AsyncCheckpointProcess._checkpointing_subprocess) == ["pg_init_info", "parent_conn"]
+    assert parameters(torch_seam._SaverProcess._checkpointing_subprocess) == ["pg_init_info", "parent_conn"]
     source = inspect.getsource(executor)
     assert "target=self._checkpointing_subprocess" in source
     assert "_CHECKPOINT_PROCESS = _AsyncCheckpointProcess(" in source

@@ -73,8 +73,8 @@ def test_nothing_is_compiled_after_the_first_step_of_a_start(build, monkeypatch)
     for number, documents in enumerate([(1, 1), (2, 4), (5, 3)], 2):
         take(number, documents)
     trained.validator.validate(trained.model_parts, 4)
-    # First the plain pass; then the inner steps, the outer pass above them, and validation's.
-    assert graphs[0] == 1 < after_start
+    # First the plain pass and the head's loss; then the inner steps, the outer pass above them, and validation's.
+    assert graphs[0] == 2 < after_start
     assert graphs[1:] == [after_start] * 3 and counters["stats"]["unique_graphs"] == after_start
     assert not counters["graph_break"]
 

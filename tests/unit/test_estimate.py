@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.distributed import destroy_process_group, is_initialized
+from torch.distributed.fsdp import FSDPModule
 from torchtitan.distributed.utils import init_fake_mode
 
 from memdlm_dist.config import launch, parse_config
@@ -16,7 +17,9 @@ from memdlm_dist.performance.collectives import Collectives
 from memdlm_dist.performance.estimate import Communication, Estimate, Footprint, estimate, saved_elements
 from memdlm_dist.performance.forecast import forecast
 from memdlm_dist.performance.step_time import Speeds, StepTime, step_time, warning
-from memdlm_dist.training.backbone import sizes_of
+from memdlm_dist.runtime import cpu
+from memdlm_dist.runtime.process_group import pretend
+from memdlm_dist.training.backbone import layout_of, model_on_meta, sizes_of
 from tools import dry_run
 
 DEBUG = [
@@ -98,6 +101,36 @@ def test_packed_rows_have_sets_and_copies_for_their_slots():
     copies = five.memory.activations - one.memory.activations
     assert copies == 4 * rows * (2 * args.dim + args.hidden_dim)
     assert five.flops == one.flops
+
+
+@pytest.mark.parametrize(
+    "arguments, backend",
+    [
+        (["--compile.enable", "--compile.backend", "aot_eager"], "aot_eager"),
+        (["--compile.enable", TENSOR, "2", SHARD, "2"], None),  # whose losses communicate
+        (["--compile.enable", "--compile.components", "model"], None),
+        ([], None),
+    ],
+    ids=["losses", "tp2", "model", "eager"],
+)
+def test_the_head_compiles_its_losses_and_fsdp_sums(monkeypatch, arguments, backend):
+    """As the configuration has it; gradients are plain sums beside an accelerator too."""
+    monkeypatch.setattr(cpu, "has_accelerator", lambda: True)
+    config = parse_config.parse([*DEBUG, *arguments])
+    pretend(4)
+    try:
+        model = model_on_meta(config, sizes_of(config), layout_of(config, 4))
+        assert model.output.backend == backend
+        groups = [
+            group
+            for module in model.modules()
+            if isinstance(module, FSDPModule)
+            for group in [module._get_fsdp_state()._fsdp_param_group]
+            if group is not None
+        ]
+        assert len(groups) > 3 and all(group.force_sum_reduction_for_comms for group in groups)
+    finally:
+        destroy_process_group()
 
 
 @pytest.mark.parametrize("name", BACKBONES)
