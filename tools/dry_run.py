@@ -61,6 +61,13 @@ def parser() -> argparse.ArgumentParser:
             f"--{name}", type=positive_number, default=default, metavar=unit, help=f"{meaning} (default: {default:g})"
         )
     p.add_argument("--layers", type=positive, metavar="N", help="number of layers, if not the flavour's")
+    p.add_argument(
+        "--documents",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="in the fullest row of packed ones, as the shards' card says (default: 1)",
+    )
     p.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
     return p
 
@@ -72,7 +79,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     found: dict[int, Estimate | UserError] = {}
     for size in options.world_size:
         try:
-            found[size] = forecast(config, size, options.layers, min(size, options.ranks_per_node))
+            node = min(size, options.ranks_per_node)
+            found[size] = forecast(config, size, options.layers, node, options.documents)
         except UserError as mistake:
             found[size] = mistake
     speeds = Speeds(options.tflops, options.intra, options.inter)

@@ -234,7 +234,11 @@ class ResumableCheckpoints(HookedCheckpoints):
             raise
         except (CheckpointException, Exception) as failure:  # DCP's is a BaseException
             self._abandon()  # before the ranks agree, for others may wait for this one's
-            return reason_of(failure)
+            reason = reason_of(failure)
+            if not isinstance(failure, CheckpointException | OSError):
+                # Now, for others may be in a collective of the save, and then no rank comes to agree.
+                logger.error(f"Saving the checkpoint of step {step} failed on this rank: {reason}", exc_info=True)
+            return reason
         return ""
 
     def maybe_wait_for_staging(self) -> None:

@@ -124,7 +124,8 @@ MAX_GROUPS = 1023
 def grouped_mm(x_Si: Tensor, weight_noi: Tensor, ends_n: Tensor) -> Tensor:
     """Multiply each group of slots by its own matrix, `[S, o]`; `torch.nn.functional.grouped_mm` is newer than 2.11.
 
-    Slots behind the last group get undefined values or zeros, and so does their gradient.
+    Slots behind the last group get undefined values or zeros, and so does their gradient; the gradient of the matrix of
+    a group without slots is undefined too (pytorch/pytorch#172439).
 
     More than `MAX_GROUPS` groups are multiplied in parts. Where a part's slots begin is known to the device alone, so
     each part takes all slots: those before it and behind it are two groups more, whose matrices are zero.

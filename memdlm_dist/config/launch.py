@@ -11,12 +11,13 @@ from memdlm_dist.runtime.rank_0 import is_first
 logger = logging.getLogger()
 
 
-def resolve(config: JobConfig, world_size: int, node_size: int | None = None) -> JobConfig:
+def resolve(config: JobConfig, world_size: int, node_size: int | None = None, nodes: int | None = None) -> JobConfig:
     """Return a copy of a configuration in which degrees and batch sizes are positive numbers that fit a launch.
 
     Args:
         world_size: number of processes.
-        node_size: those of a node; all of them if None.
+        node_size: those of this node; all of them if None.
+        nodes: number of nodes; as many as such nodes make if None.
 
     Raises:
         UserError: naming the degree or the batch size that does not fit.
@@ -27,18 +28,19 @@ def resolve(config: JobConfig, world_size: int, node_size: int | None = None) ->
     )
     config = copy.deepcopy(config)
     parallel = config.parallelism
-    _resolve_degrees(parallel, world_size, node_size or world_size)
+    node_size = node_size or world_size
+    _resolve_degrees(parallel, world_size, node_size, nodes or -(-world_size // node_size))
     ranks = parallel.data_parallel_replicate_degree * parallel.data_parallel_shard_degree
     _resolve_batch_sizes(config.training, ranks)
     return config
 
 
-def _resolve_degrees(parallel: Parallelism, world_size: int, node_size: int) -> None:
+def _resolve_degrees(parallel: Parallelism, world_size: int, node_size: int, nodes: int) -> None:
     """Set the degrees of data parallelism."""
     tensor, context = parallel.tensor_parallel_degree, parallel.context_parallel_degree
     leftover = parallel.data_parallel_shard_degree == -1
     if leftover and parallel.data_parallel_shard_within == "node" and parallel.data_parallel_replicate_degree == 1:
-        parallel.data_parallel_replicate_degree = _replicas(tensor, context, world_size, node_size)
+        parallel.data_parallel_replicate_degree = _replicas(tensor, context, world_size, node_size, nodes)
     replicate = parallel.data_parallel_replicate_degree
     others = replicate * tensor * context
     layout = f"data_parallel_replicate_degree {replicate} x tensor_parallel_degree {tensor}"
@@ -63,17 +65,17 @@ def _resolve_degrees(parallel: Parallelism, world_size: int, node_size: int) -> 
     )
 
 
-def _replicas(tensor: int, context: int, world_size: int, node_size: int) -> int:
+def _replicas(tensor: int, context: int, world_size: int, node_size: int, nodes: int) -> int:
     """Return the number of replicas for sharding within a node: one a node, or one in all where that is impossible."""
     if node_size >= world_size:
         return 1
     require(
-        world_size % node_size == 0,
-        f"parallelism.data_parallel_shard_within = 'node' needs as many processes on every node, and {world_size} are "
-        f"not a multiple of this node's {node_size}; set NGPU alike on all nodes, or the key to 'world'.",
+        world_size == nodes * node_size,
+        f"parallelism.data_parallel_shard_within = 'node' needs as many processes on every node, but this one has "
+        f"{node_size} of the {world_size} on {nodes} nodes; set NGPU alike on all nodes, or the key to 'world'.",
     )
     if node_size % (tensor * context) == 0 and node_size > tensor:
-        return world_size // node_size
+        return nodes
     if is_first():
         logger.warning(
             f"parallelism.data_parallel_shard_within = 'node': tensor_parallel_degree {tensor} x "

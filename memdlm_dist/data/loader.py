@@ -150,7 +150,6 @@ def training_loader(
     """Open the training loader of one rank.
 
     Args:
-        global_batch_size: below 0 for one micro-batch of each rank.
         ranks: data-parallel ones; streaming reads this rank's number from the environment.
         options: of torch's DataLoader.
 
@@ -170,8 +169,6 @@ def training_loader(
         # Consecutive ranks, those of a context-parallel and a tensor-parallel group, get the same samples.
         replication=world_size // ranks,
     )
-    if global_batch_size < 0:
-        global_batch_size = local_batch_size * ranks
     if dataset.epoch_size < global_batch_size:
         raise UserError(
             f"data.train holds {dataset.epoch_size} sequences, fewer than one global batch of {global_batch_size}; "

@@ -20,15 +20,16 @@ FILL = -1
 # Between the ids of two documents of one row; the first has the row's own. Rows are fewer than this.
 _ID_STRIDE = 2**40
 
-# Grouped products take groups of a multiple of so many rows, for the gradients of their matrices.
-_GROUP_ROWS = 8
+# Grouped products take groups of a multiple of so many rows, for the gradients of their matrices. Groups without rows
+# are none of them: some accelerators leave the gradients of their matrices undefined (pytorch/pytorch#172439).
+GROUP_ROWS = 8
 
 
 class Grouped(NamedTuple):
     """Tokens laid out for grouped products, sample after sample.
 
-    Each sample has a multiple of 8 places, of which those behind its tokens are empty. The number of places is a
-    function of the shapes alone.
+    Each sample, one without a token too, has a positive multiple of 8 places, of which those behind its tokens are
+    empty. The number of places is a function of the shapes alone.
     """
 
     place_T: Tensor  # int64: of every token
@@ -168,12 +169,11 @@ class Documents(NamedTuple):
         tokens, samples = len(sample_T), len(self.number_BL) * self.slots
         size_U = torch.zeros(samples, dtype=torch.int64, device=sample_T.device)
         size_U = size_U.index_add(0, sample_T, torch.ones_like(sample_T))
-        places_U = (size_U + _GROUP_ROWS - 1) // _GROUP_ROWS * _GROUP_ROWS
+        places_U = (size_U + GROUP_ROWS - 1).clamp(min=GROUP_ROWS) // GROUP_ROWS * GROUP_ROWS
         end_U = places_U.cumsum(0)
         shift_U = (end_U - places_U) - (size_U.cumsum(0) - size_U)
         place_T = torch.arange(tokens, device=sample_T.device) + shift_U[sample_T]
-        most = tokens + (_GROUP_ROWS - 1) * samples
-        places = -(-most // _GROUP_ROWS) * _GROUP_ROWS
+        places = -(-tokens // GROUP_ROWS) * GROUP_ROWS + GROUP_ROWS * samples
         end_U[-1:] = places
         return Grouped(place_T, end_U.int(), places)
 

@@ -15,7 +15,7 @@ R rank, E experts of this rank, S slots (a token as often as experts see it), so
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -252,7 +252,16 @@ def _grouped_dtype(own: OwnSet, x_BLi: Tensor, *weights: Tensor) -> torch.dtype 
     device = x_BLi.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_BLi.dtype
     known = dtype == torch.bfloat16 or (device == "cpu" and dtype == torch.float32)
-    return dtype if known and all(size % 8 == 0 for x in weights for size in _part(x).shape[1:]) else None
+    return dtype if known and _fit_groups(size for x in weights for size in _part(x).shape[1:]) else None
+
+
+def _fit_groups(sizes: Iterable[int]) -> bool:
+    return all(size % 8 == 0 for size in sizes)
+
+
+def can_group(adapter: str, linear: AdaptedLinear, rank: int, tp_mesh: DeviceMesh | None) -> bool:
+    """Return whether grouped products take the sizes of a linear's fast weights on one rank."""
+    return _fit_groups([*_local_sizes(linear, tp_mesh), *([rank] if adapter == "lora" else [])])
 
 
 def _products(grouped: Grouped, x_BLi: Tensor, *weights: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from memdlm_dist.method.bilevel import Memory
-from memdlm_dist.method.fast_weights import AdaptedLinear
+from memdlm_dist.method.fast_weights import AdaptedLinear, can_group
 from memdlm_dist.method.micro_batch import MicroBatch
 from memdlm_dist.method.passes import passes_of
 from memdlm_dist.models.linears import GROUPS, LINEARS
@@ -89,7 +89,11 @@ class _Layer:
         gradients = (1 if frozen else 2) * sum(self.linears.values())
         self.backward = gradients + _ATTENTION_BACKWARD * self.attention + self.again
         adapted = [x for x in memory.linears if x.layer == str(layer)] if memory is not None else []
-        self.fast = {x.target: _fast_products(x, memory, tokens, sets) for x in adapted} if memory is not None else {}
+        self.fast = (
+            {x.target: _fast_products(x, memory, tokens, sets, args.grouped) for x in adapted}
+            if memory is not None
+            else {}
+        )
         self.fast_forward = sum(sum(pair) for pair in self.fast.values())
         # The fast terms are run again where anything of the block is.
         self.fast_again = self.fast_forward if self.again else 0.0
@@ -105,11 +109,12 @@ class _Layer:
         return between + self.again + self.fast_again
 
 
-def _fast_products(linear: AdaptedLinear, memory: Memory, tokens: int, sets: int) -> tuple[float, float]:
+def _fast_products(linear: AdaptedLinear, memory: Memory, tokens: int, sets: int, grouped: bool) -> tuple[float, float]:
     """FLOPs of the fast term's products: the one that reads the linear's input, and the one after it if there is."""
-    # Experts take the slots of each set apart; elsewhere, without grouped products, all tokens of a row go through all
-    # of its sets.
-    tokens *= linear.experts_per_token if linear.experts else sets
+    # Experts take the slots of each set apart, grouped products the tokens of each document; elsewhere all tokens of
+    # a row go through all of its sets.
+    grouped = grouped and can_group(memory.adapter, linear, memory.rank, memory.tp_mesh)
+    tokens *= linear.experts_per_token if linear.experts else 1 if grouped else sets
     if memory.adapter == "full":
         return 2.0 * tokens * linear.in_features * linear.out_features, 0.0
     return 2.0 * tokens * memory.rank * linear.in_features, 2.0 * tokens * memory.rank * linear.out_features
@@ -134,9 +139,8 @@ def step_flops(
     tokens, documents = batch.inputs[0].numel(), batch.documents
     # Of packed rows what blocks of documents have; a dense mask, as on a CPU, computes everything.
     attended = float(batch.length) if documents is None else documents.mean_attended()
-    # Grouped products take each token through its own set; the empty places between documents are not counted.
-    masked = documents is not None and memory is not None and memory.per_sample and not args.grouped
-    sets = documents.slots if documents is not None and masked else 1
+    # The empty places between documents, which grouped products have, are not counted.
+    sets = documents.slots if documents is not None and memory is not None and memory.per_sample else 1
     again = recomputation or Recomputation()
     layers = [_Layer(args, i, tokens, attended, memory, again, frozen, sets) for i in range(args.n_layers)]
 

@@ -17,6 +17,7 @@ from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.config.job_config import Training
 
 from memdlm_dist.config.job_config import JobConfig
+from memdlm_dist.method.documents import GROUP_ROWS, power_of_two
 from memdlm_dist.method.fast_weights import AdaptedLinear
 from memdlm_dist.method.logit_loss import chunk_length
 from memdlm_dist.method.passes import Passes, planned_passes
@@ -92,7 +93,14 @@ class _Passes:
         return self.forward + self.backward * (2 if recomputed else 1)
 
 
-def estimate(model: LLaDA, args: LLaDAArgs, dims: Layout, config: JobConfig, node_size: int | None = None) -> Estimate:
+def estimate(
+    model: LLaDA,
+    args: LLaDAArgs,
+    dims: Layout,
+    config: JobConfig,
+    node_size: int | None = None,
+    documents: int = 1,
+) -> Estimate:
     """Estimate what a configuration needs.
 
     Args:
@@ -100,8 +108,9 @@ def estimate(model: LLaDA, args: LLaDAArgs, dims: Layout, config: JobConfig, nod
         args: its sizes.
         config: from `launch.resolve`.
         node_size: ranks of a node; all of them if None.
+        documents: in the fullest row of packed ones.
     """
-    training = config.training
+    training, slots = config.training, power_of_two(documents)
     micro_batches = training.global_batch_size // (training.local_batch_size * dims.dp_replicate * dims.dp_shard)
     first = first_adapted_layer(config.parametric_memory, args) if config.parametric_memory.enable else args.n_layers
     parameters = list(model.parameters())
@@ -113,8 +122,8 @@ def estimate(model: LLaDA, args: LLaDAArgs, dims: Layout, config: JobConfig, nod
         replicas=dims.dp_replicate,
         sequences=training.local_batch_size,
         micro_batches=micro_batches,
-        memory=_footprint(model, args, dims, config, first),
-        communication=_communication(model, args, dims, config, first, micro_batches),
+        memory=_footprint(model, args, dims, config, first, slots),
+        communication=_communication(model, args, dims, config, first, micro_batches, slots),
         across_nodes=_across_nodes(dims, node_size) if node_size else [],
         flops=micro_batches * training.local_batch_size * _row_flops(args, dims, config),
     )
@@ -149,7 +158,7 @@ def _groups(model: LLaDA) -> Sequence[Sequence[Tensor]]:
     return [first, *(list(layer.parameters()) for layer in model.layers.values()), last]
 
 
-def _footprint(model: LLaDA, args: LLaDAArgs, dims: Layout, config: JobConfig, first: int) -> Footprint:
+def _footprint(model: LLaDA, args: LLaDAArgs, dims: Layout, config: JobConfig, first: int, slots: int) -> Footprint:
     training = config.training
     compute = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize
     parameters = list(model.parameters())
@@ -173,9 +182,10 @@ def _footprint(model: LLaDA, args: LLaDAArgs, dims: Layout, config: JobConfig, f
         optimizer=2.0 * sum(p.numel() * p.itemsize for p in trained),
         gathered=gathered,
         gathered_gradients=reducing,
-        activations=_activations(args, dims, config, first),
+        activations=_activations(args, dims, config, first) + _laid_out(args, dims, config, first, slots),
         head=_head(args, dims, config, trained=any(p.requires_grad for p in model.output.parameters())),
-        fast_weights=_fast_weights(args, dims, config, first),
+        # With their gradients, and what the update makes of them.
+        fast_weights=3.0 * _fast_bytes(args, dims, config, first, slots),
     )
 
 
@@ -253,17 +263,27 @@ def _activations(args: LLaDAArgs, dims: Layout, config: JobConfig, first: int) -
     return size * (layers + everything + others + 2 * args.dim / dims.tp)
 
 
-def _fast_weights(args: LLaDAArgs, dims: Layout, config: JobConfig, first: int) -> float:
-    # The tensors, their gradients, and what the update makes of them. A packed row has as many sets as documents,
-    # which the configuration does not tell: this is one.
-    return 3.0 * _fast_bytes(args, dims, config, first)
+def _laid_out(args: LLaDAArgs, dims: Layout, config: JobConfig, first: int, slots: int) -> float:
+    """Return the bytes of the copies of the adapted linears' inputs that grouped products read in an inner step.
+
+    Its gradients need them until its backward pass: of all layers, or of the one that is run again.
+    """
+    memory, training = config.parametric_memory, config.training
+    if not memory.enable or memory.granularity != "sample" or slots == 1:
+        return 0.0
+    if config.activation_checkpoint.mode == "full":
+        first = args.n_layers - 1
+    tokens = _tokens(training, dims) + GROUP_ROWS * training.local_batch_size * slots
+    linears = [x for x in args.adapted_linears(first, memory.target_modules) if not x.experts]
+    elements = sum(x.in_features / (dims.tp if x.row_wise else 1) for x in linears)
+    return TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize * tokens * elements
 
 
-def _fast_bytes(args: LLaDAArgs, dims: Layout, config: JobConfig, first: int) -> float:
+def _fast_bytes(args: LLaDAArgs, dims: Layout, config: JobConfig, first: int, slots: int) -> float:
     memory = config.parametric_memory
     if not memory.enable:
         return 0.0
-    sets = config.training.local_batch_size if memory.granularity == "sample" else 1
+    sets = config.training.local_batch_size * slots if memory.granularity == "sample" else 1
 
     def elements(linear: AdaptedLinear) -> float:
         wide, narrow = linear.in_features, linear.out_features
@@ -290,7 +310,7 @@ def _planned(config: JobConfig) -> Passes:
 
 
 def _communication(
-    model: LLaDA, args: LLaDAArgs, dims: Layout, config: JobConfig, first: int, micro_batches: int
+    model: LLaDA, args: LLaDAArgs, dims: Layout, config: JobConfig, first: int, micro_batches: int, slots: int
 ) -> Communication:
     training = config.training
     compute = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize
@@ -317,15 +337,15 @@ def _communication(
     tensor = layer_passes * 4 * compute * tokens * args.dim * (dims.tp - 1) / dims.tp
     experts = 0.0
     if isinstance(args, LLaDAMoEArgs):
-        slots = tokens * args.experts_per_token
-        experts = layer_passes * 2 * compute * slots * args.dim * (dims.ep - 1) / dims.ep
+        routed = tokens * args.experts_per_token
+        experts = layer_passes * 2 * compute * routed * args.dim * (dims.ep - 1) / dims.ep
     context = 0.0
     if dims.cp > 1:
         heads, kv = args.dim, (args.dim // args.n_heads) * (args.n_kv_heads or args.n_heads)
         # Queries, keys, values and the output; ring attention's rotation of keys and values is not told apart.
         context = layer_passes * compute * tokens * 2 * (heads + kv) / dims.tp * (dims.cp - 1) / dims.cp
         if config.parametric_memory.enable:
-            sums = _planned(config).inner_steps * _fast_bytes(args, dims, config, first)
+            sums = _planned(config).inner_steps * _fast_bytes(args, dims, config, first, slots)
             context += 2 * sums * (dims.cp - 1) / dims.cp
     return Communication(*(micro_batches * x for x in (gather, reduced, replicated, tensor, context, experts)))
 

@@ -32,12 +32,19 @@ _COMMUNICATION = {
 }
 
 
-def forecast(config: JobConfig, world_size: int, layers: int | None = None, node_size: int | None = None) -> Estimate:
+def forecast(
+    config: JobConfig,
+    world_size: int,
+    layers: int | None = None,
+    node_size: int | None = None,
+    documents: int = 1,
+) -> Estimate:
     """Estimate what a configuration needs on so many ranks.
 
     Args:
         layers: if not as many as the flavour has.
         node_size: ranks of a node; all of them if None.
+        documents: in the fullest row of packed ones.
 
     Raises:
         UserError: if it does not fit that number.
@@ -50,7 +57,7 @@ def forecast(config: JobConfig, world_size: int, layers: int | None = None, node
     try:
         dims = layout_of(config, world_size)
         model = model_on_meta(config, args, dims)
-        return estimate(model, args, dims, config, node_size)
+        return estimate(model, args, dims, config, node_size, documents)
     finally:
         dist.destroy_process_group()
 

@@ -62,7 +62,11 @@ def _remedy(config: JobConfig, x: Estimate, speeds: Speeds) -> str:
     degrees = {"tensor": "tensor_parallel", "context": "context_parallel", "experts": "expert_parallel"}
     if longest in degrees:
         return f"lower parallelism.{degrees[longest]}_degree"
-    if longest in x.across_nodes and longest != "replicate" and x.replicas == 1:
+    # Not where that is set already, and a node has nothing to shard over.
+    sharding = longest in x.across_nodes and longest != "replicate" and x.replicas == 1
+    if sharding and parallel.data_parallel_shard_degree != -1:
+        return "set parallelism.data_parallel_shard_degree = -1 and data_parallel_shard_within = 'node'"
+    if sharding and parallel.data_parallel_shard_within == "world":
         return "set parallelism.data_parallel_shard_within = 'node'"
     if longest == "gather" and parallel.fsdp_reshard_after_forward != "never":
         return "set parallelism.fsdp_reshard_after_forward = 'never' if memory allows"

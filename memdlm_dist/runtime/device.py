@@ -37,8 +37,11 @@ def pinned(size: int) -> Tensor:
 
 
 def has_grouped_mm() -> bool:
-    """Return whether the device multiplies groups of rows in one product (compute capability 9.0)."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    """Return whether the device multiplies groups of rows in one product (compute capability 9 or 10).
+
+    On others torch loops over the groups, and waits for the device to learn their sizes (2.11 to 2.13).
+    """
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in (9, 10)
 
 
 def has_flash_attention() -> bool:

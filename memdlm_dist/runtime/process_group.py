@@ -12,13 +12,15 @@ class Processes(NamedTuple):
     """The number of processes of a launch."""
 
     total: int
-    per_node: int
+    per_node: int  # on this node
+    nodes: int | None = None  # None: as many as the others say
 
 
 def launched() -> Processes:
     """Return the processes that torchrun has started; one without it."""
     total = int(os.environ.get("WORLD_SIZE", "1"))
-    return Processes(total, int(os.environ.get("LOCAL_WORLD_SIZE", total)))
+    nodes = os.environ.get("GROUP_WORLD_SIZE")
+    return Processes(total, int(os.environ.get("LOCAL_WORLD_SIZE", total)), int(nodes) if nodes else None)
 
 
 def join(comm: Any) -> int:

@@ -77,7 +77,7 @@ def reason_of(failure: BaseException) -> str:
 
 def _described(error: BaseException) -> str:
     """Return an error's message, with its class unless the message alone says what is wrong with a file."""
-    known = isinstance(error, OSError | CheckpointException) or storage_error(str(error)) != str(error)
+    known = isinstance(error, OSError | CheckpointException | UserError) or storage_error(str(error)) != str(error)
     return one_line(error) if known or not str(error) else f"{type(error).__name__}: {one_line(error)}"
 
 

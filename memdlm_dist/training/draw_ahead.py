@@ -115,7 +115,12 @@ class DrawAhead:
                 return
 
     def _load(self, batches: Iterator[Batch], step: int) -> list[Drawn]:
-        return [self._pack(next(batches), step) for _ in range(self._per_step)]
+        drawn: list[Drawn] = []
+        while len(drawn) < self._per_step:
+            if self._closing:
+                raise _Closing
+            drawn.append(self._pack(next(batches), step))
+        return drawn
 
     def _pack(self, batch: Batch, step: int) -> Drawn:
         drawn = self._draw(batch, step)

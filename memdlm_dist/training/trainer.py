@@ -102,11 +102,12 @@ class MemDLMTrainer(Trainer):
                 if self.step == first_step:  # what was built lazily is there, and compiled
                     self._compile_ahead(resumed=first_step > 1)
                     self._shorten_timeouts()
-                self.watchdog.at(f"finishing step {self.step} (checkpoint, validation)", needs_others=False)
                 last = self.step == config.training.steps
                 validates = config.validation.enable and self.validator.should_validate(self.step)
                 if last or validates or self.agreement.stop or self.checkpointer.is_due(self.step, last):
-                    self.agreement.settle()  # nothing is saved or measured that may yet be found not to be finite
+                    # Nothing is saved or measured that may yet be found not to be finite. This waits for all ranks.
+                    self.agreement.settle()
+                self.watchdog.at(f"finishing step {self.step} (checkpoint, validation)", needs_others=False)
                 if self.agreement.stop:
                     self.checkpointer.save_now = True
                 self.checkpointer.save(self.step, last_step=last)

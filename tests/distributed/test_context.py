@@ -48,7 +48,7 @@ def test_a_layout_gives_the_single_process_loss_and_gradients(results, spread, o
 
 
 @pytest.mark.parametrize("spread, options", GROUPED)
-def test_grouped_products_give_the_single_process_step(results, spread, options):
+def test_grouped_products_and_sequences_give_the_single_process_step(results, spread, options):
     ours, theirs = results[spread][f"{options}, grouped"], results["one"][options]
     assert ours.keys() == theirs.keys()
     for name, x in theirs.items():

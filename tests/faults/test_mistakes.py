@@ -50,7 +50,7 @@ MISTAKES = [
     Mistake("batch size", "must be a multiple of training.local_batch_size 4", ("--training.global_batch_size", "6")),
     Mistake("share of no batch", "training.local_batch_size = -1 is a share of training.global_batch_size, which is not set; set one of them.", ("--training.local_batch_size", "-1")),
     Mistake("share of a rank", "training.global_batch_size = 16 cannot be divided among 3 data-parallel ranks; set it to a multiple of 3 (the nearest is 15), or change NGPU", ("--training.local_batch_size", "-1", "--training.global_batch_size", "16"), env={"WORLD_SIZE": "3"}),
-    Mistake("uneven nodes", "needs as many processes on every node, and 12 are not a multiple of this node's 8", ("--parallelism.data_parallel_shard_within", "node"), env={"WORLD_SIZE": "12", "LOCAL_WORLD_SIZE": "8"}),
+    Mistake("uneven nodes", "needs as many processes on every node, but this one has 8 of the 12 on 2 nodes", ("--parallelism.data_parallel_shard_within", "node"), env={"WORLD_SIZE": "12", "LOCAL_WORLD_SIZE": "8"}),
     Mistake("ranks over TP and CP", "which needs a multiple of 8; change NGPU or the degrees under [parallelism].", ("--parallelism.context_parallel_degree", "4", "--parallelism.tensor_parallel_degree", "2"), env={"WORLD_SIZE": "4"}),
     Mistake("too few samples", "fewer than one global batch of 5000", ("--training.local_batch_size", "5000")),
     Mistake("no memory at all", "parametric_memory.probability must be above 0 and at most 1, but is 0.0; for no memory at all set", ("--parametric_memory.probability", "0")),

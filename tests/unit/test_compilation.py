@@ -9,6 +9,7 @@ from torch._dynamo.utils import counters
 from torch.distributed import destroy_process_group
 
 from memdlm_dist.config import parse_config
+from memdlm_dist.runtime import device
 from memdlm_dist.runtime.process_group import pretend
 from memdlm_dist.training.backbone import layout_of, sizes_of
 from tests.support import trainer
@@ -36,10 +37,9 @@ def build():
         made.objective = replace(made.objective, slots=made._document_slots())
 
         def batch(number, documents):
-            inputs, labels = trainer.batch(config, sizes, number)
-            length = labels.shape[1]
-            inputs["documents"] = torch.stack([torch.arange(length) * n // length for n in documents])
-            return inputs, labels
+            length = config.training.seq_len
+            numbers = [torch.arange(length) * n // length for n in documents]
+            return trainer.batch(config, sizes, number)._replace(documents_BL=torch.stack(numbers))
 
         made.validator = trainer.held_out(made, [batch(9, (1, 2))])
         made.validator.most_documents = 2
@@ -49,8 +49,13 @@ def build():
     destroy_process_group()
 
 
-def test_nothing_is_compiled_after_the_first_step_of_a_start(build):
-    """Plain objective, memory (with grouped products) and validation, on rows of 1 to 5 documents."""
+def test_nothing_is_compiled_after_the_first_step_of_a_start(build, monkeypatch):
+    """Plain objective, memory (with grouped products) and validation, on rows of 1 to 5 documents.
+
+    Micro-batches are views of one buffer, of several sizes, as on an accelerator.
+    """
+    monkeypatch.setattr(device, "is_host", lambda _: False)
+    monkeypatch.setattr(device, "pinned", lambda size: torch.empty(size, dtype=torch.uint8))
     torch._dynamo.reset()
     counters.clear()
     # The grouped products' shapes are known to the compiler in bfloat16 alone.

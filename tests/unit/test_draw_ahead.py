@@ -1,14 +1,18 @@
 """Batches drawn ahead: in order, no more than one step, with errors where they belong, and an end to it."""
 
+import queue
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from memdlm_dist.data.loader import Batch
+from memdlm_dist.config import parse_config
+from memdlm_dist.data.loader import Batch, EpochLoader
 from memdlm_dist.errors import UserError
 from memdlm_dist.training import draw_ahead
 from memdlm_dist.training.draw_ahead import DrawAhead
+from memdlm_dist.training.trainer import MemDLMTrainer
 
 
 class Loader:
@@ -45,6 +49,34 @@ def test_a_step_is_drawn_ahead_and_no_more():
     assert "draw ahead" not in [thread.name for thread in threading.enumerate()]
 
 
+def test_a_checkpoint_has_the_position_of_what_was_trained_on():
+    """Not of the step that is drawn ahead of it."""
+    rows = [{"tokens": torch.ones(2, 3), "labels": torch.ones(2, 3), "sample_id": torch.arange(2)}] * 50
+    loader, drawn = EpochLoader.__new__(EpochLoader), queue.SimpleQueue()
+    vars(loader).update(
+        _loader=rows, _read=lambda: iter(rows), _dataset=SimpleNamespace(epoch_size=100), _micro_batch=2,
+        global_batch_size=4, position={"epoch": 0, "samples": 0, "nodes": 1},
+    )  # fmt: skip
+    trainer = MemDLMTrainer.__new__(MemDLMTrainer)
+    vars(trainer).update(
+        dataloader=loader, ntokens_seen=0, watchdog=SimpleNamespace(at=lambda *_, **__: None),
+        metrics_processor=SimpleNamespace(data_loading_times=[], ntokens_since_last_log=0),
+    )  # fmt: skip
+
+    def draw(_, step):
+        assert step > 1 or loader.state_dict()["samples"] == 0, "reading alone moved the position"
+        drawn.put(step)
+
+    with DrawAhead(loader, draw, 2, 30, torch.device("cpu")) as ahead:
+        for trainer.step in range(1, 28):  # over the end of an epoch, which is of 25 steps
+            trainer._take(ahead)
+            while drawn.get() <= trainer.step:
+                pass
+            drawn.get()  # the second micro-batch of the next step: all of it is drawn
+            epoch, step = divmod(trainer.step - 1, 25)
+            assert loader.state_dict() == {"epoch": epoch, "samples": 4 * (step + 1), "nodes": 1}
+
+
 def test_errors_are_raised_where_their_step_is_taken():
     def corrupt():
         raise UserError("The shard is corrupt.")
@@ -71,6 +103,18 @@ def test_worker_processes_are_started_while_the_main_thread_waits():
         assert states == [True]
 
 
+def test_what_is_left_of_a_step_is_not_drawn_when_training_ends():
+    def load_until_it_is_left():
+        begun.set()
+        ahead._awaited.wait()
+
+    loader, begun = Loader(3, load_until_it_is_left), threading.Event()
+    with ahead_of(loader, per_step=3) as ahead:
+        ahead.take(1)
+        begun.wait()
+    assert loader.read == 4 and not ahead._thread.is_alive()
+
+
 def test_a_loader_that_waits_to_start_workers_or_for_ever_can_be_left(monkeypatch):
     with ahead_of(Loader(2, lambda: ahead.until_awaited())) as ahead:
         ahead.take(1)
@@ -81,3 +125,24 @@ def test_a_loader_that_waits_to_start_workers_or_for_ever_can_be_left(monkeypatc
         ahead.take(1)
         raise KeyError("an error of the step")
     for_ever.set()
+
+
+def test_flags_are_awaited_where_a_rank_that_hangs_is_named():
+    """The host may run ahead of a device that waits for another rank; the first to notice is who reads the flags."""
+    waiting, settled = [], []  # whether it waits for others; the steps whose flags were read, and what it was then
+    trainer = MemDLMTrainer.__new__(MemDLMTrainer)
+    vars(trainer).update(
+        job_config=parse_config.parse(["--job.config_file", "train_configs/debug.toml", "--training.steps", "2"]),
+        step=0, ntokens_seen=0, dataloader=SimpleNamespace(), gradient_accumulation_steps=1,
+        device=torch.device("cpu"), gc_handler=SimpleNamespace(run=lambda step: None), model_parts=[],
+        validator=SimpleNamespace(validate=lambda *_: {}, should_validate=lambda step: False),
+        checkpointer=SimpleNamespace(
+            load=lambda step: False, save=lambda *_, **__: None, is_due=lambda step, last: step == 1,
+            note_validation=lambda *_: None,
+        ),
+        watchdog=SimpleNamespace(at=lambda doing, needs_others=True: waiting.append(needs_others)),
+        agreement=SimpleNamespace(stop=False, settle=lambda: settled.append((trainer.step, waiting[-1]))),
+        train_step=lambda batches: trainer.watchdog.at("taking a step"), _shorten_timeouts=lambda: None,
+    )  # fmt: skip
+    trainer.train()
+    assert settled == [(1, True), (2, True)]

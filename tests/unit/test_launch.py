@@ -11,6 +11,7 @@ from memdlm_dist.config import check_layout, launch, parse_config
 from memdlm_dist.errors import UserError
 from memdlm_dist.inference.setup import inference_config
 from memdlm_dist.models import backbone_args
+from memdlm_dist.runtime.process_group import launched
 
 SHIPPED = sorted(path.stem for path in Path("train_configs").glob("*.toml"))
 LOCAL = {  # sequences of a micro-batch on 1, 2, 4 and 8 ranks, where they follow from the global batch
@@ -57,7 +58,7 @@ def debug_config():
 def test_a_local_batch_is_the_largest_part_of_a_ranks_share(debug_config):
     config = copy.deepcopy(debug_config)
     config.training.local_batch_size = -1
-    for total, ranks, most in product(range(1, 13), (1, 2, 3, 4, 8), (0, 1, 4, 5)):
+    for total, ranks, most in product((1, 6, 8, 12), (1, 2, 3, 4), (0, 1, 4, 5)):
         config.training.global_batch_size, config.training.max_local_batch_size = total, most
         if total % ranks:
             with pytest.raises(UserError, match=rf"set it to a multiple of {ranks} \(the nearest is") as refused:
@@ -102,3 +103,14 @@ def test_sharding_within_a_node(name, debug_config, monkeypatch):
     assert (parallel.data_parallel_replicate_degree, parallel.data_parallel_shard_degree) == expected
     warned = any("leaves nothing to shard over in a node" in warning for warning in warnings)
     assert warned == (name in list(NODES)[-3:])
+
+
+@pytest.mark.parametrize("node", (2, 6))
+def test_nodes_of_different_sizes_are_refused(node, debug_config, monkeypatch):
+    """Of 2, 4 and 6 processes, which all divide 12: the nodes would take themselves for other numbers of replicas."""
+    for name, value in {"WORLD_SIZE": 12, "LOCAL_WORLD_SIZE": node, "GROUP_WORLD_SIZE": 3}.items():
+        monkeypatch.setenv(name, str(value))
+    config = copy.deepcopy(debug_config)
+    config.parallelism.data_parallel_shard_within = "node"
+    with pytest.raises(UserError, match=f"this one has {node} of the 12 on 3 nodes; set NGPU alike on all nodes"):
+        launch.resolve(config, *launched())

@@ -19,12 +19,15 @@ cpu.prepare()
 
 from torchtitan.tools.logging import logger
 
+from memdlm_dist.compat import torch as compat_torch
 from memdlm_dist.config import parse_config
 from memdlm_dist.method import fast_weights
 from memdlm_dist.method.documents import FILL
+from memdlm_dist.models import llada
 from memdlm_dist.performance.bench_steps import Bench
 from memdlm_dist.performance.collectives import by_kind
 from tests.support.ranks import fork_group
+from tests.support.varlen import naive_varlen
 from tests.workers.ring_on_cpu import ring_on_cpu
 from tests.workers.sharded_experts import common_weights, whole
 
@@ -81,7 +84,8 @@ ALSO = {
 }
 
 
-# Once more with grouped products, whose tokens are a part of the columns, and of these a sequence shard.
+# Once more as on an accelerator: with grouped products, whose tokens are a part of the columns, and of these a sequence
+# shard; and with variable-length attention, on the heads that a rank exchanges its tokens for.
 GROUPED = [(layout, options) for layout in ("cp2", "tp2-cp2") for options in ("sample-packed", "full-packed")]
 
 
@@ -162,9 +166,13 @@ def find(folder, layout):
             results[options], results["masked on a rank"][options] = step(bench, count, kind, rows)
             if (layout, options) in GROUPED:
                 bench.model.model_args = replace(bench.model.model_args, grouped=True)
-                with patch.object(fast_weights, "grouped_mm", wraps=fast_weights.grouped_mm) as products:
+                with (
+                    patch.object(fast_weights, "grouped_mm", wraps=fast_weights.grouped_mm) as products,
+                    patch.object(llada, "attention_method", lambda *_: "varlen"),
+                    patch.object(compat_torch, "varlen_attn", side_effect=naive_varlen) as attention,
+                ):
                     results[f"{options}, grouped"], _ = step(bench, count, kind, rows)
-                assert products.call_count > 12
+                assert products.call_count > 12 and attention.call_count > 6
             if options == "sample" and "ring" not in layout:
                 found = bench.collectives("ours")
                 context, shards = (found.on(*bench.groups(name)) for name in ("cp", "fsdp"))
