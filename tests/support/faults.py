@@ -63,6 +63,8 @@ def inject(faults: Iterable[dict[str, Any]]) -> None:
                     continue
                 Path(once).touch()
             if fault["do"].startswith("SIG"):
+                if fault["do"] == "SIGINT":  # which commands in the background of a shell inherit as ignored
+                    signal.signal(signal.SIGINT, signal.default_int_handler)
                 os.kill(os.getpid(), getattr(signal, fault["do"]))
             elif fault["do"] == "hang":
                 hang()
