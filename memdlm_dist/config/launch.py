@@ -1,4 +1,4 @@
-"""What a configuration leaves to the launch: degrees and batch sizes that follow from the number of processes."""
+"""Resolution at launch: degrees and batch sizes that follow from the number of processes."""
 
 import copy
 import logging

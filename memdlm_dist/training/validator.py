@@ -108,7 +108,7 @@ class HeldOutValidator:
         # No model.eval(): the backbone has no dropout, and compiled blocks would be compiled again.
         for tokens, labels, ids, documents in self._batches():
             self.progress(f"validating at step {step}")
-            slots = Documents.of(documents, self.slots).slots if documents is not None else 1
+            slots = 1 if documents is None else self.slots or Documents.of(documents).slots
             batch = objective.micro_batch(
                 tokens,
                 labels,
