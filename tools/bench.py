@@ -36,7 +36,7 @@ from memdlm_dist.performance.measure import measure, sweep, table, table_of_leng
 from memdlm_dist.runtime.device import device_module, device_type
 from memdlm_dist.runtime.entry_point import guarded, new_parser, positive
 from memdlm_dist.runtime.process_environment import set_process_environment
-from memdlm_dist.runtime.process_group import Processes, launched
+from memdlm_dist.runtime.process_group import Processes, launched_processes
 from memdlm_dist.runtime.rank_0 import is_first
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "train_configs/bench_cpu.toml"
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace, argv: Sequence[str], overrides: Sequence[st
     Raises:
         UserError: for a configuration that cannot be measured.
     """
-    config = _configuration(options.config, overrides, launched())
+    config = _configuration(options.config, overrides, launched_processes())
     device_module().set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("gloo" if device_type() == "cpu" else None)
     result = {"config": str(options.config), "overrides": list(overrides), "layers": options.layers}

@@ -23,7 +23,7 @@ from memdlm_dist.runtime import cpu
 
 cpu.prepare()
 
-from memdlm_dist.checkpoint.catalogue import SCORES, Catalogue, Saved, name_of, read_run, superfluous
+from memdlm_dist.checkpoint.catalogue import SCORES, Catalogue, SavedCheckpoint, folder_name, prunable_steps, read_run
 from memdlm_dist.errors import UserError
 from memdlm_dist.runtime.entry_point import guarded, new_parser
 from memdlm_dist.runtime.rank_0 import one_line
@@ -58,13 +58,13 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def state(saved: Saved) -> str:
+def state(saved: SavedCheckpoint) -> str:
     if saved.exported:
         return "weights alone (safetensors)"
     return saved.problem or "good"
 
 
-def found(catalogue: Catalogue) -> list[Saved]:
+def found(catalogue: Catalogue) -> list[SavedCheckpoint]:
     """All of them.
 
     Raises:
@@ -87,7 +87,7 @@ def list_all(catalogue: Catalogue, as_json: bool) -> None:
         identity = run.get("identity")
         batch = identity.get("training.global_batch_size", "-") if isinstance(identity, dict) else "-"
         if as_json:
-            values = {"step": saved.step, "bytes": saved.size, "good": saved.good, "state": state(saved), "run": run}
+            values = {"step": saved.step, "bytes": saved.size, "good": saved.intact, "state": state(saved), "run": run}
             print(json.dumps(values))
         else:
             size = f"{saved.size / 2**20:,.1f} MiB"
@@ -100,11 +100,11 @@ def verify_all(catalogue: Catalogue, step: int | None) -> int:
     wrong = 0
     for number in steps:
         problems = []
-        with tqdm(desc=name_of(number), unit="file", leave=False) as progress:
+        with tqdm(desc=folder_name(number), unit="file", leave=False) as progress:
             for problem in catalogue.verify(number):
                 progress.update()
                 problems += [problem] if problem else []
-        print(f"{name_of(number)}: {'; '.join(problems) or 'good'}", flush=True)
+        print(f"{folder_name(number)}: {'; '.join(problems) or 'good'}", flush=True)
         wrong += bool(problems)
     return 1 if wrong else 0
 
@@ -115,21 +115,21 @@ def prune(catalogue: Catalogue, options: argparse.Namespace) -> None:
     if options.keep_every < 0:
         raise UserError(f"--keep-every must not be negative (0 is off), but is {options.keep_every}.")
     rows = found(catalogue)
-    good = [saved.step for saved in rows if saved.good]
+    good = [saved.step for saved in rows if saved.intact]
     try:
         best = catalogue.best(good)
     except (ValueError, TypeError) as error:
         raise UserError(
             f"{catalogue.storage.url(SCORES)} is damaged ({one_line(error)}); restore the file or remove it."
         ) from None
-    going = superfluous(good, options.keep_latest, options.keep_every, best)
+    going = prunable_steps(good, options.keep_latest, options.keep_every, best)
     if options.incomplete:
         going += [saved.step for saved in rows if not saved.complete and not saved.exported]
     # What is incomplete may be in the writing.
     alone = claimed(options.directory, this_process()) if options.incomplete else contextlib.nullcontext()
     with alone:
         for step in sorted(going):
-            print(f"{'would remove' if options.dry_run else 'removing'} {name_of(step)}", flush=True)
+            print(f"{'would remove' if options.dry_run else 'removing'} {folder_name(step)}", flush=True)
             if not options.dry_run:
                 catalogue.remove(step)
     print(f"{len(good) - len([step for step in going if step in good])} good checkpoints stay")

@@ -27,7 +27,7 @@ from memdlm_dist.checkpoint.convert import from_hugging_face, to_hugging_face
 from memdlm_dist.config import parse_config
 from memdlm_dist.inference.setup import checkpoint_folder
 from memdlm_dist.runtime.entry_point import guarded, new_parser, parse_with_overrides, quiet
-from memdlm_dist.training.backbone import conversion_of
+from memdlm_dist.training.backbone import get_conversion
 
 _DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -67,7 +67,7 @@ def convert(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     def progress(text: str) -> None:
         print(f"[{time.perf_counter() - began:6.1f} s] {text}", file=sys.stderr, flush=True)
 
-    dtype, run = _DTYPES[options.dtype], conversion_of(config)
+    dtype, run = _DTYPES[options.dtype], get_conversion(config)
     if options.direction == "from-hf":
         from_hugging_face(run, options.input, options.output, dtype, progress)
         source = options.input

@@ -26,10 +26,10 @@ from memdlm_dist.errors import UserError
 from memdlm_dist.evaluation import report
 from memdlm_dist.evaluation.comparison import JSON, PNG, cells_of, compare_losses, compare_scores, draw, show
 from memdlm_dist.evaluation.haystack import Haystack
-from memdlm_dist.evaluation.needle import Needles
-from memdlm_dist.evaluation.needle_arguments import add_needle_arguments, sizes_of, tasks_of
+from memdlm_dist.evaluation.needle import NeedleGenerator
+from memdlm_dist.evaluation.needle_arguments import add_needle_arguments, get_sizes, get_tasks
 from memdlm_dist.evaluation.retrieval import MEMORY, evaluate
-from memdlm_dist.inference.model_arguments import add_decoding_arguments, add_model_arguments, decoding_of, load_model
+from memdlm_dist.inference.model_arguments import add_decoding_arguments, add_model_arguments, get_decoding, load_model
 from memdlm_dist.runtime.entry_point import guarded, new_parser, parse_with_overrides, positive
 from memdlm_dist.runtime.rank_0 import is_first
 
@@ -60,7 +60,7 @@ def run_needle(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     memories = options.memory.split(",")
     if unknown := [memory for memory in memories if memory not in MEMORY]:
         raise UserError(f"--memory must be off, on or off,on, not {unknown[0]}.")
-    tasks, sizes, decoding = tasks_of(options), sizes_of(options), decoding_of(options)
+    tasks, sizes, decoding = get_tasks(options), get_sizes(options), get_decoding(options)
     if not options.new_tokens:
         raise UserError("--new-tokens must be at least 1: answers need room.")
     report.check_output(options.output, JSON, PNG, overwrite=options.overwrite)
@@ -68,7 +68,7 @@ def run_needle(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     hay = Haystack.read(options.part, options.haystack)
     model = load_model(options, overrides, options.checkpoint)
     try:
-        needles = Needles(model.tokenizer, hay, options.part, sizes, options.seed)
+        needles = NeedleGenerator(model.tokenizer, hay, options.part, sizes, options.seed)
         for task in tasks:
             for length in options.lengths:
                 needles.sample(task, length, 0)  # says now that it does not fit

@@ -25,7 +25,7 @@ from memdlm_dist.config import parse_config
 from memdlm_dist.errors import UserError
 from memdlm_dist.evaluation import report
 from memdlm_dist.evaluation.exposure import RATIOS, measure
-from memdlm_dist.evaluation.exposure_report import line, plot, rows_of
+from memdlm_dist.evaluation.exposure_report import line, load_rows, plot
 from memdlm_dist.evaluation.retrieval import MEMORY
 from memdlm_dist.inference.model_arguments import add_model_arguments, load_model
 from memdlm_dist.inference.setup import checkpoint_folder
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise UserError(f"--names gives {len(names)} names for {len(checkpoints)} checkpoints.")
     model = load_model(options, overrides, checkpoints[0])
     try:
-        rows = rows_of(config, model, options.data, options.samples, options.prompt_share)
+        rows = load_rows(config, model, options.data, options.samples, options.prompt_share)
         results, lines = [], []
         total = len(rows) * len(checkpoints) * len(memories)
         with tqdm(total=total, unit=" rows", disable=not is_first()) as bar:

@@ -25,7 +25,7 @@ cpu.prepare()
 
 from memdlm_dist.data import chat
 from memdlm_dist.errors import UserError
-from memdlm_dist.inference.model_arguments import add_decoding_arguments, add_model_arguments, decoding_of, load_model
+from memdlm_dist.inference.model_arguments import add_decoding_arguments, add_model_arguments, get_decoding, load_model
 from memdlm_dist.inference.respond import MASK, respond
 from memdlm_dist.runtime.entry_point import guarded, new_parser, parse_with_overrides
 from memdlm_dist.runtime.rank_0 import from_rank_0, is_first, one_line
@@ -89,7 +89,7 @@ def _given(options: argparse.Namespace) -> str:
 
 
 def generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    decoding = decoding_of(options)
+    decoding = get_decoding(options)
     model = load_model(options, overrides, options.checkpoint)
     try:
         watch = is_first() and sys.stdout.isatty() and not (options.json or options.no_watch)

@@ -21,7 +21,7 @@ from memdlm_dist.performance.gpu_check.check import (
     QUICK_BUDGET,
     QUICK_LIMIT,
     ROOT,
-    Request,
+    CheckOptions,
     check,
     command_line,
 )
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
             print(f"{section.name:<12} {section.purpose}")
         return 0
     return check(
-        Request(
+        CheckOptions(
             output=options.output.absolute(),
             command=command_line(argv),
             only=options.only,

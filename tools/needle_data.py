@@ -23,8 +23,8 @@ cpu.prepare()
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError
 from memdlm_dist.evaluation.haystack import Haystack
-from memdlm_dist.evaluation.needle import Needles
-from memdlm_dist.evaluation.needle_arguments import add_needle_arguments, sizes_of, tasks_of
+from memdlm_dist.evaluation.needle import NeedleGenerator
+from memdlm_dist.evaluation.needle_arguments import add_needle_arguments, get_sizes, get_tasks
 from memdlm_dist.runtime.entry_point import guarded, new_parser
 
 
@@ -46,8 +46,8 @@ def write(options: argparse.Namespace) -> int:
         raise UserError(f"{options.output} exists; choose another --output, or pass --overwrite to replace it.")
     tokenizer = DiffusionTokenizer(options.tokenizer)
     hay = Haystack.read(options.part, options.haystack)
-    needles = Needles(tokenizer, hay, options.part, sizes_of(options), options.seed)
-    tasks = tasks_of(options)
+    needles = NeedleGenerator(tokenizer, hay, options.part, get_sizes(options), options.seed)
+    tasks = get_tasks(options)
     # Tasks and lengths take turns, so that any piece of the file is a mixture.
     plan = [(task, length, i) for i in range(options.samples) for length in options.lengths for task in tasks]
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ from memdlm_dist.runtime import cpu
 cpu.prepare()
 
 from memdlm_dist.data.chat import TEMPLATES
-from memdlm_dist.data.prepare import MAX_SEQ_LEN, Request, prepare
+from memdlm_dist.data.prepare import MAX_SEQ_LEN, PrepareConfig, prepare
 from memdlm_dist.data.sequences import Fields
 from memdlm_dist.errors import require
 from memdlm_dist.runtime.entry_point import guarded, new_parser, positive
@@ -102,12 +102,12 @@ def main(argv: list[str] | None = None) -> int:
     if not 0 <= a.held_out < 1:
         p.error("--held-out must be at least 0 and below 1")
     with exiting_on_sigterm():
-        return guarded(lambda: write(request_of(a)))
+        return guarded(lambda: write(get_request(a)))
 
 
-def request_of(a: argparse.Namespace) -> Request:
+def get_request(a: argparse.Namespace) -> PrepareConfig:
     require(bool(a.output.strip()), "--output is empty; name a folder to write to.")
-    return Request(
+    return PrepareConfig(
         output=Path(a.output),
         seq_len=a.seq_len,
         inputs=tuple(a.input or ()),
@@ -128,7 +128,7 @@ def request_of(a: argparse.Namespace) -> Request:
     )
 
 
-def write(request: Request) -> int:
+def write(request: PrepareConfig) -> int:
     """Prepare, and say what became of the corpus."""
     summary = prepare(request)
     counts = ", ".join(f"{n:,} {part}" for part, n in summary.sequences.items())

@@ -23,7 +23,7 @@ from memdlm_dist.checkpoint import hugging_face_folder
 from memdlm_dist.config import parse_config
 from memdlm_dist.errors import require
 from memdlm_dist.runtime.entry_point import guarded, new_parser, parse_with_overrides, quiet
-from memdlm_dist.training.backbone import adapter_of
+from memdlm_dist.training.backbone import get_sd_adapter
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,19 +38,19 @@ def parser() -> argparse.ArgumentParser:
 def make(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     quiet()
     config = parse_config.parse(["--job.config_file", options.config, *overrides])
-    adapter = adapter_of(config)
+    sd_adapter = get_sd_adapter(config)
     output = Path(options.output)
     require(
         not output.exists() or (output.is_dir() and not any(output.iterdir())),
         f"{output} exists and is not an empty folder; choose another --output, or remove it.",
     )
     torch.manual_seed(options.seed)
-    model = adapter.model_cls(adapter.args)
+    model = sd_adapter.model_cls(sd_adapter.args)
     with torch.no_grad():
         model.init_weights()
     state = {name: tensor.to(getattr(torch, options.dtype)) for name, tensor in model.state_dict().items()}
-    hugging_face_folder.write(adapter.to_hf(state), str(output))
-    made = hugging_face_folder.describe(str(output), adapter, [config.model.hf_assets_path])
+    hugging_face_folder.write(sd_adapter.to_hf(state), str(output))
+    made = hugging_face_folder.describe(str(output), sd_adapter, [config.model.hf_assets_path])
     parameters = sum(tensor.numel() for tensor in state.values())
     print(f"{output}: {config.model.name} {config.model.flavor}, {parameters:,} parameters; {', '.join(made)}")
     return 0

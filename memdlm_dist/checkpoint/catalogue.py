@@ -24,7 +24,7 @@ _NAME = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedCheckpoint:
     """One checkpoint, and what is wrong with it.
 
     Attributes:
@@ -42,14 +42,14 @@ class Saved:
 
     @property
     def name(self) -> str:
-        return name_of(self.step)
+        return folder_name(self.step)
 
     @property
-    def good(self) -> bool:
+    def intact(self) -> bool:
         return self.complete and not self.problem
 
 
-def name_of(step: int) -> str:
+def folder_name(step: int) -> str:
     return f"step-{step}"
 
 
@@ -64,21 +64,21 @@ class Catalogue:
         names = (_NAME.fullmatch(name) for name, size in self.storage.sizes().items() if size is None)
         return sorted(int(match[1]) for match in names if match)
 
-    def all(self) -> list[Saved]:
+    def all(self) -> list[SavedCheckpoint]:
         """Every checkpoint, its files' sizes checked."""
-        return [self.look(step) for step in self.steps()]
+        return [self.inspect(step) for step in self.steps()]
 
-    def look(self, step: int) -> Saved:
+    def inspect(self, step: int) -> SavedCheckpoint:
         """One checkpoint, its files' sizes checked."""
-        sizes = self.storage.sizes(name_of(step))
+        sizes = self.storage.sizes(folder_name(step))
         exported = is_export(sizes)
         problem = "" if exported else self._problem(step, sizes)
         complete = METADATA in sizes and not exported
-        return Saved(step, complete, exported, problem, sum(size or 0 for size in sizes.values()))
+        return SavedCheckpoint(step, complete, exported, problem, sum(size or 0 for size in sizes.values()))
 
     def complete_steps(self) -> list[int]:
         """Return the steps of complete checkpoints in ascending order; sizes are not checked."""
-        sizes = {step: self.storage.sizes(name_of(step)) for step in self.steps()}
+        sizes = {step: self.storage.sizes(folder_name(step)) for step in self.steps()}
         return [step for step, files in sizes.items() if METADATA in files and not is_export(files)]
 
     def _problem(self, step: int, sizes: dict[str, int | None]) -> str:
@@ -101,13 +101,13 @@ class Catalogue:
     def _entries(self, step: int) -> dict[str, list[tuple[int, int, str]]]:
         """File -> (offset, length, name) of each entry in it."""
         entries: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
-        for index, info in read_metadata(self.storage.url(name_of(step))).storage_data.items():
+        for index, info in read_metadata(self.storage.url(folder_name(step))).storage_data.items():
             entries[info.relative_path].append((info.offset, info.length, index.fqn))
         return entries
 
     def verify(self, step: int) -> Iterator[str]:
         """Read a whole checkpoint; yields what is wrong, and an empty text for each file that was read through."""
-        saved = self.look(step)
+        saved = self.inspect(step)
         if saved.problem or saved.exported:
             yield saved.problem
             return
@@ -148,9 +148,9 @@ class Catalogue:
             UserError: if no other good checkpoint would be left, whatever asked for it.
         """
         others = [other for other in self.steps()[::-1] if other != step]
-        if self.look(step).good and not any(self.look(other).good for other in others):
-            raise UserError(f"{self.storage.url(name_of(step))} is the only good checkpoint, and is not removed.")
-        self.storage.remove(name_of(step), first=METADATA)
+        if self.inspect(step).intact and not any(self.inspect(other).intact for other in others):
+            raise UserError(f"{self.storage.url(folder_name(step))} is the only good checkpoint, and is not removed.")
+        self.storage.remove(folder_name(step), first=METADATA)
 
 
 def read_run(checkpoint: Storage) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def is_export(files: Collection[str]) -> bool:
     return any(name.endswith(".safetensors") for name in files)
 
 
-def superfluous(good: Collection[int], keep_latest: int, keep_every: int, best: int | None = None) -> list[int]:
+def prunable_steps(good: Collection[int], keep_latest: int, keep_every: int, best: int | None = None) -> list[int]:
     """The steps among those of good checkpoints that may go; never all of them.
 
     Args:

@@ -24,9 +24,9 @@ from memdlm_dist.checkpoint.manager import check_model
 from memdlm_dist.checkpoint.reading import load_states, read_metadata
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import lora
-from memdlm_dist.models.lora import Lora
-from memdlm_dist.models.state_dict_adapters import Adapter
-from memdlm_dist.runtime.rank_0 import reason_of
+from memdlm_dist.models.lora import LoRA
+from memdlm_dist.models.state_dict_adapters import BackboneStateDictAdapter
+from memdlm_dist.runtime.rank_0 import failure_reason
 from memdlm_dist.runtime.storage import Storage, is_remote
 
 # Told what is done now.
@@ -44,9 +44,9 @@ class Run:
         sources: where config.json and the tokenizer may lie: the folder that it starts from, and the tokenizer's.
     """
 
-    adapter: Adapter
+    sd_adapter: BackboneStateDictAdapter
     tensors: Mapping[str, Tensor]
-    lora: Lora | None
+    lora: LoRA | None
     sources: Sequence[str]
 
 
@@ -61,21 +61,21 @@ def from_hugging_face(
     Raises:
         UserError: if the weights are of another backbone, or the output cannot be written.
     """
-    adapter = run.adapter
-    hugging_face_folder.check(source, adapter)
+    sd_adapter = run.sd_adapter
+    hugging_face_folder.check(source, sd_adapter)
     with _new_folder(output) as folder:
         saved = HuggingFaceStorageReader(source).read_metadata().state_dict_metadata
         state = {}
         for name, tensor in lora.without_adapters(run.tensors).items():
             # Of a layer's experts, which are one tensor here, the first one tells.
-            first: Any = saved[next(iter(adapter.to_hf({name: tensor})))]
+            first: Any = saved[next(iter(sd_adapter.to_hf({name: tensor})))]
             state[name] = torch.empty(tensor.shape, dtype=dtype or first.properties.dtype)
         progress(f"reading {_size(state)} from {source}")
-        state = hugging_face_folder.read_into(state, adapter, source)
+        state = hugging_face_folder.read_into(state, sd_adapter, source)
         progress(f"writing {output}")
         with _alone(f"The checkpoint could not be written to {output}"):
             dcp.save(state, checkpoint_id=folder, no_dist=True)
-        hugging_face_folder.describe(folder, adapter, [source])
+        hugging_face_folder.describe(folder, sd_adapter, [source])
 
 
 def to_hugging_face(
@@ -105,7 +105,7 @@ def to_hugging_face(
         raise UserError(f"{found} holds Hugging Face weights already; name a checkpoint of a training run.")
     if adapters_alone and run.lora is None:
         raise UserError('The configuration trains no adapters (model.converters = ["lora"]); leave --adapter out.')
-    adapter, expected = run.adapter, run.tensors
+    sd_adapter, expected = run.sd_adapter, run.tensors
     if problem := check_model(found, expected):
         raise UserError(f"The checkpoint {found} {problem}; choose another.")
     saved: Any = read_metadata(found).state_dict_metadata
@@ -120,12 +120,12 @@ def to_hugging_face(
         if adapters_alone:
             assert run.lora is not None
             base = sources[0] if sources else ""
-            hugging_face_folder.write_peft(_cast(state, dtype), folder, adapter, run.lora.rank, run.lora.alpha, base)
+            hugging_face_folder.write_peft(_cast(state, dtype), folder, sd_adapter, run.lora.rank, run.lora.alpha, base)
             return found
         state = lora.merged(state, run.lora.scale) if run.lora is not None else state
-        hugging_face_folder.write(adapter.to_hf(_cast(state, dtype)), folder)
+        hugging_face_folder.write(sd_adapter.to_hf(_cast(state, dtype)), folder)
         sources = sources if assets else [found, *sources]
-        hugging_face_folder.describe(folder, adapter, [path for path in sources if not is_remote(path)])
+        hugging_face_folder.describe(folder, sd_adapter, [path for path in sources if not is_remote(path)])
     return found
 
 
@@ -169,4 +169,4 @@ def _alone(failing: str) -> Iterator[None]:
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             yield
     except CheckpointException as failure:
-        raise UserError(f"{failing} ({reason_of(failure)}).") from None
+        raise UserError(f"{failing} ({failure_reason(failure)}).") from None

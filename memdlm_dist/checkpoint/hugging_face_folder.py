@@ -24,8 +24,8 @@ from torch.distributed.tensor import DTensor
 
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import lora
-from memdlm_dist.models.state_dict_adapters import Adapter, file_of_each
-from memdlm_dist.runtime.rank_0 import from_rank_0, reason_of
+from memdlm_dist.models.state_dict_adapters import BackboneStateDictAdapter, file_of_each
+from memdlm_dist.runtime.rank_0 import failure_reason, from_rank_0
 from memdlm_dist.runtime.storage import is_remote
 
 CONFIG = "config.json"
@@ -41,7 +41,7 @@ _IGNORED = "rotary_emb.inv_freq"
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
-def check(folder: str, adapter: Adapter) -> None:
+def check(folder: str, sd_adapter: BackboneStateDictAdapter) -> None:
     """The folder holds this backbone's weights, all of them and no others.
 
     Raises:
@@ -52,9 +52,9 @@ def check(folder: str, adapter: Adapter) -> None:
     path = Path(folder)
     if not path.is_dir():
         raise UserError(f"There is no folder {folder} with Hugging Face weights; correct the path.")
-    _check_config(path, adapter)
+    _check_config(path, sd_adapter)
     found = _shapes(path)
-    for name, tensor in adapter.expected().items():
+    for name, tensor in sd_adapter.expected().items():
         if name not in found:
             raise UserError(
                 f"The weights in {folder} lack the tensor {name}; they are of another model or incomplete: choose the "
@@ -75,12 +75,12 @@ def check(folder: str, adapter: Adapter) -> None:
         )
 
 
-def _check_config(path: Path, adapter: Adapter) -> None:
+def _check_config(path: Path, sd_adapter: BackboneStateDictAdapter) -> None:
     file = path / CONFIG
     if not file.is_file():
         return
     try:
-        differences = adapter.differences(file.read_text())
+        differences = sd_adapter.differences(file.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({error}); fetch it again.") from None
     if differences:
@@ -120,7 +120,7 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def read_into(state: dict[str, Any], adapter: Adapter, folder: str) -> dict[str, Any]:
+def read_into(state: dict[str, Any], sd_adapter: BackboneStateDictAdapter, folder: str) -> dict[str, Any]:
     """Fill a state dict of the backbone, under our names, from a folder that was checked; each rank its own part.
 
     Args:
@@ -132,17 +132,19 @@ def read_into(state: dict[str, Any], adapter: Adapter, folder: str) -> dict[str,
     Raises:
         UserError: if a file cannot be read.
     """
-    theirs = adapter.to_hf(state)
+    theirs = sd_adapter.to_hf(state)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is meant
             dcp.load(theirs, storage_reader=HuggingFaceStorageReader(folder), no_dist=not dist.is_initialized())
     except (CheckpointException, OSError, SafetensorError) as failure:
-        raise UserError(f"The weights in {folder} cannot be read ({reason_of(failure)}); fetch them again.") from None
-    return adapter.from_hf(theirs)
+        raise UserError(
+            f"The weights in {folder} cannot be read ({failure_reason(failure)}); fetch them again."
+        ) from None
+    return sd_adapter.from_hf(theirs)
 
 
-def load(weights: Any, adapter: Any, folder: str) -> None:
+def load(weights: Any, sd_adapter: Any, folder: str) -> None:
     """Load Hugging Face weights into a model of any layout, each rank its own part; adapters start anew.
 
     Args:
@@ -151,9 +153,9 @@ def load(weights: Any, adapter: Any, folder: str) -> None:
     Raises:
         UserError: if the folder does not hold this model's weights, whole.
     """
-    from_rank_0(lambda: check(folder, adapter))
+    from_rank_0(lambda: check(folder, sd_adapter))
     base = lora.without_adapters(weights.state_dict())
-    weights.load_state_dict(read_into(base, adapter, folder))
+    weights.load_state_dict(read_into(base, sd_adapter, folder))
 
 
 def write(tensors: Mapping[str, Tensor], folder: str) -> None:
@@ -168,10 +170,10 @@ def write(tensors: Mapping[str, Tensor], folder: str) -> None:
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
     except (CheckpointException, OSError) as failure:
-        raise UserError(f"The weights could not be written to {folder} ({reason_of(failure)}).") from None
+        raise UserError(f"The weights could not be written to {folder} ({failure_reason(failure)}).") from None
 
 
-def describe(folder: str, adapter: Adapter, sources: list[str]) -> list[str]:
+def describe(folder: str, sd_adapter: BackboneStateDictAdapter, sources: list[str]) -> list[str]:
     """Add config.json and the tokenizer to a folder of weights; returns the names of the files.
 
     A file is copied from the first of the sources that has it, config.json with what a longer context changes;
@@ -183,17 +185,19 @@ def describe(folder: str, adapter: Adapter, sources: list[str]) -> list[str]:
         if source is not None:
             if source.resolve() != (Path(folder) / name).resolve():
                 if name == CONFIG:
-                    (Path(folder) / name).write_text(adapter.extended(source.read_text()))
+                    (Path(folder) / name).write_text(sd_adapter.extended(source.read_text()))
                 else:
                     shutil.copyfile(source, Path(folder) / name)
             made.append(name)
         elif name == CONFIG:
-            (Path(folder) / name).write_text(json.dumps(adapter.config(), indent=2) + "\n")
+            (Path(folder) / name).write_text(json.dumps(sd_adapter.config(), indent=2) + "\n")
             made.append(name)
     return made
 
 
-def write_peft(state: Mapping[str, Tensor], folder: str, adapter: Adapter, rank: int, alpha: float, base: str) -> None:
+def write_peft(
+    state: Mapping[str, Tensor], folder: str, sd_adapter: BackboneStateDictAdapter, rank: int, alpha: float, base: str
+) -> None:
     """Write the adapters alone, in PEFT's layout.
 
     Args:
@@ -204,7 +208,7 @@ def write_peft(state: Mapping[str, Tensor], folder: str, adapter: Adapter, rank:
     for name, tensor in state.items():
         if lora.is_adapter(name):
             # Adapters of a layer's experts are one tensor here, and one for each expert there.
-            for theirs, part in adapter.to_hf({lora.weight_of(name): tensor}).items():
+            for theirs, part in sd_adapter.to_hf({lora.base_weight_name(name): tensor}).items():
                 modules.append(theirs.removesuffix(".weight"))
                 key = f"base_model.model.{modules[-1]}.{name[-len(lora.A) :]}.weight"
                 tensors[key] = part.reshape(tensor.shape[-2:]).contiguous()
@@ -219,13 +223,13 @@ def write_peft(state: Mapping[str, Tensor], folder: str, adapter: Adapter, rank:
     (Path(folder) / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def whole_adapters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def gather_adapters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The adapters among a model's tensors, gathered; call on all ranks."""
     adapters = {name: tensor for name, tensor in state.items() if lora.is_adapter(name)}
     return {name: (x.full_tensor() if isinstance(x, DTensor) else x).cpu() for name, x in adapters.items()}
 
 
-def tidy(folder: str) -> None:
+def remove_rank_files(folder: str) -> None:
     """Remove the ranks' parts, which DCP leaves beside the files that it has put together from them."""
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(os.path.join(folder, "sharded"))

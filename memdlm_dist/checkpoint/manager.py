@@ -22,20 +22,20 @@ from memdlm_dist.checkpoint.catalogue import (
     METADATA,
     RUN,
     Catalogue,
+    folder_name,
     is_export,
-    name_of,
+    prunable_steps,
     read_run,
-    superfluous,
 )
 from memdlm_dist.checkpoint.reading import load_states, read_metadata
 from memdlm_dist.compat.torch import end_saver
 from memdlm_dist.compat.torchtitan import HookedCheckpoints
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import lora
-from memdlm_dist.models.lora import Lora
+from memdlm_dist.models.lora import LoRA
 from memdlm_dist.models.state_dict_adapters import file_of_each
 from memdlm_dist.runtime import storage
-from memdlm_dist.runtime.rank_0 import first_reason, from_rank_0, is_first, one_line, reason_of
+from memdlm_dist.runtime.rank_0 import failure_reason, first_reason, from_rank_0, is_first, one_line
 from memdlm_dist.runtime.storage import Storage, is_remote
 from memdlm_dist.runtime.writer import Claim
 
@@ -80,7 +80,7 @@ class ResumableCheckpoints(HookedCheckpoints):
     identity: Mapping[str, Any]
     experiment: Mapping[str, Any]
     stop_on_save_failure: bool
-    lora: Lora | None = None  # if adapters are trained
+    lora: LoRA | None = None  # if adapters are trained
     writer: Claim | None = None  # to the folder, on rank 0
     save_future: Any
     sd_adapter: Any
@@ -117,7 +117,7 @@ class ResumableCheckpoints(HookedCheckpoints):
         steps = from_rank_0(lambda: self._catalogue.steps()[::-1]) if step == -1 else [step]
         damaged = []
         for candidate in steps:
-            saved = from_rank_0(lambda candidate=candidate: self._catalogue.look(candidate))
+            saved = from_rank_0(lambda candidate=candidate: self._catalogue.inspect(candidate))
             location = folder.url(saved.name)
             if saved.exported:
                 problem = "holds weights alone, in safetensors"
@@ -182,7 +182,7 @@ class ResumableCheckpoints(HookedCheckpoints):
             load_states(states, location)
             self.states[MODEL].load_state_dict(states)  # torchtitan keeps the model's tensors at the top level
         except CheckpointException as failure:  # DCP's own, on every rank
-            return f"cannot be read ({reason_of(failure)})"
+            return f"cannot be read ({failure_reason(failure)})"
         if not same_data and DATALOADER not in self.exclude_from_loading:
             self.states[DATALOADER].next_epoch()
         GarbageCollection.collect("after loading a checkpoint")
@@ -234,7 +234,7 @@ class ResumableCheckpoints(HookedCheckpoints):
             raise
         except (CheckpointException, Exception) as failure:  # DCP's is a BaseException
             self._abandon()  # before the ranks agree, for others may wait for this one's
-            reason = reason_of(failure)
+            reason = failure_reason(failure)
             if not isinstance(failure, CheckpointException | OSError):
                 # Now, for others may be in a collective of the save, and then no rank comes to agree.
                 logger.error(f"Saving the checkpoint of step {step} failed on this rank: {reason}", exc_info=True)
@@ -253,7 +253,7 @@ class ResumableCheckpoints(HookedCheckpoints):
         if not options.get("to_hf"):
             return super().dcp_save(state_dict, checkpoint_id, *rest, **options)
         if self.lora is not None and self.lora.export == "adapter":
-            adapters = hugging_face_folder.whole_adapters(state_dict)
+            adapters = hugging_face_folder.gather_adapters(state_dict)
             from_rank_0(lambda: self._write_adapters(adapters, checkpoint_id))
             return None
         if self.lora is not None:
@@ -269,8 +269,8 @@ class ResumableCheckpoints(HookedCheckpoints):
 
     def _complete_export(self, step: int) -> None:
         """Add config.json and the tokenizer to exported weights; on rank 0 alone."""
-        folder = self._catalogue.storage.url(name_of(step))
-        hugging_face_folder.tidy(folder)
+        folder = self._catalogue.storage.url(folder_name(step))
+        hugging_face_folder.remove_rank_files(folder)
         sources = [path for path in (self.initial_load_path, self.sd_adapter.assets) if path]
         if self.lora is None or self.lora.export == "merged":
             hugging_face_folder.describe(folder, self.sd_adapter, sources)
@@ -288,7 +288,7 @@ class ResumableCheckpoints(HookedCheckpoints):
             self._finish_saving()
         except (CheckpointException, Exception) as failure:
             self._abandon()
-            reason = reason_of(failure)
+            reason = failure_reason(failure)
         reason, _ = first_reason(reason)
         if reason:
             self._abandon()
@@ -304,7 +304,7 @@ class ResumableCheckpoints(HookedCheckpoints):
         folder = self._catalogue.storage
         if not folder.remote:
             reason += f"; {shutil.disk_usage(self.folder).free / 2**20:,.0f} MiB were free"
-        location = folder.url(name_of(step))
+        location = folder.url(folder_name(step))
         sentence = f"The checkpoint {location} could not be saved ({reason}); earlier ones are as they were"
         from_rank_0(lambda: _attempt(lambda: self._remove(step)))
         if final or self.stop_on_save_failure:
@@ -315,7 +315,7 @@ class ResumableCheckpoints(HookedCheckpoints):
         """Make the folder with what the run says of itself; what is there already is kept under another name."""
 
         def prepare() -> OSError | None:
-            name, folder = name_of(step), self._catalogue.storage
+            name, folder = folder_name(step), self._catalogue.storage
             try:
                 self._check_writer()
                 found = folder.sizes(name)
@@ -364,10 +364,10 @@ class ResumableCheckpoints(HookedCheckpoints):
 
     def _remove_superfluous(self) -> None:
         complete = self._catalogue.complete_steps()
-        if not complete or self._catalogue.look(complete[-1]).problem:
+        if not complete or self._catalogue.inspect(complete[-1]).problem:
             return
         best = self._catalogue.best(complete) if self._config.keep_best else None
-        for step in superfluous(complete, self._config.keep_latest_k, self._config.keep_every, best):
+        for step in prunable_steps(complete, self._config.keep_latest_k, self._config.keep_every, best):
             logger.info(f"Removing the checkpoint of step {step}.")
             self._remove(step)
 

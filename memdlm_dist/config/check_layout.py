@@ -2,7 +2,7 @@
 
 from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.errors import require
-from memdlm_dist.models.linears import GROUPS, LINEARS, names_of
+from memdlm_dist.models.linears import GROUPS, LINEARS, linear_names
 from memdlm_dist.models.llada import LLaDAArgs
 from memdlm_dist.models.llada_moe import LLaDAMoEArgs
 from memdlm_dist.runtime.device import has_grouped_mm
@@ -42,7 +42,7 @@ def check_backbone(config: JobConfig, args: LLaDAArgs) -> None:
                 f"{key} names {target!r}, which model {config.model.name} does not have; choose among "
                 f"{', '.join(known)}.",
             )
-        chosen = names_of(targets)
+        chosen = linear_names(targets)
         require(
             len(set(chosen)) == len(chosen),
             f"{key} names a linear twice: {', '.join(targets)} is {', '.join(chosen)}.",
@@ -102,14 +102,14 @@ def _check_experts(config: JobConfig, args: LLaDAMoEArgs) -> None:
     memory, parallel = config.parametric_memory, config.parallelism
     experts, tensor = parallel.expert_parallel_degree, parallel.tensor_parallel_degree
     name = f"model {config.model.name}"
-    of_experts = set(names_of(memory.target_modules)) & set(GROUPS["ffn"])
+    of_experts = set(linear_names(memory.target_modules)) & set(GROUPS["ffn"])
     require(
         not memory.enable or memory.granularity == "batch" or experts == 1,
         "parametric_memory.granularity = 'sample' is not supported with expert parallelism: the ranks of a group share "
         "one set of fast weights; set it to 'batch', or parallelism.expert_parallel_degree to 1.",
     )
     require(
-        not memory.enable or experts == 1 or of_experts == set(names_of(memory.target_modules)),
+        not memory.enable or experts == 1 or of_experts == set(linear_names(memory.target_modules)),
         "parametric_memory.target_modules can only be the experts' linears with expert parallelism, whose ranks share "
         'one set of fast weights; set it to ["ffn"], or parallelism.expert_parallel_degree to 1.',
     )
@@ -117,7 +117,7 @@ def _check_experts(config: JobConfig, args: LLaDAMoEArgs) -> None:
         not memory.enable or not has_grouped_mm() or memory.adapter == "full" or memory.rank % 8 == 0,
         f"parametric_memory.rank = {memory.rank} must be a multiple of 8: grouped matrix products need it.",
     )
-    adapters_of_experts = set(names_of(config.lora.target_modules)) & set(GROUPS["ffn"])
+    adapters_of_experts = set(linear_names(config.lora.target_modules)) & set(GROUPS["ffn"])
     require(
         not config.model.converters or not adapters_of_experts or tensor == 1,
         f"lora.target_modules names linears of the experts of {name} ({', '.join(sorted(adapters_of_experts))}), whose "

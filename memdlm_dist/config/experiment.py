@@ -13,7 +13,7 @@ _KEYS = {
 _WITHOUT_EFFECT = ("optimizer.implementation",)
 
 
-def experiment_of(config: JobConfig) -> dict[str, Any]:
+def get_experiment(config: JobConfig) -> dict[str, Any]:
     """Return optimizer, schedule, objective, memory and backbone, by configuration key.
 
     Parts that are switched off are left out.

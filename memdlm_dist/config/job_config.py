@@ -16,12 +16,12 @@ from torchtitan.config.job_config import Validation as TitanValidation
 from memdlm_dist.checkpoint.manager import Checkpoint
 from memdlm_dist.data.settings import Data
 from memdlm_dist.method.diffusion import SCHEDULES, WEIGHTS
-from memdlm_dist.method.fast_weights import ADAPTERS
+from memdlm_dist.method.fast_weights import FAST_WEIGHT_TYPES
 from memdlm_dist.method.inner_loss import INNER_LOSSES, Hidden
 from memdlm_dist.method.inner_sgd import GRADIENT_NORMS, InnerSGD
 from memdlm_dist.method.trajectory import SUPERVISION, TRAJECTORIES, Plan
 from memdlm_dist.models.layout import Parallelism
-from memdlm_dist.models.lora import Lora
+from memdlm_dist.models.lora import LoRA
 from memdlm_dist.models.rope import RopeScaling
 
 
@@ -117,7 +117,7 @@ class ParametricMemory:
     gradient_norm: _one_of(GRADIENT_NORMS) = InnerSGD.gradient_norm  # type: ignore[valid-type]
     """What is clipped: every fast tensor's gradient by its own norm, or all of a set's by their common norm."""
 
-    adapter: _one_of(ADAPTERS) = "lora"  # type: ignore[valid-type]
+    adapter: _one_of(FAST_WEIGHT_TYPES) = "lora"  # type: ignore[valid-type]
     """Form of the fast weights of a linear: a low-rank pair, or one matrix of the linear's own size, which costs
     its memory once per set."""
 
@@ -187,7 +187,7 @@ class JobConfig(TitanJobConfig):
     job: Job = field(default_factory=Job)
     diffusion: Diffusion = field(default_factory=Diffusion)
     parametric_memory: ParametricMemory = field(default_factory=ParametricMemory)
-    lora: Lora = field(default_factory=Lora)
+    lora: LoRA = field(default_factory=LoRA)
     model: Model = field(default_factory=Model)
     training: Training = field(default_factory=Training)
     parallelism: Parallelism = field(default_factory=Parallelism)

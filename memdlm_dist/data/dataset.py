@@ -19,7 +19,7 @@ from memdlm_dist.data import downloads, shard_index, shared_memory
 from memdlm_dist.data.settings import Data
 from memdlm_dist.data.shards import HASH, read_card
 from memdlm_dist.errors import UserError
-from memdlm_dist.method.documents import FILL
+from memdlm_dist.method.documents import PADDING
 from memdlm_dist.method.trajectory import IGNORE_INDEX
 from memdlm_dist.runtime.rank_0 import one_line
 from memdlm_dist.runtime.storage import is_remote
@@ -91,7 +91,7 @@ class TokenDataset(streaming.CacheOnlyEviction):
         if "documents" not in sample:
             return np.zeros(length, dtype=np.int64)
         sizes = np.frombuffer(sample["documents"], np.uint32)
-        numbers = np.full(length, FILL, dtype=np.int64)
+        numbers = np.full(length, PADDING, dtype=np.int64)
         numbers[: sizes.sum()] = np.repeat(np.arange(len(sizes)), sizes)
         return numbers
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from memdlm_dist.data.sequences import Document, Sequence
+from memdlm_dist.data.sequences import Document, TrainingSequence
 
 # Tokens in rows that wait for what fits in: enough that nearly every row gets filled.
 _WAITING = 2**24
@@ -23,12 +23,14 @@ class Concatenation:
         self._buffer: list[int] = []
         self._everything = np.ones(length, dtype=np.bool_)
 
-    def add(self, tokens: list[int]) -> Iterator[Sequence]:
+    def add(self, tokens: list[int]) -> Iterator[TrainingSequence]:
         """The rows that one more document completes. Every token is maskable."""
         self._buffer += tokens
         start = 0
         while len(self._buffer) - start >= self._length:
-            yield Sequence(np.array(self._buffer[start : start + self._length], dtype=np.int64), self._everything)
+            yield TrainingSequence(
+                np.array(self._buffer[start : start + self._length], dtype=np.int64), self._everything
+            )
             start += self._length
         del self._buffer[:start]
 
@@ -52,12 +54,12 @@ class BestFit:
         self._waiting: dict[int, list[tuple[NDArray[np.uint32], NDArray[np.bool_]]]] = {}
         self.rows = self.documents = self.tokens = self.most_documents = 0
 
-    def add(self, document: Document) -> Iterator[Sequence]:
+    def add(self, document: Document) -> Iterator[TrainingSequence]:
         """The rows that leave because of one more document."""
         for start in range(0, len(document.tokens), self._length):
             yield from self._place(document[start : start + self._length])
 
-    def _place(self, piece: Document) -> Iterator[Sequence]:
+    def _place(self, piece: Document) -> Iterator[TrainingSequence]:
         size = len(piece.tokens)
         place = bisect_left(self._rooms, (size, -1))
         if place == len(self._rooms):
@@ -73,20 +75,20 @@ class BestFit:
         if room == size:
             yield self._leave(0)
 
-    def _leave(self, place: int) -> Sequence:
+    def _leave(self, place: int) -> TrainingSequence:
         room, number = self._rooms.pop(place)
         documents = self._waiting.pop(number)
         self.rows += 1
         self.tokens += self._length - room
         self.most_documents = max(self.most_documents, len(documents))
         tokens, maskable = (np.concatenate(parts) for parts in zip(*documents, strict=True))
-        return Sequence(
+        return TrainingSequence(
             np.pad(tokens.astype(np.int64), (0, room), constant_values=self._eos_id),
             np.pad(maskable, (0, room)),
             tuple(len(of_document) for of_document, _ in documents),
         )
 
-    def finish(self) -> Iterator[Sequence]:
+    def finish(self) -> Iterator[TrainingSequence]:
         """The rows that still wait."""
         while self._rooms:
             yield self._leave(0)

@@ -32,7 +32,7 @@ _PROBLEM_LENGTH = 300
 
 
 @dataclass(frozen=True)
-class Request:
+class PrepareConfig:
     """Settings of a preparation; `tools/prepare_data.py --help` describes each."""
 
     output: Path
@@ -79,7 +79,7 @@ class Summary:
     problems: list[str] = field(default_factory=list)
 
 
-def prepare(request: Request, report: Callable[[str], None] = tqdm.write) -> Summary:
+def prepare(request: PrepareConfig, report: Callable[[str], None] = tqdm.write) -> Summary:
     """Write `output/{tokenizer,train,heldout}` and `output/summary.json`.
 
     Args:
@@ -133,7 +133,7 @@ def _check_length(seq_len: int) -> None:
     require(2 <= seq_len <= MAX_SEQ_LEN, f"--seq-len must be from 2 to {MAX_SEQ_LEN:,}, but is {seq_len}.")
 
 
-def _check(request: Request) -> tuple[str, ...]:
+def _check(request: PrepareConfig) -> tuple[str, ...]:
     """Check what to prepare; returns the folders to write, without the tokenizer's if that one is to stay as it is.
 
     Raises:
@@ -147,7 +147,7 @@ def _check(request: Request) -> tuple[str, ...]:
     return names
 
 
-def _empty_message(request: Request, summary: Summary) -> str:
+def _empty_message(request: PrepareConfig, summary: Summary) -> str:
     if not summary.rows:
         return "The corpus is empty: the input holds no row; check --input."
     return (
@@ -157,7 +157,7 @@ def _empty_message(request: Request, summary: Summary) -> str:
     )
 
 
-def _settle_tokenizer(request: Request, found: list[Source], folder: Path | None) -> DiffusionTokenizer:
+def _settle_tokenizer(request: PrepareConfig, found: list[Source], folder: Path | None) -> DiffusionTokenizer:
     """Train a tokenizer in `folder`, or copy one there; without a folder, take the given one as it is."""
     if folder is None:
         assert request.tokenizer is not None
@@ -166,12 +166,12 @@ def _settle_tokenizer(request: Request, found: list[Source], folder: Path | None
     if request.train_tokenizer is None:
         assert request.tokenizer is not None
         return tokenizer.adopt(request.tokenizer, folder, request.mask_token, request.eos_token)
-    quiet = Request(**{**vars(request), "strict": False})
+    quiet = PrepareConfig(**{**vars(request), "strict": False})
     training = _good_rows(quiet, found, Summary(), lambda _: None, "Training the tokenizer")
     return tokenizer.train((_training_text(row, request) for row in training), request.train_tokenizer, folder)
 
 
-def _training_text(row: Row, request: Request) -> str:
+def _training_text(row: Row, request: PrepareConfig) -> str:
     """Return the text of a row for training a tokenizer; empty for a bad or held-out one."""
     form = request.form or sequences.detect_format(row.values, request.fields)
     with contextlib.suppress(BadRow), _any_error_as_bad_row():
@@ -184,7 +184,7 @@ def _training_text(row: Row, request: Request) -> str:
 
 
 def _good_rows(
-    request: Request,
+    request: PrepareConfig,
     found: list[Source],
     summary: Summary,
     report: Callable[[str], None],
@@ -204,7 +204,9 @@ def _good_rows(
             bar.update(source.size)
 
 
-def _bad_row(request: Request, summary: Summary, report: Callable[[str], None], location: str, problem: str) -> None:
+def _bad_row(
+    request: PrepareConfig, summary: Summary, report: Callable[[str], None], location: str, problem: str
+) -> None:
     problem = problem[:_PROBLEM_LENGTH].encode(errors="backslashreplace").decode()  # it may quote half a character
     if request.strict:
         raise UserError(f"Bad row at {location}: {problem}; correct it, or leave out --strict to skip bad rows.")
@@ -235,7 +237,7 @@ def _up_to(length: int, texts: Iterable[tuple[Row, str]]) -> Iterator[list[tuple
     yield group
 
 
-def _is_held_out(row: Row, request: Request) -> bool:
+def _is_held_out(row: Row, request: PrepareConfig) -> bool:
     # By content: preparing again splits alike wherever the files lie, and a row that stands twice in
     # the corpus cannot be in both parts. A document of the built-in corpus is a whole file.
     return corpus.is_held_out(json.dumps(row.values, sort_keys=True, default=str), request.held_out)
@@ -254,7 +256,7 @@ def _any_error_as_bad_row() -> Iterator[None]:
 class _Cutter:
     """Rows to sequences of the requested length, each with the part it belongs to."""
 
-    def __init__(self, request: Request, pieces: DiffusionTokenizer, summary: Summary):
+    def __init__(self, request: PrepareConfig, pieces: DiffusionTokenizer, summary: Summary):
         self._request, self._pieces, self._summary = request, pieces, summary
         name = request.chat_template
         self._template = chat.chat_template(name, pieces) if name is not None else None
@@ -262,7 +264,7 @@ class _Cutter:
         self._best_fits = {part: BestFit(request.seq_len, pieces.eos_id) for part in PARTS}
         self._special_tokens: Counter[str] = Counter()
 
-    def add(self, batch: list[Row], report: Callable[[str], None]) -> Iterator[tuple[str, sequences.Sequence]]:
+    def add(self, batch: list[Row], report: Callable[[str], None]) -> Iterator[tuple[str, sequences.TrainingSequence]]:
         """Yield the sequences that a batch of rows completes; its documents come last, encoded together."""
         texts: list[tuple[Row, str]] = []
         for row in batch:
@@ -353,7 +355,7 @@ class _Cutter:
 
     def _fine_tuning(
         self, encoded: list[tuple[list[int], bool]], part: str
-    ) -> Iterator[tuple[str, sequences.Sequence]]:
+    ) -> Iterator[tuple[str, sequences.TrainingSequence]]:
         self._summary.tokens += sum(len(ids) for ids, _ in encoded)
         length, eos_id = self._request.seq_len, self._pieces.eos_id
         document, too_long = sequences.fine_tuning(
@@ -372,7 +374,7 @@ class _Cutter:
     def _part(self, row: Row) -> str:
         return PARTS[_is_held_out(row, self._request)]
 
-    def finish(self) -> Iterator[tuple[str, sequences.Sequence]]:
+    def finish(self) -> Iterator[tuple[str, sequences.TrainingSequence]]:
         """Flush the remaining rows."""
         self._summary.special_tokens = dict(self._special_tokens)
         for part, best_fit in self._best_fits.items():

@@ -22,7 +22,7 @@ class Document:
 
 
 @dataclass(frozen=True)
-class Sequence:
+class TrainingSequence:
     """One training sequence of L tokens: a row of a batch.
 
     Attributes:
@@ -171,10 +171,10 @@ def fine_tuning(
     return Document(tokens, maskable)[:length], too_long
 
 
-def padded(document: Document, length: int, eos_id: int) -> Sequence:
+def padded(document: Document, length: int, eos_id: int) -> TrainingSequence:
     """A row with one document, padded with end-of-text that, as in the paper's recipe, is masked and scored too."""
     missing = length - len(document.tokens)
-    return Sequence(
+    return TrainingSequence(
         np.array(document.tokens + [eos_id] * missing, dtype=np.int64),
         np.array(document.maskable + [True] * missing, dtype=np.bool_),
     )

@@ -9,7 +9,7 @@ import numpy as np
 from streaming import MDSWriter
 
 from memdlm_dist.data.output import CARD
-from memdlm_dist.data.sequences import Sequence
+from memdlm_dist.data.sequences import TrainingSequence
 from memdlm_dist.errors import UserError
 from memdlm_dist.runtime.rank_0 import one_line
 from memdlm_dist.runtime.storage import Storage
@@ -56,7 +56,7 @@ class ShardWriter:
             out=str(folder), columns=columns, hashes=[HASH], size_limit=size_limit, progress_bar=False
         )
 
-    def write(self, row: Sequence) -> None:
+    def write(self, row: TrainingSequence) -> None:
         sample = {"tokens": row.tokens_L.astype(self._dtype), "maskable": np.packbits(row.maskable_L).tobytes()}
         if self.card.documents:
             documents = row.documents or (self.card.seq_len,)  # a row that was not packed is one document

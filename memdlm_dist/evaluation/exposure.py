@@ -58,7 +58,7 @@ class Point:
         return self.sequential / self.same_positions
 
 
-def row_of(tokens_L: Tensor, labels_L: Tensor, eos_id: int, prompt_share: float = 0.5) -> Row | None:
+def split_response(tokens_L: Tensor, labels_L: Tensor, eos_id: int, prompt_share: float = 0.5) -> Row | None:
     """A sample of a data set as prompt and response up to end-of-text; None if it holds no response.
 
     Args:
@@ -113,7 +113,7 @@ def _losses(
 ) -> Tensor:
     """Sums of the NLL by ratio, and their number of tokens, `[B, ratios, 4]` in float64."""
     prompts = [row.prompt for row in rows]
-    fast = model.remember(prompts, anchor, ids).fast if memory else None
+    fast = model.adapt(prompts, anchor, ids).fast if memory else None
     start = model.canvas(prompts, [len(row.response) for row in rows], ids)
     hidden_BL = start.response_BL
     clean_BL = start.tokens_BL.clone()

@@ -8,12 +8,12 @@ from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.data.dataset import check_cards, open_dataset
 from memdlm_dist.errors import UserError
 from memdlm_dist.evaluation import report
-from memdlm_dist.evaluation.exposure import Point, Row, row_of
+from memdlm_dist.evaluation.exposure import Point, Row, split_response
 from memdlm_dist.inference.trained_model import TrainedModel
-from memdlm_dist.training.backbone import requirements_of
+from memdlm_dist.training.backbone import get_shard_requirements
 
 
-def rows_of(
+def load_rows(
     config: JobConfig, model: TrainedModel, data: Sequence[str] | None, most: int, prompt_share: float
 ) -> list[Row]:
     """Read the first samples with a response, `most` at most.
@@ -28,10 +28,10 @@ def rows_of(
     locations = list(data or config.data.validation)
     if not locations:
         raise UserError("There are no samples: data.validation is empty; give --data a folder of shards.")
-    check_cards(locations, requirements_of(config, model.mask_id))
+    check_cards(locations, get_shard_requirements(config, model.mask_id))
     dataset = open_dataset(config.data, locations, [], batch_size=1, shuffle=False)
     samples = (dataset[i] for i in range(min(dataset.size, most)))
-    rows = [row_of(sample["tokens"], sample["labels"], model.eos_id, prompt_share) for sample in samples]
+    rows = [split_response(sample["tokens"], sample["labels"], model.eos_id, prompt_share) for sample in samples]
     found = [row for row in rows if row is not None]
     if not found:
         raise UserError(f"No sample of {', '.join(locations)} holds a response.")

@@ -166,18 +166,18 @@ class HarnessModel(TokenLM):
         for row, one in enumerate(batch):
             target_BL[row, torch.tensor(one.masked) + len(pairs[one.text][0])] = True
         noisy_BL = torch.where(target_BL, self._model.mask_id, start.tokens_BL)
-        fast = self._remember([pairs[number][0] for number in texts], texts)
+        fast = self._adapt([pairs[number][0] for number in texts], texts)
         return self._model.nll(noisy_BL, target_BL, start.tokens_BL, start.attended_BL, fast).tolist()
 
-    def _remember(self, contexts: Sequence[list[int]], texts: Sequence[int]) -> fast_weights.FastWeights | None:
+    def _adapt(self, contexts: Sequence[list[int]], texts: Sequence[int]) -> fast_weights.FastWeights | None:
         """Each row's fast weights; rows with the same text share what is written once."""
         if not self._memory:
             return None
         different = list(dict.fromkeys(texts))
         first = [texts.index(text) for text in different]
-        remembered = self._model.remember([contexts[row] for row in first], self._anchor_ratio, different)
-        self.memory_seconds += remembered.seconds
-        return fast_weights.select(remembered.fast, [different.index(text) for text in texts], len(different))
+        adapted = self._model.adapt([contexts[row] for row in first], self._anchor_ratio, different)
+        self.memory_seconds += adapted.seconds
+        return fast_weights.select(adapted.fast, [different.index(text) for text in texts], len(different))
 
     def _greedy(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[bool]:
         """Whether each text is what greedy decoding makes of its context, a token at a step."""
@@ -186,7 +186,7 @@ class HarnessModel(TokenLM):
         def check(batch: list[tuple[list[int], list[int]]], ids: list[int]) -> list[bool]:
             contexts = [context for context, _ in batch]
             start = self._model.canvas(contexts, [len(text) for _, text in batch], ids)
-            fast = self._remember(contexts, ids)
+            fast = self._adapt(contexts, ids)
             tokens_BL = sampler.finished(self._model.denoise(start, decoding, fast), start)
             return [
                 tokens[response].tolist() == text

@@ -33,7 +33,7 @@ class Sizes:
     words: int = 20  # repeat: words to be said again
 
 
-class Riddle(NamedTuple):
+class QuestionSpec(NamedTuple):
     """What a task hides and asks."""
 
     instruction: str
@@ -105,13 +105,13 @@ def _numbers(rng: random.Random, sizes: Sizes, count: int) -> list[str]:
     return _different(lambda: str(rng.randrange(10 ** (sizes.digits - 1), 10**sizes.digits)), count)
 
 
-def _multi_value(rng: random.Random, sizes: Sizes, hay: Haystack, part: Part) -> Riddle:
+def _multi_value(rng: random.Random, sizes: Sizes, hay: Haystack, part: Part) -> QuestionSpec:
     keys = _different(lambda: "-".join(rng.sample(hay.words, 2)), 1 + sizes.distractors)
     numbers = _numbers(rng, sizes, sizes.values + sizes.distractors)
     owners = [keys[0]] * sizes.values + keys[1:]
     pairs = list(zip(owners, numbers, strict=True))
     rng.shuffle(pairs)
-    return Riddle(
+    return QuestionSpec(
         "Remember the magic numbers in this text.",
         [f"A magic number of {key} is {number}." for key, number in pairs],
         f"Which are the magic numbers of {keys[0]}?",
@@ -119,7 +119,7 @@ def _multi_value(rng: random.Random, sizes: Sizes, hay: Haystack, part: Part) ->
     )
 
 
-def _variable_tracking(rng: random.Random, sizes: Sizes, hay: Haystack, part: Part) -> Riddle:
+def _variable_tracking(rng: random.Random, sizes: Sizes, hay: Haystack, part: Part) -> QuestionSpec:
     def name() -> str:
         while True:
             letters = "".join(rng.choices(string.ascii_uppercase, k=sizes.letters))
@@ -129,7 +129,7 @@ def _variable_tracking(rng: random.Random, sizes: Sizes, hay: Haystack, part: Pa
     names = _different(name, sizes.hops + 1)
     (number,) = _numbers(rng, sizes, 1)
     assignments = [f"VAR {b} = {a}." for a, b in pairwise(names)]
-    return Riddle(
+    return QuestionSpec(
         "Follow the variables in this text.",
         [f"VAR {names[0]} = {number}.", *assignments],
         f"Which variables are {number}?",
@@ -137,7 +137,7 @@ def _variable_tracking(rng: random.Random, sizes: Sizes, hay: Haystack, part: Pa
     )
 
 
-def _common_words(rng: random.Random, sizes: Sizes, hay: Haystack, part: Part) -> Riddle:
+def _common_words(rng: random.Random, sizes: Sizes, hay: Haystack, part: Part) -> QuestionSpec:
     chosen = _different(lambda: rng.choice(hay.words), sizes.common)
 
     def rare() -> Iterator[str]:
@@ -146,7 +146,7 @@ def _common_words(rng: random.Random, sizes: Sizes, hay: Haystack, part: Part) -
         for word in others:
             yield from [word] * sizes.rare_repeats
 
-    return Riddle(
+    return QuestionSpec(
         "Remember the most common words of this list.",
         chosen * sizes.repeats,
         f"Which are the {sizes.common} most common words?",
@@ -156,7 +156,7 @@ def _common_words(rng: random.Random, sizes: Sizes, hay: Haystack, part: Part) -
     )
 
 
-def _facts(rng: random.Random, sizes: Sizes, part: Part, about_thing: bool) -> Riddle:
+def _facts(rng: random.Random, sizes: Sizes, part: Part, about_thing: bool) -> QuestionSpec:
     people, places, things = (_of(part, names) for names in (PEOPLE, PLACES, THINGS))
     actors = rng.sample(people, min(len(people), max(2, sizes.facts // 3)))
     at: dict[str, str] = {}
@@ -167,20 +167,20 @@ def _facts(rng: random.Random, sizes: Sizes, part: Part, about_thing: bool) -> R
         statements.append(f"{person} went to the {place}.")
     if not about_thing:
         person = rng.choice(list(at))
-        return Riddle("Remember where people are.", statements, f"Where is {person}?", [at[person]])
+        return QuestionSpec("Remember where people are.", statements, f"Where is {person}?", [at[person]])
     # The thing is where its bearer went last: two facts to join.
     bearer, thing = rng.choice(list(at)), rng.choice(things)
     last = max(i for i, statement in enumerate(statements) if statement.startswith(bearer))
     statements.insert(rng.randint(0, last), f"{bearer} took the {thing}.")
-    return Riddle("Remember where people and things are.", statements, f"Where is the {thing}?", [at[bearer]])
+    return QuestionSpec("Remember where people and things are.", statements, f"Where is the {thing}?", [at[bearer]])
 
 
-def _repeat(rng: random.Random, sizes: Sizes, hay: Haystack, part: Part) -> Riddle:
+def _repeat(rng: random.Random, sizes: Sizes, hay: Haystack, part: Part) -> QuestionSpec:
     words = _different(lambda: rng.choice(hay.words), sizes.words)
-    return Riddle("Remember these words.", words, "Which words, in order?", words, filler=lambda: iter(()))
+    return QuestionSpec("Remember these words.", words, "Which words, in order?", words, filler=lambda: iter(()))
 
 
-TASKS: dict[str, Callable[[random.Random, Sizes, Haystack, Part], Riddle]] = {
+TASKS: dict[str, Callable[[random.Random, Sizes, Haystack, Part], QuestionSpec]] = {
     "multi_value": _multi_value,
     "variable_tracking": _variable_tracking,
     "common_words": _common_words,
@@ -192,7 +192,7 @@ TASKS: dict[str, Callable[[random.Random, Sizes, Haystack, Part], Riddle]] = {
 
 
 @dataclass(frozen=True)
-class Needles:
+class NeedleGenerator:
     """Makes samples of one part for one tokenizer.
 
     Args:
@@ -212,26 +212,26 @@ class Needles:
             UserError: if the length cannot hold what the task hides.
         """
         rng = random.Random(f"{self.seed}/{self.part}/{task}/{length}/{index}")
-        riddle, response, spare = self._riddle(rng, task, length)
-        filler = riddle.filler() if riddle.filler else self._sentences(rng)
+        spec, response, spare = self._spec(rng, task, length)
+        filler = spec.filler() if spec.filler else self._sentences(rng)
         filling = self._fill(filler, spare)
-        order = self._places(rng, riddle, len(filling))
+        order = self._places(rng, spec, len(filling))
         while True:
-            prompt = _prompt(riddle, _merge(riddle.needles, filling, order))
+            prompt = _prompt(spec, _merge(spec.needles, filling, order))
             if not filling or self._count(prompt, response) <= length:
-                return Sample(task, length, prompt, response, tuple(riddle.answers))
+                return Sample(task, length, prompt, response, tuple(spec.answers))
             filling.pop()
             order = [place for place in order if place != len(filling)]
 
-    def _riddle(self, rng: random.Random, task: str, length: int) -> tuple[Riddle, str, int]:
+    def _spec(self, rng: random.Random, task: str, length: int) -> tuple[QuestionSpec, str, int]:
         """One that fits, its response, and how many tokens are left to fill; words differ in their tokens."""
         needs = []
         for _ in range(_REDRAWS):
-            riddle = TASKS[task](rng, self.sizes, self.hay, self.part)
-            response = f" {', '.join(riddle.answers)}."
-            needs.append(self._count(_prompt(riddle, riddle.needles), response))
+            spec = TASKS[task](rng, self.sizes, self.hay, self.part)
+            response = f" {', '.join(spec.answers)}."
+            needs.append(self._count(_prompt(spec, spec.needles), response))
             if needs[-1] <= length:
-                return riddle, response, length - needs[-1]
+                return spec, response, length - needs[-1]
         raise UserError(
             f"The task {task} needs {min(needs)} tokens or more with this tokenizer, but --lengths gives it {length}; "
             "raise that, or ask for less (--help lists the sizes)."
@@ -260,10 +260,10 @@ class Needles:
             place = (place + 1) % len(self.hay.sentences)
 
     @staticmethod
-    def _places(rng: random.Random, riddle: Riddle, fillers: int) -> list[int]:
+    def _places(rng: random.Random, spec: QuestionSpec, fillers: int) -> list[int]:
         """The order of the pieces: numbers of the filler, or -1 for the next needle."""
-        needles = [-1] * len(riddle.needles)
-        if riddle.scattered:
+        needles = [-1] * len(spec.needles)
+        if spec.scattered:
             order = list(range(fillers))
             for place in sorted((rng.randint(0, fillers) for _ in needles), reverse=True):
                 order.insert(place, -1)
@@ -281,5 +281,5 @@ def _merge(needles: Sequence[str], filling: Sequence[str], order: Sequence[int])
     return [next(coming) if place < 0 else filling[place] for place in order]
 
 
-def _prompt(riddle: Riddle, pieces: Sequence[str]) -> str:
-    return f"{riddle.instruction}\n{' '.join(pieces)}\n{riddle.question} Answer:"
+def _prompt(spec: QuestionSpec, pieces: Sequence[str]) -> str:
+    return f"{spec.instruction}\n{' '.join(pieces)}\n{spec.question} Answer:"

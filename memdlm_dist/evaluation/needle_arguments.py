@@ -30,7 +30,7 @@ def add_needle_arguments(p: argparse.ArgumentParser) -> None:
         sizes.add_argument(name, type=int, default=field.default, metavar="N", help=f"default: {field.default}")
 
 
-def tasks_of(options: argparse.Namespace) -> list[str]:
+def get_tasks(options: argparse.Namespace) -> list[str]:
     """The chosen tasks.
 
     Raises:
@@ -43,7 +43,7 @@ def tasks_of(options: argparse.Namespace) -> list[str]:
     return chosen
 
 
-def sizes_of(options: argparse.Namespace) -> Sizes:
+def get_sizes(options: argparse.Namespace) -> Sizes:
     """The chosen sizes.
 
     Raises:

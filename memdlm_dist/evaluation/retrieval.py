@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from memdlm_dist.evaluation.needle import Needles, Sample
+from memdlm_dist.evaluation.needle import NeedleGenerator, Sample
 from memdlm_dist.inference.sampler import Decoding
 from memdlm_dist.inference.trained_model import ANCHOR_RATIO, TrainedModel
 from memdlm_dist.method.fast_weights import FastWeights
@@ -36,7 +36,7 @@ class Score:
 
 def evaluate(
     model: TrainedModel,
-    needles: Needles,
+    needles: NeedleGenerator,
     tasks: Sequence[str],
     lengths: Sequence[int],
     samples: int,
@@ -63,15 +63,15 @@ def evaluate(
         for length in lengths:
             asked = [needles.sample(task, length, i) for i in range(samples)]
             for memory in memories:
-                exam = _Exam(model, decoding, new_tokens, MEMORY[memory], anchor_ratio)
-                answers = model.data_parallel.map_batches(asked, batch_size, exam.answer, progress)
+                evaluator = _Evaluator(model, decoding, new_tokens, MEMORY[memory], anchor_ratio)
+                answers = model.data_parallel.map_batches(asked, batch_size, evaluator.answer, progress)
                 right = [sample.accuracy(one.text) for sample, one in zip(asked, answers, strict=True)]
                 error = stdev(right) / len(right) ** 0.5 if len(right) > 1 else 0.0
                 nll = sum(one.nll for one in answers) / sum(one.tokens for one in answers)
                 scores.append(
                     Score(
-                        task, length, memory, samples, mean(right), error, nll, exam.memory_seconds,
-                        exam.decoding_seconds,
+                        task, length, memory, samples, mean(right), error, nll, evaluator.memory_seconds,
+                        evaluator.decoding_seconds,
                     )
                 )  # fmt: skip
                 records += [
@@ -88,7 +88,7 @@ class _Answer(NamedTuple):
     tokens: int
 
 
-class _Exam:
+class _Evaluator:
     """Asks with one memory setting, and adds up the time."""
 
     def __init__(self, model: TrainedModel, decoding: Decoding, new_tokens: int, memory: bool, anchor_ratio: float):

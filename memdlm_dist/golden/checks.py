@@ -12,8 +12,8 @@ from torch import Tensor
 
 from memdlm_dist.golden.fixture import (
     Settings,
-    adapter_of,
-    leaf_of,
+    find_leaf,
+    get_sd_adapter,
     load_model,
     published_anchor,
     published_states,
@@ -24,7 +24,7 @@ from memdlm_dist.method.fast_weights import FastWeights, map_leaves
 from memdlm_dist.method.micro_batch import MicroBatch, micro_batch
 from memdlm_dist.method.trajectory import IGNORE_INDEX, PROGRESSIVE_RATIOS, Draw, Plan, State
 from memdlm_dist.models.llada import LLaDA
-from memdlm_dist.models.state_dict_adapters import Adapter
+from memdlm_dist.models.state_dict_adapters import BackboneStateDictAdapter
 
 # Losses agree to float32 rounding of sums; gradients, fast weights and logits to what an independent
 # float32 recomputation of the fixtures differed by, with a margin (logits reach 15). A norm may differ
@@ -116,8 +116,8 @@ def check(folder: Path, device: str = "cpu") -> Iterator[Line]:
     part = {name: load_file(folder / path) for name, path in files.items()}
     inputs, results = part["inputs"], manifest.get("results", {})
     tokens_BL = inputs["input_ids"]
-    adapter = adapter_of(manifest["arch"], tokens_BL.shape[1])
-    model = load_model(adapter, folder / files["weights"]).to(device)
+    sd_adapter = get_sd_adapter(manifest["arch"], tokens_BL.shape[1])
+    model = load_model(sd_adapter, folder / files["weights"]).to(device)
     parameters = dict(model.named_parameters())
     if "anchor_mask" not in inputs and "memory" not in manifest:
         yield from compare_forward(model, inputs, part["outputs"])
@@ -140,7 +140,7 @@ def check(folder: Path, device: str = "cpu") -> Iterator[Line]:
     if "plain" in part:
         loss = outer_loss(model, batch, memory=None)[0] / n_maskable
         loss.backward()
-        yield from compare_outer("plain", loss, model, adapter, batch, part["plain"], results, "plain_loss")
+        yield from compare_outer("plain", loss, model, sd_adapter, batch, part["plain"], results, "plain_loss")
         yield from compare_norm("plain", parameters.values(), results, "plain_grad_norm")
     if settings is None:
         return
@@ -152,7 +152,7 @@ def check(folder: Path, device: str = "cpu") -> Iterator[Line]:
     memory = Memory(
         first_layer=min(map(int, fast)),
         linears=(),
-        adapter=settings.adapter,
+        fast_weight_type=settings.fast_weight_type,
         rank=settings.rank,
         alpha=settings.alpha,
         loss=settings.loss,
@@ -172,13 +172,13 @@ def check(folder: Path, device: str = "cpu") -> Iterator[Line]:
     yield compare("inner gradient norms", norms, results["inner_grad_norms"], GRADIENT_ATOL, NORM_RTOL)
     pairs = {}
     for name in manifest["adapters"]:
-        final, entry = leaf_of(adapted[0], name)
+        final, entry = find_leaf(adapted[0], name)
         for field, tensor in zip(final._fields, final, strict=True):
             if isinstance(tensor, Tensor):
                 letter = field.split("_")[0]  # A, B or delta
                 pairs[f"{letter} {name}"] = (tensor[entry], outputs[f"{letter}_final.{name}"])
     yield worst("fast weights", pairs, FAST_ATOL)
-    yield from compare_outer("outer", loss, model, adapter, batch, outputs, results, "outer_loss", adapted[0])
+    yield from compare_outer("outer", loss, model, sd_adapter, batch, outputs, results, "outer_loss", adapted[0])
     yield from compare_norm("outer", parameters.values(), results, "outer_grad_norm_base")
 
 
@@ -209,7 +209,7 @@ def compare_outer(
     label: str,
     loss: Tensor,
     model: LLaDA,
-    adapter: Adapter,
+    sd_adapter: BackboneStateDictAdapter,
     batch: MicroBatch,
     theirs: dict[str, Tensor],
     results: dict[str, Any],
@@ -225,7 +225,7 @@ def compare_outer(
             plain = map_leaves(lambda x: x.detach(), fast) if fast else None
             logits = model(batch.inputs[0], everywhere, plain)
         yield compare(f"{label} logits", logits.view_as(theirs["logits"]), theirs["logits"], LOGITS_ATOL)
-    gradients = adapter.to_hf(
+    gradients = sd_adapter.to_hf(
         {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
     )
     pairs = {

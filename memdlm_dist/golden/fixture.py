@@ -21,7 +21,11 @@ from memdlm_dist.method.trajectory import PROGRESSIVE_RATIOS, Plan, State
 from memdlm_dist.models.linears import LINEARS
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs
 from memdlm_dist.models.llada_moe import LLaDAMoEArgs
-from memdlm_dist.models.state_dict_adapters import Adapter, LLaDAMoEStateDictAdapter, LLaDAStateDictAdapter
+from memdlm_dist.models.state_dict_adapters import (
+    BackboneStateDictAdapter,
+    LLaDAMoEStateDictAdapter,
+    LLaDAStateDictAdapter,
+)
 
 # A manifest's words -> ours. A value that is not here is of a kind that this version does not cover.
 WORDS: dict[str, dict[Any, Any]] = {
@@ -51,7 +55,7 @@ class Unsupported(Exception):
     """The fixture is of a kind that this version does not cover."""
 
 
-def adapter_of(arch: dict[str, Any], length: int) -> Adapter:
+def get_sd_adapter(arch: dict[str, Any], length: int) -> BackboneStateDictAdapter:
     """The architecture of a manifest as one of our backbones under its published names.
 
     Raises:
@@ -92,7 +96,7 @@ class PlainAdapter(LLaDAMoEStateDictAdapter):
     model_cls = LLaDA
 
 
-def load_model(adapter: Adapter, weights: Path) -> LLaDA:
+def load_model(sd_adapter: BackboneStateDictAdapter, weights: Path) -> LLaDA:
     """The backbone with a file of weights, through the import that `checkpoint.initial_load_in_hf` takes.
 
     Raises:
@@ -100,9 +104,9 @@ def load_model(adapter: Adapter, weights: Path) -> LLaDA:
     """
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "model.safetensors").symlink_to(weights.resolve())
-        check(folder, adapter)
-        model = adapter.model_cls(adapter.args)
-        model.load_state_dict(read_into(model.state_dict(), adapter, folder))
+        check(folder, sd_adapter)
+        model = sd_adapter.model_cls(sd_adapter.args)
+        model.load_state_dict(read_into(model.state_dict(), sd_adapter, folder))
     return model
 
 
@@ -116,7 +120,7 @@ def split_adapter(name: str) -> tuple[str, str, int | None]:
     return layer, target, int(expert[1]) if expert else None
 
 
-def leaf_of(fast: FastWeights, name: str) -> tuple[FastLinear, int]:
+def find_leaf(fast: FastWeights, name: str) -> tuple[FastLinear, int]:
     """The fast weights of one adapted linear: which of the tree's, and which entry of its tensors."""
     layer, target, expert = split_adapter(name)
     return fast[layer][target], expert or 0
@@ -128,7 +132,7 @@ class Settings:
 
     plan: Plan
     loss: InnerLoss
-    adapter: str
+    fast_weight_type: str
     optimiser: InnerSGD
     rank: int
     alpha: float
@@ -161,7 +165,7 @@ class Settings:
             loss=inner_loss(
                 word("hidden_type") if loss == "hidden" else loss, word("student_hidden"), word("teacher_hidden")
             ),
-            adapter=word("adapter_type"),
+            fast_weight_type=word("adapter_type"),
             optimiser=InnerSGD(section["lr"], section["grad_clip"], word("grad_clip_scope")),
             rank=section.get("rank", 1),  # full-matrix fast weights have none
             alpha=section.get("alpha", 1.0),
@@ -182,7 +186,7 @@ class Settings:
         fast: FastWeights = {}
         for (layer, target), same in found.items():
             weight_Goi = torch.stack([weights[f"{name}.weight"] for name in same])
-            if self.adapter == "full":
+            if self.fast_weight_type == "full":
                 new: FastLinear = Full(torch.zeros_like(weight_Goi))
             else:
                 A_GRi = torch.stack([inputs[f"A_init.{name}"] for name in same])

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from memdlm_dist.golden.fixture import Unsupported, adapter_of, load_model
+from memdlm_dist.golden.fixture import Unsupported, get_sd_adapter, load_model
 from memdlm_dist.inference import sampler
 from memdlm_dist.inference.sampler import Canvas, Decoding
 from memdlm_dist.models.llada import LLaDA
@@ -35,8 +35,8 @@ def sampler_differences(folder: Path, manifest: dict[str, Any]) -> Iterator[tupl
     ]
     new_tokens, block = settings["max_new_tokens"], settings["block_size"]
     start = sampler.canvas(prompts, new_tokens, manifest["mask_token_id"], manifest["eos_token_id"])
-    adapter = adapter_of(manifest["arch"], start.tokens_BL.shape[1])
-    model = load_model(adapter, folder / manifest["files"]["weights"])
+    sd_adapter = get_sd_adapter(manifest["arch"], start.tokens_BL.shape[1])
+    model = load_model(sd_adapter, folder / manifest["files"]["weights"])
     for steps in settings["steps"]:
         decoding = Decoding(block_size=block, steps=-(-steps // -(-new_tokens // block)), stop_at_eos=False)
         canvases = [start.tokens_BL]

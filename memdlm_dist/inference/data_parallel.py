@@ -28,7 +28,7 @@ class DataParallel:
     device: str | torch.device = "cpu"
 
     @classmethod
-    def of(cls, layout: Layout, device: torch.device) -> "DataParallel":
+    def from_layout(cls, layout: Layout, device: torch.device) -> "DataParallel":
         """Return the data-parallel ranks of a layout."""
         mesh = layout.get_optional_mesh("batch")
         return cls(mesh.get_local_rank(), mesh.size(), mesh.get_group(), device) if mesh else cls()

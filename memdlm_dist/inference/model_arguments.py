@@ -44,7 +44,7 @@ def add_decoding_arguments(p: argparse.ArgumentParser, new_tokens: int | None) -
     g.add_argument("--decoding-seed", type=int, default=0, metavar="N", help="of temperature and random remasking")
 
 
-def decoding_of(options: argparse.Namespace) -> Decoding:
+def get_decoding(options: argparse.Namespace) -> Decoding:
     """The decoding that the arguments describe.
 
     Raises:

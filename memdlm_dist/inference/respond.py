@@ -51,12 +51,12 @@ def respond(
     length = len(prompt) + new_tokens
     if length > model.trained_length and is_first():
         print(f"warning: {length} tokens, more than the {model.trained_length} of training.", file=sys.stderr)
-    remembered = model.remember([prompt], anchor_ratio) if memory else None
+    adapted = model.adapt([prompt], anchor_ratio) if memory else None
     start = model.canvas([prompt], new_tokens)
     screen = Screen(model) if watch else None
     steps, tokens_BL = 0, start.tokens_BL
     began = time.perf_counter()
-    for step in model.denoise(start, decoding, remembered.fast if remembered else None):
+    for step in model.denoise(start, decoding, adapted.fast if adapted else None):
         steps, tokens_BL = steps + 1, step.tokens_BL
         if screen:
             screen.draw(step, length)
@@ -70,7 +70,7 @@ def respond(
         "text": model.tokenizer.decode(filled),
         "memory": "on" if memory else "off",
         "steps": steps,
-        "memory_seconds": round(remembered.seconds, 4) if remembered else 0.0,
+        "memory_seconds": round(adapted.seconds, 4) if adapted else 0.0,
         "decoding_seconds": round(time.perf_counter() - began, 4),
         "checkpoint": model.checkpoint,
     }

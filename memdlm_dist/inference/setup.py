@@ -12,7 +12,7 @@ from memdlm_dist.runtime.cpu import check_prepared
 from memdlm_dist.runtime.device import device_module, device_type
 from memdlm_dist.runtime.single_process import single_process_environment
 from memdlm_dist.runtime.storage import is_remote
-from memdlm_dist.training.backbone import layout_of
+from memdlm_dist.training.backbone import get_layout
 
 
 def checkpoint_folder(config: JobConfig) -> str:
@@ -45,4 +45,4 @@ def join(config: JobConfig) -> tuple[torch.device, Layout]:
     single_process_environment()
     device = torch.device(f"{device_type()}:{os.environ['LOCAL_RANK']}")
     device_module().set_device(device)
-    return device, layout_of(config, process_group.join(config.comm))
+    return device, get_layout(config, process_group.join(config.comm))

@@ -24,7 +24,7 @@ from memdlm_dist.inference.sampler import Canvas, Decoding, Step
 from memdlm_dist.method import bilevel, trajectory
 from memdlm_dist.method.diffusion import SetSum
 from memdlm_dist.method.fast_weights import FastWeights
-from memdlm_dist.method.inner_loss import whole
+from memdlm_dist.method.inner_loss import full_tensor
 from memdlm_dist.method.logit_loss import HeadLoss, cross_entropy
 from memdlm_dist.method.micro_batch import Scored, gather_scored, micro_batch
 from memdlm_dist.method.trajectory import State
@@ -39,7 +39,7 @@ ANCHOR_RATIO = 0.2
 
 
 @dataclass(frozen=True)
-class Remembered:
+class AdaptedMemory:
     """Fast weights adapted to prompts, a set for each, and the seconds that it took."""
 
     fast: FastWeights
@@ -70,13 +70,13 @@ class TrainedModel:
     """
 
     def __init__(self, config: JobConfig, checkpoint: str | None = None):
-        config = launch.resolve(setup.inference_config(config), *process_group.launched())
+        config = launch.resolve(setup.inference_config(config), *process_group.launched_processes())
         args = backbone_args(config.model.name, config.model.flavor)
         check_layout.check_backbone(config, args)
         self.tokenizer = DiffusionTokenizer(config.model.hf_assets_path)
         self.device, parallel_dims = setup.join(config)
         args.update_from_config(config)
-        self._adapter = BACKBONES[config.model.name].adapter(args, config.model.hf_assets_path)
+        self._sd_adapter = BACKBONES[config.model.name].sd_adapter(args, config.model.hf_assets_path)
         model: Any = model_on_meta(config, args, parallel_dims)
         model.to_empty(device=self.device)
         with torch.no_grad():
@@ -95,11 +95,11 @@ class TrainedModel:
         self._memory = replace(objective.memory, per_sample=True)
         # The prompt is no random corruption whose weight would make a likelihood bound: uniform weights.
         self._objective = replace(objective, plan=replace(objective.plan, loss_weight="uniform"))
-        self.data_parallel = DataParallel.of(parallel_dims, self.device)
+        self.data_parallel = DataParallel.from_layout(parallel_dims, self.device)
 
     def load(self, checkpoint: str) -> None:
         """Replace the weights by another checkpoint's."""
-        self.checkpoint = weights.load(self.model, checkpoint, self._adapter)
+        self.checkpoint = weights.load(self.model, checkpoint, self._sd_adapter)
 
     @property
     def mask_id(self) -> int:
@@ -113,11 +113,11 @@ class TrainedModel:
         self, prompts: Sequence[Sequence[int]], new_tokens: int | Sequence[int], ids: Sequence[int] | None = None
     ) -> Canvas:
         """Lay out prompts with this model's tokens and sharding: `sampler.canvas`."""
-        return sampler.canvas(prompts, new_tokens, self.mask_id, self.eos_id, ids, self._objective.shards)
+        return sampler.canvas(prompts, new_tokens, self.mask_id, self.eos_id, ids, self._objective.tp_size)
 
-    def remember(
+    def adapt(
         self, prompts: Sequence[Sequence[int]], anchor_ratio: float = ANCHOR_RATIO, ids: Sequence[int] | None = None
-    ) -> Remembered:
+    ) -> AdaptedMemory:
         """Run the inner loop on prompts: the trajectory ends at an anchor that masks a share of each prompt's tokens.
 
         [MASK] tokens that a prompt holds are not scored. An empty prompt writes nothing.
@@ -141,16 +141,18 @@ class TrainedModel:
             self._objective.plan.states(draw, anchor),
             self.mask_id,
             with_teacher=self._memory.loss.teacher is not None,
-            shards=self._objective.shards,
+            sequence_shards=self._objective.tp_size,
             shifted=self._objective.shifted,
         )._replace(attended_BL=start.attended_BL)
         batch = batch.to(self.device)
-        self.model.reach(start.tokens_BL.shape[1])
+        self.model.extend_rope(start.tokens_BL.shape[1])
         initial = self._memory.draw(self._objective.seed, 0, batch.sample_ids_U)
         with self._amp:
-            fast, statistics = bilevel.remember(self.model, batch, self._memory, initial, self._objective.shard)
+            fast, statistics = bilevel.adapt_fast_weights(
+                self.model, batch, self._memory, initial, self._objective.tp_rank
+            )
         statistics.written_norm_G.sum().item()  # waits for the device
-        return Remembered(fast, time.perf_counter() - began)
+        return AdaptedMemory(fast, time.perf_counter() - began)
 
     @torch.no_grad()
     def logits(
@@ -159,7 +161,7 @@ class TrainedModel:
         """Return the target positions' logits `[N, V]` in float32, in the order of the flattened canvas."""
         scored, place_N = self._gather(tokens_BL, target_BL)
         out = self._forward(tokens_BL, scored, attended_BL, fast, "logits")
-        return whole(out)[place_N.to(self.device)].float().cpu()
+        return full_tensor(out)[place_N.to(self.device)].float().cpu()
 
     @torch.no_grad()
     def nll(
@@ -178,7 +180,7 @@ class TrainedModel:
 
     def _gather(self, tokens_BL: Tensor, target_BL: Tensor) -> tuple[Scored, Tensor]:
         """Return the targets as the head gets them, and each one's index among them."""
-        shards, shifted = self._objective.shards, self._objective.shifted
+        shards, shifted = self._objective.tp_size, self._objective.shifted
         if shifted and target_BL[:, 0].any():
             raise UserError("This backbone predicts the next token, so that the first one cannot be [MASK].")
         ones_B = torch.ones(len(tokens_BL))
@@ -193,8 +195,8 @@ class TrainedModel:
     def _forward(
         self, tokens_BL: Tensor, scored: Scored, attended_BL: Tensor, fast: FastWeights | None, readout: Any
     ) -> Tensor:
-        self.model.reach(tokens_BL.shape[1])
-        index_M = scored.index_SM[self._objective.shard].to(self.device)
+        self.model.extend_rope(tokens_BL.shape[1])
+        index_M = scored.index_SM[self._objective.tp_rank].to(self.device)
         # Where everything is attended to no mask is given, so that the fastest kernels run.
         attended = None if bool(attended_BL.all()) else attended_BL.to(self.device)
         context = self.model.context(tokens_BL.shape[1], attended_BL=attended)
@@ -218,14 +220,14 @@ class TrainedModel:
         ids: Sequence[int] | None = None,
     ) -> Generated:
         """Respond to prompts, with fast weights adapted to each prompt first or not."""
-        remembered = self.remember(prompts, anchor_ratio, ids) if memory else None
+        adapted = self.adapt(prompts, anchor_ratio, ids) if memory else None
         began = time.perf_counter()
         start = self.canvas(prompts, new_tokens, ids)
-        tokens_BL = sampler.finished(self.denoise(start, decoding, remembered.fast if remembered else None), start)
+        tokens_BL = sampler.finished(self.denoise(start, decoding, adapted.fast if adapted else None), start)
         return Generated(
             sampler.responses(tokens_BL, start, self.eos_id),
-            remembered.fast if remembered else None,
-            remembered.seconds if remembered else 0.0,
+            adapted.fast if adapted else None,
+            adapted.seconds if adapted else 0.0,
             time.perf_counter() - began,
         )
 

@@ -17,14 +17,14 @@ from memdlm_dist.method.diffusion import SetSum
 from memdlm_dist.method.documents import Documents
 from memdlm_dist.method.fast_weights import AdaptedLinear, FastWeights
 from memdlm_dist.method.inner_loop import InnerStatistics
-from memdlm_dist.method.inner_loss import InnerLoss, whole
-from memdlm_dist.method.inner_sgd import InnerSGD, Pool
+from memdlm_dist.method.inner_loss import InnerLoss, full_tensor
+from memdlm_dist.method.inner_sgd import FastWeightGroup, InnerSGD
 from memdlm_dist.method.logit_loss import HeadLoss, cross_entropy
 from memdlm_dist.method.micro_batch import MicroBatch, Scored
 
 
-class Residency(Protocol):
-    """When the parameters of a backbone are gathered; see `models.residency`."""
+class FSDPSchedule(Protocol):
+    """When the parameters of a backbone are gathered; see `models.fsdp_schedule`."""
 
     def tail(self, first_layer: int) -> AbstractContextManager[None]: ...
 
@@ -35,7 +35,7 @@ class Backbone(Protocol):
     A context is the backbone's own description of a micro-batch's tokens: opaque here.
     """
 
-    residency: Residency
+    fsdp_schedule: FSDPSchedule
 
     def context(
         self,
@@ -43,7 +43,7 @@ class Backbone(Protocol):
         first: int = 0,
         attended_BL: Tensor | None = None,
         documents: Documents | None = None,
-        sets_of_documents: bool = False,
+        per_document_sets: bool = False,
         sequence_shard: tuple[int, int] = (0, 1),
     ) -> Any: ...
 
@@ -73,7 +73,7 @@ class Memory:
 
     first_layer: int
     linears: Sequence[AdaptedLinear]
-    adapter: str  # a key of `fast_weights.ADAPTERS`
+    fast_weight_type: str  # a key of `fast_weights.FAST_WEIGHT_TYPES`
     rank: int
     alpha: float
     loss: InnerLoss
@@ -86,11 +86,11 @@ class Memory:
     cp_mesh: DeviceMesh | None = None
 
     @property
-    def pool(self) -> Pool | None:
+    def group(self) -> FastWeightGroup | None:
         """The ranks that have their sets together."""
         if self.cp_mesh is not None:
-            return Pool(self.cp_mesh.get_group(), whole_sets=True)
-        return Pool(self.ep_mesh.get_group(), whole_sets=False) if self.ep_mesh is not None else None
+            return FastWeightGroup(self.cp_mesh.get_group(), whole_sets=True)
+        return FastWeightGroup(self.ep_mesh.get_group(), whole_sets=False) if self.ep_mesh is not None else None
 
     def sets(self, batch: MicroBatch) -> int:
         """The number of a micro-batch's sets of fast weights."""
@@ -99,7 +99,9 @@ class Memory:
     def draw(self, seed: int, step: int, sample_ids_U: Tensor) -> FastWeights:
         """The fast weights with which a micro-batch starts."""
         keys_G = fast_weights.keys(seed, step, sample_ids_U, self.per_sample)
-        return fast_weights.draw(self.adapter, self.linears, self.rank, self.alpha, keys_G, self.tp_mesh, self.ep_mesh)
+        return fast_weights.draw(
+            self.fast_weight_type, self.linears, self.rank, self.alpha, keys_G, self.tp_mesh, self.ep_mesh
+        )
 
 
 def outer_loss(
@@ -107,7 +109,7 @@ def outer_loss(
     batch: MicroBatch,
     memory: Memory | None,
     fast: FastWeights | None = None,
-    shard: int = 0,
+    tp_rank: int = 0,
     on_adapted: Callable[[FastWeights], None] | None = None,
 ) -> tuple[Tensor, InnerStatistics | None]:
     """Sum of w(t) nll over the anchor's masked tokens, conditioned on the memory if there is one.
@@ -126,7 +128,7 @@ def outer_loss(
     Returns:
         The loss sum, a scalar, and the inner loop's statistics.
     """
-    anchor, index_M, context = batch.anchor, batch.anchor.index_SM[shard], token_context(model, batch, memory)
+    anchor, index_M, context = batch.anchor, batch.anchor.index_SM[tp_rank], token_context(model, batch, memory)
     if memory is None:
         return model(batch.inputs[0], index_M, None, _outer_head(anchor), context).sum(), None
 
@@ -135,8 +137,8 @@ def outer_loss(
     h_anchor, *others = model.trunk(batch.inputs, cut, context)
     # Inner steps that read the anchor take the same activations, without their graph.
     hidden = [h_anchor.detach(), *others]
-    with model.residency.tail(cut):
-        fast, statistics = _write(model, batch, memory, fast, hidden, shard, context)
+    with model.fsdp_schedule.tail(cut):
+        fast, statistics = _write(model, batch, memory, fast, hidden, tp_rank, context)
         # The activations of the other states are not needed again: free them before the outer tail.
         hidden.clear()
         others.clear()
@@ -146,14 +148,14 @@ def outer_loss(
 
 
 @torch.no_grad()
-def remember(
-    model: Backbone, batch: MicroBatch, memory: Memory, fast: FastWeights, shard: int = 0
+def adapt_fast_weights(
+    model: Backbone, batch: MicroBatch, memory: Memory, fast: FastWeights, tp_rank: int = 0
 ) -> tuple[FastWeights, InnerStatistics]:
     """The inner loop alone: what a micro-batch's trajectory writes, to read with; the arguments are `outer_loss`'s."""
     context = token_context(model, batch, memory)
     hidden = model.trunk(batch.inputs, memory.first_layer, context)
-    with model.residency.tail(memory.first_layer):
-        return _write(model, batch, memory, fast, hidden, shard, context)
+    with model.fsdp_schedule.tail(memory.first_layer):
+        return _write(model, batch, memory, fast, hidden, tp_rank, context)
 
 
 def token_context(model: Backbone, batch: MicroBatch, memory: Memory | None) -> Any:
@@ -164,7 +166,7 @@ def token_context(model: Backbone, batch: MicroBatch, memory: Memory | None) -> 
         batch.first,
         batch.attended_BL,
         batch.documents,
-        sets_of_documents=memory is not None and memory.per_sample,
+        per_document_sets=memory is not None and memory.per_sample,
         sequence_shard=(mesh.get_local_rank(), mesh.size()) if mesh is not None else (0, 1),
     )
 
@@ -175,17 +177,17 @@ def _write(
     memory: Memory,
     fast: FastWeights,
     hidden: Sequence[Tensor],
-    shard: int,
+    tp_rank: int,
     context: Any,
 ) -> tuple[FastWeights, InnerStatistics]:
     with model.inner_steps(memory.first_layer):
         return inner_loop.adapt(
-            _state_loss(model, batch, memory, hidden, shard, context),
+            _state_loss(model, batch, memory, hidden, tp_rank, context),
             [step.scored for step in batch.inner],
             fast,
             n_sets=memory.sets(batch),
             optimiser=memory.optimiser,
-            pool=memory.pool,
+            group=memory.group,
         )
 
 
@@ -196,14 +198,14 @@ def _outer_head(anchor: Scored) -> HeadLoss:
 
 
 def _state_loss(
-    model: Backbone, batch: MicroBatch, memory: Memory, hidden: Sequence[Tensor], shard: int, context: Any
+    model: Backbone, batch: MicroBatch, memory: Memory, hidden: Sequence[Tensor], tp_rank: int, context: Any
 ) -> Callable[[int, FastWeights, SetSum], Tensor]:
     """The inner loop's loss as a function of the step and the fast weights, on the trunk's activations."""
     loss, cut = memory.loss, memory.first_layer
 
     def state_loss(k: int, current: FastWeights, sums: SetSum) -> Tensor:
         step = batch.inner[k]
-        index_M = step.scored.index_SM[shard]
+        index_M = step.scored.index_SM[tp_rank]
         if loss.teacher is None:
             target = step.scored.label_N
         else:
@@ -211,7 +213,7 @@ def _state_loss(
             with _no_gradient():
                 target = model.tail(hidden[step.teacher], cut, index_M, current, loss.teacher, context)
         if loss.of_logits is not None:
-            head = HeadLoss(loss.of_logits, whole(target), sums)
+            head = HeadLoss(loss.of_logits, full_tensor(target), sums)
             return model.tail(hidden[step.student], cut, index_M, current, head, context)
         assert loss.of_hidden is not None
         student = model.tail(hidden[step.student], cut, index_M, current, loss.student, context)

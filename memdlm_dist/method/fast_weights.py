@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from memdlm_dist.compat.torch import grouped_mm
 from memdlm_dist.method import keyed_random
-from memdlm_dist.method.documents import Grouped, OwnSet
+from memdlm_dist.method.documents import GroupedTokens, SetAssignment
 from memdlm_dist.method.keyed_random import Stream
 
 
@@ -81,7 +81,7 @@ class LowRank(NamedTuple):
         a_placement, b_placement = (Shard(2), Replicate()) if linear.row_wise else (Replicate(), Shard(1))
         return cls(_place(A_GRi, tp_mesh, a_placement), _place(B_GoR, tp_mesh, b_placement), alpha / rank)
 
-    def term(self, x_BLi: Tensor, own: OwnSet | None = None) -> Tensor:
+    def term(self, x_BLi: Tensor, assignment: SetAssignment | None = None) -> Tensor:
         """(alpha / R) B (A x); see `adapted`. For a row-wise linear only the rank-R intermediate is reduced.
 
         Without grouped products the sets of a packed row are one of rank s R, of whose intermediate a token keeps what
@@ -89,29 +89,29 @@ class LowRank(NamedTuple):
         """
         row_wise = isinstance(self.A_GRi, DTensor) and self.A_GRi.placements[0].is_shard()
         A_GRi, B_GoR = self.A_GRi, self.B_GoR
-        if own is not None:
-            if (dtype := _grouped_dtype(own, x_BLi, A_GRi, B_GoR)) is not None:
-                return self.scale * self._grouped(x_BLi.to(dtype), own, row_wise)
-            own_BLs = own.mask()
-            A_GRi = A_GRi.unflatten(0, (-1, own.slots)).flatten(1, 2)
-            B_GoR = B_GoR.unflatten(0, (-1, own.slots)).transpose(1, 2).flatten(2, 3)
+        if assignment is not None:
+            if (dtype := _grouped_dtype(assignment, x_BLi, A_GRi, B_GoR)) is not None:
+                return self.scale * self._grouped(x_BLi.to(dtype), assignment, row_wise)
+            own_BLs = assignment.mask()
+            A_GRi = A_GRi.unflatten(0, (-1, assignment.slots)).flatten(1, 2)
+            B_GoR = B_GoR.unflatten(0, (-1, assignment.slots)).transpose(1, 2).flatten(2, 3)
         z_BLR = _project(_layout(x_BLi, A_GRi, row_wise), A_GRi)
         if row_wise:
             z_BLR = cast(DTensor, z_BLR).redistribute(placements=[Shard(1)])
-        if own is not None:
+        if assignment is not None:
             own_BLR = own_BLs.repeat_interleave(self.A_GRi.shape[1], dim=-1)
             z_BLR = z_BLR * _beside(own_BLR.type_as(z_BLR), z_BLR)
         return _local_output(self.scale * _project(z_BLR, B_GoR), row_wise)
 
-    def _grouped(self, x_BLi: Tensor, own: OwnSet, row_wise: bool) -> Tensor:
+    def _grouped(self, x_BLi: Tensor, assignment: SetAssignment, row_wise: bool) -> Tensor:
         """B (A x), each token's by its own set alone."""
-        assert own.whole is not None and own.shard is not None
+        assert assignment.grouped is not None and assignment.grouped_shard is not None
         A_GRi, B_GoR = _part(self.A_GRi), _part(self.B_GoR)
         x_BLi = _part(_layout(x_BLi, self.A_GRi, row_wise))
         if not row_wise:
-            return _products(own.whole, x_BLi, A_GRi, B_GoR)
-        z_BLR = _scattered(_products(own.whole, x_BLi, A_GRi), cast(DTensor, self.A_GRi).device_mesh)
-        return _products(own.shard, z_BLR, B_GoR)
+            return _products(assignment.grouped, x_BLi, A_GRi, B_GoR)
+        z_BLR = _scattered(_products(assignment.grouped, x_BLi, A_GRi), cast(DTensor, self.A_GRi).device_mesh)
+        return _products(assignment.grouped_shard, z_BLR, B_GoR)
 
     def expert_term(self, x_Si: Tensor, product: ExpertProduct) -> Tensor:
         """The term for each expert; see `adapted_experts`."""
@@ -134,22 +134,22 @@ class Full(NamedTuple):
         delta_Goi = torch.zeros(len(keys_G), *_local_sizes(linear, tp_mesh), device=keys_G.device)
         return cls(_place(delta_Goi, tp_mesh, Shard(2 if linear.row_wise else 1)))
 
-    def term(self, x_BLi: Tensor, own: OwnSet | None = None) -> Tensor:
+    def term(self, x_BLi: Tensor, assignment: SetAssignment | None = None) -> Tensor:
         """delta x; see `adapted`. For a row-wise linear the whole output is reduced, as the linear's own is.
 
         Without grouped products every set of a packed row is a matrix product with all of its tokens.
         """
         row_wise = isinstance(self.delta_Goi, DTensor) and self.delta_Goi.placements[0].is_shard(2)
-        if own is not None and (dtype := _grouped_dtype(own, x_BLi, self.delta_Goi)) is not None:
-            assert own.whole is not None
+        if assignment is not None and (dtype := _grouped_dtype(assignment, x_BLi, self.delta_Goi)) is not None:
+            assert assignment.grouped is not None
             x_BLi = _part(_layout(x_BLi.to(dtype), self.delta_Goi, row_wise))
-            y_BLo = _products(own.whole, x_BLi, _part(self.delta_Goi))
+            y_BLo = _products(assignment.grouped, x_BLi, _part(self.delta_Goi))
             return _scattered(y_BLo, cast(DTensor, self.delta_Goi).device_mesh) if row_wise else y_BLo
         x_BLi = _layout(x_BLi, self.delta_Goi, row_wise)
-        if own is None:
+        if assignment is None:
             return _local_output(_project(x_BLi, self.delta_Goi), row_wise)
-        deltas_sBoi = self.delta_Goi.unflatten(0, (-1, own.slots)).unbind(1)
-        own_sBL1 = own.mask().unsqueeze(-1).unbind(2)
+        deltas_sBoi = self.delta_Goi.unflatten(0, (-1, assignment.slots)).unbind(1)
+        own_sBL1 = assignment.mask().unsqueeze(-1).unbind(2)
         # Selected before the product: the sum of partial outputs can then be reduced as one.
         terms = [
             _project(x_BLi * _beside(own_BL1.type_as(x_BLi), x_BLi), delta_Boi)
@@ -164,14 +164,14 @@ class Full(NamedTuple):
 
 # An adapter is a named tuple of tensors with two functions: how they start, and what they add to a linear.
 FastLinear = LowRank | Full
-ADAPTERS: dict[str, type[LowRank] | type[Full]] = {"lora": LowRank, "full": Full}
+FAST_WEIGHT_TYPES: dict[str, type[LowRank] | type[Full]] = {"lora": LowRank, "full": Full}
 
 # Layer name -> target name ("gate", "q", ...) -> fast weights of that linear.
 FastWeights = dict[str, dict[str, FastLinear]]
 
 
 def draw(
-    adapter: str,
+    fast_weight_type: str,
     linears: Sequence[AdaptedLinear],
     rank: int,
     alpha: float,
@@ -182,7 +182,7 @@ def draw(
     """Fresh fast weights, with which the model is as without them.
 
     Args:
-        adapter: a key of `ADAPTERS`.
+        adapter: a key of `FAST_WEIGHT_TYPES`.
         linears: the linears to adapt.
         rank, alpha: of the low-rank term.
         keys_G: one key per set, from `keys`; the draw lands on its device, in float32.
@@ -200,7 +200,7 @@ def draw(
             count = linear.experts // ranks
             expert_E1 = torch.arange(place * count, (place + 1) * count, device=keys.device).unsqueeze(1)
             keys = (keys + expert_E1).flatten()
-        new = ADAPTERS[adapter].start(linear, rank, alpha, keys, tp_mesh)
+        new = FAST_WEIGHT_TYPES[fast_weight_type].start(linear, rank, alpha, keys, tp_mesh)
         fast.setdefault(linear.layer, {})[linear.target] = new
     return fast
 
@@ -210,7 +210,9 @@ def keys(seed: int, step: int, sample_ids_B: Tensor, per_sample: bool) -> Tensor
     return keyed_random.key(seed, Stream.FAST_WEIGHTS, step, sample_ids_B if per_sample else sample_ids_B[:1])
 
 
-def adapted(linear: nn.Module, x_BLi: Tensor, fast: FastLinear | None, own: OwnSet | None = None) -> Tensor:
+def adapted(
+    linear: nn.Module, x_BLi: Tensor, fast: FastLinear | None, assignment: SetAssignment | None = None
+) -> Tensor:
     """The linear's output `[B, L, out]`, with the term of its fast weights added if it has any.
 
     Under tensor parallelism the input is what the linear gets (replicated if column-wise, sharded on
@@ -222,7 +224,7 @@ def adapted(linear: nn.Module, x_BLi: Tensor, fast: FastLinear | None, own: OwnS
             one set, or all have one together.
     """
     y_BLo = linear(x_BLi)
-    return y_BLo if fast is None else y_BLo + fast.term(x_BLi, own).type_as(y_BLo)
+    return y_BLo if fast is None else y_BLo + fast.term(x_BLi, assignment).type_as(y_BLo)
 
 
 def adapted_experts(weight_Eoi: Tensor, x_Si: Tensor, fast: FastLinear | None, product: ExpertProduct) -> Tensor:
@@ -242,12 +244,12 @@ def _part(x: Tensor) -> Tensor:
     return x.to_local(grad_placements=[Partial() if x.placements[0].is_replicate() else x.placements[0]])
 
 
-def _grouped_dtype(own: OwnSet, x_BLi: Tensor, *weights: Tensor) -> torch.dtype | None:
+def _grouped_dtype(assignment: SetAssignment, x_BLi: Tensor, *weights: Tensor) -> torch.dtype | None:
     """Return in which type the term is computed as grouped products; None if it is not.
 
     Accelerators have them in bfloat16, on rows of a multiple of 16 bytes.
     """
-    if own.whole is None:
+    if assignment.grouped is None:
         return None
     device = x_BLi.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_BLi.dtype
@@ -259,17 +261,17 @@ def _fit_groups(sizes: Iterable[int]) -> bool:
     return all(size % 8 == 0 for size in sizes)
 
 
-def can_group(adapter: str, linear: AdaptedLinear, rank: int, tp_mesh: DeviceMesh | None) -> bool:
+def can_group(fast_weight_type: str, linear: AdaptedLinear, rank: int, tp_mesh: DeviceMesh | None) -> bool:
     """Return whether grouped products take the sizes of a linear's fast weights on one rank."""
-    return _fit_groups([*_local_sizes(linear, tp_mesh), *([rank] if adapter == "lora" else [])])
+    return _fit_groups([*_local_sizes(linear, tp_mesh), *([rank] if fast_weight_type == "lora" else [])])
 
 
-def _products(grouped: Grouped, x_BLi: Tensor, *weights: Tensor) -> Tensor:
+def _products(grouped: GroupedTokens, x_BLi: Tensor, *weights: Tensor) -> Tensor:
     """Multiply each token by its own set's matrices in turn, `[B, L, o]`; all tensors are this rank's."""
-    y_Po = grouped.lay_out(x_BLi)
+    y_Po = grouped.scatter(x_BLi)
     for weight_Goi in weights:
-        y_Po = grouped_mm(y_Po, weight_Goi.type_as(y_Po), grouped.end_U)
-    return grouped.collect(y_Po, len(x_BLi))
+        y_Po = grouped_mm(y_Po, weight_Goi.type_as(y_Po), grouped.offsets_U)
+    return grouped.gather(y_Po, len(x_BLi))
 
 
 def _scattered(partial_BLo: Tensor, mesh: DeviceMesh) -> Tensor:

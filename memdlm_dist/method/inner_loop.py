@@ -12,7 +12,7 @@ from torch import Tensor
 from memdlm_dist.method import fast_weights, inner_sgd
 from memdlm_dist.method.diffusion import SetSum
 from memdlm_dist.method.fast_weights import FastWeights
-from memdlm_dist.method.inner_sgd import InnerSGD, Pool
+from memdlm_dist.method.inner_sgd import FastWeightGroup, InnerSGD
 from memdlm_dist.method.micro_batch import Scored
 
 
@@ -33,7 +33,7 @@ def adapt(
     fast: FastWeights,
     n_sets: int,
     optimiser: InnerSGD,
-    pool: Pool | None = None,
+    group: FastWeightGroup | None = None,
 ) -> tuple[FastWeights, InnerStatistics]:
     """K steps of SGD on the fast weights, first order, along K states of a trajectory.
 
@@ -58,12 +58,12 @@ def adapt(
     with torch.enable_grad():
         for k, tokens in enumerate(scored):
             fast = fast_weights.map_leaves(lambda x: x.detach().requires_grad_(), fast)
-            sums, count_G = _set_means(tokens, n_sets, fast_weights.leaves(fast)[0].dtype, pool)
+            sums, count_G = _set_means(tokens, n_sets, fast_weights.leaves(fast)[0].dtype, group)
             loss_G = state_loss(k, fast, sums)
             grads = torch.autograd.grad(loss_G.sum(), fast_weights.leaves(fast))
             with torch.no_grad():
-                loss_G = loss_G.detach() if pool is None else pool.sum(loss_G.detach())
-                fast, norm_G = inner_sgd.sgd_update(fast, grads, optimiser, loss_G.isfinite(), pool)
+                loss_G = loss_G.detach() if group is None else group.sum(loss_G.detach())
+                fast, norm_G = inner_sgd.sgd_update(fast, grads, optimiser, loss_G.isfinite(), group)
             finite_G = loss_G.isfinite() & norm_G.isfinite()
             losses.append(loss_G)
             norms.append(norm_G)
@@ -71,19 +71,19 @@ def adapt(
             skipped.append(~finite_G)
     with torch.no_grad():
         change = [new - old for new, old in zip(*map(fast_weights.leaves, (fast, initial)), strict=True)]
-        written_G = inner_sgd.set_totals(inner_sgd.squared_norms(change), n_sets, pool).sqrt()
+        written_G = inner_sgd.set_totals(inner_sgd.squared_norms(change), n_sets, group).sqrt()
     statistics = InnerStatistics(
         torch.stack(losses), torch.stack(norms), torch.stack(counted), torch.stack(skipped), written_G
     )
     return fast, statistics
 
 
-def _set_means(tokens: Scored, n_sets: int, dtype: torch.dtype, pool: Pool | None) -> tuple[SetSum, Tensor]:
+def _set_means(tokens: Scored, n_sets: int, dtype: torch.dtype, group: FastWeightGroup | None) -> tuple[SetSum, Tensor]:
     """The mean weighted loss of every set's scored tokens, as a sum; and the number `[G]` of these tokens."""
     set_N, count_G = tokens.sample_N, tokens.count_U
     if n_sets == 1:
         set_N, count_G = torch.zeros_like(set_N), count_G.sum(0, keepdim=True)
-    if pool is not None and not pool.whole_sets:
-        count_G = pool.sum(count_G)  # the others' rows are not known here
+    if group is not None and not group.whole_sets:
+        count_G = group.sum(count_G)  # the others' rows are not known here
     coefficient_N = tokens.valid_N.to(dtype) * tokens.weight_N / count_G.clamp(min=1)[set_N]
     return SetSum(coefficient_N, set_N, n_sets), count_G

@@ -69,7 +69,7 @@ def inner_loss(name: str, student_hidden: Hidden, teacher_hidden: Hidden) -> Inn
     return LOGIT_LOSSES[name]
 
 
-def whole(x: Tensor) -> Tensor:
+def full_tensor(x: Tensor) -> Tensor:
     """A tensor on every rank, if it is spread over some."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
@@ -80,4 +80,4 @@ def _float(x: Tensor) -> Tensor:
 
 def _sum(x: Tensor) -> Tensor:
     """Sum over the last dimension, on every rank."""
-    return whole(x.sum(-1))
+    return full_tensor(x.sum(-1))

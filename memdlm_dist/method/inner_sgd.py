@@ -37,7 +37,7 @@ def squared_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 @dataclass(frozen=True)
-class Pool:
+class FastWeightGroup:
     """Ranks that have their sets of fast weights together.
 
     Those of a context-parallel group have other tokens of the same rows each, and the whole sets: their
@@ -45,13 +45,13 @@ class Pool:
     they keep their own experts' terms: these get the gradients of all tokens, and their norms add up.
     """
 
-    group: ProcessGroup
+    process_group: ProcessGroup
     whole_sets: bool
 
     def sum(self, x: Tensor) -> Tensor:
         """Over the ranks."""
         x = x.clone()
-        all_reduce(x, group=self.group)
+        all_reduce(x, group=self.process_group)
         return x
 
     def gradients(self, grads: Sequence[Tensor]) -> list[Tensor]:
@@ -60,14 +60,15 @@ class Pool:
             return list(grads)
         grads = [g.clone(memory_format=torch.contiguous_format) for g in grads]
         works = [
-            all_reduce(g.to_local() if isinstance(g, DTensor) else g, group=self.group, async_op=True) for g in grads
+            all_reduce(g.to_local() if isinstance(g, DTensor) else g, group=self.process_group, async_op=True)
+            for g in grads
         ]
         for work in works:
             work.wait()
         return grads
 
 
-def set_totals(squares: Sequence[Tensor], n_sets: int, pool: Pool | None = None) -> Tensor:
+def set_totals(squares: Sequence[Tensor], n_sets: int, group: FastWeightGroup | None = None) -> Tensor:
     """Squared 2-norm of every set `[G]`, all its tensors and experts together.
 
     Args:
@@ -76,7 +77,7 @@ def set_totals(squares: Sequence[Tensor], n_sets: int, pool: Pool | None = None)
         pool: the ranks that have the sets together.
     """
     total_G = torch.stack([x.view(-1, n_sets).sum(0) for x in squares]).sum(0)
-    return total_G if pool is None or pool.whole_sets else pool.sum(total_G)
+    return total_G if group is None or group.whole_sets else group.sum(total_G)
 
 
 def _of_experts(value_G: Tensor, like_n: Tensor) -> Tensor:
@@ -105,7 +106,7 @@ def sgd_update(
     grads: Sequence[Tensor],
     optimiser: InnerSGD,
     keep_G: Tensor,
-    pool: Pool | None = None,
+    group: FastWeightGroup | None = None,
 ) -> tuple[FastWeights, Tensor]:
     """One SGD step, every set's every tensor clipped by its norm: g *= clip / (norm + 1e-12) above it.
 
@@ -123,9 +124,9 @@ def sgd_update(
         g.redistribute(placements=x.placements) if isinstance(x, DTensor) and isinstance(g, DTensor) else g
         for x, g in zip(leaves(fast), grads, strict=True)
     ]
-    grads = pool.gradients(grads) if pool is not None else grads
+    grads = group.gradients(grads) if group is not None else grads
     squares = squared_norms(grads)
-    total_G = set_totals(squares, len(keep_G), pool)
+    total_G = set_totals(squares, len(keep_G), group)
     keep_G = keep_G & total_G.isfinite()
     clip = optimiser.clip
 

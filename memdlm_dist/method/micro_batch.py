@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memdlm_dist.method.documents import Documents, tally_samples
+from memdlm_dist.method.documents import Documents, count_per_sample
 from memdlm_dist.method.trajectory import ANCHOR_INPUT, State
-from memdlm_dist.runtime.transfer import Packed
+from memdlm_dist.runtime.transfer import PinnedTree
 
 # Into how many sizes the number of scored positions is rounded.
 _HEAD_SHAPES = 16
@@ -36,9 +36,9 @@ class Scored(NamedTuple):
     valid_N: Tensor  # bool: False on padding
     count_U: Tensor  # int64: scored tokens of each sample, on all context-parallel ranks
 
-    def part(self, number: int, parts: int) -> "Scored":
+    def cp_slice(self, cp_rank: int, cp_size: int) -> "Scored":
         """Of so many consecutive parts of the shards, the tokens of one."""
-        rows = slice(number * (size := len(self.index_SM) // parts), (number + 1) * size)
+        rows = slice(cp_rank * (size := len(self.index_SM) // cp_size), (cp_rank + 1) * size)
 
         def own(x_N: Tensor) -> Tensor:
             return x_N.view_as(self.index_SM)[rows].flatten()
@@ -78,22 +78,22 @@ class MicroBatch(NamedTuple):
     documents: Documents | None = None  # of the whole rows, where these are packed
     first: int = 0  # which token of the whole rows comes first here
 
-    def part(self, number: int, parts: int) -> "MicroBatch":
+    def cp_slice(self, cp_rank: int, cp_size: int) -> "MicroBatch":
         """What a context-parallel rank has of it: one of so many consecutive parts of every row."""
-        if parts == 1:
+        if cp_size == 1:
             return self
-        width = self.length // parts
-        columns = slice(number * width, (number + 1) * width)
+        width = self.length // cp_size
+        columns = slice(cp_rank * width, (cp_rank + 1) * width)
         return self._replace(
             inputs=tuple(x_BL[:, columns] for x_BL in self.inputs),
-            anchor=self.anchor.part(number, parts),
-            inner=tuple(step._replace(scored=step.scored.part(number, parts)) for step in self.inner),
+            anchor=self.anchor.cp_slice(cp_rank, cp_size),
+            inner=tuple(step._replace(scored=step.scored.cp_slice(cp_rank, cp_size)) for step in self.inner),
             first=columns.start,
         )
 
     def to(self, device: torch.device | str) -> "MicroBatch":
         """Copy to the device, in one copy that the host does not wait for."""
-        moved: MicroBatch = Packed(self, torch.device(device)).to_device()
+        moved: MicroBatch = PinnedTree(self, torch.device(device)).to_device()
         return moved
 
 
@@ -105,7 +105,7 @@ def micro_batch(
     states: Sequence[State],
     mask_token_id: int,
     with_teacher: bool = False,
-    shards: int = 1,
+    sequence_shards: int = 1,
     shifted: bool = False,
     documents: Documents | None = None,
 ) -> MicroBatch:
@@ -134,7 +134,7 @@ def micro_batch(
         InnerStep(
             student=place[state.reads],
             teacher=place[state.next_reads] if with_teacher else None,
-            scored=gather_scored(state, tokens_BL, shards, shifted, documents),
+            scored=gather_scored(state, tokens_BL, sequence_shards, shifted, documents),
         )
         for state in states
     )
@@ -143,7 +143,7 @@ def micro_batch(
             tokens_BL if mask_BL is None else torch.where(mask_BL, mask_token_id, tokens_BL)
             for mask_BL in masks.values()
         ),
-        anchor=gather_scored(anchor, tokens_BL, shards, shifted, documents),
+        anchor=gather_scored(anchor, tokens_BL, sequence_shards, shifted, documents),
         inner=inner,
         sample_ids_U=sample_ids_U,
         masked=anchor.mask_BL.sum(),
@@ -156,7 +156,7 @@ def micro_batch(
 def gather_scored(
     state: State,
     tokens_BL: Tensor,
-    shards: int = 1,
+    sequence_shards: int = 1,
     shifted: bool = False,
     documents: Documents | None = None,
 ) -> Scored:
@@ -170,15 +170,15 @@ def gather_scored(
     sees few different shapes, which DTensor and compilers keep the preparation of; and never runs on nothing.
     """
     batch, length = tokens_BL.shape
-    assert length % shards == 0, "the sequence length must be divisible by the number of shards"
-    width = length // shards
-    target_BL, count_U = state.target_BL, tally_samples(state.target_BL, documents)
+    assert length % sequence_shards == 0, "the sequence length must be divisible by the number of shards"
+    width = length // sequence_shards
+    target_BL, count_U = state.target_BL, count_per_sample(state.target_BL, documents)
     sample_BL = torch.arange(batch).unsqueeze(1).expand(batch, length) if documents is None else documents.sample_BL
     if shifted:
         target_BL, tokens_BL, sample_BL = (x.roll(-1, dims=1) for x in (target_BL, tokens_BL, sample_BL))
 
     def by_shard(x_BL: Tensor) -> Tensor:
-        return x_BL.reshape(batch, shards, width).transpose(0, 1).reshape(shards, batch * width)
+        return x_BL.reshape(batch, sequence_shards, width).transpose(0, 1).reshape(sequence_shards, batch * width)
 
     target_SP = by_shard(target_BL)
     count_S = target_SP.sum(1)

@@ -27,7 +27,7 @@ class Passes(NamedTuple):
         return 1 + self.inner_steps
 
 
-def passes_of(batch: MicroBatch) -> Passes:
+def count_passes(batch: MicroBatch) -> Passes:
     """Count the passes of a micro-batch."""
     teacher = sum(step.teacher is not None for step in batch.inner)
     return Passes(len(batch.inputs), len(batch.inner), teacher)
@@ -40,4 +40,4 @@ def planned_passes(plan: Plan, with_teacher: bool) -> Passes:
     draw = trajectory.draw(0, 0, ids_B, maskable_BL)
     anchor = trajectory.anchor_state(draw, plan.schedule, plan.loss_weight)
     tokens_BL = torch.zeros(1, _TOKENS, dtype=torch.int64)
-    return passes_of(micro_batch(tokens_BL, maskable_BL, ids_B, anchor, plan.states(draw, anchor), 0, with_teacher))
+    return count_passes(micro_batch(tokens_BL, maskable_BL, ids_B, anchor, plan.states(draw, anchor), 0, with_teacher))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from memdlm_dist.method import keyed_random
 from memdlm_dist.method.diffusion import level_from_uniform, noise_at
-from memdlm_dist.method.documents import Documents, spread_samples, tally_samples
+from memdlm_dist.method.documents import Documents, broadcast_to_tokens, count_per_sample
 from memdlm_dist.method.keyed_random import Stream
 
 IGNORE_INDEX = -100
@@ -32,13 +32,13 @@ class Draw(NamedTuple):
     v_BL: Tensor  # the same, independent of u: behind states that are independent of the anchor
     documents: Documents | None = None  # where these are the samples, and not the rows
 
-    def tally(self, chosen_BL: Tensor) -> Tensor:
+    def count_per_sample(self, chosen_BL: Tensor) -> Tensor:
         """Number of chosen tokens of every sample, int64 `[U]`."""
-        return tally_samples(chosen_BL, self.documents)
+        return count_per_sample(chosen_BL, self.documents)
 
-    def spread(self, value_U: Tensor) -> Tensor:
+    def broadcast(self, value_U: Tensor) -> Tensor:
         """What holds of each sample, as it is to be combined with its tokens: `[B, L]` or `[B, 1]`."""
-        return spread_samples(value_U, self.documents)
+        return broadcast_to_tokens(value_U, self.documents)
 
     def smallest(self, u_BL: Tensor, count_U: Tensor) -> Tensor:
         """Mask of every sample's `count_U` maskable tokens with the smallest u."""
@@ -110,7 +110,7 @@ def draw(
         key_U = keyed_random.key(seed, stream, step, sample_ids_U)
         if documents is None:
             return keyed_random.uniform(key_U, torch.arange(maskable_BL.shape[1]))
-        return keyed_random.uniform(documents.spread(key_U), documents.place_BL.unsqueeze(-1)).squeeze(-1)
+        return keyed_random.uniform(documents.broadcast(key_U), documents.position_BL.unsqueeze(-1)).squeeze(-1)
 
     if t_U is None:
         u_U1 = keyed_random.uniform(keyed_random.key(seed, Stream.LEVEL, step, sample_ids_U), torch.arange(1))
@@ -121,13 +121,13 @@ def draw(
 def anchor_state(draw: Draw, schedule: str, weight: str) -> State:
     """The outer loss's corruption: maskable tokens with u below the mask probability at t."""
     noise = noise_at(draw.t_U, schedule, weight)
-    mask_BL = draw.maskable_BL & (draw.u_BL < draw.spread(noise.mask_probability))
+    mask_BL = draw.maskable_BL & (draw.u_BL < draw.broadcast(noise.mask_probability))
     return State(mask_BL, mask_BL, noise.weight.float())
 
 
 def prompt_anchor(draw: Draw, ratio: float) -> State:
     """The anchor of a prompt that is to be remembered: int(n * ratio) of its n maskable tokens, at least one."""
-    n_U = draw.tally(draw.maskable_BL)
+    n_U = draw.count_per_sample(draw.maskable_BL)
     count_U = torch.maximum((n_U.double() * ratio).long(), n_U.clamp(max=1))
     mask_BL = draw.smallest(draw.u_BL, count_U)
     return State(mask_BL, mask_BL, torch.ones_like(draw.t_U, dtype=torch.float32))
@@ -141,8 +141,8 @@ def _anchor_consistent(draw: Draw, anchor: State, plan: Plan) -> list[State]:
     of the extra ones; the last state is the anchor. With K = 1 the pre-anchor is all there is, as in the
     published code. A state masks the tokens with the smallest u; its weight is w at its realised ratio.
     """
-    n_U = draw.tally(draw.maskable_BL)
-    floor_U = draw.tally(anchor.mask_BL)
+    n_U = draw.count_per_sample(draw.maskable_BL)
+    floor_U = draw.count_per_sample(anchor.mask_BL)
     # The published code computes r and s r in float32 and truncates the product with n in double:
     # 6 of 28 with s = 1.5 gives 8, not 9. We reproduce its counts exactly.
     ratio_U = floor_U.float() / n_U.clamp(min=1).float()
@@ -182,8 +182,8 @@ def _progressive(draw: Draw, anchor: State, plan: Plan) -> list[State]:
     # In this order of operations, which makes the last of several 0.2 - 4e-17: 30 tokens leave 5.
     steps = plan.inner_steps
     ratios = [first + (last - first) * (k / (steps - 1)) for k in range(steps)] if steps > 1 else [last]
-    n_U = draw.tally(draw.maskable_BL)
-    count_U = draw.tally(draw.maskable_BL & (draw.v_BL < ratios[0]))
+    n_U = draw.count_per_sample(draw.maskable_BL)
+    count_U = draw.count_per_sample(draw.maskable_BL & (draw.v_BL < ratios[0]))
     masks = []
     for k, ratio in enumerate(ratios):
         if k:
@@ -211,8 +211,8 @@ SUPERVISION: dict[str, Callable[[State], Tensor]] = {
 def smallest(u_BL: Tensor, maskable_BL: Tensor, count_U: Tensor, documents: Documents | None = None) -> Tensor:
     """Mask of every sample's `count_U` maskable tokens with the smallest u."""
     u_BL = torch.where(maskable_BL, u_BL, 2.0)
-    rank_BL = u_BL.argsort(1).argsort(1) if documents is None else documents.rank(u_BL)
-    return maskable_BL & (rank_BL < spread_samples(count_U, documents))
+    rank_BL = u_BL.argsort(1).argsort(1) if documents is None else documents.rank_within_sample(u_BL)
+    return maskable_BL & (rank_BL < broadcast_to_tokens(count_U, documents))
 
 
 def _chain(masks: Sequence[Tensor], weights: Sequence[Tensor], ends_at_anchor: bool = False) -> list[State]:

@@ -8,20 +8,24 @@ from memdlm_dist.errors import UserError
 from memdlm_dist.models import flavours
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs
 from memdlm_dist.models.llada_moe import LLaDAMoE
-from memdlm_dist.models.state_dict_adapters import Adapter, LLaDAMoEStateDictAdapter, LLaDAStateDictAdapter
+from memdlm_dist.models.state_dict_adapters import (
+    BackboneStateDictAdapter,
+    LLaDAMoEStateDictAdapter,
+    LLaDAStateDictAdapter,
+)
 
 
-class Backbone(NamedTuple):
+class BackboneSpec(NamedTuple):
     """A kind of model, its sizes by name, and its names on Hugging Face."""
 
     model: type[LLaDA]
     flavours: Mapping[str, LLaDAArgs]
-    adapter: type[Adapter]
+    sd_adapter: type[BackboneStateDictAdapter]
 
 
 BACKBONES = {
-    "llada": Backbone(LLaDA, flavours.LLADA, LLaDAStateDictAdapter),
-    "llada_moe": Backbone(LLaDAMoE, flavours.LLADA_MOE, LLaDAMoEStateDictAdapter),
+    "llada": BackboneSpec(LLaDA, flavours.LLADA, LLaDAStateDictAdapter),
+    "llada_moe": BackboneSpec(LLaDAMoE, flavours.LLADA_MOE, LLaDAMoEStateDictAdapter),
 }
 
 

@@ -17,22 +17,22 @@ from torchtitan.models.attention import (
 from torchtitan.models.llama3.model.model import Attention
 
 from memdlm_dist.compat.torch import varlen_attention
-from memdlm_dist.method.documents import Documents, OwnSet
+from memdlm_dist.method.documents import Documents, SetAssignment
 from memdlm_dist.method.fast_weights import FastLinear, adapted
 from memdlm_dist.models.rope import rotate
 from memdlm_dist.runtime.device import has_flash_attention
 
 
-class Sequences(NamedTuple):
+class VarlenSequences(NamedTuple):
     """Sequences that all rows, laid end to end, consist of; a token attends to its own."""
 
-    end_n: Tensor  # int32: where each ends, behind a 0
-    longest: int  # no sequence is longer
+    cu_seqlens: Tensor  # int32: where each ends, behind a 0
+    max_seqlen: int  # no sequence is longer
 
 
 # What attention is restricted to: bool, True where a token attends, that broadcasts to [B, H, L, L]; blocks of it; or
 # sequences.
-Mask = Tensor | BlockMask | Sequences
+Mask = Tensor | BlockMask | VarlenSequences
 Method = Literal["varlen", "blocks", "dense"]
 
 
@@ -41,7 +41,7 @@ class TokenContext(NamedTuple):
 
     frequencies: Tensor  # complex64 [L, j], or [B, L, j] for packed rows: rotary positions of this rank's tokens
     mask: Mask | None = None  # over whole rows; None: every token attends to its whole row
-    own_set: OwnSet | None = None  # None where a row has one set of fast weights
+    set_assignment: SetAssignment | None = None  # None where a row has one set of fast weights
     trains: bool = False  # this pass is the training loss's, not one of the inner loop or of validation
 
 
@@ -67,7 +67,7 @@ def document_mask(documents: Documents, method: Method) -> Mask:
     number_BL = documents.number_BL
     batch, length = number_BL.shape
     if method == "varlen":
-        return Sequences(documents.ends(), length)
+        return VarlenSequences(documents.cu_seqlens(), length)
     if method == "dense":
         return (number_BL.unsqueeze(2) == number_BL.unsqueeze(1)).unsqueeze(1)
 
@@ -94,10 +94,10 @@ class BidirectionalAttentionKernel(ScaledDotProductAttentionWrapper):
             return super().forward(q, k, v, enable_gqa=enable_gqa, is_causal=False)
         if isinstance(mask, BlockMask):
             return self.flex(q, k, v, block_mask=mask, enable_gqa=enable_gqa)
-        if isinstance(mask, Sequences):
+        if isinstance(mask, VarlenSequences):
             # Autocast does not know it: what follows a norm may be in float32.
             q, k, v = (x.to(v.dtype).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-            return varlen_attention(q, k, v, *mask).unflatten(0, (-1, mask.longest)).transpose(1, 2)
+            return varlen_attention(q, k, v, *mask).unflatten(0, (-1, mask.max_seqlen)).transpose(1, 2)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=enable_gqa)
 
 
@@ -125,16 +125,16 @@ class BidirectionalAttention(Attention):
         attention_masks: Mask | None = None,
         positions: None = None,
         fast: dict[str, FastLinear] | None = None,
-        own_set: OwnSet | None = None,
+        set_assignment: SetAssignment | None = None,
     ) -> Tensor:
-        """`freqs_cis`, `attention_masks` and `own_set` are the fields of `TokenContext`."""
+        """`freqs_cis`, `attention_masks` and `set_assignment` are the fields of `TokenContext`."""
         # The signature is that of llama3's tensor-parallel plan; see `TransformerBlock.forward`.
         fast = fast or {}
         batch, length, _ = x.shape
         projections = (("q", self.wq), ("k", self.wk), ("v", self.wv))
         # -1 heads: tensor parallelism leaves each rank a part of them.
         q, k, v = (
-            adapted(linear, x, fast.get(name), own_set).view(batch, length, -1, self.head_dim)
+            adapted(linear, x, fast.get(name), set_assignment).view(batch, length, -1, self.head_dim)
             for name, linear in projections
         )
         if self.qk_norm:
@@ -142,4 +142,4 @@ class BidirectionalAttention(Attention):
         q, k = rotate(q, freqs_cis), rotate(k, freqs_cis)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
         y_BHLd = self.inner_attention(q, k, v, enable_gqa=self.enable_gqa, mask=attention_masks)
-        return adapted(self.wo, y_BHLd.transpose(1, 2).reshape(batch, length, -1), fast.get("o"), own_set)
+        return adapted(self.wo, y_BHLd.transpose(1, 2).reshape(batch, length, -1), fast.get("o"), set_assignment)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from memdlm_dist.method.bilevel import Memory
 from memdlm_dist.method.fast_weights import AdaptedLinear, can_group
 from memdlm_dist.method.micro_batch import MicroBatch
-from memdlm_dist.method.passes import passes_of
+from memdlm_dist.method.passes import count_passes
 from memdlm_dist.models.linears import GROUPS, LINEARS
 from memdlm_dist.models.llada import LLaDAArgs
 
@@ -113,9 +113,9 @@ def _fast_products(linear: AdaptedLinear, memory: Memory, tokens: int, sets: int
     """FLOPs of the fast term's products: the one that reads the linear's input, and the one after it if there is."""
     # Experts take the slots of each set apart, grouped products the tokens of each document; elsewhere all tokens of
     # a row go through all of its sets.
-    grouped = grouped and can_group(memory.adapter, linear, memory.rank, memory.tp_mesh)
+    grouped = grouped and can_group(memory.fast_weight_type, linear, memory.rank, memory.tp_mesh)
     tokens *= linear.experts_per_token if linear.experts else 1 if grouped else sets
-    if memory.adapter == "full":
+    if memory.fast_weight_type == "full":
         return 2.0 * tokens * linear.in_features * linear.out_features, 0.0
     return 2.0 * tokens * memory.rank * linear.in_features, 2.0 * tokens * memory.rank * linear.out_features
 
@@ -152,7 +152,7 @@ def step_flops(
         return StepFlops(outer, 0.0)
     trunk, tail = layers[: memory.first_layer], layers[memory.first_layer :]
     tail_forward = sum(layer.forward + layer.fast_forward for layer in tail)
-    inner = (passes_of(batch).inputs - 1) * sum(layer.forward for layer in trunk)
+    inner = (count_passes(batch).inputs - 1) * sum(layer.forward for layer in trunk)
     # The adapted tail has a forward and a backward pass of the fast terms besides; the terms are constants.
     inner += sum(2 * layer.fast_forward + layer.fast_again for layer in tail)
     for step in batch.inner:

@@ -39,12 +39,12 @@ GROUPS = {
 }
 
 
-def names_of(targets: Sequence[str]) -> list[str]:
+def linear_names(targets: Sequence[str]) -> list[str]:
     """Return the names of linears, with the groups among `targets` spelt out."""
     return [name for target in targets for name in GROUPS.get(target, (target,))]
 
 
-def weights_of(targets: Sequence[str], group: str) -> list[str]:
+def linear_weight_names(targets: Sequence[str], group: str) -> list[str]:
     """Return torchtitan's names of the linears of one group that are among `targets`."""
-    names = dict.fromkeys(names_of(targets))
+    names = dict.fromkeys(linear_names(targets))
     return [LINEARS[name].weight for name in names if LINEARS[name].group == group]

@@ -23,7 +23,7 @@ from torchtitan.models.utils import get_dense_model_nparams_and_flops
 from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 
 from memdlm_dist.compat.torch import completed
-from memdlm_dist.method.documents import Documents, OwnSet
+from memdlm_dist.method.documents import Documents, SetAssignment
 from memdlm_dist.method.fast_weights import AdaptedLinear, FastLinear, FastWeights, adapted
 from memdlm_dist.method.logit_loss import HeadLoss
 from memdlm_dist.models import initial_weights
@@ -34,9 +34,9 @@ from memdlm_dist.models.attention import (
     attention_method,
     document_mask,
 )
+from memdlm_dist.models.fsdp_schedule import FSDPSchedule, frozen
 from memdlm_dist.models.head import OutputHead, Readout
-from memdlm_dist.models.linears import GROUPS, LINEARS, names_of
-from memdlm_dist.models.residency import Residency, frozen
+from memdlm_dist.models.linears import GROUPS, LINEARS, linear_names
 from memdlm_dist.models.rope import RopeScaling, rescaled_base, rotary_frequencies
 from memdlm_dist.runtime.device import has_grouped_mm
 
@@ -116,17 +116,21 @@ class LLaDAArgs(BaseModelArgs):
                 number=layer * len(LINEARS) + numbers[name],
             )
             for layer in range(first_layer, self.n_layers)
-            for name in names_of(targets)
+            for name in linear_names(targets)
         ]
 
 
 class AdaptableFeedForward(FeedForward):
     """SwiGLU, W_down(silu(W_gate x) * W_up x). Each linear has fast weights if it is given any."""
 
-    def forward(self, x: Tensor, fast: dict[str, FastLinear] | None = None, own_set: OwnSet | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, fast: dict[str, FastLinear] | None = None, set_assignment: SetAssignment | None = None
+    ) -> Tensor:
         fast = fast or {}
-        h = F.silu(adapted(self.w1, x, fast.get("gate"), own_set)) * adapted(self.w3, x, fast.get("up"), own_set)
-        return adapted(self.w2, h, fast.get("down"), own_set)
+        h = F.silu(adapted(self.w1, x, fast.get("gate"), set_assignment)) * adapted(
+            self.w3, x, fast.get("up"), set_assignment
+        )
+        return adapted(self.w2, h, fast.get("down"), set_assignment)
 
 
 class TransformerBlock(nn.Module):
@@ -149,21 +153,25 @@ class TransformerBlock(nn.Module):
         x_BLD: Tensor,
         frequencies: Tensor,
         mask: Mask | None,
-        own_set: OwnSet | None,
+        set_assignment: SetAssignment | None,
         fast: dict[str, FastLinear],
     ) -> tuple[Tensor, Tensor]:
         """Return the residual stream after the attention, and what the FFN reads of it."""
         # Four positional arguments, as llama3's tensor-parallel plan describes the attention's inputs.
-        h_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), frequencies, mask, None, fast=fast, own_set=own_set)
+        h_BLD = x_BLD + self.attention(
+            self.attention_norm(x_BLD), frequencies, mask, None, fast=fast, set_assignment=set_assignment
+        )
         return h_BLD, self.ffn_norm(h_BLD)
 
-    def ffn(self, x_BLD: Tensor, fast: dict[str, FastLinear], own_set: OwnSet | None, trains: bool) -> Tensor:
-        return self.feed_forward(x_BLD, fast=fast, own_set=own_set)
+    def ffn(
+        self, x_BLD: Tensor, fast: dict[str, FastLinear], set_assignment: SetAssignment | None, trains: bool
+    ) -> Tensor:
+        return self.feed_forward(x_BLD, fast=fast, set_assignment=set_assignment)
 
     def forward(self, x_BLD: Tensor, context: TokenContext, fast: dict[str, FastLinear] | None = None) -> Tensor:
-        frequencies, mask, own_set, trains = context
-        h_BLD, normed_BLD = self.attend(x_BLD, frequencies, mask, own_set, _of_group("attention", fast))
-        return h_BLD + self.ffn(normed_BLD, _of_group("ffn", fast), own_set, trains)
+        frequencies, mask, set_assignment, trains = context
+        h_BLD, normed_BLD = self.attend(x_BLD, frequencies, mask, set_assignment, _of_group("attention", fast))
+        return h_BLD + self.ffn(normed_BLD, _of_group("ffn", fast), set_assignment, trains)
 
 
 def _of_group(group: str, fast: dict[str, FastLinear] | None) -> dict[str, FastLinear]:
@@ -180,7 +188,7 @@ class LLaDA(ModelProtocol):
     block: ClassVar[type[TransformerBlock]] = TransformerBlock
     freqs_cis: Tensor
     layers: nn.ModuleDict
-    residency = Residency()  # its own where FSDP2 shards the backbone
+    fsdp_schedule = FSDPSchedule()  # its own where FSDP2 shards the backbone
     mixed_precision: torch.dtype | None = None  # which FSDP2 computes in
 
     def __init__(self, args: LLaDAArgs):
@@ -202,7 +210,7 @@ class LLaDA(ModelProtocol):
         first: int = 0,
         attended_BL: Tensor | None = None,
         documents: Documents | None = None,
-        sets_of_documents: bool = False,
+        per_document_sets: bool = False,
         sequence_shard: tuple[int, int] = (0, 1),
     ) -> TokenContext:
         """What the layers are told of a micro-batch's tokens.
@@ -220,11 +228,11 @@ class LLaDA(ModelProtocol):
             return TokenContext(self.freqs_cis[first : first + length], attended_B11L)
         assert attended_BL is None
         here = documents.slice(first, length)
-        several = sets_of_documents and documents.slots > 1
-        own_set = here.own_set(self.model_args.grouped, *sequence_shard) if several else None
+        several = per_document_sets and documents.slots > 1
+        set_assignment = here.assign_sets(self.model_args.grouped, *sequence_shard) if several else None
         device = documents.number_BL.device.type
         method = attention_method(device, self.model_args.head_dim, self._dtype(device))
-        return TokenContext(self.freqs_cis[here.place_BL], document_mask(documents, method), own_set)
+        return TokenContext(self.freqs_cis[here.position_BL], document_mask(documents, method), set_assignment)
 
     def _dtype(self, device_type: str) -> torch.dtype:
         """Return the type that the blocks compute in."""
@@ -232,7 +240,7 @@ class LLaDA(ModelProtocol):
             return torch.get_autocast_dtype(device_type)
         return self.mixed_precision or next(self.parameters()).dtype
 
-    def reach(self, length: int) -> None:
+    def extend_rope(self, length: int) -> None:
         """Make the table of rotary positions long enough; beyond the length of training the model extrapolates."""
         if length > len(self.freqs_cis):
             self.model_args = replace(self.model_args, max_seq_len=length)
@@ -275,12 +283,12 @@ class LLaDA(ModelProtocol):
         """
         # The first goes first in every layer. Some versions of torch leave the casts of a no_grad pass in
         # autocast's cache, and a pass that takes those has no gradient.
-        with self.residency.gathered(0):
+        with self.fsdp_schedule.unsharded(0):
             first, others = self._embed(inputs[0]), without_gradient(self._embed, inputs[1:])
         training = context._replace(trains=torch.is_grad_enabled())
         for layer in range(stop):
             block = self.layers[str(layer)]
-            with self.residency.gathered(layer + 1):
+            with self.fsdp_schedule.unsharded(layer + 1):
                 first, others = block(first, training), without_gradient(block, others, context)
         return [first, *others]
 
@@ -310,7 +318,7 @@ class LLaDA(ModelProtocol):
     def inner_steps(self, start: int) -> Iterator[None]:
         """The inner loop's passes through layers `start .. n - 1` and head: their parameters are constants to it."""
         layers = list(self.layers.values())[start:]
-        with self.residency.inner_steps(start), frozen([*layers, self.norm, self.output]):
+        with self.fsdp_schedule.inner_steps(start), frozen([*layers, self.norm, self.output]):
             yield
 
     def _embed(self, tokens_BL: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torchtitan.models.utils import get_moe_model_nparams_and_flops
 
 from memdlm_dist.compat.torch import grouped_mm
 from memdlm_dist.compat.torchtitan import permuted
-from memdlm_dist.method.documents import OwnSet
+from memdlm_dist.method.documents import SetAssignment
 from memdlm_dist.method.fast_weights import AdaptedLinear, ExpertProduct, FastLinear, adapted_experts
 from memdlm_dist.models.linears import GROUPS, LINEARS
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs, TransformerBlock
@@ -187,7 +187,7 @@ class MixtureOfExperts(MoE):
         self,
         x: Tensor,
         fast: dict[str, FastLinear] | None = None,
-        own_set: OwnSet | None = None,
+        set_assignment: SetAssignment | None = None,
         trains: bool = False,
     ) -> Tensor:
         """Return the sum over a token's experts of router weight times the expert's output, `[B, L, D]`.
@@ -199,14 +199,14 @@ class MixtureOfExperts(MoE):
             trains: count the experts' tokens, as of a pass of the training loss.
         """
         sets = len(next(iter(fast.values()))[0]) // self.local_experts if fast else 1
-        routed = self.route(x, sets, own_set)
+        routed = self.route(x, sets, set_assignment)
         if trains:
             with torch.no_grad():
                 self.tokens_per_expert.add_(routed.load_E)
         out_SD = self.experts(routed.x_SD, routed.counts_E, fast=fast or None, counts_EG=routed.counts_EG)
         return self.combine(out_SD, routed.slot_S, routed.score_Nk).view_as(x)
 
-    def route(self, x_BLD: Tensor, sets: int, own_set: OwnSet | None) -> Routed:
+    def route(self, x_BLD: Tensor, sets: int, set_assignment: SetAssignment | None) -> Routed:
         """Choose the tokens' experts, and sort the slots by expert.
 
         Args:
@@ -220,7 +220,7 @@ class MixtureOfExperts(MoE):
             score = DTensor.from_local(score_Nk, self.tp_mesh, [Replicate()], run_check=False)
             score_Nk = score.to_local(grad_placements=[Partial()])
         _, slot_S, counts_E = self.reorderer(score_Nk, expert_Nk)
-        counts_EG = self._counts_of_sets(expert_Nk, x_BLD.shape[:2], sets, own_set) if sets > 1 else None
+        counts_EG = self._counts_of_sets(expert_Nk, x_BLD.shape[:2], sets, set_assignment) if sets > 1 else None
         return Routed(x_ND[slot_S // self.router.top_k], slot_S, score_Nk, load_E, counts_E, counts_EG)
 
     def combine(self, out_SD: Tensor, slot_S: Tensor, score_Nk: Tensor) -> Tensor:
@@ -230,15 +230,17 @@ class MixtureOfExperts(MoE):
         out_NkD = out_NkD.unflatten(0, score_Nk.shape)
         return torch.bmm(score_Nk.unsqueeze(1), out_NkD.float()).type_as(out_SD)
 
-    def _counts_of_sets(self, expert_Nk: Tensor, shape: torch.Size, sets: int, own_set: OwnSet | None) -> Tensor:
+    def _counts_of_sets(
+        self, expert_Nk: Tensor, shape: torch.Size, sets: int, set_assignment: SetAssignment | None
+    ) -> Tensor:
         """Each expert's number of slots of each sample, `[E, G]`.
 
         The slots of an expert are in the tokens' order, so those of a sample follow each other already.
         """
         rows, length = shape
         set_BL = torch.arange(rows, device=expert_Nk.device).unsqueeze(1).expand(rows, length)
-        if own_set is not None:
-            set_BL = set_BL * own_set.slots + own_set.slot_BL
+        if set_assignment is not None:
+            set_BL = set_BL * set_assignment.slots + set_assignment.slot_BL
         group_S = (expert_Nk * sets + set_BL.reshape(-1, 1)).flatten()
         counts = torch.zeros(self.experts.num_experts * sets, dtype=torch.int64, device=group_S.device)
         return counts.scatter_add(0, group_S, torch.ones_like(group_S)).view(-1, sets)
@@ -252,8 +254,10 @@ class MoEBlock(TransformerBlock):
     def _build_ffn(self, args: Any) -> None:
         self.moe = MixtureOfExperts(args)
 
-    def ffn(self, x_BLD: Tensor, fast: dict[str, FastLinear], own_set: OwnSet | None, trains: bool) -> Tensor:
-        return cast(Tensor, self.moe(x_BLD, fast=fast, own_set=own_set, trains=trains))
+    def ffn(
+        self, x_BLD: Tensor, fast: dict[str, FastLinear], set_assignment: SetAssignment | None, trains: bool
+    ) -> Tensor:
+        return cast(Tensor, self.moe(x_BLD, fast=fast, set_assignment=set_assignment, trains=trains))
 
     def compile_around_experts(self, backend: str | Callable[..., Any]) -> None:
         """Compile what runs before the experts and after them, in three functions.

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memdlm_dist.models.linears import weights_of
+from memdlm_dist.models.linears import linear_weight_names
 
 # How the names of an adapter's two parameters end: those of a linear, and those of a linear of each expert.
 A, B = "lora_A", "lora_B"
@@ -38,7 +38,7 @@ class LoRALinear(nn.Linear):
 
 
 @dataclass
-class Lora:
+class LoRA:
     """Outer LoRA, with model.converters = ["lora"]: the base is frozen and adapters of its linears are trained."""
 
     rank: int = 32
@@ -61,7 +61,7 @@ class Lora:
         return self.alpha / self.rank
 
 
-def add_adapters(model: nn.Module, lora: Lora, frozen_dtype: torch.dtype, dtype: torch.dtype) -> None:
+def add_adapters(model: nn.Module, lora: LoRA, frozen_dtype: torch.dtype, dtype: torch.dtype) -> None:
     """Freeze a backbone and give the linears of all its layers adapters.
 
     Args:
@@ -72,17 +72,17 @@ def add_adapters(model: nn.Module, lora: Lora, frozen_dtype: torch.dtype, dtype:
         for name, parameter in list(module.named_parameters(recurse=False)):
             frozen = parameter.detach().to(frozen_dtype)
             module.register_parameter(name, nn.Parameter(frozen, requires_grad=False))
-    ffn = weights_of(lora.target_modules, "ffn")
+    ffn = linear_weight_names(lora.target_modules, "ffn")
     for block in cast(nn.ModuleDict, model.layers).values():
         layer: Any = block
-        _adapt(layer.attention, weights_of(lora.target_modules, "attention"), lora, dtype)
+        _adapt(layer.attention, linear_weight_names(lora.target_modules, "attention"), lora, dtype)
         if layer.moe_enabled:
             layer.moe.experts.add_adapters(ffn, lora.rank, lora.scale, dtype)
         else:
             _adapt(layer.feed_forward, ffn, lora, dtype)
 
 
-def _adapt(parent: nn.Module, linears: Sequence[str], lora: Lora, dtype: torch.dtype) -> None:
+def _adapt(parent: nn.Module, linears: Sequence[str], lora: LoRA, dtype: torch.dtype) -> None:
     for name in linears:
         linear = cast(nn.Linear, parent.get_submodule(name))
         setattr(parent, name, LoRALinear(linear, lora.rank, lora.scale, dtype))
@@ -98,7 +98,7 @@ def without_adapters(state: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in state.items() if not is_adapter(name)}
 
 
-def weight_of(name: str) -> str:
+def base_weight_name(name: str) -> str:
     """The name of the weight that an adapter's parameter belongs to."""
     linear = name[: -len(A)]
     # A linear's parameters are below its name, an expert's beside its weight's.
@@ -115,7 +115,7 @@ def merged(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
     found = without_adapters(state)
     for name in state:
         if name.endswith(A):
-            weight = found[weight_of(name)]
+            weight = found[base_weight_name(name)]
             term = state[name[: -len(A)] + B].float() @ state[name].float()
-            found[weight_of(name)] = (weight.float() + scale * term).to(weight.dtype)
+            found[base_weight_name(name)] = (weight.float() + scale * term).to(weight.dtype)
     return found

@@ -20,11 +20,11 @@ from memdlm_dist.compat.torch import checkpointed, raise_recompile_limit
 from memdlm_dist.compat.torchtitan import SAVED_OPERATORS
 from memdlm_dist.models.context_parallel import apply_cp
 from memdlm_dist.models.expert_parallel import parallelize_experts
+from memdlm_dist.models.fsdp_schedule import FSDPSchedule
 from memdlm_dist.models.layout import Parallelism
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs, TransformerBlock
 from memdlm_dist.models.llada_moe import LLaDAMoE, MoEBlock
-from memdlm_dist.models.lora import Lora, add_adapters
-from memdlm_dist.models.residency import Residency
+from memdlm_dist.models.lora import LoRA, add_adapters
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Recipe:
     parallelism: Parallelism
     activation_checkpoint: ActivationCheckpoint
     compile: Compile
-    lora: Lora | None  # None: all weights are trained
+    lora: LoRA | None  # None: all weights are trained
     dump_folder: str
 
     @property
@@ -127,7 +127,7 @@ def parallelize(model: LLaDA, dims: ParallelDims, recipe: Recipe) -> LLaDA:
         # each entry, to set itself up on the first and to order its streams on all.
         for method in ("trunk", "tail"):
             register_fsdp_forward_method(model, method)
-        model.residency = Residency.of(model, parallelism.fsdp_reshard_after_forward)
+        model.fsdp_schedule = FSDPSchedule.from_model(model, parallelism.fsdp_reshard_after_forward)
         model.mixed_precision = TORCH_DTYPE_MAP[training.mixed_precision_param]
         for module in model.modules():
             if isinstance(module, FSDPModule):

@@ -46,7 +46,7 @@ _FREE = ("architectures", "model_type", "max_sequence_length", "max_position_emb
 _OF_CONTEXT = ("rope_theta", "max_sequence_length", "max_position_embeddings")
 
 
-class Adapter(StateDictAdapter):
+class BackboneStateDictAdapter(StateDictAdapter):
     """torchtitan's adapter, which also knows all of its backbone's tensors and what config.json says of it.
 
     Args:
@@ -95,7 +95,7 @@ class Adapter(StateDictAdapter):
         return json.dumps({**json.loads(config_json), **ours}, indent=2) + "\n"
 
 
-class LLaDAStateDictAdapter(Adapter):
+class LLaDAStateDictAdapter(BackboneStateDictAdapter):
     """LLaDA-8B's names. Tensors are the same on both sides, sharded or not."""
 
     model_cls = LLaDA
@@ -120,7 +120,7 @@ class LLaDAStateDictAdapter(Adapter):
         }  # fmt: skip
 
 
-class LLaDAMoEStateDictAdapter(Adapter, ReplicatedExpertsAdapter):
+class LLaDAMoEStateDictAdapter(BackboneStateDictAdapter, ReplicatedExpertsAdapter):
     """LLaDA-MoE's names, which are those of Qwen3's mixtures of experts.
 
     torchtitan's adapter keeps an expert's matrix on the rank that has it, so that each rank reads and writes its own.

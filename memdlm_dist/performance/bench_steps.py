@@ -17,7 +17,7 @@ from memdlm_dist.performance import straightforward
 from memdlm_dist.performance.collectives import Collectives
 from memdlm_dist.runtime.device import device_type
 from memdlm_dist.runtime.process_group import autocast
-from memdlm_dist.training.backbone import layout_of, model_on_meta
+from memdlm_dist.training.backbone import get_layout, model_on_meta
 from memdlm_dist.training.objective import Objective, build_objective
 
 KINDS = ("plain", "straightforward", "ours")
@@ -40,7 +40,7 @@ class Bench:
     @classmethod
     def build(cls, config: JobConfig, layers: int | None = None) -> "Bench":
         """On all processes, which torch.distributed knows."""
-        dims = layout_of(config, dist.get_world_size())
+        dims = get_layout(config, dist.get_world_size())
         args = backbone_args(config.model.name, config.model.flavor)
         args = replace(args, n_layers=layers or args.n_layers)
         args.update_from_config(config)
@@ -75,7 +75,7 @@ class Bench:
         memory = self.objective.memory
         assert memory is not None
         run = straightforward.outer_loss if kind == "straightforward" else bilevel.outer_loss
-        shard = self.objective.shard
+        shard = self.objective.tp_rank
         with self.autocast:
             if kind == "plain":
                 return run(self.model, batch, None, None, shard)

@@ -25,8 +25,8 @@ from memdlm_dist.models.flops import Recomputation, step_flops
 from memdlm_dist.models.layout import Layout
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs
 from memdlm_dist.models.llada_moe import LLaDAMoEArgs
-from memdlm_dist.training.backbone import lora_of
-from memdlm_dist.training.objective import build_objective, first_adapted_layer, inner_loss_of, plan_of
+from memdlm_dist.training.backbone import get_lora
+from memdlm_dist.training.objective import build_objective, first_adapted_layer, get_inner_loss, get_plan
 
 # The mesh dimensions over which FSDP2 shards a parameter that it gathers to compute with.
 _DATA_PARALLEL = ("dp_replicate", "fsdp", "efsdp")
@@ -34,7 +34,7 @@ _LEVELS = 8  # noise levels over which the FLOPs of a row are averaged
 
 
 @dataclass(frozen=True)
-class Footprint:
+class MemoryEstimate:
     """Bytes on one rank at the step's peak."""
 
     weights: float  # sharded, in the type in which they are kept
@@ -75,7 +75,7 @@ class Estimate:
     replicas: int  # of the parameters, which HSDP keeps
     sequences: int  # of a micro-batch
     micro_batches: int  # of an optimizer step
-    memory: Footprint
+    memory: MemoryEstimate
     communication: Communication
     across_nodes: list[str]  # parts of the communication whose process groups are not within a node
     flops: float  # of the matrix products of an optimizer step on one rank
@@ -158,7 +158,9 @@ def _groups(model: LLaDA) -> Sequence[Sequence[Tensor]]:
     return [first, *(list(layer.parameters()) for layer in model.layers.values()), last]
 
 
-def _footprint(model: LLaDA, args: LLaDAArgs, dims: Layout, config: JobConfig, first: int, slots: int) -> Footprint:
+def _footprint(
+    model: LLaDA, args: LLaDAArgs, dims: Layout, config: JobConfig, first: int, slots: int
+) -> MemoryEstimate:
     training = config.training
     compute = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize
     parameters = list(model.parameters())
@@ -176,7 +178,7 @@ def _footprint(model: LLaDA, args: LLaDAArgs, dims: Layout, config: JobConfig, f
         # One rank computes with its own weights; autocast keeps their casts.
         gathered = compute * sum(_local(p).numel() for p in parameters if p.itemsize != compute)
         reducing = 0.0
-    return Footprint(
+    return MemoryEstimate(
         weights=sum(_local(p).numel() * p.itemsize for p in parameters),
         gradients=sum(p.numel() * p.itemsize for p in trained),
         optimizer=2.0 * sum(p.numel() * p.itemsize for p in trained),
@@ -306,7 +308,7 @@ def _passes(args: LLaDAArgs, config: JobConfig, first: int) -> list[_Passes]:
 
 
 def _planned(config: JobConfig) -> Passes:
-    return planned_passes(plan_of(config), inner_loss_of(config.parametric_memory).teacher is not None)
+    return planned_passes(get_plan(config), get_inner_loss(config.parametric_memory).teacher is not None)
 
 
 def _communication(
@@ -381,7 +383,7 @@ def _row_flops(args: LLaDAArgs, dims: Layout, config: JobConfig) -> float:
     for number in range(_LEVELS):
         level_1 = torch.full((1,), (number + 0.5) / _LEVELS, dtype=torch.float64)
         batch = objective.micro_batch(row_1L, row_1L, id_1, step=0, t_U=level_1)
-        frozen = lora_of(config) is not None
+        frozen = get_lora(config) is not None
         total += sum(step_flops(args, batch, objective.memory, recomputation, frozen))
     return total / _LEVELS / dims.tp
 

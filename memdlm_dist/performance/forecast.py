@@ -7,8 +7,8 @@ from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.errors import UserError
 from memdlm_dist.performance.estimate import Estimate, estimate
 from memdlm_dist.performance.step_time import Speeds, step_time, warning
-from memdlm_dist.runtime.process_group import pretend
-from memdlm_dist.training.backbone import layout_of, model_on_meta, sizes_of
+from memdlm_dist.runtime.process_group import init_fake_process_group
+from memdlm_dist.training.backbone import get_layout, get_model_args, model_on_meta
 
 # Of a device's memory, what is left to the allocator's fragmentation, the libraries and the collectives' buffers.
 _RESERVE = 0.1
@@ -50,12 +50,12 @@ def forecast(
         UserError: if it does not fit that number.
     """
     config = launch.resolve(config, world_size, node_size)
-    args = sizes_of(config)
+    args = get_model_args(config)
     args.n_layers = layers or args.n_layers
     check_layout.check_backbone(config, args)
-    pretend(world_size)
+    init_fake_process_group(world_size)
     try:
-        dims = layout_of(config, world_size)
+        dims = get_layout(config, world_size)
         model = model_on_meta(config, args, dims)
         return estimate(model, args, dims, config, node_size, documents)
     finally:

@@ -23,7 +23,7 @@ from memdlm_dist.performance.collectives import by_kind
 from memdlm_dist.performance.peak_memory import peak_memory
 from memdlm_dist.runtime.device import device_module, device_type
 from memdlm_dist.runtime.rank_0 import is_first
-from memdlm_dist.training.backbone import lora_of
+from memdlm_dist.training.backbone import get_lora
 
 _A100_PEAK = 312e12  # FLOP/s, which torchtitan also takes for a device that it does not know
 
@@ -46,7 +46,7 @@ def measure(
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     flops: dict[str, list[float]] = {"outer": [], "inner": []}
     recomputation = Recomputation(config.activation_checkpoint.mode, config.activation_checkpoint.selective_ac_option)
-    frozen = lora_of(config) is not None
+    frozen = get_lora(config) is not None
     for number in range(warm_up + rounds):
         batch = bench.batch(number)
         for place in range(len(kinds)):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from memdlm_dist.method import inner_loop, inner_loss, logit_loss
 from memdlm_dist.method.bilevel import token_context
-from memdlm_dist.method.inner_loss import whole
+from memdlm_dist.method.inner_loss import full_tensor
 
 
 def _cross_entropy(logits, label):
@@ -42,13 +42,13 @@ DISTANCES = {
 }
 
 
-def outer_loss(model, batch, memory, fast=None, shard=0):
+def outer_loss(model, batch, memory, fast=None, tp_rank=0):
     """As `bilevel.outer_loss`."""
 
     context = token_context(model, batch, memory)
 
     def run(number, scored, fast, readout="logits"):
-        out = whole(model(batch.inputs[number], scored.index_SM[shard], fast, readout, context))
+        out = full_tensor(model(batch.inputs[number], scored.index_SM[tp_rank], fast, readout, context))
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
     def outer(fast):
@@ -76,6 +76,6 @@ def outer_loss(model, batch, memory, fast=None, shard=0):
         fast,
         memory.sets(batch),
         memory.optimiser,
-        memory.pool,
+        memory.group,
     )
     return outer(fast), statistics

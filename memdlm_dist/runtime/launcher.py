@@ -44,7 +44,7 @@ def job_name(endpoint: str, rendezvous: str) -> str:
     return f"{socket.gethostname()}/{os.getpid()}"
 
 
-class Forwarding:
+class SignalForwarder:
     """Passes SIGTERM and SIGUSR1 on to the workers; at the second, ends all at once."""
 
     def __init__(self) -> None:
@@ -137,7 +137,7 @@ def main() -> int:
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     set_process_environment(run.determine_local_world_size(arguments.nproc_per_node))
     os.environ.setdefault(JOB, job_name(arguments.rdzv_endpoint, arguments.rdzv_id))
-    Forwarding().install()
+    SignalForwarder().install()
     with tempfile.NamedTemporaryFile("r", prefix="memdlm-status-") as status:
         os.environ[STATUS_FILE] = status.name
         try:

@@ -16,7 +16,7 @@ class Processes(NamedTuple):
     nodes: int | None = None  # None: as many as the others say
 
 
-def launched() -> Processes:
+def launched_processes() -> Processes:
     """Return the processes that torchrun has started; one without it."""
     total = int(os.environ.get("WORLD_SIZE", "1"))
     nodes = os.environ.get("GROUP_WORLD_SIZE")
@@ -32,7 +32,7 @@ def join(comm: Any) -> int:
     return dist.get_world_size() if dist.is_initialized() else int(utils.init_distributed(comm))
 
 
-def pretend(world_size: int) -> None:
+def init_fake_process_group(world_size: int) -> None:
     """Make a process group of so many ranks that communicate nothing, of which this process is the first."""
     utils.init_fake_mode(world_size)
 

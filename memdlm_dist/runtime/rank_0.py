@@ -60,7 +60,7 @@ class _Failed:
         self.error = error
 
 
-def reason_of(failure: BaseException) -> str:
+def failure_reason(failure: BaseException) -> str:
     """Return the first rank's reason, in one line.
 
     Raises:

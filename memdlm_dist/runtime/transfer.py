@@ -16,7 +16,7 @@ from memdlm_dist.runtime import device as devices
 _ALIGNMENT = 16
 
 
-class Packed:
+class PinnedTree:
     """A tree of host tensors in one pinned buffer, which goes to the device as one copy.
 
     Args:
@@ -52,7 +52,7 @@ class Packed:
         ]
 
 
-class OnItsWay:
+class HostCopy:
     """A device tensor that is being copied to the host, to be read when it has arrived."""
 
     def __init__(self, x: Tensor):

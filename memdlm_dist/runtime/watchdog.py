@@ -33,7 +33,7 @@ PATIENCE, OBSERVATION = 0.85, 0.4
 
 
 @dataclass(frozen=True)
-class Place:
+class RankStatus:
     """Where a rank is.
 
     Attributes:
@@ -127,14 +127,14 @@ class Watchdog:
             except Exception as error:  # the store goes down with the node that has it, or at the end
                 logger.debug(f"The watchdog cannot reach the store: {error}")
 
-    def _here(self) -> Place:
+    def _here(self) -> RankStatus:
         line, in_collective, depth = _where(sys._current_frames().get(self._working or 0))
         now = time.monotonic()
         spot = (self._progress, line, depth)
         if self._computes(now) or spot != self._spot:
             self._spot, self._since = spot, now
         still = now - self._since
-        return Place(
+        return RankStatus(
             self._rank, socket.gethostname(), os.getpid(), self._progress, self._doing, line, in_collective, still,
             self._beat, sum(begun for begun, _ in counts) if (counts := collectives()) else -1,
         )  # fmt: skip
@@ -162,7 +162,7 @@ class Watchdog:
         # No longer than others are observed before one is named.
         return min(3 * self._period + 1, (PATIENCE - OBSERVATION) * self.timeout - self._period)
 
-    def _everyone(self) -> tuple[list[Place], list[int]]:
+    def _everyone(self) -> tuple[list[RankStatus], list[int]]:
         """The places of all ranks, this one first; and the ranks that have never said where they are."""
         others = [rank for rank in range(self._ranks) if rank != self._rank]
         unknown = []
@@ -170,9 +170,9 @@ class Watchdog:
             unknown = [rank for rank in others if not self._store.check([_key(rank)])]
         known = [_key(rank) for rank in others if rank not in unknown]
         found = self._store.multi_get(known) if known else []
-        return [self._here(), *(self._timed(Place(**json.loads(place))) for place in found)], unknown
+        return [self._here(), *(self._timed(RankStatus(**json.loads(place))) for place in found)], unknown
 
-    def _timed(self, place: Place) -> Place:
+    def _timed(self, place: RankStatus) -> RankStatus:
         """Add for how long a rank has been silent."""
         beat, since = self._heard.get(place.rank, (-1, 0.0))
         if beat != place.beat:
@@ -181,7 +181,7 @@ class Watchdog:
         return replace(place, silent=time.monotonic() - since)
 
 
-def missing(places: Sequence[Place], silence: float) -> list[Place]:
+def missing(places: Sequence[RankStatus], silence: float) -> list[RankStatus]:
     """Find the ranks that the first one waits for: silent, or behind it, or at rest where the others have gone on.
 
     Args:
@@ -195,7 +195,7 @@ def missing(places: Sequence[Place], silence: float) -> list[Place]:
     return silent or behind or resting
 
 
-def _is_elsewhere(place: Place, here: Place) -> bool:
+def _is_elsewhere(place: RankStatus, here: RankStatus) -> bool:
     """Return whether a rank has not come to the collective that `here` waits in.
 
     An accelerator's collectives return at once, and a main thread that waits for one says little: then their numbers
@@ -206,7 +206,7 @@ def _is_elsewhere(place: Place, here: Place) -> bool:
     return not place.in_collective and place.line != here.line
 
 
-def explanation(places: Sequence[Place], unknown: Sequence[int], silence: float) -> str:
+def explanation(places: Sequence[RankStatus], unknown: Sequence[int], silence: float) -> str:
     """What the places of all ranks say; for the arguments see `missing`.
 
     Args:

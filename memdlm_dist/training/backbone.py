@@ -8,12 +8,12 @@ from memdlm_dist.data.dataset import Requirements
 from memdlm_dist.models import BACKBONES, backbone_args
 from memdlm_dist.models.layout import Layout, build_layout
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs
-from memdlm_dist.models.lora import Lora
+from memdlm_dist.models.lora import LoRA
 from memdlm_dist.models.parallelize import Recipe, convert, parallelized_on_meta
-from memdlm_dist.models.state_dict_adapters import Adapter
+from memdlm_dist.models.state_dict_adapters import BackboneStateDictAdapter
 
 
-def sizes_of(config: JobConfig) -> LLaDAArgs:
+def get_model_args(config: JobConfig) -> LLaDAArgs:
     """Return the backbone's sizes, for the length of the run's context.
 
     Raises:
@@ -24,24 +24,24 @@ def sizes_of(config: JobConfig) -> LLaDAArgs:
     return args
 
 
-def lora_of(config: JobConfig) -> Lora | None:
+def get_lora(config: JobConfig) -> LoRA | None:
     """Return the adapters that are trained; None if all weights are."""
     return config.lora if config.model.converters else None
 
 
-def recipe_of(config: JobConfig) -> Recipe:
+def get_recipe(config: JobConfig) -> Recipe:
     """Return what decides how the backbone is converted and parallelised."""
     return Recipe(
         training=config.training,
         parallelism=config.parallelism,
         activation_checkpoint=config.activation_checkpoint,
         compile=config.compile,
-        lora=lora_of(config),
+        lora=get_lora(config),
         dump_folder=config.job.dump_folder,
     )
 
 
-def layout_of(config: JobConfig, world_size: int) -> Layout:
+def get_layout(config: JobConfig, world_size: int) -> Layout:
     """Build the meshes of the configuration's parallel degrees; torch.distributed knows the ranks."""
     return build_layout(config.parallelism, world_size)
 
@@ -50,35 +50,35 @@ def model_on_meta(config: JobConfig, args: LLaDAArgs, dims: Layout) -> LLaDA:
     """Return the backbone without contents, converted and parallelised as in training.
 
     Args:
-        args: from `sizes_of`, or other sizes for the same backbone.
+        args: from `get_model_args`, or other sizes for the same backbone.
     """
-    return parallelized_on_meta(BACKBONES[config.model.name].model, args, dims, recipe_of(config))
+    return parallelized_on_meta(BACKBONES[config.model.name].model, args, dims, get_recipe(config))
 
 
-def adapter_of(config: JobConfig) -> Adapter:
+def get_sd_adapter(config: JobConfig) -> BackboneStateDictAdapter:
     """Return the state-dict adapter for the backbone's names on Hugging Face.
 
     Raises:
         UserError: if there is no such backbone.
     """
-    return BACKBONES[config.model.name].adapter(sizes_of(config), config.model.hf_assets_path)
+    return BACKBONES[config.model.name].sd_adapter(get_model_args(config), config.model.hf_assets_path)
 
 
-def conversion_of(config: JobConfig) -> Run:
+def get_conversion(config: JobConfig) -> Run:
     """Return what the conversion of weights needs to know of the run.
 
     Raises:
         UserError: if there is no such backbone.
     """
-    adapter = adapter_of(config)
+    sd_adapter = get_sd_adapter(config)
     with torch.device("meta"):
-        model = adapter.model_cls(backbone_args(config.model.name, config.model.flavor))
-    convert(model, recipe_of(config))
+        model = sd_adapter.model_cls(backbone_args(config.model.name, config.model.flavor))
+    convert(model, get_recipe(config))
     sources = [path for path in (config.checkpoint.initial_load_path, config.model.hf_assets_path) if path]
-    return Run(adapter, dict(model.state_dict()), lora_of(config), sources)
+    return Run(sd_adapter, dict(model.state_dict()), get_lora(config), sources)
 
 
-def requirements_of(config: JobConfig, mask_token_id: int) -> Requirements:
+def get_shard_requirements(config: JobConfig, mask_token_id: int) -> Requirements:
     """Return what the run asks of its shards.
 
     Args:

@@ -30,13 +30,13 @@ class Objective:
     plan: Plan
     memory: Memory | None
     seed: int
-    shards: int  # sequence shards of this rank's part of the rows: the tensor-parallel degree
-    shard: int  # this rank's
+    tp_size: int
+    tp_rank: int
     probability: float = 1.0  # share of the sequences that have a memory
     shifted: bool = False  # the backbone predicts the next token
-    parts: int = 1  # of the rows: the context-parallel degree
-    part: int = 0  # this rank's
-    slots: int | None = None  # of packed rows' documents; None: by the micro-batch, see `Documents.of`
+    cp_size: int = 1
+    cp_rank: int = 0
+    slots: int | None = None  # of packed rows' documents; None: by the micro-batch, see `Documents.from_numbers`
 
     def micro_batch(
         self,
@@ -62,11 +62,11 @@ class Objective:
             documents_BL: numbers of the tokens' documents in packed rows (`Documents.number_BL`), which then are the
                 samples.
         """
-        documents = Documents.of(documents_BL, self.slots) if documents_BL is not None else None
+        documents = Documents.from_numbers(documents_BL, self.slots) if documents_BL is not None else None
         sample_ids_U = sample_ids_B if documents is None else documents.ids(sample_ids_B)
         maskable_BL = labels_BL != IGNORE_INDEX
         if self.shifted:  # nothing predicts the first token
-            first_BL = torch.arange(tokens_BL.shape[1]) == 0 if documents is None else documents.place_BL == 0
+            first_BL = torch.arange(tokens_BL.shape[1]) == 0 if documents is None else documents.position_BL == 0
             maskable_BL &= ~first_BL
         draw = trajectory.draw(self.seed, step, sample_ids_U, maskable_BL, t_U, documents)
         anchor = trajectory.anchor_state(draw, self.plan.schedule, outer_weight or self.plan.loss_weight)
@@ -78,10 +78,10 @@ class Objective:
             states=self._inner_states(draw, anchor, step, sample_ids_U) if self.memory is not None else [],
             mask_token_id=self.mask_token_id,
             with_teacher=self.memory is not None and self.memory.loss.teacher is not None,
-            shards=self.parts * self.shards,
+            sequence_shards=self.cp_size * self.tp_size,
             shifted=self.shifted,
             documents=documents,
-        ).part(self.part, self.parts)
+        ).cp_slice(self.cp_rank, self.cp_size)
 
     def _inner_states(self, draw: Draw, anchor: State, step: int, sample_ids_U: Tensor) -> list[State]:
         """The plan's, with nothing to score where the sample has no memory: then nothing is written for it.
@@ -94,7 +94,7 @@ class Objective:
             return states
         ids = sample_ids_U if self.memory.per_sample else torch.zeros_like(sample_ids_U)
         u_U1 = keyed_random.uniform(keyed_random.key(self.seed, Stream.MEMORY, step, ids), torch.zeros(1).long())
-        chosen = draw.spread(u_U1.squeeze(1) < self.probability)
+        chosen = draw.broadcast(u_U1.squeeze(1) < self.probability)
         return [replace(state, target_BL=state.target_BL & chosen) for state in states]
 
     def loss_sum(
@@ -103,7 +103,7 @@ class Objective:
         """Sum of w(t) nll over this rank's masked tokens of a micro-batch (see `bilevel.outer_loss`)."""
         memory = self.memory if use_memory and batch.inner else None
         fast = memory.draw(self.seed, step, batch.sample_ids_U) if memory else None
-        return outer_loss(model, batch, memory, fast, self.shard)
+        return outer_loss(model, batch, memory, fast, self.tp_rank)
 
 
 def build_objective(
@@ -117,21 +117,21 @@ def build_objective(
     tp_mesh, cp_mesh = (layout.get_optional_mesh(name) for name in ("tp", "cp"))
     return Objective(
         mask_token_id=mask_token_id,
-        plan=plan_of(config),
+        plan=get_plan(config),
         memory=_memory(memory, args, layout) if memory.enable else None,
         # Without a seed torchtitan draws one for the weights; the noise then starts from 0, so that a
         # resumed run goes on with its own.
         seed=config.debug.seed or 0,
-        shards=tp_mesh.size() if tp_mesh else 1,
-        shard=tp_mesh.get_local_rank() if tp_mesh else 0,
+        tp_size=tp_mesh.size() if tp_mesh else 1,
+        tp_rank=tp_mesh.get_local_rank() if tp_mesh else 0,
         probability=memory.probability,
         shifted=args.shifted,
-        parts=cp_mesh.size() if cp_mesh else 1,
-        part=cp_mesh.get_local_rank() if cp_mesh else 0,
+        cp_size=cp_mesh.size() if cp_mesh else 1,
+        cp_rank=cp_mesh.get_local_rank() if cp_mesh else 0,
     )
 
 
-def plan_of(config: JobConfig) -> Plan:
+def get_plan(config: JobConfig) -> Plan:
     """Return the trajectory that the inner loop follows."""
     memory, diffusion = config.parametric_memory, config.diffusion
     return Plan(
@@ -144,7 +144,7 @@ def plan_of(config: JobConfig) -> Plan:
     )
 
 
-def inner_loss_of(memory: ParametricMemory) -> InnerLoss:
+def get_inner_loss(memory: ParametricMemory) -> InnerLoss:
     """Return what an inner step minimises."""
     return inner_loss(memory.inner_loss, memory.student_hidden, memory.teacher_hidden)
 
@@ -159,10 +159,10 @@ def _memory(memory: ParametricMemory, args: LLaDAArgs, layout: Layout) -> Memory
     return Memory(
         first_layer=first_layer,
         linears=args.adapted_linears(first_layer, memory.target_modules),
-        adapter=memory.adapter,
+        fast_weight_type=memory.adapter,
         rank=memory.rank,
         alpha=memory.alpha,
-        loss=inner_loss_of(memory),
+        loss=get_inner_loss(memory),
         optimiser=InnerSGD(memory.learning_rate, memory.gradient_clip, memory.gradient_norm),
         per_sample=memory.granularity == "sample",
         tp_mesh=layout.get_optional_mesh("tp"),

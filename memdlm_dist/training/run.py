@@ -21,7 +21,7 @@ from memdlm_dist.runtime import preemption
 from memdlm_dist.runtime.cpu import check_prepared
 from memdlm_dist.runtime.device import device_type
 from memdlm_dist.runtime.preemption import StopRequest
-from memdlm_dist.runtime.process_group import launched
+from memdlm_dist.runtime.process_group import launched_processes
 from memdlm_dist.runtime.rank_0 import is_first
 from memdlm_dist.runtime.single_process import single_process_environment
 from memdlm_dist.runtime.storage import is_remote
@@ -65,7 +65,7 @@ def run(argv: Sequence[str]) -> int:
         UserError: for everything a user can get wrong.
     """
     check_prepared()
-    config = launch.resolve(parse_config.parse(argv), *launched())
+    config = launch.resolve(parse_config.parse(argv), *launched_processes())
     check_layout.check_device(config, device_type())
     args = backbone_args(config.model.name, config.model.flavor)
     check_layout.check_backbone(config, args)

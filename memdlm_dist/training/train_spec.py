@@ -21,7 +21,7 @@ from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.models import BACKBONES, backbone_args
 from memdlm_dist.models.llada import LLaDA
 from memdlm_dist.models.parallelize import convert, parallelize
-from memdlm_dist.training.backbone import recipe_of, requirements_of
+from memdlm_dist.training.backbone import get_recipe, get_shard_requirements
 from memdlm_dist.training.metrics import MemDLMMetrics
 from memdlm_dist.training.validator import HeldOutValidator
 
@@ -30,7 +30,7 @@ class _Converter:
     """torchtitan's model converter `lora`; see `[lora]` in the configuration."""
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims):
-        self._recipe = recipe_of(job_config)
+        self._recipe = get_recipe(job_config)
 
     def convert(self, model: LLaDA) -> None:
         convert(model, self._recipe)
@@ -40,7 +40,7 @@ class _Converter:
 
 
 def _parallelize(model: LLaDA, parallel_dims: ParallelDims, job_config: JobConfig) -> LLaDA:
-    return parallelize(model, parallel_dims, recipe_of(job_config))
+    return parallelize(model, parallel_dims, get_recipe(job_config))
 
 
 def _build_tokenizer(job_config: JobConfig) -> DiffusionTokenizer:
@@ -55,7 +55,7 @@ def _build_dataloader(
     workers = training.dataloader
     return training_loader(
         job_config.data,
-        requirements_of(job_config, tokenizer.mask_id),
+        get_shard_requirements(job_config, tokenizer.mask_id),
         local_batch_size=training.local_batch_size,
         global_batch_size=training.global_batch_size,
         ranks=dp_world_size,
@@ -98,6 +98,6 @@ def register() -> None:
             build_loss_fn=build_cross_entropy_loss,
             build_validator_fn=_build_validator,
             build_metrics_processor_fn=_build_metrics_processor,
-            state_dict_adapter=backbone.adapter,
+            state_dict_adapter=backbone.sd_adapter,
         )
         register_train_spec(name, spec)

@@ -16,7 +16,7 @@ from torchtitan.train import Trainer
 
 from memdlm_dist.checkpoint.continuity import identity
 from memdlm_dist.checkpoint.manager import ResumableCheckpoints
-from memdlm_dist.config.experiment import experiment_of
+from memdlm_dist.config.experiment import get_experiment
 from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.data.dataset import largest
 from memdlm_dist.data.loader import Batch
@@ -28,11 +28,11 @@ from memdlm_dist.models.llada_moe import LLaDAMoE
 from memdlm_dist.runtime.preemption import StopRequest
 from memdlm_dist.runtime.rank_0 import is_first
 from memdlm_dist.runtime.watchdog import start_watchdog
-from memdlm_dist.training.agreement import StepAgreement
-from memdlm_dist.training.backbone import lora_of
-from memdlm_dist.training.draw_ahead import DrawAhead, Drawn
+from memdlm_dist.training.backbone import get_lora
+from memdlm_dist.training.consensus import StepConsensus
 from memdlm_dist.training.metrics import HARDWARE_FLOPS, MASK_RATIO, SKIPPED_BATCHES, MemDLMMetrics
 from memdlm_dist.training.objective import Objective, build_objective
+from memdlm_dist.training.prefetch import BatchPrefetcher, DrawnBatch
 
 logger = logging.getLogger()
 
@@ -65,10 +65,10 @@ class MemDLMTrainer(Trainer):
             data.num_canonical_nodes,
             self.tokenizer.fingerprint(),
         )
-        self.checkpointer.experiment = experiment_of(job_config)
-        self.checkpointer.lora = lora_of(job_config)
+        self.checkpointer.experiment = get_experiment(job_config)
+        self.checkpointer.lora = get_lora(job_config)
         self.checkpointer.stop_on_save_failure = job_config.reliability.on_save_failure == "stop"
-        self.agreement = StepAgreement(self.model_parts, self.optimizers, job_config.reliability, self.device)
+        self.consensus = StepConsensus(self.model_parts, self.optimizers, job_config.reliability, self.device)
         self.watchdog = start_watchdog(job_config.comm.init_timeout_seconds)
         if job_config.validation.enable:
             self.validator.progress, self.validator.slots = self.watchdog.at, self.objective.slots
@@ -91,11 +91,11 @@ class MemDLMTrainer(Trainer):
         with (
             maybe_enable_profiling(config.profiling, **profiling) as profiler,
             maybe_enable_memory_snapshot(config.profiling, **profiling) as snapshots,
-            self.drawing_ahead(self.dataloader) as batches,
+            self.prefetching(self.dataloader) as batches,
         ):
-            self.dataloader.before_workers = batches.until_awaited
+            self.dataloader.before_workers = batches.wait_until_needed
             first_step = self.step + 1
-            while self.step < config.training.steps and not self.agreement.stop:
+            while self.step < config.training.steps and not self.consensus.stop:
                 self.step += 1
                 self.gc_handler.run(self.step)
                 self.train_step(batches)
@@ -104,11 +104,11 @@ class MemDLMTrainer(Trainer):
                     self._shorten_timeouts()
                 last = self.step == config.training.steps
                 validates = config.validation.enable and self.validator.should_validate(self.step)
-                if last or validates or self.agreement.stop or self.checkpointer.is_due(self.step, last):
+                if last or validates or self.consensus.stop or self.checkpointer.is_due(self.step, last):
                     # Nothing is saved or measured that may yet be found not to be finite. This waits for all ranks.
-                    self.agreement.settle()
+                    self.consensus.finish()
                 self.watchdog.at(f"finishing step {self.step} (checkpoint, validation)", needs_others=False)
-                if self.agreement.stop:
+                if self.consensus.stop:
                     self.checkpointer.save_now = True
                 self.checkpointer.save(self.step, last_step=last)
                 if validates:
@@ -119,7 +119,7 @@ class MemDLMTrainer(Trainer):
                         observer.step()
         logger.info("Training completed")
 
-    def train_step(self, batches: DrawAhead) -> None:
+    def train_step(self, batches: BatchPrefetcher) -> None:
         """Take one optimizer step: the bi-level objective over the micro-batches of the global batch."""
         self.optimizers.zero_grad()
         lr = self.lr_schedulers.schedulers[0].get_last_lr()[0]
@@ -145,7 +145,7 @@ class MemDLMTrainer(Trainer):
                 self._record(one.batch, batch, loss_sum, statistics)
 
         # All ranks agree, before the optimizer moves: are losses and gradients finite, is the run to stop?
-        self.agreement.reach(self.step, losses, [one.sample_ids_B for one in drawn], self.stop.requested)
+        self.consensus.reduce(self.step, losses, [one.sample_ids_B for one in drawn], self.stop.requested)
         grad_norm = dist_utils.clip_grad_norm_(
             list(self.model.parameters()),
             self.job_config.training.max_norm,
@@ -153,20 +153,20 @@ class MemDLMTrainer(Trainer):
             ep_enabled=self.parallel_dims.ep_enabled,
         )
         self.checkpointer.maybe_wait_for_staging()
-        self.agreement.step_optimizers()
+        self.consensus.step_optimizers()
         self.lr_schedulers.step()
 
         if metrics.should_log(self.step):
-            self.agreement.settle()
+            self.consensus.finish()
             if isinstance(self.model, LLaDAMoE):
                 metrics.record_expert_load(self.model.take_load())
-            metrics.totals[SKIPPED_BATCHES] = self.agreement.skipped
+            metrics.totals[SKIPPED_BATCHES] = self.consensus.skipped
             metrics.log_step(self.step, torch.stack(losses).sum(), grad_norm, lr, self.tokens_seen)
 
-    def drawing_ahead(self, loader: Iterable[Batch]) -> DrawAhead:
+    def prefetching(self, loader: Iterable[Batch]) -> BatchPrefetcher:
         """Return the source of the steps' micro-batches; a context manager."""
         steps, per_step = self.job_config.training.steps, self.gradient_accumulation_steps
-        return DrawAhead(loader, self._draw, per_step, steps, self.device)
+        return BatchPrefetcher(loader, self._draw, per_step, steps, self.device)
 
     def _draw(self, batch: Batch, step: int) -> MicroBatch:
         """Draw the noise of a micro-batch; in the thread that draws ahead."""
@@ -179,7 +179,7 @@ class MemDLMTrainer(Trainer):
         started = step >= self.job_config.parametric_memory.start_step
         return self.objective if started else replace(self.objective, memory=None)
 
-    def _take(self, batches: DrawAhead) -> list[Drawn]:
+    def _take(self, batches: BatchPrefetcher) -> list[DrawnBatch]:
         """Wait for the step's micro-batches, and count what is read."""
         # A rank whose data do not come holds the others up, and not the other way round.
         self.watchdog.at(f"loading the data of step {self.step}", needs_others=False, waits_for=batches.thread)
@@ -193,7 +193,7 @@ class MemDLMTrainer(Trainer):
         self.dataloader.position = drawn[-1].position
         return drawn
 
-    def _count(self, drawn: Sequence[Drawn]) -> Tensor:
+    def _count(self, drawn: Sequence[DrawnBatch]) -> Tensor:
         """Return the global batch's tokens with a label, on the device; 1 for a batch without any, whose loss is 0."""
         # A number is an argument of the kernel that fills: nothing is copied to the device.
         count = torch.full((), sum(one.labelled for one in drawn), dtype=torch.int64, device=self.device)
@@ -284,7 +284,7 @@ class MemDLMTrainer(Trainer):
     @property
     def stopped_early(self) -> bool:
         """Whether the run was asked to stop before its last step."""
-        return self.agreement.stop and self.step < self.job_config.training.steps
+        return self.consensus.stop and self.step < self.job_config.training.steps
 
     @property
     def tokens_seen(self) -> int:
@@ -293,11 +293,11 @@ class MemDLMTrainer(Trainer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return torchtitan's state, but for the run as a whole: a checkpoint keeps what one rank says."""
-        return {"step": self.step, "ntokens_seen": self.tokens_seen, "skipped_batches": self.agreement.skipped}
+        return {"step": self.step, "ntokens_seen": self.tokens_seen, "skipped_batches": self.consensus.skipped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.step, self.ntokens_seen = state_dict["step"], state_dict["ntokens_seen"] // self._data_parallel_ranks
-        self.agreement.skipped = state_dict["skipped_batches"]
+        self.consensus.skipped = state_dict["skipped_batches"]
 
     @property
     def _data_parallel_ranks(self) -> int:

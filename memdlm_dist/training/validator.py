@@ -22,7 +22,7 @@ from memdlm_dist.models.llada import LLaDA
 from memdlm_dist.runtime.device import device_type
 from memdlm_dist.runtime.rank_0 import is_first
 from memdlm_dist.training import validation_history
-from memdlm_dist.training.backbone import requirements_of
+from memdlm_dist.training.backbone import get_shard_requirements
 from memdlm_dist.training.memory_dependence import MemoryDependence
 from memdlm_dist.training.metrics import MemDLMMetrics
 from memdlm_dist.training.objective import build_objective
@@ -71,7 +71,7 @@ class HeldOutValidator:
             build_objective(job_config, args, tokenizer.mask_id, parallel_dims), seed=0, probability=1.0
         )
         data, training = job_config.data, job_config.training
-        self.most_documents = check_cards(data.validation, requirements_of(job_config, tokenizer.mask_id))
+        self.most_documents = check_cards(data.validation, get_shard_requirements(job_config, tokenizer.mask_id))
         self.batch_size = job_config.validation.local_batch_size or training.local_batch_size
         self._dataset = open_dataset(
             data, data.validation, [], batch_size=self.batch_size, documents=self.most_documents != 0, shuffle=False
@@ -108,7 +108,7 @@ class HeldOutValidator:
         # No model.eval(): the backbone has no dropout, and compiled blocks would be compiled again.
         for tokens, labels, ids, documents in self._batches():
             self.progress(f"validating at step {step}")
-            slots = 1 if documents is None else self.slots or Documents.of(documents).slots
+            slots = 1 if documents is None else self.slots or Documents.from_numbers(documents).slots
             batch = objective.micro_batch(
                 tokens,
                 labels,

@@ -16,7 +16,7 @@ from memdlm_dist.models.flavours import LLADA as FLAVOURS
 from memdlm_dist.models.llada import LLaDA
 from memdlm_dist.performance.bench_steps import Bench
 from memdlm_dist.training import run
-from memdlm_dist.training.backbone import layout_of, model_on_meta
+from memdlm_dist.training.backbone import get_layout, model_on_meta
 from tests.workers.sharded_context import DOCUMENTS, GROUPED, LAYOUTS, OPTIONS, configuration, numbers, options_of
 
 # Two layouts add up the same numbers in another order: float32 rounding (8e-7 is seen).
@@ -97,7 +97,7 @@ def test_ring_attention_is_torchs_without_load_balancing(many_ranks):
 
     config = configuration(CONTEXT, "8", METHOD, "ring", "--parallelism.context_parallel_rotate_method", "alltoall")
     args = replace(FLAVOURS["many_heads"], n_kv_heads=2)  # fewer heads than ranks
-    model = model_on_meta(config, args, layout_of(config, many_ranks))
+    model = model_on_meta(config, args, get_layout(config, many_ranks))
     for block in model.layers.values():
         kernel = block.attention.inner_attention
         hooks = [hook.func.__qualname__ for hook in kernel._forward_pre_hooks.values()]
@@ -112,9 +112,9 @@ def test_ring_attention_is_torchs_without_load_balancing(many_ranks):
 def test_a_rank_has_its_part_of_every_row(many_ranks):
     config = configuration(CONTEXT, "4", TENSOR, "2", "--training.local_batch_size", "2")
     bench = Bench.build(config)
-    assert bench.objective.parts == 4 and bench.objective.shards == 2 and bench.dims.get_mesh("fsdp").size() == 4
-    parts = [replace(bench.objective, part=part).micro_batch(*batch(), step=1) for part in range(4)]
-    whole = replace(bench.objective, parts=1, shards=1).micro_batch(*batch(), step=1)
+    assert bench.objective.cp_size == 4 and bench.objective.tp_size == 2 and bench.dims.get_mesh("fsdp").size() == 4
+    parts = [replace(bench.objective, cp_rank=part).micro_batch(*batch(), step=1) for part in range(4)]
+    whole = replace(bench.objective, cp_size=1, tp_size=1).micro_batch(*batch(), step=1)
     assert torch.equal(torch.cat([part.inputs[1] for part in parts], dim=1), whole.inputs[1])
     assert [part.first for part in parts] == [0, 8, 16, 24] and {part.length for part in parts} == {32}
     for state, of_parts in ((whole.anchor, [part.anchor for part in parts]),
@@ -150,21 +150,21 @@ def test_scaled_positions_are_the_models(tmp_path):
     base = 500_000 * 4 ** (8 / 6)
     expected = torch.outer(torch.arange(8.0), base ** (-torch.arange(0, 8, 2) / 8))
     torch.testing.assert_close(model.freqs_cis, torch.polar(torch.ones_like(expected), expected))
-    model.reach(20)
+    model.extend_rope(20)
     assert len(model.freqs_cis) == 20 and model.freqs_cis[19, 3].angle() == pytest.approx(19 * base ** (-6 / 8))
     config = parse_config.parse(["--job.config_file", "train_configs/llada_8b_128k.toml"])
     args = replace(FLAVOURS["8B"])
     args.update_from_config(config)
     assert args.rope_scaling * args.native_length == config.training.seq_len and args.rotary_base > 1e8
     # Weights for the native context start such a run; what comes out says its own base.
-    adapter = BACKBONES["llada"].adapter(args, None)
-    assert adapter.config()["rope_theta"] == args.rotary_base
-    assert not adapter.differences('{"rope_theta": 500000.0}')
-    assert not adapter.differences(json.dumps({"rope_theta": args.rotary_base}))
-    assert adapter.differences('{"rope_theta": 10000.0}') == ["rope_theta is 10000.0 there and 500000.0 here"]
+    sd_adapter = BACKBONES["llada"].sd_adapter(args, None)
+    assert sd_adapter.config()["rope_theta"] == args.rotary_base
+    assert not sd_adapter.differences('{"rope_theta": 500000.0}')
+    assert not sd_adapter.differences(json.dumps({"rope_theta": args.rotary_base}))
+    assert sd_adapter.differences('{"rope_theta": 10000.0}') == ["rope_theta is 10000.0 there and 500000.0 here"]
     (tmp_path / "from").mkdir()
     (tmp_path / "from/config.json").write_text('{"rope_theta": 500000.0, "max_sequence_length": 4096, "more": 1}')
-    assert hugging_face_folder.describe(str(tmp_path), adapter, [str(tmp_path / "from")]) == ["config.json"]
+    assert hugging_face_folder.describe(str(tmp_path), sd_adapter, [str(tmp_path / "from")]) == ["config.json"]
     assert json.loads((tmp_path / "config.json").read_text()) == {
         "rope_theta": args.rotary_base, "max_sequence_length": 131072, "more": 1,
     }  # fmt: skip

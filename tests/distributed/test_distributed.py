@@ -5,7 +5,7 @@ import json
 import pytest
 from torch.distributed.checkpoint import FileSystemReader
 
-from memdlm_dist.data.prepare import Request, prepare
+from memdlm_dist.data.prepare import PrepareConfig, prepare
 from tests.support.launching import debug, launch, run_many, scalars
 from tests.support.zygote import ROOT
 
@@ -93,7 +93,7 @@ def pack(folder):
     folder.mkdir()
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows[:300])))
     found = prepare(
-        Request(
+        PrepareConfig(
             folder,
             128,
             (str(folder / "rows.jsonl"),),

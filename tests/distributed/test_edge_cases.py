@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
 
-from memdlm_dist.data.sequences import Sequence
+from memdlm_dist.data.sequences import TrainingSequence
 from memdlm_dist.data.shards import ShardWriter, read_card
 from memdlm_dist.method import trajectory
 from memdlm_dist.method.trajectory import Plan
@@ -43,7 +43,7 @@ def write_shards(folder, rows):
     card = replace(read_card("tests/assets/debug/train"), seq_len=LENGTH, sequences=0)
     with ShardWriter(folder, card) as writer:
         for tokens, maskable in rows:
-            writer.write(Sequence(tokens, maskable))
+            writer.write(TrainingSequence(tokens, maskable))
     return [
         "--data.train", str(folder), "--data.no_shuffle", "--training.seq_len", str(LENGTH), "--model.flavor", "tiny",
     ]  # fmt: skip

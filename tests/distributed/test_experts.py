@@ -15,7 +15,7 @@ from memdlm_dist.method.inner_sgd import InnerSGD
 from memdlm_dist.method.trajectory import Plan
 from memdlm_dist.models import flavours, llada_moe
 from memdlm_dist.models.llada_moe import AdaptableExperts, LLaDAMoE, LLaDAMoEArgs
-from memdlm_dist.models.lora import Lora, add_adapters
+from memdlm_dist.models.lora import LoRA, add_adapters
 from memdlm_dist.training.objective import Objective
 from tests.workers.sharded_experts import COMPILED, LAYOUTS, options_of
 
@@ -106,15 +106,15 @@ def model():
     return model.double()
 
 
-OBJECTIVE = Objective(60, Plan(), None, seed=0, shards=1, shard=0)
+OBJECTIVE = Objective(60, Plan(), None, seed=0, tp_size=1, tp_rank=0)
 TOKENS = torch.randint(0, 60, (3, 24), generator=torch.Generator().manual_seed(2))
 IDS = torch.tensor([5, 9, 2])
 
 
-def memory_of(adapter="lora", norm="per_parameter", layers=ARGS.n_layers):
+def memory_of(fast_weight_type="lora", norm="per_parameter", layers=ARGS.n_layers):
     first = min(layers - 1, 1)
     return Memory(
-        first, replace(ARGS, n_layers=layers).adapted_linears(first, ["ffn"]), adapter, 8, 16.0,
+        first, replace(ARGS, n_layers=layers).adapted_linears(first, ["ffn"]), fast_weight_type, 8, 16.0,
         inner_loss("cross_entropy", "pre_final_norm", "post_final_norm"), InnerSGD(0.3, 1.0, norm), per_sample=True,
     )  # fmt: skip
 
@@ -130,16 +130,16 @@ def step(model, memory, rows):
     return loss.detach(), inner, [p.grad.clone() for p in model.parameters()], written[0]
 
 
-@pytest.mark.parametrize("adapter, norm", [("lora", "per_parameter"), ("full", "global")])
+@pytest.mark.parametrize("fast_weight_type, norm", [("lora", "per_parameter"), ("full", "global")])
 @pytest.mark.parametrize("filled", [False, True], ids=["loop", "filled up"])
-def test_a_sequence_has_its_own_fast_weights_in_every_expert(model, monkeypatch, adapter, norm, filled):
+def test_a_sequence_has_its_own_fast_weights_in_every_expert(model, monkeypatch, fast_weight_type, norm, filled):
     """Three sequences together are the three alone; also where groups are filled up for grouped products."""
     if filled:
         # A grouped product by the loop, which is told of the same groups.
         monkeypatch.setattr(llada_moe, "_grouped", lambda counts: filled_loop(counts))
         for mixture in model.mixtures()[1:]:
             monkeypatch.setattr(mixture.experts, "use_grouped_mm", True)
-    memory = memory_of(adapter, norm)
+    memory = memory_of(fast_weight_type, norm)
     loss, inner, gradients, fast = step(model, memory, [0, 1, 2])
     alone = [step(model, memory, [row]) for row in range(3)]
     torch.testing.assert_close(loss, sum(x[0] for x in alone))
@@ -244,7 +244,7 @@ def test_blocks_compiled_around_their_experts_are_the_eager_ones():
     models, graphs = [], []
     for _ in range(2):
         model = LLaDAMoE(replace(ARGS, n_layers=1))
-        add_adapters(model, Lora(rank=4), torch.float32, torch.float32)
+        add_adapters(model, LoRA(rank=4), torch.float32, torch.float32)
         generator = torch.Generator().manual_seed(1)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.3, generator=generator)

@@ -57,9 +57,9 @@ def test_a_row_is_read_as_if_it_were_alone(model, prompts):
 
 def test_a_prompt_is_remembered_as_if_it_were_alone(model, prompts):
     ids = [11, 12, 13, 14, 15, 16]
-    together = model.remember(prompts, ids=ids).fast
+    together = model.adapt(prompts, ids=ids).fast
     for row, prompt in enumerate(prompts):
-        alone = model.remember([prompt], ids=ids[row : row + 1]).fast
+        alone = model.adapt([prompt], ids=ids[row : row + 1]).fast
         # Weights near 1, after gradients of sums over another number of columns: a few units in float32's last place.
         for x, y in zip(fast_weights.leaves(together), fast_weights.leaves(alone), strict=True):
             torch.testing.assert_close(x[row], y[0], rtol=0, atol=4e-6)
@@ -71,9 +71,9 @@ def test_a_prompt_is_remembered_as_if_it_were_alone(model, prompts):
 def test_the_memory_is_written_and_leaves_no_trace(model, prompts):
     before = {name: x.clone() for name, x in model.model.state_dict().items()}
     off = logits_of(model, prompts)
-    remembered = model.remember(prompts)
-    on = logits_of(model, prompts, remembered.fast)
-    assert remembered.seconds > 0
+    adapted = model.adapt(prompts)
+    on = logits_of(model, prompts, adapted.fast)
+    assert adapted.seconds > 0
     changed = (on - off).abs().unflatten(0, (len(prompts), 3)).amax((1, 2))
     written = torch.tensor([bool(prompt) for prompt in prompts])
     assert (changed[written] > 1e-4).all() and (changed[~written] == 0).all()  # an empty prompt writes nothing
@@ -93,7 +93,7 @@ def test_the_inner_loop_lowers_the_loss_on_its_prompt(model, prompts):
     def loss(fast):
         return model.nll(noisy_BL, target_BL, start.tokens_BL, start.attended_BL, fast)
 
-    fast = model.remember(prompts).fast
+    fast = model.adapt(prompts).fast
     swapped = fast_weights.select(fast, list(range(len(prompts)))[::-1], len(prompts))
     assert loss(fast).sum() < loss(None).sum()
     assert not torch.allclose(loss(fast), loss(swapped))
@@ -111,7 +111,7 @@ def test_nll_is_that_of_the_logits(model, prompts):
 def test_infilling_keeps_what_is_given(model):
     (prompt,) = model.tokenizer.encode_plain(["def read(self):"])
     holes = [*prompt[:1], model.mask_id, *prompt[2:], model.mask_id]
-    for memory in (None, model.remember([holes]).fast):
+    for memory in (None, model.adapt([holes]).fast):
         start = model.canvas([holes], 2)
         tokens_BL = finished(model.denoise(start, Decoding(2), memory), start)
         kept = [i for i, token in enumerate(holes) if token != model.mask_id]
@@ -144,7 +144,7 @@ def test_a_backbone_that_predicts_the_next_token(model, folder):
     earlier_BL = target_BL.roll(-1, 1)
     found = shifted.logits(start.tokens_BL, target_BL, start.attended_BL)
     assert torch.equal(found, model.logits(start.tokens_BL, earlier_BL, start.attended_BL))
-    assert shifted.remember(prompts).seconds > 0
+    assert shifted.adapt(prompts).seconds > 0
     with pytest.raises(UserError, match="first one cannot be"):
         shifted.logits(start.tokens_BL, torch.ones_like(target_BL), start.attended_BL)
 

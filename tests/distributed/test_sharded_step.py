@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.workers.sharded_step import COMPILATIONS, COMPILED, LAYOUTS, builds, layout_of
+from tests.workers.sharded_step import COMPILATIONS, COMPILED, LAYOUTS, builds, get_layout
 
 # float64 leaves rounding of sums; float32 adds up the same numbers in another order (1e-6 is seen); bfloat16 carries
 # 8 bits, though the same products are seen to give the same here.
@@ -26,7 +26,7 @@ def slow_results(pools):
 
 
 def find(pools, *parts):
-    processes = {part: LAYOUTS[layout_of(part)][0] for part in parts}
+    processes = {part: LAYOUTS[get_layout(part)][0] for part in parts}
     return {part: pools(processes[part]).call("tests.workers.sharded_step:find", part) for part in parts}
 
 

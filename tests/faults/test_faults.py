@@ -322,6 +322,6 @@ def test_a_disk_that_is_really_full(tmp_path, capsys):
         assert train.main(arguments) == 2
         assert "step-2 could not be saved (rank 0: " in (error := capsys.readouterr().err) and " MiB were free" in error
         assert [path.name for path in (disk / "checkpoint").iterdir()] == ["step-1"]
-        assert Catalogue(str(disk / "checkpoint")).look(1).good
+        assert Catalogue(str(disk / "checkpoint")).inspect(1).intact
     finally:
         subprocess.run(["umount", disk], check=True)

@@ -68,7 +68,7 @@ def test_ranks_share_the_cores_and_get_an_allocator_that_grows(
     (tmp_path / "cpu.max").write_text(quota)
     monkeypatch.setattr(process_environment, "_QUOTA", tmp_path / "cpu.max")
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(7)))
-    monkeypatch.setattr(launcher.Forwarding, "install", lambda self: None)
+    monkeypatch.setattr(launcher.SignalForwarder, "install", lambda self: None)
     monkeypatch.setattr(bench, "_configuration", lambda *_: None)
     starts = (
         (launcher.run, launcher.main),

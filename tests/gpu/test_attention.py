@@ -5,11 +5,11 @@ import torch
 
 from memdlm_dist.compat.torch import TorchDispatchMode, operator_name
 from memdlm_dist.method import bilevel
-from memdlm_dist.method.documents import FILL, Documents
+from memdlm_dist.method.documents import PADDING, Documents
 from memdlm_dist.method.fast_weights import map_leaves
 from memdlm_dist.method.inner_loss import inner_loss
 from memdlm_dist.method.inner_sgd import InnerSGD
-from memdlm_dist.method.passes import passes_of
+from memdlm_dist.method.passes import count_passes
 from memdlm_dist.method.trajectory import IGNORE_INDEX, Plan
 from memdlm_dist.models.attention import BidirectionalAttentionKernel, attention_method, document_mask
 from memdlm_dist.models.llada import LLaDAArgs
@@ -23,7 +23,7 @@ LENGTHS = ((1, 47, 150, 40), (60, 100, 96))
 
 def documents():
     rows = [torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in LENGTHS]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=FILL)
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PADDING)
 
 
 # Queries, keys, width of a head.
@@ -82,8 +82,8 @@ def test_a_packed_step_is_the_cpus(device, flex_without_autotuning):
     )  # fmt: skip
     number = documents()
     tokens = torch.randint(0, 127, number.shape, generator=torch.Generator().manual_seed(1))
-    labels = torch.where(number == FILL, IGNORE_INDEX, tokens)
-    batch = Objective(127, Plan(), memory, seed=0, shards=1, shard=0).micro_batch(
+    labels = torch.where(number == PADDING, IGNORE_INDEX, tokens)
+    batch = Objective(127, Plan(), memory, seed=0, tp_size=1, tp_rank=0).micro_batch(
         tokens, labels, torch.tensor([3, 8]), step=1, documents_BL=number
     )
     start = memory.draw(0, 1, batch.sample_ids_U)
@@ -130,7 +130,7 @@ def test_whole_rows_are_attended_to_by_cudnn_or_flash_kernels(cuda, build):
     with AttentionOperators() as backward:
         loss.backward()
     assert set(forward.names) <= {*FAST} and set(backward.names) <= {f"{name}_backward" for name in FAST}
-    passes, layers = passes_of(batch), bench.args.n_layers
+    passes, layers = count_passes(batch), bench.args.n_layers
     tail = layers - bench.objective.memory.first_layer
     assert tail == 1, "its fast weights lie above its attention, which an inner step's backward pass does not reach"
     assert len(forward.names) == passes.inputs * (layers - tail) + passes.tail_forward * tail

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from memdlm_dist.compat.torch import grouped_mm
 from memdlm_dist.method import fast_weights
 from memdlm_dist.method.bilevel import Memory, outer_loss
-from memdlm_dist.method.documents import FILL, Documents
+from memdlm_dist.method.documents import PADDING, Documents
 from memdlm_dist.method.fast_weights import AdaptedLinear, map_leaves
 from memdlm_dist.method.inner_loss import inner_loss
 from memdlm_dist.method.inner_sgd import InnerSGD
@@ -90,7 +90,7 @@ def test_a_step_with_grouped_products_is_the_step_with_the_loop(device):
         inner_loss("cross_entropy", "pre_final_norm", "post_final_norm"), InnerSGD(0.1, 1.0), per_sample=True,
     )  # fmt: skip
     tokens = torch.randint(0, 127, (3, 32), generator=torch.Generator().manual_seed(2))
-    batch = Objective(127, Plan(), memory, seed=0, shards=1, shard=0).micro_batch(
+    batch = Objective(127, Plan(), memory, seed=0, tp_size=1, tp_rank=0).micro_batch(
         tokens, tokens, torch.tensor([5, 9, 2]), step=1
     )
     batch = batch.to(device)
@@ -113,15 +113,17 @@ def test_a_step_with_grouped_products_is_the_step_with_the_loop(device):
         assert (grouped[name] - loop[name]).norm() <= TOLERANCE * loop[name].norm(), name
 
 
-@pytest.mark.parametrize("adapter", fast_weights.ADAPTERS)
-def test_grouped_terms_of_documents_are_the_masked_ones(device, adapter):
+@pytest.mark.parametrize("fast_weight_type", fast_weights.FAST_WEIGHT_TYPES)
+def test_grouped_terms_of_documents_are_the_masked_ones(device, fast_weight_type):
     """Output and all gradients, with empty slots, padding and documents of one token; the masked form in float32."""
     sizes = ((1, 47, 150, 40), (60, 100, 96))
     rows = [torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in sizes]
-    number = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=FILL)
+    number = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PADDING)
     documents = Documents(number.to(device), number.to(device), 8)
     linear = AdaptedLinear("0", "up", 64, 96, False, 0)
-    start = fast_weights.ADAPTERS[adapter].start(linear, 8, 16.0, torch.arange(16, device=device), None)
+    start = fast_weights.FAST_WEIGHT_TYPES[fast_weight_type].start(
+        linear, 8, 16.0, torch.arange(16, device=device), None
+    )
     x = torch.randn(*number.shape, 64, device=device)
     upstream = torch.randn(*number.shape, 96, device=device)
     values = [torch.randn_like(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in start]
@@ -130,7 +132,7 @@ def test_grouped_terms_of_documents_are_the_masked_ones(device, adapter):
     for dtype in (torch.float32, torch.bfloat16):
         fast = type(start)(*(v.requires_grad_() if isinstance(v, torch.Tensor) else v for v in values))
         inputs = [x.to(dtype).requires_grad_(), *(v for v in fast if isinstance(v, torch.Tensor))]
-        y = fast.term(inputs[0], documents.own_set(grouped=dtype == torch.bfloat16))
+        y = fast.term(inputs[0], documents.assign_sets(grouped=dtype == torch.bfloat16))
         assert y.dtype == dtype
         found.append([y, *torch.autograd.grad(y, inputs, upstream.to(dtype))])
     for masked, grouped in zip(*found, strict=True):

@@ -39,7 +39,7 @@ class OneShard(Layout):
 
 def allocated() -> int:
     """Return the bytes that tensors in use have asked for; the allocator's blocks may be larger."""
-    gc.collect()
+    gc.gather()
     return device_module().memory_stats()["requested_bytes.all.current"]
 
 

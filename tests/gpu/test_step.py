@@ -9,7 +9,7 @@ from memdlm_dist.compat.torch import tree_leaves
 from memdlm_dist.config import parse_config
 from memdlm_dist.performance.bench_steps import Bench
 from memdlm_dist.runtime.device import has_grouped_mm
-from memdlm_dist.training.backbone import layout_of, sizes_of
+from memdlm_dist.training.backbone import get_layout, get_model_args
 from tests.support import trainer
 from tests.workers import sharded_step, skipped_steps
 
@@ -50,7 +50,7 @@ def test_the_host_does_not_wait_in_a_step(cuda, one_rank, request, kind):
         pytest.skip("without grouped products the experts are a loop, which reads their numbers of tokens on the host")
     request.getfixturevalue({"dense": "device", "packed": "flex_without_autotuning"}.get(kind, "compiler"))
     config = parse_config.parse([*COMMON, *KINDS[kind]])
-    sizes, dims = sizes_of(config), layout_of(config, 1)
+    sizes, dims = get_model_args(config), get_layout(config, 1)
     trained = trainer.build(config, sizes, dims, cuda.type)
     batches = [[trainer.batch(config, sizes, i, packed=kind == "packed")] for i in range(3)]
 
@@ -61,8 +61,8 @@ def test_the_host_does_not_wait_in_a_step(cuda, one_rank, request, kind):
     before = {name: p.detach().clone() for name, p in trained.model.named_parameters()}
     with sync_debug_mode("error"):
         step(2)  # reads the flags of the step before, and of its own only in `settle`
-    trained.agreement.settle()
-    assert trained.agreement.skipped == 0
+    trained.consensus.finish()
+    assert trained.consensus.skipped == 0
     for name, p in trained.model.named_parameters():
         assert p.isfinite().all() and not torch.equal(p, before[name]), name
     with pytest.raises(RuntimeError, match="synchronizing"), sync_debug_mode("error"):
@@ -71,7 +71,7 @@ def test_the_host_does_not_wait_in_a_step(cuda, one_rank, request, kind):
 
 def test_a_step_that_is_not_finite_changes_nothing_before_the_host_knows(cuda, one_rank):
     config = parse_config.parse([*COMMON, *KINDS["dense"], "--reliability.on_nonfinite", "skip"])
-    sizes, dims = sizes_of(config), layout_of(config, 1)
+    sizes, dims = get_model_args(config), get_layout(config, 1)
     trained = trainer.build(config, sizes, dims, cuda.type)
     trained.objective = skipped_steps.Poisoned(**vars(trained.objective), steps=(3,))
     skipped = []
@@ -79,7 +79,7 @@ def test_a_step_that_is_not_finite_changes_nothing_before_the_host_knows(cuda, o
         before = skipped_steps.state(trained)
         trainer.step(trained, number, [trainer.batch(config, sizes, number)])
         assert skipped_steps.same(skipped_steps.state(trained), before) == (number == 3)
-        skipped.append(trained.agreement.skipped)
+        skipped.append(trained.consensus.skipped)
     assert skipped == [0, 0, 1]
 
 

@@ -44,7 +44,7 @@ def build(dtype=torch.float64):
 
 
 def memory(learning_rate=0.1, clip=1.0, loss="cross_entropy", targets=("ffn",), first_layer=1, **changes) -> Memory:
-    settings = {"adapter": "lora", "rank": 4, "alpha": 8.0, "per_sample": True} | changes
+    settings = {"fast_weight_type": "lora", "rank": 4, "alpha": 8.0, "per_sample": True} | changes
     return Memory(
         first_layer=first_layer,
         linears=ARGS.adapted_linears(first_layer, targets),
@@ -55,7 +55,7 @@ def memory(learning_rate=0.1, clip=1.0, loss="cross_entropy", targets=("ffn",), 
 
 
 def objective(with_memory: Memory | None, **plan) -> Objective:
-    return Objective(MASK_ID, Plan(**plan), with_memory, seed=3, shards=1, shard=0)
+    return Objective(MASK_ID, Plan(**plan), with_memory, seed=3, tp_size=1, tp_rank=0)
 
 
 def data(rows=4, prompt=3):

@@ -38,8 +38,8 @@ from memdlm_dist import train
 from memdlm_dist.checkpoint.manager import ResumableCheckpoints
 from memdlm_dist.data.loader import EpochLoader
 from memdlm_dist.runtime import preemption, storage, writer
-from memdlm_dist.training.draw_ahead import DrawAhead
 from memdlm_dist.training.objective import Objective
+from memdlm_dist.training.prefetch import BatchPrefetcher
 from memdlm_dist.training.trainer import MemDLMTrainer
 
 
@@ -96,7 +96,7 @@ def inject(faults: Iterable[dict[str, Any]]) -> None:
         time.time = lambda: clock() - 60
 
     plain_step, plain_loss, plain_read = MemDLMTrainer.train_step, Objective.loss_sum, EpochLoader._read
-    plain_load = DrawAhead._load
+    plain_load = BatchPrefetcher._load
     plain_save, plain_write, plain_finish = (
         ResumableCheckpoints.dcp_save, FileSystemWriter.write_data, FileSystemWriter.finish,
     )  # fmt: skip
@@ -136,7 +136,7 @@ def inject(faults: Iterable[dict[str, Any]]) -> None:
         plain_finish(self, *arguments, **named)
 
     MemDLMTrainer.train_step, Objective.loss_sum, EpochLoader._read = train_step, loss_sum, read
-    DrawAhead._load = load
+    BatchPrefetcher._load = load
     ResumableCheckpoints.dcp_save = dcp_save
     FileSystemWriter.write_data, FileSystemWriter.finish = write_data, finish
 

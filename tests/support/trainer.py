@@ -11,8 +11,8 @@ from memdlm_dist.data.loader import Batch
 from memdlm_dist.method.trajectory import IGNORE_INDEX
 from memdlm_dist.models.flops import Recomputation
 from memdlm_dist.runtime.process_group import autocast
-from memdlm_dist.training.agreement import StepAgreement
-from memdlm_dist.training.backbone import lora_of, model_on_meta
+from memdlm_dist.training.backbone import get_lora, model_on_meta
+from memdlm_dist.training.consensus import StepConsensus
 from memdlm_dist.training.memory_dependence import MemoryDependence
 from memdlm_dist.training.metrics import MemDLMMetrics
 from memdlm_dist.training.objective import build_objective
@@ -37,12 +37,12 @@ def build(config, sizes, dims, device, draws=True):
         model=model, model_parts=[model], objective=build_objective(config, sizes, sizes.vocab_size - 1, dims),
         recomputation=Recomputation(checkpointing.mode, checkpointing.selective_ac_option),
         metrics_processor=MemDLMMetrics(config, dims), gradient_accumulation_steps=1, dataloader=SimpleNamespace(),
-        checkpointer=SimpleNamespace(maybe_wait_for_staging=lambda: None, lora=lora_of(config)),
+        checkpointer=SimpleNamespace(maybe_wait_for_staging=lambda: None, lora=get_lora(config)),
         watchdog=SimpleNamespace(at=lambda *_, **__: None), stop=SimpleNamespace(requested=False),
         train_context=nullcontext, maybe_enable_amp=autocast(dims, config.training.mixed_precision_param, device.type),
     )  # fmt: skip
     trainer.optimizers = build_optimizers([model], config.optimizer, dims)
-    trainer.agreement = StepAgreement([model], trainer.optimizers, config.reliability, device)
+    trainer.consensus = StepConsensus([model], trainer.optimizers, config.reliability, device)
     trainer.lr_schedulers = build_lr_schedulers(trainer.optimizers, config.lr_scheduler, config.training.steps)
     trainer.metrics_processor.num_flops_per_token = 1
     return trainer
@@ -72,7 +72,7 @@ def batch(config, sizes, number=0, empty_rows=(), packed=False):
 def step(trainer, number, batches):
     """Take step `number` on batches of `batch`."""
     trainer.step = number
-    with trainer.drawing_ahead(batches) as ahead:
+    with trainer.prefetching(batches) as ahead:
         trainer.train_step(ahead)
 
 

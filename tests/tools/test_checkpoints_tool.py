@@ -7,7 +7,7 @@ from itertools import chain, combinations
 import pytest
 
 from memdlm_dist import train
-from memdlm_dist.checkpoint.catalogue import superfluous
+from memdlm_dist.checkpoint.catalogue import prunable_steps
 from tests.support.launching import debug
 from tools import checkpoints
 
@@ -107,9 +107,13 @@ def test_retention_never_removes_everything():
     for good in chain.from_iterable(combinations(steps, n) for n in range(5)):
         for latest in range(5):
             for every in (0, 2, 5):
-                going = superfluous(good, latest, every)
+                going = prunable_steps(good, latest, every)
                 kept = set(good) - set(going)
                 assert not good or max(good) in kept
                 assert all(step in kept for step in sorted(good)[-latest:])
                 assert not every or all(step in kept for step in good if step % every == 0)
-    assert superfluous(steps, 1, 0) == [2, 4, 5] and superfluous(steps, 1, 2) == [5] and superfluous(steps, 0, 0) == []
+    assert (
+        prunable_steps(steps, 1, 0) == [2, 4, 5]
+        and prunable_steps(steps, 1, 2) == [5]
+        and prunable_steps(steps, 0, 0) == []
+    )

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from memdlm_dist.config import parse_config
-from memdlm_dist.evaluation.exposure import Row, measure, row_of
+from memdlm_dist.evaluation.exposure import Row, measure, split_response
 from memdlm_dist.evaluation.harness import main as harness_command
 from memdlm_dist.inference.trained_model import TrainedModel
 from memdlm_dist.method import trajectory
@@ -156,7 +156,7 @@ def test_exposure_bias_by_hand(trained, memory):
     row = Row([5, 6, 7, 8, 9], [20, 21, 22, 23])
     (point,) = measure(model, [row], memory, ratios=[0.25])
     start = model.canvas([row.prompt], 4)
-    attended, fast = start.attended_BL, model.remember([row.prompt]).fast if memory else None
+    attended, fast = start.attended_BL, model.adapt([row.prompt]).fast if memory else None
     clean = torch.tensor([[*row.prompt, *row.response]])
 
     def nll(visible, masked):
@@ -186,9 +186,9 @@ def test_exposure_bias_by_hand(trained, memory):
 def test_rows_of_shards():
     tokens = torch.tensor([1, 2, 3, 4, 0, 0, 0])
     labels = torch.tensor([IGNORE_INDEX, IGNORE_INDEX, 3, 4, 0, 0, 0])
-    assert row_of(tokens, labels, eos_id=0) == Row([1, 2], [3, 4, 0])
-    assert row_of(tokens, tokens, eos_id=0) == Row([1, 2, 3], [4, 0, 0, 0])
-    assert row_of(tokens, torch.full_like(tokens, IGNORE_INDEX), eos_id=0) is None
+    assert split_response(tokens, labels, eos_id=0) == Row([1, 2], [3, 4, 0])
+    assert split_response(tokens, tokens, eos_id=0) == Row([1, 2, 3], [4, 0, 0, 0])
+    assert split_response(tokens, torch.full_like(tokens, IGNORE_INDEX), eos_id=0) is None
 
 
 def harness(trained, *arguments, ranks=1):

@@ -16,7 +16,7 @@ import pytest
 from memdlm_dist.errors import EXIT_STATUS, UserError
 from memdlm_dist.performance.gpu_check import check as gpu_check
 from memdlm_dist.performance.gpu_check import gpu_report, processes, results
-from memdlm_dist.performance.gpu_check.check import Request
+from memdlm_dist.performance.gpu_check.check import CheckOptions
 from memdlm_dist.performance.gpu_check.figures import GATES, figures, judge
 from memdlm_dist.performance.gpu_check.section import Context, Section
 from memdlm_dist.performance.gpu_check.sections import QUICK, SECTIONS
@@ -41,7 +41,7 @@ def command(name, code, **options):
 
 
 def run(folder, sections, *devices, **request):
-    return gpu_check.check(Request(folder, "COMMAND", **request), sections, lambda log: environment(*devices))
+    return gpu_check.check(CheckOptions(folder, "COMMAND", **request), sections, lambda log: environment(*devices))
 
 
 def kept(folder, name, machine="cpu-debug-sizes"):

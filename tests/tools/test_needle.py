@@ -8,7 +8,7 @@ import pytest
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError
 from memdlm_dist.evaluation.haystack import Haystack, belongs
-from memdlm_dist.evaluation.needle import PEOPLE, PLACES, TASKS, THINGS, Needles, Sample
+from memdlm_dist.evaluation.needle import PEOPLE, PLACES, TASKS, THINGS, NeedleGenerator, Sample
 from tests.support.needles import SMALL
 from tests.support.zygote import ROOT
 from tools import needle_data
@@ -24,7 +24,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def parts(tokenizer):
-    return {part: Needles(tokenizer, Haystack.read(part), part, SMALL) for part in ("train", "heldout")}
+    return {part: NeedleGenerator(tokenizer, Haystack.read(part), part, SMALL) for part in ("train", "heldout")}
 
 
 @pytest.mark.parametrize("part", ["train", "heldout"])
@@ -86,8 +86,8 @@ def test_the_held_out_part_shares_nothing(parts):
 
 
 def test_samples_depend_on_their_key_alone(parts, tokenizer):
-    again = Needles(tokenizer, Haystack.read("train"), "train", SMALL)
-    other = Needles(tokenizer, Haystack.read("train"), "train", SMALL, seed=1)
+    again = NeedleGenerator(tokenizer, Haystack.read("train"), "train", SMALL)
+    other = NeedleGenerator(tokenizer, Haystack.read("train"), "train", SMALL, seed=1)
     for task in TASKS:
         assert again.sample(task, 400, 5) == parts["train"].sample(task, 400, 5)
         assert len({s.sample(task, 400, i).prompt for s in (again, other) for i in (5, 6)}) == 4

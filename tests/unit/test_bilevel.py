@@ -181,7 +181,7 @@ class HostReads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "use_memory, loss, adapter, trajectory",
+    "use_memory, loss, fast_weight_type, trajectory",
     [
         (True, "cross_entropy", "lora", "anchor_consistent"),
         (True, "reverse_kl", "full", "progressive"),
@@ -190,8 +190,8 @@ class HostReads(TorchDispatchMode):
         (False, "cross_entropy", "lora", "anchor_consistent"),
     ],
 )
-def test_a_step_never_waits_for_the_device(use_memory, loss, adapter, trajectory):
-    model, settings = build(torch.float32), memory(loss=loss, adapter=adapter)
+def test_a_step_never_waits_for_the_device(use_memory, loss, fast_weight_type, trajectory):
+    model, settings = build(torch.float32), memory(loss=loss, fast_weight_type=fast_weight_type)
     goal = objective(settings, trajectory=trajectory)
     batch = goal.micro_batch(*data(), step=2)
     with HostReads() as reads:

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from memdlm_dist.data import chat, template_process
 from memdlm_dist.data.dataset import TokenDataset
-from memdlm_dist.data.prepare import Request, prepare
+from memdlm_dist.data.prepare import PrepareConfig, prepare
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError
 from memdlm_dist.method.trajectory import IGNORE_INDEX
@@ -123,7 +123,7 @@ def test_messages_are_text(tmp_path, name):
         ]
     ]  # fmt: skip
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
-    request = Request(
+    request = PrepareConfig(
         output=tmp_path / "out",
         seq_len=160,
         inputs=(str(tmp_path / "rows.jsonl"),),

@@ -10,8 +10,8 @@ from torch.distributed import destroy_process_group
 
 from memdlm_dist.config import parse_config
 from memdlm_dist.runtime import device
-from memdlm_dist.runtime.process_group import pretend
-from memdlm_dist.training.backbone import layout_of, sizes_of
+from memdlm_dist.runtime.process_group import init_fake_process_group
+from memdlm_dist.training.backbone import get_layout, get_model_args
 from tests.support import trainer
 
 COMMON = [
@@ -26,12 +26,12 @@ MOST = 5  # documents of a row, as the shards' card says
 @pytest.fixture
 def build():
     """Build a trainer and its batches of packed rows: `built(arguments)`, `batch(number, documents of each row)`."""
-    pretend(1)
+    init_fake_process_group(1)
 
     def built(arguments, most_documents=MOST, grouped=False):
         config = parse_config.parse([*COMMON, *arguments])
-        sizes = replace(sizes_of(config), n_layers=2, grouped=grouped)
-        made = trainer.build(config, sizes, layout_of(config, 1), "cpu")
+        sizes = replace(get_model_args(config), n_layers=2, grouped=grouped)
+        made = trainer.build(config, sizes, get_layout(config, 1), "cpu")
         made.dataloader = SimpleNamespace(most_documents=most_documents)
         made.validator = SimpleNamespace(most_documents=2)
         made.objective = replace(made.objective, slots=made._document_slots())

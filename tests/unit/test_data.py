@@ -19,12 +19,12 @@ from memdlm_dist.data import corpus, packing, prepare, sequences, shards
 from memdlm_dist.data.dataset import TokenDataset, check_cards, open_dataset
 from memdlm_dist.data.loader import EpochLoader
 from memdlm_dist.data.packing import BestFit, Concatenation
-from memdlm_dist.data.prepare import Request
+from memdlm_dist.data.prepare import PrepareConfig
 from memdlm_dist.data.sequences import Document, Fields, fine_tuning, padded
 from memdlm_dist.errors import UserError
-from memdlm_dist.method.documents import FILL
+from memdlm_dist.method.documents import PADDING
 from memdlm_dist.method.trajectory import IGNORE_INDEX
-from memdlm_dist.training.backbone import requirements_of
+from memdlm_dist.training.backbone import get_shard_requirements
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 20
 
@@ -37,7 +37,7 @@ def write_jsonl(path, rows, opener=open):
 
 def request(tmp_path, *inputs, **changes):
     settings = {"output": tmp_path / "out", "seq_len": 32, "train_tokenizer": 300, "held_out": 0.0}
-    return Request(inputs=inputs, **(settings | changes))
+    return PrepareConfig(inputs=inputs, **(settings | changes))
 
 
 def open_shards(folder, check_hash="xxh64"):
@@ -126,8 +126,10 @@ def test_packed_rows_keep_their_documents(tmp_path):
     texts = []
     for i in range(dataset.size):
         tokens, labels, numbers = (dataset[i][key] for key in ("tokens", "labels", "documents"))
-        assert (labels[numbers == FILL] == IGNORE_INDEX).all() and (tokens[numbers == FILL] == card.eos_token_id).all()
-        assert (numbers[:-1] <= numbers[1:])[numbers[1:] != FILL].all()
+        assert (labels[numbers == PADDING] == IGNORE_INDEX).all() and (
+            tokens[numbers == PADDING] == card.eos_token_id
+        ).all()
+        assert (numbers[:-1] <= numbers[1:])[numbers[1:] != PADDING].all()
         for number in range(int(numbers.max()) + 1):
             ids = tokens[numbers == number]
             masked = labels[numbers == number] != IGNORE_INDEX
@@ -141,12 +143,12 @@ def test_packed_rows_keep_their_documents(tmp_path):
         "--parallelism.context_parallel_degree", "2", "--parallelism.context_parallel_method", "ring",
     ])  # fmt: skip
     with pytest.raises(UserError, match="hold packed documents, which ring attention cannot keep apart"):
-        check_cards([str(tmp_path / "out" / "train")], requirements_of(config, tokenizer.mask_id))
+        check_cards([str(tmp_path / "out" / "train")], get_shard_requirements(config, tokenizer.mask_id))
 
     plain = request(tmp_path, write_jsonl(tmp_path / "b.jsonl", [{"text": TEXT}]), output=tmp_path / "plain")
     prepare.prepare(plain)
     config.parallelism.context_parallel_method = "ulysses"
-    run = requirements_of(config, card.mask_token_id)
+    run = get_shard_requirements(config, card.mask_token_id)
     both = [str(tmp_path / name / "train") for name in ("plain", "out")]
     assert [check_cards(x, run) for x in (both[:1], both)] == [0, packed.most_documents]
     of_format_1 = Path(both[1], "memdlm.json")

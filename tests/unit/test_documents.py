@@ -17,7 +17,7 @@ from memdlm_dist.compat.torch import TorchDispatchMode, grouped_mm
 from memdlm_dist.errors import UserError
 from memdlm_dist.method import fast_weights, trajectory
 from memdlm_dist.method.bilevel import Memory, outer_loss
-from memdlm_dist.method.documents import FILL, Documents
+from memdlm_dist.method.documents import PADDING, Documents
 from memdlm_dist.method.fast_weights import AdaptedLinear
 from memdlm_dist.method.inner_loss import inner_loss
 from memdlm_dist.method.inner_sgd import InnerSGD
@@ -49,7 +49,7 @@ def close(ours, theirs):
 def numbers():
     def row(sizes):
         found = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-        return F.pad(found, (0, LENGTH - sum(sizes)), value=FILL)
+        return F.pad(found, (0, LENGTH - sum(sizes)), value=PADDING)
 
     return torch.stack([row(sizes) for sizes in SIZES])
 
@@ -58,14 +58,14 @@ def packed():
     """Tokens, labels and documents; every second document's first two tokens are a prompt."""
     documents = numbers()
     tokens = torch.randint(0, MASK_ID, (len(SIZES), LENGTH), generator=torch.Generator().manual_seed(1))
-    prompt = ((Documents.of(documents).place_BL < 2) & (documents % 2 == 1)) | (documents == FILL)
+    prompt = ((Documents.from_numbers(documents).position_BL < 2) & (documents % 2 == 1)) | (documents == PADDING)
     return tokens, torch.where(prompt, trajectory.IGNORE_INDEX, tokens), documents
 
 
 def alone(slots=None):
     """(sample, tokens, labels, id) of every document, in a row without anything else."""
     tokens, labels, documents = packed()
-    ids = Documents.of(documents, slots).ids(ROW_IDS)
+    ids = Documents.from_numbers(documents, slots).ids(ROW_IDS)
     slots = len(ids) // len(SIZES)
     for row, sizes in enumerate(SIZES):
         for number in range(len(sizes)):
@@ -87,7 +87,7 @@ def step(model, goal, *arguments, **more):
 OPTIONS = {
     "off": (None, {}),
     "default": ({}, {}),
-    "full": ({"adapter": "full", "loss": "hidden_cosine"}, {"supervision": "newly_revealed"}),
+    "full": ({"fast_weight_type": "full", "loss": "hidden_cosine"}, {"supervision": "newly_revealed"}),
     "all linears": ({"targets": ("ffn", "attention"), "loss": "kl"}, {"inner_steps": 3}),
     "progressive": ({"loss": "reverse_kl"}, {"trajectory": "progressive", "schedule": "cosine"}),
 }
@@ -134,7 +134,7 @@ def test_one_set_for_all_documents_is_that_of_the_same_documents_in_rows_of_thei
         rows.append(F.pad(mine, (0, missing)))
         of_rows.append(F.pad(of_mine, (0, missing), value=trajectory.IGNORE_INDEX))
         ids.append(number)
-    apart = torch.stack([torch.where(torch.arange(LENGTH) < size, 0, FILL) for row in SIZES for size in row])
+    apart = torch.stack([torch.where(torch.arange(LENGTH) < size, 0, PADDING) for row in SIZES for size in row])
     each = step(model, goal, torch.cat(rows), torch.cat(of_rows), torch.cat(ids), documents_BL=apart)
     close(together[0], each[0])
     close(together[1].loss_KG, each[1].loss_KG)
@@ -150,8 +150,8 @@ def test_a_row_of_one_document_is_a_row_without_documents():
     close(one[2], other[2])
 
 
-@pytest.mark.parametrize("adapter", ["lora", "full"])
-def test_experts_have_fast_weights_for_every_document(adapter):
+@pytest.mark.parametrize("fast_weight_type", ["lora", "full"])
+def test_experts_have_fast_weights_for_every_document(fast_weight_type):
     args = LLaDAMoEArgs(
         dim=32, n_layers=3, n_heads=4, hidden_dim=16, vocab_size=61, n_experts=4, experts_per_token=2, max_seq_len=24
     )
@@ -163,7 +163,7 @@ def test_experts_have_fast_weights_for_every_document(adapter):
             parameter.mul_(3)  # so that attention and router are not flat
     model = model.double()
     of_experts = Memory(
-        1, args.adapted_linears(1, ["ffn", "o"]), adapter, 4, 8.0,
+        1, args.adapted_linears(1, ["ffn", "o"]), fast_weight_type, 4, 8.0,
         inner_loss("cross_entropy", "pre_final_norm", "post_final_norm"), InnerSGD(0.3, 1.0), per_sample=True,
     )  # fmt: skip
     goal = objective(of_experts)
@@ -239,7 +239,7 @@ def varlen(monkeypatch):
 
 @pytest.mark.parametrize("method", ["varlen", "blocks"])
 def test_attention_within_documents_is_the_dense_masks(flex, varlen, method):
-    documents = Documents.of(numbers(), slots=8)
+    documents = Documents.from_numbers(numbers(), slots=8)
     dense, other = (attention.document_mask(documents, x) for x in ("dense", method))
     assert dense.shape == (4, 1, LENGTH, LENGTH) and isinstance(other, {"blocks": BlockMask}.get(method, tuple))
     kernel = attention.BidirectionalAttentionKernel()
@@ -262,9 +262,9 @@ def test_attention_within_documents_is_the_dense_masks(flex, varlen, method):
 def test_sequences_end_where_documents_and_padding_do():
     """Of a fixed number, empty slots as repeated ends; in rows of one document, of as many as slots and of none too."""
     full = torch.arange(LENGTH) // 3
-    rows = torch.stack([torch.zeros_like(full), full, torch.full_like(full, FILL), full.clamp(max=1)])
+    rows = torch.stack([torch.zeros_like(full), full, torch.full_like(full, PADDING), full.clamp(max=1)])
     for number, sizes in ((numbers(), SIZES), (rows, [[LENGTH], [3] * 8, [], [3, LENGTH - 3]])):
-        ends = Documents.of(number, slots=8).ends()
+        ends = Documents.from_numbers(number, slots=8).cu_seqlens()
         assert ends.dtype == torch.int32 and len(ends) == 4 * 9 + 1 and ends[0] == 0
         lengths = ends.diff().view(4, 9).tolist()
         assert lengths == [[*row, *[0] * (8 - len(row)), LENGTH - sum(row)] for row in sizes]
@@ -276,9 +276,9 @@ def test_a_step_makes_its_sequences_once(monkeypatch, varlen):
     tokens, labels, documents = packed()
     model = build()
     dense = step(model, goal, tokens, labels, ROW_IDS, documents_BL=documents)
-    made, ends = [], Documents.ends
+    made, cu_seqlens = [], Documents.cu_seqlens
     monkeypatch.setattr(llada, "attention_method", lambda *_: "varlen")
-    monkeypatch.setattr(Documents, "ends", lambda self: made.append(1) or ends(self))
+    monkeypatch.setattr(Documents, "cu_seqlens", lambda self: made.append(1) or cu_seqlens(self))
     ours = step(model, goal, tokens, labels, ROW_IDS, documents_BL=documents)
     close(ours[0], dense[0])
     close(ours[1].loss_KG, dense[1].loss_KG)
@@ -322,28 +322,28 @@ def test_blocks_pass_through_fsdp_and_checkpoints(blocks):
 
 
 def test_documents_know_their_places():
-    documents = Documents.of(numbers())
+    documents = Documents.from_numbers(numbers())
     assert documents.slots == 4
-    assert documents.place_BL[0].tolist() == [*range(7), *range(10), *range(5), 0, 1]
+    assert documents.position_BL[0].tolist() == [*range(7), *range(10), *range(5), 0, 1]
     assert documents.ids(ROW_IDS).view(4, 4)[:, 0].tolist() == ROW_IDS.tolist(), "the first has the row's own"
     assert len(set(documents.ids(torch.arange(1000)).tolist())) == 4000
-    sizes = documents.tally(numbers() != FILL).view(4, 4)
+    sizes = documents.count_per_sample(numbers() != PADDING).view(4, 4)
     assert [[n for n in row if n] for row in sizes.tolist()] == SIZES
     pairs = sum(n * n for row in SIZES for n in row) + 2 * 2 + 3 * 3
     assert documents.mean_attended() == pytest.approx(pairs / (4 * LENGTH))
     part = documents.slice(8, 8)
-    assert torch.equal(part.place_BL, documents.place_BL[:, 8:16]) and part.slots == 4
-    assert documents.own_set().mask().sum(-1).eq(1).all()
-    assert [Documents.of(numbers()[rows]).slots for rows in ([0], [1], [2])] == [4, 1, 2], "powers of two"
-    assert Documents.of(numbers(), slots=8).slots == 8
+    assert torch.equal(part.position_BL, documents.position_BL[:, 8:16]) and part.slots == 4
+    assert documents.assign_sets().mask().sum(-1).eq(1).all()
+    assert [Documents.from_numbers(numbers()[rows]).slots for rows in ([0], [1], [2])] == [4, 1, 2], "powers of two"
+    assert Documents.from_numbers(numbers(), slots=8).slots == 8
     with pytest.raises(UserError, match="A row of the shards holds 4 documents, more than their card says"):
-        Documents.of(numbers(), slots=2)
+        Documents.from_numbers(numbers(), slots=2)
 
 
 @pytest.mark.parametrize("slots", [None, 8])
 def test_noise_of_a_document_does_not_depend_on_its_row(slots):
     _, labels, documents = packed()
-    found = Documents.of(documents, slots)
+    found = Documents.from_numbers(documents, slots)
     draw = trajectory.draw(3, STEP, found.ids(ROW_IDS), labels != trajectory.IGNORE_INDEX, None, found)
     for sample, _, of_one, ids in alone(slots):
         one = trajectory.draw(3, STEP, ids, of_one != trajectory.IGNORE_INDEX)
@@ -373,7 +373,7 @@ def test_packed_rows_cost_their_documents_attention_and_every_sets_terms():
     plain = step_flops(ARGS, goal.micro_batch(tokens, labels, ROW_IDS, STEP), None)
     batch = goal.micro_batch(tokens, labels, ROW_IDS, STEP, documents_BL=documents)
     of_packed = step_flops(ARGS, batch, None)
-    attended = Documents.of(documents).mean_attended()
+    attended = Documents.from_numbers(documents).mean_attended()
     head = 3 * 2 * ARGS.dim * ARGS.vocab_size
     heads = head * (len(batch.anchor.label_N) - len(goal.micro_batch(tokens, labels, ROW_IDS, STEP).anchor.label_N))
     # Forward 1 and backward 2.5 of the two products with every attended token.
@@ -385,12 +385,12 @@ def test_packed_rows_cost_their_documents_attention_and_every_sets_terms():
 
 
 def test_tokens_are_laid_out_document_after_document():
-    documents = Documents.of(numbers(), slots=8)
+    documents = Documents.from_numbers(numbers(), slots=8)
     for part in (documents, documents.slice(8, 8)):
         grouped, sample_T = part.grouped(), part.sample_BL.flatten()
         sizes = torch.bincount(sample_T, minlength=32)
-        ends = grouped.end_U.tolist()
-        assert ends[-1] == grouped.places == len(sample_T) + 8 * 32 and grouped.end_U.dtype == torch.int32
+        ends = grouped.offsets_U.tolist()
+        assert ends[-1] == grouped.n_rows == len(sample_T) + 8 * 32 and grouped.offsets_U.dtype == torch.int32
         starts = [0, *ends[:-1]]
         taken = []
         for sample, (start, end) in enumerate(zip(starts, ends, strict=True)):
@@ -398,21 +398,21 @@ def test_tokens_are_laid_out_document_after_document():
             assert (end - start) % 8 == 0 < end - start
             assert sample == 31 or end - start - sizes[sample] in range(8) or (end - start, sizes[sample]) == (8, 0)
             taken += range(start, start + int(sizes[sample]))
-        assert grouped.place_T.tolist() == taken
+        assert grouped.row_T.tolist() == taken
         x = torch.randn(*part.number_BL.shape, 3)
-        laid_out = grouped.lay_out(x)
-        assert torch.equal(grouped.collect(laid_out, len(x)), x)
+        laid_out = grouped.scatter(x)
+        assert torch.equal(grouped.gather(laid_out, len(x)), x)
         assert laid_out.count_nonzero() == x.numel(), "the other places are zeros"
 
 
-def fast_terms(adapter, number, slots, dtype, grouped):
+def fast_terms(fast_weight_type, number, slots, dtype, grouped):
     """Output of a linear's fast term and all gradients."""
     generator = torch.Generator().manual_seed(2)
-    documents = Documents.of(number, slots)
-    own = documents.own_set(grouped)
+    documents = Documents.from_numbers(number, slots)
+    own = documents.assign_sets(grouped)
     linear = AdaptedLinear("0", "up", 24, 40, False, 0)
     keys = torch.arange(len(number) * slots)
-    fast = fast_weights.ADAPTERS[adapter].start(linear, 8, 16.0, keys, None)
+    fast = fast_weights.FAST_WEIGHT_TYPES[fast_weight_type].start(linear, 8, 16.0, keys, None)
     leaves = [torch.randn(x.shape, generator=generator).to(dtype).requires_grad_() for x in fast if torch.is_tensor(x)]
     x = torch.randn(*number.shape, 24, generator=generator).to(dtype).requires_grad_()
     fast = type(fast)(*leaves, *(value for value in fast if not torch.is_tensor(value)))
@@ -421,23 +421,23 @@ def fast_terms(adapter, number, slots, dtype, grouped):
     return [y, *torch.autograd.grad(y, [x, *leaves], upstream)]
 
 
-@pytest.mark.parametrize("adapter", fast_weights.ADAPTERS)
+@pytest.mark.parametrize("fast_weight_type", fast_weights.FAST_WEIGHT_TYPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_grouped_terms_are_the_masked_ones(monkeypatch, adapter, dtype):
+def test_grouped_terms_are_the_masked_ones(monkeypatch, fast_weight_type, dtype):
     """Output and gradients, with empty slots, padding and documents of one token; the masked form in float64."""
     calls = []
     monkeypatch.setattr(fast_weights, "grouped_mm", lambda *arguments: calls.append(1) or grouped_mm(*arguments))
-    masked = fast_terms(adapter, numbers(), 8, torch.float64, grouped=False)
+    masked = fast_terms(fast_weight_type, numbers(), 8, torch.float64, grouped=False)
     assert not calls
     # Float32 rounds to 6e-8 and bfloat16 to 4e-3, inputs and intermediates too, which are added up over 40 terms.
     tolerance = {torch.float32: 2e-6, torch.bfloat16: 3e-2}[dtype]
-    for ours, theirs in zip(fast_terms(adapter, numbers(), 8, dtype, grouped=True), masked, strict=True):
+    for ours, theirs in zip(fast_terms(fast_weight_type, numbers(), 8, dtype, grouped=True), masked, strict=True):
         assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max() and ours.dtype == dtype
-    assert len(calls) == {"lora": 2, "full": 1}[adapter]
+    assert len(calls) == {"lora": 2, "full": 1}[fast_weight_type]
 
 
 def test_sizes_that_accelerators_do_not_group_take_the_masked_form():
-    own = Documents.of(numbers()).own_set(grouped=True)
+    own = Documents.from_numbers(numbers()).assign_sets(grouped=True)
     x = torch.zeros(4, LENGTH, 24)
     of = partial(fast_weights._grouped_dtype, own)
     assert of(x, torch.zeros(16, 8, 24)) == torch.float32 and of(x.double(), torch.zeros(16, 8, 24)) is None
@@ -453,7 +453,7 @@ def test_a_step_with_grouped_terms_is_the_step_with_masked_ones():
     """Loss, what is written, and gradients in float32; and the products do not depend on the documents."""
     goal = replace(objective(memory(rank=8, targets=("ffn", "attention"))), slots=4)
     tokens, labels, documents = packed()
-    few = torch.where(documents == FILL, FILL, documents.clamp(max=1))
+    few = torch.where(documents == PADDING, PADDING, documents.clamp(max=1))
 
     def run(grouped, of_rows):
         model = build(torch.float32)

@@ -14,12 +14,12 @@ from memdlm_dist.config import launch, parse_config
 from memdlm_dist.models import BACKBONES
 from memdlm_dist.performance import bench_steps as bench_step
 from memdlm_dist.performance.collectives import Collectives
-from memdlm_dist.performance.estimate import Communication, Estimate, Footprint, estimate, saved_elements
+from memdlm_dist.performance.estimate import Communication, Estimate, MemoryEstimate, estimate, saved_elements
 from memdlm_dist.performance.forecast import forecast
 from memdlm_dist.performance.step_time import Speeds, StepTime, step_time, warning
 from memdlm_dist.runtime import cpu
-from memdlm_dist.runtime.process_group import pretend
-from memdlm_dist.training.backbone import layout_of, model_on_meta, sizes_of
+from memdlm_dist.runtime.process_group import init_fake_process_group
+from memdlm_dist.training.backbone import get_layout, get_model_args, model_on_meta
 from tools import dry_run
 
 DEBUG = [
@@ -97,7 +97,7 @@ def test_packed_rows_have_sets_and_copies_for_their_slots():
     config = parse_config.parse([*DEBUG, *arguments])
     one, five = (forecast(config, 1, documents=number) for number in (1, 5))
     assert five.memory.fast_weights == 8 * one.memory.fast_weights > 0
-    args, rows = sizes_of(config), 4 * (config.training.seq_len + 8 * 8)
+    args, rows = get_model_args(config), 4 * (config.training.seq_len + 8 * 8)
     copies = five.memory.activations - one.memory.activations
     assert copies == 4 * rows * (2 * args.dim + args.hidden_dim)
     assert five.flops == one.flops
@@ -117,9 +117,9 @@ def test_the_head_compiles_its_losses_and_fsdp_sums(monkeypatch, arguments, back
     """As the configuration has it; gradients are plain sums beside an accelerator too."""
     monkeypatch.setattr(cpu, "has_accelerator", lambda: True)
     config = parse_config.parse([*DEBUG, *arguments])
-    pretend(4)
+    init_fake_process_group(4)
     try:
-        model = model_on_meta(config, sizes_of(config), layout_of(config, 4))
+        model = model_on_meta(config, get_model_args(config), get_layout(config, 4))
         assert model.output.backend == backend
         groups = [
             group
@@ -226,7 +226,7 @@ def test_dry_run_tells_what_will_not_fit(capsys):
 def by_hand(flops=2e14, **parts):
     """Return an estimate of which only what decides about the time is filled in."""
     sent = dict.fromkeys(("gather", "reduce", "replicate", "tensor", "context", "experts"), 0.0) | parts
-    memory = Footprint(*[0.0] * 8)
+    memory = MemoryEstimate(*[0.0] * 8)
     return Estimate(0, 0, 0, 1, 4, 1, memory, Communication(**sent), ["gather", "replicate"], flops)
 
 

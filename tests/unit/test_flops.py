@@ -14,8 +14,8 @@ from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 
 from memdlm_dist.method.bilevel import outer_loss
 from memdlm_dist.models.flops import Recomputation, step_flops
+from memdlm_dist.models.fsdp_schedule import frozen
 from memdlm_dist.models.llada_moe import LLaDAMoE, LLaDAMoEArgs
-from memdlm_dist.models.residency import frozen
 from tests.support.bilevel import ARGS, build, data, memory, objective
 
 
@@ -87,7 +87,7 @@ CASES = {
     "attention too": ({"targets": ("ffn", "attention")}, {}),
     "o and down": ({"targets": ("o", "down")}, {}),
     "down alone": ({"targets": ("down",), "first_layer": 2}, {}),
-    "full": ({"adapter": "full"}, {}),
+    "full": ({"fast_weight_type": "full"}, {}),
     "all layers": ({"first_layer": 0}, {}),
 }
 

@@ -16,8 +16,8 @@ from memdlm_dist.checkpoint import hugging_face_folder
 from memdlm_dist.config import launch, parse_config
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import state_dict_adapters as names
-from memdlm_dist.runtime.process_group import pretend
-from memdlm_dist.training.backbone import adapter_of, layout_of, model_on_meta, sizes_of
+from memdlm_dist.runtime.process_group import init_fake_process_group
+from memdlm_dist.training.backbone import get_layout, get_model_args, get_sd_adapter, model_on_meta
 from tests.support.published import RECIPES, contents
 from tools import convert_checkpoint, random_weights
 
@@ -45,8 +45,8 @@ def weights(recipe, tmp_path_factory):
 
 
 @pytest.fixture
-def adapter(recipe):
-    return adapter_of(parse_config.parse(["--job.config_file", recipe, *PLAIN]))
+def sd_adapter(recipe):
+    return get_sd_adapter(parse_config.parse(["--job.config_file", recipe, *PLAIN]))
 
 
 def test_there_and_back_again_is_the_same_bit_for_bit(recipe, weights, tmp_path, capsys):
@@ -76,9 +76,9 @@ def test_there_and_back_again_is_the_same_bit_for_bit(recipe, weights, tmp_path,
     assert "exists and is not an empty folder" in capsys.readouterr().err
 
 
-def test_published_names(adapter):
-    found = set(adapter.expected())
-    if adapter.config()["architectures"] == ["LLaDAModelLM"]:
+def test_published_names(sd_adapter):
+    found = set(sd_adapter.expected())
+    if sd_adapter.config()["architectures"] == ["LLaDAModelLM"]:
         assert len(found) == 3 + 4 * 9 and {
             "model.transformer.wte.weight", "model.transformer.blocks.3.ff_proj.weight",
             "model.transformer.blocks.0.attn_out.weight", "model.transformer.ff_out.weight",
@@ -101,37 +101,37 @@ def damaged(weights, folder, change):
     return name
 
 
-def refusal(folder, adapter):
+def refusal(folder, sd_adapter):
     with pytest.raises(UserError) as caught:
-        hugging_face_folder.check(str(folder), adapter)
+        hugging_face_folder.check(str(folder), sd_adapter)
     return str(caught.value)
 
 
-def test_a_tensor_that_is_missing_unknown_or_of_another_shape_is_named(weights, adapter, tmp_path):
+def test_a_tensor_that_is_missing_unknown_or_of_another_shape_is_named(weights, sd_adapter, tmp_path):
     name = damaged(weights, tmp_path / "a", lambda tensors, name: tensors.pop(name))
-    assert f"lack the tensor {name}" in refusal(tmp_path / "a", adapter)
+    assert f"lack the tensor {name}" in refusal(tmp_path / "a", sd_adapter)
 
     def other(tensors, name):
         tensors["model.vision.weight"] = torch.zeros(1)
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(1)  # which some exports hold
 
     damaged(weights, tmp_path / "b", other)
-    assert "a tensor that this model does not have, model.vision.weight; choose" in refusal(tmp_path / "b", adapter)
+    assert "a tensor that this model does not have, model.vision.weight; choose" in refusal(tmp_path / "b", sd_adapter)
 
     def reshape(tensors, name):
         tensors[name] = torch.zeros(3, 5)
 
     name = damaged(weights, tmp_path / "c", reshape)
-    assert f"The tensor {name} in {tmp_path / 'c'} is (3, 5), this model's (" in refusal(tmp_path / "c", adapter)
+    assert f"The tensor {name} in {tmp_path / 'c'} is (3, 5), this model's (" in refusal(tmp_path / "c", sd_adapter)
 
 
-def test_weights_of_integers_are_refused(weights, adapter, tmp_path):
+def test_weights_of_integers_are_refused(weights, sd_adapter, tmp_path):
     name = damaged(weights, tmp_path / "a", lambda tensors, name: tensors.update({name: tensors[name].to(torch.int8)}))
-    says = refusal(tmp_path / "a", adapter)
+    says = refusal(tmp_path / "a", sd_adapter)
     assert says.startswith(f"The tensor {name} in ") and "is of type I8, not one of F64, F32, F16, BF16; use" in says
 
 
-def test_files_that_are_missing_or_broken_are_named(weights, adapter, tmp_path):
+def test_files_that_are_missing_or_broken_are_named(weights, sd_adapter, tmp_path):
     def copy(name):
         shutil.copytree(weights, tmp_path / name)
         return tmp_path / name
@@ -139,24 +139,26 @@ def test_files_that_are_missing_or_broken_are_named(weights, adapter, tmp_path):
     first = copy("file")
     gone = sorted(first.glob("*.safetensors"))[-1]
     gone.unlink()
-    assert f"lacks the file {gone.name}, which model.safetensors.index.json lists" in refusal(first, adapter)
+    assert f"lacks the file {gone.name}, which model.safetensors.index.json lists" in refusal(first, sd_adapter)
     second = copy("cut short")
     file = sorted(second.glob("*.safetensors"))[0]
     file.write_bytes(file.read_bytes()[:-100])
-    assert f"{file} cannot be read (" in refusal(second, adapter)
+    assert f"{file} cannot be read (" in refusal(second, sd_adapter)
     third = copy("rotary")
     config = json.loads((third / "config.json").read_text())
     (third / "config.json").write_text(json.dumps({**config, "rope_theta": 1e4, "max_position_embeddings": 1}))
-    assert "config.json describes another model than this run's: rope_theta is 10000.0 there" in refusal(third, adapter)
+    assert "config.json describes another model than this run's: rope_theta is 10000.0 there" in refusal(
+        third, sd_adapter
+    )
     (third / "config.json").write_text(json.dumps({**config, "hidden_act": "gelu", "activation_type": "gelu"}))
-    assert "is 'gelu' there and 'silu' here" in refusal(third, adapter)
+    assert "is 'gelu' there and 'silu' here" in refusal(third, sd_adapter)
     (third / "config.json").write_text("{")
-    assert "config.json cannot be read" in refusal(third, adapter)
+    assert "config.json cannot be read" in refusal(third, sd_adapter)
     (tmp_path / "pickles").mkdir()
     (tmp_path / "pickles/pytorch_model.bin").write_bytes(b"")
-    assert "no .safetensors files" in refusal(tmp_path / "pickles", adapter)
-    assert "There is no folder" in refusal(tmp_path / "absent", adapter)
-    assert "read from disk, not from s3://" in refusal("s3://bucket/weights", adapter)
+    assert "no .safetensors files" in refusal(tmp_path / "pickles", sd_adapter)
+    assert "There is no folder" in refusal(tmp_path / "absent", sd_adapter)
+    assert "read from disk, not from s3://" in refusal("s3://bucket/weights", sd_adapter)
 
 
 def test_files_of_an_export():
@@ -189,19 +191,19 @@ def test_experts_of_replicas_have_names(experts):
         "--model.converters", "", "--parallelism.expert_parallel_degree", str(experts),
         "--parametric_memory.granularity", "batch",
     ])  # fmt: skip
-    config, args = launch.resolve(config, 4, 2), sizes_of(config)
+    config, args = launch.resolve(config, 4, 2), get_model_args(config)
     if dist.is_initialized():
         dist.destroy_process_group()
-    pretend(4)
+    init_fake_process_group(4)
     try:
-        dims = layout_of(config, 4)
+        dims = get_layout(config, 4)
         assert (dims.dp_replicate, dims.dp_shard) == (2, 2)
         state = model_on_meta(config, args, dims).state_dict()
-        adapter = adapter_of(config)
-        theirs = adapter.to_hf(dict(state))
+        sd_adapter = get_sd_adapter(config)
+        theirs = sd_adapter.to_hf(dict(state))
         found = {int(number) for key in theirs for number in re.findall(r"layers\.0\.mlp\.experts\.(\d+)\.", key)}
         assert found == set(range(args.n_experts // 2))
-        back = adapter.from_hf(theirs)
+        back = sd_adapter.from_hf(theirs)
         assert {key: (x.shape, x.placements) for key, x in back.items()} == {
             key: (x.shape, x.placements) for key, x in state.items()
         }

@@ -11,7 +11,7 @@ from memdlm_dist.config import check_layout, launch, parse_config
 from memdlm_dist.errors import UserError
 from memdlm_dist.inference.setup import inference_config
 from memdlm_dist.models import backbone_args
-from memdlm_dist.runtime.process_group import launched
+from memdlm_dist.runtime.process_group import launched_processes
 
 SHIPPED = sorted(path.stem for path in Path("train_configs").glob("*.toml"))
 LOCAL = {  # sequences of a micro-batch on 1, 2, 4 and 8 ranks, where they follow from the global batch
@@ -113,4 +113,4 @@ def test_nodes_of_different_sizes_are_refused(node, debug_config, monkeypatch):
     config = copy.deepcopy(debug_config)
     config.parallelism.data_parallel_shard_within = "node"
     with pytest.raises(UserError, match=f"this one has {node} of the 12 on 3 nodes; set NGPU alike on all nodes"):
-        launch.resolve(config, *launched())
+        launch.resolve(config, *launched_processes())

@@ -22,7 +22,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 
 from memdlm_dist.data import prepare, shards
 from memdlm_dist.data.dataset import TokenDataset
-from memdlm_dist.data.prepare import Request
+from memdlm_dist.data.prepare import PrepareConfig
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError
 from memdlm_dist.method.trajectory import IGNORE_INDEX
@@ -45,7 +45,7 @@ def jsonl(path, rows):
 
 def run(tmp_path, *inputs, **changes):
     settings = {"output": tmp_path / "out", "seq_len": 32, "tokenizer": f"{DEBUG}/tokenizer", "held_out": 0.0}
-    return prepare.prepare(Request(inputs=inputs, **(settings | changes)), report=lambda _: None)
+    return prepare.prepare(PrepareConfig(inputs=inputs, **(settings | changes)), report=lambda _: None)
 
 
 def samples(folder):

@@ -24,11 +24,11 @@ def written(found, ids=range(40), step=4):
     return first
 
 
-@pytest.mark.parametrize("adapter", ["lora", "full"])
-def test_sequences_are_trained_either_way(adapter):
+@pytest.mark.parametrize("fast_weight_type", ["lora", "full"])
+def test_sequences_are_trained_either_way(fast_weight_type):
     """Each row's loss and gradient are those with the memory or those without, exactly: rows do not touch."""
     model, plain = build(), objective(None)
-    both = replace(objective(memory(adapter=adapter, learning_rate=3.0)), probability=0.5)
+    both = replace(objective(memory(fast_weight_type=fast_weight_type, learning_rate=3.0)), probability=0.5)
     full = replace(both, probability=1.0)
     tokens, labels, ids = rows(6)
     t = torch.full((6,), 0.6, dtype=torch.float64)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memdlm_dist.method.bilevel import Memory, outer_loss
-from memdlm_dist.method.fast_weights import ADAPTERS
+from memdlm_dist.method.fast_weights import FAST_WEIGHT_TYPES
 from memdlm_dist.method.inner_loss import HIDDEN_LOSSES, LOGIT_LOSSES, inner_loss
 from memdlm_dist.method.inner_sgd import GRADIENT_NORMS, InnerSGD
 from memdlm_dist.method.trajectory import IGNORE_INDEX, SUPERVISION, TRAJECTORIES, Plan, draw
@@ -57,12 +57,12 @@ TARGETS = st.lists(st.sampled_from([*GROUPS["ffn"], *GROUPS["attention"]]), min_
     options=OPTIONS,
     rows=ROWS,
     targets=TARGETS,
-    adapter=st.sampled_from(list(ADAPTERS)),
+    fast_weight_type=st.sampled_from(list(FAST_WEIGHT_TYPES)),
     first_layer=st.integers(0, ARGS.n_layers - 1),
     per_sample=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_any_options_equal_the_naive_version(options, rows, targets, adapter, first_layer, per_sample, seed):
+def test_any_options_equal_the_naive_version(options, rows, targets, fast_weight_type, first_layer, per_sample, seed):
     ids = torch.arange(len(rows)) * 31 + seed
     tokens = torch.randint(0, MASK_ID, (len(rows), LENGTH), generator=torch.Generator().manual_seed(seed))
     maskable = torch.stack([(torch.arange(LENGTH) >= first) & (torch.arange(LENGTH) < last) for _, first, last in rows])
@@ -70,7 +70,7 @@ def test_any_options_equal_the_naive_version(options, rows, targets, adapter, fi
     memory = Memory(
         first_layer=first_layer,
         linears=ARGS.adapted_linears(first_layer, targets),
-        adapter=adapter,
+        fast_weight_type=fast_weight_type,
         rank=3,
         alpha=6.0,
         loss=inner_loss(options.inner_loss, options.student_hidden, options.teacher_hidden),
@@ -78,7 +78,7 @@ def test_any_options_equal_the_naive_version(options, rows, targets, adapter, fi
         per_sample=per_sample,
     )
     plan = Plan(**{f.name: getattr(options, f.name) for f in fields(Plan)})
-    goal = Objective(MASK_ID, plan, memory, seed, shards=1, shard=0)
+    goal = Objective(MASK_ID, plan, memory, seed, tp_size=1, tp_rank=0)
     start = double(memory.draw(seed, 4, ids))
 
     MODEL.zero_grad()

@@ -4,7 +4,7 @@ import torch
 
 from memdlm_dist.compat.torch import tree_leaves
 from memdlm_dist.runtime import device
-from memdlm_dist.runtime.transfer import Packed
+from memdlm_dist.runtime.transfer import PinnedTree
 
 
 def test_a_packed_tree_is_the_tree_in_one_buffer(monkeypatch):
@@ -13,7 +13,7 @@ def test_a_packed_tree_is_the_tree_in_one_buffer(monkeypatch):
     columns = torch.arange(24).view(4, 6)[:, 2:5]  # as a context-parallel rank has them
     tree = (columns, {"flags": torch.tensor([True, False, True]), "none": None}, [torch.zeros(0, 3), torch.tensor(2.5)])
     tree = (*tree, 7, torch.arange(5, dtype=torch.int32), torch.rand(3, dtype=torch.float64))
-    moved = Packed(tree, torch.device("cpu")).to_device()
+    moved = PinnedTree(tree, torch.device("cpu")).to_device()
     assert type(moved) is tuple and moved[1]["none"] is None and moved[3] == 7
     pairs = list(zip(tree_leaves(moved), tree_leaves(tree), strict=True))
     tensors = [(ours, theirs) for ours, theirs in pairs if isinstance(theirs, torch.Tensor)]

@@ -15,11 +15,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from memdlm_dist.checkpoint import weights
-from memdlm_dist.checkpoint.catalogue import Catalogue, superfluous
+from memdlm_dist.checkpoint.catalogue import Catalogue, prunable_steps
 from memdlm_dist.checkpoint.manager import check_model
 from memdlm_dist.checkpoint.reading import load_states
 from memdlm_dist.data.dataset import MISTAKE, open_dataset
-from memdlm_dist.data.sequences import Sequence
+from memdlm_dist.data.sequences import TrainingSequence
 from memdlm_dist.data.settings import Data
 from memdlm_dist.data.shards import Card, ShardWriter
 from memdlm_dist.errors import UserError
@@ -60,10 +60,10 @@ def test_a_pickle_beside_safetensors_is_left_alone(tmp_path, canary):
 
 def test_metadata_names_no_foreign_class(tmp_path, canary):
     whole = save(tmp_path / "run/step-2")
-    assert Catalogue(str(tmp_path / "run")).look(2).good and check_model(whole, TENSORS) == ""
+    assert Catalogue(str(tmp_path / "run")).inspect(2).intact and check_model(whole, TENSORS) == ""
     (tmp_path / "run/step-2/.metadata").write_bytes(pickle.dumps(Hostile(canary)))
     problem = "has a .metadata that cannot be read (it names posix.mkdir, which no checkpoint of ours does)"
-    assert Catalogue(str(tmp_path / "run")).look(2).problem == problem
+    assert Catalogue(str(tmp_path / "run")).inspect(2).problem == problem
     assert "metadata that cannot be read (it names posix.mkdir" in check_model(whole, TENSORS)
 
 
@@ -82,7 +82,7 @@ def test_metadata_changes_no_code(tmp_path):
         (Metadata, {"__init__": 1}),
     ):
         (tmp_path / "run/step-2/.metadata").write_bytes(changing(target, attributes))
-        assert "cannot be read (it changes a " in Catalogue(str(tmp_path / "run")).look(2).problem
+        assert "cannot be read (it changes a " in Catalogue(str(tmp_path / "run")).inspect(2).problem
     assert torch.serialization._get_layout.cache == cache and callable(Metadata.__init__)
 
 
@@ -92,7 +92,9 @@ def test_metadata_names_files_of_its_folder(tmp_path):
     for entry in metadata.storage_data.values():
         entry.relative_path = "../secret.bin"
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-    assert "it names the file '../secret.bin' outside of its folder" in Catalogue(str(tmp_path / "run")).look(2).problem
+    assert (
+        "it names the file '../secret.bin' outside of its folder" in Catalogue(str(tmp_path / "run")).inspect(2).problem
+    )
 
 
 def test_values_beside_tensors_are_data(tmp_path, canary):
@@ -111,7 +113,7 @@ def shards(folder: Path, rows: int = 200, size_limit: int = 4000) -> Path:
     """Write shards of about ten sequences each."""
     with ShardWriter(folder, Card(64, 512, 1, 2), size_limit) as writer:
         for _ in range(rows):
-            writer.write(Sequence(np.arange(64), np.ones(64, dtype=np.bool_)))
+            writer.write(TrainingSequence(np.arange(64), np.ones(64, dtype=np.bool_)))
     return folder
 
 
@@ -186,8 +188,8 @@ def test_one_good_checkpoint_is_always_left(tmp_path):
         save(tmp_path / f"step-{step}")
     for negative in (-1, -2):
         with pytest.raises(UserError, match=f"must not be negative, but is {negative}"):
-            superfluous([1, 2], negative, 0)
-    assert superfluous([1, 2, 3, 4], 1, 0, best=2) == [1, 3]
+            prunable_steps([1, 2], negative, 0)
+    assert prunable_steps([1, 2, 3, 4], 1, 0, best=2) == [1, 3]
     catalogue.remove(1)
     with pytest.raises(UserError, match="step-2 is the only good checkpoint, and is not removed"):
         catalogue.remove(2)

@@ -4,17 +4,19 @@ import hashlib
 import json
 import time
 
-from memdlm_dist.runtime.watchdog import Place, Watchdog, explanation, missing
+from memdlm_dist.runtime.watchdog import RankStatus, Watchdog, explanation, missing
 
 
 def place(rank: int, progress: int = 5, line: str = "all_reduce", in_collective: bool = True, still=90.0, **more):
-    return Place(rank, f"host{rank}", 1000 + rank, progress, "taking step 5", line, in_collective, still, 7, **more)
+    return RankStatus(
+        rank, f"host{rank}", 1000 + rank, progress, "taking step 5", line, in_collective, still, 7, **more
+    )
 
 
 SILENCE = 16.0
 
 
-def names(*places: Place) -> list[int]:
+def names(*places: RankStatus) -> list[int]:
     return [found.rank for found in missing(places, SILENCE)]
 
 

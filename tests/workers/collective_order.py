@@ -17,7 +17,7 @@ cpu.prepare()
 from memdlm_dist.compat.torch import operator_name, tree_leaves
 from memdlm_dist.config import parse_config
 from memdlm_dist.performance.collectives import Collectives
-from memdlm_dist.training.backbone import layout_of, sizes_of
+from memdlm_dist.training.backbone import get_layout, get_model_args
 from tests.support import trainer
 
 COMMON = [
@@ -83,7 +83,7 @@ def write_rank(rank, layout, folder):
     ranks, arguments = LAYOUTS[layout]
     dist.init_process_group("fake", rank=rank, world_size=ranks)
     config = parse_config.parse([*COMMON, *arguments])
-    sizes, dims = replace(sizes_of(config), n_heads=4, n_kv_heads=4), layout_of(config, ranks)
+    sizes, dims = replace(get_model_args(config), n_heads=4, n_kv_heads=4), get_layout(config, ranks)
     meshes = {name: dims.get_optional_mesh(name) for name in DIMENSIONS}
     groups = {mesh.get_group().group_name: name for name, mesh in meshes.items() if mesh is not None}
     groups[dist.group.WORLD.group_name] = "world"

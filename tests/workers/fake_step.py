@@ -25,8 +25,8 @@ from memdlm_dist.inference.sampler import Decoding
 from memdlm_dist.inference.trained_model import TrainedModel
 from memdlm_dist.models import llada
 from memdlm_dist.runtime import device
-from memdlm_dist.runtime.process_group import pretend
-from memdlm_dist.training.backbone import layout_of, sizes_of
+from memdlm_dist.runtime.process_group import init_fake_process_group
+from memdlm_dist.training.backbone import get_layout, get_model_args
 from tests.support import trainer
 from tests.support.fake_device import FakeDevice, without_cuda_kernel
 
@@ -59,20 +59,20 @@ UNFUSED = ("dense, plain",)
 VARLEN = ("packed",)  # whose attention is variable-length attention, as CUDA has it in bfloat16; blocks elsewhere
 
 # Where a step waits for the device by design: without a fused optimizer, and on steps that log.
-AGREED = {"training.agreement:settle"}
+AGREED = {"training.consensus:finish"}
 LOGGED = {f"training.metrics:{name}" for name in ("log_step", "_reduce", "_largest_rank_loss", "_load_balance")}
 # Where a step that logs copies to the device and waits; and what every step copies without waiting.
 RECORDED = {"training.trainer:_record"}
 TO_DEVICE, TO_HOST = "runtime.transfer:to_device", "runtime.transfer:__init__"
 SUMMED = {"training.validator:validate"}
 # Decoding chooses tokens on the host.
-READ = {f"inference.trained_model:{name}" for name in ("remember", "logits", "nll")}
+READ = {f"inference.trained_model:{name}" for name in ("adapt", "logits", "nll")}
 GIVEN = {f"inference.trained_model:{name}" for name in ("logits", "nll", "_forward")}
 
 
 def sizes(config):
     """Return the backbone's sizes, with heads that flex attention takes and grouped products."""
-    return replace(sizes_of(config), n_heads=2, n_kv_heads=2, grouped=True)
+    return replace(get_model_args(config), n_heads=2, n_kv_heads=2, grouped=True)
 
 
 def step(name):
@@ -87,7 +87,7 @@ def _step(name):
     args, packed = sizes(config), "packed" in name
     agreed = AGREED if name in UNFUSED else set()
     with FakeDevice(LOGGED | agreed, RECORDED) as fake:
-        trained = trainer.build(config, args, layout_of(config, 1), fake_device.DEVICE, name in DRAWN)
+        trained = trainer.build(config, args, get_layout(config, 1), fake_device.DEVICE, name in DRAWN)
         trainer.step(trained, 2, [trainer.batch(config, args, packed=packed)])
     operators = fake.operators
     batch = trainer.batch(config, args, 1, packed=packed)
@@ -117,13 +117,14 @@ def read():
     The texts are longer than the context of training.
     """
     config = setup.inference_config(parse_config.parse([*COMMON, "--training.seq_len", "8"]))
-    args, dims = sizes(config), layout_of(config, 1)
+    args, dims = sizes(config), get_layout(config, 1)
     with FakeDevice(READ, GIVEN) as fake:
         trained = trainer.build(config, args, dims, fake_device.DEVICE, draws=False)
         objective = trained.objective
         model = TrainedModel.__new__(TrainedModel)
         vars(model).update(
-            model=trained.model.eval(), device=trained.device, data_parallel=DataParallel.of(dims, trained.device),
+            model=trained.model.eval(), device=trained.device,
+            data_parallel=DataParallel.from_layout(dims, trained.device),
             tokenizer=SimpleNamespace(mask_id=args.vocab_size - 1, eos_id=0), _amp=nullcontext(),
             _objective=replace(objective, plan=replace(objective.plan, loss_weight="uniform")),
             _memory=replace(objective.memory, per_sample=True),
@@ -184,7 +185,7 @@ def write(_, path):
     logging.disable()
     warnings.filterwarnings("ignore")  # of flex attention, about running uncompiled
     fake_device.register()
-    pretend(1)
+    init_fake_process_group(1)
     compat.MAX_GROUPS = 7  # so that grouped products are split
     with torch.compiler.set_stance("force_eager"):
         ran = {name: step(name) for name in CASES} | {"decoding": read()}

@@ -57,10 +57,10 @@ def record(folder: str, number: int) -> None:
     def micro_batch(self, tokens, labels, ids, step, **rest):
         # A context-parallel rank has a part of the states: what is written is what the parts are of.
         whole = plain_batch(
-            replace(self, parts=1, part=0, shards=self.parts * self.shards), tokens, labels, ids, step, **rest
+            replace(self, cp_size=1, cp_rank=0, tp_size=self.cp_size * self.tp_size), tokens, labels, ids, step, **rest
         )
         write("states", step, ids, *whole.inputs)
-        return whole.part(self.part, self.parts)
+        return whole.cp_slice(self.cp_rank, self.cp_size)
 
     def fast(self, seed, step, ids):
         drawn = plain_fast(self, seed, step, ids)

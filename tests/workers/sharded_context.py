@@ -22,7 +22,7 @@ from torchtitan.tools.logging import logger
 from memdlm_dist.compat import torch as compat_torch
 from memdlm_dist.config import parse_config
 from memdlm_dist.method import fast_weights
-from memdlm_dist.method.documents import FILL
+from memdlm_dist.method.documents import PADDING
 from memdlm_dist.models import llada
 from memdlm_dist.performance.bench_steps import Bench
 from memdlm_dist.performance.collectives import by_kind
@@ -71,7 +71,7 @@ DOCUMENTS = [[10, 7, 15], [32], [5, 5, 5, 5, 12], [20, 8]]  # over the ends of t
 def numbers():
     """Of every token's document, `[ROWS, LENGTH]`."""
     rows = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in DOCUMENTS]
-    return torch.stack([torch.cat([row, torch.full((LENGTH - len(row),), FILL)]) for row in rows])
+    return torch.stack([torch.cat([row, torch.full((LENGTH - len(row),), PADDING)]) for row in rows])
 
 
 # Beyond these, what a layout has code of its own for.
@@ -113,7 +113,7 @@ def data(kind):
     column = torch.arange(LENGTH)
     if kind == "packed":
         documents = numbers()
-        prompt = (column % 16 < 3) | (documents == FILL)
+        prompt = (column % 16 < 3) | (documents == PADDING)
         return tokens, torch.where(prompt, -100, tokens), documents
     maskable = column < LENGTH // 4 if kind == "quarter" else column >= torch.tensor([[0], [9], [31], [3]])
     return tokens, torch.where(maskable, tokens, -100), None

@@ -124,15 +124,15 @@ def step(bench, count, seed=1):
 
 def common_weights(bench, folder):
     """Give a model the weights in a folder of Hugging Face's format, which the first, unsharded one makes."""
-    adapter = BACKBONES[bench.config.model.name].adapter(bench.args)
+    sd_adapter = BACKBONES[bench.config.model.name].sd_adapter(bench.args)
     if not Path(folder).exists():
         with torch.no_grad():
             for parameter in bench.model.parameters():
                 parameter.mul_(3)  # so that attention and router are not flat
-        hugging_face_folder.write(adapter.to_hf(bench.model.state_dict()), folder)
-    hugging_face_folder.check(folder, adapter)
+        hugging_face_folder.write(sd_adapter.to_hf(bench.model.state_dict()), folder)
+    hugging_face_folder.check(folder, sd_adapter)
     wrapper = ModelWrapper(bench.model)
-    wrapper.load_state_dict(hugging_face_folder.read_into(wrapper.state_dict(), adapter, folder))
+    wrapper.load_state_dict(hugging_face_folder.read_into(wrapper.state_dict(), sd_adapter, folder))
 
 
 @contextlib.contextmanager

@@ -75,13 +75,13 @@ OPTIONS = {
 }  # fmt: skip
 
 
-def layout_of(part):
+def get_layout(part):
     return part.removesuffix("-compiled")
 
 
 def builds(part):
     """Names of what is compared on a layout, or on its compiled part: "build options"."""
-    layout = layout_of(part)
+    layout = get_layout(part)
     for name, (_, _, without) in BUILDS.items():
         if layout not in without and ((layout, name) == COMPILED) == (layout != part):
             # HSDP differs from FSDP in the reduction of gradients alone.
@@ -103,11 +103,11 @@ def build(dtype, arguments):
 
 
 def with_options(bench, name):
-    plan, loss, adapter, targets, per_sample = OPTIONS[name]
+    plan, loss, fast_weight_type, targets, per_sample = OPTIONS[name]
     memory = replace(
         bench.objective.memory,
         loss=inner_loss(loss, "pre_final_norm", "post_final_norm"),
-        adapter=adapter,
+        fast_weight_type=fast_weight_type,
         linears=bench.args.adapted_linears(bench.objective.memory.first_layer, targets),
         per_sample=per_sample,
     )
@@ -181,7 +181,7 @@ def compare(bench, dtype, count):
     }
 
 
-def residency(bench):
+def fsdp_schedule(bench):
     """Which groups are gathered at which point, and after a step that failed in the inner loop."""
     bench.model.zero_grad()
     found = {"before": gathered(bench)}
@@ -193,13 +193,13 @@ def residency(bench):
 
     fast = memory.draw(0, 1, batch.sample_ids_U)
     bench.model.zero_grad()
-    loss, _ = bilevel.outer_loss(bench.model, batch, memory, fast, bench.objective.shard, during)
+    loss, _ = bilevel.outer_loss(bench.model, batch, memory, fast, bench.objective.tp_rank, during)
     found["before the backward pass"] = gathered(bench)
     loss.backward()
     found["after the backward pass"] = gathered(bench)
 
     with torch.no_grad():
-        bilevel.outer_loss(bench.model, batch, memory, fast, bench.objective.shard)
+        bilevel.outer_loss(bench.model, batch, memory, fast, bench.objective.tp_rank)
     found["after validation"] = gathered(bench)
 
     def broken(*_):
@@ -208,10 +208,10 @@ def residency(bench):
     broken_loss = memory.loss._replace(of_logits=broken)
     for name, where in {
         "inner loop": lambda: bilevel.outer_loss(
-            bench.model, batch, replace(memory, loss=broken_loss), fast, bench.objective.shard
+            bench.model, batch, replace(memory, loss=broken_loss), fast, bench.objective.tp_rank
         ),
         "between the loops": lambda: bilevel.outer_loss(
-            bench.model, batch, memory, fast, bench.objective.shard, broken
+            bench.model, batch, memory, fast, bench.objective.tp_rank, broken
         ),
     }.items():
         try:
@@ -239,7 +239,7 @@ def compilations(bench, kind):
 
 def find(part):
     """Compare the steps of a layout, or of its compiled part, whose process group is there; returns what was found."""
-    layout = layout_of(part)
+    layout = get_layout(part)
     logger.setLevel("WARNING")
     result = {"compilations": {}, "steps": {}}
     built = None
@@ -253,7 +253,7 @@ def find(part):
                     torch._dynamo.reset()  # from nothing, as in a run of its own
                     result["compilations"][kind] = compilations(bench, kind)
             if name == "float32" and layout == "fsdp2":
-                result["residency"] = residency(bench)
+                result["residency"] = fsdp_schedule(bench)
         # The options differ in their tensor-parallel collectives alone.
         count = layout == "fsdp2" or options == "default"
         result["steps"][step_name] = compare(with_options(bench, options), dtype, count)
@@ -272,7 +272,7 @@ if __name__ == "__main__":
     for layout in layouts or LAYOUTS:
         began = time.perf_counter()
         path = f"{folder}/{layout}.json"
-        status = fork_group(LAYOUTS[layout_of(layout)][0], lambda part=layout, path=path: write(part, path))
+        status = fork_group(LAYOUTS[get_layout(layout)][0], lambda part=layout, path=path: write(part, path))
         print(f"{layout}: status {status} after {time.perf_counter() - began:.1f} s", flush=True)
         if status:
             sys.exit(status)

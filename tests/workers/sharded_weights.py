@@ -14,7 +14,7 @@ cpu.prepare()
 from memdlm_dist.config import parse_config
 from memdlm_dist.models.flavours import LLADA, LLADA_MOE
 from memdlm_dist.models.llada_moe import LLaDAMoEArgs
-from memdlm_dist.training.backbone import layout_of, model_on_meta
+from memdlm_dist.training.backbone import get_layout, model_on_meta
 
 REPLICATE, SHARD = "--parallelism.data_parallel_replicate_degree", "--parallelism.data_parallel_shard_degree"
 TENSOR = "--parallelism.tensor_parallel_degree"
@@ -49,7 +49,7 @@ def find(backbone, arguments, seed=7):
         "--model.name", "llada_moe" if isinstance(sizes, LLaDAMoEArgs) else "llada", "--model.flavor", "tiny",
         "--model.converters", "lora", "--lora.rank", "2", *arguments,
     ])  # fmt: skip
-    dims = layout_of(config, torch.distributed.get_world_size())
+    dims = get_layout(config, torch.distributed.get_world_size())
     model = model_on_meta(config, sizes, dims).to_empty(device="cpu")
     torch.manual_seed(seed)
     model.init_weights()

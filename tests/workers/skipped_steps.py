@@ -12,8 +12,8 @@ cpu.prepare()
 
 from memdlm_dist.config import parse_config
 from memdlm_dist.errors import UserError
-from memdlm_dist.training.agreement import _local
-from memdlm_dist.training.backbone import layout_of, sizes_of
+from memdlm_dist.training.backbone import get_layout, get_model_args
+from memdlm_dist.training.consensus import _local
 from memdlm_dist.training.objective import Objective
 from tests.support import trainer
 
@@ -52,11 +52,11 @@ def find():
     """Take steps 2 to 9 on two ranks, of which rank 1 poisons 4, 7 and 8; returns what each rank saw."""
     logging.disable()
     rank, config = dist.get_rank(), parse_config.parse(ARGUMENTS)
-    args, dims = replace(sizes_of(config), n_heads=2, n_kv_heads=2), layout_of(config, 2)
+    args, dims = replace(get_model_args(config), n_heads=2, n_kv_heads=2), get_layout(config, 2)
     torch.manual_seed(0)
     trained = trainer.build(config, args, dims, "cpu")
     trained.objective = Poisoned(**vars(trained.objective), steps=(4, 7, 8) if rank else ())
-    agreement, found = trained.agreement, {}
+    consensus, found = trained.consensus, {}
 
     def step(number):
         trainer.step(trained, number, [trainer.batch(config, args, 2 * number + rank)])
@@ -64,22 +64,22 @@ def find():
     step(2), step(3)
     before = state(trained)
     step(4)
-    found["unknown"] = agreement.skipped
+    found["unknown"] = consensus.skipped
     found["unchanged"] = same(state(trained), before)
     step(5)
-    found["known a step later"] = agreement.skipped
+    found["known a step later"] = consensus.skipped
     found["changed"] = not same(state(trained), before)
     (optimizer,) = trained.optimizers
     found["steps taken"] = {int(of["step"]) for of in optimizer.state.values()}
     trained.stop.requested = rank == 0
     step(6)
-    found["stops early"] = agreement.stop
-    agreement.settle()
-    agreement.settle()  # again, which changes nothing
-    found["stops"], found["skipped"] = agreement.stop, agreement.skipped
+    found["stops early"] = consensus.stop
+    consensus.finish()
+    consensus.finish()  # again, which changes nothing
+    found["stops"], found["skipped"] = consensus.stop, consensus.skipped
     before = state(trained)
     step(7), step(8)
-    found["unchanged for long"], found["skipped by now"] = same(state(trained), before), agreement.skipped
+    found["unchanged for long"], found["skipped by now"] = same(state(trained), before), consensus.skipped
     try:
         step(9)
     except UserError as error:

@@ -209,7 +209,7 @@ def _lines(file: Path) -> list:
 def good_steps(checkpoints: Path) -> list[int]:
     from memdlm_dist.checkpoint.catalogue import Catalogue
 
-    return [saved.step for saved in Catalogue(str(checkpoints)).all() if saved.good] if checkpoints.exists() else []
+    return [saved.step for saved in Catalogue(str(checkpoints)).all() if saved.intact] if checkpoints.exists() else []
 
 
 def contents(checkpoint: Path) -> dict[str, bytes]:

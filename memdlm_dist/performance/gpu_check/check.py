@@ -26,7 +26,7 @@ _DEBUG_LEAST = 5.0  # seconds below which a section with debug sizes is not wort
 
 
 @dataclass(frozen=True)
-class Request:
+class CheckOptions:
     """What a call of the check is to do."""
 
     output: Path
@@ -57,7 +57,7 @@ def probe(log: Path) -> dict[str, Any]:
 
 
 def check(
-    request: Request,
+    request: CheckOptions,
     sections: Sequence[Section] = SECTIONS,
     look_up: Callable[[Path], dict[str, Any]] = probe,
 ) -> int:
@@ -115,7 +115,9 @@ def _written(output: Path) -> Iterator[None]:
         raise UserError(f"{output} cannot be written ({error}); make room or choose another --output.") from None
 
 
-def _result(section: Section, request: Request, environment: dict[str, Any], deadline: float, heading: str) -> Result:
+def _result(
+    section: Section, request: CheckOptions, environment: dict[str, Any], deadline: float, heading: str
+) -> Result:
     """Run a section, unless it cannot run here or in time; returns its result.
 
     Args:
@@ -186,7 +188,7 @@ def _unexpected(error: Exception, context: Context, result: Result) -> None:
         traceback.print_exception(error, file=log)
 
 
-def _chosen(request: Request, sections: Sequence[Section]) -> list[Section]:
+def _chosen(request: CheckOptions, sections: Sequence[Section]) -> list[Section]:
     """Return the sections that are asked for, in their order; the environment in any case."""
     names = [section.name for section in sections]
     for name in request.only:

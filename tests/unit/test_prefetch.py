@@ -10,8 +10,8 @@ import torch
 from memdlm_dist.config import parse_config
 from memdlm_dist.data.loader import Batch, EpochLoader
 from memdlm_dist.errors import UserError
-from memdlm_dist.training import draw_ahead
-from memdlm_dist.training.draw_ahead import DrawAhead
+from memdlm_dist.training import prefetch
+from memdlm_dist.training.prefetch import BatchPrefetcher
 from memdlm_dist.training.trainer import MemDLMTrainer
 
 
@@ -32,7 +32,9 @@ class Loader:
 
 
 def ahead_of(loader, per_step=2, last_step=3):
-    return DrawAhead(loader, lambda batch, step: (step, batch.tokens_BL), per_step, last_step, torch.device("cpu"))
+    return BatchPrefetcher(
+        loader, lambda batch, step: (step, batch.tokens_BL), per_step, last_step, torch.device("cpu")
+    )
 
 
 def test_a_step_is_drawn_ahead_and_no_more():
@@ -67,7 +69,7 @@ def test_a_checkpoint_has_the_position_of_what_was_trained_on():
         assert step > 1 or loader.state_dict()["samples"] == 0, "reading alone moved the position"
         drawn.put(step)
 
-    with DrawAhead(loader, draw, 2, 30, torch.device("cpu")) as ahead:
+    with BatchPrefetcher(loader, draw, 2, 30, torch.device("cpu")) as ahead:
         for trainer.step in range(1, 28):  # over the end of an epoch, which is of 25 steps
             trainer._take(ahead)
             while drawn.get() <= trainer.step:
@@ -91,7 +93,7 @@ def test_worker_processes_are_started_while_the_main_thread_waits():
     states = []
 
     def start_workers():
-        ahead.until_awaited()
+        ahead.wait_until_needed()
         states.append(taking.is_set())
 
     loader, taking = Loader(2, start_workers), threading.Event()
@@ -116,10 +118,10 @@ def test_what_is_left_of_a_step_is_not_drawn_when_training_ends():
 
 
 def test_a_loader_that_waits_to_start_workers_or_for_ever_can_be_left(monkeypatch):
-    with ahead_of(Loader(2, lambda: ahead.until_awaited())) as ahead:
+    with ahead_of(Loader(2, lambda: ahead.wait_until_needed())) as ahead:
         ahead.take(1)
     assert not ahead._thread.is_alive()
-    monkeypatch.setattr(draw_ahead, "_PATIENCE", 0.0)
+    monkeypatch.setattr(prefetch, "_PATIENCE", 0.0)
     for_ever = threading.Event()
     with pytest.raises(KeyError), ahead_of(Loader(2, for_ever.wait)) as ahead:
         ahead.take(1)
@@ -141,7 +143,7 @@ def test_flags_are_awaited_where_a_rank_that_hangs_is_named():
             note_validation=lambda *_: None,
         ),
         watchdog=SimpleNamespace(at=lambda doing, needs_others=True: waiting.append(needs_others)),
-        agreement=SimpleNamespace(stop=False, settle=lambda: settled.append((trainer.step, waiting[-1]))),
+        consensus=SimpleNamespace(stop=False, finish=lambda: settled.append((trainer.step, waiting[-1]))),
         train_step=lambda batches: trainer.watchdog.at("taking a step"), _shorten_timeouts=lambda: None,
     )  # fmt: skip
     trainer.train()

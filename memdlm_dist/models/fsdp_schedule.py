@@ -6,7 +6,7 @@ for all states at once; those of the tail, and the output head's, stay from the 
 outer backward pass is through them. A step then gathers no more than one of plain masked diffusion does,
 and reduces gradients once.
 
-`Residency` has no effect on a backbone that FSDP2 does not shard.
+`FSDPSchedule` has no effect on a backbone that FSDP2 does not shard.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 
 
 @dataclass(frozen=True)
-class Residency:
+class FSDPSchedule:
     """FSDP2's groups of a backbone: the embedding is group 0, layer i group i + 1, norm and head the last.
 
     With expert parallelism a layer is two of FSDP2's: its experts are sharded over fewer ranks than the rest.
@@ -31,7 +31,7 @@ class Residency:
     freed: Sequence[bool] = ()  # whether plain training frees the group after the forward pass
 
     @classmethod
-    def of(cls, model: Any, policy: str) -> "Residency":
+    def from_model(cls, model: Any, policy: str) -> "FSDPSchedule":
         """The groups that torchtitan's llama3 recipe makes of `model`, and their backward prefetch order.
 
         Args:
@@ -53,7 +53,7 @@ class Residency:
         return cls(model, groups, freed)
 
     @contextmanager
-    def gathered(self, group: int) -> Iterator[None]:
+    def unsharded(self, group: int) -> Iterator[None]:
         """One gathering for all passes through a group in this context."""
         if not self.groups or not self.freed[group]:
             yield

@@ -13,22 +13,22 @@ from torchtitan.components.optimizer import OptimizersContainer
 from memdlm_dist.compat.torch import skips_if_told, told_to_skip
 from memdlm_dist.config.job_config import Reliability
 from memdlm_dist.errors import UserError
-from memdlm_dist.runtime.transfer import OnItsWay
+from memdlm_dist.runtime.transfer import HostCopy
 
 logger = logging.getLogger()
 
 
-class _Asked(NamedTuple):
+class _PendingFlags(NamedTuple):
     """A step whose flags the host has not read, and what names the cause if they say that it is not finite."""
 
     step: int
     flags: Tensor  # float32 [2], 0 or 1 over all ranks: not finite, asked to stop
-    arriving: OnItsWay | None  # None: they are read at once
+    arriving: HostCopy | None  # None: they are read at once
     losses: Sequence[Tensor]
     sample_ids: Sequence[Tensor]
 
 
-class StepAgreement:
+class StepConsensus:
     """What all ranks agree on: whether a step's losses and gradients are finite, and whether any was asked to stop.
 
     Fused optimizers leave a step out on the device if it is not finite; the host reads the flags when the next step
@@ -54,9 +54,9 @@ class StepAgreement:
         self.stop = False  # a rank was asked to
         self.broken_weight = ""  # one that is not finite, so that no step can be taken
         self._in_a_row = 0
-        self._asked: _Asked | None = None
+        self._asked: _PendingFlags | None = None
 
-    def reach(self, step: int, losses: Sequence[Tensor], sample_ids: Sequence[Tensor], stop_requested: bool) -> None:
+    def reduce(self, step: int, losses: Sequence[Tensor], sample_ids: Sequence[Tensor], stop_requested: bool) -> None:
         """Reduce over all ranks; call when the step's gradients are there. Settles the step before.
 
         Args:
@@ -66,13 +66,13 @@ class StepAgreement:
         Raises:
             UserError: see `settle`.
         """
-        self.settle()
+        self.finish()
         finite = torch.isfinite(torch.stack(list(losses))).all() & torch.isfinite(self._local_norm())
         asked_to_stop = torch.full((), float(stop_requested), device=self._device)
         flags = torch.stack([finite.logical_not().float(), asked_to_stop])
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         late = all(skips_if_told(optimizer, flags.device) for optimizer in self._optimizers)
-        self._asked = _Asked(step, flags, OnItsWay(flags) if late else None, losses, sample_ids)
+        self._asked = _PendingFlags(step, flags, HostCopy(flags) if late else None, losses, sample_ids)
 
     def step_optimizers(self) -> None:
         """Take the step, which changes neither weights nor optimizer state if it is not finite.
@@ -86,13 +86,13 @@ class StepAgreement:
                 self._optimizers.step()
             return
         skipped = self.skipped
-        self.settle()
+        self.finish()
         if self.skipped > skipped:
             # Parameters without a gradient are left alone, and their optimizer state too.
             self._optimizers.zero_grad(set_to_none=True)
         self._optimizers.step()
 
-    def settle(self) -> None:
+    def finish(self) -> None:
         """Act on the flags of the last step, if that has not been done: count its batch if it was skipped, set `stop`.
 
         Raises:
