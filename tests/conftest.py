@@ -93,7 +93,7 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def no_stale_log_handlers():
-    """Remove log handlers after each test: torchtitan's handler keeps the captured stream of the first test."""
+    """Remove log handlers after each test: torchtitan's handler keeps the captured stream of that test."""
     yield
     logging.getLogger().handlers.clear()
 

@@ -35,7 +35,7 @@ class HarnessModel(TokenLM):
         anchor_ratio: fraction of the prompt's tokens that the anchor masks. block_size, steps: tokens per block and
         steps per block in decoding; one step per token by default. mc_samples: forward passes per text for its
         likelihood bound. The bound is exact, over all sets of masked tokens,
-            if there are no more sets than that.
+            if there are at most mc_samples sets.
         check_greedy: compare each text with greedy decoding of its context, one forward pass per token.
         max_length: length in tokens to which prompts are truncated on the left; unlimited by default.
         seed: seed of decoding and of the likelihood's masks.

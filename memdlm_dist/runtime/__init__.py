@@ -1,1 +1,1 @@
-"""The process environment of a run: device, signals, hang detection, storage, logs and the launcher."""
+"""Process environment of a run: device, signals, hang detection, storage, logs and the launcher."""

@@ -1,4 +1,4 @@
-"""The device of this process: its accelerator, or the CPU if there is none."""
+"""Device of this process: its accelerator, or the CPU if there is none."""
 
 from typing import Any
 

@@ -80,7 +80,7 @@ def guarded(main: Callable[[], int]) -> int:
     """Run a command; a UserError becomes one sentence on rank 0.
 
     Returns:
-        The exit status: that of `main`, `EXIT_STATUS` after a UserError, 130 after Ctrl-C.
+        The exit status of `main`, `EXIT_STATUS` after a UserError, 130 after Ctrl-C.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

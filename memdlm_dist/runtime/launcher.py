@@ -1,6 +1,6 @@
 """torchrun with two changes: it forwards stop signals to the workers, and does not repeat errors already explained.
 
-After SIGTERM torchrun gives its workers 30 seconds, and it prints its own traceback for every failure. This launcher
+After SIGTERM torchrun gives its workers 30 seconds, and it prints a traceback for every failure. This launcher
 forwards SIGTERM and SIGUSR1 to the workers, which finish their step and save, however long that takes. Exit statuses:
 
     0    the run is complete

@@ -176,7 +176,7 @@ def _outlive() -> None:
 
 
 def exit_status() -> int:
-    """Return the exit status of a stopped run: `EXIT_STATUS`, or 0 if the launcher reads it from its status file."""
+    """Return the exit status of a stopped run: 0 under the launcher, which reads `EXIT_STATUS` from its status file."""
     if status_file := os.environ.get(STATUS_FILE):
         Path(status_file).write_text(str(EXIT_STATUS))
         return 0

@@ -45,7 +45,7 @@ def retrying(action: Callable[[], T], description: str) -> T:
             return action()
         except _PERMANENT:
             raise
-        except Exception as error:  # every remote file system has its own error classes
+        except Exception as error:  # each remote file system has different error classes
             if time.monotonic() + wait - began > PATIENCE:
                 raise
             logger.warning(f"{description} failed ({error}); trying again in {wait:g} s.")

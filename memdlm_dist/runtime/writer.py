@@ -110,7 +110,7 @@ def claim(location: str, writer: Writer) -> Claim:
             return Lease(Storage(location), writer)
     except UserError:
         raise
-    except Exception as error:  # every remote file system has its own error classes
+    except Exception as error:  # each remote file system has different error classes
         reason = (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {one_line(error)}"
         raise UserError(
             f"{location} cannot be written to ({reason}); see the file system or the store, or choose another folder."
@@ -279,7 +279,7 @@ class Lease:
                 self._storage.write_json(LEASE, asdict(self._writer))
             except UserError:
                 return  # the next save raises the same error
-            except Exception as error:  # every remote file system has its own error classes; the store may come back
+            except Exception as error:  # each remote file system has different error classes; the store may come back
                 logger.debug(f"The lease of {self._storage.url()} cannot be renewed: {error}")
 
     def check(self) -> None:
