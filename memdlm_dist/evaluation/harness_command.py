@@ -12,7 +12,7 @@ from typing import Any
 from memdlm_dist.config import parse_config
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError
-from memdlm_dist.runtime.rank_0 import is_first
+from memdlm_dist.runtime.rank_0 import is_rank_0
 
 _REMEDY = "install the package's [eval] extra (pip install -e '.[eval]')"
 _OUTPUTS = ("output_path", "log_samples", "wandb_args", "hf_hub_log_args")
@@ -39,7 +39,7 @@ def run(argv: Sequence[str]) -> int:
         options.model = options.model or harness_model.NAME
         if options.model == harness_model.NAME:
             _complete(options)
-    if not is_first():
+    if not is_rank_0():
         # All ranks have all results; rank 0 writes them.
         for name in _OUTPUTS:
             if hasattr(options, name):

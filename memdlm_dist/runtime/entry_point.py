@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from memdlm_dist.errors import EXIT_STATUS, UserError
 from memdlm_dist.runtime.logs import start_logging
-from memdlm_dist.runtime.rank_0 import is_first
+from memdlm_dist.runtime.rank_0 import is_rank_0
 
 
 def positive(text: str) -> int:
@@ -88,7 +88,7 @@ def guarded(main: Callable[[], int]) -> int:
     try:
         return main()
     except UserError as error:
-        if is_first():
+        if is_rank_0():
             print(f"error: {error}", file=sys.stderr)
         return EXIT_STATUS
     except KeyboardInterrupt:

@@ -10,7 +10,7 @@ from memdlm_dist.compat.torch import storage_error
 from memdlm_dist.errors import UserError
 
 
-def is_first() -> bool:
+def is_rank_0() -> bool:
     """Return whether this process is rank 0, which prints and writes; works before the process group is initialised."""
     return os.environ.get("RANK", "0") == "0"
 
@@ -28,7 +28,7 @@ def from_rank_0(action: Any, failing: str = _CHECKPOINTS) -> Any:
         UserError: on all ranks, if `action` fails on rank 0.
     """
     outcome: list[Any] = [None]
-    if is_first():
+    if is_rank_0():
         try:
             outcome = [action()]
         except Exception as error:
