@@ -161,8 +161,8 @@ def compare_scores(arms: Sequence[str], output: Path, overwrite: bool) -> None:
         for folder, result in zip(folders, results, strict=True):
             if settings.setdefault("first", result["settings"]) != result["settings"]:
                 raise UserError(
-                    f"The model of {folder} was asked other questions than the first one; evaluate all with the same "
-                    "settings."
+                    f"The model of {folder} was asked other questions than the first model; evaluate all with "
+                    "the same settings."
                 )
         for memory in MEMORY:
             if cells_of(results, memory):

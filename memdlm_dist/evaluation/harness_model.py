@@ -30,12 +30,13 @@ class HarnessModel(TokenLM):
     results.
 
     Args, as --model_args key=value:
-        config: TOML file of the run that trained the model. checkpoint: folder or URL of a checkpoint; the run's newest
-        one by default. memory: off or on; on adapts a separate set of fast weights to each prompt or context first.
-        anchor_ratio: fraction of the prompt's tokens that the anchor masks. block_size, steps: tokens per block and
-        steps per block in decoding; one step per token by default. mc_samples: forward passes per text for its
-        likelihood bound. The bound is exact, over all sets of masked tokens,
-            if there are at most mc_samples sets.
+        config: TOML file of the run that trained the model.
+        checkpoint: folder or URL of a checkpoint; the run's newest one by default.
+        memory: off or on; on adapts a separate set of fast weights to each prompt or context first.
+        anchor_ratio: fraction of the prompt's tokens that the anchor masks.
+        block_size, steps: tokens per block and steps per block in decoding; one step per token by default.
+        mc_samples: forward passes per text for its likelihood bound. The bound is exact, over all sets of masked
+            tokens, if there are at most mc_samples sets.
         check_greedy: compare each text with greedy decoding of its context, one forward pass per token.
         max_length: length in tokens to which prompts are truncated on the left; unlimited by default.
         seed: seed of decoding and of the likelihood's masks.

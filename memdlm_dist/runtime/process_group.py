@@ -41,7 +41,7 @@ def init_fake_process_group(world_size: int) -> None:
 
 
 def autocast(dims: Any, dtype: str, device_type: str) -> AbstractContextManager[None]:
-    """Return the autocast context of torchtitan's trainer: no autocast with TP or with FSDP2, which casts itself.
+    """Return the autocast context of torchtitan's trainer: no autocast with TP, nor with FSDP2, which casts internally.
 
     Args:
         dims: torchtitan's ParallelDims.

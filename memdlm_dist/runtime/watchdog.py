@@ -232,14 +232,14 @@ def explanation(statuses: Sequence[RankStatus], unknown: Sequence[int], silence:
         unknown: ranks that have never published a status.
         silence: as for `missing`.
     """
-    here = statuses[0]
-    head = f"No progress for {here.still:.0f} s while {here.doing}: "
+    waiting = statuses[0]
+    head = f"No progress for {waiting.still:.0f} s while {waiting.doing}: "
     remedy = "see that rank's log and node (comm.train_timeout_seconds sets how long the others wait)."
     if unknown:
         return f"{head}{_ranks(unknown)} never came; {remedy}"
     absent, others = missing(statuses, silence), []
     if not absent:
-        return f"{head}all ranks wait in {here.doing} ({here.line}): the network or a device may be at fault."
+        return f"{head}all ranks wait in {waiting.doing} ({waiting.line}): the network or a device may be at fault."
     for status in absent:
         silent = status.silent > silence
         verb = "was last seen" if silent else "is"
@@ -248,9 +248,9 @@ def explanation(statuses: Sequence[RankStatus], unknown: Sequence[int], silence:
             f"rank {status.rank} (node {status.node}, process {status.process}{age}) {verb} {status.doing} "
             f"({status.line})"
         )
-    waiting = [status.rank for status in statuses if status not in absent]
-    where = f"{here.doing} ({here.line})"
-    return f"{head}{'; '.join(others)}, while {_ranks(waiting)} waited in {where}; {remedy}"
+    waiting_ranks = [status.rank for status in statuses if status not in absent]
+    where = f"{waiting.doing} ({waiting.line})"
+    return f"{head}{'; '.join(others)}, while {_ranks(waiting_ranks)} waited in {where}; {remedy}"
 
 
 def _ranks(numbers: Sequence[int]) -> str:
