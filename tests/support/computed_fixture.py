@@ -33,7 +33,7 @@ def write_fixture(folder, memory, targets, shape, absent):
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randint(0, mask_id, shape, generator=generator)
     maskable = torch.ones(shape, dtype=torch.bool)
-    if "labels" not in absent:  # prompts of different lengths; row 1 has no maskable token
+    if "labels" not in absent:  # prompts of different lengths; with several rows, row 1 has no maskable token
         maskable = torch.arange(length) >= torch.arange(rows).unsqueeze(1) * 2
         maskable[1:2] = False
     t = torch.rand(rows, generator=generator).double().float() * 0.9 + 0.1

@@ -167,7 +167,7 @@ def _caller() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         module, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
-        # Skips comprehensions, for which Python 3.11 has frames and 3.12 has none, and lambdas.
+        # Skips lambdas and comprehensions; Python 3.11 has frames for comprehensions, 3.12 has none.
         if module.startswith("memdlm_dist.") and not name.startswith("<"):
             return f"{module.removeprefix('memdlm_dist.')}:{name}"
         frame = frame.f_back

@@ -61,7 +61,7 @@ def hang() -> None:
 
 
 def inject(faults: Iterable[dict[str, Any]]) -> None:
-    """Patch the training code of this process so that the faults of its rank inject_at."""
+    """Patch the training code of this process so that the faults of its rank happen."""
     mine = [fault for fault in faults if fault.get("rank", int(os.environ.get("RANK", "0"))) == int(os.environ["RANK"])]
     current = {"step": 0, "data": 0}  # current step; step whose batches are being loaded
 
