@@ -17,7 +17,7 @@ cpu.prepare()
 from memdlm_dist.errors import EXIT_STATUS, UserError
 from memdlm_dist.runtime import preemption
 from memdlm_dist.runtime.logs import start_logging
-from memdlm_dist.runtime.rank_0 import is_first
+from memdlm_dist.runtime.rank_0 import is_rank_0
 from memdlm_dist.training.run import run
 
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             get_error_handler().record_exception(mistake)
         return EXIT_STATUS
     except KeyboardInterrupt:
-        if is_first():
+        if is_rank_0():
             print("Interrupted: what follows the last checkpoint is lost.", file=sys.stderr, flush=True)
         return 130
 

@@ -1,4 +1,4 @@
-"""Session set-up, shared fixtures, and how pytest-xdist deals out the files."""
+"""Session set-up, shared fixtures, and the distribution of test files over the pytest-xdist workers."""
 
 import gc
 import logging
@@ -12,23 +12,23 @@ from xdist.scheduler import LoadScopeScheduling
 
 from tests.support import zygote
 
-# Files that run together in one worker: one process pool, or one trained model. Every other file is a group of its own.
+# Files that run in the same worker, since they share a pool of ranks or the trained model. Each other file is a group.
 GROUPS = {
     "test_sharded_step": "pool", "test_experts": "pool", "test_context": "pool", "test_initial_weights": "pool",
     "test_skipped_steps": "pool",
     "test_inference": "trained", "test_evaluation_tools": "trained",
 }  # fmt: skip
-# Dealt out in this order, the longest first; the rest follow, and the short unit tests fill up the end.
+# Groups that start first, the longest ones; the other groups follow, and the short unit tests are last.
 FIRST = ("test_distributed", "pool", "test_resume", "test_faults", "test_mistakes", "trained", "test_recipes")
-# The last of tests/gpu: their runs start processes, which takes longest.
+# Last files of tests/gpu: they start processes, which takes longest.
 LAST = ("test_runs", "test_layouts")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Start the zygote where the session begins; prepare the machine where tests run."""
+    """Start the zygote in the session's main process; prepare torchtitan in the processes that run tests."""
     on_gpu = re.search(r"(?<!not )\bgpu\b", config.option.markexpr)
     if not on_gpu:
-        # The tests are of the CPU, and a process that has looked at a GPU cannot fork ranks that use it.
+        # These are CPU tests, and a process that has initialised CUDA cannot fork ranks that use it.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     worker, distributed = hasattr(config, "workerinput"), config.option.dist != "no" and not config.option.collectonly
     if not worker and not on_gpu and not config.option.collectonly:
@@ -36,15 +36,15 @@ def pytest_configure(config: pytest.Config) -> None:
         session.__enter__()
         config.add_cleanup(lambda: session.__exit__(None, None, None))
     if worker or not distributed:
-        from memdlm_dist.runtime import cpu  # not above: the controller of the workers needs no torch
+        from memdlm_dist.runtime import cpu  # not at the top: the controller of the workers needs no torch
 
         cpu.prepare()
 
 
 class FileGroups(LoadScopeScheduling):
-    """Keeps a file, or the files of one group, in one worker: module fixtures start processes.
+    """Scheduler that keeps a file, or the files of one group, in one worker, since module fixtures start processes.
 
-    pytest-xdist 3.8 does so by marks, which pytest 9.2 no longer shows it.
+    pytest-xdist 3.8 groups by marks, which pytest 9.2 no longer passes on to the scheduler.
     """
 
     def _split_scope(self, nodeid: str) -> str:
@@ -58,7 +58,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FileGroups:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sort the files by how they are dealt out."""
+    """Sort the tests by the order in which their groups start."""
 
     def group_of(item: pytest.Item) -> str:
         return GROUPS.get(item.path.stem, item.path.stem)
@@ -76,7 +76,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     gc.collect()
-    gc.freeze()  # collections leave alone what is imported
+    gc.freeze()  # garbage collections then skip the imported objects
 
 
 def pytest_sessionfinish() -> None:
@@ -85,7 +85,7 @@ def pytest_sessionfinish() -> None:
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """The suite runs several processes on few cores."""
+    """Limit torch to one thread: the suite runs several processes on few cores."""
     import torch
 
     torch.set_num_threads(1)
@@ -93,7 +93,7 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def no_stale_log_handlers():
-    """torchtitan's log handler keeps the captured stream of the test that made it."""
+    """Remove log handlers after each test: torchtitan's handler keeps the captured stream of that test."""
     yield
     logging.getLogger().handlers.clear()
 
@@ -105,20 +105,20 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def pools():
-    """Gloo ranks by world size, which stay for the whole session: `pools(4).call("module:function", ...)`."""
-    made: dict[int, zygote.RankPool] = {}
+    """Provide pools of gloo ranks by world size, for the whole session: `pools(4).call("module:function", ...)`."""
+    by_size: dict[int, zygote.RankPool] = {}
 
     def pool(processes: int) -> zygote.RankPool:
-        return made.setdefault(processes, zygote.RankPool(processes))
+        return by_size.setdefault(processes, zygote.RankPool(processes))
 
     yield pool
-    for each in made.values():
-        each.close()
+    for rank_pool in by_size.values():
+        rank_pool.close()
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """A small model, trained for two steps, and what workers/reading.py found on every layout."""
+    """Train a small model for two steps and run workers/reading.py on every layout; returns the folder."""
     from tests.support.launching import run_many
     from tests.workers import reading
 

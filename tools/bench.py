@@ -37,7 +37,7 @@ from memdlm_dist.runtime.device import device_module, device_type
 from memdlm_dist.runtime.entry_point import guarded, new_parser, positive
 from memdlm_dist.runtime.process_environment import set_process_environment
 from memdlm_dist.runtime.process_group import Processes, launched_processes
-from memdlm_dist.runtime.rank_0 import is_first
+from memdlm_dist.runtime.rank_0 import is_rank_0
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "train_configs/bench_cpu.toml"
 
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace, argv: Sequence[str], overrides: Sequence[st
         bench = Bench.build(config, options.layers)
         result |= measure(bench, options.rounds, options.warm_up, options.profile)
         text = table(result)
-    if is_first():
+    if is_rank_0():
         print(text, flush=True)
         if options.json:
             Path(options.json).write_text(json.dumps(result, indent=2) + "\n")

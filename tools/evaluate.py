@@ -31,7 +31,7 @@ from memdlm_dist.evaluation.needle_arguments import add_needle_arguments, get_si
 from memdlm_dist.evaluation.retrieval import MEMORY, evaluate
 from memdlm_dist.inference.model_arguments import add_decoding_arguments, add_model_arguments, get_decoding, load_model
 from memdlm_dist.runtime.entry_point import guarded, new_parser, parse_with_overrides, positive
-from memdlm_dist.runtime.rank_0 import is_first
+from memdlm_dist.runtime.rank_0 import is_rank_0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -73,7 +73,7 @@ def run_needle(options: argparse.Namespace, overrides: Sequence[str]) -> int:
             for length in options.lengths:
                 needles.sample(task, length, 0)  # says now that it does not fit
         questions = len(tasks) * len(options.lengths) * options.samples * len(memories)
-        with tqdm(total=questions, unit=" questions", disable=not is_first()) as bar:
+        with tqdm(total=questions, unit=" questions", disable=not is_rank_0()) as bar:
             scores, records = evaluate(
                 model, needles, tasks, options.lengths, options.samples, memories, decoding, options.new_tokens,
                 options.batch_size, options.anchor_ratio, bar.update,
@@ -81,7 +81,7 @@ def run_needle(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         checkpoint = model.checkpoint
     finally:
         model.close()
-    if is_first():
+    if is_rank_0():
         show(scores, memories)
         settings = {"sizes": asdict(sizes), "seed": options.seed, "part": options.part, "decoding": asdict(decoding),
                     "new_tokens": options.new_tokens, "anchor_ratio": options.anchor_ratio}  # fmt: skip

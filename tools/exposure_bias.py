@@ -30,7 +30,7 @@ from memdlm_dist.evaluation.retrieval import MEMORY
 from memdlm_dist.inference.model_arguments import add_model_arguments, load_model
 from memdlm_dist.inference.setup import checkpoint_folder
 from memdlm_dist.runtime.entry_point import guarded, new_parser, parse_with_overrides, positive
-from memdlm_dist.runtime.rank_0 import is_first
+from memdlm_dist.runtime.rank_0 import is_rank_0
 
 JSON, PNG = "exposure_bias.json", "exposure_bias.png"
 
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         rows = load_rows(config, model, options.data, options.samples, options.prompt_share)
         results, lines = [], []
         total = len(rows) * len(checkpoints) * len(memories)
-        with tqdm(total=total, unit=" rows", disable=not is_first()) as bar:
+        with tqdm(total=total, unit=" rows", disable=not is_rank_0()) as bar:
             for number, (name, checkpoint) in enumerate(zip(names, checkpoints, strict=True)):
                 if number:
                     model.load(checkpoint)
@@ -97,7 +97,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
                     lines += [line(name, memory, point) for point in points]
     finally:
         model.close()
-    if is_first():
+    if is_rank_0():
         header = ["", "mask ratio", "static", "sequential", "same positions", "R_EB", "R at same positions"]
         print(report.table(header, lines))
         report.write_json(options.output / JSON, {"samples": len(rows), "results": results})

@@ -28,7 +28,7 @@ from memdlm_dist.errors import UserError
 from memdlm_dist.inference.model_arguments import add_decoding_arguments, add_model_arguments, get_decoding, load_model
 from memdlm_dist.inference.respond import MASK, respond
 from memdlm_dist.runtime.entry_point import guarded, new_parser, parse_with_overrides
-from memdlm_dist.runtime.rank_0 import from_rank_0, is_first, one_line
+from memdlm_dist.runtime.rank_0 import from_rank_0, is_rank_0, one_line
 
 
 def parser() -> argparse.ArgumentParser:
@@ -92,7 +92,7 @@ def generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     decoding = get_decoding(options)
     model = load_model(options, overrides, options.checkpoint)
     try:
-        watch = is_first() and sys.stdout.isatty() and not (options.json or options.no_watch)
+        watch = is_rank_0() and sys.stdout.isatty() and not (options.json or options.no_watch)
         for text in prompts(options):
             made = respond(
                 model,
@@ -104,7 +104,7 @@ def generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
                 chat_template=options.chat_template,
                 watch=watch,
             )
-            if not is_first():
+            if not is_rank_0():
                 continue
             if options.json:
                 print(json.dumps(made), flush=True)

@@ -35,7 +35,7 @@ from memdlm_dist.models import lora
 from memdlm_dist.models.lora import LoRA
 from memdlm_dist.models.state_dict_adapters import file_of_each
 from memdlm_dist.runtime import storage
-from memdlm_dist.runtime.rank_0 import failure_reason, first_reason, from_rank_0, is_first, one_line
+from memdlm_dist.runtime.rank_0 import failure_reason, first_reason, from_rank_0, is_rank_0, one_line
 from memdlm_dist.runtime.storage import Storage, is_remote
 from memdlm_dist.runtime.writer import Claim
 
@@ -351,7 +351,7 @@ class ResumableCheckpoints(HookedCheckpoints):
     def note_validation(self, step: int, losses: Mapping[str, float]) -> None:
         """Remember the loss that `checkpoint.keep_best` goes by, beside the checkpoints."""
         best = self._config.keep_best
-        if self.enable and not self.load_only and is_first() and math.isfinite(losses.get(best, math.nan)):
+        if self.enable and not self.load_only and is_rank_0() and math.isfinite(losses.get(best, math.nan)):
             _attempt(
                 lambda: self._catalogue.add_score(step, losses[best]), "Noting a validation beside the checkpoints"
             )
@@ -359,7 +359,7 @@ class ResumableCheckpoints(HookedCheckpoints):
     def purge(self) -> None:
         """Remove what retention does not keep, in the background. Only complete checkpoints count."""
         # torchtitan calls this right after an asynchronous save has begun, when its metadata is not there yet.
-        if is_first():
+        if is_rank_0():
             self._remover.submit(_attempt, self._remove_superfluous)
 
     def _remove_superfluous(self) -> None:

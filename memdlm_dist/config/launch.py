@@ -6,7 +6,7 @@ import logging
 from memdlm_dist.config.job_config import JobConfig, Training
 from memdlm_dist.errors import require
 from memdlm_dist.models.layout import Parallelism
-from memdlm_dist.runtime.rank_0 import is_first
+from memdlm_dist.runtime.rank_0 import is_rank_0
 
 logger = logging.getLogger()
 
@@ -76,7 +76,7 @@ def _replicas(tensor: int, context: int, world_size: int, node_size: int, nodes:
     )
     if node_size % (tensor * context) == 0 and node_size > tensor:
         return nodes
-    if is_first():
+    if is_rank_0():
         logger.warning(
             f"parallelism.data_parallel_shard_within = 'node': tensor_parallel_degree {tensor} x "
             f"context_parallel_degree {context} leaves nothing to shard over in a node of {node_size} processes; "

@@ -1,1 +1,1 @@
-"""What a trained model can do: needle tasks, exposure bias, and the lm-evaluation-harness."""
+"""Evaluation of trained models: needle tasks, exposure bias and the lm-evaluation-harness."""

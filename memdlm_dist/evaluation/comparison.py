@@ -1,4 +1,4 @@
-"""Results of needle evaluations and training runs side by side: tables, JSON and plots, over several seeds."""
+"""Comparison of needle evaluations and training runs over several seeds: tables, JSON and plots."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,29 +15,43 @@ JSON, PNG, COMPARISON, LOSSES = "needle.json", "needle.png", "comparison", "loss
 
 
 def show(scores: Sequence[Score], memories: Sequence[str]) -> None:
-    """Print accuracy by task and length, and the time that the memory took."""
+    """Print accuracy and answer NLL by task and length, and the seconds of decoding and of writing the memory.
+
+    Args:
+        scores: one for each task, length and memory setting.
+        memories: keys of `MEMORY`, in the order of the columns.
+    """
     rows = []
     cells = {(score.task, score.length, score.memory): score for score in scores}
     for task, length in dict.fromkeys((score.task, score.length) for score in scores):
-        found = [cells[task, length, memory] for memory in memories]
-        accuracies = [f"{100 * score.accuracy:.1f} ± {100 * score.error:.1f}" for score in found]
-        rows.append([task, str(length), *accuracies, *(f"{score.answer_nll:.3f}" for score in found)])
-    header = [f"{what}memory {memory}" for what in ("", "answer NLL, ") for memory in memories]
+        row_scores = [cells[task, length, memory] for memory in memories]
+        accuracies = [f"{100 * score.accuracy:.1f} ± {100 * score.error:.1f}" for score in row_scores]
+        rows.append([task, str(length), *accuracies, *(f"{score.answer_nll:.3f}" for score in row_scores)])
+    header = [f"{prefix}memory {memory}" for prefix in ("", "answer NLL, ") for memory in memories]
     print(report.table(["accuracy (%)", "length", *header], rows))
     for memory in memories:
-        of_it = [score for score in scores if score.memory == memory]
-        decoding = sum(score.decoding_seconds for score in of_it)
-        writing = sum(score.memory_seconds for score in of_it)
+        selected = [score for score in scores if score.memory == memory]
+        decoding = sum(score.decoding_seconds for score in selected)
+        writing = sum(score.memory_seconds for score in selected)
         added = f", writing the memory {writing:.1f} s more" if MEMORY[memory] else ""
-        print(f"memory {memory}: decoding {decoding:.1f} s{added}, {sum(score.samples for score in of_it)} questions")
+        print(
+            f"memory {memory}: decoding {decoding:.1f} s{added}, {sum(score.samples for score in selected)} questions"
+        )
 
 
-Cells = dict[tuple[str, int], list[float]]  # (task, length) -> what each run scored
-# What is compared: key of a score -> heading and factor.
+Cells = dict[tuple[str, int], list[float]]  # (task, length) -> one value per run
+# Measure, a field of `Score` -> table heading, factor.
 MEASURES = {"accuracy": ("accuracy (%)", 100.0), "answer_nll": ("answer NLL (nats per token)", 1.0)}
 
 
 def cells_of(results: Sequence[dict[str, Any]], memory: str, measure: str = "accuracy") -> Cells:
+    """Collect one measure with one memory setting from the results of several runs.
+
+    Args:
+        results: contents of the runs' needle.json.
+        memory: key of `MEMORY`.
+        measure: key of `MEASURES`.
+    """
     cells: Cells = {}
     for result in results:
         for score in result["scores"]:
@@ -47,21 +61,25 @@ def cells_of(results: Sequence[dict[str, Any]], memory: str, measure: str = "acc
     return cells
 
 
-def _spread(values: Sequence[float]) -> float:
+def _std(values: Sequence[float]) -> float:
+    """Return the standard deviation over runs; 0 for a single run."""
     return stdev(values) if len(values) > 1 else 0.0
 
 
 def draw(arms: dict[str, Cells], path: Path) -> None:
-    """Plot accuracy over the length, a panel for each task; bars are the standard deviation over seeds."""
+    """Plot accuracy (%) against length, one panel per task; error bars are the standard deviation over seeds.
+
+    Args:
+        arms: name of each arm -> its accuracies.
+        path: PNG file to write.
+    """
     tasks = list(dict.fromkeys(task for cells in arms.values() for task, _ in cells))
     figure, axes = report.pyplot().subplots(1, len(tasks), figsize=(3 * len(tasks), 3.2), sharey=True, squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
         for name, cells in arms.items():
-            lengths = [length for found, length in cells if found == task]
+            lengths = [length for cell_task, length in cells if cell_task == task]
             values = [cells[task, length] for length in lengths]
-            axis.errorbar(
-                lengths, list(map(mean, values)), list(map(_spread, values)), marker="o", capsize=3, label=name
-            )
+            axis.errorbar(lengths, list(map(mean, values)), list(map(_std, values)), marker="o", capsize=3, label=name)
         axis.set(title=task, xlabel="length (tokens)", ylim=(-3, 103))
     axes[0][0].set_ylabel("accuracy (%)")
     axes[0][-1].legend(fontsize=7)
@@ -69,46 +87,55 @@ def draw(arms: dict[str, Cells], path: Path) -> None:
 
 
 def named_folders(arms: Sequence[str]) -> list[tuple[str, list[Path]]]:
-    """Split NAME=DIR,DIR into names and folders.
+    """Parse arguments NAME=DIR[,DIR] into names and folders.
 
     Raises:
-        UserError: for one that is not of that form.
+        UserError: if an argument does not have that form.
     """
-    found = []
+    named = []
     for text in arms:
         name, equals, folders = text.partition("=")
         if not equals or not folders:
             raise UserError(f"{text!r} names no results; write NAME=DIR, or NAME=DIR,DIR for several seeds.")
-        found.append((name, [Path(folder) for folder in folders.split(",")]))
-    return found
+        named.append((name, [Path(folder) for folder in folders.split(",")]))
+    return named
 
 
 def compare_losses(arms: Sequence[str], output: Path, overwrite: bool) -> None:
-    """Compare held-out losses over the steps, by arm: mean and spread over the runs."""
+    """Print, write and plot held-out losses by step and arm, mean and standard deviation over the runs of an arm.
+
+    Args:
+        arms: NAME=DIR[,DIR], with the output folders of training runs.
+        output: folder for JSON and plot.
+        overwrite: replace earlier results.
+
+    Raises:
+        UserError: if an argument is malformed or `output` cannot be used.
+    """
     report.check_output(output, f"{LOSSES}.json", f"{LOSSES}.png", overwrite=overwrite)
-    found: dict[str, dict[int, list[float]]] = {}
+    curves: dict[str, dict[int, list[float]]] = {}  # arm and memory setting -> step -> one loss per run
     for name, folders in named_folders(arms):
         for folder in folders:
             for row in history(folder / HISTORY_FILE):
                 for key, label in zip(HELD_OUT, MEMORY, strict=True):
                     if key in row:
-                        found.setdefault(f"{name}, memory {label}", {}).setdefault(int(row["step"]), []).append(
+                        curves.setdefault(f"{name}, memory {label}", {}).setdefault(int(row["step"]), []).append(
                             row[key]
                         )
-    steps = sorted({step for curve in found.values() for step in curve})
+    steps = sorted({step for curve in curves.values() for step in curve})
 
     def cell(values: list[float]) -> str:
-        return f"{mean(values):.4f} ± {_spread(values):.4f}" if values else "-"
+        return f"{mean(values):.4f} ± {_std(values):.4f}" if values else "-"
 
-    rows = [[str(step), *(cell(curve.get(step, [])) for curve in found.values())] for step in steps]
-    print(report.table(["held-out loss at step", *found], rows))
-    report.write_json(output / f"{LOSSES}.json", found)
+    rows = [[str(step), *(cell(curve.get(step, [])) for curve in curves.values())] for step in steps]
+    print(report.table(["held-out loss at step", *curves], rows))
+    report.write_json(output / f"{LOSSES}.json", curves)
     figure, axes = report.pyplot().subplots(1, len(MEMORY), figsize=(10, 3.6))
     for axis, memory in zip(axes, MEMORY, strict=True):
-        for name, curve in found.items():
+        for name, curve in curves.items():
             if name.endswith(f"memory {memory}"):
-                means, spreads = ([of(curve[step]) for step in sorted(curve)] for of in (mean, _spread))
-                axis.errorbar(sorted(curve), means, spreads, marker=".", capsize=2, label=name.split(",")[0])
+                means, stds = ([statistic(curve[step]) for step in sorted(curve)] for statistic in (mean, _std))
+                axis.errorbar(sorted(curve), means, stds, marker=".", capsize=2, label=name.split(",")[0])
         axis.set(title=f"held-out loss, memory {memory}", xlabel="step", ylabel="nats per token")
         if axis.has_data():
             axis.legend(fontsize=8)
@@ -116,15 +143,27 @@ def compare_losses(arms: Sequence[str], output: Path, overwrite: bool) -> None:
 
 
 def compare_scores(arms: Sequence[str], output: Path, overwrite: bool) -> None:
-    """Compare accuracies and answer losses, by arm: mean and spread over the runs."""
+    """Print, write and plot accuracy and answer NLL by arm, mean and standard deviation over the runs of an arm.
+
+    Args:
+        arms: NAME=DIR[,DIR], with the output folders of needle evaluations.
+        output: folder for JSON and plot.
+        overwrite: replace earlier results.
+
+    Raises:
+        UserError: if an argument is malformed, `output` cannot be used, or the evaluations have different settings.
+    """
     report.check_output(output, f"{COMPARISON}.json", f"{COMPARISON}.png", overwrite=overwrite)
     by_arm: dict[str, dict[str, Cells]] = {}  # name -> measure -> cells
     settings: dict[str, Any] = {}
     for name, folders in named_folders(arms):
         results = [report.read_json(folder / JSON) for folder in folders]
         for folder, result in zip(folders, results, strict=True):
-            if settings.setdefault("of", result["settings"]) != result["settings"]:
-                raise UserError(f"{folder} was asked other questions than the first results; evaluate all alike.")
+            if settings.setdefault("first", result["settings"]) != result["settings"]:
+                raise UserError(
+                    f"The model of {folder} was asked other questions than the first model; evaluate all with "
+                    "the same settings."
+                )
         for memory in MEMORY:
             if cells_of(results, memory):
                 cells = {measure: cells_of(results, memory, measure) for measure in MEASURES}
@@ -133,14 +172,14 @@ def compare_scores(arms: Sequence[str], output: Path, overwrite: bool) -> None:
     for measure, (heading, _) in MEASURES.items():
         rows = []
         for name, cells in by_arm.items():
-            found = [cells[measure].get(key, []) for key in keys]
-            averages = [mean(run) for run in zip(*filter(None, found), strict=True)]
+            columns = [cells[measure].get(key, []) for key in keys]
+            averages = [mean(run) for run in zip(*filter(None, columns), strict=True)]
             digits = 1 if measure == "accuracy" else 3
             texts = [
-                f"{mean(values):.{digits}f} ± {_spread(values):.{digits}f}" if values else "-"
-                for values in [*found, averages]
+                f"{mean(values):.{digits}f} ± {_std(values):.{digits}f}" if values else "-"
+                for values in [*columns, averages]
             ]
-            rows.append([f"{name} ({max(map(len, found))})", *texts])
+            rows.append([f"{name} ({max(map(len, columns))})", *texts])
         print(report.table([heading, *(f"{task} {length}" for task, length in keys), "average"], rows) + "\n")
     report.write_json(
         output / f"{COMPARISON}.json",

@@ -1,4 +1,4 @@
-"""What the exposure bias is measured on, and how it is shown."""
+"""Samples, table rows and plot of the exposure bias."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,37 +14,46 @@ from memdlm_dist.training.backbone import get_shard_requirements
 
 
 def load_rows(
-    config: JobConfig, model: TrainedModel, data: Sequence[str] | None, most: int, prompt_share: float
+    config: JobConfig, model: TrainedModel, data: Sequence[str] | None, max_samples: int, prompt_share: float
 ) -> list[Row]:
-    """Read the first samples with a response, `most` at most.
+    """Read prompts and responses from the first `max_samples` samples; samples without a response are skipped.
 
     Args:
+        config: the run's configuration.
+        model: the model to measure.
         data: folders of shards; data.validation if None.
-        prompt_share: of packed text, what is taken for the prompt.
+        max_samples: maximum number of samples to read.
+        prompt_share: fraction of packed text to use as the prompt.
 
     Raises:
-        UserError: if there is none.
+        UserError: if no data is configured or no sample has a response.
     """
     locations = list(data or config.data.validation)
     if not locations:
         raise UserError("There are no samples: data.validation is empty; give --data a folder of shards.")
     check_cards(locations, get_shard_requirements(config, model.mask_id))
     dataset = open_dataset(config.data, locations, [], batch_size=1, shuffle=False)
-    samples = (dataset[i] for i in range(min(dataset.size, most)))
+    samples = (dataset[i] for i in range(min(dataset.size, max_samples)))
     rows = [split_response(sample["tokens"], sample["labels"], model.eos_id, prompt_share) for sample in samples]
-    found = [row for row in rows if row is not None]
-    if not found:
-        raise UserError(f"No sample of {', '.join(locations)} holds a response.")
-    return found
+    responses = [row for row in rows if row is not None]
+    if not responses:
+        raise UserError(f"No sample of {', '.join(locations)} has a response; give --data shards with responses.")
+    return responses
 
 
 def line(name: str, memory: str, point: Point) -> list[str]:
+    """Return the table row of one point: name and memory setting, mask ratio, the three losses, the two ratios."""
     losses = (point.static, point.sequential, point.same_positions, point.exposure_bias, point.at_same_positions)
     return [f"{name}, memory {memory}", f"{point.ratio:g}", *(f"{x:.4f}" for x in losses)]
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Plot losses, and their ratio, over the mask ratios."""
+    """Plot losses and exposure bias against the mask ratio.
+
+    Args:
+        results: dicts with name, memory and points, as in the JSON of the results.
+        path: PNG file to write.
+    """
     figure, (losses, ratio) = report.pyplot().subplots(1, 2, figsize=(11, 4))
     for number, result in enumerate(results):
         label = f"{result['name']}, memory {result['memory']}"

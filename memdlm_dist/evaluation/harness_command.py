@@ -1,4 +1,4 @@
-"""The harness's own command line, completed by what is ours to know."""
+"""Command line of the lm-evaluation-harness, completed with the model name and the run's tokenizer."""
 
 import atexit
 import json
@@ -12,31 +12,35 @@ from typing import Any
 from memdlm_dist.config import parse_config
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError
-from memdlm_dist.runtime.rank_0 import is_first
+from memdlm_dist.runtime.rank_0 import is_rank_0
 
-_EXTRA = "The harness needs lm-evaluation-harness; install the package's [eval] extra (pip install -e '.[eval]')."
+_REMEDY = "install the package's [eval] extra (pip install -e '.[eval]')"
 _OUTPUTS = ("output_path", "log_samples", "wandb_args", "hf_hub_log_args")
 
 
 def run(argv: Sequence[str]) -> int:
-    """Parse the harness's flags, add what is ours to know, and let it run."""
+    """Parse the harness's flags, complete them and run the harness; returns the exit status.
+
+    Raises:
+        UserError: if lm-evaluation-harness is not installed, or --model_args names no configuration.
+    """
     try:
         from lm_eval.utils import setup_logging
 
         from memdlm_dist.compat.lm_eval import command_line
         from memdlm_dist.evaluation import harness_model
     except ImportError as error:
-        raise UserError(f"{_EXTRA} ({error})") from None
+        raise UserError(f"lm-evaluation-harness cannot be imported ({error}); {_REMEDY}.") from None
     setup_logging()
-    sys.argv = [sys.argv[0], *argv]  # where the harness looks for its flags
+    sys.argv = [sys.argv[0], *argv]  # the harness reads its flags from there
     cli = command_line()
     options = cli.parse_args()
     if getattr(options, "command", None) == "run":
         options.model = options.model or harness_model.NAME
         if options.model == harness_model.NAME:
             _complete(options)
-    if not is_first():
-        # All ranks have all results; the first one writes them.
+    if not is_rank_0():
+        # All ranks have all results; rank 0 writes them.
         for name in _OUTPUTS:
             if hasattr(options, name):
                 delattr(options, name)
@@ -45,14 +49,14 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _complete(options: Any) -> None:
-    """Name the run's tokenizer to tasks that make their own documents.
+    """Set the run's tokenizer in the metadata, for tasks that generate documents of a given length.
 
     Raises:
-        UserError: if the model arguments name no configuration.
+        UserError: if --model_args names no configuration.
     """
     arguments: dict[str, Any] = options.model_args or {}
     config = arguments.get("config")
-    if not config:  # before any task is built, which can take minutes
+    if not config:  # checked here since building the tasks can take minutes
         raise UserError("--model_args must name the run's configuration: --model_args config=FILE.toml.")
     metadata: dict[str, Any] = dict(getattr(options, "metadata", None) or {})
     if not {"tokenizer", "pretrained"} & metadata.keys():
@@ -62,7 +66,11 @@ def _complete(options: Any) -> None:
 
 
 def _plain_copy(folder: str) -> str:
-    """A copy of a tokenizer that the harness can load, and that has no code to run: it trusts what it finds."""
+    """Copy a tokenizer into a temporary folder without code: the harness would execute code in the tokenizer's folder.
+
+    Returns:
+        The folder, which is removed when the process exits.
+    """
     tokenizer = DiffusionTokenizer(folder)
     copy = tempfile.mkdtemp(prefix="memdlm_tokenizer_")
     atexit.register(shutil.rmtree, copy, ignore_errors=True)

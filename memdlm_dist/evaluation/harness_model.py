@@ -1,4 +1,4 @@
-"""A checkpoint as a model of the lm-evaluation-harness (extra [eval])."""
+"""Model class of the lm-evaluation-harness for our checkpoints (requires the [eval] extra)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,25 +19,29 @@ from memdlm_dist.inference.trained_model import ANCHOR_RATIO, TrainedModel, samp
 from memdlm_dist.method import fast_weights
 
 NAME = "memdlm"
-_NEW_TOKENS = 256  # where a task does not say
+_NEW_TOKENS = 256  # for tasks without max_gen_toks
 
 
 @register_model(NAME)
 class HarnessModel(TokenLM):
-    """Answers the harness's requests, each rank a part of them.
+    """Checkpoint that answers the harness's requests, distributed over the data-parallel ranks.
 
-    To the harness there is one rank: all run it with all requests, share the work out here, and have all results.
+    The harness sees a single rank: every rank runs it with all requests, computes its share of them here, and gets all
+    results.
 
     Args, as --model_args key=value:
         config: TOML file of the run that trained the model.
-        checkpoint: as everywhere; the run's newest one by default.
-        memory: off or on: each prompt, or context, is written into fast weights of its own first.
-        anchor_ratio: share of a prompt's tokens that the memory's anchor masks.
-        block_size, steps: of decoding; as many steps per block as tokens by default.
-        mc_samples: forward passes for the likelihood of one text; all are computed if there are no more.
-        check_greedy: find out whether a text is what greedy decoding gives, one pass for each token of it.
-        max_length: longer prompts lose their beginning; none do by default.
-        others: keys of the configuration, section.key.
+        checkpoint: folder or URL of a checkpoint; the run's newest one by default.
+        memory: off or on; on adapts a separate set of fast weights to each prompt or context first.
+        anchor_ratio: fraction of the prompt's tokens that the anchor masks.
+        block_size, steps: tokens per block and steps per block in decoding; one step per token by default.
+        mc_samples: forward passes per text for its likelihood bound. The bound is exact, over all sets of masked
+            tokens, if there are at most mc_samples sets.
+        check_greedy: compare each text with greedy decoding of its context, one forward pass per token.
+        max_length: length in tokens to which prompts are truncated on the left; unlimited by default.
+        seed: seed of decoding and of the likelihood's masks.
+        batch_size: sequences per forward pass and rank.
+        overrides: keys of the configuration, section.key.
     """
 
     def __init__(
@@ -58,17 +62,17 @@ class HarnessModel(TokenLM):
         **overrides: Any,
     ):
         super().__init__()
-        del max_batch_size, device  # the layout of the configuration decides
+        del max_batch_size, device  # the harness passes them; the layout decides the device
         if not config:
             raise UserError("--model_args must name the run's configuration: --model_args config=FILE.toml.")
         memory = {"False": "off", "True": "on"}.get(str(memory), str(memory))
         if memory not in MEMORY:
-            raise UserError(f"The model argument memory must be off or on, not {memory}.")
+            raise UserError(f"The model argument memory must be off or on, not '{memory}'.")
         if not str(batch_size).isdigit() or not int(batch_size):
-            raise UserError(f"--batch_size must be a positive number, not {batch_size}.")
+            raise UserError(f"--batch_size must be a positive integer, not '{batch_size}'.")
         if unknown := [key for key in overrides if "." not in key]:
-            raise UserError(f"There is no model argument {unknown[0]}; keys of the configuration are section.key.")
-        flags = [part for key, value in overrides.items() for part in (f"--{key}", str(value))]
+            raise UserError(f"There is no model argument {unknown[0]}; write keys of the configuration as section.key.")
+        flags = [flag for key, value in overrides.items() for flag in (f"--{key}", str(value))]
         self._model = TrainedModel(parse_config.parse(["--job.config_file", config, *flags]), checkpoint)
         self._memory, self._anchor_ratio = MEMORY[memory], float(anchor_ratio)
         self._decoding = Decoding(block_size=int(block_size), steps=int(steps) if steps else None, seed=int(seed))
@@ -78,109 +82,121 @@ class HarnessModel(TokenLM):
 
     @property
     def eot_token_id(self) -> int:
+        """Id of the end-of-text token."""
         return self._model.eos_id
 
     @property
     def tokenizer_name(self) -> str:
-        """By which the harness keeps cached requests apart."""
+        """Folder of the tokenizer, part of the key of the harness's request cache."""
         return str(self._model.tokenizer.tokenizer_path)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids, with nothing added."""
+        """Return a text's token ids without special tokens."""
         del add_special_tokens, kwargs
         return self._model.tokenizer.encode_plain([string])[0]
 
     def _prompt(self, ids: list[int], room: int) -> list[int]:
-        """The end of a prompt that leaves room for so many tokens, where a longest length was given."""
+        """Truncate a prompt on the left so that `room` more tokens fit into max_length."""
         if self._max_length is None or len(ids) + room <= self._max_length:
             return ids
         return ids[max(0, len(ids) + room - int(self._max_length)) :]
 
-    def _progress(self, total: int, what: str) -> tqdm:
-        return tqdm(total=total, desc=what, disable=torch.distributed.get_rank() != 0)
+    def _progress_bar(self, total: int, label: str) -> tqdm:
+        return tqdm(total=total, desc=label, disable=torch.distributed.get_rank() != 0)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """A response to each prompt, up to the first of the task's stop strings."""
+        """Return a response to each prompt, truncated at the first of the task's stop strings."""
         del disable_tqdm
-        # Requests that decode alike go together; the longest first, so that what does not fit fails at once.
-        alike: dict[tuple[int, float], list[int]] = {}
+        # Requests with the same decoding options share batches. The longest run first, so that one that does not fit
+        # into memory fails at once.
+        groups: dict[tuple[int, float], list[int]] = {}
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         for number, request in enumerate(requests):
             options = request.args[1]
             temperature = float(options.get("temperature") or 0) if options.get("do_sample", True) else 0.0
-            alike.setdefault((int(options.get("max_gen_toks", _NEW_TOKENS)), temperature), []).append(number)
-        found = [""] * len(requests)
-        with self._progress(len(requests), "Generating") as bar:
-            for (new_tokens, temperature), numbers in alike.items():
+            groups.setdefault((int(options.get("max_gen_toks", _NEW_TOKENS)), temperature), []).append(number)
+        responses = [""] * len(requests)
+        with self._progress_bar(len(requests), "Generating") as bar:
+            for (new_tokens, temperature), numbers in groups.items():
                 numbers.sort(key=lambda number: -len(prompts[number]))
                 decoding = replace(self._decoding, temperature=temperature)
-                texts = self._spread(numbers, self._responder(prompts, new_tokens, decoding), bar)
+                texts = self._map_batches(numbers, self._responder(prompts, new_tokens, decoding), bar)
                 for number, text in zip(numbers, texts, strict=True):
-                    found[number] = _until(text, requests[number].args[1].get("until"))
-                    self.cache_hook.add_partial("generate_until", requests[number].args, found[number])
-        return found
+                    responses[number] = _until(text, requests[number].args[1].get("until"))
+                    self.cache_hook.add_partial("generate_until", requests[number].args, responses[number])
+        return responses
 
     def _responder(
         self, prompts: list[list[int]], new_tokens: int, decoding: Decoding
     ) -> Callable[[list[int], list[int]], list[str]]:
+        """Return the function that decodes the responses of one batch of request numbers."""
+
         def respond(numbers: list[int], _: list[int]) -> list[str]:
             batch = [self._prompt(prompts[number], new_tokens) for number in numbers]
-            made = self._model.generate(batch, new_tokens, decoding, self._memory, self._anchor_ratio, numbers)
-            self.memory_seconds += made.memory_seconds
-            return [self._model.tokenizer.decode(response) for response in made.responses]
+            generated = self._model.generate(batch, new_tokens, decoding, self._memory, self._anchor_ratio, numbers)
+            self.memory_seconds += generated.memory_seconds
+            return [self._model.tokenizer.decode(response) for response in generated.responses]
 
         return respond
 
-    def _spread(self, items: Sequence[Any], work: Callable[[list[Any], list[int]], list[Any]], bar: tqdm) -> list[Any]:
+    def _map_batches(
+        self, items: Sequence[Any], work: Callable[[list[Any], list[int]], list[Any]], bar: tqdm
+    ) -> list[Any]:
+        """Map `work`(items, their indices) over batches of items, distributed over the data-parallel ranks."""
         return self._model.data_parallel.map_batches(items, self._batch_size, work, bar.update)
 
     def loglikelihoods(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]]
     ) -> list[tuple[float, bool]]:
+        """Return (likelihood bound in nats, is greedy) for each text given its context: see `TokenLM`."""
         pairs = [(self._prompt(context, len(text)), text) for _, context, text in requests]
         bounds = self._bounds(pairs)
         greedy = self._greedy(pairs) if self._check_greedy else [False] * len(pairs)
-        found = list(zip(bounds, greedy, strict=True))
-        for (key, _, _), answer in zip(requests, found, strict=True):
+        answers = list(zip(bounds, greedy, strict=True))
+        for (key, _, _), answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", key, answer)
-        return found
+        return answers
 
     def _bounds(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[float]:
-        """The likelihood bound of every text given its context, in nats."""
-        todo: list[Pass] = []
+        """Return the any-order bound on the log-likelihood of each text given its context, in nats.
+
+        Args:
+            pairs: (context, text), as token ids.
+        """
+        all_passes: list[Pass] = []
         for number, (_, text) in enumerate(pairs):
-            todo += passes(number, len(text), self._samples, self._seed)
+            all_passes += passes(number, len(text), self._samples, self._seed)
         totals = [0.0] * len(pairs)
-        with self._progress(len(todo), "Likelihoods") as bar:
-            nlls = self._spread(todo, lambda batch, _: self._nll(pairs, batch), bar)
-        for one, nll in zip(todo, nlls, strict=True):
-            totals[one.text] -= one.weight * nll
+        with self._progress_bar(len(all_passes), "Likelihoods") as bar:
+            nlls = self._map_batches(all_passes, lambda batch, _: self._nll(pairs, batch), bar)
+        for text_pass, nll in zip(all_passes, nlls, strict=True):
+            totals[text_pass.text] -= text_pass.weight * nll
         return totals
 
     def _nll(self, pairs: Sequence[tuple[list[int], list[int]]], batch: Sequence[Pass]) -> list[float]:
-        """The sum of the NLL of each pass's masked tokens."""
-        texts = [one.text for one in batch]
-        whole = [[*pairs[number][0], *pairs[number][1]] for number in texts]
-        start = self._model.canvas(whole, 0)
+        """Return the summed NLL of the masked tokens of each pass, in nats."""
+        texts = [text_pass.text for text_pass in batch]
+        sequences = [[*pairs[number][0], *pairs[number][1]] for number in texts]
+        start = self._model.canvas(sequences, 0)
         target_BL = torch.zeros_like(start.open_BL)
-        for row, one in enumerate(batch):
-            target_BL[row, torch.tensor(one.masked) + len(pairs[one.text][0])] = True
+        for row, text_pass in enumerate(batch):
+            target_BL[row, torch.tensor(text_pass.masked) + len(pairs[text_pass.text][0])] = True
         noisy_BL = torch.where(target_BL, self._model.mask_id, start.tokens_BL)
         fast = self._adapt([pairs[number][0] for number in texts], texts)
         return self._model.nll(noisy_BL, target_BL, start.tokens_BL, start.attended_BL, fast).tolist()
 
     def _adapt(self, contexts: Sequence[list[int]], texts: Sequence[int]) -> fast_weights.FastWeights | None:
-        """Each row's fast weights; rows with the same text share what is written once."""
+        """Return the rows' fast weights; rows with the same text number share one set. None with the memory off."""
         if not self._memory:
             return None
-        different = list(dict.fromkeys(texts))
-        first = [texts.index(text) for text in different]
-        adapted = self._model.adapt([contexts[row] for row in first], self._anchor_ratio, different)
+        unique_texts = list(dict.fromkeys(texts))
+        first_rows = [texts.index(text) for text in unique_texts]
+        adapted = self._model.adapt([contexts[row] for row in first_rows], self._anchor_ratio, unique_texts)
         self.memory_seconds += adapted.seconds
-        return fast_weights.select(adapted.fast, [different.index(text) for text in texts], len(different))
+        return fast_weights.select(adapted.fast, [unique_texts.index(text) for text in texts], len(unique_texts))
 
     def _greedy(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[bool]:
-        """Whether each text is what greedy decoding makes of its context, a token at a step."""
+        """Return whether greedy decoding of each context gives its text, with one token per step."""
         decoding = Decoding(block_size=max((len(text) for _, text in pairs), default=1), stop_at_eos=False)
 
         def check(batch: list[tuple[list[int], list[int]]], ids: list[int]) -> list[bool]:
@@ -193,21 +209,24 @@ class HarnessModel(TokenLM):
                 for tokens, response, (_, text) in zip(tokens_BL, start.response_BL, batch, strict=True)
             ]
 
-        with self._progress(len(pairs), "Greedy") as bar:
-            return self._spread(pairs, check, bar)
+        with self._progress_bar(len(pairs), "Greedy") as bar:
+            return self._map_batches(pairs, check, bar)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The bound of whole documents, cut into pieces of the longest length; none sees the piece before it."""
+        """Return the likelihood bound of each document, in nats.
+
+        A document longer than the context length is split into chunks, which are scored independently.
+        """
         del disable_tqdm
         length = int(self._max_length or self._model.trained_length) - 1
-        pairs, owners = [], []
+        pairs, documents = [], []
         for number, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
             for first in range(0, len(ids), length):
                 pairs.append(([self.prefix_token_id], ids[first : first + length]))
-                owners.append(number)
+                documents.append(number)
         totals = [0.0] * len(requests)
-        for number, bound in zip(owners, self._bounds(pairs), strict=True):
+        for number, bound in zip(documents, self._bounds(pairs), strict=True):
             totals[number] += bound
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
@@ -219,7 +238,7 @@ class HarnessModel(TokenLM):
 
 
 def _until(text: str, stops: str | list[str] | None) -> str:
-    """A text up to the first of the stop strings."""
+    """Truncate a text at the first of the stop strings."""
     for stop in [stops] if isinstance(stops, str) else stops or []:
         if stop:
             text = text.split(stop)[0]

@@ -1,4 +1,4 @@
-"""Real text to hide needles in, and the words that the needles are made of."""
+"""Haystack of the needle tasks: sentences of real text, and words for the needles."""
 
 import re
 from collections.abc import Sequence
@@ -12,51 +12,55 @@ from memdlm_dist.errors import UserError
 
 Part = Literal["train", "heldout"]
 
-# Share of passages, words and names that only the held-out part uses.
+# Fraction of passages, words and names that only the held-out part uses.
 HELD_OUT = 0.2
 
+# Length of a sentence in characters, at least and at most.
 _SENTENCE_CHARACTERS = (20, 240)
 _WORD = re.compile(r"\b[a-z]{4,9}\b")
-_LEAST_WORDS = 40
+_MIN_WORDS = 40
 
 
 def belongs(name: str, part: Part) -> bool:
-    """Whether a passage, word or name is one of `part`'s; a function of its text alone."""
+    """Return whether a passage, word or name belongs to `part`; a hash of the text decides."""
     return corpus.is_held_out(name, HELD_OUT) == (part == "heldout")
 
 
 @dataclass(frozen=True)
 class Haystack:
-    """The sentences of one part, passage after passage, and its words."""
+    """Sentences and words of one part, "train" or "heldout"; the sentences are in the order of the text."""
 
     sentences: Sequence[str]
     words: Sequence[str]
 
     @classmethod
     def read(cls, part: Part, files: Sequence[str] = ()) -> "Haystack":
-        """Cut text into sentences and words, and keep those of `part`.
+        """Split text into sentences and words, and keep those of `part`.
 
         Args:
             part: "heldout" shares no passage and no word with "train".
-            files: UTF-8 text; the reference topics of the Python documentation, which every machine has, if empty.
+            files: UTF-8 text files. If empty, the reference topics of the Python documentation, which are part of every
+                Python installation.
 
         Raises:
-            UserError: if a file cannot be read, or the text is too short to be split into two parts.
+            UserError: if a file cannot be read, or the text is too short for two parts.
         """
         texts = [_read(path) for path in files] if files else list(topics.values())
         passages = [passage for text in texts for passage in _passages(text)]
         held_out = [(sentence, belongs(passage, "heldout")) for passage in passages for sentence in _sentences(passage)]
-        # A sentence that stands in several passages is of the part of the first of them alone.
-        owner: dict[str, bool] = {}
+        # A sentence that occurs in several passages belongs to the part of the first one only.
+        first: dict[str, bool] = {}
         for sentence, is_held_out in held_out:
-            owner.setdefault(sentence, is_held_out)
-        sentences = [sentence for sentence, of in held_out if of == owner[sentence] == (part == "heldout")]
+            first.setdefault(sentence, is_held_out)
+        sentences = [
+            sentence for sentence, is_held_out in held_out if is_held_out == first[sentence] == (part == "heldout")
+        ]
         words = sorted({word for text in texts for word in _WORD.findall(text)})
         words = [word for word in words if belongs(word, part)]
-        if not sentences or len(words) < _LEAST_WORDS:
+        if not sentences or len(words) < _MIN_WORDS:
             raise UserError(
-                f"The haystack makes {len(sentences)} sentences and {len(words)} different words for the {part} part, "
-                f"which needs at least 1 and {_LEAST_WORDS}; give --haystack more text."
+                f"The haystack has {len(sentences)} sentences and {len(words)} different words for the {part} part, "
+                f"which needs at least 1 sentence and {_MIN_WORDS} words; give --haystack more text."
             )
         return cls(sentences, words)
 
@@ -69,7 +73,7 @@ def _read(path: str) -> str:
 
 
 def _passages(text: str) -> list[str]:
-    """Groups of paragraphs of about 2,000 characters."""
+    """Split text into passages: groups of consecutive paragraphs with 2,000 characters or more."""
     passages, current = [], ""
     for paragraph in text.split("\n\n"):
         current += paragraph + "\n\n"
@@ -80,7 +84,7 @@ def _passages(text: str) -> list[str]:
 
 
 def _sentences(passage: str) -> list[str]:
-    """The running text of a passage: what looks like a sentence, on one line each."""
+    """Split a passage into sentences without line breaks; pieces that do not look like a sentence are dropped."""
     least, most = _SENTENCE_CHARACTERS
     pieces = re.split(r"(?<=[.!?])\s+", " ".join(passage.split()))
     return [piece for piece in pieces if least <= len(piece) <= most and piece[0].isupper() and piece[-1] in ".!?"]

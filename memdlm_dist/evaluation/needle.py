@@ -1,8 +1,8 @@
-"""Needle tasks: questions about facts that are hidden in real text, of any length and for any tokenizer.
+"""Needle tasks: questions about facts hidden in real text, for any length and any tokenizer.
 
-After RULER (Hsieh et al. 2024, arXiv 2404.06654: multi-value retrieval, variable tracking, common words) and
-BABILong (Kuratov et al. 2024, arXiv 2406.10149: facts about people and things among sentences of other text). All
-texts are our own. Sample i of a task is a function of (seed, part, task, length, i) alone.
+The tasks follow RULER (Hsieh et al. 2024, arXiv 2404.06654: multi-value retrieval, variable tracking, common words) and
+BABILong (Kuratov et al. 2024, arXiv 2406.10149: facts about people and things between sentences of other text). The
+wording is ours. Sample i of a task is a function of (seed, part, task, length, i), given tokenizer, haystack and sizes.
 """
 
 import random
@@ -19,39 +19,41 @@ from memdlm_dist.evaluation.haystack import Haystack, Part, belongs
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much a task asks for. The defaults are RULER's; short contexts need smaller ones."""
+    """Sizes of the tasks. The defaults are RULER's; short contexts need smaller sizes."""
 
-    values: int = 4  # multi_value: numbers of the key in question
-    distractors: int = 0  # multi_value: numbers of other keys
-    digits: int = 7  # of a number
-    hops: int = 4  # variable_tracking: assignments from one variable to the next
-    letters: int = 5  # of a variable's name
-    common: int = 10  # common_words: words to be found
-    repeats: int = 30  # common_words: how often they stand in the list
-    rare_repeats: int = 3  # common_words: how often the others do
+    values: int = 4  # multi_value: numbers of the key in the question
+    distractors: int = 0  # multi_value: numbers of other keys, one each
+    digits: int = 7  # digits of a number
+    hops: int = 4  # variable_tracking: assignments of one variable to another
+    letters: int = 5  # letters of a variable's name
+    common: int = 10  # common_words: number of common words
+    repeats: int = 30  # common_words: occurrences of each common word
+    rare_repeats: int = 3  # common_words: occurrences of each other word
     facts: int = 6  # facts_1, facts_2: statements about people and things
-    words: int = 20  # repeat: words to be said again
+    words: int = 20  # repeat: words to repeat
 
 
 class QuestionSpec(NamedTuple):
-    """What a task hides and asks."""
+    """Question of a task, with its needles and answers, before the prompt is filled to its length."""
 
     instruction: str
-    needles: Sequence[str]  # in the order in which they must stand
+    needles: Sequence[str]  # their order is kept if scattered
     question: str
     answers: Sequence[str]
-    filler: Callable[[], Iterator[str]] | None = None  # what to fill with instead of the haystack's sentences
-    scattered: bool = True  # needles among the filler; False: shuffled with it
+    filler: Callable[[], Iterator[str]] | None = None  # pieces of filler text; None: sentences of the haystack
+    scattered: bool = True  # True: needles at random positions in the filler; False: needles and filler shuffled
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One question.
+    """Sample of a needle task.
 
     Attributes:
-        prompt: ends where the response begins.
-        response: the answers, as training shows them.
-        answers: the strings that must occur in a right response.
+        task: key of `TASKS`.
+        length: requested number of tokens of prompt and response.
+        prompt: instruction, text and question.
+        response: the true response, a sentence with all answers.
+        answers: strings that a correct response contains.
     """
 
     task: str
@@ -61,9 +63,9 @@ class Sample:
     answers: tuple[str, ...]
 
     def accuracy(self, response: str) -> float:
-        """Share of the answers that occur in a response as whole words: RULER's string match."""
-        found = "".join(c if c.isalnum() else " " for c in response.lower()).split()
-        return sum(answer.lower() in found for answer in self.answers) / len(self.answers)
+        """Return the fraction of the answers that occur in a response as whole words: RULER's string match."""
+        words = "".join(c if c.isalnum() else " " for c in response.lower()).split()
+        return sum(answer.lower() in words for answer in self.answers) / len(self.answers)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -83,31 +85,32 @@ THINGS = _names(
     "camera pillow wallet needle ribbon whistle anchor feather"
 )
 
-# Pieces of the filler that are tried before a context counts as full.
-_MISFITS = 12
-# Riddles that are drawn before a length counts as too short.
-_REDRAWS = 20
+# Pieces of filler that may be too long for the remaining space before a prompt counts as full.
+_MAX_MISFITS = 12
+# Questions that are drawn before a length counts as too short.
+_MAX_DRAWS = 20
 
 
-def _of(part: Part, names: Sequence[str]) -> list[str]:
-    """Every fourth name is the held-out part's."""
+def _names_of(part: Part, names: Sequence[str]) -> list[str]:
+    """Return the names of one part; every fourth name is held out."""
     return [name for i, name in enumerate(names) if (i % 4 == 3) == (part == "heldout")]
 
 
-def _different(draw: Callable[[], str], count: int) -> list[str]:
-    found: dict[str, None] = {}
-    while len(found) < count:
-        found[draw()] = None
-    return list(found)
+def _draw_distinct(draw: Callable[[], str], count: int) -> list[str]:
+    """Call `draw` until it has returned `count` different strings."""
+    drawn: dict[str, None] = {}
+    while len(drawn) < count:
+        drawn[draw()] = None
+    return list(drawn)
 
 
-def _numbers(rng: random.Random, sizes: Sizes, count: int) -> list[str]:
-    return _different(lambda: str(rng.randrange(10 ** (sizes.digits - 1), 10**sizes.digits)), count)
+def _draw_numbers(rng: random.Random, sizes: Sizes, count: int) -> list[str]:
+    return _draw_distinct(lambda: str(rng.randrange(10 ** (sizes.digits - 1), 10**sizes.digits)), count)
 
 
 def _multi_value(rng: random.Random, sizes: Sizes, hay: Haystack, part: Part) -> QuestionSpec:
-    keys = _different(lambda: "-".join(rng.sample(hay.words, 2)), 1 + sizes.distractors)
-    numbers = _numbers(rng, sizes, sizes.values + sizes.distractors)
+    keys = _draw_distinct(lambda: "-".join(rng.sample(hay.words, 2)), 1 + sizes.distractors)
+    numbers = _draw_numbers(rng, sizes, sizes.values + sizes.distractors)
     owners = [keys[0]] * sizes.values + keys[1:]
     pairs = list(zip(owners, numbers, strict=True))
     rng.shuffle(pairs)
@@ -126,8 +129,8 @@ def _variable_tracking(rng: random.Random, sizes: Sizes, hay: Haystack, part: Pa
             if belongs(letters, part):
                 return letters
 
-    names = _different(name, sizes.hops + 1)
-    (number,) = _numbers(rng, sizes, 1)
+    names = _draw_distinct(name, sizes.hops + 1)
+    (number,) = _draw_numbers(rng, sizes, 1)
     assignments = [f"VAR {b} = {a}." for a, b in pairwise(names)]
     return QuestionSpec(
         "Follow the variables in this text.",
@@ -138,7 +141,7 @@ def _variable_tracking(rng: random.Random, sizes: Sizes, hay: Haystack, part: Pa
 
 
 def _common_words(rng: random.Random, sizes: Sizes, hay: Haystack, part: Part) -> QuestionSpec:
-    chosen = _different(lambda: rng.choice(hay.words), sizes.common)
+    chosen = _draw_distinct(lambda: rng.choice(hay.words), sizes.common)
 
     def rare() -> Iterator[str]:
         others = [word for word in hay.words if word not in chosen]
@@ -157,26 +160,28 @@ def _common_words(rng: random.Random, sizes: Sizes, hay: Haystack, part: Part) -
 
 
 def _facts(rng: random.Random, sizes: Sizes, part: Part, about_thing: bool) -> QuestionSpec:
-    people, places, things = (_of(part, names) for names in (PEOPLE, PLACES, THINGS))
+    people, places, things = (_names_of(part, names) for names in (PEOPLE, PLACES, THINGS))
     actors = rng.sample(people, min(len(people), max(2, sizes.facts // 3)))
-    at: dict[str, str] = {}
+    last_place: dict[str, str] = {}
     statements = []
     for _ in range(sizes.facts):
         person, place = rng.choice(actors), rng.choice(places)
-        at[person] = place
+        last_place[person] = place
         statements.append(f"{person} went to the {place}.")
     if not about_thing:
-        person = rng.choice(list(at))
-        return QuestionSpec("Remember where people are.", statements, f"Where is {person}?", [at[person]])
-    # The thing is where its bearer went last: two facts to join.
-    bearer, thing = rng.choice(list(at)), rng.choice(things)
+        person = rng.choice(list(last_place))
+        return QuestionSpec("Remember where people are.", statements, f"Where is {person}?", [last_place[person]])
+    # The thing is at the bearer's last place: the answer combines two facts.
+    bearer, thing = rng.choice(list(last_place)), rng.choice(things)
     last = max(i for i, statement in enumerate(statements) if statement.startswith(bearer))
     statements.insert(rng.randint(0, last), f"{bearer} took the {thing}.")
-    return QuestionSpec("Remember where people and things are.", statements, f"Where is the {thing}?", [at[bearer]])
+    return QuestionSpec(
+        "Remember where people and things are.", statements, f"Where is the {thing}?", [last_place[bearer]]
+    )
 
 
 def _repeat(rng: random.Random, sizes: Sizes, hay: Haystack, part: Part) -> QuestionSpec:
-    words = _different(lambda: rng.choice(hay.words), sizes.words)
+    words = _draw_distinct(lambda: rng.choice(hay.words), sizes.words)
     return QuestionSpec("Remember these words.", words, "Which words, in order?", words, filler=lambda: iter(()))
 
 
@@ -186,17 +191,21 @@ TASKS: dict[str, Callable[[random.Random, Sizes, Haystack, Part], QuestionSpec]]
     "common_words": _common_words,
     "facts_1": lambda rng, sizes, hay, part: _facts(rng, sizes, part, about_thing=False),
     "facts_2": lambda rng, sizes, hay, part: _facts(rng, sizes, part, about_thing=True),
-    # The simplest use of a context, and the densest: every token of the response stands in the prompt.
+    # The simplest use of a context, with the most information per token: the response is a copy of the prompt's words.
     "repeat": _repeat,
 }
 
 
 @dataclass(frozen=True)
 class NeedleGenerator:
-    """Makes samples of one part for one tokenizer.
+    """Generator of the samples of one part for one tokenizer.
 
-    Args:
-        part: "heldout" uses keys, names and text that "train" never does.
+    Attributes:
+        tokenizer: counts the tokens.
+        hay: haystack of the same part.
+        part: "heldout" uses keys, names and text that "train" never uses.
+        sizes: sizes of the tasks.
+        seed: seed of the samples.
     """
 
     tokenizer: DiffusionTokenizer
@@ -206,27 +215,39 @@ class NeedleGenerator:
     seed: int = 0
 
     def sample(self, task: str, length: int, index: int) -> Sample:
-        """Sample `index` of a task: prompt, response and end-of-text make at most `length` tokens, and nearly so many.
+        """Generate sample `index` of a task, with at most and nearly `length` tokens.
+
+        The length counts prompt, response and end-of-text.
 
         Raises:
-            UserError: if the length cannot hold what the task hides.
+            UserError: if `length` is too short for the task's needles.
         """
         rng = random.Random(f"{self.seed}/{self.part}/{task}/{length}/{index}")
         spec, response, spare = self._spec(rng, task, length)
         filler = spec.filler() if spec.filler else self._sentences(rng)
-        filling = self._fill(filler, spare)
-        order = self._places(rng, spec, len(filling))
+        pieces = self._collect_filler(filler, spare)
+        order = self._draw_order(rng, spec, len(pieces))
         while True:
-            prompt = _prompt(spec, _merge(spec.needles, filling, order))
-            if not filling or self._count(prompt, response) <= length:
+            prompt = _prompt(spec, _merge(spec.needles, pieces, order))
+            if not pieces or self._count(prompt, response) <= length:
                 return Sample(task, length, prompt, response, tuple(spec.answers))
-            filling.pop()
-            order = [place for place in order if place != len(filling)]
+            # Pieces may need more tokens in context than alone: drop the last one and count again.
+            pieces.pop()
+            order = [number for number in order if number != len(pieces)]
 
     def _spec(self, rng: random.Random, task: str, length: int) -> tuple[QuestionSpec, str, int]:
-        """One that fits, its response, and how many tokens are left to fill; words differ in their tokens."""
+        """Draw a question that fits into `length` tokens.
+
+        Random words and names differ in their number of tokens, so a question that is too long is drawn again.
+
+        Returns:
+            The question, its response, and the number of tokens left for filler.
+
+        Raises:
+            UserError: if no question fits.
+        """
         needs = []
-        for _ in range(_REDRAWS):
+        for _ in range(_MAX_DRAWS):
             spec = TASKS[task](rng, self.sizes, self.hay, self.part)
             response = f" {', '.join(spec.answers)}."
             needs.append(self._count(_prompt(spec, spec.needles), response))
@@ -234,51 +255,53 @@ class NeedleGenerator:
                 return spec, response, length - needs[-1]
         raise UserError(
             f"The task {task} needs {min(needs)} tokens or more with this tokenizer, but --lengths gives it {length}; "
-            "raise that, or ask for less (--help lists the sizes)."
+            "raise --lengths, or make the task smaller (--help lists the sizes)."
         )
 
-    def _fill(self, filler: Iterator[str], spare: int) -> list[str]:
-        """Pieces of the filler that make `spare` tokens, or nearly so many: those that do not fit are passed over."""
-        filling: list[str] = []
+    def _collect_filler(self, filler: Iterator[str], spare: int) -> list[str]:
+        """Collect pieces of filler with at most and nearly `spare` tokens; pieces that do not fit are skipped."""
+        pieces: list[str] = []
         misfits = 0
         for piece in filler:
             count = len(self.tokenizer.encode_plain([" " + piece])[0])
             if count <= spare:
-                filling.append(piece)
+                pieces.append(piece)
                 spare -= count
             else:
                 misfits += 1
-            if spare <= 0 or misfits == _MISFITS:
+            if spare <= 0 or misfits == _MAX_MISFITS:
                 break
-        return filling
+        return pieces
 
     def _sentences(self, rng: random.Random) -> Iterator[str]:
-        """The haystack from a random place on, over and over."""
-        place = rng.randrange(len(self.hay.sentences))
+        """Yield the haystack's sentences from a random one on, endlessly."""
+        position = rng.randrange(len(self.hay.sentences))
         while True:
-            yield self.hay.sentences[place]
-            place = (place + 1) % len(self.hay.sentences)
+            yield self.hay.sentences[position]
+            position = (position + 1) % len(self.hay.sentences)
 
     @staticmethod
-    def _places(rng: random.Random, spec: QuestionSpec, fillers: int) -> list[int]:
-        """The order of the pieces: numbers of the filler, or -1 for the next needle."""
+    def _draw_order(rng: random.Random, spec: QuestionSpec, fillers: int) -> list[int]:
+        """Draw the order of needles and filler: the index of a piece of filler, or -1 for the next needle."""
         needles = [-1] * len(spec.needles)
         if spec.scattered:
             order = list(range(fillers))
-            for place in sorted((rng.randint(0, fillers) for _ in needles), reverse=True):
-                order.insert(place, -1)
+            for position in sorted((rng.randint(0, fillers) for _ in needles), reverse=True):
+                order.insert(position, -1)
             return order
         order = [*needles, *range(fillers)]
         rng.shuffle(order)
         return order
 
     def _count(self, prompt: str, response: str) -> int:
+        """Return the number of tokens of prompt, response and end-of-text."""
         return sum(map(len, self.tokenizer.encode_plain([prompt, response]))) + 1
 
 
-def _merge(needles: Sequence[str], filling: Sequence[str], order: Sequence[int]) -> list[str]:
-    coming = iter(needles)
-    return [next(coming) if place < 0 else filling[place] for place in order]
+def _merge(needles: Sequence[str], pieces: Sequence[str], order: Sequence[int]) -> list[str]:
+    """Return needles and pieces of filler in the order of `_draw_order`."""
+    remaining = iter(needles)
+    return [next(remaining) if number < 0 else pieces[number] for number in order]
 
 
 def _prompt(spec: QuestionSpec, pieces: Sequence[str]) -> str:

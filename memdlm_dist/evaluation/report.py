@@ -1,4 +1,4 @@
-"""What evaluations leave behind: tables on the console, JSON, and plots."""
+"""Output of evaluations: console tables, JSON files and plots."""
 
 import json
 from collections.abc import Sequence
@@ -9,44 +9,49 @@ from memdlm_dist.errors import UserError
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as they need to be; the first to the left, the others to the right."""
+    """Format a table with aligned columns: the first column left-aligned, the others right-aligned."""
     lines = [header, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
 
-    def laid_out(line: Sequence[str]) -> str:
+    def format_line(line: Sequence[str]) -> str:
         first, *others = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
         return "  ".join([first.strip().ljust(widths[0]), *others])
 
-    return "\n".join(map(laid_out, lines))
+    return "\n".join(map(format_line, lines))
 
 
 def check_output(folder: Path, *names: str, overwrite: bool) -> None:
-    """The results can be written, and nothing is there that would be lost.
+    """Create the output folder and check that no result in it would be overwritten.
+
+    Args:
+        folder: the output folder.
+        names: file names of the results.
+        overwrite: allow existing results.
 
     Raises:
-        UserError: naming the folder or the file.
+        UserError: if the folder cannot be created, or a result exists and `overwrite` is False.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"The output folder {folder} cannot be made: {error}.") from None
+        raise UserError(f"The output folder {folder} cannot be created: {error}.") from None
     for name in names:
         if (folder / name).exists() and not overwrite:
             raise UserError(f"{folder / name} exists; choose another --output, or pass --overwrite to replace it.")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Readable JSON, which takes its place when it is whole."""
+    """Write indented JSON atomically."""
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_text(json.dumps(value, indent=1) + "\n")
     unfinished.replace(path)
 
 
 def read_json(path: Path) -> Any:
-    """What an evaluation wrote.
+    """Return the content of a result file.
 
     Raises:
-        UserError: if it cannot be read.
+        UserError: if the file is missing or unreadable.
     """
     try:
         return json.loads(path.read_text())
@@ -57,10 +62,10 @@ def read_json(path: Path) -> Any:
 
 
 def pyplot() -> Any:
-    """matplotlib, drawing into files.
+    """Import `matplotlib.pyplot` with a backend that needs no display.
 
     Raises:
-        UserError: if it is not installed.
+        UserError: if matplotlib is not installed.
     """
     try:
         import matplotlib
@@ -75,7 +80,7 @@ def pyplot() -> Any:
 
 
 def save(figure: Any, path: Path) -> None:
-    """As PNG; free it."""
+    """Save a figure in a file and close the figure; the suffix of `path` determines the format."""
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot().close(figure)

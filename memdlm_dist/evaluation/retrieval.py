@@ -1,7 +1,7 @@
 """Accuracy on needle tasks, memory off and on.
 
-Small models answer wrongly long before they know nothing: beside the accuracy stands the NLL of the true response,
-every token of it masked, which moves earlier.
+The accuracy of a small model stays low even if the model has learned part of the task. The answer NLL changes earlier:
+the NLL of the true response with all of its tokens masked.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,15 +21,15 @@ MEMORY = {"off": False, "on": True}
 
 @dataclass(frozen=True)
 class Score:
-    """The accuracy on one task at one length with the memory off or on, over `samples` questions."""
+    """Score on one task at one length with one memory setting, over `samples` questions."""
 
     task: str
     length: int
-    memory: str
+    memory: str  # key of `MEMORY`
     samples: int
-    accuracy: float
-    error: float  # standard error over the questions
-    answer_nll: float  # nats per token of the true response while all of it is masked
+    accuracy: float  # mean over the questions
+    error: float  # standard error of the accuracy
+    answer_nll: float  # nats per token of the true response, with all of its tokens masked
     memory_seconds: float
     decoding_seconds: float
 
@@ -47,49 +47,63 @@ def evaluate(
     anchor_ratio: float = ANCHOR_RATIO,
     progress: Callable[[int], Any] = lambda count: None,
 ) -> tuple[list[Score], list[dict[str, Any]]]:
-    """Ask the same questions with every memory setting.
+    """Evaluate the same questions with each memory setting; a collective call.
 
     Args:
-        samples: questions of each task at each length.
+        model: the model to evaluate.
+        needles: generator of the questions.
+        tasks: keys of `TASKS`.
+        lengths: tokens of prompt and response.
+        samples: questions per task and length.
         memories: keys of `MEMORY`.
-        new_tokens: [MASK] positions for a response.
-        progress: told how many more questions are answered.
+        decoding: decoding settings.
+        new_tokens: [MASK] positions per response.
+        batch_size: questions per forward pass.
+        anchor_ratio: fraction of the prompt's tokens that the anchor masks.
+        progress: callback, called with the number of questions answered since its last call.
 
     Returns:
-        The scores, and every question with its answers, response and accuracy.
+        The scores, and one record per question and memory setting: answers, response and accuracy.
     """
     scores, records = [], []
     for task in tasks:
         for length in lengths:
-            asked = [needles.sample(task, length, i) for i in range(samples)]
+            questions = [needles.sample(task, length, i) for i in range(samples)]
             for memory in memories:
                 evaluator = _Evaluator(model, decoding, new_tokens, MEMORY[memory], anchor_ratio)
-                answers = model.data_parallel.map_batches(asked, batch_size, evaluator.answer, progress)
-                right = [sample.accuracy(one.text) for sample, one in zip(asked, answers, strict=True)]
-                error = stdev(right) / len(right) ** 0.5 if len(right) > 1 else 0.0
-                nll = sum(one.nll for one in answers) / sum(one.tokens for one in answers)
+                answers = model.data_parallel.map_batches(questions, batch_size, evaluator.answer, progress)
+                accuracies = [sample.accuracy(answer.text) for sample, answer in zip(questions, answers, strict=True)]
+                error = stdev(accuracies) / len(accuracies) ** 0.5 if len(accuracies) > 1 else 0.0
+                nll = sum(answer.nll for answer in answers) / sum(answer.tokens for answer in answers)
                 scores.append(
                     Score(
-                        task, length, memory, samples, mean(right), error, nll, evaluator.memory_seconds,
+                        task, length, memory, samples, mean(accuracies), error, nll, evaluator.memory_seconds,
                         evaluator.decoding_seconds,
                     )
                 )  # fmt: skip
                 records += [
                     {"task": task, "length": length, "memory": memory, "sample": i, "answers": list(sample.answers),
-                     "response": one.text, "accuracy": accuracy}
-                    for i, (sample, one, accuracy) in enumerate(zip(asked, answers, right, strict=True))
+                     "response": answer.text, "accuracy": accuracy}
+                    for i, (sample, answer, accuracy) in enumerate(zip(questions, answers, accuracies, strict=True))
                 ]  # fmt: skip
     return scores, records
 
 
 class _Answer(NamedTuple):
-    text: str
-    nll: float  # of the true response, summed over its tokens
-    tokens: int
+    """Answer to one question."""
+
+    text: str  # the model's response
+    nll: float  # NLL of the true response, summed over its tokens, in nats
+    tokens: int  # number of tokens of the true response
 
 
 class _Evaluator:
-    """Asks with one memory setting, and adds up the time."""
+    """Evaluator of questions with one memory setting, which also measures the time.
+
+    Attributes:
+        memory_seconds: time of adapting to the prompts, summed over the batches.
+        decoding_seconds: time of decoding, summed over the batches.
+    """
 
     def __init__(self, model: TrainedModel, decoding: Decoding, new_tokens: int, memory: bool, anchor_ratio: float):
         self._model, self._decoding, self._new_tokens = model, decoding, new_tokens
@@ -97,19 +111,22 @@ class _Evaluator:
         self.memory_seconds = self.decoding_seconds = 0.0
 
     def answer(self, batch: list[Sample], ids: list[int]) -> list[_Answer]:
+        """Answer a batch of questions; `ids` are the keys of their random numbers."""
         encode, decode = self._model.tokenizer.encode_plain, self._model.tokenizer.decode
         prompts, truth = encode([sample.prompt for sample in batch]), encode([sample.response for sample in batch])
-        made = self._model.generate(prompts, self._new_tokens, self._decoding, self._memory, self._anchor_ratio, ids)
-        self.memory_seconds += made.memory_seconds
-        self.decoding_seconds += made.decoding_seconds
-        nll = _answer_nll(self._model, prompts, truth, made.fast)
-        return list(map(_Answer, map(decode, made.responses), nll, map(len, truth)))
+        generated = self._model.generate(
+            prompts, self._new_tokens, self._decoding, self._memory, self._anchor_ratio, ids
+        )
+        self.memory_seconds += generated.memory_seconds
+        self.decoding_seconds += generated.decoding_seconds
+        nll = _answer_nll(self._model, prompts, truth, generated.fast)
+        return list(map(_Answer, map(decode, generated.responses), nll, map(len, truth)))
 
 
 def _answer_nll(
     model: TrainedModel, prompts: Sequence[list[int]], responses: Sequence[list[int]], fast: FastWeights | None
 ) -> list[float]:
-    """The sum of the NLL of each true response's tokens, all of them masked, in nats."""
+    """Return the NLL of each true response with all of its tokens masked, summed over its tokens, in nats."""
     start = model.canvas(prompts, [len(response) for response in responses])
     clean_BL = start.tokens_BL.clone()
     clean_BL[start.response_BL] = torch.tensor([token for response in responses for token in response])

@@ -10,7 +10,7 @@ from memdlm_dist.inference import sampler
 from memdlm_dist.inference.sampler import Decoding
 from memdlm_dist.inference.screen import Screen
 from memdlm_dist.inference.trained_model import TrainedModel
-from memdlm_dist.runtime.rank_0 import is_first
+from memdlm_dist.runtime.rank_0 import is_rank_0
 
 MASK = "[MASK]"
 _NEW_TOKENS = 64
@@ -49,7 +49,7 @@ def respond(
     if not masks and not new_tokens:
         raise UserError(f"There is nothing to fill in: the prompt has no {MASK} and --new-tokens is 0.")
     length = len(prompt) + new_tokens
-    if length > model.trained_length and is_first():
+    if length > model.trained_length and is_rank_0():
         print(f"warning: {length} tokens, more than the {model.trained_length} of training.", file=sys.stderr)
     adapted = model.adapt([prompt], anchor_ratio) if memory else None
     start = model.canvas([prompt], new_tokens)

@@ -22,7 +22,7 @@ from memdlm_dist.performance.bench_steps import DATA_PARALLEL, KINDS, Bench
 from memdlm_dist.performance.collectives import by_kind
 from memdlm_dist.performance.peak_memory import peak_memory
 from memdlm_dist.runtime.device import device_module, device_type
-from memdlm_dist.runtime.rank_0 import is_first
+from memdlm_dist.runtime.rank_0 import is_rank_0
 from memdlm_dist.training.backbone import get_lora
 
 _A100_PEAK = 312e12  # FLOP/s, which torchtitan also takes for a device that it does not know
@@ -149,7 +149,7 @@ def _profile(run: Callable[[], None], path: str) -> None:
         run()
         _synchronise()
     order = f"self_{device_type()}_time_total"
-    if is_first():
+    if is_rank_0():
         Path(path).write_text(profiler.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=80))
 
 
@@ -217,5 +217,5 @@ def table_of_lengths(results: Sequence[dict[str, Any]]) -> str:
 
 
 def say(text: str) -> None:
-    if is_first():
+    if is_rank_0():
         print(text, file=sys.stderr, flush=True)

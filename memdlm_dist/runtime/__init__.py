@@ -1,1 +1,1 @@
-"""What a process needs around the work: device, signals, hangs, storage, logs, the launcher."""
+"""Process environment of a run: device, signals, hang detection, storage, logs and the launcher."""

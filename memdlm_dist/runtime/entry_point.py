@@ -1,4 +1,4 @@
-"""The common shape of the commands: arguments beside a configuration's, quiet logs, one sentence for a mistake."""
+"""Helpers that all commands share: argument parsing, quiet logs, one-sentence errors and exit statuses."""
 
 import argparse
 import io
@@ -9,11 +9,15 @@ from collections.abc import Callable, Sequence
 
 from memdlm_dist.errors import EXIT_STATUS, UserError
 from memdlm_dist.runtime.logs import start_logging
-from memdlm_dist.runtime.rank_0 import is_first
+from memdlm_dist.runtime.rank_0 import is_rank_0
 
 
 def positive(text: str) -> int:
-    """Parse a positive integer, as an argument's type."""
+    """Parse a positive integer (argparse type).
+
+    Raises:
+        ValueError: if the text is not a positive integer.
+    """
     number = int(text)
     if number < 1:
         raise ValueError
@@ -21,7 +25,11 @@ def positive(text: str) -> int:
 
 
 def positive_number(text: str) -> float:
-    """Parse a positive finite number, as an argument's type."""
+    """Parse a positive finite number (argparse type).
+
+    Raises:
+        ValueError: if the text is not a positive finite number.
+    """
     number = float(text)
     if not 0 < number < math.inf:
         raise ValueError
@@ -29,7 +37,7 @@ def positive_number(text: str) -> float:
 
 
 def new_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
-    """Make a parser whose help shows a module's docstring as it is written."""
+    """Create an argument parser whose help keeps the line breaks of `description`."""
     return argparse.ArgumentParser(
         prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -38,7 +46,13 @@ def new_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
 def parse_with_overrides(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None
 ) -> tuple[argparse.Namespace, list[str]]:
-    """Parse a command's own arguments; returns the configuration's, --section.key value, beside them."""
+    """Parse a command's arguments and separate the configuration overrides.
+
+    Exits with a usage error if an argument is neither known to `parser` nor an override.
+
+    Returns:
+        The parsed options, and the overrides as written: --section.key value or --section.key=value.
+    """
     options, rest = parser.parse_known_args(argv)
     expects_value = False
     for argument in rest:
@@ -54,7 +68,7 @@ def parse_with_overrides(
 
 
 def quiet() -> None:
-    """Leave out log lines but errors, and keep standard output for what the command makes."""
+    """Log errors only, to standard error; standard output is for the command's results."""
     start_logging()
     logging.getLogger().setLevel(logging.ERROR)
     for handler in logging.getLogger().handlers:
@@ -63,15 +77,19 @@ def quiet() -> None:
 
 
 def guarded(main: Callable[[], int]) -> int:
-    """Run a command; returns its exit status. A user's mistake is one sentence on the first rank."""
+    """Run a command; a UserError becomes one sentence on rank 0.
+
+    Returns:
+        The exit status of `main`, `EXIT_STATUS` after a UserError, 130 after Ctrl-C.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # what is printed may quote any text
+            stream.reconfigure(errors="backslashreplace")  # messages may quote any text
     try:
         return main()
-    except UserError as mistake:
-        if is_first():
-            print(f"error: {mistake}", file=sys.stderr)
+    except UserError as error:
+        if is_rank_0():
+            print(f"error: {error}", file=sys.stderr)
         return EXIT_STATUS
     except KeyboardInterrupt:
         return 130

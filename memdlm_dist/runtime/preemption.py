@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM or SIGUSR1 end a run after the step that it is in, or the next, saved."""
+"""Stop requests: after SIGTERM or SIGUSR1 a run finishes the current or the next step, saves and exits."""
 
 import contextlib
 import logging
@@ -14,19 +14,24 @@ from pathlib import Path
 logger = logging.getLogger()
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# sysexits.h's EX_TEMPFAIL: try again. What the launch scripts, and a run without them, exit with.
+# EX_TEMPFAIL of sysexits.h (try again): exit status of a stopped run, with and without the launch scripts.
 EXIT_STATUS = 75
-# The launcher names a file here: torchrun restarts workers that do not exit with 0, so the status goes there.
+# Environment variable with the path of the launcher's status file. torchrun restarts workers that do not exit with 0,
+# so a stopped worker writes its status to that file instead.
 STATUS_FILE = "MEMDLM_STATUS_FILE"
-# Batch systems signal every process of a job, and the launcher its workers besides: that is one request.
+# A batch system signals every process of a job, and the launcher forwards its signal to the workers. Signals that a
+# worker receives within this many seconds are one request.
 ONE_REQUEST_SECONDS = 1.0
 
 
 class StopRequest:
-    """Whether this process was asked to stop. A second signal, later than `ONE_REQUEST_SECONDS`, exits at once.
+    """Stop request of this process. A second signal, later than `ONE_REQUEST_SECONDS`, exits at once.
 
-    Python runs its handlers between two bytecodes of the main thread, which may be waiting for another rank inside
-    a collective. Its wake-up file descriptor is written to at once, and a thread of ours reads it.
+    Python runs signal handlers between two bytecodes of the main thread, which may be blocked in a collective. Python
+    writes to the wake-up file descriptor at once, however, and a separate thread reads from it.
+
+    Attributes:
+        requested: True after the first signal.
     """
 
     def __init__(self) -> None:
@@ -34,26 +39,26 @@ class StopRequest:
         self._first = 0.0
 
     def __enter__(self) -> "StopRequest":
-        """Take over the signals; in the main thread only."""
-        reads, self._writes = os.pipe()
-        os.set_blocking(self._writes, False)
-        self._wakeup = signal.set_wakeup_fd(self._writes, warn_on_full_buffer=False)
+        """Install the signal handlers; call in the main thread."""
+        read_fd, self._write_fd = os.pipe()
+        os.set_blocking(self._write_fd, False)
+        self._previous_wakeup_fd = signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
         self._handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
-        threading.Thread(target=self._listen, args=(reads,), daemon=True, name="signals").start()
+        threading.Thread(target=self._listen, args=(read_fd,), daemon=True, name="signals").start()
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(self._wakeup)
-        os.close(self._writes)
+        signal.set_wakeup_fd(self._previous_wakeup_fd)
+        os.close(self._write_fd)
 
-    def _listen(self, reads: int) -> None:
-        while received := os.read(reads, 64):
+    def _listen(self, read_fd: int) -> None:
+        while received := os.read(read_fd, 64):
             for number in received:
                 if number in SIGNALS:
                     self._receive(signal.Signals(number))
-        os.close(reads)
+        os.close(read_fd)
 
     def _receive(self, number: signal.Signals) -> None:
         if not self.requested:
@@ -68,47 +73,47 @@ class StopRequest:
 
 
 def ignore_outside_of_training() -> None:
-    """In a training program, before and after `StopRequest`: a signal that comes late does not undo a good end."""
+    """Ignore `SIGNALS` outside of a `StopRequest`, so that a late signal does not fail a completed run."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
 def exiting_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM end a command as an error does, so that it removes what it has not finished."""
-
+    """Raise SystemExit at SIGTERM, so that a command removes its unfinished output as after an error."""
     received: list[int] = []
 
     def end(number: int, frame: object) -> None:
-        signal.signal(number, signal.SIG_IGN)  # the removal is not to be cut short
+        signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the removal
         received.append(number)
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, end)
+    previous = signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
-        if received:  # not in the handler, which may have interrupted another print
-            print("Received SIGTERM: what was unfinished is removed.", file=sys.stderr, flush=True)
+        signal.signal(signal.SIGTERM, previous)
+        if received:  # not printed in the handler, which may have interrupted another print
+            print("Received SIGTERM: removed the unfinished output.", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def deferring_signals() -> Iterator[None]:
-    """Handle SIGTERM and SIGINT that arrive meanwhile afterwards.
+    """Defer SIGTERM and SIGINT until the context ends; no effect outside of the main thread.
 
-    Blocking them is not enough: another thread may receive them, and the main thread still runs the handler.
+    Blocking them is not enough: another thread may receive the signal, and Python still runs the handler in the main
+    thread.
     """
-    if threading.current_thread() is not threading.main_thread():  # which is the one that runs handlers
+    if threading.current_thread() is not threading.main_thread():  # only the main thread runs handlers
         yield
         return
     received: list[int] = []
     numbers: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
+    previous = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
         for number in received:
             signal.raise_signal(number)
@@ -116,7 +121,7 @@ def deferring_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def starting_workers() -> Iterator[None]:
-    """Processes that are started meanwhile have SIGTERM blocked until they call `outlive_first_sigterm`."""
+    """Block SIGTERM in processes started in this context, until they call `outlive_first_sigterm`."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield
@@ -125,7 +130,10 @@ def starting_workers() -> Iterator[None]:
 
 
 def outlive_first_sigterm() -> None:
-    """In a loader's worker: let the rank decide. It ends its workers itself, with another SIGTERM if need be."""
+    """Ignore the first SIGTERM; call in a loader worker.
+
+    The rank decides when its workers end, and sends them a second SIGTERM if necessary.
+    """
     received: list[int] = []
 
     def handle(number: int, frame: object) -> None:
@@ -133,26 +141,27 @@ def outlive_first_sigterm() -> None:
         if len(received) > 1:
             os._exit(128 + number)
 
-    signal.set_wakeup_fd(-1)  # inherited: what this process receives would be its rank's
+    signal.set_wakeup_fd(-1)  # inherited: signals of this process would reach the rank's `StopRequest`
     signal.signal(signal.SIGTERM, handle)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 @contextlib.contextmanager
 def starting_waiters() -> Iterator[None]:
-    """Processes that this thread starts meanwhile have `SIGNALS` blocked until they call `outlive_stop_request`."""
-    resource_tracker.ensure_running()  # multiprocessing unblocks SIGTERM when it starts this helper of its own
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    """Block `SIGNALS` in processes that this thread starts in this context; they call `outlive_stop_request`."""
+    resource_tracker.ensure_running()  # multiprocessing unblocks SIGTERM when it starts its resource tracker
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 def outlive_stop_request() -> None:
-    """In a process that its rank waits for: ignore a request to stop, but not the rank's own signal or a second one.
+    """Ignore the first stop request; call in a process that its rank waits for.
 
-    `SIGNALS` stay blocked in all threads, and one that is started here takes them.
+    The process exits at a signal from its rank, or at a second signal later than `ONE_REQUEST_SECONDS`. `SIGNALS` stay
+    blocked in all threads; the thread started here waits for them.
     """
     threading.Thread(target=_outlive, daemon=True, name="signals").start()
 
@@ -167,8 +176,8 @@ def _outlive() -> None:
 
 
 def exit_status() -> int:
-    """The status to exit with after a run that was asked to stop: 0 under our launcher, which is told."""
-    if file := os.environ.get(STATUS_FILE):
-        Path(file).write_text(str(EXIT_STATUS))
+    """Return the exit status of a stopped run: 0 under the launcher, which reads `EXIT_STATUS` from its status file."""
+    if status_file := os.environ.get(STATUS_FILE):
+        Path(status_file).write_text(str(EXIT_STATUS))
         return 0
     return EXIT_STATUS

@@ -1,4 +1,4 @@
-"""What rank 0 alone looks up, prints or does, and how failures are told, in one line."""
+"""Actions that only rank 0 performs, and one-line error messages."""
 
 import os
 from typing import Any
@@ -10,8 +10,8 @@ from memdlm_dist.compat.torch import storage_error
 from memdlm_dist.errors import UserError
 
 
-def is_first() -> bool:
-    """Return whether this process is the one that prints and writes; known before the process group is."""
+def is_rank_0() -> bool:
+    """Return whether this process is rank 0, which prints and writes; works before the process group is initialised."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -19,13 +19,16 @@ _CHECKPOINTS = "The checkpoints cannot be accessed ({}); see the store."
 
 
 def from_rank_0(action: Any, failing: str = _CHECKPOINTS) -> Any:
-    """Run an action on rank 0; returns its result on all ranks, and raises its error on all.
+    """Run `action` on rank 0 and return its result on all ranks; a collective call.
 
     Args:
-        failing: the sentence for an error that is not a UserError, with a place for it.
+        failing: message for an error that is not a UserError, with {} for the error's text.
+
+    Raises:
+        UserError: on all ranks, if `action` fails on rank 0.
     """
     outcome: list[Any] = [None]
-    if is_first():
+    if is_rank_0():
         try:
             outcome = [action()]
         except Exception as error:
@@ -39,32 +42,37 @@ def from_rank_0(action: Any, failing: str = _CHECKPOINTS) -> Any:
 
 
 def first_reason(reason: str) -> tuple[str, bool]:
-    """Return the reason of the first rank that has one, empty if none has, and whether all have one.
+    """Return the failure of the lowest rank that failed, and whether all ranks failed; a collective call.
 
     Args:
-        reason: of this rank; empty if nothing failed.
+        reason: this rank's failure; empty if it did not fail.
+
+    Returns:
+        The failure, or an empty string if no rank failed; True if all ranks failed.
     """
     if not dist.is_initialized():
         return reason, bool(reason)
     reasons = [""] * dist.get_world_size()
     dist.all_gather_object(reasons, reason)
-    found = [(rank, text) for rank, text in enumerate(reasons) if text]
-    if not found:
+    failures = [(rank, text) for rank, text in enumerate(reasons) if text]
+    if not failures:
         return "", False
-    rank, text = found[0]
-    return text if text.startswith("rank ") else f"rank {rank}: {text}", len(found) == len(reasons)
+    rank, text = failures[0]
+    return text if text.startswith("rank ") else f"rank {rank}: {text}", len(failures) == len(reasons)
 
 
 class _Failed:
+    """Outcome of a failed action, as rank 0 broadcasts it."""
+
     def __init__(self, error: UserError):
         self.error = error
 
 
 def failure_reason(failure: BaseException) -> str:
-    """Return the first rank's reason, in one line.
+    """Return one line for a failure; for a DCP CheckpointException, the failure of the first rank that it lists.
 
     Raises:
-        KeyboardInterrupt, SystemExit: if that is what it was. DCP catches them, and the run would go on.
+        KeyboardInterrupt, SystemExit: if one of them ended a rank. DCP catches them, and the run would go on.
     """
     if isinstance(failure, CheckpointException) and failure.failures:
         for error, _ in failure.failures.values():
@@ -76,12 +84,12 @@ def failure_reason(failure: BaseException) -> str:
 
 
 def _described(error: BaseException) -> str:
-    """Return an error's message, with its class unless the message alone says what is wrong with a file."""
+    """Return an error's message, after its class name if the message alone may be unclear."""
     known = isinstance(error, OSError | CheckpointException | UserError) or storage_error(str(error)) != str(error)
     return one_line(error) if known or not str(error) else f"{type(error).__name__}: {one_line(error)}"
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's message without its full stop, or its name if it has none."""
+    """Return the first line of an error's message without its full stop, or the class name if the message is empty."""
     text = str(error).strip().splitlines()
     return storage_error(text[0]).rstrip(".") if text else type(error).__name__

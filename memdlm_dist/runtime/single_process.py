@@ -1,11 +1,11 @@
-"""One process without torchrun."""
+"""Environment of a single process that runs without torchrun."""
 
 import os
 import socket
 
 
 def single_process_environment() -> None:
-    """Set what torchrun sets, where nobody has, so that one process also runs without it."""
+    """Set the environment variables that torchrun sets, unless they are set: one rank, a free port on 127.0.0.1."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

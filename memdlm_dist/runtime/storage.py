@@ -1,4 +1,4 @@
-"""A folder on disk or at any URL that fsspec knows (s3://, gs://, abfs://, ...), and patience with remote ones."""
+"""File access with retries: a folder on disk, or any URL that fsspec knows (s3://, gs://, abfs://, ...)."""
 
 import contextlib
 import json
@@ -15,50 +15,54 @@ from memdlm_dist.errors import UserError
 logger = logging.getLogger()
 T = TypeVar("T")
 
-# Seconds that a store may be away. File systems retry by themselves too (s3fs for some half a minute), and the other
-# ranks wait meanwhile, comm.train_timeout_seconds at most.
+# Seconds for which an operation on a remote store is retried. File systems also retry by themselves (s3fs for about
+# half a minute). The other ranks wait during that time, for comm.train_timeout_seconds at most.
 PATIENCE = 30.0
 FIRST_WAIT = 1.0
-# Errors that another attempt will not mend.
-_LASTING = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError, ImportError)
+# Errors that a retry does not fix.
+_PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError, ImportError)
 
 
 def is_remote(location: str) -> bool:
+    """Return whether `location` is a URL, not a path on disk."""
     return "://" in location
 
 
-def retrying(action: Callable[[], T], what: str) -> T:
-    """The result of `action`, tried for `PATIENCE` seconds with waits of 1, 2, 4, ... s between.
+def retrying(action: Callable[[], T], description: str) -> T:
+    """Return the result of `action`; retry for `PATIENCE` seconds, with waits of 1, 2, 4, ... s between the attempts.
 
     Args:
         action: raises while the store does not answer.
-        what: what it does, for the log: "reading s3://...".
+        description: the action for the log, such as "Reading s3://...".
 
     Raises:
-        Exception: of the last attempt, or at once one that says that the object is not there or not allowed.
+        Exception: the last attempt's error. Errors that a retry does not fix, such as a missing object or a missing
+            permission, are raised at once.
     """
     began, wait = time.monotonic(), FIRST_WAIT
     while True:
         try:
             return action()
-        except _LASTING:
+        except _PERMANENT:
             raise
-        except Exception as error:  # every remote file system raises its own
+        except Exception as error:  # each remote file system has different error classes
             if time.monotonic() + wait - began > PATIENCE:
                 raise
-            logger.warning(f"{what} failed ({error}); trying again in {wait:g} s.")
+            logger.warning(f"{description} failed ({error}); trying again in {wait:g} s.")
             time.sleep(wait)
             wait *= 2
 
 
 class Storage:
-    """The files under one location; names are relative to it, with `/` between their parts.
+    """Files under one location. Names are relative to the location, with "/" as separator.
+
+    On a URL all operations are retried: see `retrying`.
 
     Args:
-        location: a path, or a URL.
+        location: a path or a URL.
 
     Raises:
-        UserError: if no file system is known for the URL, or its package is not installed.
+        UserError: if fsspec has no file system for the URL, or the file system's package is not installed.
     """
 
     def __init__(self, location: str):
@@ -73,7 +77,7 @@ class Storage:
             raise UserError(f"{location} is not a location that can be opened ({error}); correct the URL.") from None
 
     def url(self, name: str = "") -> str:
-        """The whole path or URL of a name, as other libraries take it."""
+        """Return the full path or URL of `name`, for other libraries."""
         return f"{self.location}/{name}" if name else self.location
 
     def _path(self, name: str) -> str:
@@ -83,7 +87,11 @@ class Storage:
         return retrying(action, f"Accessing {self.url(name)}") if self.remote else action()
 
     def sizes(self, name: str = "") -> dict[str, int | None]:
-        """What lies directly in a folder: name -> bytes, None for a folder. Empty if there is no such folder."""
+        """List a folder, not recursively.
+
+        Returns:
+            Name -> size in bytes, or None for a subfolder; empty if the folder does not exist.
+        """
 
         def listing() -> dict[str, int | None]:
             self._fs.invalidate_cache()
@@ -96,25 +104,26 @@ class Storage:
                 for entry in entries
             }
 
-        found = self._try(listing, name)
-        found.pop("", None)
-        return found
+        entry_sizes = self._try(listing, name)
+        entry_sizes.pop("", None)
+        return entry_sizes
 
     def read(self, name: str) -> bytes:
+        """Return a file's content."""
         return self._try(lambda: self._fs.cat_file(self._path(name)), name)
 
     def open(self, name: str) -> Any:
-        """The file opened for reading bytes."""
+        """Open a file for reading bytes."""
         return self._try(lambda: self._fs.open(self._path(name), "rb"), name)
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write a small file whole or not at all, and the folders above it."""
+        """Write a small JSON file atomically; creates its parent folders."""
         data = (json.dumps(value, indent=2) + "\n").encode()
 
         def write() -> None:
             path = self._path(name)
             self._fs.makedirs(os.path.dirname(path), exist_ok=True)
-            if "file" in self._fs.protocol:  # stores write an object whole
+            if "file" in self._fs.protocol:  # a store writes each object atomically
                 self._fs.pipe_file(f"{path}.tmp", data)
                 os.replace(f"{path}.tmp", path)
             else:
@@ -123,7 +132,7 @@ class Storage:
         self._try(write, name)
 
     def create_json(self, name: str, value: Any) -> None:
-        """Write a small file unless it is there already; as safe as the store's conditional writes are."""
+        """Write a small JSON file unless the file exists; atomic only if the store supports conditional writes."""
         data = (json.dumps(value, indent=2) + "\n").encode()
 
         def create() -> None:
@@ -131,22 +140,23 @@ class Storage:
             with contextlib.suppress(FileExistsError):
                 try:
                     self._fs.pipe_file(self._path(name), data, mode="create")
-                except (TypeError, NotImplementedError):  # the store cannot
+                except (TypeError, NotImplementedError):  # no conditional writes
                     if not self._fs.exists(self._path(name)):
                         self._fs.pipe_file(self._path(name), data)
 
         self._try(create, name)
 
     def read_json(self, name: str) -> Any:
-        """
+        """Return the content of a JSON file.
+
         Raises:
-            FileNotFoundError: if it is not there.
-            ValueError: if it is not JSON.
+            FileNotFoundError: if the file does not exist.
+            ValueError: if the content is not JSON.
         """
         return json.loads(self.read(name))
 
     def remove(self, name: str, first: str = "") -> None:
-        """Remove a folder and all in it, the file `first` before everything else; if it is there."""
+        """Remove a folder with its content, its file `first` before all others; no effect if the folder is missing."""
 
         def remove() -> None:
             self._fs.invalidate_cache()
@@ -157,5 +167,5 @@ class Storage:
         self._try(remove, name)
 
     def move(self, name: str, to: str) -> None:
-        """Rename a folder; on an object store, which cannot, copy and remove it."""
+        """Rename a folder; on an object store, which has no rename, copy and remove it."""
         self._try(lambda: self._fs.mv(self._path(name), self._path(to), recursive=True), name)

@@ -1,7 +1,7 @@
-"""Copies between the host and its device for which the host does not wait.
+"""Asynchronous copies between host and device.
 
-A copy runs beside the host only if the host's side of it is pinned memory. torch's allocator of pinned memory gives a
-block to the next tensor when the copies that read it are over.
+A copy is asynchronous only if the host memory is pinned. torch's pinned-memory allocator reuses a block only after the
+copies that read it have finished.
 """
 
 from typing import Any
@@ -12,16 +12,16 @@ from torch import Tensor
 from memdlm_dist.compat.torch import tree_flatten, tree_unflatten
 from memdlm_dist.runtime import device as devices
 
-# Where a tensor may begin in a buffer (bytes): vectorised kernels read 16 at once.
+# Tensors start at multiples of this many bytes in a buffer: vectorised kernels read 16 bytes at once.
 _ALIGNMENT = 16
 
 
 class PinnedTree:
-    """A tree of host tensors in one pinned buffer, which goes to the device as one copy.
+    """Tree of host tensors in one pinned buffer, which is copied to the device as one block.
 
     Args:
-        tree: tuples, lists and dicts with tensors of the host among their leaves; other leaves stay as they are.
-        device: an accelerator; a CPU gets the tree itself.
+        tree: nested tuples, lists and dicts; leaves that are not tensors are kept unchanged.
+        device: target device; on the CPU nothing is copied.
     """
 
     def __init__(self, tree: Any, device: torch.device):
@@ -40,12 +40,13 @@ class PinnedTree:
                 view.copy_(x)
 
     def to_device(self) -> Any:
-        """Return the tree on the device; its tensors are views of one buffer there."""
+        """Start the copy and return the tree on the device; its tensors are views of one device buffer."""
         if devices.is_host(self._device):
             return self._tree
         return tree_unflatten(self._views(self._buffer.to(self._device, non_blocking=True)), self._spec)
 
     def _views(self, buffer: Tensor) -> list[Any]:
+        """Return the leaves, each tensor as a view of `buffer` (uint8) with its dtype and shape."""
         return [
             buffer[start : start + x.nbytes].view(x.dtype).view(x.shape) if isinstance(x, Tensor) else x
             for x, start in zip(self._leaves, self._starts, strict=True)
@@ -53,7 +54,7 @@ class PinnedTree:
 
 
 class HostCopy:
-    """A device tensor that is being copied to the host, to be read when it has arrived."""
+    """Asynchronous copy of a device tensor to the host."""
 
     def __init__(self, x: Tensor):
         self._event = None
@@ -66,7 +67,7 @@ class HostCopy:
         self._event.record()
 
     def read(self) -> Tensor:
-        """Return the tensor on the host; waits if it is not there yet."""
+        """Return the tensor on the host; waits until the copy has finished."""
         if self._event is not None:
             self._event.synchronize()
         return self._host

@@ -1,9 +1,9 @@
 """Hang detector: names the rank that blocks the others.
 
-A collective that never ends says nothing of the rank that did not come. So every rank tells the others, through the
-store of their rendezvous, where it is: what it is doing, in which line of code, how many collectives it has begun. The
-rank that has waited longest reads that, names who is missing, and ends. Two nodes' clocks are never compared: what a
-rank says is timed by the clock of the one that reads it.
+A collective that never completes does not tell which rank is missing. So every rank publishes its status in the
+rendezvous store: its phase, the line of code that it executes, and how many collectives it has started. The rank that
+waits longest reads the statuses of all ranks, names the missing rank and exits. Clocks of different nodes are never
+compared: the reading rank measures the age of a status with its own clock.
 """
 
 import json
@@ -27,24 +27,28 @@ from memdlm_dist.runtime.device import device_type
 
 logger = logging.getLogger()
 
-# The watchdog speaks a little before the collective itself gives up, which on some backends ends the process. It looks
-# at the others from earlier on, to see who moves. Shares of the collectives' timeout.
+# Fractions of the collectives' timeout. After PATIENCE the watchdog reports a hang: a little before the collective
+# itself times out, which on some backends ends the process. After OBSERVATION it starts to read the other ranks'
+# statuses, to see which of them make progress.
 PATIENCE, OBSERVATION = 0.85, 0.4
 
 
 @dataclass(frozen=True)
 class RankStatus:
-    """Where a rank is.
+    """Status that a rank publishes.
 
     Attributes:
-        progress: how many places it has been at. All ranks go through the same ones, so the least is behind.
-        doing: what, in words.
-        line: file, line and function of the main thread, or of the one that it waits for.
-        in_collective: whether that is inside of torch.distributed.
-        still: seconds since that line last changed, or was last seen computing.
-        beat: how often the rank has said where it is.
-        begun: collectives that were begun, of all process groups; -1 if the backend does not count them.
-        silent: seconds since another beat came, on the clock of the rank that listens.
+        rank: global rank.
+        node: host name.
+        process: process id.
+        progress: number of phases entered. All ranks enter the same phases, so a lower number means behind.
+        doing: current phase, in words.
+        line: file, line and function that the main thread executes, or the thread that the main thread waits for.
+        in_collective: True if this line is in torch.distributed or called from it.
+        still: seconds since the line last changed or the thread was last seen computing.
+        beat: number of statuses that the rank has published.
+        begun: number of collectives started in all process groups; -1 if the backend does not count them.
+        silent: seconds since the beat last changed, on the reading rank's clock.
     """
 
     rank: int
@@ -61,53 +65,58 @@ class RankStatus:
 
 
 class Watchdog:
-    """A thread that publishes where this rank is and notices when it waits for others for too long.
+    """Thread that publishes this rank's status and detects that the rank waits for others for too long.
 
     Args:
-        rank, ranks: of the world.
-        store: torch.distributed's, a connection of its own.
-        timeout: of the collectives (s).
-        on_hang: called once with the explanation.
+        rank: global rank of this process.
+        world_size: number of ranks.
+        store: torch.distributed store, with a connection that nothing else uses.
+        timeout: timeout of the collectives in seconds.
+        on_hang: called once, in the watchdog's thread, with the explanation.
     """
 
-    def __init__(self, rank: int, ranks: int, store: Any, timeout: float, on_hang: Callable[[str], None]):
+    def __init__(self, rank: int, world_size: int, store: Any, timeout: float, on_hang: Callable[[str], None]):
         self.timeout = timeout
-        self._rank, self._ranks, self._store, self._on_hang = rank, ranks, store, on_hang
-        self._main = self._working = threading.main_thread().ident
+        self._rank, self._world_size, self._store, self._on_hang = rank, world_size, store, on_hang
+        self._main_thread = self._working_thread = threading.main_thread().ident
         self._progress, self._doing, self._needs_others = 0, "starting", False
         self._beat = 0
-        self._heard: dict[int, tuple[int, float]] = {}  # rank -> its last beat, and when it was first seen
-        self._spot: tuple[Any, ...] = ()  # where the main thread is, and since when
-        self._since = self._seen = time.monotonic()
-        self._used = 0.0  # its CPU time when it was last seen
+        self._last_beats: dict[int, tuple[int, float]] = {}  # rank -> its last beat, time when that was first read
+        self._position: tuple[Any, ...] = ()  # progress, line and stack depth, unchanged since `_still_since`
+        self._still_since = self._sampled_at = time.monotonic()
+        self._cpu_time = 0.0  # the main thread's, at `_sampled_at`
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
     def start(self) -> None:
+        """Start the thread."""
         self._thread.start()
 
     def at(self, doing: str, needs_others: bool = True, waits_for: int | None = None) -> None:
-        """The rank has come to something new.
+        """Enter a new phase; call from the main thread.
 
         Args:
-            needs_others: it cannot go on if another rank does not come.
-            waits_for: the thread of this process that the main thread waits for, whose line is then the rank's.
+            doing: the phase, in words.
+            needs_others: True if the phase has collectives, so that a missing rank blocks this one.
+            waits_for: identifier of the thread that the main thread waits for; its line is published then.
         """
         self._progress, self._doing, self._needs_others = self._progress + 1, doing, needs_others
-        self._working = waits_for or self._main
+        self._working_thread = waits_for or self._main_thread
 
     @property
     def doing(self) -> str:
+        """Current phase, in words."""
         return self._doing
 
     def stop(self) -> None:
+        """Stop the thread and wait for its end."""
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join()
 
     @property
     def _period(self) -> float:
-        """Seconds between two messages to the store: many ranks write to one."""
+        """Seconds between two accesses to the store, which all ranks share."""
         return min(max(self.timeout / 20, 0.2), 5.0)
 
     def _watch(self) -> None:
@@ -117,133 +126,146 @@ class Watchdog:
                 if time.monotonic() - published > self._period:
                     published = time.monotonic()
                     self._beat += 1
-                    self._store.set(_key(self._rank), json.dumps(asdict(self._here())))
-                still = self._here().still if self._needs_others else 0.0
+                    self._store.set(_key(self._rank), json.dumps(asdict(self._status())))
+                still = self._status().still if self._needs_others else 0.0
                 if still > OBSERVATION * self.timeout and time.monotonic() - looked > self._period:
                     looked = time.monotonic()
-                    if self._culprits() and still > PATIENCE * self.timeout:
+                    if self._is_other_at_fault() and still > PATIENCE * self.timeout:
                         self._on_hang(self.explain())
                         return
-            except Exception as error:  # the store goes down with the node that has it, or at the end
+            except Exception as error:  # the store ends with its node, or with the run
                 logger.debug(f"The watchdog cannot reach the store: {error}")
 
-    def _here(self) -> RankStatus:
-        line, in_collective, depth = _where(sys._current_frames().get(self._working or 0))
+    def _status(self) -> RankStatus:
+        """Return this rank's current status."""
+        line, in_collective, depth = _innermost_line(sys._current_frames().get(self._working_thread or 0))
         now = time.monotonic()
-        spot = (self._progress, line, depth)
-        if self._computes(now) or spot != self._spot:
-            self._spot, self._since = spot, now
-        still = now - self._since
+        position = (self._progress, line, depth)
+        if self._is_computing(now) or position != self._position:
+            self._position, self._still_since = position, now
+        still = now - self._still_since
         return RankStatus(
             self._rank, socket.gethostname(), os.getpid(), self._progress, self._doing, line, in_collective, still,
             self._beat, sum(begun for begun, _ in counts) if (counts := collectives()) else -1,
         )  # fmt: skip
 
-    def _computes(self, now: float) -> bool:
-        """Return whether the main thread computes in one line; on a CPU alone, since who waits for an accelerator
-        may spin."""
-        if self._main is None or device_type() != "cpu":
-            return False
-        used, before = time.clock_gettime(time.pthread_getcpuclockid(self._main)), self._used
-        elapsed, self._seen, self._used = now - self._seen, now, used
-        return used - before > 0.2 * elapsed
+    def _is_computing(self, now: float) -> bool:
+        """Return whether the main thread has used CPU time since the last sample; always False with an accelerator.
 
-    def _culprits(self) -> bool:
-        """Return whether another rank is at fault: a long step, in which all are at work, is not a hang."""
-        places, unknown = self._everyone()
-        return bool(unknown or missing(places, self._silence))
+        A thread that waits for an accelerator may spin, so its CPU time proves nothing.
+        """
+        if self._main_thread is None or device_type() != "cpu":
+            return False
+        cpu_time, previous = time.clock_gettime(time.pthread_getcpuclockid(self._main_thread)), self._cpu_time
+        elapsed, self._sampled_at, self._cpu_time = now - self._sampled_at, now, cpu_time
+        return cpu_time - previous > 0.2 * elapsed
+
+    def _is_other_at_fault(self) -> bool:
+        """Return whether another rank blocks this one; a long step in which all ranks compute is not a hang."""
+        statuses, unknown = self._all_statuses()
+        return bool(unknown or missing(statuses, self._silence))
 
     def explain(self) -> str:
-        """One sentence: which rank is missing, where it is, and where the others wait."""
-        return explanation(*self._everyone(), self._silence)
+        """Return one sentence: the missing rank, its phase and line, and where the others wait."""
+        return explanation(*self._all_statuses(), self._silence)
 
     @property
     def _silence(self) -> float:
-        # No longer than others are observed before one is named.
+        """Seconds after which a rank without a new beat is silent; less than the time from OBSERVATION to PATIENCE."""
         return min(3 * self._period + 1, (PATIENCE - OBSERVATION) * self.timeout - self._period)
 
-    def _everyone(self) -> tuple[list[RankStatus], list[int]]:
-        """The places of all ranks, this one first; and the ranks that have never said where they are."""
-        others = [rank for rank in range(self._ranks) if rank != self._rank]
+    def _all_statuses(self) -> tuple[list[RankStatus], list[int]]:
+        """Read the statuses of all ranks, this rank's first, and list the ranks that have never published one."""
+        others = [rank for rank in range(self._world_size) if rank != self._rank]
         unknown = []
         if others and not self._store.check([_key(rank) for rank in others]):
             unknown = [rank for rank in others if not self._store.check([_key(rank)])]
         known = [_key(rank) for rank in others if rank not in unknown]
-        found = self._store.multi_get(known) if known else []
-        return [self._here(), *(self._timed(RankStatus(**json.loads(place))) for place in found)], unknown
+        contents = self._store.multi_get(known) if known else []
+        return [self._status(), *(self._with_silence(RankStatus(**json.loads(text))) for text in contents)], unknown
 
-    def _timed(self, place: RankStatus) -> RankStatus:
-        """Add for how long a rank has been silent."""
-        beat, since = self._heard.get(place.rank, (-1, 0.0))
-        if beat != place.beat:
+    def _with_silence(self, status: RankStatus) -> RankStatus:
+        """Return the status with `silent` set by this rank's clock."""
+        beat, since = self._last_beats.get(status.rank, (-1, 0.0))
+        if beat != status.beat:
             since = time.monotonic()
-            self._heard[place.rank] = place.beat, since
-        return replace(place, silent=time.monotonic() - since)
+            self._last_beats[status.rank] = status.beat, since
+        return replace(status, silent=time.monotonic() - since)
 
 
-def missing(places: Sequence[RankStatus], silence: float) -> list[RankStatus]:
-    """Find the ranks that the first one waits for: silent, or behind it, or at rest where the others have gone on.
+def missing(statuses: Sequence[RankStatus], silence: float) -> list[RankStatus]:
+    """Find the ranks that the waiting rank waits for.
 
     Args:
-        places: of the rank that waits first, then of the others.
-        silence: seconds after which a rank that says nothing is stopped or gone.
+        statuses: the waiting rank's status, then those of the other ranks.
+        silence: seconds without a new beat after which a rank counts as stopped or lost.
+
+    Returns:
+        The silent ranks; if there are none, the ranks in an earlier phase; if there are none either, the ranks that
+        rest outside of the collective in which the waiting rank rests.
     """
-    here, *others = places
-    silent = [place for place in others if place.silent > silence]
-    behind = [place for place in others if place.progress < here.progress]
-    resting = [place for place in others if place.still > 0.8 * here.still - silence and _is_elsewhere(place, here)]
+    waiting, *others = statuses
+    silent = [status for status in others if status.silent > silence]
+    behind = [status for status in others if status.progress < waiting.progress]
+    resting = [
+        status for status in others if status.still > 0.8 * waiting.still - silence and _is_elsewhere(status, waiting)
+    ]
     return silent or behind or resting
 
 
-def _is_elsewhere(place: RankStatus, here: RankStatus) -> bool:
-    """Return whether a rank has not come to the collective that `here` waits in.
+def _is_elsewhere(status: RankStatus, waiting: RankStatus) -> bool:
+    """Return whether a rank has not reached the collective in which the waiting rank waits.
 
-    An accelerator's collectives return at once, and a main thread that waits for one says little: then their numbers
-    tell.
+    An accelerator's collectives return at once, and the line at which a main thread waits tells little. There the
+    numbers of started collectives decide.
     """
-    if here.begun >= 0 and place.begun >= 0:
-        return place.begun < here.begun
-    return not place.in_collective and place.line != here.line
+    if waiting.begun >= 0 and status.begun >= 0:
+        return status.begun < waiting.begun
+    return not status.in_collective and status.line != waiting.line
 
 
-def explanation(places: Sequence[RankStatus], unknown: Sequence[int], silence: float) -> str:
-    """What the places of all ranks say; for the arguments see `missing`.
+def explanation(statuses: Sequence[RankStatus], unknown: Sequence[int], silence: float) -> str:
+    """Return one sentence on why the waiting rank makes no progress.
 
     Args:
-        unknown: ranks that have never said where they are.
+        statuses: as for `missing`.
+        unknown: ranks that have never published a status.
+        silence: as for `missing`.
     """
-    here = places[0]
-    head = f"No progress for {here.still:.0f} s while {here.doing}: "
+    waiting = statuses[0]
+    head = f"No progress for {waiting.still:.0f} s while {waiting.doing}: "
     remedy = "see that rank's log and node (comm.train_timeout_seconds sets how long the others wait)."
     if unknown:
         return f"{head}{_ranks(unknown)} never came; {remedy}"
-    absent, others = missing(places, silence), []
+    absent, others = missing(statuses, silence), []
     if not absent:
-        return f"{head}all ranks wait in {here.doing} ({here.line}): the network or a device may be at fault."
-    for place in absent:
-        silent = place.silent > silence
-        last = "was last seen" if silent else "is"
-        quiet = f", silent for {place.silent:.0f} s" if silent else ""
+        return f"{head}all ranks wait in {waiting.doing} ({waiting.line}): the network or a device may be at fault."
+    for status in absent:
+        silent = status.silent > silence
+        verb = "was last seen" if silent else "is"
+        age = f", silent for {status.silent:.0f} s" if silent else ""
         others.append(
-            f"rank {place.rank} (node {place.node}, process {place.process}{quiet}) {last} {place.doing} ({place.line})"
+            f"rank {status.rank} (node {status.node}, process {status.process}{age}) {verb} {status.doing} "
+            f"({status.line})"
         )
-    waiting = [place.rank for place in places if place not in absent]
-    where = f"{here.doing} ({here.line})"
-    return f"{head}{'; '.join(others)}, while {_ranks(waiting)} waited in {where}; {remedy}"
+    waiting_ranks = [status.rank for status in statuses if status not in absent]
+    where = f"{waiting.doing} ({waiting.line})"
+    return f"{head}{'; '.join(others)}, while {_ranks(waiting_ranks)} waited in {where}; {remedy}"
 
 
 def _ranks(numbers: Sequence[int]) -> str:
-    shown = ", ".join(map(str, sorted(numbers)[:8])) + (", ..." if len(numbers) > 8 else "")
-    return f"rank{'s' if len(numbers) > 1 else ''} {shown}"
+    """Format a list of ranks, such as "ranks 0, 1"; at most 8 are listed."""
+    listed = ", ".join(map(str, sorted(numbers)[:8])) + (", ..." if len(numbers) > 8 else "")
+    return f"rank{'s' if len(numbers) > 1 else ''} {listed}"
 
 
-def _where(frame: FrameType | None) -> tuple[str, bool, int]:
-    """The innermost line of a stack, whether it is one of torch.distributed or called by it, and the stack's depth."""
+def _innermost_line(frame: FrameType | None) -> tuple[str, bool, int]:
+    """Return a stack's innermost line, whether torch.distributed is or calls this line, and the stack's depth."""
     line, depth, in_collective = "", 0, False
     while frame is not None:
         path, name = frame.f_code.co_filename, frame.f_code.co_name
         line = line or f"{'/'.join(path.split('/')[-2:])}:{frame.f_lineno} in {name}"
-        # Further out the model's forward pass is inside of FSDP2 as well, when it computes.
+        # Only the 3 innermost frames: FSDP2 also calls the model's forward pass, in which the rank computes.
         in_collective |= depth < 3 and "/torch/distributed/" in path
         frame, depth = frame.f_back, depth + 1
     return line, in_collective, depth
@@ -254,16 +276,20 @@ def _key(rank: int) -> str:
 
 
 def start_watchdog(timeout: float) -> Watchdog:
-    """The watchdog of this process, which ends it when it hangs."""
+    """Start a watchdog that prints the explanation of a hang and ends the process with `EXIT_STATUS`.
+
+    Args:
+        timeout: timeout of the collectives in seconds.
+    """
 
     def end(explanation: str) -> None:
-        # The launcher shows local rank 0; what another rank says reaches it through torchrun's error file.
+        # The console shows local rank 0 only; the launcher reads the message of other ranks from torchrun's error file.
         get_error_handler().record_exception(UserError(explanation))
         print(f"error: {explanation}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(EXIT_STATUS)
 
-    # A connection of its own: the other one may be waiting for something.
+    # A separate connection: the process group's connection may be blocked.
     watchdog = Watchdog(dist.get_rank(), dist.get_world_size(), rendezvous_store(), timeout, end)
     watchdog.start()
     return watchdog

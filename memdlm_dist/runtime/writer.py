@@ -1,8 +1,8 @@
-"""One writer a folder: a lock on disk, a lease object at a URL, so that two runs never rename each other's files.
+"""One writer per folder: a lock on disk or a lease in a store, so that two runs never rename each other's files.
 
-A lock is the kernel's and ends with its process. A store has no locks: there the writer counts up in a small object,
-and another job takes the folder only after it has seen the count stand still on its own clock. Clocks of two machines
-are never compared.
+The kernel releases a lock when its process ends. A store has no locks: the writer increments a counter in a small
+object, the lease. Another job takes the folder only after the counter has not changed for `EXPIRY` seconds on that
+job's clock. Clocks of different machines are never compared.
 """
 
 import contextlib
@@ -29,20 +29,24 @@ logger = logging.getLogger()
 
 LEASE = "writer.json"
 LOCK = ".writer.lock"
-# Seconds: how long a lease that nobody counts up still holds, how often its writer counts, how long two writers that
-# come at once need to see each other's, how long the processes of a run that was killed may take to end.
+# Seconds. EXPIRY: a lease without a renewal is valid for this long. PERIOD: time between two renewals. SETTLING: time
+# after which two writers that start at once see which lease was written last. PATIENCE: time for which a lock is
+# awaited, since the processes of a killed run take a while to end.
 EXPIRY, PERIOD, SETTLING, PATIENCE = 60.0, 10.0, 1.0, 10.0
 
 
 @dataclass(frozen=True)
 class Writer:
-    """A run that writes to a folder.
+    """Run that writes to a folder; its fields are the JSON of the lease file.
 
     Attributes:
-        job: the same for all attempts of a job.
-        attempt: how often the batch system queued the job again, and how often the launcher restarted its processes.
-        token: of this process alone.
-        count: how often the lease was renewed.
+        job: name of the job, the same for all of its attempts.
+        attempt: number of requeues by the batch system, number of restarts by the launcher.
+        node: host name.
+        process: process id.
+        since: start time, ISO 8601 in UTC.
+        token: unique per process.
+        count: number of renewals of the lease.
     """
 
     job: str
@@ -58,7 +62,7 @@ class Writer:
 
 
 def this_process() -> Writer:
-    """Describe this process; its job is the launcher's, or it is a job of its own."""
+    """Return this process as a writer; without the launcher's job name, the process is a separate job."""
     environment = os.environ
     node = socket.gethostname()
     attempt = tuple(int(environment.get(name, "0")) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
@@ -67,7 +71,7 @@ def this_process() -> Writer:
 
 
 def parse(content: bytes) -> Writer | None:
-    """Parse a lease, without what a later version may have added; None if it is not one."""
+    """Parse a lease, ignoring fields that a later version may have added; None if `content` is not a lease."""
     try:
         values = {name: value for name, value in json.loads(content).items() if name in Writer.__dataclass_fields__}
         return Writer(**{**values, "attempt": tuple(values["attempt"])})
@@ -76,25 +80,25 @@ def parse(content: bytes) -> Writer | None:
 
 
 class Claim(Protocol):
-    """The right to write to a folder."""
+    """Exclusive right to write to a folder."""
 
     def check(self) -> None:
-        """Look whether it still holds; call before every save and deletion.
+        """Verify the claim; call before every save and deletion.
 
         Raises:
-            UserError: if another run has the folder.
-            OSError: if the folder is not there, and may come back.
+            UserError: if another run has claimed the folder.
+            OSError: if the folder is not accessible, perhaps temporarily.
         """
 
     def release(self) -> None:
-        """Let others write."""
+        """Release the folder for other runs."""
 
 
 def claim(location: str, writer: Writer) -> Claim:
-    """Claim a folder or URL for a run.
+    """Claim a folder or URL for a run: with a lock on disk, with a lease at a URL or without file-system locks.
 
     Raises:
-        UserError: naming the run that has it, or the location if it cannot be reached.
+        UserError: if another run has claimed the location, or if the location is not accessible.
     """
     try:
         if is_remote(location):
@@ -102,11 +106,11 @@ def claim(location: str, writer: Writer) -> Claim:
         try:
             return Lock(Path(location), writer)
         except _NoLocksError as error:
-            logger.warning(f"The file system of {location} has no locks ({error}); a lease file takes their place.")
+            logger.warning(f"The file system of {location} has no locks ({error}); using a lease file instead.")
             return Lease(Storage(location), writer)
     except UserError:
         raise
-    except Exception as error:  # every remote file system raises its own
+    except Exception as error:  # each remote file system has different error classes
         reason = (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {one_line(error)}"
         raise UserError(
             f"{location} cannot be written to ({reason}); see the file system or the store, or choose another folder."
@@ -115,15 +119,16 @@ def claim(location: str, writer: Writer) -> Claim:
 
 @contextlib.contextmanager
 def claimed(location: str, writer: Writer) -> Iterator[Claim]:
-    """Hold the claim to a folder or URL in a context."""
-    held = claim(location, writer)
+    """Claim a folder or URL in a context; for errors see `claim`."""
+    folder_claim = claim(location, writer)
     try:
-        yield held
+        yield folder_claim
     finally:
-        held.release()
+        folder_claim.release()
 
 
-def _taken(location: str, other: Writer | None) -> UserError:
+def _taken_error(location: str, other: Writer | None) -> UserError:
+    """Return the error for a location that the run `other` has claimed; None if its lease cannot be read."""
     return UserError(
         f"Another run writes to {location}: {other or f'one whose {LEASE} cannot be read'}; end it, or choose another "
         "folder."
@@ -131,27 +136,32 @@ def _taken(location: str, other: Writer | None) -> UserError:
 
 
 class _NoLocksError(Exception):
-    """The file system knows no locks."""
+    """Raised if the file system does not support locks."""
 
 
 class Lock:
-    """Claim to a folder on disk.
+    """Claim of a folder on disk: a POSIX record lock on a file in the folder.
 
-    A POSIX record lock: unlike flock's, children do not inherit it, so a loader worker that outlives its rank for some
-    seconds does not hold it; and network file systems know it. It would end if this process opened and closed the
-    file a second time.
+    Unlike a lock of flock, a record lock is not inherited by child processes, so a loader worker that outlives its rank
+    by some seconds does not hold it. Network file systems support record locks. Pitfall: the kernel releases the lock
+    when this process closes any descriptor of the file, so the process must not open the file a second time.
     """
 
     def __init__(self, folder: Path, writer: Writer):
         self._folder, self._writer = folder, writer
-        self._made = not folder.exists()
+        self._created = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         self._device = os.stat(folder).st_dev
-        self._checking = threading.Lock()  # retention removes in a thread of its own
+        self._check_lock = threading.Lock()  # retention calls `check` from a separate thread
         self._descriptor = self._acquire()
 
     def _acquire(self) -> int:
-        """Return a descriptor of the file that is locked."""
+        """Lock the file, waiting for `PATIENCE` seconds; returns its descriptor.
+
+        Raises:
+            UserError: if another process still holds the lock.
+            _NoLocksError: if the file system does not support locks.
+        """
         deadline = time.monotonic() + PATIENCE
         while True:
             descriptor = os.open(self._folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
@@ -159,12 +169,12 @@ class Lock:
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if self._is_current(descriptor):
                     break
-                os.close(descriptor)  # its writer has just released it, and removed it
+                os.close(descriptor)  # the previous writer has just released the lock and removed the file
                 continue
             except (BlockingIOError, PermissionError):
                 os.close(descriptor)
                 if time.monotonic() > deadline:
-                    raise _taken(str(self._folder), self._other()) from None
+                    raise _taken_error(str(self._folder), self._other()) from None
                 time.sleep(0.2)
             except OSError as error:
                 os.close(descriptor)
@@ -173,40 +183,43 @@ class Lock:
         return descriptor
 
     def _other(self) -> Writer | None:
+        """Return the run that the lease file names."""
         with contextlib.suppress(OSError):
             return parse((self._folder / LEASE).read_bytes())
         return None
 
     def _is_current(self, descriptor: int) -> bool:
-        """Return whether the lock file in the folder is this one."""
+        """Return whether `descriptor` is the lock file that the folder has now."""
         with contextlib.suppress(OSError):
             return os.path.samestat(os.stat(self._folder / LOCK), os.fstat(descriptor))
         return False
 
     def check(self) -> None:
-        with self._checking:
+        """Verify the lock; a folder that was removed or replaced is recreated and locked again. See `Claim.check`."""
+        with self._check_lock:
             if self._is_current(self._descriptor):
                 return
             parent = next(path for path in (self._folder, *self._folder.absolute().parents) if path.exists())
             if os.stat(parent).st_dev != self._device:
                 raise OSError(f"{self._folder} is on another file system than at the start of the run")
             self._folder.mkdir(parents=True, exist_ok=True)
-            before, self._descriptor = self._descriptor, self._acquire()
-            os.close(before)
-            logger.warning(f"{self._folder} was removed or replaced while the run wrote to it; it is made anew.")
+            previous, self._descriptor = self._descriptor, self._acquire()
+            os.close(previous)
+            logger.warning(f"{self._folder} was removed or replaced while the run wrote to it; the run recreated it.")
 
     def release(self) -> None:
+        """Remove lock and lease files, and the folder if this claim created it and it is empty."""
         with contextlib.suppress(OSError):
             if self._is_current(self._descriptor):
                 for name in (LEASE, LOCK):
                     (self._folder / name).unlink(missing_ok=True)
-                if self._made:
-                    self._folder.rmdir()  # if nothing was saved
+                if self._created:
+                    self._folder.rmdir()  # fails if something was saved
         os.close(self._descriptor)
 
 
 class Lease:
-    """Claim to a folder at a URL: an object that says whose it is, counted up by a thread."""
+    """Claim of a folder in a store: an object that names the writer; a thread renews it every `PERIOD` seconds."""
 
     def __init__(self, storage: Storage, writer: Writer):
         self._storage, self._writer = storage, writer
@@ -222,27 +235,32 @@ class Lease:
             return None
 
     def _acquire(self) -> None:
-        found, value = self._read(), asdict(self._writer)
-        if found is not None:
-            held = parse(found)
-            if held is not None and held.job == self._writer.job and held.attempt < self._writer.attempt:
-                logger.info(f"Taking {self._storage.url()} over from an earlier attempt of this job, {held}.")
+        """Write this writer's lease, once no other run holds one.
+
+        Raises:
+            UserError: if another run holds the lease.
+        """
+        lease, value = self._read(), asdict(self._writer)
+        if lease is not None:
+            holder = parse(lease)
+            if holder is not None and holder.job == self._writer.job and holder.attempt < self._writer.attempt:
+                logger.info(f"Taking over {self._storage.url()} from an earlier attempt of this job, {holder}.")
             else:
-                self._watch(found)
+                self._wait_for_expiry(lease)
             self._storage.write_json(LEASE, value)
         else:
             self._storage.create_json(LEASE, value)
-        # A store without conditional writes keeps what was written last.
+        # Without conditional writes two leases may have been written: the store keeps the last one.
         time.sleep(SETTLING)
         self.check()
 
-    def _watch(self, found: bytes) -> None:
-        """Wait until another run's lease has stood still for `EXPIRY` seconds.
+    def _wait_for_expiry(self, lease: bytes) -> None:
+        """Wait until another run's lease has not changed for `EXPIRY` seconds.
 
         Raises:
-            UserError: if that run is alive.
+            UserError: if the lease changes: the other run is alive.
         """
-        holder = parse(found) or f"a run whose {LEASE} cannot be read"
+        holder = parse(lease) or f"a run whose {LEASE} cannot be read"
         logger.info(f"{self._storage.url()} is held by {holder}; waiting {EXPIRY:g} s for a sign of life.")
         deadline = time.monotonic() + EXPIRY
         while time.monotonic() < deadline:
@@ -250,8 +268,8 @@ class Lease:
             now = self._read()
             if now is None:
                 return
-            if now != found:
-                raise _taken(self._storage.url(), parse(now))
+            if now != lease:
+                raise _taken_error(self._storage.url(), parse(now))
 
     def _renew(self) -> None:
         while not self._stopped.wait(PERIOD):
@@ -260,23 +278,25 @@ class Lease:
                 self._writer = replace(self._writer, count=self._writer.count + 1)
                 self._storage.write_json(LEASE, asdict(self._writer))
             except UserError:
-                return  # the next save says it
-            except Exception as error:  # every remote file system raises its own; the store may come back
+                return  # the next save raises the same error
+            except Exception as error:  # each remote file system has different error classes; the store may come back
                 logger.debug(f"The lease of {self._storage.url()} cannot be renewed: {error}")
 
     def check(self) -> None:
+        """Verify that this process holds the lease; a lease that was removed is written again. See `Claim.check`."""
         content = self._read()
         if content is None:
-            logger.warning(f"{self._storage.url(LEASE)} was removed while the run wrote there; it is made anew.")
+            logger.warning(f"{self._storage.url(LEASE)} was removed while the run wrote there; the run recreated it.")
             self._storage.create_json(LEASE, asdict(self._writer))
             content = self._read()
-        found = parse(content) if content is not None else None
-        if found is None or found.token != self._writer.token:
-            raise _taken(self._storage.url(), found)
+        holder = parse(content) if content is not None else None
+        if holder is None or holder.token != self._writer.token:
+            raise _taken_error(self._storage.url(), holder)
 
     def release(self) -> None:
+        """Stop the renewals and remove the lease."""
         self._stopped.set()
         self._thread.join()
-        with contextlib.suppress(Exception):  # it expires by itself
+        with contextlib.suppress(Exception):  # a lease that remains expires
             self.check()
             self._storage.remove(LEASE)

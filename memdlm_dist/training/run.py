@@ -22,7 +22,7 @@ from memdlm_dist.runtime.cpu import check_prepared
 from memdlm_dist.runtime.device import device_type
 from memdlm_dist.runtime.preemption import StopRequest
 from memdlm_dist.runtime.process_group import launched_processes
-from memdlm_dist.runtime.rank_0 import is_first
+from memdlm_dist.runtime.rank_0 import is_rank_0
 from memdlm_dist.runtime.single_process import single_process_environment
 from memdlm_dist.runtime.storage import is_remote
 from memdlm_dist.runtime.writer import Claim, claimed, this_process
@@ -51,7 +51,7 @@ def check_output(dump_folder: str) -> None:
 def _warn_of_length(config: JobConfig, args: LLaDAArgs) -> None:
     """Warn if seq_len exceeds the context of pretrained weights."""
     length, known = config.training.seq_len, args.native_length * config.model.rope_scaling
-    if config.checkpoint.initial_load_in_hf and length > known and is_first():
+    if config.checkpoint.initial_load_in_hf and length > known and is_rank_0():
         logger.warning(
             f"training.seq_len = {length} is longer than the {known:g} tokens that the weights' rotary positions are "
             f"for; set model.rope_scaling = {length / args.native_length:g} to extend them."
@@ -86,7 +86,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _writer(config: JobConfig) -> AbstractContextManager[Claim | None]:
     """Claim the checkpoints' folder for this run, on the first rank; the others follow it."""
-    if not config.checkpoint.enable or config.checkpoint.load_only or not is_first():
+    if not config.checkpoint.enable or config.checkpoint.load_only or not is_rank_0():
         return nullcontext()
     folder = config.checkpoint.folder
     return claimed(folder if is_remote(folder) else os.path.join(config.job.dump_folder, folder), this_process())
@@ -106,7 +106,7 @@ def _train(config: JobConfig, stop: StopRequest, writer: Claim | None) -> MemDLM
             trainer.train()
             trainer.checkpointer.wait()
             table = summary_table(config.job.dump_folder) if config.validation.enable else None
-            if table and is_first():
+            if table and is_rank_0():
                 print(table, flush=True)
         torch.distributed.barrier()  # rank 0 may hold the store of the rendezvous: it leaves with the others
         done = True

@@ -26,7 +26,7 @@ from memdlm_dist.method.micro_batch import MicroBatch
 from memdlm_dist.models.flops import Recomputation, step_flops
 from memdlm_dist.models.llada_moe import LLaDAMoE
 from memdlm_dist.runtime.preemption import StopRequest
-from memdlm_dist.runtime.rank_0 import is_first
+from memdlm_dist.runtime.rank_0 import is_rank_0
 from memdlm_dist.runtime.watchdog import start_watchdog
 from memdlm_dist.training.backbone import get_lora
 from memdlm_dist.training.consensus import StepConsensus
@@ -229,7 +229,7 @@ class MemDLMTrainer(Trainer):
         if self.job_config.validation.enable:
             most["data.validation"] = self.validator.most_documents
         unknown = " and ".join(name for name, number in most.items() if number is None)
-        if unknown and is_first():
+        if unknown and is_rank_0():
             logger.warning(
                 f"The cards of the shards in {unknown} do not say how many documents a row holds: tensors will have "
                 "several sizes, for each of which ranks compile at different steps; prepare the data anew."

@@ -20,7 +20,7 @@ from memdlm_dist.models import backbone_args
 from memdlm_dist.models.layout import Layout
 from memdlm_dist.models.llada import LLaDA
 from memdlm_dist.runtime.device import device_type
-from memdlm_dist.runtime.rank_0 import is_first
+from memdlm_dist.runtime.rank_0 import is_rank_0
 from memdlm_dist.training import validation_history
 from memdlm_dist.training.backbone import get_shard_requirements
 from memdlm_dist.training.memory_dependence import MemoryDependence
@@ -144,7 +144,7 @@ class HeldOutValidator:
     def _report(self, losses: dict[str, float], step: int) -> None:
         self._metrics.log_scalars(losses, step)
         text = "  ".join(f"{name.removeprefix('validation/')}: {loss:.4f}" for name, loss in losses.items())
-        if is_first():
+        if is_rank_0():
             logger.info(f"validate step: {step}  {text}  ({self._samples} held-out sequences)")
             validation_history.append(validation_history.path_in(self.job_config.job.dump_folder), step, losses)
 

@@ -93,7 +93,7 @@ def runs(live, tmp_path_factory):
         }  # fmt: skip
         shut_when_marked(store, {root / "shut-1": 1.5, root / "shut-2": 3600})
         outputs = dict(zip(entries, run_many(entries.values()), strict=True))
-        store.door.open()
+        store.proxy.open()
         bucket.invalidate_cache()
         yield root, outputs, sorted(path.removeprefix(f"{BUCKET}/") for path in bucket.find(BUCKET))
 

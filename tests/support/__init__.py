@@ -1,1 +1,1 @@
-"""Factories, fault injection, and the warm process that forks ranks."""
+"""Helpers of the tests: small models, fault injection, and the zygote process that forks ranks."""

@@ -24,11 +24,11 @@ def scaled_model(args, dtype=torch.float64):
     with torch.no_grad():
         model.init_weights()
         for name, parameter in model.named_parameters():
-            if "norm" in name:  # away from 1, so that a norm left out would show
+            if "norm" in name:  # away from 1, so that an omitted norm changes the result
                 parameter.mul_(1 + 0.3 * torch.rand_like(parameter))
             elif "layers" in name:  # larger than the initialisation, so that attention is not flat
                 parameter.mul_(8)
-    for parameter in model.parameters():  # not model.to: that would cast the complex rotary table to real
+    for parameter in model.parameters():  # not model.to, which would cast the complex RoPE table to real
         parameter.data = parameter.data.to(dtype)
     if dtype == torch.float64:
         d = args.dim // args.n_heads
@@ -66,7 +66,7 @@ def data(rows=4, prompt=3):
 
 
 def recorder() -> MemDLMMetrics:
-    """Return metrics that record, without TensorBoard."""
+    """Return metrics without TensorBoard."""
     metrics = MemDLMMetrics.__new__(MemDLMMetrics)
     metrics.parallel_dims = SimpleNamespace(get_optional_mesh=lambda name: None)
     metrics.start_step()
@@ -83,12 +83,15 @@ def gradients(model):
 
 @contextmanager
 def trained_in_each_pass(model, first_layer):
-    """Yield a list that gets, at every pass of the head, how many parameters of the tail require a gradient."""
-    tail, found = [*list(model.layers.values())[first_layer:], model.norm, model.output], []
+    """Yield a list with one entry per forward pass of the head: the number of tail parameters that require a gradient.
+
+    The list grows while the context is open.
+    """
+    tail, counts = [*list(model.layers.values())[first_layer:], model.norm, model.output], []
     handle = model.output.register_forward_pre_hook(
-        lambda *_: found.append(sum(p.requires_grad for part in tail for p in part.parameters()))
+        lambda *_: counts.append(sum(p.requires_grad for module in tail for p in module.parameters()))
     )
     try:
-        yield found
+        yield counts
     finally:
         handle.remove()

@@ -1,4 +1,4 @@
-"""A device without values beside a real host, which refuses what a real device would wait for or fail on."""
+"""Fake device whose tensors have no values: raises `Refused` where a real device would sync with the host or fail."""
 
 import sys
 import threading
@@ -26,27 +26,33 @@ _ASSIGNMENTS = (aten.index_put.default, aten.index_put_.default)
 
 
 class Refused(Exception):
-    """An operation that a device would wait for or fail on, and the function of the package that asked for it."""
+    """Raised for an operation that syncs with a real device or fails there; names the package's calling function."""
 
 
 class FakeDevice(TorchDispatchMode):
-    """Runs operators on host tensors as they are, and operators on the device's under FakeTensorMode.
+    """Dispatch mode that runs operators on host tensors normally, and operators on device tensors in FakeTensorMode.
 
-    Host code that reads host tensors works. The device never gives a value back. Refused are:
+    Host code that reads host tensors works. Device tensors have no values. Refused are:
 
-    - reads of a value (`.item()`, `.tolist()`, `.cpu()`, `if`), except in `reads`, which gets zeros;
-    - copies from and to the host's memory that is not pinned, except in `copies` and `reads`: the host waits for them.
-      Those of pinned memory, if they are not to be waited for, are counted in `transfers`;
-    - tensors of the host and of the device in one operator, except scalars in elementwise ones; collectives of the
-      host's;
-    - shapes that depend on values (boolean indexing, `nonzero`), and assignments to the places of a mask.
+    - reads of a device value (`.item()`, `.tolist()`, `.cpu()`, `if`). The functions in `reads` get zeros instead.
+    - copies between the device and unpinned host memory, for which the host waits, except in the functions in `copies`
+      (to the device) and `reads` (to the host). Asynchronous copies of pinned memory are allowed, and counted in
+      `transfers`.
+    - operators with host and device tensors, except host scalars in elementwise operators; collectives on host tensors.
+    - shapes that depend on values (boolean indexing, `nonzero`), and assignments through a boolean mask.
 
-    Not seen are waits within a kernel's launch (`histc` that looks for its range), and dtypes that a kernel lacks.
+    Not detected are syncs within a kernel's launch (`histc` without a range), and dtypes that a kernel does not
+    support.
 
-    An error in a backward pass is printed before it ends the process, which torch's Python device guard makes it do.
+    An error in a backward pass is printed at once: torch's Python device guard ends the process at such an error.
 
     Args:
-        reads, copies: functions below memdlm_dist, "module:function".
+        reads: functions that may read values, as "module:function" relative to memdlm_dist.
+        copies: functions that may copy to the device synchronously, in the same form.
+
+    Attributes:
+        reads, copies, transfers: number of reads and copies by calling function.
+        operators: operators that ran on the device.
     """
 
     supports_higher_order_operators = True  # flex attention
@@ -57,8 +63,8 @@ class FakeDevice(TorchDispatchMode):
         self.reads: Counter[str] = Counter()
         self.copies: Counter[str] = Counter()
         self.transfers: Counter[str] = Counter()
-        self._pinned: dict[int, Tensor] = {}  # address -> what lies there, which stays
-        self.operators: set[OpOverload] = set()  # that ran on the device
+        self._pinned: dict[int, Tensor] = {}  # address -> buffer; the reference keeps the address in use
+        self.operators: set[OpOverload] = set()
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._contexts = ExitStack()
 
@@ -89,7 +95,7 @@ class FakeDevice(TorchDispatchMode):
         target = next((x.type for x in leaves if isinstance(x, torch.device)), None)
         if target != DEVICE and not any(isinstance(x, FakeTensor) for x in tensors):
             if tensors and "c10d" in str(operator):
-                raise Refused(f"{operator} on a tensor of the host, in {_caller()}")
+                raise Refused(f"{operator} on a host tensor, in {_caller()}")
             return operator(*args, **kwargs)
 
         if operator is aten._local_scalar_dense.default:
@@ -100,7 +106,7 @@ class FakeDevice(TorchDispatchMode):
             if not isinstance(args[0], FakeTensor) and target is None:
                 return args[0].zero_()
             with self._fake:
-                return operator(*tree_map_only(Tensor, self._faked, args), **kwargs)
+                return operator(*tree_map_only(Tensor, self._to_fake, args), **kwargs)
         if operator is aten._to_copy.default and target == "cpu":
             self._count("a copy to the host", self.reads, self.allowed_reads)
             return torch.zeros(args[0].shape, dtype=kwargs.get("dtype", args[0].dtype))
@@ -111,43 +117,48 @@ class FakeDevice(TorchDispatchMode):
         if copied and copied[0].device.type == "cpu":
             self._count("a copy from the host", self.copies, self.allowed_copies)
         elif any(x.device.type == "cpu" and not _is_argument(x, operator) for x in tensors):
-            raise Refused(f"{operator} on tensors of the host and of the device, in {_caller()}")
+            raise Refused(f"{operator} on host and device tensors, in {_caller()}")
         elif operator in _ASSIGNMENTS and args[2].numel() > 1 and torch.bool in [x.dtype for x in tree_leaves(args[1])]:
-            raise Refused(f"an assignment to the places of a mask, which are counted on the host, in {_caller()}")
+            raise Refused(f"an assignment through a boolean mask, whose size the host reads, in {_caller()}")
         elif isinstance(operator, OpOverload):
             self.operators.add(operator)
         if not all(isinstance(x, FakeTensor) for x in tensors):
-            args, kwargs = tree_map_only(Tensor, self._faked, (args, kwargs))
+            args, kwargs = tree_map_only(Tensor, self._to_fake, (args, kwargs))
         with self._fake:
             return operator(*args, **kwargs)
 
     def _pin(self, size: int) -> Tensor:
-        """Return bytes that count as pinned: what `runtime.device.pinned` is here."""
-        found = torch.empty(size, dtype=torch.uint8)
-        self._pinned[found.untyped_storage().data_ptr()] = found
-        return found
+        """Allocate bytes that count as pinned; replaces `runtime.device.pinned`."""
+        buffer = torch.empty(size, dtype=torch.uint8)
+        self._pinned[buffer.untyped_storage().data_ptr()] = buffer
+        return buffer
 
     def _is_transfer(self, operator: Any, args: Any, kwargs: Any) -> bool:
-        """Return whether this is a copy to or from pinned memory for which the host does not wait."""
+        """Return whether this is an asynchronous copy to or from pinned memory."""
         if operator is aten.copy_.default:
-            into, source, not_waiting = args[0], args[1], args[2:] == (True,) or kwargs.get("non_blocking")
-            host = into if isinstance(source, FakeTensor) else source
+            target, source, non_blocking = args[0], args[1], args[2:] == (True,) or kwargs.get("non_blocking")
+            host = target if isinstance(source, FakeTensor) else source
         else:
-            host, not_waiting = args[0], kwargs.get("non_blocking")
+            host, non_blocking = args[0], kwargs.get("non_blocking")
         pinned = not isinstance(host, FakeTensor) and host.untyped_storage().data_ptr() in self._pinned
-        return pinned and bool(not_waiting)
+        return pinned and bool(non_blocking)
 
-    def _faked(self, x: Tensor) -> Tensor:
+    def _to_fake(self, x: Tensor) -> Tensor:
         return x if isinstance(x, FakeTensor) else self._fake.from_tensor(x)
 
-    def _count(self, what: str, counted: Counter[str], allowed: Collection[str]) -> None:
+    def _count(self, operation: str, counts: Counter[str], allowed: Collection[str]) -> None:
+        """Count an operation by its caller.
+
+        Raises:
+            Refused: if the caller is not in `allowed`.
+        """
         if (caller := _caller()) not in allowed:
-            raise Refused(f"{what} in {caller}")
-        counted[caller] += 1
+            raise Refused(f"{operation} in {caller}")
+        counts[caller] += 1
 
 
 def _is_argument(x: Tensor, operator: Any) -> bool:
-    """Return whether a host tensor is a number to a kernel: a scalar is, of an elementwise operator."""
+    """Return whether a kernel takes this host tensor as a number: a scalar of an elementwise operator."""
     return x.ndim == 0 and isinstance(operator, OpOverload) and torch.Tag.pointwise in operator.tags
 
 
@@ -156,7 +167,7 @@ def _caller() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         module, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
-        # Python 3.12 has no frames for comprehensions.
+        # Skips lambdas and comprehensions; Python 3.11 has frames for comprehensions, 3.12 has none.
         if module.startswith("memdlm_dist.") and not name.startswith("<"):
             return f"{module.removeprefix('memdlm_dist.')}:{name}"
         frame = frame.f_back
@@ -165,7 +176,7 @@ def _caller() -> str:
 
 @cache
 def _native() -> tuple[dict[str, Any], Any]:
-    """Return torch's own operators by name, and those with a CUDA kernel, as its kernels are generated from."""
+    """Return torch's native operators by name, and those with a CUDA kernel, from the YAML that torch is built with."""
     folder = Path(torchgen.__file__).parent / "packaged/ATen/native"
     parsed = parse_native_yaml(str(folder / "native_functions.yaml"), str(folder / "tags.yaml"))
     functions = {str(function.func.name): function for function in parsed.native_functions}
@@ -173,7 +184,7 @@ def _native() -> tuple[dict[str, Any], Any]:
 
 
 def without_cuda_kernel(operators: Collection[OpOverload]) -> list[str]:
-    """Return torch's own operators that have neither a CUDA kernel nor one composed of other operators."""
+    """Return the names of native operators that have neither a CUDA kernel nor a composite kernel."""
     functions, cuda = _native()
     missing = []
     for operator in operators:

@@ -1,18 +1,30 @@
-"""Faults that happen to a training rank.
+"""Fault injection into a training rank.
 
     python -m tests.support.faults FAULTS --job.config_file ... (under torchrun, or alone)
 
-FAULTS is a JSON list of {"do", "at", "step"} and, optionally, "rank" (all by default) and "once": a file that is made
-when it happens, and keeps it from happening again in a run that is started anew.
+FAULTS is a JSON list of objects with the keys "do", "at" and "step", and optionally "rank" (all ranks by default) and
+"once", a file that is created when the fault happens and prevents the fault in a restarted run.
 
-do: a signal's name (sent to this very process), "nan" (the loss), "hang" (for ever), "sleep" (2 s), "full" (no file
-can grow beyond 4 KiB from here on), "room" (they can again), "mark" (nothing but its file "once"), "raise" (an
-OSError), "bug" (a KeyError), "remove" (the folder "path"), "steal" (another job takes the folder "path"), "work" (3.5 s
-of it), "impatient" (from the start on: nothing is tried again), "skew" (from the start on: the node's clock is 60 s
-late).
-at: "step" (before its forward pass), "data" (when its batch is to be loaded, while the step before runs), "save" (when
-it begins), "write" (with half of this rank's checkpoint file written), "metadata" (with all files of the checkpoint
-written and its metadata not).
+do:
+
+- a signal's name: sends the signal to this process
+- "nan": the loss is not finite
+- "hang", "sleep", "work": waits for ever, sleeps 2 s, computes for 3.5 s
+- "full", "room": from now on files cannot grow beyond 4 KiB, can grow again
+- "mark": only creates the file "once"
+- "raise", "bug": raises an OSError, a KeyError
+- "remove": removes the folder "path"
+- "steal": another job takes over the folder "path"
+- "impatient": from the start of the run, nothing is retried
+- "skew": from the start of the run, the node's clock is 60 s slow
+
+at:
+
+- "step": before the step's forward pass
+- "data": when the step's batch is loaded, during the previous step
+- "save": at the start of a save
+- "write": when half of this rank's checkpoint file is written
+- "metadata": when all files of the checkpoint except its metadata are written
 """
 
 import json
@@ -51,19 +63,19 @@ def hang() -> None:
 def inject(faults: Iterable[dict[str, Any]]) -> None:
     """Patch the training code of this process so that the faults of its rank happen."""
     mine = [fault for fault in faults if fault.get("rank", int(os.environ.get("RANK", "0"))) == int(os.environ["RANK"])]
-    now = {"step": 0, "data": 0}  # the step that is taken, and the one whose batches are loaded
+    current = {"step": 0, "data": 0}  # current step; step whose batches are being loaded
 
-    def happen(at: str) -> set[str]:
+    def inject_at(at: str) -> set[str]:
         done = set()
         for fault in mine:
-            if fault.get("at") != at or fault["step"] != now["data" if at == "data" else "step"]:
+            if fault.get("at") != at or fault["step"] != current["data" if at == "data" else "step"]:
                 continue
             if once := fault.get("once"):
                 if Path(once).exists():
                     continue
                 Path(once).touch()
             if fault["do"].startswith("SIG"):
-                if fault["do"] == "SIGINT":  # which commands in the background of a shell inherit as ignored
+                if fault["do"] == "SIGINT":  # background commands of a shell inherit SIGINT as ignored
                     signal.signal(signal.SIGINT, signal.default_int_handler)
                 os.kill(os.getpid(), getattr(signal, fault["do"]))
             elif fault["do"] == "hang":
@@ -102,37 +114,37 @@ def inject(faults: Iterable[dict[str, Any]]) -> None:
     )  # fmt: skip
 
     def train_step(self, *arguments):
-        now["step"] = self.step
+        current["step"] = self.step
         plain_step(self, *arguments)
 
     def loss_sum(self, model, batch, step, *rest, **named):
-        poisoned = "nan" in happen("step")
+        poisoned = "nan" in inject_at("step")
         loss, statistics = plain_loss(self, model, batch, step, *rest, **named)
         return (loss * torch.nan if poisoned else loss), statistics
 
     def load(self, batches, step):
-        now["data"] = step
+        current["data"] = step
         return plain_load(self, batches, step)
 
     def read(self):
         for batch in plain_read(self):
-            happen("data")
+            inject_at("data")
             yield batch
 
     def dcp_save(self, *arguments, **named):
-        happen("save")
+        inject_at("save")
         return plain_save(self, *arguments, **named)
 
     def write_data(self, plan, planner):
         written = plain_write(self, plan, planner)
         for file in Path(self.path).glob(f"__{os.environ['RANK']}_*"):
-            if any(fault.get("at") == "write" and fault["step"] == now["step"] for fault in mine):
+            if any(fault.get("at") == "write" and fault["step"] == current["step"] for fault in mine):
                 os.truncate(file, file.stat().st_size // 2)
-        happen("write")
+        inject_at("write")
         return written
 
     def finish(self, *arguments, **named):
-        happen("metadata")
+        inject_at("metadata")
         plain_finish(self, *arguments, **named)
 
     MemDLMTrainer.train_step, Objective.loss_sum, EpochLoader._read = train_step, loss_sum, read
@@ -144,5 +156,5 @@ def inject(faults: Iterable[dict[str, Any]]) -> None:
 if __name__ == "__main__":
     os.environ.setdefault("RANK", "0")
     inject(json.loads(sys.argv[1]))
-    preemption.ignore_outside_of_training()  # as the program does
+    preemption.ignore_outside_of_training()  # as memdlm_dist.train does
     sys.exit(train.main(sys.argv[2:]))

@@ -1,4 +1,4 @@
-"""Start training runs from tests, and read their TensorBoard scalars."""
+"""Helpers that start training runs and read their TensorBoard scalars."""
 
 import contextlib
 import functools
@@ -33,7 +33,7 @@ def _run(command: list[str], **env: str) -> str:
 
 
 def debug(out: Path, *args: str) -> list[str]:
-    """Return the arguments of a reproducible debug run into `out`."""
+    """Return the arguments of a reproducible debug run with the output folder `out`."""
     return [
         "--job.config_file", "train_configs/debug.toml", "--job.dump_folder", str(out), "--debug.seed", "7",
         "--metrics.disable_color_printing", *args,
@@ -41,35 +41,40 @@ def debug(out: Path, *args: str) -> list[str]:
 
 
 def launch(processes: int, out: Path, *args: str) -> str:
-    """Train through launch/train.sh, as a user does; returns what it prints."""
+    """Train with launch/train.sh, as a user does; returns the output."""
     config, *rest = debug(out, *args)[1:]
     return _run(["bash", "launch/train.sh", config, *rest], NGPU=str(processes))
 
 
 def run_many(runs: Iterable[tuple[int, list[str]] | tuple[int, list[str], dict[str, Any]]]) -> list[str]:
-    """Train (processes, arguments[, options]) one after the other, in forked ranks; returns what each prints.
+    """Train several runs one after the other, in forked ranks.
 
-    Options: "status", the expected exit status, 0 by default; "environment", variables of the run; and those of
-    tests/workers/run_many.py.
+    Args:
+        runs: (processes, arguments) or (processes, arguments, options) of each run. Options are "status", the expected
+            exit status (0 by default), "environment", environment variables of the run, and the options of
+            tests/workers/run_many.py.
+
+    Returns:
+        The output of each run.
     """
     outputs = []
     for processes, arguments, *rest in runs:
         options = dict(rest[0]) if rest else {}
         expected, environment = options.pop("status", 0), options.pop("environment", {})
-        run = "tests.workers.run_many:train_rank", arguments, options
-        status, output = zygote.run(processes, *run, environment=environment)
+        call = "tests.workers.run_many:train_rank", arguments, options
+        status, output = zygote.run(processes, *call, environment=environment)
         assert status == expected, f"status {status} of {processes} x {arguments}\n{output[-10000:]}"
         outputs.append(output)
     return outputs
 
 
 def run_module(module: str, *arguments: str, **env: str) -> str:
-    """Run `python -m module` as a user does; returns what it prints."""
+    """Run `python -m module` as a user does; returns the output."""
     return _run([sys.executable, "-m", module, *arguments], **env)
 
 
 class Launched:
-    """A launch script in a process group of its own, its output in a file."""
+    """Running launch script in a new session; its output goes to a file."""
 
     def __init__(self, log: Path, script: str, *arguments: str, **variables: str):
         self.log = log
@@ -84,7 +89,7 @@ class Launched:
         return self.log.read_text()
 
     def until(self, pattern: str) -> None:
-        """Wait for something in the output."""
+        """Wait until the output matches a regular expression."""
         deadline = time.monotonic() + TIMEOUT
         while not re.search(pattern, self.text()):
             assert time.monotonic() < deadline and self.process.poll() is None, self.text()[-5000:]
@@ -100,7 +105,7 @@ class Launched:
                 os.kill(process, number)
 
     def kill(self) -> None:
-        """The agent and its ranks, at once, as when a node goes down."""
+        """Kill torchrun's agent and all ranks at once, as when a node goes down."""
         for child in [*_descendants(self.process.pid), self.process.pid]:
             os.kill(child, signal.SIGKILL)
         self.process.wait()
@@ -108,7 +113,7 @@ class Launched:
 
 def _descendants(process: int) -> list[int]:
     children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    return [found for child in map(int, children) for found in (*_descendants(child), child)]
+    return [descendant for child in map(int, children) for descendant in (*_descendants(child), child)]
 
 
 def scalars(out: Path) -> dict[str, dict[int, float]]:
@@ -119,11 +124,11 @@ def scalars(out: Path) -> dict[str, dict[int, float]]:
 
 @functools.cache
 def _scalars(out: Path, files: tuple[tuple[Path, int], ...]) -> dict[str, dict[int, float]]:
-    del files  # a folder that has grown is read again
-    found: dict[str, dict[int, float]] = {}
+    del files  # part of the cache key: a folder with new events is read again
+    by_name: dict[str, dict[int, float]] = {}
     for folder in sorted((out / "tb").iterdir()):
         events = EventAccumulator(str(folder))
         events.Reload()
         for name in events.Tags()["scalars"]:
-            found.setdefault(name, {}).update({event.step: event.value for event in events.Scalars(name)})
-    return found
+            by_name.setdefault(name, {}).update({event.step: event.value for event in events.Scalars(name)})
+    return by_name

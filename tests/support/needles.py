@@ -1,4 +1,4 @@
-"""Sizes of needle samples that fit into a few hundred tokens."""
+"""Sizes of needle tasks for samples of a few hundred tokens."""
 
 from memdlm_dist.evaluation.needle import Sizes
 

@@ -1,4 +1,4 @@
-"""A real S3 API over HTTP on loopback, behind a door that can be shut."""
+"""S3 server (moto) on loopback behind a proxy that can simulate an outage."""
 
 import contextlib
 import os
@@ -16,11 +16,11 @@ from tests.support.ranks import free_port
 BUCKET = "memdlm"
 
 
-class Door:
-    """Forwards connections to a port; shut, it refuses new ones and cuts those there are."""
+class Proxy:
+    """TCP proxy of a local port; `shut` closes all connections and refuses new ones until `open`."""
 
     def __init__(self, port: int):
-        self.port, self._to, self._pairs = free_port(), port, []
+        self.port, self._target_port, self._pairs = free_port(), port, []
         self.open()
 
     def open(self) -> None:
@@ -42,7 +42,7 @@ class Door:
                 client, _ = listener.accept()
             except OSError:
                 return
-            pair = (client, socket.create_connection(("127.0.0.1", self._to)))
+            pair = (client, socket.create_connection(("127.0.0.1", self._target_port)))
             self._pairs.append(pair)
             threading.Thread(target=_pump, args=pair, daemon=True).start()
 
@@ -62,18 +62,18 @@ def _pump(client: socket.socket, server: socket.socket) -> None:
 
 @dataclass
 class ObjectStore:
-    door: Door
+    proxy: Proxy
     environment: dict[str, str]
 
     def shut_for(self, seconds: float) -> None:
-        """Shut the door now and open it later."""
-        self.door.shut()
-        threading.Timer(seconds, self.door.open).start()
+        """Simulate an outage of some seconds."""
+        self.proxy.shut()
+        threading.Timer(seconds, self.proxy.open).start()
 
 
 @contextlib.contextmanager
 def object_store() -> Iterator[ObjectStore]:
-    """moto's server with one empty bucket; `environment` leads boto3 and s3fs to it."""
+    """Start moto's S3 server with one empty bucket; `environment` sets the endpoint of boto3 and s3fs."""
     port = free_port()
     with subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
@@ -84,16 +84,16 @@ def object_store() -> Iterator[ObjectStore]:
             while socket.socket().connect_ex(("127.0.0.1", port)):
                 assert server.poll() is None and time.monotonic() < deadline
                 time.sleep(0.1)
-            door = Door(port)
+            proxy = Proxy(port)
             environment = {
-                "AWS_ENDPOINT_URL": f"http://127.0.0.1:{door.port}", "AWS_ACCESS_KEY_ID": "someone",
+                "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}", "AWS_ACCESS_KEY_ID": "someone",
                 "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1",
             }  # fmt: skip
             os.environ.update(environment)
             import s3fs
 
-            s3fs.S3FileSystem.clear_instance_cache()  # of an earlier store
+            s3fs.S3FileSystem.clear_instance_cache()  # instances of an earlier store
             s3fs.S3FileSystem().mkdir(BUCKET)
-            yield ObjectStore(door, environment)
+            yield ObjectStore(proxy, environment)
         finally:
             server.kill()

@@ -1,4 +1,4 @@
-"""Recipes of published models, and folders of their weights."""
+"""Recipes of published models, and access to weights in Hugging Face's format."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ RECIPES = {"llada": "train_configs/llada_8b_longalpaca.toml", "llada_moe": "trai
 
 
 def contents(folder):
-    """Return all tensors of a folder in Hugging Face's format."""
+    """Return all tensors of a folder's safetensors files by name."""
     tensors = {}
     for file in sorted(Path(folder).glob("*.safetensors")):
         tensors |= load_file(file)

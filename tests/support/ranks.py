@@ -1,4 +1,4 @@
-"""Forked ranks of one run."""
+"""Ranks as forked processes of the current process."""
 
 import contextlib
 import os
@@ -20,14 +20,13 @@ def free_port() -> int:
 
 
 def fork(world_size: int, body: Callable[[int], int]) -> int:
-    """Run `body(rank)` in forked ranks; returns the first exit status that is not zero, after which all are killed."""
+    """Run `body(rank)` in forked ranks and wait for them; for the returned exit status see `wait`."""
     return wait(start(world_size, body))
 
 
 def fork_group(world_size: int, body: Callable[[], None]) -> int:
     """Run `body()` in forked ranks of one gloo process group; returns the exit status, as `fork` does."""
-
-    import torch  # not above: the zygote's clients need no torch
+    import torch  # not at the top: the zygote's clients need no torch
     import torch.distributed as dist
 
     def rank(_: int) -> int:
@@ -41,7 +40,7 @@ def fork_group(world_size: int, body: Callable[[], None]) -> int:
 
 
 def start(world_size: int, body: Callable[[int], int]) -> list[int]:
-    """Fork the ranks of one run, with torchrun's environment and a rendezvous of their own; returns process ids."""
+    """Fork the ranks of one run, with torchrun's environment and a new rendezvous port; returns the process ids."""
     port = free_port()
     children = []
     for rank in range(world_size):
@@ -55,13 +54,14 @@ def start(world_size: int, body: Callable[[int], int]) -> list[int]:
 
 
 def wait(children: Sequence[int], hang_up: int | None = None) -> int:
-    """Wait for processes to end; a failure kills the others.
+    """Wait for processes to end; the first failure kills the others.
 
     Args:
-        hang_up: file descriptor that becomes readable when nobody waits for the result any more.
+        children: process ids.
+        hang_up: file descriptor; once it is readable, the caller no longer waits for the result and all are killed.
 
     Returns:
-        The first exit status that is not zero.
+        The first exit status that is not zero, or 0.
     """
     running = {os.pidfd_open(child): child for child in children}
     failure = 0
@@ -84,7 +84,7 @@ def wait(children: Sequence[int], hang_up: int | None = None) -> int:
             os.close(pidfd)
             if status and not failure:
                 failure = status
-                if status != PREEMPTED:  # to which all come together
+                if status != PREEMPTED:  # after a stop request all ranks end by themselves
                     kill()
     return failure
 

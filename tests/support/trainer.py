@@ -1,4 +1,4 @@
-"""A trainer without data, checkpoints and watchdog: what `train_step` needs, on any device and layout."""
+"""Trainer without data, checkpoints and watchdog, for tests of `train_step` on any device and layout."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -21,10 +21,14 @@ from memdlm_dist.training.validator import HeldOutValidator
 
 
 def build(config, sizes, dims, device, draws=True):
-    """Return a trainer of a backbone of these sizes, set up as torchtitan's does it.
+    """Return a trainer that is set up as torchtitan sets up its trainer.
 
     Args:
-        draws: give the weights values.
+        config: the configuration.
+        sizes: sizes of the backbone.
+        dims: torchtitan's ParallelDims.
+        device: device type.
+        draws: initialise the weights; False leaves them uninitialised.
     """
     model = model_on_meta(config, sizes, dims).to_empty(device=device)
     if draws:
@@ -49,11 +53,14 @@ def build(config, sizes, dims, device, draws=True):
 
 
 def batch(config, sizes, number=0, empty_rows=(), packed=False):
-    """Return a batch as the loader makes it: random tokens behind a prompt, or documents and padding.
+    """Return a batch in the loader's format, of random tokens; the first eighth of each row is the prompt.
 
     Args:
-        number: of the batch.
-        empty_rows: rows without a token that may be masked.
+        config: the configuration.
+        sizes: sizes of the backbone.
+        number: index of the batch, the seed of its tokens.
+        empty_rows: rows without maskable tokens.
+        packed: three documents per row; row 0 ends with padding.
     """
     rows, length = config.training.local_batch_size, config.training.seq_len
     generator = torch.Generator().manual_seed(number)
@@ -70,14 +77,14 @@ def batch(config, sizes, number=0, empty_rows=(), packed=False):
 
 
 def step(trainer, number, batches):
-    """Take step `number` on batches of `batch`."""
+    """Take training step `number` on `batches`."""
     trainer.step = number
     with trainer.prefetching(batches) as ahead:
         trainer.train_step(ahead)
 
 
 def held_out(trainer, batches):
-    """Return a validator on batches of `batch`, without data and without writing anything."""
+    """Return a validator of `batches` that reads no data and writes no files."""
     validator = HeldOutValidator.__new__(HeldOutValidator)
     rows = [batch[:4] for batch in batches]
     vars(validator).update(
@@ -91,5 +98,5 @@ def held_out(trainer, batches):
 
 
 def validate(trainer, batches):
-    """Validate on batches of `batch`."""
+    """Validate on `batches`."""
     return held_out(trainer, batches).validate(trainer.model_parts, trainer.step)

@@ -1,13 +1,14 @@
-"""Warm process that has imported everything heavy and forks the ranks of the suite's runs.
+"""Zygote: a process that has imported all heavy modules and forks the ranks of the test runs.
 
-Importing torch, torchtitan, streaming and the tokenizers takes seconds, a few steps of a small model take less than
-one. The session starts one zygote, for all its pytest-xdist workers; it has a single thread and never uses autograd or
-a process group itself. Each connection to its socket gets a forked server, which forks ranks for two kinds of request:
+Importing torch, torchtitan, streaming and the tokenizers takes seconds; a few steps of a small model take less than one
+second. The pytest session starts one zygote for all pytest-xdist workers. The zygote has a single thread and never uses
+autograd or a process group itself. For each connection to its socket it forks a server, which forks ranks for two kinds
+of requests:
 
-    Run   fresh ranks call `function(rank, *arguments)`, which returns an exit status
-    Pool  ranks that initialise a gloo process group once and then answer calls of `function(*arguments)`
+    RunRequest   new ranks call `function(rank, *arguments)`, which returns an exit status
+    PoolRequest  ranks initialise a gloo process group once and then answer calls of `function(*arguments)`
 
-Functions are named "module:function"; arguments and results are what pickle takes.
+Functions are named "module:function"; arguments and results are pickled.
 """
 
 import contextlib
@@ -31,14 +32,14 @@ from tests.support import ranks
 
 ROOT = Path(__file__).parents[2]
 ADDRESS = "MEMDLM_TEST_ZYGOTE"  # environment variable: path of the socket
-# Longer than any run takes on a busy machine (s).
+# Seconds; longer than any run takes on a busy machine.
 TIMEOUT = 500
 IMPORTS = (
     "memdlm_dist.train", "memdlm_dist.inference.trained_model", "memdlm_dist.evaluation.exposure",
     "memdlm_dist.performance.bench_steps", "tests.workers.run_many", "tests.workers.reading",
     "tests.workers.sharded_step", "tests.workers.sharded_experts", "tests.workers.sharded_context",
     "tests.workers.saving", "tests.workers.soak",
-    # Imported on first use otherwise.
+    # Modules that are otherwise imported at first use.
     "s3fs", "torch._dynamo.backends.distributed", "torch._dynamo.backends.inductor",
     "torch._dynamo.backends.cudagraphs",
     "torch._dynamo.backends.onnxrt", "torch._dynamo.backends.tensorrt", "torch._dynamo.backends.torchxla",
@@ -49,8 +50,8 @@ IMPORTS = (
 
 
 @dataclass(frozen=True)
-class Run:
-    """Request for fresh ranks; the reply is (exit status, what they printed)."""
+class RunRequest:
+    """Request for new ranks; the reply is (exit status, output)."""
 
     processes: int
     function: str
@@ -60,20 +61,20 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Pool:
-    """Request for ranks that stay; the replies are (whether all ranks succeeded, rank 0's result or the reason)."""
+class PoolRequest:
+    """Request for ranks that stay; the reply to each call is (all ranks succeeded, rank 0's result or the error)."""
 
     processes: int
     environment: dict[str, str] = field(default_factory=dict)
     folder: str = str(ROOT)
 
 
-# The test's side
+# Client side: the tests
 
 
 @contextlib.contextmanager
 def zygote() -> Iterator[None]:
-    """Start a zygote, in the environment variable `ADDRESS` for this process and its children, and stop it."""
+    """Run a zygote in this context; the environment variable `ADDRESS` has the path of its socket."""
     with tempfile.TemporaryDirectory(prefix="zygote-") as folder:
         os.environ[ADDRESS] = address = f"{folder}/socket"
         command = [sys.executable, "-m", "tests.support.zygote", address]
@@ -83,19 +84,19 @@ def zygote() -> Iterator[None]:
                 yield
             finally:
                 assert process.stdin is not None
-                process.stdin.close()  # it ends when this does
+                process.stdin.close()  # the zygote ends when its standard input closes
                 del os.environ[ADDRESS]
 
 
 def connect() -> Connection:
-    """Return a connection to the session's zygote."""
+    """Connect to the session's zygote."""
     client = socket.socket(socket.AF_UNIX)
     deadline = time.monotonic() + TIMEOUT
     while True:
         try:
             client.connect(os.environ[ADDRESS])
             return Connection(client.detach())
-        except (FileNotFoundError, ConnectionRefusedError):  # it has just been started
+        except (FileNotFoundError, ConnectionRefusedError):  # the zygote is still starting
             assert time.monotonic() < deadline, "the zygote does not answer"
             time.sleep(0.05)
 
@@ -107,21 +108,21 @@ def receive(connection: Connection) -> Any:
         TimeoutError: after `TIMEOUT` seconds.
     """
     if not connection.poll(TIMEOUT):
-        connection.close()  # which ends the ranks
+        connection.close()  # ends the ranks
         raise TimeoutError(f"the ranks did not end within {TIMEOUT} s")
     return connection.recv()
 
 
 def run(processes: int, function: str, *arguments: Any, environment: dict[str, str] | None = None) -> tuple[int, str]:
-    """Run fresh ranks; returns the exit status and what they printed."""
+    """Run new ranks; returns the exit status and the output."""
     with connect() as connection:
-        connection.send(Run(processes, function, arguments, {**os.environ, **(environment or {})}))
-        found: tuple[int, str] = receive(connection)
-        return found
+        connection.send(RunRequest(processes, function, arguments, {**os.environ, **(environment or {})}))
+        reply: tuple[int, str] = receive(connection)
+        return reply
 
 
 class RankPool:
-    """Gloo ranks that stay; after a failed call, new ones take their place."""
+    """Pool of gloo ranks that stay between calls; a failed call ends them, and the next call starts new ranks."""
 
     def __init__(self, processes: int) -> None:
         self.processes = processes
@@ -135,7 +136,7 @@ class RankPool:
         """
         if self._connection is None:
             self._connection = connect()
-            self._connection.send(Pool(self.processes, dict(os.environ)))
+            self._connection.send(PoolRequest(self.processes, dict(os.environ)))
         self._connection.send((function, arguments))
         succeeded = False
         try:
@@ -152,7 +153,7 @@ class RankPool:
             self._connection = None
 
 
-# The zygote's side
+# Server side: the zygote
 
 
 def serve(address: str) -> None:
@@ -166,7 +167,7 @@ def serve(address: str) -> None:
         for name in IMPORTS:
             importlib.import_module(name)
         gc.collect()
-        gc.freeze()  # the ranks' collections leave alone what is imported
+        gc.freeze()  # garbage collections of the ranks then skip the imported objects
         while True:
             ready, _, _ = select.select([server, sys.stdin], [], [], 1.0)
             with contextlib.suppress(ChildProcessError):
@@ -184,7 +185,7 @@ def serve(address: str) -> None:
 
 
 def _answer(connection: Connection) -> None:
-    """Serve one connection, in a process of its own."""
+    """Serve one connection in this forked process, and exit."""
     status = 0
     try:
         with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError), connection:
@@ -192,7 +193,7 @@ def _answer(connection: Connection) -> None:
             os.environ.clear()
             os.environ.update(request.environment)
             os.chdir(request.folder)
-            if isinstance(request, Run):
+            if isinstance(request, RunRequest):
                 connection.send(_run(request, connection))
             else:
                 _serve_pool(request, connection)
@@ -208,12 +209,12 @@ def _function(name: str) -> Any:
 
 
 def _print_to(file: Any) -> None:
-    """Lead this process's standard output and error into a file."""
+    """Redirect this process's standard output and error to a file."""
     for stream in (1, 2):
         os.dup2(file.fileno(), stream)
 
 
-def _run(request: Run, connection: Connection) -> tuple[int, str]:
+def _run(request: RunRequest, connection: Connection) -> tuple[int, str]:
     with tempfile.TemporaryFile() as output:
 
         def body(rank: int) -> int:
@@ -227,7 +228,7 @@ def _run(request: Run, connection: Connection) -> tuple[int, str]:
         return status, output.read().decode(errors="replace")
 
 
-def _serve_pool(request: Pool, connection: Connection) -> None:
+def _serve_pool(request: PoolRequest, connection: Connection) -> None:
     pipes = [Pipe() for _ in range(request.processes)]
     with tempfile.TemporaryFile() as output:
 
@@ -261,25 +262,25 @@ def _serve_pool(request: Pool, connection: Connection) -> None:
 
 
 def _collect(pipes: list[Connection]) -> tuple[bool, Any]:
-    """Wait for every rank's answer, or for the first failure."""
+    """Wait for the answers of all ranks or the first failure; returns success, and rank 0's result or the error."""
     waiting, result = dict(zip(pipes, range(len(pipes)), strict=True)), None
     while waiting:
         ready, _, _ = select.select(list(waiting), [], [])
         for pipe in ready:
             rank = waiting.pop(pipe)
             try:
-                succeeded, found = pipe.recv()
+                succeeded, answer = pipe.recv()
             except (EOFError, ConnectionResetError):
-                succeeded, found = False, "ended without an answer"
+                succeeded, answer = False, "ended without an answer"
             if not succeeded:
-                return False, f"rank {rank}: {found}"
+                return False, f"rank {rank}: {answer}"
             if rank == 0:
-                result = found
+                result = answer
     return True, result
 
 
 def _answer_calls(pipe: Connection) -> None:
-    """Call functions for as long as somebody asks, in one process group."""
+    """Answer calls in one process group until the pipe closes."""
     import torch
     import torch.distributed as dist
 
@@ -296,6 +297,6 @@ def _answer_calls(pipe: Connection) -> None:
 
 
 if __name__ == "__main__":
-    # The module by its name, whose classes requests are of; this one is called __main__.
+    # Requests are pickled with classes of tests.support.zygote, but this module is named __main__: import it by name.
     importlib.import_module("tests.support.zygote").serve(sys.argv[1])
-    os._exit(0)  # nothing to tidy up; frozen objects would be reported as leaks
+    os._exit(0)  # skips the clean-up, which would report frozen objects as leaks
