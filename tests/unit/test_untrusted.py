@@ -18,7 +18,7 @@ from memdlm_dist.checkpoint import weights
 from memdlm_dist.checkpoint.catalogue import Catalogue, prunable_steps
 from memdlm_dist.checkpoint.manager import check_model
 from memdlm_dist.checkpoint.reading import load_states
-from memdlm_dist.data.dataset import MISTAKE, open_dataset
+from memdlm_dist.data.dataset import ERROR_KEY, open_dataset
 from memdlm_dist.data.sequences import TrainingSequence
 from memdlm_dist.data.settings import Data
 from memdlm_dist.data.shards import Card, ShardWriter
@@ -127,7 +127,7 @@ def test_a_cache_limit_deletes_copies_alone(tmp_path):
     data = Data(cache_folder=str(cache), cache_limit="20kb")
     dataset = open_dataset(data, [str(mine), f"file://{remote}"], [], batch_size=1, shuffle=False, predownload=1)
     for sample in (samples := list(islice(dataset, 400))):
-        assert MISTAKE not in sample, sample
+        assert ERROR_KEY not in sample, sample
     assert {sample["sample_id"] for sample in samples} == set(range(400))
     assert files(mine) == before and files(remote) == before
     kept = [path.stat().st_size for path in cache.glob("*/*.mds")]
