@@ -101,7 +101,7 @@ def rows(source: Source) -> Iterator[Row]:
     """Yield the rows of one file; a bad row has a `problem` and no values.
 
     Raises:
-        UserError: if the file as a whole cannot be read.
+        UserError: if the file cannot be read.
     """
     reader = _parquet_rows if _kind(source.url) == "parquet" else _json_rows
     try:
