@@ -115,7 +115,7 @@ def get_request(a: argparse.Namespace) -> PrepareConfig:
         train_tokenizer=a.train_tokenizer,
         mask_token=a.mask_token,
         eos_token=a.eos_token,
-        form=a.format,
+        row_format=a.format,
         chat_template=a.chat_template,
         fields=Fields(a.text_field, a.prompt_field, a.response_field),
         held_out=a.held_out,

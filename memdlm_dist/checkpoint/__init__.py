@@ -1,1 +1,1 @@
-"""Checkpoints: which there are (catalogue), whether they continue a run (continuity), saving and loading (manager)."""
+"""Checkpoints: inspection, comparison with a run, saving, loading, retention, and conversion to Hugging Face."""

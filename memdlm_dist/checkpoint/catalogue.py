@@ -1,9 +1,8 @@
-"""The checkpoints of a folder: which are whole, and which may go.
+"""Catalogue of the checkpoints in a folder: inspection, verification and removal.
 
-Torch's distributed checkpoint (DCP) writes its `.metadata` last, and by a rename: a checkpoint without it was
-interrupted. The metadata says which bytes of which file hold what, so that files that are missing or cut short are
-found from their sizes alone. Every entry of a file is a zip archive with a checksum, so that a thorough look finds
-each flipped bit without unpickling anything.
+PyTorch's distributed checkpoint (DCP) writes `.metadata` last, by a rename; without that file, saving was interrupted.
+The metadata lists the byte range of every entry in every file, so file sizes alone reveal missing and truncated files.
+Each entry is a zip archive with checksums, so `verify` finds flipped bits without unpickling anything.
 """
 
 import re
@@ -12,26 +11,26 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from memdlm_dist.checkpoint.reading import is_sound, read_metadata
+from memdlm_dist.checkpoint.reading import checksums_match, read_metadata
 from memdlm_dist.errors import UserError, require
 from memdlm_dist.runtime.rank_0 import one_line
 from memdlm_dist.runtime.storage import Storage
 
 METADATA = ".metadata"
 RUN = "run.json"
-SCORES = "scores.json"  # step -> validation loss, beside the checkpoints: wherever a run goes on, it finds them
+SCORES = "scores.json"  # step -> validation loss; next to the checkpoints, so that a resumed run finds it
 _NAME = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """One checkpoint, and what is wrong with it.
+    """State of one checkpoint.
 
     Attributes:
-        complete: saving it came to its end.
-        exported: it holds weights in safetensors alone, for others to read; it is never loaded or removed here.
-        problem: what is wrong, as the end of a sentence; empty if nothing is.
-        size: bytes.
+        complete: saving was not interrupted.
+        exported: the folder holds only weights, in safetensors; runs do not resume from it, and it is never pruned.
+        problem: what is wrong, as a predicate such as "lacks the file x"; empty if nothing is.
+        size: in bytes.
     """
 
     step: int
@@ -42,34 +41,37 @@ class SavedCheckpoint:
 
     @property
     def name(self) -> str:
+        """Name of the checkpoint's folder."""
         return folder_name(self.step)
 
     @property
     def intact(self) -> bool:
+        """True if the checkpoint is complete and no problem was found."""
         return self.complete and not self.problem
 
 
 def folder_name(step: int) -> str:
+    """Return the folder name `step-N` of a step."""
     return f"step-{step}"
 
 
 class Catalogue:
-    """The checkpoints `step-N` under a path or URL."""
+    """Checkpoints `step-N` in the folder at a path or URL."""
 
     def __init__(self, location: str):
         self.storage = Storage(location)
 
     def steps(self) -> list[int]:
-        """Return the steps of all that is named like a checkpoint, complete or not, in ascending order."""
+        """Return the steps of all folders named `step-N`, complete or not, in ascending order."""
         names = (_NAME.fullmatch(name) for name, size in self.storage.sizes().items() if size is None)
         return sorted(int(match[1]) for match in names if match)
 
     def all(self) -> list[SavedCheckpoint]:
-        """Every checkpoint, its files' sizes checked."""
+        """Inspect every checkpoint, including file sizes, in ascending order."""
         return [self.inspect(step) for step in self.steps()]
 
     def inspect(self, step: int) -> SavedCheckpoint:
-        """One checkpoint, its files' sizes checked."""
+        """Inspect one checkpoint, including file sizes, without reading its data."""
         sizes = self.storage.sizes(folder_name(step))
         exported = is_export(sizes)
         problem = "" if exported else self._problem(step, sizes)
@@ -77,7 +79,7 @@ class Catalogue:
         return SavedCheckpoint(step, complete, exported, problem, sum(size or 0 for size in sizes.values()))
 
     def complete_steps(self) -> list[int]:
-        """Return the steps of complete checkpoints in ascending order; sizes are not checked."""
+        """Return the steps of complete checkpoints in ascending order, without checking file sizes."""
         sizes = {step: self.storage.sizes(folder_name(step)) for step in self.steps()}
         return [step for step, files in sizes.items() if METADATA in files and not is_export(files)]
 
@@ -99,30 +101,33 @@ class Catalogue:
         return ""
 
     def _entries(self, step: int) -> dict[str, list[tuple[int, int, str]]]:
-        """File -> (offset, length, name) of each entry in it."""
+        """Return file -> (offset, length, name) of each entry in the file."""
         entries: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
         for index, info in read_metadata(self.storage.url(folder_name(step))).storage_data.items():
             entries[info.relative_path].append((info.offset, info.length, index.fqn))
         return entries
 
     def verify(self, step: int) -> Iterator[str]:
-        """Read a whole checkpoint; yields what is wrong, and an empty text for each file that was read through."""
+        """Read all files of a checkpoint; yield each file's problem, or an empty string if the file is intact.
+
+        If `inspect` finds a problem, yield only that; for an export, yield one empty string.
+        """
         saved = self.inspect(step)
         if saved.problem or saved.exported:
             yield saved.problem
             return
         for name, entries in sorted(self._entries(step).items()):
-            wrong = ""
+            problem = ""
             with self.storage.open(f"{saved.name}/{name}") as file:
                 for offset, length, tensor in sorted(entries):
                     file.seek(offset)
-                    if not is_sound(file.read(length)):
-                        wrong = f"has a corrupt file {name}: the checksum of {tensor} is wrong"
+                    if not checksums_match(file.read(length)):
+                        problem = f"has a corrupt file {name}: the checksum of {tensor} is wrong"
                         break
-            yield wrong
+            yield problem
 
     def scores(self) -> dict[int, float]:
-        """Return the validation losses that were noted by `add_score`, by step.
+        """Return the validation losses that `add_score` recorded, by step.
 
         Raises:
             ValueError: if the file is damaged.
@@ -133,58 +138,64 @@ class Catalogue:
             return {}
 
     def best(self, steps: Collection[int]) -> int | None:
-        """Return the step among `steps` with the least loss noted, the last of several; None if none was noted."""
+        """Return the step in `steps` with the lowest recorded loss, the latest of equal ones; None without records."""
         scores = self.scores()
         return min((s for s in steps if s in scores), key=lambda step: (scores[step], -step), default=None)
 
     def add_score(self, step: int, loss: float) -> None:
-        """Note the validation loss of a step."""
+        """Record the validation loss of a step."""
         self.storage.write_json(SCORES, {**self.scores(), step: loss})
 
     def remove(self, step: int) -> None:
-        """Remove a checkpoint, its metadata first: interrupted, it is seen to be incomplete.
+        """Remove a checkpoint, its metadata first, so that an interrupted removal leaves an incomplete checkpoint.
 
         Raises:
-            UserError: if no other good checkpoint would be left, whatever asked for it.
+            UserError: if no other intact checkpoint would be left.
         """
         others = [other for other in self.steps()[::-1] if other != step]
         if self.inspect(step).intact and not any(self.inspect(other).intact for other in others):
-            raise UserError(f"{self.storage.url(folder_name(step))} is the only good checkpoint, and is not removed.")
+            raise UserError(
+                f"{self.storage.url(folder_name(step))} is the only intact checkpoint and is not removed; save "
+                "another one first."
+            )
         self.storage.remove(folder_name(step), first=METADATA)
 
 
 def read_run(checkpoint: Storage) -> dict[str, Any]:
-    """Read a checkpoint's run.json; empty if there is none.
+    """Read a checkpoint's run.json; return an empty dictionary if the file does not exist.
 
     Raises:
-        UserError: if it is damaged.
+        UserError: if the file is damaged.
     """
     try:
-        found = checkpoint.read_json(RUN)
-        require(isinstance(found, dict), f"it is a {type(found).__name__}, not an object")
+        run = checkpoint.read_json(RUN)
+        require(isinstance(run, dict), f"it is a {type(run).__name__}, not an object")
     except FileNotFoundError:
         return {}
     except ValueError as error:
         raise UserError(
             f"{checkpoint.url(RUN)} is damaged ({one_line(error)}); restore the file, or remove it to go on without "
-            "the check of what changed."
+            "comparing this run with it."
         ) from None
-    return dict(found)
+    return dict(run)
 
 
 def is_export(files: Collection[str]) -> bool:
-    """Return whether a folder of these files holds weights to exchange: beside safetensors nothing is unpickled."""
+    """Return whether a folder with these files is an export in safetensors.
+
+    Other files in an export, such as `.metadata`, are never unpickled.
+    """
     return any(name.endswith(".safetensors") for name in files)
 
 
-def prunable_steps(good: Collection[int], keep_latest: int, keep_every: int, best: int | None = None) -> list[int]:
-    """The steps among those of good checkpoints that may go; never all of them.
+def prunable_steps(intact: Collection[int], keep_latest: int, keep_every: int, best: int | None = None) -> list[int]:
+    """Return the steps of intact checkpoints that retention allows to remove, never all of them.
 
     Args:
-        good: steps.
-        keep_latest: how many of the last ones stay; 0 for all of them.
-        keep_every: those whose step is a multiple of it stay too; 0 for none.
-        best: a step that stays too.
+        intact: steps of the intact checkpoints.
+        keep_latest: number of latest checkpoints to keep; 0 keeps all.
+        keep_every: also keep steps that are a multiple of this; 0 keeps none of them.
+        best: another step to keep.
 
     Raises:
         UserError: if `keep_latest` is negative.
@@ -192,5 +203,5 @@ def prunable_steps(good: Collection[int], keep_latest: int, keep_every: int, bes
     require(keep_latest >= 0, f"The number of latest checkpoints to keep must not be negative, but is {keep_latest}.")
     if keep_latest == 0:
         return []
-    keep = {*sorted(good)[-keep_latest:], best}
-    return sorted(step for step in good if step not in keep and not (keep_every and step % keep_every == 0))
+    keep = {*sorted(intact)[-keep_latest:], best}
+    return sorted(step for step in intact if step not in keep and not (keep_every and step % keep_every == 0))

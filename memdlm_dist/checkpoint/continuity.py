@@ -1,6 +1,6 @@
-"""Check that a checkpoint continues this very run: its data, its noise, its tokenizer; and warn of what else changed.
+"""Comparison of a checkpoint with the run that resumes from it: data, noise, tokenizer and experiment settings.
 
-The number of ranks and their layout are not among it: the order of the samples and their noise depend on neither.
+The number of ranks and the parallel layout may differ, because the sample order and the noise do not depend on them.
 """
 
 import logging
@@ -11,12 +11,12 @@ from memdlm_dist.errors import UserError, require
 
 logger = logging.getLogger()
 
-# Format of checkpoints and their run.json: raised when an older version could not read them. Without a number it is 1.
+# Format of checkpoints and their run.json, raised when older versions cannot read them. No number means format 1.
 FORMAT = 1
 
 DATA, TOKENIZER = "data.train", "model.hf_assets_path"
-# What a configuration may let change (`checkpoint.accept_changes`).
-KEYS = (
+# Configuration keys of a run's identity; `checkpoint.accept_changes` names those that may change.
+IDENTITY_KEYS = (
     "training.global_batch_size", "debug.seed", DATA, "data.shuffle", "data.shuffle_seed", "data.num_canonical_nodes",
     TOKENIZER,
 )  # fmt: skip
@@ -31,86 +31,95 @@ def identity(
     num_canonical_nodes: int,
     tokenizer: str,
 ) -> dict[str, Any]:
-    """Return what must not change between two parts of one run, by configuration key.
+    """Return the identity of a run: the values, by configuration key, that must not change when it is resumed.
 
     Args:
-        global_batch_size: sequences per optimizer step.
-        fingerprint: of the indices of all training shards and of their proportions.
-        tokenizer: its fingerprint.
+        global_batch_size: rows per optimizer step.
+        fingerprint: hash of the indices of all training shards and of the proportions.
+        tokenizer: the tokenizer's fingerprint.
     """
     values = (global_batch_size, seed, fingerprint, shuffle, shuffle_seed, num_canonical_nodes, tokenizer)
-    return dict(zip(KEYS, values, strict=True))
+    return dict(zip(IDENTITY_KEYS, values, strict=True))
 
 
 def check_format(checkpoint: str, run: Mapping[str, Any]) -> None:
-    """Check that this version reads a checkpoint.
+    """Check that this version can read a checkpoint's format.
 
     Args:
-        run: its run.json; empty if it has none.
+        checkpoint: path or URL of the checkpoint.
+        run: content of run.json; empty if the file does not exist.
 
     Raises:
-        UserError: if it is damaged, or of a later version.
+        UserError: if run.json is damaged, or its format is newer than `FORMAT`.
     """
-    found = run.get("format", 1)
-    require(isinstance(found, int), f"{checkpoint}/run.json is damaged (its format is {found!r}); restore the file.")
+    found_format = run.get("format", 1)
     require(
-        found <= FORMAT,
-        f"The checkpoint {checkpoint} has format {found}, and this version reads up to {FORMAT}; use the version of "
-        "memdlm_dist that saved it, or a later one.",
+        isinstance(found_format, int),
+        f"{checkpoint}/run.json is damaged (its format is {found_format!r}); restore the file.",
+    )
+    require(
+        found_format <= FORMAT,
+        f"The checkpoint {checkpoint} has format {found_format}, and this version reads up to {FORMAT}; use the "
+        "version of memdlm_dist that saved it, or a later one.",
     )
 
 
 def check(
     checkpoint: str,
     run: Mapping[str, Any],
-    ours: Mapping[str, Any],
+    current: Mapping[str, Any],
     experiment: Mapping[str, Any],
     accepted: Collection[str],
 ) -> bool:
-    """Return whether the data go on where they stopped; if not, the next epoch was accepted.
+    """Compare a checkpoint with this run, and return whether the data continue at the saved position.
 
-    Warns of changes of the experiment, which are continued.
+    If not, a change of the data or their order was accepted, and the run continues with the next epoch. Changed
+    experiment settings are only warned of.
 
     Args:
-        checkpoint: its path or URL.
-        run: its run.json; empty if it has none.
-        ours: this run's identity.
-        experiment: the settings that decide about the outcome besides, by configuration key.
-        accepted: keys of the identity that may differ.
+        checkpoint: path or URL of the checkpoint.
+        run: content of run.json; empty if the file does not exist.
+        current: this run's identity.
+        experiment: this run's other settings that affect the results, by configuration key.
+        accepted: identity keys that may differ.
 
     Raises:
         UserError: naming each difference that is not accepted.
     """
-    saved, before = (_section(checkpoint, run, name) for name in ("identity", "experiment"))
+    saved, saved_experiment = (_run_section(checkpoint, run, name) for name in ("identity", "experiment"))
     if not saved:
-        logger.warning(f"The checkpoint {checkpoint} does not say which data it is of: that is not checked.")
+        logger.warning(
+            f"The checkpoint {checkpoint} has no identity in run.json, so this run's data are not compared with it."
+        )
         return True
-    changed = [key for key in KEYS if key in saved and saved[key] != ours[key]]
+    changed = [key for key in IDENTITY_KEYS if key in saved and saved[key] != current[key]]
     refused = [key for key in changed if key not in accepted]
     if refused:
-        differences = ", ".join(f"{_label(key)} {saved[key]} (now {ours[key]})" for key in refused)
+        differences = ", ".join(f"{_label(key)} {saved[key]} (now {current[key]})" for key in refused)
         raise UserError(
-            f"The checkpoint {checkpoint} was made with {differences}: this run would not continue it; set it back, or "
-            f"accept the change with --checkpoint.accept_changes {','.join(refused)}."
+            f"The checkpoint {checkpoint} was made with {differences}, so this run would not continue it; undo the "
+            f"change, or accept it with --checkpoint.accept_changes {','.join(refused)}."
         )
     for key in changed:
-        logger.warning(f"Accepted: the checkpoint was made with {_label(key)} {saved[key]}, now {ours[key]}.")
+        logger.warning(f"Accepted: the checkpoint was made with {_label(key)} {saved[key]}, now {current[key]}.")
     if differences := ", ".join(
-        f"{key} = {before[key]} (now {value})" for key, value in experiment.items() if before.get(key, value) != value
+        f"{key} = {saved_experiment[key]} (now {value})"
+        for key, value in experiment.items()
+        if saved_experiment.get(key, value) != value
     ):
         logger.warning(f"The checkpoint {checkpoint} was made with {differences}; the run goes on with the change.")
     return not any(key.startswith("data.") for key in changed)
 
 
-def _section(checkpoint: str, run: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _run_section(checkpoint: str, run: Mapping[str, Any], name: str) -> dict[str, Any]:
     section = run.get(name, {})
     if not isinstance(section, dict):
         raise UserError(
             f"{checkpoint}/run.json is damaged ({name} is {type(section).__name__}, not an object); restore the file, "
-            "or remove it to go on without the check of what changed."
+            "or remove it to go on without comparing this run with it."
         )
     return section
 
 
 def _label(key: str) -> str:
-    return f"{key} of fingerprint" if key in (DATA, TOKENIZER) else f"{key} ="
+    return f"{key} fingerprint =" if key in (DATA, TOKENIZER) else f"{key} ="

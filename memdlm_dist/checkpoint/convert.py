@@ -1,6 +1,6 @@
-"""Checkpoints of training runs from and to Hugging Face weights, offline: one process, on the host, no training.
+"""Offline conversion between training checkpoints and Hugging Face weights, in one process on the CPU.
 
-Tensors keep their type unless another is asked for, so that there and back again is the same bit for bit.
+Tensors keep their dtype unless another is given, so that a conversion there and back is bit-identical.
 """
 
 import os
@@ -29,19 +29,19 @@ from memdlm_dist.models.state_dict_adapters import BackboneStateDictAdapter
 from memdlm_dist.runtime.rank_0 import failure_reason
 from memdlm_dist.runtime.storage import Storage, is_remote
 
-# Told what is done now.
+# Progress callback, called with a short text before each stage.
 Progress = Callable[[str], object]
 
 
 @dataclass(frozen=True)
 class Run:
-    """The run whose model is converted.
+    """Description of the run whose model is converted.
 
     Attributes:
-        adapter: the backbone's names on Hugging Face.
-        tensors: the model's under our names, without contents; with its adapters, if the run trains any.
-        lora: None if it trains all weights.
-        sources: where config.json and the tokenizer may lie: the folder that it starts from, and the tokenizer's.
+        sd_adapter: maps the backbone's tensor names to and from Hugging Face.
+        tensors: the model's tensors without storage, by parameter name; including adapters, if the run trains any.
+        lora: the adapters' settings; None if the run trains all weights.
+        sources: folders to search for config.json and the tokenizer: the initial weights' and the tokenizer's.
     """
 
     sd_adapter: BackboneStateDictAdapter
@@ -53,10 +53,12 @@ class Run:
 def from_hugging_face(
     run: Run, source: str, output: str, dtype: torch.dtype | None, progress: Progress = lambda text: None
 ) -> None:
-    """Write Hugging Face weights as a checkpoint that `checkpoint.initial_load_path` and the tools take.
+    """Convert Hugging Face weights to a checkpoint, for `checkpoint.initial_load_path` and the tools.
 
     Args:
-        dtype: of the checkpoint; None keeps that of each tensor.
+        source: folder of the Hugging Face weights.
+        output: folder to create.
+        dtype: dtype of the checkpoint; None keeps each tensor's dtype.
 
     Raises:
         UserError: if the weights are of another backbone, or the output cannot be written.
@@ -67,13 +69,13 @@ def from_hugging_face(
         saved = HuggingFaceStorageReader(source).read_metadata().state_dict_metadata
         state = {}
         for name, tensor in lora.without_adapters(run.tensors).items():
-            # Of a layer's experts, which are one tensor here, the first one tells.
+            # The experts of a layer are one tensor here; the first expert determines the dtype.
             first: Any = saved[next(iter(sd_adapter.to_hf({name: tensor})))]
             state[name] = torch.empty(tensor.shape, dtype=dtype or first.properties.dtype)
         progress(f"reading {_size(state)} from {source}")
         state = hugging_face_folder.read_into(state, sd_adapter, source)
         progress(f"writing {output}")
-        with _alone(f"The checkpoint could not be written to {output}"):
+        with _single_process_dcp(f"The checkpoint could not be written to {output}"):
             dcp.save(state, checkpoint_id=folder, no_dist=True)
         hugging_face_folder.describe(folder, sd_adapter, [source])
 
@@ -87,46 +89,48 @@ def to_hugging_face(
     adapters_alone: bool = False,
     progress: Progress = lambda text: None,
 ) -> str:
-    """Write a checkpoint's model as Hugging Face weights, its adapters merged, or its adapters alone in PEFT's layout.
+    """Convert a checkpoint to Hugging Face weights with merged adapters, or to its adapters alone in PEFT's layout.
 
     Args:
-        checkpoint: `step-N`, or a folder of them, whose newest good one is taken.
-        dtype: of the weights; None keeps that of each tensor.
-        assets: folder of the tokenizer and config.json; the checkpoint's own, then the tokenizer's, if None.
+        checkpoint: `step-N`, or a folder of checkpoints, of which the newest intact one is converted.
+        output: folder to create.
+        dtype: dtype of the weights; None keeps each tensor's dtype.
+        assets: folder of config.json and the tokenizer; None searches the checkpoint's folder, then `run.sources`.
+        adapters_alone: write only the adapters.
 
     Returns:
-        The checkpoint that was found.
+        The location of the converted checkpoint.
 
     Raises:
-        UserError: if there is no good checkpoint, it is of another model, or the output cannot be written.
+        UserError: if there is no intact checkpoint, it is of another model, or the output cannot be written.
     """
-    found = weights.find(checkpoint)
-    if is_export(Storage(found).sizes()):
-        raise UserError(f"{found} holds Hugging Face weights already; name a checkpoint of a training run.")
+    location = weights.find(checkpoint)
+    if is_export(Storage(location).sizes()):
+        raise UserError(f"{location} holds Hugging Face weights already; name a checkpoint of a training run.")
     if adapters_alone and run.lora is None:
-        raise UserError('The configuration trains no adapters (model.converters = ["lora"]); leave --adapter out.')
+        raise UserError('The configuration trains no adapters; omit --adapter, or set model.converters = ["lora"].')
     sd_adapter, expected = run.sd_adapter, run.tensors
-    if problem := check_model(found, expected):
-        raise UserError(f"The checkpoint {found} {problem}; choose another.")
-    saved: Any = read_metadata(found).state_dict_metadata
+    if problem := check_model(location, expected):
+        raise UserError(f"The checkpoint {location} {problem}; choose another.")
+    saved: Any = read_metadata(location).state_dict_metadata
     with _new_folder(output) as folder:
         names = [name for name in expected if not adapters_alone or lora.is_adapter(name)]
         state = {name: torch.empty(expected[name].shape, dtype=saved[name].properties.dtype) for name in names}
-        progress(f"reading {_size(state)} from {found}")
-        with _alone(f"The checkpoint {found} cannot be read"):
-            load_states(state, found, no_dist=True)
+        progress(f"reading {_size(state)} from {location}")
+        with _single_process_dcp(f"The checkpoint {location} cannot be read"):
+            load_states(state, location, no_dist=True)
         progress(f"writing {output}")
         sources = [assets] if assets else list(run.sources)
         if adapters_alone:
             assert run.lora is not None
             base = sources[0] if sources else ""
             hugging_face_folder.write_peft(_cast(state, dtype), folder, sd_adapter, run.lora.rank, run.lora.alpha, base)
-            return found
+            return location
         state = lora.merged(state, run.lora.scale) if run.lora is not None else state
         hugging_face_folder.write(sd_adapter.to_hf(_cast(state, dtype)), folder)
-        sources = sources if assets else [found, *sources]
+        sources = sources if assets else [location, *sources]
         hugging_face_folder.describe(folder, sd_adapter, [path for path in sources if not is_remote(path)])
-    return found
+    return location
 
 
 def _cast(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -139,34 +143,34 @@ def _size(state: Mapping[str, Tensor]) -> str:
 
 @contextmanager
 def _new_folder(output: str) -> Iterator[str]:
-    """A folder beside the output, which takes its name when all is written.
+    """Yield a temporary folder next to `output`, and rename it to `output` on success.
 
     Raises:
-        UserError: if the output exists, or cannot be made.
+        UserError: if the output exists, or cannot be created.
     """
     path = Path(output)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{output} exists and is not an empty folder; choose another --output, or remove it.")
-    part = path.with_name(f"{path.name}.part-{os.getpid()}")
+    temporary = path.with_name(f"{path.name}.part-{os.getpid()}")
     try:
-        part.mkdir(parents=True)
+        temporary.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"{output} cannot be written to ({error}); choose another --output.") from None
     try:
-        yield str(part)
-        part.replace(path)
+        yield str(temporary)
+        temporary.replace(path)
     except OSError as error:
         raise UserError(f"{output} could not be written ({error}); make room or choose another --output.") from None
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
-def _alone(failing: str) -> Iterator[None]:
-    """DCP by one process without a process group, which it warns of."""
+def _single_process_dcp(failing: str) -> Iterator[None]:
+    """Suppress DCP's warning about a missing process group, and raise its failures as UserError."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             yield
     except CheckpointException as failure:
-        raise UserError(f"{failing} ({failure_reason(failure)}).") from None
+        raise UserError(f"{failing} ({failure_reason(failure)}); check the disk.") from None

@@ -1,4 +1,4 @@
-"""torchtitan's CheckpointManager, which finds its way around what was interrupted or damaged."""
+"""Checkpoint manager on top of torchtitan's: skips interrupted and damaged checkpoints, and manages retention."""
 
 import logging
 import math
@@ -41,11 +41,11 @@ from memdlm_dist.runtime.writer import Claim
 
 logger = logging.getLogger()
 
-# The names of what torchtitan saves beside the model's tensors.
+# Keys under which torchtitan saves the states other than the model.
 _STATES = (OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE)
 
 
-# TensorBoard's names of the validation losses.
+# TensorBoard tags of the validation losses.
 MEMORY_OFF: Final = "validation/loss_memory_off"
 MEMORY_ON: Final = "validation/loss_memory_on"
 KeepBest = Literal["", "validation/loss_memory_off", "validation/loss_memory_on"]
@@ -53,35 +53,37 @@ KeepBest = Literal["", "validation/loss_memory_off", "validation/loss_memory_on"
 
 @dataclass
 class Checkpoint(TitanCheckpoint):
-    """torchtitan's section with one default changed and three keys more; `folder` may be a URL (s3://bucket/run)."""
+    """torchtitan's section with one changed default and three more keys; `folder` may be a URL (s3://bucket/run)."""
 
     last_save_model_only: bool = False
-    """Save only the model at the last step. False, unlike in torchtitan: a finished run can then be continued."""
+    """Save only the model at the last step. False, unlike in torchtitan, so that a finished run can be continued."""
 
     keep_every: int = 0
-    """Besides the latest checkpoints, keep those whose step is a multiple of this; 0 for none."""
+    """In addition to the latest checkpoints, keep those whose step is a multiple of this; 0 for none."""
 
     keep_best: KeepBest = ""
-    """Besides the latest checkpoints, keep the one at whose step this validation loss was least; empty for none."""
+    """In addition to the latest checkpoints, keep the one with the lowest value of this loss; empty for none."""
 
     accept_changes: list[str] = field(default_factory=list)
-    """Differences between the checkpoint's run and this one that are meant, such as training.global_batch_size or
-    data.train; any other stops the run, for it would not continue the one that was interrupted."""
+    """Keys whose change since the checkpoint is accepted, such as training.global_batch_size or data.train.
+
+    Another change of the data or the noise stops the run, because it would not continue the interrupted one."""
 
 
 class ResumableCheckpoints(HookedCheckpoints):
-    """Checkpoints on a path or URL; the newest good one is resumed, others are skipped with their names.
+    """Checkpoint manager for a path or URL that resumes from the newest intact checkpoint and names skipped ones.
 
-    Rank 0 alone looks at the folder and tells the others, so that all do the same. Reading and writing are DCP's:
-    what fails on one rank fails on all.
+    Rank 0 alone inspects the folder and broadcasts the result, so that all ranks act alike. DCP reads and writes; a
+    failure on one rank is a failure on all ranks.
     """
 
-    # Set by the trainer once it is built: what the run is (see `continuity`), and what a failed save leads to.
+    # Set by the trainer after construction: the run's identity and experiment (see `continuity`), and whether a failed
+    # save stops the run.
     identity: Mapping[str, Any]
     experiment: Mapping[str, Any]
     stop_on_save_failure: bool
-    lora: LoRA | None = None  # if adapters are trained
-    writer: Claim | None = None  # to the folder, on rank 0
+    lora: LoRA | None = None  # settings of the adapters; None if none are trained
+    writer: Claim | None = None  # rank 0's claim to the folder
     save_future: Any
     sd_adapter: Any
 
@@ -90,10 +92,10 @@ class ResumableCheckpoints(HookedCheckpoints):
             base_folder = ""
         super().__init__(checkpoint_config=checkpoint_config, base_folder=base_folder, **components)
         self.identity, self.experiment, self.stop_on_save_failure = {}, {}, False
-        # Save after this step whatever the interval; set for the step at which a run is stopped.
+        # Save after this step regardless of the interval; set when the run is asked to stop.
         self.save_now = False
         self._config = checkpoint_config
-        self._saving: int | None = None  # the step whose asynchronous save may still be under way
+        self._saving_step: int | None = None  # step of an asynchronous save that may be in progress
         if not self.enable:
             return
         self._catalogue = Catalogue(self.folder)
@@ -103,10 +105,13 @@ class ResumableCheckpoints(HookedCheckpoints):
 
     @torch.no_grad()
     def load(self, step: int = -1) -> bool:
-        """Load a step, or the newest good checkpoint, or the initial one; False if there is none to start from.
+        """Load the checkpoint of `step`, or the newest intact one (-1), or else the initial weights.
+
+        Returns:
+            False if there is nothing to load.
 
         Raises:
-            UserError: if the requested one, or all there are, cannot be used, or if one is not of this run.
+            UserError: if the requested checkpoint or all checkpoints are damaged, or if one belongs to another run.
         """
         if not self.enable:
             return False
@@ -120,9 +125,9 @@ class ResumableCheckpoints(HookedCheckpoints):
             saved = from_rank_0(lambda candidate=candidate: self._catalogue.inspect(candidate))
             location = folder.url(saved.name)
             if saved.exported:
-                problem = "holds weights alone, in safetensors"
+                problem = "holds only exported weights, in safetensors"
             else:
-                # A checkpoint of step 0 is one of initial weights alone.
+                # A checkpoint of step 0 holds only initial weights.
                 problem = saved.problem or self._load_from(location, model_only=candidate == 0)
             if not problem:
                 return True
@@ -153,20 +158,20 @@ class ResumableCheckpoints(HookedCheckpoints):
             raise UserError(f"{location} holds safetensors; set checkpoint.initial_load_in_hf to start from them.")
         if METADATA not in files:
             raise UserError(f"There is no complete checkpoint in {location}; correct checkpoint.initial_load_path.")
-        # A run that trains adapters starts from a base that has none.
+        # A run that trains adapters starts from a base without adapters.
         problem = self._load_from(location, self.initial_load_model_only, base=self.initial_load_model_only)
         if problem:
             raise UserError(f"The checkpoint {location} {problem}; choose another checkpoint.initial_load_path.")
         return True
 
     def _load_from(self, location: str, model_only: bool, base: bool = False) -> str:
-        """Load one checkpoint; returns what is wrong with it, as the end of a sentence.
+        """Load one checkpoint; return what is wrong with it, as a predicate, or an empty string.
 
         Args:
-            base: it may lack the adapters, which then start anew.
+            base: the checkpoint may lack adapters, which then keep their initial values.
 
         Raises:
-            UserError: if it is whole, but not of this model or this run.
+            UserError: if the checkpoint is intact, but belongs to another model or run.
         """
         if problem := from_rank_0(lambda: check_model(location, self.states[MODEL].state_dict(), base)):
             return problem
@@ -178,10 +183,10 @@ class ResumableCheckpoints(HookedCheckpoints):
         began = time.perf_counter()
         try:
             states = self.states_to_load(model_only)
-            states = states_in(location, states) if base else states
+            states = matching_states(location, states) if base else states
             load_states(states, location)
             self.states[MODEL].load_state_dict(states)  # torchtitan keeps the model's tensors at the top level
-        except CheckpointException as failure:  # DCP's own, on every rank
+        except CheckpointException as failure:  # raised on every rank
             return f"cannot be read ({failure_reason(failure)})"
         if not same_data and DATALOADER not in self.exclude_from_loading:
             self.states[DATALOADER].next_epoch()
@@ -192,64 +197,68 @@ class ResumableCheckpoints(HookedCheckpoints):
     # Saving
 
     def save(self, curr_step: int, last_step: bool = False) -> None:
-        """Save if it is time to. A failure leaves what was saved before as it is.
+        """Save if a checkpoint is due; a failed save leaves earlier checkpoints unchanged.
 
         Raises:
-            UserError: if saving fails and nothing comes after it, or `reliability.on_save_failure` is "stop".
+            UserError: if saving fails and no later save can follow, or `reliability.on_save_failure` is "stop".
         """
         if not self.is_due(curr_step, last_step):
             return
         self.wait()
         began, pause = time.monotonic(), storage.FIRST_WAIT
         while True:
-            reason, everywhere = first_reason(self._try_to_save(curr_step, last_step))
+            reason, on_all_ranks = first_reason(self._try_to_save(curr_step, last_step))
             if not reason:
                 return
-            self._abandon()
-            # A store that is away comes back; a disk that is full stays full.
-            late = time.monotonic() + pause - began > storage.PATIENCE
-            if not everywhere or not self._catalogue.storage.remote or from_rank_0(lambda late=late: late):
-                # A thread that saves waits for the ranks that failed, and would come between those of later saves.
-                stuck = not everywhere and self.async_mode == AsyncMode.ASYNC
-                self._give_up(curr_step, reason, final=last_step or self.save_now or stuck)
+            self._drop_failed_save()
+            # A store that is unavailable may come back; a full disk stays full.
+            out_of_time = time.monotonic() + pause - began > storage.PATIENCE
+            if (
+                not on_all_ranks
+                or not self._catalogue.storage.remote
+                or from_rank_0(lambda out_of_time=out_of_time: out_of_time)
+            ):
+                # The saver threads of other ranks still wait for the failed ranks, and would disturb later saves.
+                blocked = not on_all_ranks and self.async_mode == AsyncMode.ASYNC
+                self._handle_save_failure(curr_step, reason, final=last_step or self.save_now or blocked)
                 return
             logger.warning(f"Saving the checkpoint of step {curr_step} failed ({reason}); trying again in {pause:g} s.")
             time.sleep(pause)
             pause *= 2
 
     def _try_to_save(self, step: int, last_step: bool) -> str:
-        """Save, or begin to; returns why it failed."""
+        """Save, or start an asynchronous save; return the reason of a failure, or an empty string."""
         try:
             self._prepare_folder(step)
             super().save(step, last_step)
             if last_step and self.last_save_in_hf:
                 from_rank_0(lambda: self._complete_export(step))
             if last_step:
-                self.purge()  # which torchtitan leaves out after the last step
+                self.purge()  # torchtitan does not purge after the last step
             elif self.async_mode != AsyncMode.DISABLED:
-                self._saving = step
+                self._saving_step = step
                 if self.save_now:
-                    self._finish_saving()
+                    self._finish_save()
         except UserError:
             raise
         except (CheckpointException, Exception) as failure:  # DCP's is a BaseException
-            self._abandon()  # before the ranks agree, for others may wait for this one's
+            self._drop_failed_save()  # at once, because savers of other ranks may wait for this rank's saver
             reason = failure_reason(failure)
             if not isinstance(failure, CheckpointException | OSError):
-                # Now, for others may be in a collective of the save, and then no rank comes to agree.
-                logger.error(f"Saving the checkpoint of step {step} failed on this rank: {reason}", exc_info=True)
+                # Log it now: other ranks may hang in a collective of the save, and then no reasons are exchanged.
+                logger.error(f"Saving the checkpoint of step {step} failed on this rank: {reason}.", exc_info=True)
             return reason
         return ""
 
     def maybe_wait_for_staging(self) -> None:
-        """Wait until the parameters that are being saved may change."""
+        """Wait until the parameters have been copied for the save and may change."""
         try:
             super().maybe_wait_for_staging()
-        except Exception:  # the save fails of it too, and `wait` says so
+        except Exception:  # the save fails for the same reason, and `wait` reports it
             self.staging = False
 
     def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str, *rest: Any, **options: Any) -> Any:
-        """torchtitan's; what is exported to others is the plain model, or the adapters alone."""
+        """Save with DCP; an export to Hugging Face holds the merged model, or only the adapters."""
         if not options.get("to_hf"):
             return super().dcp_save(state_dict, checkpoint_id, *rest, **options)
         if self.lora is not None and self.lora.export == "adapter":
@@ -268,65 +277,69 @@ class ResumableCheckpoints(HookedCheckpoints):
         hugging_face_folder.write_peft(adapters, folder, self.sd_adapter, self.lora.rank, self.lora.alpha, base)
 
     def _complete_export(self, step: int) -> None:
-        """Add config.json and the tokenizer to exported weights; on rank 0 alone."""
+        """Add config.json and the tokenizer to exported weights; call on rank 0 only."""
         folder = self._catalogue.storage.url(folder_name(step))
         hugging_face_folder.remove_rank_files(folder)
         sources = [path for path in (self.initial_load_path, self.sd_adapter.assets) if path]
         if self.lora is None or self.lora.export == "merged":
             hugging_face_folder.describe(folder, self.sd_adapter, sources)
 
-    def _finish_saving(self) -> None:
-        self._saving = None
+    def _finish_save(self) -> None:
+        self._saving_step = None
         self.save_future.result()
 
     def wait(self) -> None:
-        """Wait for an asynchronous save that is under way."""
-        if (step := self._saving) is None:
+        """Wait for an asynchronous save in progress, and report its failure.
+
+        Raises:
+            UserError: if the save failed and `reliability.on_save_failure` is "stop".
+        """
+        if (step := self._saving_step) is None:
             return
         reason = ""
         try:
-            self._finish_saving()
+            self._finish_save()
         except (CheckpointException, Exception) as failure:
-            self._abandon()
+            self._drop_failed_save()
             reason = failure_reason(failure)
         reason, _ = first_reason(reason)
         if reason:
-            self._abandon()
-            self._give_up(step, reason, final=False)
+            self._drop_failed_save()
+            self._handle_save_failure(step, reason, final=False)
 
-    def _abandon(self) -> None:
-        """Forget the save that is under way, which has failed on some rank; others of its ranks fail with it."""
-        self._saving = self.save_future = None
+    def _drop_failed_save(self) -> None:
+        """Drop a save that has failed on some rank; with a saver process, end the process."""
+        self._saving_step = self.save_future = None
         if self.async_mode == AsyncMode.ASYNC_WITH_PINNED_MEM:
             end_saver()
 
-    def _give_up(self, step: int, reason: str, final: bool) -> None:
+    def _handle_save_failure(self, step: int, reason: str, final: bool) -> None:
         folder = self._catalogue.storage
         if not folder.remote:
             reason += f"; {shutil.disk_usage(self.folder).free / 2**20:,.0f} MiB were free"
         location = folder.url(folder_name(step))
-        sentence = f"The checkpoint {location} could not be saved ({reason}); earlier ones are as they were"
-        from_rank_0(lambda: _attempt(lambda: self._remove(step)))
+        sentence = f"The checkpoint {location} could not be saved ({reason}); earlier ones are unchanged"
+        from_rank_0(lambda: _try_housekeeping(lambda: self._remove(step)))
         if final or self.stop_on_save_failure:
             raise UserError(f"{sentence}; make room or choose another checkpoint.folder, and start again.")
-        logger.error(f"{sentence}. Training goes on, and saves again after {self.interval} steps.")
+        logger.error(f"{sentence}, and training goes on and saves again after {self.interval} steps.")
 
     def _prepare_folder(self, step: int) -> None:
-        """Make the folder with what the run says of itself; what is there already is kept under another name."""
+        """Create the folder and run.json; rename a complete checkpoint of the step, or remove an incomplete one."""
 
         def prepare() -> OSError | None:
             name, folder = folder_name(step), self._catalogue.storage
             try:
                 self._check_writer()
-                found = folder.sizes(name)
-                if METADATA in found or is_export(found):
-                    # A run that went back to an earlier step has come here again.
+                files = folder.sizes(name)
+                if METADATA in files or is_export(files):
+                    # The run resumed from an earlier step and has reached this step again.
                     others = [other for other in folder.sizes() if other.startswith(f"{name}.replaced")]
-                    kept = f"{name}.replaced-{len(others) + 1}"
-                    folder.move(name, kept)
-                    logger.warning(f"Keeping the earlier checkpoint of step {step} as {kept}.")
-                elif found:
-                    self._remove(step)  # of a save that was interrupted
+                    kept_name = f"{name}.replaced-{len(others) + 1}"
+                    folder.move(name, kept_name)
+                    logger.warning(f"Keeping the earlier checkpoint of step {step} as {kept_name}.")
+                elif files:
+                    self._remove(step)  # left by an interrupted save
                 run = {
                     "format": continuity.FORMAT, "step": step, "ranks": dist.get_world_size(),
                     "identity": dict(self.identity), "experiment": dict(self.experiment),
@@ -336,7 +349,7 @@ class ResumableCheckpoints(HookedCheckpoints):
                 raise
             except OSError as error:
                 return error
-            except Exception as error:  # remote file systems have their own
+            except Exception as error:  # remote file systems raise their own
                 return OSError(f"{type(error).__name__}: {error}")
             return None
 
@@ -344,25 +357,26 @@ class ResumableCheckpoints(HookedCheckpoints):
             raise failure
 
     def is_due(self, step: int, last_step: bool = False) -> bool:
+        """Return whether to save after a step: by torchtitan's rules, or because of `save_now`."""
         if self.enable and not self.load_only and self.save_now:
             return True
         return super().is_due(step, last_step)
 
     def note_validation(self, step: int, losses: Mapping[str, float]) -> None:
-        """Remember the loss that `checkpoint.keep_best` goes by, beside the checkpoints."""
+        """Record the loss that `checkpoint.keep_best` names in scores.json, if it is finite."""
         best = self._config.keep_best
         if self.enable and not self.load_only and is_rank_0() and math.isfinite(losses.get(best, math.nan)):
-            _attempt(
-                lambda: self._catalogue.add_score(step, losses[best]), "Noting a validation beside the checkpoints"
+            _try_housekeeping(
+                lambda: self._catalogue.add_score(step, losses[best]), "Recording the validation loss in scores.json"
             )
 
     def purge(self) -> None:
-        """Remove what retention does not keep, in the background. Only complete checkpoints count."""
-        # torchtitan calls this right after an asynchronous save has begun, when its metadata is not there yet.
+        """Remove complete checkpoints that retention does not keep, in the background."""
+        # torchtitan calls this right after the start of an asynchronous save, which is then still incomplete.
         if is_rank_0():
-            self._remover.submit(_attempt, self._remove_superfluous)
+            self._remover.submit(_try_housekeeping, self._prune)
 
-    def _remove_superfluous(self) -> None:
+    def _prune(self) -> None:
         complete = self._catalogue.complete_steps()
         if not complete or self._catalogue.inspect(complete[-1]).problem:
             return
@@ -380,21 +394,22 @@ class ResumableCheckpoints(HookedCheckpoints):
             self.writer.check()
 
     def close(self) -> None:
+        """Wait for pending removals and release the threads."""
         super().close()
         if hasattr(self, "_remover"):
             self._remover.shutdown()
 
 
 def check_model(location: str, tensors: Mapping[str, torch.Tensor], base: bool = False) -> str:
-    """Return what is wrong with a checkpoint's metadata, as the end of a sentence; empty if nothing is.
+    """Return what is wrong with a checkpoint's metadata, as a predicate; empty if nothing is.
 
     Args:
-        tensors: the model's, under our names.
-        base: it may lack the adapters.
+        tensors: the model's tensors by parameter name.
+        base: the checkpoint may lack adapters.
 
     Raises:
-        UserError: if it is of a later version, or whole but of another model, naming the first tensor that does not
-            fit.
+        UserError: if the checkpoint has a newer format, or is intact but of another model; names the first tensor that
+            does not match.
     """
     continuity.check_format(location, read_run(Storage(location)))
     try:
@@ -403,35 +418,36 @@ def check_model(location: str, tensors: Mapping[str, torch.Tensor], base: bool =
         return f"has metadata that cannot be read ({one_line(error)})"
     for name in tensors:
         if name in entries and not isinstance(entries[name], TensorStorageMetadata):
-            return f"holds something else than a tensor as {name}"
+            return f"holds {name}, which is not a tensor"
     saved_shapes = {
         name: tuple(entry.size)
         for name, entry in entries.items()
-        # The model's tensors stand at the top level, the other states under their names.
+        # The model's tensors are at the top level, the other states under their keys.
         if isinstance(entry, TensorStorageMetadata) and name.split(".")[0] not in _STATES
     }
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if base and not any(map(lora.is_adapter, saved_shapes)):
         shapes = lora.without_adapters(shapes)
     for name in [*shapes, *saved_shapes]:
-        ours, theirs = shapes.get(name), saved_shapes.get(name)
-        if ours != theirs:
+        model_shape, saved_shape = shapes.get(name), saved_shapes.get(name)
+        if model_shape != saved_shape:
             raise UserError(
-                f"The checkpoint in {location} is of another model: its {name} is {theirs or 'absent'}, this model's "
-                f"{ours or 'absent'}; choose another job.dump_folder, or the model.flavor that it was made with."
+                f"The checkpoint in {location} is of another model: its {name} is {saved_shape or 'absent'}, this "
+                f"model's {model_shape or 'absent'}; choose another job.dump_folder, or the model.flavor of the "
+                "checkpoint."
             )
     return ""
 
 
-def states_in(location: str, states: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the states to load, without the adapters if the checkpoint is of a plain model. Call on all ranks."""
-    adapted = from_rank_0(lambda: any(map(lora.is_adapter, read_metadata(location).state_dict_metadata)))
-    return dict(states) if adapted else lora.without_adapters(states)
+def matching_states(location: str, states: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the states to load, without adapters if the checkpoint has none; call on all ranks."""
+    has_adapters = from_rank_0(lambda: any(map(lora.is_adapter, read_metadata(location).state_dict_metadata)))
+    return dict(states) if has_adapters else lora.without_adapters(states)
 
 
-def _attempt(action: Any, what: str = "Removing a checkpoint") -> None:
-    """Do housekeeping, which must not end a run."""
+def _try_housekeeping(action: Any, task: str = "Removing a checkpoint") -> None:
+    """Run a housekeeping action; a failure is only logged, because it must not end the run."""
     try:
         action()
     except Exception as error:
-        logger.warning(f"{what} failed ({one_line(error)}).")
+        logger.warning(f"{task} failed ({one_line(error)}).")

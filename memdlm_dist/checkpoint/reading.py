@@ -1,4 +1,4 @@
-"""Reading a DCP checkpoint as data: every checksum compared, and no class unpickled but those that DCP writes."""
+"""Reading of untrusted DCP checkpoints: verifies every checksum and unpickles only classes that DCP writes."""
 
 import io
 import zipfile
@@ -15,50 +15,55 @@ from memdlm_dist.compat.torch import EntryReader, FsspecEntryReader
 from memdlm_dist.runtime.storage import is_remote
 
 
-class _Checked:
-    """Checks of checksums for DCP's readers, which do not look at them: a flipped bit would be trained on."""
+class _ChecksumMixin:
+    """Mixin that verifies checksums; DCP's readers ignore them and would load a flipped bit."""
 
     def check_entry(self, file: Any, offset: int, length: int, name: str) -> io.BytesIO:
+        """Return the bytes of one entry.
+
+        Raises:
+            OSError: if a checksum is wrong.
+        """
         file.seek(offset)
         content = file.read(length)
-        if not is_sound(content):
+        if not checksums_match(content):
             raise OSError(f"the file {name} is corrupt: a checksum is wrong")
         return io.BytesIO(content)
 
 
-class CheckedReader(_Checked, EntryReader):
-    """DCP's reader of a folder on disk, with checksums."""
+class CheckedReader(_ChecksumMixin, EntryReader):
+    """DCP reader for a local folder that verifies checksums."""
 
 
-class CheckedFsspecReader(_Checked, FsspecEntryReader):
-    """DCP's reader of a folder at a URL, with checksums."""
+class CheckedFsspecReader(_ChecksumMixin, FsspecEntryReader):
+    """DCP reader for a folder at a URL that verifies checksums."""
 
 
 class DataPlanner(DefaultLoadPlanner):
-    """DCP's planner, which unpickles what is no tensor as data alone: numbers, texts, lists and dictionaries.
+    """DCP load planner that unpickles values other than tensors with `weights_only=True`.
 
-    DCP's own calls `torch.load` with `weights_only=False`.
+    It accepts numbers, strings, lists and dictionaries. DCP's own planner calls `torch.load` with `weights_only=False`.
     """
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Set a value that is no tensor.
+        """Load a value that is not a tensor.
 
         Raises:
-            ValueError: if the model or the optimizer has a tensor of that name.
-            pickle.UnpicklingError: if it holds anything but data.
+            ValueError: if the state to load has a tensor with that name.
+            pickle.UnpicklingError: if the value contains other classes.
         """
         name = read_item.dest_index.fqn
         if isinstance(self.state_dict.get(name), Tensor):
-            raise ValueError(f"{name} is a tensor, and not one in the checkpoint")
-        # The parent unpickles without limits; what it gets was written here.
-        again = io.BytesIO()
-        torch.save(torch.load(value, weights_only=True), again)
-        again.seek(0)
-        super().load_bytes(read_item, again)
+            raise ValueError(f"{name} is a tensor, but not in the checkpoint")
+        # The parent unpickles without restrictions, so it gets a copy that was serialised here.
+        buffer = io.BytesIO()
+        torch.save(torch.load(value, weights_only=True), buffer)
+        buffer.seek(0)
+        super().load_bytes(read_item, buffer)
 
 
 def reader(location: str) -> EntryReader | FsspecEntryReader:
-    """DCP's reader of a checkpoint, which checks what it reads."""
+    """Return a checksum-verifying DCP reader for a checkpoint at a path or URL."""
     return CheckedFsspecReader(location) if is_remote(location) else CheckedReader(location)
 
 
@@ -66,22 +71,22 @@ def read_metadata(location: str) -> Metadata:
     """Read DCP's metadata.
 
     Raises:
-        Exception: whatever reading and unpickling raise.
+        Exception: any error of reading or unpickling.
     """
     return reader(location).read_metadata()
 
 
 def load_states(states: dict[str, Any], location: str, no_dist: bool = False) -> None:
-    """Fill states from a checkpoint, each rank its own part.
+    """Load a checkpoint into `states` in place; each rank reads only its part of the sharded tensors.
 
     Raises:
-        CheckpointException: on every rank, what failed on any.
+        CheckpointException: on every rank, with the failures of all ranks.
     """
     dcp.load(states, storage_reader=reader(location), planner=DataPlanner(), no_dist=no_dist)
 
 
-def is_sound(entry: bytes) -> bool:
-    """Return whether the checksums of an entry, a zip archive, are right."""
+def checksums_match(entry: bytes) -> bool:
+    """Return whether all checksums in an entry, which is a zip archive, are correct."""
     try:
         return zipfile.ZipFile(io.BytesIO(entry)).testzip() is None
     except zipfile.BadZipFile:

@@ -1,4 +1,4 @@
-"""The process that writes checkpoints in the background with `checkpoint.async_mode = "async_with_pinned_mem"`."""
+"""Process that writes checkpoints in the background with `checkpoint.async_mode = "async_with_pinned_mem"`."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ from memdlm_dist.runtime.preemption import outlive_stop_request, starting_waiter
 
 
 class Saver(SaverProcess):
-    """DCP's process, which finishes its save when every process of the job is asked to stop.
+    """DCP's saver process, which survives a stop request to the whole job and finishes its save.
 
-    The rank then saves its last step through it, or waits for the save that is under way.
+    After a stop request the rank still saves its last step through this process, or waits for the save in progress.
     """
 
     def __init__(self, *arguments: Any, **named: Any):
@@ -18,5 +18,6 @@ class Saver(SaverProcess):
 
     @staticmethod
     def serve(group: Any, pipe: Any) -> None:
+        """Run the body of the process: ignore the first stop request, then serve save requests from `pipe`."""
         outlive_stop_request()
         SaverProcess.serve(group, pipe)

@@ -1,4 +1,4 @@
-"""The weights alone of a checkpoint, for whoever reads with a model and does not train it."""
+"""Loading of a checkpoint's weights alone, for inference and evaluation."""
 
 import torch
 from torch import nn
@@ -7,7 +7,7 @@ from torchtitan.components.checkpoint import ModelWrapper
 
 from memdlm_dist.checkpoint import hugging_face_folder
 from memdlm_dist.checkpoint.catalogue import METADATA, Catalogue, folder_name, is_export
-from memdlm_dist.checkpoint.manager import check_model, states_in
+from memdlm_dist.checkpoint.manager import check_model, matching_states
 from memdlm_dist.checkpoint.reading import load_states
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import initial_weights
@@ -17,7 +17,7 @@ from memdlm_dist.runtime.storage import Storage
 
 
 def find(location: str) -> str:
-    """Find a checkpoint: `location` itself, or the newest good one in that folder, exported ones among them.
+    """Return the location of a checkpoint: `location` itself, or the newest intact checkpoint or export in it.
 
     Raises:
         UserError: if there is none.
@@ -26,16 +26,18 @@ def find(location: str) -> str:
     if METADATA in files or is_export(files):
         return location
     catalogue = Catalogue(location)
-    found = catalogue.all()
-    # An export is whole once its index is there; the adapters alone have none.
-    good = [
+    checkpoints = catalogue.all()
+    # An export is complete once its index exists. An export of adapters alone has no index and is not used.
+    usable = [
         saved.step
-        for saved in found
+        for saved in checkpoints
         if saved.intact or (saved.exported and hugging_face_folder.INDEX in catalogue.storage.sizes(saved.name))
     ]
-    if good:
-        return catalogue.storage.url(folder_name(good[-1]))
-    problems = "; ".join(f"{saved.name} {saved.problem or 'holds weights alone, in safetensors'}" for saved in found)
+    if usable:
+        return catalogue.storage.url(folder_name(usable[-1]))
+    problems = "; ".join(
+        f"{saved.name} {saved.problem or 'holds only exported weights, in safetensors'}" for saved in checkpoints
+    )
     raise UserError(
         f"There is no checkpoint that can be used in {location}{f' ({problems})' if problems else ''}; name a folder "
         "step-N, or one that holds such folders."
@@ -44,31 +46,30 @@ def find(location: str) -> str:
 
 @torch.no_grad()
 def load(model: nn.Module, location: str, sd_adapter: BackboneStateDictAdapter) -> str:
-    """Load weights into a model of any layout, each rank its own part; returns where they were found.
+    """Load weights into a model with any parallel layout and return their location; call on all ranks.
 
-    Call on all ranks.
+    Each rank reads only its part of the sharded tensors.
 
     Args:
-        location: a checkpoint, a folder of them, or a folder of Hugging Face weights.
-        adapter: the model's names on Hugging Face.
+        location: a checkpoint, a folder of checkpoints, or a folder of Hugging Face weights.
 
     Raises:
         UserError: if there is no checkpoint at `location`, or it is damaged or of another model.
     """
-    found: str = from_rank_0(lambda: find(location))
+    path: str = from_rank_0(lambda: find(location))
     weights = ModelWrapper(model)
-    initial_weights.draw_adapters(model)  # which weights of a plain model leave as they are
-    if from_rank_0(lambda: is_export(Storage(found).sizes())):
-        hugging_face_folder.load(weights, sd_adapter, found)
-        return found
-    problem = from_rank_0(lambda: check_model(found, weights.state_dict(), base=True))
+    initial_weights.draw_adapters(model)  # they stay as drawn if the weights have none
+    if from_rank_0(lambda: is_export(Storage(path).sizes())):
+        hugging_face_folder.load(weights, sd_adapter, path)
+        return path
+    problem = from_rank_0(lambda: check_model(path, weights.state_dict(), base=True))
     if not problem:
         try:
-            states = states_in(found, weights.state_dict())
-            load_states(states, found)
+            states = matching_states(path, weights.state_dict())
+            load_states(states, path)
             weights.load_state_dict(states)
         except CheckpointException as failure:
             problem = f"cannot be read ({failure_reason(failure)})"
     if problem:
-        raise UserError(f"The checkpoint {found} {problem}; choose another.")
-    return found
+        raise UserError(f"The checkpoint {path} {problem}; choose another.")
+    return path

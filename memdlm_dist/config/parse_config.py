@@ -17,7 +17,7 @@ from typing import Any, Literal
 import typeguard
 from torchtitan.config import ConfigManager
 
-from memdlm_dist.checkpoint.continuity import KEYS as CONTINUITY
+from memdlm_dist.checkpoint.continuity import IDENTITY_KEYS as CONTINUITY
 from memdlm_dist.checkpoint.manager import MEMORY_OFF, MEMORY_ON
 from memdlm_dist.config import ranges
 from memdlm_dist.config.job_config import FORMAT, JobConfig

@@ -1,1 +1,1 @@
-"""Corpus to tokenised shards, and shards to micro-batches."""
+"""Preparation of tokenised shards from a corpus, and the loader that turns shards into micro-batches."""

@@ -1,4 +1,4 @@
-"""Compressed files opened so that their end is the end of what was written: a file cut short is an error."""
+"""Reading of compressed files; a truncated file raises an error."""
 
 import contextlib
 import io
@@ -8,46 +8,52 @@ from typing import IO, Any
 import fsspec
 import zstandard
 
-_READ = 1 << 13  # compressed bytes at once: what they stand for may be 10,000 times as long
+_READ_BYTES = 1 << 13  # compressed bytes per read, which may decompress to 10,000 times as many
 
 
 @contextlib.contextmanager
 def open_bytes(url: str) -> Iterator[io.BufferedReader]:
-    """Open a file at any fsspec URL for reading, decompressed by its suffix.
+    """Open a file at any fsspec URL for reading and decompress it according to its suffix.
 
     Raises:
-        OSError, EOFError, and those of the decompressors: while reading, if the file is damaged or not complete.
+        OSError, EOFError, or an error of the decompressor: while reading, if the file is damaged or truncated.
     """
-    frames = url.endswith(".zst")
-    with fsspec.open(url, "rb", compression=None if frames else "infer") as raw:
-        yield io.BufferedReader(ZstandardReader(raw) if frames else raw)
+    is_zstandard = url.endswith(".zst")
+    with fsspec.open(url, "rb", compression=None if is_zstandard else "infer") as raw:
+        yield io.BufferedReader(ZstandardReader(raw) if is_zstandard else raw)
 
 
 class ZstandardReader(io.RawIOBase):
-    """The content of a .zst file of any number of frames.
+    """Decompressed content of a .zst file with any number of frames.
 
-    zstandard's own reader ends after the first frame, and takes the end of the file for the end of a frame.
+    zstandard's own reader stops after the first frame, and does not notice a file that ends within a frame.
     """
 
     def __init__(self, file: IO[bytes]):
         self._file = file
-        self._frame: Any = None  # its decompressor, within a frame
-        self._compressed, self._content = b"", memoryview(b"")
+        self._decompressor: Any = None  # decompressor of the current frame; None between frames
+        self._compressed, self._decompressed = b"", memoryview(b"")
 
     def readable(self) -> bool:
+        """Return True; `io.BufferedReader` requires it."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not self._content:
-            chunk = self._compressed or self._file.read(_READ)
-            if not chunk and self._frame is not None:
+        """Fill `buffer` with decompressed bytes and return their number; 0 is the end of the file.
+
+        Raises:
+            EOFError: if the file ends within a frame.
+        """
+        while not self._decompressed:
+            chunk = self._compressed or self._file.read(_READ_BYTES)
+            if not chunk and self._decompressor is not None:
                 raise EOFError("the compressed file ends before its end-of-stream marker")
             if not chunk:
                 return 0
-            self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
-            self._content, self._compressed = memoryview(self._frame.decompress(chunk)), b""
-            if self._frame.eof:
-                self._compressed, self._frame = self._frame.unused_data, None
-        size = min(len(buffer), len(self._content))
-        buffer[:size], self._content = self._content[:size], self._content[size:]
+            self._decompressor = self._decompressor or zstandard.ZstdDecompressor().decompressobj()
+            self._decompressed, self._compressed = memoryview(self._decompressor.decompress(chunk)), b""
+            if self._decompressor.eof:
+                self._compressed, self._decompressor = self._decompressor.unused_data, None
+        size = min(len(buffer), len(self._decompressed))
+        buffer[:size], self._decompressed = self._decompressed[:size], self._decompressed[size:]
         return size

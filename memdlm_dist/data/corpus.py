@@ -1,4 +1,4 @@
-"""Sources of text: JSONL, JSON and Parquet files at any fsspec URL, and a corpus every machine has."""
+"""Corpus files: JSONL, JSON and Parquet at any fsspec URL, and a built-in corpus that every machine has."""
 
 import json
 import lzma
@@ -21,20 +21,20 @@ from memdlm_dist.data.sequences import MAX_ROW
 from memdlm_dist.errors import UserError
 from memdlm_dist.runtime.rank_0 import one_line
 
-# What a file that is damaged, or not what its name says, raises.
+# Errors of a file that is damaged, or is not of the type that its suffix says.
 _UNREADABLE = (
     OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, zstandard.ZstdError,
     pyarrow.ArrowException,
 )  # fmt: skip
 _BOM = b"\xef\xbb\xbf"
-# What separates the elements of a JSON array, and what may hold these characters.
-# A string without an end is one match too: each of its quotes would otherwise be tried as a string's beginning.
+# The delimiters in a JSON array, and strings, which may contain the same characters. An unterminated string matches as
+# a whole: otherwise the search would start again at each quote in it.
 _STRUCTURE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[\]{},]', re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the corpus and where it stands, `file:line` (or element); `problem` says why it cannot be read."""
+    """One row of the corpus and its location, `file:line` or `file:element`; `problem` says why it cannot be read."""
 
     location: str
     values: dict[str, Any]
@@ -46,24 +46,24 @@ class Source:
     """One file of the corpus, for progress reports."""
 
     url: str
-    size: int  # bytes as stored, 0 if the file system does not tell
+    size: int  # bytes as stored; 0 if the file system does not report it
 
 
 def sources(patterns: Sequence[str]) -> list[Source]:
-    """Find the files that paths, URLs and glob patterns stand for, in a fixed order.
+    """Find the files that paths, URLs and glob patterns match, in a fixed order.
 
-    A folder stands for the JSONL and Parquet files below it.
+    A folder matches the JSONL, JSON and Parquet files below it.
 
     Raises:
-        UserError: for a pattern that matches nothing or cannot be reached.
+        UserError: if a pattern matches no file or cannot be accessed.
     """
-    found: list[Source] = []
+    matches: list[Source] = []
     for pattern in patterns:
         try:
             filesystem, path = fsspec.core.url_to_fs(pattern)
             if "data" in filesystem.protocol:
                 raise ValueError("a data: URL names no file")
-            if filesystem.isfile(path):  # whatever characters are in its name
+            if filesystem.isfile(path):  # an existing file, even if its name looks like a pattern
                 names = [path]
             elif filesystem.isdir(path):
                 names = [n for n in sorted(filesystem.find(path)) if _kind(n) is not None]
@@ -71,19 +71,22 @@ def sources(patterns: Sequence[str]) -> list[Source]:
                 names = sorted(filesystem.glob(path)) if any(c in path for c in "*?[") else [path]
                 names = [name for name in names if filesystem.isfile(name)]
             sizes = [filesystem.size(name) or 0 for name in names]
-        except Exception as error:  # every remote file system raises its own
-            raise UserError(f"The input {pattern} cannot be reached: {one_line(error)}.") from None
+        except Exception as error:  # each remote file system raises its own
+            raise UserError(f"The input {pattern} cannot be accessed ({one_line(error)}); correct --input.") from None
         if not names:
             raise UserError(
                 f"The input {pattern} matches no file; give JSONL or Parquet files, a folder, or a pattern."
             )
         local = "file" in filesystem.protocol
         urls = names if local else [filesystem.unstrip_protocol(name) for name in names]
-        found += [Source(url, size) for url, size in zip(urls, sizes, strict=True)]
-    for source in found:
+        matches += [Source(url, size) for url, size in zip(urls, sizes, strict=True)]
+    for source in matches:
         if _kind(source.url) is None:
-            raise UserError(f"The input {source.url} is neither .jsonl, .json nor .parquet (compressed or not).")
-    return found
+            raise UserError(
+                f"The input {source.url} is neither .jsonl, .json nor .parquet (compressed or not); convert it to "
+                "one of these formats."
+            )
+    return matches
 
 
 def _kind(url: str) -> str | None:
@@ -95,10 +98,10 @@ def _kind(url: str) -> str | None:
 
 
 def rows(source: Source) -> Iterator[Row]:
-    """Read the rows of one file; a bad one comes with its `problem` instead of its values.
+    """Yield the rows of one file; a bad row has a `problem` and no values.
 
     Raises:
-        UserError: if the file as a whole cannot be read.
+        UserError: if the file cannot be read.
     """
     reader = _parquet_rows if _kind(source.url) == "parquet" else _json_rows
     try:
@@ -106,7 +109,9 @@ def rows(source: Source) -> Iterator[Row]:
     except UserError:
         raise
     except _UNREADABLE as error:
-        raise UserError(f"The input {source.url} cannot be read: {one_line(error)}.") from None
+        raise UserError(
+            f"The input {source.url} cannot be read ({one_line(error)}); replace it, or leave it out of --input."
+        ) from None
 
 
 def _json_rows(url: str) -> Iterator[Row]:
@@ -116,7 +121,7 @@ def _json_rows(url: str) -> Iterator[Row]:
             raise UserError(f"The input {url} is not UTF-8 but UTF-16 or UTF-32; convert it to UTF-8.")
         if head.startswith(_BOM):
             file.read(len(_BOM))
-        lines = _whole_file(file.read(), url) if ".json" in Path(url).suffixes else _lines(file)
+        lines = _json_file_rows(file.read(), url) if ".json" in Path(url).suffixes else _lines(file)
         for number, line in enumerate(lines, start=1):
             if line is None or len(line) > MAX_ROW:
                 yield Row(f"{url}:{number}", {}, f"longer than {MAX_ROW:,} bytes")
@@ -129,7 +134,7 @@ def _json_row(location: str, line: bytes) -> Row:
         values = json.loads(line.decode("utf-8"))
     except RecursionError:
         return Row(location, {}, "nested too deeply")
-    except ValueError as error:  # a number of thousands of digits too
+    except ValueError as error:  # also raised by a number with thousands of digits
         return Row(location, {}, f"not valid JSON ({one_line(error)})")
     if not isinstance(values, dict):
         return Row(location, {}, f"a JSON {type(values).__name__}, not an object")
@@ -137,7 +142,7 @@ def _json_row(location: str, line: bytes) -> Row:
 
 
 def _lines(file: IO[bytes]) -> Iterator[bytes | None]:
-    """Yield the lines of a file, and None for one that is too long to be kept."""
+    """Yield the lines of a file; None stands for a line longer than `MAX_ROW` bytes."""
     while line := file.readline(MAX_ROW + 1):
         if len(line) <= MAX_ROW:
             yield line
@@ -147,10 +152,10 @@ def _lines(file: IO[bytes]) -> Iterator[bytes | None]:
         yield None
 
 
-def _whole_file(content: bytes, url: str) -> Iterator[bytes]:
-    """Yield the rows of a .json file: the elements of its one array, its one object, or its lines.
+def _json_file_rows(content: bytes, url: str) -> Iterator[bytes]:
+    """Yield the rows of a .json file: the elements of its array, its one object, or its lines.
 
-    Alpaca and its relatives come as one array; it is read as a whole.
+    Alpaca and similar data sets are one array, so the file is read into memory as a whole.
     """
     if content.lstrip().startswith(b"["):
         yield from _array_elements(content, url)
@@ -161,24 +166,24 @@ def _whole_file(content: bytes, url: str) -> Iterator[bytes]:
 
 
 def _array_elements(content: bytes, url: str) -> Iterator[bytes]:
-    """Yield the elements of a JSON array, each as it is written, so that a bad one is one bad row.
+    """Yield the elements of a JSON array as unparsed bytes, so that an invalid element is one bad row.
 
     Raises:
-        UserError: if the array has no end, or something follows it.
+        UserError: if the array has no end, or other content follows it.
     """
     depth = start = 0
     for match in _STRUCTURE.finditer(content):
-        found = match.group()
-        depth += (found in (b"[", b"{")) - (found in (b"]", b"}"))
-        if depth == 0 or (depth == 1 and found == b","):
+        delimiter = match.group()
+        depth += (delimiter in (b"[", b"{")) - (delimiter in (b"]", b"}"))
+        if depth == 0 or (depth == 1 and delimiter == b","):
             yield content[start : match.start()]
         if depth == 0:
             if content[match.end() :].strip():
-                raise UserError(f"The input {url} is not valid JSON: something follows the array.")
+                raise UserError(f"The input {url} is not valid JSON: other content follows the array; remove it.")
             return
-        if start == 0 or (depth == 1 and found == b","):
+        if start == 0 or (depth == 1 and delimiter == b","):
             start = match.end()
-    raise UserError(f"The input {url} is not valid JSON: the array has no end; the file may have been cut short.")
+    raise UserError(f"The input {url} is not valid JSON: the array has no end; replace the file if it is truncated.")
 
 
 def _parquet_rows(url: str) -> Iterator[Row]:
@@ -192,10 +197,10 @@ def _parquet_rows(url: str) -> Iterator[Row]:
 
 
 def _parquet_values(batch: pyarrow.RecordBatch) -> Iterator[dict[str, Any] | str]:
-    """Yield the rows of a batch, and the problem of one that cannot be read."""
+    """Yield the rows of a batch; a row that cannot be read is yielded as the text of its error."""
     try:
         yield from batch.to_pylist()
-    except Exception as error:  # text that is not UTF-8, dates that Python does not know
+    except Exception as error:  # such as text that is not UTF-8, or a date outside of Python's range
         if len(batch) == 1:
             yield one_line(error)
             return
@@ -209,14 +214,14 @@ def builtin_sources() -> list[Source]:
     files = [
         path
         for path in sorted(root.rglob("*.py"))
-        # Installed packages differ from machine to machine; the library's own tests hold odd encodings.
+        # Installed packages differ from machine to machine; the library's tests contain unusual encodings.
         if not {"site-packages", "dist-packages", "test", "tests", "idle_test"} & set(path.relative_to(root).parts)
     ]
     return [Source(str(path), path.stat().st_size) for path in files]
 
 
 def builtin_rows(source: Source) -> Iterator[Row]:
-    """Read one file of the built-in corpus as one document under "text"."""
+    """Yield one file of the built-in corpus as one document, with the key "text"."""
     try:
         text = Path(source.url).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -227,5 +232,5 @@ def builtin_rows(source: Source) -> Iterator[Row]:
 
 
 def is_held_out(key: str, fraction: float) -> bool:
-    """Return whether what `key` stands for belongs to the held-out part; a function of the key alone."""
+    """Return whether the row with this key belongs to the held-out split; the decision depends on the key alone."""
     return zlib.crc32(key.encode()) / 2**32 < fraction

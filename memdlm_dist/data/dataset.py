@@ -1,4 +1,4 @@
-"""Shards as a dataset of clean tokens: one or several streams, local or cached from a URL."""
+"""Dataset of clean tokens over one or several streams of shards, local or cached from a URL."""
 
 import hashlib
 import json
@@ -24,23 +24,24 @@ from memdlm_dist.method.trajectory import IGNORE_INDEX
 from memdlm_dist.runtime.rank_0 import one_line
 from memdlm_dist.runtime.storage import is_remote
 
-# The key under which a sample holds what went wrong, in place of tokens.
-MISTAKE = "mistake"
+# Key of a sample that carries an error message instead of tokens.
+ERROR_KEY = "error"
 
 _REMEDY = "prepare the data anew, or delete the file if it is a cached copy"
 
 
 class TokenDataset(streaming.CacheOnlyEviction):
-    """A StreamingDataset whose samples are clean tokens, labels and their global sample id.
+    """StreamingDataset whose samples hold clean tokens, labels and the global sample id.
 
-    A sample is `{"tokens": int64 [L], "labels": int64 [L], "sample_id": int}`; labels are the tokens
-    where they may be masked and -100 elsewhere. With `documents` there are their numbers too, int64 [L], as
-    `Documents.number_BL` has them. Each shard is checked against the size and checksum in
-    the index when it is first read.
+    A sample is `{"tokens": int64 [L], "labels": int64 [L], "sample_id": int}`. Labels are the tokens at maskable
+    positions and -100 elsewhere. With `documents` a sample also has the key "documents", int64 [L]: the number of each
+    token's document in the row, and `PADDING` at padding, as in `Documents.number_BL`.
+
+    When a shard is first read, its size and checksum are compared with the index.
 
     Args:
-        check_hash: name of the checksum; empty for none.
-        documents: some of the streams' rows know theirs; a row of another stream is then one document.
+        check_hash: name of the checksum; empty for no check.
+        documents: whether any stream has packed documents; a row of a stream without them is then one document.
     """
 
     def __init__(self, *, check_hash: str, documents: bool = False, **kwargs: Any):
@@ -49,9 +50,9 @@ class TokenDataset(streaming.CacheOnlyEviction):
         self._checked: set[int] = set()
 
     def fingerprint(self) -> str:
-        """Return a hash of what the indices say of all streams (files, sizes, checksums) and of the streams' shares.
+        """Return a hash of the shard entries in all indices (files, sizes, checksums) and of the streams' proportions.
 
-        Where the shards lie is not part of it: they may be moved.
+        The location of the shards does not enter the hash, so they can be moved.
         """
         state = hashlib.sha256()
         for stream in self.streams:
@@ -60,9 +61,14 @@ class TokenDataset(streaming.CacheOnlyEviction):
         return state.hexdigest()[:16]
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
+        """Read one sample by its global id; check its shard if it is the shard's first.
+
+        Raises:
+            UserError: naming the shard, if it is missing or corrupt or the sample cannot be read.
+        """
         sample_id = int(sample_id)
         try:
-            # First through the parent, which fetches a shard that is not here yet.
+            # The parent comes first: it downloads a shard that is not cached yet.
             sample = super().get_item(sample_id, retry)
             shard_id, _ = self.spanner[sample_id]
             if shard_id not in self._checked:
@@ -70,24 +76,24 @@ class TokenDataset(streaming.CacheOnlyEviction):
                 self._checked.add(shard_id)
             tokens = torch.from_numpy(sample["tokens"].astype(np.int64))
             flags = np.unpackbits(np.frombuffer(sample["maskable"], np.uint8), count=len(tokens))
-            numbers = self._numbers(sample, len(tokens))
+            numbers = self._document_numbers(sample, len(tokens))
         except UserError:
             streaming.stop_threads(self)
             raise
         except Exception as error:
             streaming.stop_threads(self)
             shard_id, _ = self.spanner[sample_id]
-            self._check_shard(shard_id)  # says it more plainly, if that is what is wrong
+            self._check_shard(shard_id)  # raises a clearer error if the shard is corrupt
             raise UserError(
-                f"Sample {sample_id} of {self._shard_path(shard_id)} cannot be read: {one_line(error)}."
+                f"Sample {sample_id} in {self._shard_path(shard_id)} cannot be read ({one_line(error)}); {_REMEDY}."
             ) from None
         labels = torch.where(torch.from_numpy(flags.astype(np.bool_)), tokens, IGNORE_INDEX)
         documents = {"documents": torch.from_numpy(numbers)} if self._documents else {}
         return {"tokens": tokens, "labels": labels, "sample_id": sample_id, **documents}
 
     @staticmethod
-    def _numbers(sample: dict[str, Any], length: int) -> NDArray[np.int64]:
-        """Return the number of every token's document."""
+    def _document_numbers(sample: dict[str, Any], length: int) -> NDArray[np.int64]:
+        """Return the number of each token's document, int64 [L]; `PADDING` at padding."""
         if "documents" not in sample:
             return np.zeros(length, dtype=np.int64)
         sizes = np.frombuffer(sample["documents"], np.uint32)
@@ -96,21 +102,21 @@ class TokenDataset(streaming.CacheOnlyEviction):
         return numbers
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yield the samples of an epoch; a mistake ends them as a sample of its own.
+        """Yield the samples of an epoch; after a UserError, yield samples that carry its message.
 
-        The loader's worker processes hand samples on as values, but exceptions as the text of their traceback.
+        The loader's worker processes pass samples on unchanged, but reduce an exception to the text of its traceback.
         """
         try:
             yield from super().__iter__()
-        except UserError as mistake:
-            # As many as the loader may wait for to fill a batch.
-            yield from repeat({MISTAKE: str(mistake)})
+        except UserError as error:
+            # Repeated without end, because the loader waits for a full batch.
+            yield from repeat({ERROR_KEY: str(error)})
 
     def check_local_shards(self) -> None:
-        """All shards of streams without a remote are there and of the right size.
+        """Check that the shards of all streams without a remote exist and have the size in the index.
 
         Raises:
-            UserError: naming the first that is not.
+            UserError: naming the first shard that does not.
         """
         for shard_id, stream_id in enumerate(self.stream_per_shard):
             if self.streams[stream_id].remote is None:
@@ -136,7 +142,7 @@ class TokenDataset(streaming.CacheOnlyEviction):
             if expected is None:
                 raise UserError(
                     f"The shard {path} has no {self._check_hash} checksum (it has {', '.join(info.hashes) or 'none'}); "
-                    "change data.validate_hash."
+                    "choose one that it has in data.validate_hash, or empty the key."
                 )
             if streaming.checksum(self._check_hash, Path(path).read_bytes()) != expected:
                 raise UserError(f"The shard {path} is corrupt: its {self._check_hash} checksum is wrong; {_REMEDY}.")
@@ -144,28 +150,32 @@ class TokenDataset(streaming.CacheOnlyEviction):
 
 @dataclass(frozen=True)
 class Requirements:
-    """Requirements of a run on the shards that it reads."""
+    """Requirements that a run has of its shards."""
 
     seq_len: int
-    vocab_size: int  # of the backbone
+    vocab_size: int  # the backbone's
     flavour: str
     mask_token_id: int  # the tokenizer's
     ring_attention: bool
 
 
 def check_cards(locations: Sequence[str], run: Requirements) -> int | None:
-    """Check that the shards at `locations` fit a run; returns the largest number of documents in a row.
+    """Check that the shards at `locations` fit a run.
 
-    It is 0 if no rows know their documents, and None if a card of format 1 does not say it.
+    Returns:
+        The largest number of documents in a row: 0 without packed documents, and None if a card of format 1, which does
+        not state the number, has packed documents.
 
     Raises:
-        UserError: naming the folder and what does not fit.
+        UserError: naming the folder and the value that does not fit.
     """
     most: list[int | None] = [0]
     for location in locations:
         card = read_card(location)
         if not card.sequences:
-            raise UserError(f"The shards in {location} hold no sequence; prepare them from a corpus with text in it.")
+            raise UserError(
+                f"The shards in {location} hold no sequence; prepare them from a corpus that contains text."
+            )
         if card.seq_len != run.seq_len:
             raise UserError(
                 f"The shards in {location} hold sequences of {card.seq_len} tokens, but training.seq_len is "
@@ -187,19 +197,22 @@ def check_cards(locations: Sequence[str], run: Requirements) -> int | None:
                 "parallelism.context_parallel_method = 'ulysses'."
             )
         most.append((card.most_documents or None) if card.documents else 0)
-    return largest(most)
+    return max_documents(most)
 
 
-def largest(most_documents: Sequence[int | None]) -> int | None:
-    """Return the largest of numbers of documents in a row; None if one is not known."""
+def max_documents(most_documents: Sequence[int | None]) -> int | None:
+    """Return the maximum of several numbers of documents in a row; None if any of them is None, i.e. unknown."""
     known = [number for number in most_documents if number is not None]
     return max(known) if len(known) == len(most_documents) else None
 
 
 def open_dataset(data: Data, locations: list[str], proportions: list[float], **options: Any) -> TokenDataset:
-    """Open a dataset over one or several streams; those at a URL are cached under `data.cache_folder`.
+    """Open a dataset over one or several streams; streams at a URL are cached under `data.cache_folder`.
 
-    file:// is a URL like others: a folder that is slow to read, on a network file system say.
+    A file:// URL is cached too, for example a folder on a slow network file system.
+
+    Args:
+        options: passed on to `TokenDataset`.
 
     Raises:
         UserError: if streaming cannot open a stream.
@@ -213,7 +226,7 @@ def open_dataset(data: Data, locations: list[str], proportions: list[float], **o
         folders.append(os.path.abspath(local))
         if remote:
             cached.append(folders[-1])
-            _register(location)
+            _register_scheme(location)
         streams.append(
             Stream(
                 remote=remote.removeprefix("file://") if remote else None,
@@ -224,51 +237,57 @@ def open_dataset(data: Data, locations: list[str], proportions: list[float], **o
                 **share,
             )
         )
-    shared_memory.number_by_run()
-    leader = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    if leader:
+    shared_memory.choose_prefix_by_run()
+    is_local_rank_0 = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    if is_local_rank_0:
         shards = {}
         for location, stream in zip(locations, streams, strict=True):
             shards[location] = shard_index.prepare(location, stream.local, stream.remote is not None)
-        # streaming counts the shards of local streams too.
-        _check_cache_limit(data.cache_limit, [s for of_stream in shards.values() for s in of_stream] if cached else [])
+        # The limit must leave room for shards of local streams too, because streaming counts them.
+        _check_cache_limit(data.cache_limit, [s for entries in shards.values() for s in entries] if cached else [])
         shared_memory.remove_leftovers(folders, cached)
     if torch.distributed.is_initialized():
-        torch.distributed.barrier()  # all ranks look for a free name in shared memory next
+        torch.distributed.barrier()  # before any rank looks for a free name in shared memory
     try:
         dataset = TokenDataset(
             streams=streams, cache_limit=data.cache_limit if cached else None, check_hash=data.validate_hash, **options
         )
     except Exception as error:  # streaming raises RuntimeError, ValueError, OSError, client errors ...
-        raise UserError(f"The shards in {', '.join(locations)} cannot be opened: {one_line(error)}.") from None
-    if leader:
+        raise UserError(
+            f"The shards in {', '.join(locations)} cannot be opened ({one_line(error)}); check the "
+            "location and the access to it."
+        ) from None
+    if is_local_rank_0:
         dataset.check_local_shards()
     return dataset
 
 
 def _check_cache_limit(limit: str, shards: list[dict[str, Any]]) -> None:
-    """Check that the cache can hold the shards that are in use.
+    """Check that the cache can hold the shards that are in use at the same time.
 
     Raises:
-        UserError: if the limit is not a size, or too low.
+        UserError: if the limit is not a size, or is too low.
     """
     if not limit or not shards:
         return
     try:
         size = streaming.size_in_bytes(limit)
     except ValueError:
-        raise UserError(f"data.cache_limit = {limit!r} is not a size; write one such as 200gb.") from None
-    # The one that is read, the next, and one each in the making and in the clearing.
+        raise UserError(f"data.cache_limit = {limit!r} is not a size; write it as in 200gb.") from None
+    # Four: the shard that is read, the next one, one that is being downloaded and one that is being deleted.
     least = 4 * max(sum(shard[key]["bytes"] for key in ("raw_data", "zip_data") if shard[key]) for shard in shards)
     if size < least:
         raise UserError(
             f"data.cache_limit = {limit!r} is less than four of the largest shards, {least:,} bytes; raise it, or "
-            "empty it for no limit."
+            "set it to '' for no limit."
         )
 
 
-def _register(location: str) -> None:
+def _register_scheme(location: str) -> None:
     try:
         downloads.register(location)
     except (ValueError, ImportError) as error:
-        raise UserError(f"The shards in {location} cannot be opened: {one_line(error)}.") from None
+        raise UserError(
+            f"The shards in {location} cannot be opened ({one_line(error)}); correct the URL, or install the package "
+            "that it needs."
+        ) from None

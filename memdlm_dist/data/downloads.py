@@ -1,4 +1,4 @@
-"""Shards from any URL: streaming has its own ways to some stores, and fsspec knows the others."""
+"""Downloads of shards through fsspec, for URL schemes that streaming does not support itself."""
 
 import os
 import urllib.parse
@@ -9,9 +9,10 @@ from memdlm_dist.compat import streaming
 
 
 class FsspecDownloader(streaming.Downloader):
-    """Copies a file through fsspec. What the file system asks for is taken from its own configuration."""
+    """Downloader that copies files through fsspec; credentials come from the file system's own configuration."""
 
     def fetch(self, remote: str, local: str) -> None:
+        """Copy the file at the URL `remote` to the path `local`, which appears only once it is complete."""
         file_system, path = fsspec.core.url_to_fs(remote)
         partial = f"{local}.tmp"
         file_system.get_file(path, partial)
@@ -19,11 +20,11 @@ class FsspecDownloader(streaming.Downloader):
 
 
 def register(location: str) -> None:
-    """Let streaming download from a URL's scheme, if it cannot itself.
+    """Register `FsspecDownloader` for a URL's scheme, unless streaming supports the scheme itself.
 
     Raises:
-        ValueError: if fsspec does not know it either.
-        ImportError: if it needs a package that is not installed.
+        ValueError: if fsspec does not know the scheme either.
+        ImportError: if the scheme needs a package that is not installed.
     """
     scheme = urllib.parse.urlparse(location).scheme
     if not streaming.can_download(scheme):

@@ -1,4 +1,4 @@
-"""Shards to micro-batches: mosaicml-streaming, in an order that does not depend on the number of ranks."""
+"""Data loader over mosaicml-streaming shards; its order does not depend on the number of ranks."""
 
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -10,43 +10,45 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.utils.data import default_collate
 
 from memdlm_dist.compat import streaming
-from memdlm_dist.data.dataset import MISTAKE, Requirements, TokenDataset, check_cards, open_dataset
+from memdlm_dist.data.dataset import ERROR_KEY, Requirements, TokenDataset, check_cards, open_dataset
 from memdlm_dist.data.settings import Data
 from memdlm_dist.errors import UserError
 from memdlm_dist.runtime.preemption import outlive_first_sigterm, starting_workers
 
 
 class Batch(NamedTuple):
-    """The rows of a micro-batch, all int64."""
+    """One micro-batch of one data-parallel rank; all tensors are int64."""
 
     tokens_BL: Tensor
-    labels_BL: Tensor  # the tokens that may be masked, -100 elsewhere
+    labels_BL: Tensor  # tokens at maskable positions, -100 elsewhere
     sample_ids_B: Tensor
-    documents_BL: Tensor | None  # where the rows know theirs
-    position: dict[str, int]  # of the loader behind them
+    documents_BL: Tensor | None  # document number of each token; None without packed documents
+    position: dict[str, int]  # of the loader after this micro-batch
 
 
 class EpochLoader(Stateful):
-    """Micro-batches for ever, epoch after epoch; its state is a position in samples, the same on every rank.
+    """Endless loader of micro-batches, epoch after epoch; its state is a position in samples, equal on all ranks.
 
-    An epoch is read in whole global batches, its incomplete last one is left out: so that the n-th optimizer step
-    reads the same samples on any number of ranks, with any micro-batch and any number of workers.
+    An epoch consists of complete global batches, without the incomplete last one. The n-th optimizer step therefore
+    reads the same samples with any number of ranks, any micro-batch size and any number of workers.
 
-    It may read ahead of training: whoever uses a batch then sets `position` to the batch's, which checkpoints have.
+    The loader may be read ahead of training. The trainer sets `position` to the position of each batch that it trains
+    on, and checkpoints save that value.
 
     Args:
-        dataset: with `batch_size` for its own.
-        batch_size: sequences per rank and micro-batch.
-        ranks: data-parallel ones.
-        global_batch_size: sequences per optimizer step.
-        most_documents: of a row, from `check_cards`.
+        dataset: must have the same `batch_size`.
+        batch_size: rows per data-parallel rank and micro-batch.
+        dp_size: number of data-parallel ranks.
+        global_batch_size: rows per optimizer step.
+        most_documents: largest number of documents in a row, from `check_cards`.
+        options: passed on to torch's DataLoader.
     """
 
     def __init__(
         self,
         dataset: TokenDataset,
         batch_size: int,
-        ranks: int,
+        dp_size: int,
         global_batch_size: int,
         most_documents: int | None = 0,
         **options: Any,
@@ -62,17 +64,18 @@ class EpochLoader(Stateful):
             collate_fn=_collate,
             **options,
         )
-        self._dataset, self._micro_batch = dataset, batch_size * ranks
+        self._dataset, self._global_micro_batch_size = dataset, batch_size * dp_size
         self.global_batch_size, self.most_documents = global_batch_size, most_documents
         self.fingerprint = dataset.fingerprint()
-        # Of all ranks together; the number of nodes is that of the first start (streaming's elasticity asks for it).
+        # Samples are counted over all ranks. "nodes" is the number of nodes at the run's first start, which streaming
+        # needs in order to keep the sample order on another number of nodes.
         self.position = {"epoch": 0, "samples": 0, "nodes": streaming.nodes(dataset)}
-        self.before_workers: Callable[[], None] = lambda: None  # called before worker processes are forked
+        self.before_workers: Callable[[], None] = lambda: None  # hook, called before worker processes are forked
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield the batches from `position` on."""
+        """Yield micro-batches without end, starting at `position`."""
         position = dict(self.position)
-        upcoming = 0  # the epoch that streaming reads next by itself
+        upcoming = 0  # the epoch that streaming reads next without `_seek`
         while True:
             left = self._dataset.epoch_size - position["samples"]
             end = position["samples"] + left // self.global_batch_size * self.global_batch_size
@@ -81,13 +84,13 @@ class EpochLoader(Stateful):
                     self._seek(position)
                 upcoming = position["epoch"] + 1
                 for rows in self._read():
-                    # What is left of the epoch is read as well, less than a step: the workers come to its end.
+                    # The rest of the epoch, less than one step, is read and dropped, so that the workers finish it.
                     if position["samples"] < end:
-                        position["samples"] += self._micro_batch
+                        position["samples"] += self._global_micro_batch_size
                         yield Batch(
                             rows["tokens"], rows["labels"], rows["sample_id"], rows.get("documents"), dict(position)
                         )
-            position |= _beginning_of_next(position)
+            position |= _next_epoch_start(position)
 
     def _read(self) -> Iterator[dict[str, Tensor]]:
         if self._loader.num_workers:
@@ -96,12 +99,12 @@ class EpochLoader(Stateful):
         with starting_workers():
             first = next(batches, None)
         for batch in chain(() if first is None else (first,), batches):
-            if MISTAKE in batch:
-                raise UserError(batch[MISTAKE][0])
+            if ERROR_KEY in batch:
+                raise UserError(batch[ERROR_KEY][0])
             yield batch
 
     def _seek(self, position: dict[str, int]) -> None:
-        """Let streaming, on this rank and in its workers, begin to read at a position."""
+        """Make streaming start its next epoch at `position`, on this rank and in its workers."""
         self._dataset.load_state_dict(
             {
                 "epoch": position["epoch"],
@@ -113,17 +116,19 @@ class EpochLoader(Stateful):
         )
 
     def next_epoch(self) -> None:
-        """Go to the beginning of the next epoch."""
-        self.position |= _beginning_of_next(self.position)
+        """Move `position` to the start of the next epoch."""
+        self.position |= _next_epoch_start(self.position)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the position of the last batch that was trained on."""
         return dict(self.position)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the position; the next iteration starts there."""
         self.position |= state_dict
 
 
-def _beginning_of_next(position: dict[str, int]) -> dict[str, int]:
+def _next_epoch_start(position: dict[str, int]) -> dict[str, int]:
     return {"epoch": position["epoch"] + 1, "samples": 0}
 
 
@@ -133,8 +138,8 @@ def _start_worker(worker: int) -> None:
 
 
 def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    mistakes = [sample[MISTAKE] for sample in samples if MISTAKE in sample]
-    return {MISTAKE: mistakes} if mistakes else default_collate(samples)
+    errors = [sample[ERROR_KEY] for sample in samples if ERROR_KEY in sample]
+    return {ERROR_KEY: errors} if errors else default_collate(samples)
 
 
 def training_loader(
@@ -143,18 +148,18 @@ def training_loader(
     *,
     local_batch_size: int,
     global_batch_size: int,
-    ranks: int,
+    dp_size: int,
     world_size: int,
     **options: Any,
 ) -> EpochLoader:
-    """Open the training loader of one rank.
+    """Open the training loader of this rank, whose number streaming reads from the environment.
 
     Args:
-        ranks: data-parallel ones; streaming reads this rank's number from the environment.
-        options: of torch's DataLoader.
+        dp_size: number of data-parallel ranks.
+        options: passed on to torch's DataLoader.
 
     Raises:
-        UserError: if the shards are missing, do not fit the run, or are too few.
+        UserError: if the shards are missing, do not fit the run, or hold fewer rows than one global batch.
     """
     most_documents = check_cards(data.train, run)
     dataset = open_dataset(
@@ -166,12 +171,12 @@ def training_loader(
         shuffle=data.shuffle,
         shuffle_seed=data.shuffle_seed,
         num_canonical_nodes=data.num_canonical_nodes,
-        # Consecutive ranks, those of a context-parallel and a tensor-parallel group, get the same samples.
-        replication=world_size // ranks,
+        # Consecutive ranks form a context-parallel and tensor-parallel group and read the same samples.
+        replication=world_size // dp_size,
     )
     if dataset.epoch_size < global_batch_size:
         raise UserError(
             f"data.train holds {dataset.epoch_size} sequences, fewer than one global batch of {global_batch_size}; "
             "prepare more data, or lower training.global_batch_size or training.local_batch_size."
         )
-    return EpochLoader(dataset, local_batch_size, ranks, global_batch_size, most_documents, **options)
+    return EpochLoader(dataset, local_batch_size, dp_size, global_batch_size, most_documents, **options)

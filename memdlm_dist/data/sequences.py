@@ -1,4 +1,4 @@
-"""Rows of a corpus as tokens: documents, and prompts with responses to fine-tune on."""
+"""Conversion of corpus rows: documents for pre-training, prompts and responses for fine-tuning."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -7,27 +7,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 Format = Literal["text", "prompt_response", "alpaca", "messages"]
-MAX_ROW = 64 << 20  # bytes of a row as it is stored, and characters of a text in it
+MAX_ROW = 64 << 20  # bytes of a stored corpus row, and characters of a text in it
 
 
 @dataclass(frozen=True)
 class Document:
-    """Tokens that belong together, of any number; only `maskable` ones are ever masked and scored."""
+    """Tokens of a document of any length, and a flag for each: only maskable tokens are ever masked and scored."""
 
     tokens: list[int]
     maskable: list[bool]
 
-    def __getitem__(self, part: slice) -> "Document":
-        return Document(self.tokens[part], self.maskable[part])
+    def __getitem__(self, index: slice) -> "Document":
+        return Document(self.tokens[index], self.maskable[index])
 
 
 @dataclass(frozen=True)
 class TrainingSequence:
-    """One training sequence of L tokens: a row of a batch.
+    """One training sequence of L tokens, a row of a batch.
 
     Attributes:
-        documents: numbers of tokens of the documents that are kept apart in it, in turn; what is left behind them is
-            fill. Empty if it is one whole.
+        documents: lengths of the documents in a packed row, in order; the tokens after them are padding. Empty if the
+            row is not packed.
     """
 
     tokens_L: NDArray[np.int64]
@@ -36,12 +36,12 @@ class TrainingSequence:
 
 
 class BadRow(ValueError):
-    """A row lacks a field or has one of the wrong kind."""
+    """Error of a corpus row that cannot be used, such as a missing field or a field of the wrong type."""
 
 
 @dataclass(frozen=True)
 class Fields:
-    """The names under which a row keeps its parts."""
+    """Field names of a corpus row."""
 
     text: str = "text"
     prompt: str = "prompt"
@@ -49,7 +49,7 @@ class Fields:
 
 
 def detect_format(values: dict[str, Any], fields: Fields) -> Format | None:
-    """The format of a row by its keys; None if it has none of the known ones."""
+    """Return the format of a corpus row according to its keys; None if they match no known format."""
     if "messages" in values:
         return "messages"
     if "instruction" in values and "output" in values:
@@ -70,19 +70,22 @@ def _string(values: dict[str, Any], key: str) -> str:
 def check_text(text: str, name: str) -> None:
     """Check that a text can be encoded.
 
+    Args:
+        name: of the text, for the error message.
+
     Raises:
-        BadRow: if it is too long, or holds half a surrogate pair.
+        BadRow: if the text is too long, or contains half a surrogate pair.
     """
     if len(text) > MAX_ROW:
         raise BadRow(f"{name} is longer than {MAX_ROW:,} characters")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise BadRow(f"{name} is no valid Unicode ({error.reason} at character {error.start})") from None
+        raise BadRow(f"{name} is not valid Unicode ({error.reason} at character {error.start})") from None
 
 
 def document(values: dict[str, Any], fields: Fields) -> str:
-    """The text of a pre-training row.
+    """Return the text of a pre-training row.
 
     Raises:
         BadRow: naming the field.
@@ -93,78 +96,80 @@ def document(values: dict[str, Any], fields: Fields) -> str:
     return text
 
 
-def segments(values: dict[str, Any], form: Format, fields: Fields) -> list[tuple[str, bool]]:
-    """A fine-tuning row as (text, is response) pairs; every response ends its turn with end-of-text.
+def segments(values: dict[str, Any], row_format: Format, fields: Fields) -> list[tuple[str, bool]]:
+    """Split a fine-tuning row into (text, is response) pairs.
 
-    alpaca: the instruction, the input if there is one, and the output, apart by empty lines.
-    messages: each turn as `role: content`, apart by empty lines; the assistant's turns are responses.
+    alpaca: the instruction, the input if not empty, and the output, separated by empty lines.
+    messages: each turn as `role: content`, separated by empty lines; the assistant's turns are responses.
 
     Raises:
         BadRow: naming the field.
     """
-    if form == "prompt_response":
-        parts = [(_string(values, fields.prompt), False), (_string(values, fields.response), True)]
-    elif form == "alpaca":
+    if row_format == "prompt_response":
+        pairs = [(_string(values, fields.prompt), False), (_string(values, fields.response), True)]
+    elif row_format == "alpaca":
         context = _string(values, "input") if values.get("input") else ""
         prompt = "\n\n".join(filter(None, (_string(values, "instruction"), context)))
-        parts = [(prompt + "\n\n", False), (_string(values, "output"), True)]
+        pairs = [(prompt + "\n\n", False), (_string(values, "output"), True)]
     else:
-        parts = _turns(values.get("messages"))
-    if not any(text.strip() for text, is_response in parts if is_response):
-        raise BadRow("there is no response to learn from")
-    return parts
+        pairs = _turns(values.get("messages"))
+    if not any(text.strip() for text, is_response in pairs if is_response):
+        raise BadRow("the row has no response to learn from")
+    return pairs
 
 
-def conversation(values: dict[str, Any], form: Format, fields: Fields) -> list[dict[str, str]]:
-    """A fine-tuning row as messages, for a chat template.
+def conversation(values: dict[str, Any], row_format: Format, fields: Fields) -> list[dict[str, str]]:
+    """Convert a fine-tuning row to messages for a chat template.
 
     Raises:
         BadRow: naming the field.
     """
-    if form == "messages":
-        _turns(values.get("messages"))  # checks them
+    if row_format == "messages":
+        _turns(values.get("messages"))  # raises BadRow if they are invalid
         return [{"role": m["role"], "content": m["content"]} for m in values["messages"]]
-    (prompt, _), (response, _) = segments(values, form, fields)
+    (prompt, _), (response, _) = segments(values, row_format, fields)
     return [{"role": "user", "content": prompt.rstrip("\n")}, {"role": "assistant", "content": response}]
 
 
 def _turns(messages: Any) -> list[tuple[str, bool]]:
     if not isinstance(messages, list) or not messages:
         raise BadRow("field 'messages' is not a non-empty list")
-    parts: list[tuple[str, bool]] = []
+    pairs: list[tuple[str, bool]] = []
     for number, message in enumerate(messages):
         if not isinstance(message, dict):
             raise BadRow(f"messages[{number}] is {type(message).__name__}, not an object")
         role, content = _string(message, "role"), _string(message, "content")
         if role == "assistant":
-            parts += [(f"{role}: ", False), (content, True)]
+            pairs += [(f"{role}: ", False), (content, True)]
         else:
-            parts.append((f"{role}: {content}\n\n", False))
-    return parts
+            pairs.append((f"{role}: {content}\n\n", False))
+    return pairs
 
 
-def fine_tuning(
-    parts: list[tuple[list[int], bool]],
+def fine_tuning_document(
+    encoded: list[tuple[list[int], bool]],
     length: int,
     eos_id: int,
     overlong: Literal["drop", "truncate"],
     every_turn: bool = True,
 ) -> tuple[Document | None, bool]:
-    """One fine-tuning row as at most `length` tokens. The prompt is never masked, the responses are.
+    """Build a document of at most `length` tokens from a fine-tuning row; only responses are maskable.
 
     Args:
-        every_turn: end-of-text ends every response; otherwise, where a chat template ends them, the row alone.
+        encoded: (token ids, is response) pairs.
+        every_turn: append end-of-text to every response. If False, append it only at the end of the row, because a chat
+            template marks the end of each response.
 
     Returns:
-        The tokens, or None for a row that is dropped (too long, or left without a response by
-        truncation), and whether the row was too long.
+        The document, and whether the row was too long. The document is None if the row is dropped: it is too long, or
+        has no response left after truncation.
     """
     tokens: list[int] = []
     maskable: list[bool] = []
-    for number, (part, is_response) in enumerate(parts, start=1):
-        part = [*part, eos_id] if is_response and (every_turn or number == len(parts)) else part
-        tokens += part
-        maskable += [is_response] * len(part)
+    for number, (ids, is_response) in enumerate(encoded, start=1):
+        ids = [*ids, eos_id] if is_response and (every_turn or number == len(encoded)) else ids
+        tokens += ids
+        maskable += [is_response] * len(ids)
     too_long = len(tokens) > length
     if too_long and (overlong == "drop" or not any(maskable[:length])):
         return None, True
@@ -172,9 +177,9 @@ def fine_tuning(
 
 
 def padded(document: Document, length: int, eos_id: int) -> TrainingSequence:
-    """A row with one document, padded with end-of-text that, as in the paper's recipe, is masked and scored too."""
-    missing = length - len(document.tokens)
+    """Pad one document to a row with end-of-text, which is maskable and scored, as in the paper's recipe."""
+    n_padding = length - len(document.tokens)
     return TrainingSequence(
-        np.array(document.tokens + [eos_id] * missing, dtype=np.int64),
-        np.array(document.maskable + [True] * missing, dtype=np.bool_),
+        np.array(document.tokens + [eos_id] * n_padding, dtype=np.int64),
+        np.array(document.maskable + [True] * n_padding, dtype=np.bool_),
     )

@@ -1,7 +1,7 @@
-"""The index.json of a folder of shards, checked before streaming opens it: it may be anybody's.
+"""Validation of a folder's index.json, which is untrusted, before streaming opens it.
 
-streaming writes and deletes the files that an index names, wherever that is, and decodes columns as it says, pickles
-among them.
+streaming writes and deletes the files that an index names, at any path, and decodes columns with any encoding that it
+names, pickle included.
 """
 
 import json
@@ -14,7 +14,7 @@ from memdlm_dist.errors import UserError
 from memdlm_dist.runtime.storage import Storage
 
 INDEX = "index.json"
-# Column -> its MDS encoding, as `ShardWriter` chooses it.
+# Column -> pattern of the MDS encodings that `ShardWriter` writes.
 _ENCODINGS = {"tokens": r"ndarray:uint(16|32):\d+", "maskable": "bytes", "documents": "bytes"}
 _KEYS = {
     "column_encodings", "column_names", "column_sizes", "compression", "format", "hashes", "raw_data", "samples",
@@ -23,28 +23,32 @@ _KEYS = {
 
 
 def prepare(location: str, folder: str, remote: bool) -> list[dict[str, Any]]:
-    """Check the index of a folder of shards, and fetch it first if it is at a URL; returns what it says of each shard.
+    """Check the index of a folder of shards, after downloading it from a URL if it is not cached.
 
     Args:
         location: path or URL of the shards.
-        folder: where streaming keeps them: the path itself, or the cache.
+        folder: streaming's local folder: the path itself, or the cache.
+        remote: whether `location` is a URL.
+
+    Returns:
+        The index entry of each shard.
 
     Raises:
-        UserError: if the index cannot be read, or names what no preparation writes.
+        UserError: if the index cannot be read, or contains anything that no preparation writes.
     """
     path = Path(folder, INDEX)
-    fetch = remote and not path.exists()
+    download = remote and not path.exists()
     try:
-        content = Storage(location).read(INDEX) if fetch else path.read_bytes()
+        content = Storage(location).read(INDEX) if download else path.read_bytes()
         shards = json.loads(content)["shards"]
         problem = next(filter(None, (_problem(shard, folder, remote) for shard in shards)), "")
-    except Exception as error:  # every remote file system raises its own
+    except Exception as error:  # each remote file system raises its own
         detail = f"{type(error).__name__}: {error}".rstrip(".")
         raise UserError(f"The index {location}/{INDEX} cannot be read ({detail}); prepare the data anew.") from None
     if problem:
-        where = f"The index {path}" + (f", of {location}," if remote else "")
+        where = f"The index {path}" + (f" of {location}" if remote else "")
         raise UserError(f"{where} {problem}, which no preparation writes; use shards whose origin you know.")
-    if fetch:
+    if download:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".tmp")
         partial.write_bytes(content)
@@ -53,7 +57,7 @@ def prepare(location: str, folder: str, remote: bool) -> list[dict[str, Any]]:
 
 
 def _problem(shard: dict[str, Any], folder: str, remote: bool) -> str:
-    """Return what is wrong with a shard's entry, as a verb and its object."""
+    """Return what is wrong with a shard's entry, as a predicate such as "names the format 'json'"; empty if valid."""
     if unknown := sorted(shard.keys() - _KEYS):
         return f"has the key {unknown[0]!r}"
     if shard["format"] != "mds":
@@ -61,7 +65,8 @@ def _problem(shard: dict[str, Any], folder: str, remote: bool) -> str:
     for name, encoding in zip(shard["column_names"], shard["column_encodings"], strict=True):
         if not re.fullmatch(_ENCODINGS.get(name, "(?!)"), encoding):
             return f"names a column {name!r} of encoding {encoding!r}"
-    # streaming removes decompressed files that it did not expect, which may be the user's.
+    # With compression, streaming deletes decompressed files that it did not create; in a local folder they may be the
+    # user's.
     if shard["compression"] and not remote:
         return f"names the compression {shard['compression']!r}"
     for key in ("raw_data", "zip_data"):
@@ -71,7 +76,7 @@ def _problem(shard: dict[str, Any], folder: str, remote: bool) -> str:
 
 
 def _is_inside(name: str, folder: str) -> bool:
-    """Return whether a name is a relative path of plain components that stays inside a folder, links followed."""
+    """Return whether `name` is a plain relative path that is inside `folder` after resolving links."""
     if "\\" in name or any(part in ("", ".", "..") for part in name.split("/")):
         return False
     root = os.path.realpath(folder)

@@ -1,4 +1,4 @@
-"""Tokenised shards on disk: MDS files plus a card that says what is in them."""
+"""Tokenised shards on disk: MDS files, and a card that describes them."""
 
 import json
 from dataclasses import MISSING, asdict, dataclass, fields, replace
@@ -15,35 +15,35 @@ from memdlm_dist.runtime.rank_0 import one_line
 from memdlm_dist.runtime.storage import Storage
 
 HASH = "xxh64"
-# Of the card and of the columns that it describes; a card of memdlm_dist 0.1 has no number, and is of format 1.
+# Format of the card and of the MDS columns. A card of memdlm_dist 0.1 has no format number, which means format 1.
 # Format 2 adds `most_documents`.
 FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Card:
-    """Description of a folder of shards, beside its index.json."""
+    """Description of a folder of shards; the file memdlm.json next to index.json."""
 
     seq_len: int
     vocab_size: int
     mask_token_id: int
     eos_token_id: int
     sequences: int = 0
-    documents: bool = False  # the rows know their documents
-    most_documents: int = 0  # of a row; 0 where the rows do not know them, and in cards of format 1
+    documents: bool = False  # the rows record document boundaries
+    most_documents: int = 0  # largest number in one row; 0 without document boundaries and in format 1
     format: int = FORMAT
 
 
 class ShardWriter:
-    """Writes rows as MDS shards; the folder is complete once the context is left without an error.
+    """Writer of rows to MDS shards; the folder is complete once the context is left without an error.
 
-    Tokens are stored in 2 bytes where the vocabulary allows, else 4; the maskable flags as bits; the lengths of the
-    documents, if the rows know them, in 4 bytes each.
+    A token takes 2 bytes if the vocabulary has at most 65,536 tokens, else 4; a maskable flag takes 1 bit; the length
+    of a document, if the rows record them, takes 4 bytes.
 
     Args:
-        folder: new.
-        card: what the folder will hold; its `sequences` and `most_documents` are counted here.
-        size_limit: bytes of one shard, at most.
+        folder: must be empty or new.
+        card: description of the shards; the writer updates `sequences` and `most_documents`.
+        size_limit: maximum number of bytes of one shard.
     """
 
     def __init__(self, folder: Path, card: Card, size_limit: int = 1 << 26):
@@ -57,9 +57,10 @@ class ShardWriter:
         )
 
     def write(self, row: TrainingSequence) -> None:
+        """Append one row and count it in the card."""
         sample = {"tokens": row.tokens_L.astype(self._dtype), "maskable": np.packbits(row.maskable_L).tobytes()}
         if self.card.documents:
-            documents = row.documents or (self.card.seq_len,)  # a row that was not packed is one document
+            documents = row.documents or (self.card.seq_len,)  # without boundaries a row is one document
             sample["documents"] = np.array(documents, dtype=np.uint32).tobytes()
             self.card = replace(self.card, most_documents=max(self.card.most_documents, len(documents)))
         self._writer.write(sample)
@@ -78,7 +79,7 @@ def read_card(location: str) -> Card:
     """Read the card of a folder or URL of shards.
 
     Raises:
-        UserError: if there is none, or it cannot be read by this version.
+        UserError: if the card is missing, or this version cannot read it.
     """
     storage = Storage(location)
     try:
@@ -88,30 +89,33 @@ def read_card(location: str) -> Card:
             f"There are no shards in {location} ({CARD} is missing); prepare them with tools/prepare_data.py "
             "or correct data.train and data.validation."
         ) from None
-    except Exception as error:  # every remote file system raises its own
-        raise UserError(f"The shards' card {storage.url(CARD)} cannot be read: {one_line(error)}.") from None
+    except Exception as error:  # each remote file system raises its own
+        raise UserError(
+            f"The shards' card {storage.url(CARD)} cannot be read ({one_line(error)}); restore it, or prepare the data "
+            "anew."
+        ) from None
     if problem := _problem(values):
         raise UserError(f"The shards' card {storage.url(CARD)} {problem}.")
     return Card(**{"format": 1, **values})
 
 
 def _problem(values: Any) -> str:
-    """Return what keeps a card from being read, as a verb and its object with the remedy."""
+    """Return why a card cannot be read and the remedy, as a predicate; empty if the card is valid."""
     if not isinstance(values, dict):
         return "is not a JSON object; prepare the data anew"
-    number = values.get("format", 1)
-    if type(number) is not int or number < 1:
+    format_number = values.get("format", 1)
+    if type(format_number) is not int or format_number < 1:
         return "has no valid format; prepare the data anew"
-    if number > FORMAT:
+    if format_number > FORMAT:
         return (
-            f"has format {number}, but this version of memdlm_dist reads format {FORMAT} at most; use a version that "
-            f"reads format {number}, or prepare the data anew"
+            f"has format {format_number}, but this version of memdlm_dist reads format {FORMAT} at most; use a version "
+            f"that reads format {format_number}, or prepare the data anew"
         )
     types = {field.name: field.type for field in fields(Card)}
     if unknown := sorted(values.keys() - types.keys()):
         return (
-            f"has the key {unknown[0]!r}, which format {number} does not have; use the version of memdlm_dist that "
-            "wrote it, or prepare the data anew"
+            f"has the key {unknown[0]!r}, which format {format_number} does not have; use the version of memdlm_dist "
+            "that wrote it, or prepare the data anew"
         )
     wrong = [name for name, value in values.items() if type(value) is not types[name] or value < 0]
     missing = [field.name for field in fields(Card) if field.default is MISSING and field.name not in values]

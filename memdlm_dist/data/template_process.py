@@ -1,6 +1,6 @@
-"""Chat templates rendered in a process of their own: a template is somebody else's program, and may never end.
+"""Rendering of chat templates in a separate process, because a template is untrusted code and may never end.
 
-The process has Jinja's sandbox, a limit of memory and an alarm clock, and no other work.
+The process renders in Jinja's sandbox, with limits on memory and time.
 """
 
 import contextlib
@@ -15,61 +15,65 @@ from typing import Any
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-SECONDS = 10  # of one rendering
+TIMEOUT_SECONDS = 10  # per rendering
 _MEMORY = 1 << 30  # bytes
 
 
 class TemplateProcess:
-    """A template that is rendered by another process.
+    """Chat template that another process renders.
 
     Args:
-        source: of the template, for Jinja.
-        constants: what it can name besides the values of a rendering.
-        max_length: characters of a rendering, at most.
+        source: the template's Jinja source.
+        constants: variables of every rendering.
+        max_length: maximum number of characters of a rendering.
 
     Raises:
-        jinja2.TemplateError: if the template cannot be read.
+        jinja2.TemplateError: if the template cannot be parsed.
     """
 
     def __init__(self, source: str, constants: dict[str, Any], max_length: int):
-        self._first = {"source": source, "constants": constants, "max_length": max_length, "seconds": SECONDS}
+        self._setup = {"source": source, "constants": constants, "max_length": max_length, "seconds": TIMEOUT_SECONDS}
         self._end: weakref.finalize | None = None
         self._start()
 
     def render(self, **values: Any) -> str:
-        """Render the template with values that JSON can hold.
+        """Render the template with variables that can be written as JSON.
 
         Raises:
-            jinja2.TemplateError: if the template raises an error, or reaches a limit.
+            jinja2.TemplateError: if the template raises an error, or exceeds a limit.
         """
         if self._process.poll() is not None:
             self._start()
-        return self._ask(values)
+        return self._send(values)
 
     def _start(self) -> None:
         if self._end is not None:
-            self._end()  # of the process before it
+            self._end()  # ends the previous process
         self._process = subprocess.Popen(
             [sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
         self._end = weakref.finalize(self, _end, self._process)
         try:
-            self._ask(self._first)
+            self._send(self._setup)
         except jinja2.TemplateError:
             self._end()
             raise
 
-    def _ask(self, question: dict[str, Any]) -> str:
+    def _send(self, question: dict[str, Any]) -> str:
         process = self._process
         assert process.stdin is not None and process.stdout is not None
         try:
             process.stdin.write(json.dumps(question).encode() + b"\n")
             process.stdin.flush()
             answer = json.loads(process.stdout.readline())
-        except (OSError, ValueError):  # it ended without an answer
+        except (OSError, ValueError):  # the process ended without an answer
             status = process.wait()
-            late = status == -signal.SIGALRM
-            problem = f"it takes longer than {SECONDS} s" if late else f"its process ended with status {status}"
+            timed_out = status == -signal.SIGALRM
+            problem = (
+                f"rendering takes longer than {TIMEOUT_SECONDS} s"
+                if timed_out
+                else f"the rendering process ended with status {status}"
+            )
             raise jinja2.TemplateError(problem) from None
         if "problem" in answer:
             raise jinja2.TemplateError(answer["problem"])
@@ -86,12 +90,12 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _serve() -> None:
-    """Answer each line of standard input with a line: first whether the template can be read, then renderings."""
+    """Answer each line of standard input with one line: the first parses the template, each further one renders it."""
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
-    template, max_length, seconds = None, 0, SECONDS
+    template, max_length, seconds = None, 0, TIMEOUT_SECONDS
     for line in sys.stdin:
         question = json.loads(line)
-        signal.alarm(seconds)  # ends this process
+        signal.alarm(seconds)  # ends this process after `seconds`
         try:
             if template is None:
                 max_length, seconds, text = question["max_length"], question["seconds"], ""
@@ -99,18 +103,18 @@ def _serve() -> None:
             else:
                 text = template.render(**question)
             if len(text) > max_length:
-                raise jinja2.TemplateError(f"it writes more than {max_length:,} characters")
+                raise jinja2.TemplateError(f"rendering writes more than {max_length:,} characters")
             answer = {"text": text}
         except MemoryError:
-            answer = {"problem": f"it needs more than {_MEMORY:,} bytes of memory"}
-        except Exception as error:  # whatever the template does
+            answer = {"problem": f"rendering needs more than {_MEMORY:,} bytes of memory"}
+        except Exception as error:  # a template can raise anything
             answer = {"problem": str(error) if isinstance(error, jinja2.TemplateError) else repr(error)[:200]}
         signal.alarm(0)
         print(json.dumps(answer), flush=True)
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    # Jinja computes what it intercepts while it renders, not already while it reads the template.
+    # Jinja evaluates intercepted operators at rendering. Otherwise it folds constants such as 'x' * 10 ** 9 at parsing.
     intercepted_binops = frozenset(("*", "**"))
 
 

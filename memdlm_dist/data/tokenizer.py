@@ -1,4 +1,4 @@
-"""Tokenizers with a mask and an end-of-text token, looked up or added, never guessed."""
+"""Tokenizers with a mask token and an end-of-text token, which are configured or given by name, never guessed."""
 
 import hashlib
 import json
@@ -23,14 +23,13 @@ _SAME_TOKEN = "The tokenizer in {} has {} as mask and as end-of-text token; choo
 
 
 class DiffusionTokenizer(HuggingFaceTokenizer):
-    """torchtitan's Hugging Face tokenizer, with the ids that masked diffusion needs.
+    """torchtitan's Hugging Face tokenizer with the ids of the mask token and the end-of-text token.
 
     Args:
-        folder: holds tokenizer.json and tokenizer_config.json; the latter names `mask_token` and
-            `eos_token`.
+        folder: contains tokenizer.json, and tokenizer_config.json with the keys `mask_token` and `eos_token`.
 
     Raises:
-        UserError: if the folder or the file is missing, or one of the two tokens is, or both are the same.
+        UserError: if tokenizer.json or one of the two tokens is missing, or both tokens are the same.
     """
 
     mask_id: int
@@ -44,96 +43,100 @@ class DiffusionTokenizer(HuggingFaceTokenizer):
         try:
             super().__init__(folder)
         except Exception as error:  # the tokenizers library raises bare Exceptions
-            raise UserError(f"The tokenizer in {folder} cannot be loaded: {one_line(error)}.") from None
-        self.mask_id = self._special("mask_token")
-        self.eos_id = self._special("eos_token")
+            raise UserError(
+                f"The tokenizer in {folder} cannot be loaded ({one_line(error)}); restore its files."
+            ) from None
+        self.mask_id = self._special_token_id("mask_token")
+        self.eos_id = self._special_token_id("eos_token")
         if self.mask_id == self.eos_id:
             raise UserError(_SAME_TOKEN.format(folder, self.mask_token))
-        # Sections of tokenizer.json that would cut or fill what is encoded.
+        # Ignore the sections of tokenizer.json that truncate or pad encoded text.
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
 
-    def _special(self, name: str) -> int:
+    def _special_token_id(self, name: str) -> int:
         token = special_token(self, name)
         token_id = self.tokenizer.token_to_id(token) if token is not None else None
         if token_id is None:
             raise UserError(
-                f"The tokenizer in {self.tokenizer_path} has no {name} (tokenizer_config.json); use the tokenizer "
-                f"folder that tools/prepare_data.py wrote, or give it one with --{name.replace('_', '-')} NAME there."
+                f"The tokenizer in {self.tokenizer_path} has no {name} in tokenizer_config.json; use the tokenizer "
+                f"folder that tools/prepare_data.py wrote, or pass --{name.replace('_', '-')} NAME to that command."
             )
         return token_id
 
     @property
     def mask_token(self) -> str:
-        """As it is written in text."""
+        """Text of the mask token."""
         return str(self.tokenizer.id_to_token(self.mask_id))
 
     def fingerprint(self) -> str:
-        """Return a hash of what tokenizer.json says of texts and ids, the same wherever and however it is written."""
+        """Return a hash of tokenizer.json's vocabulary and rules, independent of its location and formatting."""
         content = json.loads((Path(self.tokenizer_path) / "tokenizer.json").read_bytes())
-        ours = {key: value for key, value in content.items() if key not in ("version", "truncation", "padding")}
-        return hashlib.sha256(json.dumps(ours, sort_keys=True).encode()).hexdigest()[:16]
+        relevant = {key: value for key, value in content.items() if key not in ("version", "truncation", "padding")}
+        return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
 
     def get_vocab_size(self) -> int:
-        """Return the largest token id + 1; ids need not be without gaps."""
+        """Return the largest token id + 1; the ids may have gaps."""
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text, with nothing added around it; special tokens in it are parsed."""
+        """Return the token ids of each text; special tokens in it are parsed, and none is added."""
         return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
     def encode_text(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text, in which nothing is a special token, even if it is written like one.
+        """Return the token ids of each text as ordinary text: a special token in it is not parsed.
 
         Raises:
-            ValueError: if a text becomes a special token in every way.
+            ValueError: if a text cannot be encoded without a special token.
         """
-        encoded = [encoding.ids for encoding in self._text_only.encode_batch(list(texts), add_special_tokens=False)]
+        encoded = [
+            encoding.ids for encoding in self._text_tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        ]
         return [
-            ids if self._reserved.isdisjoint(ids) else self._encode_cut(text)
+            ids if self._reserved_ids.isdisjoint(ids) else self._encode_in_pieces(text)
             for text, ids in zip(texts, encoded, strict=True)
         ]
 
-    def special_tokens_in(self, text: str) -> Counter[str]:
-        """Count the special and added tokens that stand in a text."""
-        return Counter(self._written.findall(text))
+    def count_special_tokens(self, text: str) -> Counter[str]:
+        """Count the special and added tokens in a text."""
+        return Counter(self._special_token_pattern.findall(text))
 
-    def special_token_in(self, text: str) -> str | None:
-        """Return a special token that stands in a text, as it is or as the tokenizer normalises the text."""
-        if found := self._written.search(text):
-            return found.group()
-        ids = self._reserved.intersection(*self.encode_plain([text]))
+    def find_special_token(self, text: str) -> str | None:
+        """Return a special token in a text, before or after normalisation; None if there is none."""
+        if match := self._special_token_pattern.search(text):
+            return match.group()
+        ids = self._reserved_ids.intersection(*self.encode_plain([text]))
         return str(self.tokenizer.id_to_token(min(ids))) if ids else None
 
-    def _encode_cut(self, text: str) -> list[int]:
-        """Encode a text that is cut within each special token: some models have the whole word in their vocabulary."""
-        pieces = self._cuts.split(text)
-        ids = [i for e in self._text_only.encode_batch(pieces, add_special_tokens=False) for i in e.ids]
-        if not self._reserved.isdisjoint(ids):
-            raise ValueError("its text becomes a special token")
+    def _encode_in_pieces(self, text: str) -> list[int]:
+        """Encode a text cut inside each special token, for models that have the token's text in their vocabulary."""
+        pieces = self._cut_positions.split(text)
+        ids = [i for e in self._text_tokenizer.encode_batch(pieces, add_special_tokens=False) for i in e.ids]
+        if not self._reserved_ids.isdisjoint(ids):
+            raise ValueError("every encoding of its text contains a special token")
         return ids
 
     @cached_property
     def _special_tokens(self) -> list[str]:
-        # Runs of blanks are added tokens of some tokenizers, and ordinary text.
+        # Some tokenizers have runs of blanks as added tokens; these are ordinary text.
         added = self.tokenizer.get_added_tokens_decoder().values()
         texts = {token.content for token in added if token.special or not token.content.isspace()}
         special = texts | {str(self.tokenizer.id_to_token(i)) for i in (self.mask_id, self.eos_id)}
-        return sorted(special, key=lambda token: (-len(token), token))  # the longest match counts
+        return sorted(special, key=lambda token: (-len(token), token))  # the longest token matches first
 
     @cached_property
-    def _written(self) -> re.Pattern[str]:
+    def _special_token_pattern(self) -> re.Pattern[str]:
         return re.compile("|".join(map(re.escape, self._special_tokens)))
 
     @cached_property
-    def _cuts(self) -> re.Pattern[str]:
-        """The places behind the first character of a special token."""
+    def _cut_positions(self) -> re.Pattern[str]:
+        """Pattern of the positions after the first character of each special token."""
         tokens = [(re.escape(token[0]), re.escape(token[1:])) for token in self._special_tokens if token[1:]]
         return re.compile("|".join(f"(?<={first})(?={rest})" for first, rest in tokens) or "(?!)")
 
     @cached_property
-    def _text_only(self) -> Tokenizer:
-        """The tokenizer without special tokens: all that `_special_tokens` names are special there, and not parsed."""
+    def _text_tokenizer(self) -> Tokenizer:
+        """Copy of the tokenizer that marks all of `_special_tokens` as special and does not parse them."""
         description = json.loads(self.tokenizer.to_str())
         for token in description["added_tokens"]:
             token["special"] = token["content"] in self._special_tokens
@@ -142,8 +145,8 @@ class DiffusionTokenizer(HuggingFaceTokenizer):
         return tokenizer
 
     @cached_property
-    def _reserved(self) -> set[int]:
-        """The ids that no text has. What a model writes for unknown words is often a special token, but has its use."""
+    def _reserved_ids(self) -> set[int]:
+        """Ids that ordinary text must not contain. The unknown token, although often special, is not one of them."""
         added = self.tokenizer.get_added_tokens_decoder().items()
         model = json.loads(self.tokenizer.to_str())["model"]
         unknown = model.get("unk_id"), self.tokenizer.token_to_id(model.get("unk_token") or "")
@@ -151,10 +154,10 @@ class DiffusionTokenizer(HuggingFaceTokenizer):
 
 
 def train(texts: Iterable[str], size: int, folder: Path) -> DiffusionTokenizer:
-    """Train a byte-level BPE of `size` tokens, end-of-text and mask included, and save it to `folder`.
+    """Train a byte-level BPE tokenizer of `size` tokens, including end-of-text and mask, and save it to `folder`.
 
     Raises:
-        UserError: if `size` cannot hold the 256 bytes and the two special tokens.
+        UserError: if `size` is less than the 256 bytes and the two special tokens.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if size < len(alphabet) + 2:
@@ -172,27 +175,27 @@ def train(texts: Iterable[str], size: int, folder: Path) -> DiffusionTokenizer:
     return _save(tokenizer, {"eos_token": NEW_EOS_TOKEN, "mask_token": NEW_MASK_TOKEN}, folder)
 
 
-def is_settled(source: str, mask_token: str | None, eos_token: str | None) -> bool:
-    """Return whether `adopt` would change nothing.
+def has_special_tokens(source: str, mask_token: str | None, eos_token: str | None) -> bool:
+    """Return whether `adopt` would leave the tokenizer unchanged.
 
     Raises:
-        UserError: as `adopt`.
+        UserError: for the same reasons as `adopt`.
     """
-    return not _settle(source, *_read(source), mask_token, eos_token)
+    return not _set_special_tokens(source, *_read(source), mask_token, eos_token)
 
 
 def adopt(source: str, folder: Path, mask_token: str | None, eos_token: str | None) -> DiffusionTokenizer:
-    """Copy the tokenizer in `source` to `folder`, with its mask and end-of-text tokens settled.
+    """Copy the tokenizer in `source` to `folder`, and set its mask and end-of-text tokens.
 
-    A token named here is looked up in the vocabulary and added to it if it is not there; one that is
-    not named must be in tokenizer_config.json.
+    A token that is given here is added to the vocabulary if it lacks the token. A token that is not given must be in
+    tokenizer_config.json.
 
     Raises:
-        UserError: if a token is neither named nor configured, or the source is no tokenizer, or the mask token is the
-            end-of-text token or an ordinary word.
+        UserError: if a token is neither given nor configured, if `source` is not a tokenizer, or if the mask token is
+            the end-of-text token or an ordinary word.
     """
     tokenizer, config = _read(source)
-    _settle(source, tokenizer, config, mask_token, eos_token)
+    _set_special_tokens(source, tokenizer, config, mask_token, eos_token)
     folder.mkdir(parents=True, exist_ok=True)
     for extra in ("special_tokens_map.json", "chat_template.jinja"):
         if (Path(source) / extra).is_file():
@@ -209,16 +212,19 @@ def _read(source: str) -> tuple[Tokenizer, dict[str, Any]]:
         config_path = path / "tokenizer_config.json"
         config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
     except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise UserError(f"The tokenizer in {source} cannot be loaded: {one_line(error)}.") from None
+        raise UserError(f"The tokenizer in {source} cannot be loaded ({one_line(error)}); restore its files.") from None
     if not isinstance(config, dict):
-        raise UserError(f"The tokenizer in {source} cannot be loaded: its tokenizer_config.json is not an object.")
+        raise UserError(
+            f"The tokenizer in {source} cannot be loaded (tokenizer_config.json is not a JSON object); restore its "
+            "files."
+        )
     return tokenizer, config
 
 
-def _settle(
+def _set_special_tokens(
     source: str, tokenizer: Tokenizer, config: dict[str, Any], mask_token: str | None, eos_token: str | None
 ) -> bool:
-    """Name and add the two tokens; returns whether anything changed."""
+    """Set the two tokens in `config`, add them to `tokenizer` if missing, and return whether anything changed."""
     changed, contents = False, []
     for name, value in (("mask_token", mask_token), ("eos_token", eos_token)):
         configured = config.get(name)
@@ -228,7 +234,7 @@ def _settle(
         if not isinstance(content, str) or not content:
             raise UserError(
                 f"The tokenizer in {source} names no {name}; give --{name.replace('_', '-')} NAME "
-                "(it is added to the vocabulary if it is not there)."
+                "(it is added to the vocabulary if missing)."
             )
         contents.append(content)
     if contents[0] == contents[1]:

@@ -58,7 +58,7 @@ def _build_dataloader(
         get_shard_requirements(job_config, tokenizer.mask_id),
         local_batch_size=training.local_batch_size,
         global_batch_size=training.global_batch_size,
-        ranks=dp_world_size,
+        dp_size=dp_world_size,
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
         num_workers=workers.num_workers,
         persistent_workers=workers.persistent_workers,

@@ -18,7 +18,7 @@ from memdlm_dist.checkpoint.continuity import identity
 from memdlm_dist.checkpoint.manager import ResumableCheckpoints
 from memdlm_dist.config.experiment import get_experiment
 from memdlm_dist.config.job_config import JobConfig
-from memdlm_dist.data.dataset import largest
+from memdlm_dist.data.dataset import max_documents
 from memdlm_dist.data.loader import Batch
 from memdlm_dist.method.documents import power_of_two
 from memdlm_dist.method.inner_loop import InnerStatistics
@@ -234,7 +234,7 @@ class MemDLMTrainer(Trainer):
                 f"The cards of the shards in {unknown} do not say how many documents a row holds: tensors will have "
                 "several sizes, for each of which ranks compile at different steps; prepare the data anew."
             )
-        number = largest(list(most.values()))
+        number = max_documents(list(most.values()))
         return None if number is None else power_of_two(max(1, number))
 
     def _compile_ahead(self, resumed: bool) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from memdlm_dist.checkpoint.catalogue import read_run
-from memdlm_dist.checkpoint.continuity import KEYS, check, check_format
+from memdlm_dist.checkpoint.continuity import IDENTITY_KEYS, check, check_format
 from memdlm_dist.errors import UserError
 from memdlm_dist.runtime.storage import Storage
 from tests.support.launching import debug, run_many, scalars
@@ -182,8 +182,9 @@ def test_another_run_is_not_continued_unasked(changed):
     fingerprint = json.loads((root / "run/checkpoint/step-3/run.json").read_text())["identity"]["data.train"]
     for part in (
         "step-3 was made with training.global_batch_size = 4 (now 8), ",
-        f"data.train of fingerprint {fingerprint} (now ", "data.shuffle_seed = 9176 (now 5): ",
-        "accept the change with --checkpoint.accept_changes training.global_batch_size,data.train,data.shuffle_seed.",
+        f"data.train fingerprint = {fingerprint} (now ", "data.shuffle_seed = 9176 (now 5), so ",
+        "undo the change, or accept it with --checkpoint.accept_changes "
+        "training.global_batch_size,data.train,data.shuffle_seed.",
     ):  # fmt: skip
         assert part in outputs["refused"]
     assert "accept_changes data.train,data.shuffle_seed." in outputs["partly"], "what was accepted is not asked again"
@@ -193,7 +194,7 @@ def test_another_run_is_not_continued_unasked(changed):
 def test_another_tokenizer_is_refused(changed):
     _, outputs = changed
     assert re.search(
-        r"step-3 was made with model.hf_assets_path of fingerprint \w{16} \(now \w{16}\): .* or accept the change with "
+        r"step-3 was made with model.hf_assets_path fingerprint = \w{16} \(now \w{16}\), so .* or accept it with "
         r"--checkpoint.accept_changes model.hf_assets_path\.",
         outputs["tokenizer"],
     )
@@ -220,7 +221,7 @@ def test_the_first_releases_checkpoint_goes_on(changed):
 
 
 def test_a_damaged_or_later_run_file(tmp_path):
-    ours = dict.fromkeys(KEYS, 1)
+    ours = dict.fromkeys(IDENTITY_KEYS, 1)
     with pytest.raises(UserError, match=r"run/step-3 has format 9, and this version reads up to 1; use the version"):
         check_format("run/step-3", {"format": 9})
     with pytest.raises(UserError, match=r"run/step-3/run.json is damaged \(its format is 'x'\); restore the file"):
@@ -249,7 +250,7 @@ def test_an_accepted_batch_size_goes_on_in_the_data(changed):
 
 def test_accepted_data_are_read_from_the_beginning_of_an_epoch(changed):
     root, outputs = changed
-    assert "Accepted: the checkpoint was made with data.train of fingerprint" in outputs["data"]
+    assert "Accepted: the checkpoint was made with data.train fingerprint =" in outputs["data"]
     found = scalars(root / "run")["loss_metrics/global_avg_loss"]
     assert set(found) == set(range(1, 7))
     assert len({s for kind, _, s in draws(root / "draws-data") if kind == "level"}) == 24

@@ -253,7 +253,7 @@ def test_checkpoint_of_another_model(tmp_path, capsys):
     assert "step-9 does not exist" in fail(capsys, [*args, "--checkpoint.load_step", "9"])
     (tmp_path / "out/checkpoint/step-8").mkdir()
     (tmp_path / "out/checkpoint/step-8/model.safetensors").touch()
-    assert "step-8 holds weights alone, in safetensors" in fail(capsys, [*args, "--checkpoint.load_step", "8"])
+    assert "step-8 holds only exported weights, in safetensors" in fail(capsys, [*args, "--checkpoint.load_step", "8"])
 
 
 def test_weights_that_are_not_finite_are_not_blamed_on_the_data(tmp_path, capsys):

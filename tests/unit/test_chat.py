@@ -67,9 +67,12 @@ def test_the_chat_template_of_a_tokenizer(tmp_path):
 @pytest.mark.parametrize(
     "source, message",
     [
-        ("{{ raise_exception('roles must alternate') }}", "the chat template refuses it (roles must alternate)"),
-        ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "refuses it"),  # out of the sandbox
-        ("{{ messages[-1].content }}", "does not write the turns one behind the other"),
+        (
+            "{{ raise_exception('roles must alternate') }}",
+            "the chat template refuses the conversation (roles must alternate)",
+        ),
+        ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "refuses the conversation"),  # out of the sandbox
+        ("{{ messages[-1].content }}", "rewrites earlier turns when another turn follows"),
     ],
 )
 def test_a_template_that_misbehaves_makes_bad_rows(tmp_path, source, message):
@@ -90,22 +93,25 @@ PLAIN = "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|eot|>{% endfor %}
         ("{{ 1 // 0 }}", "ZeroDivisionError"),
         (
             "{% for i in range(99999) %}{% for j in range(999) %}{{ messages }}{% endfor %}{% endfor %}",
-            "it (needs|takes)",
+            "rendering (needs|takes)",
         ),
         # Which limit is the first depends on the machine.
         (
             "{{ 'x' * 10 ** 9 }}",
-            "it (writes more than 67,108,864 characters|needs more than 1,073,741,824 bytes|takes)",
+            "rendering (writes more than 67,108,864 characters|needs more than 1,073,741,824 bytes|takes)",
         ),
-        ("{{ 'x'.ljust(10 ** 12) }}", "it needs more than 1,073,741,824 bytes of memory"),
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "it takes longer than 1 s"),
+        ("{{ 'x'.ljust(10 ** 12) }}", "rendering needs more than 1,073,741,824 bytes of memory"),
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "rendering takes longer than 1 s",
+        ),
     ],
 )
 def test_a_template_has_bounds(tmp_path, source, message, monkeypatch):
-    monkeypatch.setattr(template_process, "SECONDS", 1)
+    monkeypatch.setattr(template_process, "TIMEOUT_SECONDS", 1)
     limited = "{% if messages | length > 1 %}" + source + "{% endif %}"
     template = chat.chat_template("tokenizer", templated(tmp_path, limited))
-    with pytest.raises(ValueError, match=f"the chat template refuses it .*{message}"):
+    with pytest.raises(ValueError, match=f"the chat template refuses the conversation .*{message}"):
         chat.segments(template, CONVERSATION)
     assert template(CONVERSATION[:1], False) == "", "the next row is rendered"
 
@@ -135,7 +141,7 @@ def test_messages_are_text(tmp_path, name):
     assert summary.bad_rows == 3 and summary.sequences["train"] == 1
     for line, token in ((1, "<|mask|>"), (2, end), (4, end)):
         assert any(
-            f"rows.jsonl:{line}: a message holds the special or added token {token}" in p for p in summary.problems
+            f"rows.jsonl:{line}: a message contains the special or added token '{token}'" in p for p in summary.problems
         )
     shards = TokenDataset(local=str(tmp_path / "out/train"), batch_size=1, shuffle=False, check_hash="xxh64")
     ids = shards[0]["tokens"].tolist()

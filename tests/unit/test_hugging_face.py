@@ -122,7 +122,7 @@ def test_a_tensor_that_is_missing_unknown_or_of_another_shape_is_named(weights, 
         tensors[name] = torch.zeros(3, 5)
 
     name = damaged(weights, tmp_path / "c", reshape)
-    assert f"The tensor {name} in {tmp_path / 'c'} is (3, 5), this model's (" in refusal(tmp_path / "c", sd_adapter)
+    assert f"The tensor {name} in {tmp_path / 'c'} has shape (3, 5), but (" in refusal(tmp_path / "c", sd_adapter)
 
 
 def test_weights_of_integers_are_refused(weights, sd_adapter, tmp_path):

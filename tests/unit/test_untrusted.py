@@ -18,7 +18,7 @@ from memdlm_dist.checkpoint import weights
 from memdlm_dist.checkpoint.catalogue import Catalogue, prunable_steps
 from memdlm_dist.checkpoint.manager import check_model
 from memdlm_dist.checkpoint.reading import load_states
-from memdlm_dist.data.dataset import MISTAKE, open_dataset
+from memdlm_dist.data.dataset import ERROR_KEY, open_dataset
 from memdlm_dist.data.sequences import TrainingSequence
 from memdlm_dist.data.settings import Data
 from memdlm_dist.data.shards import Card, ShardWriter
@@ -106,7 +106,7 @@ def test_values_beside_tensors_are_data(tmp_path, canary):
     swapped = save(tmp_path / "swapped", extra=3)
     with pytest.raises(CheckpointException, match="extra is a tensor"):
         load_states({"extra": torch.zeros(2)}, swapped, no_dist=True)
-    assert check_model(swapped, {**TENSORS, "extra": torch.zeros(2)}) == "holds something else than a tensor as extra"
+    assert check_model(swapped, {**TENSORS, "extra": torch.zeros(2)}) == "holds extra, which is not a tensor"
 
 
 def shards(folder: Path, rows: int = 200, size_limit: int = 4000) -> Path:
@@ -127,7 +127,7 @@ def test_a_cache_limit_deletes_copies_alone(tmp_path):
     data = Data(cache_folder=str(cache), cache_limit="20kb")
     dataset = open_dataset(data, [str(mine), f"file://{remote}"], [], batch_size=1, shuffle=False, predownload=1)
     for sample in (samples := list(islice(dataset, 400))):
-        assert MISTAKE not in sample, sample
+        assert ERROR_KEY not in sample, sample
     assert {sample["sample_id"] for sample in samples} == set(range(400))
     assert files(mine) == before and files(remote) == before
     kept = [path.stat().st_size for path in cache.glob("*/*.mds")]
@@ -191,7 +191,7 @@ def test_one_good_checkpoint_is_always_left(tmp_path):
             prunable_steps([1, 2], negative, 0)
     assert prunable_steps([1, 2, 3, 4], 1, 0, best=2) == [1, 3]
     catalogue.remove(1)
-    with pytest.raises(UserError, match="step-2 is the only good checkpoint, and is not removed"):
+    with pytest.raises(UserError, match="step-2 is the only intact checkpoint and is not removed"):
         catalogue.remove(2)
     (tmp_path / "step-2/__0_0.distcp").write_bytes(b"")
     catalogue.remove(2)  # a damaged one may go
