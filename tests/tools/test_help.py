@@ -4,11 +4,13 @@ import argparse
 import importlib
 import re
 import shlex
+import subprocess
 
 import pytest
 
 from tests.support.zygote import ROOT
 
+SCRIPTS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "launch").glob("*.s[hb]*"))
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
 
 
@@ -75,3 +77,14 @@ def test_help_has_purpose_examples_and_groups(parser_of, capsys, name):
                 continue
             text = action.help or ""
             assert len(text) > 10 and not text.startswith(("of ", "default", "what ", "how ")), f"{where} {action.dest}"
+
+
+def test_help_of_launch_scripts():
+    assert len(SCRIPTS) == 8
+    for script in SCRIPTS:
+        done = subprocess.run(["bash", script, "-h"], cwd=ROOT, capture_output=True, text=True, check=True)
+        purpose, _, usage, *lines = done.stdout.splitlines()
+        assert 20 < len(purpose) <= 120 and purpose.endswith("."), script
+        assert usage.startswith("Usage: ") and not any(line.startswith(("#", "set ")) for line in lines), script
+        assert any(re.match(rf"  ([A-Z_]+=\S+ )*(bash|sbatch .*) ?{script}", line) for line in lines), script
+        assert len(lines) > 5 and max(map(len, done.stdout.splitlines())) <= 120, script
