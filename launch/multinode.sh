@@ -1,17 +1,24 @@
 #!/usr/bin/env bash
-# Train on several nodes: run this once on each of them.
+# Train on several nodes; run this command once on each node.
 #
-#   NNODES=N RDZV_ENDPOINT=HOST:PORT [NODE_RANK=I] bash launch/multinode.sh CONFIG.toml [torchrun flags --] [--section.key value ...]
+# Usage: NNODES=N RDZV_ENDPOINT=HOST:PORT bash launch/multinode.sh CONFIG.toml [torchrun flags --] [--section.key value]
 #
-# NNODES: number of nodes; MIN:MAX starts with what is there after a minute, at least MIN.
-# RDZV_ENDPOINT: a host that all nodes reach, one of them, and a free port on it; the same everywhere.
-# NODE_RANK: this node's number; none lets the nodes agree. Node 0 then is the one of the endpoint, or any.
-# RDZV_ID: name of the job, if several share an endpoint (default: memdlm).
-# MAX_RESTARTS: how often to start all ranks again after one fails (default: 3).
-# NGPU, TORCHRUN_FLAGS: as for launch/train.sh; NGPU must be the same on all nodes.
+# Example, on both nodes of two (node0 is the host name of one of them):
+#   NNODES=2 RDZV_ENDPOINT=node0:29500 bash launch/multinode.sh train_configs/llada_8b_longalpaca.toml
+#
+# Layout (environment):
+#   NNODES          number of nodes; with MIN:MAX the run starts with at least MIN nodes, one minute after they joined
+#   NODE_RANK       number of this node, from 0 (default: the nodes agree on their numbers; the host of RDZV_ENDPOINT
+#                   becomes node 0 if it is one of them)
+#   NGPU            processes per node, the same on all nodes (default: all accelerators, or 2 on a CPU)
+# Rendezvous (environment):
+#   RDZV_ENDPOINT   HOST:PORT, the same on all nodes: a node that all nodes reach, and a free port on it
+#   RDZV_ID         name of the job, if several share an endpoint (default: memdlm)
+#   MAX_RESTARTS    number of times that torchrun restarts all ranks after a failure (default: 3)
+#   TORCHRUN_FLAGS  further torchrun flags
 set -euo pipefail
 
-usage() { sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,18s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 if [[ $# -lt 1 || $1 == -h || $1 == --help ]]; then
     usage
@@ -30,7 +37,7 @@ if [[ -n ${NODE_RANK:-} && ! $NODE_RANK =~ ^[0-9]+$ ]]; then
     exit 2
 fi
 
-# What launch/train.sh puts in the place of a rendezvous of one node.
+# launch/train.sh uses RENDEZVOUS instead of its single-node rendezvous.
 RENDEZVOUS="--nnodes=$NNODES --rdzv-backend=c10d --rdzv-endpoint=$RDZV_ENDPOINT --rdzv-id=${RDZV_ID:-memdlm}"
 RENDEZVOUS+=" --max-restarts=${MAX_RESTARTS:-3}${NODE_RANK:+ --node-rank=$NODE_RANK}"
 export RENDEZVOUS

@@ -1,17 +1,29 @@
 #!/usr/bin/env bash
-# The needle experiment: one base, fine-tuned with plain masked diffusion and with MemDLM, compared.
+# Run the needle experiment: train one base, fine-tune it with plain masked diffusion and with MemDLM, and compare.
 #
-#   [SIZE=cpu|gpu] [SEEDS="0 1 2"] bash launch/needle.sh [STAGE ...]
+# Usage: bash launch/needle.sh [data] [base] [tune] [evaluate] [report]
 #
-# STAGE: data, base, tune, evaluate, report; all of them in this order by default. What is there already is kept, so
-# that the script goes on where it was interrupted. Needs the [eval] extra and, for compilation on a CPU, a C++ compiler.
-# SIZE: cpu is 1.3 million parameters, for two cores and about 90 minutes; gpu is 28 million at about three times the length.
-# DATA, OUT: folders (default: data/needle, outputs/needle, with -gpu for that size).
-# NGPU: processes (default: all accelerators; one with all cores on a machine without any).
+# Examples:
+#   bash launch/needle.sh
+#   SIZE=gpu SEEDS=0 bash launch/needle.sh
+#   SIZE=gpu bash launch/needle.sh evaluate report
+#
+# Without arguments all stages run in the order above. Existing results are kept, so the script continues after an
+# interruption. It needs the [eval] extra and, to compile on a CPU, a C++ compiler.
+#
+# Model (environment):
+#   SIZE   cpu: 1.3 million parameters, about 90 minutes on two cores; gpu: 28 million, about three times the length
+#          (default: cpu)
+#   SEEDS  seeds of the fine-tuned runs (default: "0 1 2")
+# Output (environment):
+#   DATA   folder for the data (default: data/needle, or data/needle-gpu)
+#   OUT    folder for the runs and reports (default: outputs/needle, or outputs/needle-gpu)
+# Hardware (environment):
+#   NGPU   number of processes (default: all accelerators, or 1 with all cores on a CPU)
 set -euo pipefail
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
-    sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    sed -n '2,22s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit 0
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -67,7 +79,7 @@ shards() { # NAME SEQ_LEN HELD_OUT SOURCE...
 data() {
     mkdir -p "$DATA"
     if [[ ! -d $DATA/tokenizer ]]; then
-        # A tokenizer that knows the tasks' own words is trained on them; one is needed to measure these.
+        # The final tokenizer is trained on needle tasks, whose lengths are measured with a first tokenizer.
         "$python" tools/prepare_data.py --builtin --train-tokenizer 2048 --seq-len 256 --output "$DATA/first" --overwrite
         "$python" tools/needle_data.py --tokenizer "$DATA/first/tokenizer" --lengths 192 --samples 1600 --tasks $tasks \
             --format text --output "$DATA/first.jsonl" --overwrite "${short_sizes[@]}"
@@ -97,7 +109,7 @@ base_checkpoint() {
     find "$OUT/base/checkpoint" -maxdepth 1 -name 'step-*' | sort -V | tail -1
 }
 
-run_flags() { # of the fine-tuned runs, which the evaluations share
+run_flags() { # flags that the fine-tuned runs and their evaluations share
     flags=("${model[@]}" "${tune[@]}" --data.train "$DATA/train/train" --data.validation "$DATA/heldout/train")
 }
 
@@ -115,7 +127,7 @@ tune() {
 evaluate() {
     run_flags
     for run in base $(for seed in $seeds; do echo "mdlm-$seed" "memdlm-$seed"; done); do
-        # New names and passages; and those of training in samples that it did not see.
+        # heldout: new names and passages; train: those of training, in samples that the run has not seen.
         for part in heldout train; do
             if [[ ! -f $OUT/$run/needle-$part/needle.json ]]; then
                 "$python" tools/evaluate.py needle train_configs/needle_memdlm.toml --part $part --seed 77 \
@@ -147,7 +159,7 @@ for stage in "${@:-data base tune evaluate report}"; do
         case $one in
         data | base | tune | evaluate | report) "$one" ;;
         *)
-            echo "error: there is no stage '$one'; choose among data, base, tune, evaluate, report." >&2
+            echo "error: There is no stage '$one'; choose data, base, tune, evaluate or report." >&2
             exit 2
             ;;
         esac

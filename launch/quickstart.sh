@@ -1,15 +1,25 @@
 #!/usr/bin/env bash
-# From nothing to a trained model: set up, prepare the built-in corpus, train, validate.
+# Set up, prepare the built-in corpus, train a small model and validate it.
 #
-#   bash launch/quickstart.sh [--section.key value ...]
+# Usage: bash launch/quickstart.sh [--section.key value ...]
 #
-# Run again, it continues from the last checkpoint or says that the run is complete.
-# NGPU: number of processes (default: all accelerators, or 2 on a machine without any).
+# Examples:
+#   bash launch/quickstart.sh
+#   bash launch/quickstart.sh --training.steps 3
+#
+# A second call continues from the last checkpoint, or reports that the run is complete.
+#
+# Hardware (environment):
+#   NGPU  number of processes (default: all accelerators, or 2 on a CPU)
 set -euo pipefail
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    exit 0
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash launch/setup.sh
-unset VIRTUAL_ENV # what was just set up, whatever environment is active
+unset VIRTUAL_ENV # train.sh must use .venv, not an activated environment
 if [[ ! -f data/quickstart/summary.json ]]; then
     .venv/bin/python tools/prepare_data.py --builtin --train-tokenizer 2048 --seq-len 128 \
         --held-out 0.03 --output data/quickstart --overwrite

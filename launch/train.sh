@@ -1,17 +1,23 @@
 #!/usr/bin/env bash
-# Train on one node.
+# Train on one node; for several nodes see launch/multinode.sh.
 #
-#   [NGPU=N] bash launch/train.sh CONFIG.toml [torchrun flags --] [--section.key value ...]
+# Usage: bash launch/train.sh CONFIG.toml [torchrun flags --] [--section.key value ...]
 #
-# NGPU: number of processes (default: all accelerators, or 2 on a machine without any).
-# LOG_RANK: local ranks whose output is shown, separated by commas (default: 0).
-# OMP_NUM_THREADS: threads of each process (default: the node's cores over its processes).
-# TORCHRUN_FLAGS: further flags for torchrun, such as --max-restarts=3.
-# SIGTERM and SIGUSR1: finish the step, save, exit with status 75; a second one ends it at once.
-# For several nodes see launch/multinode.sh.
+# Examples:
+#   bash launch/train.sh train_configs/debug.toml
+#   NGPU=1 bash launch/train.sh train_configs/debug.toml --training.steps 5 --parametric_memory.rank 4
+#
+# Hardware (environment):
+#   NGPU             number of processes (default: all accelerators, or 2 on a CPU)
+#   OMP_NUM_THREADS  threads per process (default: the node's cores divided by its processes)
+#   TORCHRUN_FLAGS   further torchrun flags, such as --max-restarts=3
+# Output (environment):
+#   LOG_RANK         comma-separated local ranks whose output is shown (default: 0)
+#
+# On SIGTERM or SIGUSR1 the run finishes its step, saves, and exits with status 75. A second signal ends it at once.
 set -euo pipefail
 
-usage() { sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,17s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 if [[ $# -lt 1 || $1 == -h || $1 == --help ]]; then
     usage
@@ -21,13 +27,13 @@ config=$1
 shift
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-# An activated virtual environment first, then the one that launch/setup.sh made.
+# An activated virtual environment has priority over the one that launch/setup.sh created.
 python=python
 if [[ -z ${VIRTUAL_ENV:-} && -x $root/.venv/bin/python ]]; then
     python=$root/.venv/bin/python
 fi
 
-# Flags before a lone -- are torchrun's.
+# Arguments before a lone -- are torchrun flags.
 torchrun_flags=()
 for argument in "$@"; do
     if [[ $argument == -- ]]; then

@@ -1,14 +1,21 @@
-"""Plain masked diffusion, straightforward MemDLM and ours, in turn on one sharded model: time, memory, communication.
+"""Measure time, memory and communication of plain masked diffusion, straightforward MemDLM and this implementation.
 
-    python tools/bench.py [CONFIG.toml] [options] [--section.key value ...]
-    python tools/bench.py [CONFIG.toml] --lengths 512 1024 2048 [options] ...    # plain and ours against length
+Examples:
+  # All three kinds of step with train_configs/bench_cpu.toml
+  python tools/bench.py
+  # Another training configuration, with a changed key
+  python tools/bench.py train_configs/debug.toml --rounds 3 --training.local_batch_size 2
+  # Plain and ours against the row length
+  python tools/bench.py train_configs/debug.toml --lengths 512 1024 2048
 
-CONFIG.toml is a training configuration (default: train_configs/bench_cpu.toml); its backbone, batch, layout,
-precision, checkpointing and compilation are measured, on random weights and tokens. A step is forward, backward,
-clipping and optimizer. Each round takes one step of each kind on the same batch; a ratio is the median over the
-rounds of the ratio within a round. The straightforward step is that of performance/straightforward.py.
+CONFIG.toml is a training configuration (default: train_configs/bench_cpu.toml). The bench takes its backbone, batch,
+layout, precision, activation checkpointing and compilation; weights and tokens are random. A step is forward pass,
+backward pass, clipping and optimizer. Each round takes one step of each kind on the same batch. A ratio is computed
+within each round; the table shows its median over the rounds. The straightforward step is implemented in
+memdlm_dist/performance/straightforward.py.
 
-Starts its own processes; under torchrun it is one of them.
+The command starts its own processes; under torchrun it runs as one rank. Override configuration keys with
+--section.key value.
 """
 
 import argparse
@@ -43,10 +50,10 @@ DEFAULT_CONFIG = Path(__file__).parent.parent / "train_configs/bench_cpu.toml"
 
 
 def run(options: argparse.Namespace, argv: Sequence[str], overrides: Sequence[str]) -> int:
-    """Measure as one rank.
+    """Run the bench on this rank and return its exit status; rank 0 prints the table and writes the JSON file.
 
     Raises:
-        UserError: for a configuration that cannot be measured.
+        UserError: If the configuration cannot be measured.
     """
     config = _configuration(options.config, overrides, launched_processes())
     device_module().set_device(int(os.environ["LOCAL_RANK"]))
@@ -69,7 +76,7 @@ def run(options: argparse.Namespace, argv: Sequence[str], overrides: Sequence[st
 
 
 def _check_output(path: str | None) -> None:
-    """A file can be written there; makes its folder."""
+    """Raise a UserError if the file cannot be written; create its folder."""
     try:
         if path:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -79,6 +86,11 @@ def _check_output(path: str | None) -> None:
 
 
 def _configuration(path: Path, overrides: Sequence[str], processes: Processes, length: int | None = None) -> JobConfig:
+    """Return the configuration to measure, checked against the device and the backbone.
+
+    Args:
+        length: overrides training.seq_len.
+    """
     config = parse_config.parse(["--job.config_file", str(path), *overrides])
     config.training.seq_len = length or config.training.seq_len
     config = launch.resolve(config, *processes)
@@ -86,31 +98,46 @@ def _configuration(path: Path, overrides: Sequence[str], processes: Processes, l
     args = backbone_args(config.model.name, config.model.flavor)
     check_layout.check_backbone(config, args)
     if not config.parametric_memory.enable:
-        raise UserError("parametric_memory.enable is false, so there is nothing to compare; set it to true.")
+        raise UserError("parametric_memory.enable is false, so the bench has nothing to compare; set it to true.")
     return config
 
 
 def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Parse the command line; returns the bench's options and the configuration's overrides."""
     parser = new_parser("bench.py", __doc__)
     parser.usage, parser.allow_abbrev = "bench.py [CONFIG.toml] [options] [--section.key value ...]", False
-    # The file comes first, or the value of a configuration's key could be taken for it.
-    given = [Path(argument) for argument in argv[:1] if not argument.startswith("-")]
-    parser.set_defaults(config=given[0] if given else DEFAULT_CONFIG)
+    # Only the first argument can be the file: a later word may be the value of a configuration key.
+    leading = [Path(argument) for argument in argv[:1] if not argument.startswith("-")]
+    parser.set_defaults(config=leading[0] if leading else DEFAULT_CONFIG)
 
-    parser.add_argument("--rounds", type=positive, default=7, help="rounds that count (default: 7)")
-    parser.add_argument("--warm-up", type=positive, default=2, help="rounds before them (default: 2)")
-    parser.add_argument(
-        "--lengths", type=positive, nargs="+", metavar="N", help="measure plain and ours on rows of so many tokens each"
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--rounds", type=positive, default=7, metavar="N", help="measured rounds (default: 7)")
+    sampling.add_argument(
+        "--warm-up", type=positive, default=2, metavar="N", help="rounds before the measured ones (default: 2)"
     )
-    parser.add_argument("--layers", type=positive, help="number of layers, if not the flavour's")
-    parser.add_argument("--processes", type=positive, help="default: all accelerators, or 2 without any")
-    parser.add_argument("--json", default="outputs/bench.json", help="default: outputs/bench.json; '' writes none")
-    parser.add_argument("--profile", metavar="FILE", help="also write a table of one step's operators or kernels")
-    return parser.parse_known_args(argv[len(given) :])
+    sampling.add_argument(
+        "--lengths", type=positive, nargs="+", metavar="N",
+        help="row lengths in tokens; measures plain and ours on each (default: all three kinds at training.seq_len)",
+    )  # fmt: skip
+    model = parser.add_argument_group("model")
+    model.add_argument("--layers", type=positive, metavar="N", help="number of layers (default: the flavour's)")
+    hardware = parser.add_argument_group("hardware")
+    hardware.add_argument(
+        "--processes", type=positive, metavar="N", help="number of processes (default: all accelerators, or 2 on a CPU)"
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--json", default="outputs/bench.json", metavar="FILE",
+        help="file for the numbers; '' writes none (default: outputs/bench.json)",
+    )  # fmt: skip
+    output.add_argument(
+        "--profile", metavar="FILE", help="file for a table of one step's operators or kernels (default: none)"
+    )
+    return parser.parse_known_args(argv[len(leading) :])
 
 
 def start(options: argparse.Namespace, argv: Sequence[str], overrides: Sequence[str]) -> int:
-    """Start the processes that measure, once nothing is wrong with what is asked."""
+    """Check configuration and output files, start the ranks with torchrun, and return the exit status."""
     processes = options.processes or torch.accelerator.device_count() or 2
     for length in options.lengths or [None]:
         _configuration(options.config, overrides, Processes(processes, processes), length)
@@ -125,11 +152,13 @@ def start(options: argparse.Namespace, argv: Sequence[str], overrides: Sequence[
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status; without torchrun's environment, start the ranks first."""
     argv = sys.argv[1:] if argv is None else argv
     options, overrides = _options(argv)
     if "RANK" not in os.environ:
         return guarded(lambda: start(options, argv, overrides))
-    # Only rank 0 is shown: what another rank fails of reaches torchrun by the error file, and is shown at the end.
+    # Only rank 0's output is shown. record() writes another rank's exception to torchrun's error file; torchrun prints
+    # it at the end.
     return guarded(lambda: record(run)(options, argv, overrides) or 0)
 
 

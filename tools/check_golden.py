@@ -1,11 +1,12 @@
-"""Check our numbers against fixtures of the published reference implementation.
+"""Compare the numbers of this implementation with fixtures of the published reference implementation.
 
-    python tools/check_golden.py DIR [DIR ...] [--device cuda]
+Examples:
+  python tools/check_golden.py tests/golden/dense_pmc_ce
+  python tools/check_golden.py tests/golden/dense_pmc_ce tests/golden/sampler_low_confidence --device cpu
 
-Each DIR holds a manifest.json and safetensors files. The masks, noise levels and the draw of the fast
-weights come from the fixture; our model, inner loop and outer loss compute the rest. One line per
-quantity; exit status 1 if any is out of tolerance, 2 if a fixture is of a kind that is not supported
-yet or cannot be read.
+Each DIR holds a manifest.json and safetensors files. The masks, noise levels and initial fast weights come from the
+fixture; our model, inner loop and outer loss compute the rest. The command prints one line per quantity. Exit status:
+0 if all are within tolerance, 1 if any is not, 2 if a fixture cannot be read or its kind is not supported.
 """
 
 import sys
@@ -25,13 +26,17 @@ from memdlm_dist.runtime.entry_point import new_parser
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit status."""
     parser = new_parser("check_golden.py", __doc__)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="fixture directory")
-    parser.add_argument(
+    parser.usage = "check_golden.py DIR [DIR ...] [options]"
+    data = parser.add_argument_group("data")
+    data.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folder of a fixture")
+    hardware = parser.add_argument_group("hardware")
+    hardware.add_argument(
         "--device",
         default="cpu",
         choices=sorted({"cpu", device_type()}),
-        help="where the model computes (default: cpu)",
+        help="device that runs the model (default: cpu)",
     )
     options = parser.parse_args(argv)
     status = 0
@@ -49,7 +54,10 @@ def main(argv: list[str] | None = None) -> int:
             print(f"  {mistake}")
             status = 2
         except (OSError, KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-            print(f"  cannot read the fixture ({type(error).__name__}: {error}); see the format's README")
+            print(
+                f"  cannot read the fixture ({type(error).__name__}: {error}); memdlm_dist/golden/fixture.py describes "
+                "the format."
+            )
             status = 2
     return status
 

@@ -1,15 +1,14 @@
 #!/usr/bin/env python
-"""Convert checkpoints from and to Hugging Face weights (safetensors), offline.
+r"""Convert checkpoints from and to Hugging Face weights (safetensors), offline.
 
-    python tools/convert_checkpoint.py from-hf CONFIG --input LLaDA-8B-Base --output checkpoints/llada-8b
-    python tools/convert_checkpoint.py to-hf CONFIG --output exports/mine [--dtype bfloat16]
-    python tools/convert_checkpoint.py to-hf CONFIG --output exports/mine-lora --adapter
+Examples:
+  python tools/convert_checkpoint.py to-hf train_configs/quickstart.toml --output exports/quickstart
+  python tools/convert_checkpoint.py from-hf train_configs/quickstart.toml --input exports/quickstart \
+      --output checkpoints/quickstart
 
-CONFIG names the backbone (model.name, model.flavor) and, for to-hf, the run whose newest good checkpoint is taken.
-from-hf writes a checkpoint for checkpoint.initial_load_path; a run can also read the Hugging Face folder itself
-(checkpoint.initial_load_in_hf). config.json and the tokenizer are carried along. A run that trained adapters is
-exported with them merged, or with --adapter as the adapters alone in PEFT's layout. The whole model is held in memory
-once or twice, in the type that it is written in. Keys of the configuration can follow: --section.key value.
+CONFIG names the backbone (model.name, model.flavor). Host memory holds the whole model once or twice, in the dtype of
+the output. Override configuration keys with --section.key value. `convert_checkpoint.py COMMAND --help` describes a
+command and its options.
 """
 
 import argparse
@@ -26,40 +25,79 @@ cpu.prepare()
 from memdlm_dist.checkpoint.convert import from_hugging_face, to_hugging_face
 from memdlm_dist.config import parse_config
 from memdlm_dist.inference.setup import checkpoint_folder
-from memdlm_dist.runtime.entry_point import guarded, new_parser, parse_with_overrides, quiet
+from memdlm_dist.runtime.entry_point import add_command, guarded, new_parser, parse_with_overrides, quiet
 from memdlm_dist.training.backbone import get_conversion
 
 _DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+_FROM_HF = """Convert a folder of Hugging Face weights to a checkpoint.
+
+Example, on a folder that `to-hf` has written:
+  python tools/convert_checkpoint.py from-hf train_configs/quickstart.toml --input exports/quickstart \\
+      --output checkpoints/quickstart
+
+A run starts from the checkpoint with checkpoint.initial_load_path. It can also load the Hugging Face folder directly,
+with checkpoint.initial_load_in_hf. The command copies config.json and the tokenizer.
+"""
+_TO_HF = """Convert a checkpoint to a folder of Hugging Face weights.
+
+Examples:
+  python tools/convert_checkpoint.py to-hf train_configs/quickstart.toml --output exports/quickstart
+  python tools/convert_checkpoint.py to-hf train_configs/llada_8b_longalpaca.toml --output exports/lora --adapter
+
+The export merges the adapters of a LoRA run into the weights; --adapter writes the adapters alone, in PEFT's layout.
+The command copies config.json and the tokenizer.
+"""
+
+
 def parser() -> argparse.ArgumentParser:
+    """Return the parser with its two subcommands."""
     p = new_parser("convert_checkpoint.py", __doc__)
-    directions = p.add_subparsers(dest="direction", required=True, metavar="{from-hf,to-hf}")
-    there = directions.add_parser("from-hf", help="Hugging Face weights to a checkpoint")
-    there.add_argument(
-        "--input", required=True, metavar="DIR", help="folder with *.safetensors under Hugging Face's names"
+    p.usage = "convert_checkpoint.py {from-hf,to-hf} CONFIG --output DIR [options] [--section.key value ...]"
+    commands = p.add_subparsers(
+        title="commands", dest="direction", required=True, prog="convert_checkpoint.py", metavar="COMMAND"
     )
-    back = directions.add_parser("to-hf", help="a checkpoint to Hugging Face weights")
-    back.add_argument(
-        "--checkpoint",
-        metavar="DIR",
-        help="checkpoint step-N, or a folder or URL of them (the newest good one); default: the run's own. One's own "
-        "alone: its metadata is a pickle",
-    )
-    back.add_argument(
-        "--assets", metavar="DIR", help="folder with config.json and tokenizer (default: where the run's are)"
-    )
-    back.add_argument("--adapter", action="store_true", help="the adapters of a LoRA run alone, in PEFT's layout")
-    for direction in (there, back):
-        direction.add_argument("config", metavar="CONFIG", help="TOML file that names the backbone")
-        direction.add_argument("--output", required=True, metavar="DIR", help="folder to make")
-        direction.add_argument(
-            "--dtype", choices=_DTYPES, default="keep", help="of the tensors (default: keep that of each)"
+    from_hf, to_hf = add_command(commands, "from-hf", _FROM_HF), add_command(commands, "to-hf", _TO_HF)
+    from_hf.usage = "convert_checkpoint.py from-hf CONFIG --input DIR --output DIR [options] [--section.key value ...]"
+    to_hf.usage = "convert_checkpoint.py to-hf CONFIG --output DIR [options] [--section.key value ...]"
+    for command, config_help in (
+        (from_hf, "TOML file that names the backbone"),
+        (to_hf, "TOML file of the run that trained the model"),
+    ):
+        model = command.add_argument_group("model")
+        model.add_argument("config", metavar="CONFIG", help=config_help)
+        if command is from_hf:
+            model.add_argument(
+                "--input", required=True, metavar="DIR", help="folder of *.safetensors files with Hugging Face's names"
+            )
+        else:
+            model.add_argument(
+                "--checkpoint",
+                metavar="DIR",
+                help="folder of a checkpoint step-N, or folder or URL of several (the newest intact one is converted; "
+                "default: the run's checkpoints). Load only checkpoints that you trust: their metadata is a pickle",
+            )
+            model.add_argument(
+                "--assets",
+                metavar="DIR",
+                help="folder of config.json and the tokenizer (default: the checkpoint, the run's initial weights or "
+                "model.hf_assets_path)",
+            )
+        output = command.add_argument_group("output")
+        output.add_argument("--output", required=True, metavar="DIR", help="folder to create")
+        output.add_argument(
+            "--dtype", choices=_DTYPES, default="keep", help="dtype of the written tensors (default: keep each one's)"
         )
+        if command is to_hf:
+            output.add_argument(
+                "--adapter", action="store_true", help="write only the adapters of a LoRA run, in PEFT's layout"
+            )
     return p
 
 
 def convert(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Run the chosen conversion and return the exit status; progress goes to standard error."""
     quiet()
     config = parse_config.parse(["--job.config_file", options.config, *overrides])
     began = time.perf_counter()
@@ -79,6 +117,7 @@ def convert(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
     options, overrides = parse_with_overrides(parser(), argv)
     return guarded(lambda: convert(options, overrides))
 

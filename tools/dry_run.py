@@ -1,14 +1,16 @@
 #!/usr/bin/env python
-"""What a configuration needs on many ranks, told by one process: no weights, no accelerators, no data.
+r"""Estimate memory, communication and step time of a configuration on many ranks, without weights, GPUs or data.
 
-    python tools/dry_run.py train_configs/llada_8b_longalpaca.toml --world-size 8 32 256
-    python tools/dry_run.py CONFIG --world-size 64 --device-memory 141 --parallelism.tensor_parallel_degree 2
+Examples:
+  python tools/dry_run.py train_configs/llada_8b_longalpaca.toml --world-size 8 32 256
+  python tools/dry_run.py train_configs/llada_8b_128k.toml --world-size 64 --device-memory 141 \
+      --parallelism.tensor_parallel_degree 2
 
-Builds the model of full size on the meta device, spreads it over so many ranks of a backend that only pretends, and
-prints parameters, the memory of one rank, what it sends in a step, and the seconds that a step computes and sends at
-given speeds. Memory is in GiB (2^30 bytes), communication in GB (10^9 bytes). Estimates: the allocator's fragmentation
-and the libraries' workspaces are not in them. Exit status 1 if a layout will not fit. Keys of the configuration can
-follow: --section.key value.
+One process builds the full model on the meta device and shards it over the ranks of a fake process group. For each
+number of ranks the table shows parameters, memory of one rank, the data that it sends in a step, and the seconds of
+compute and communication at the given speeds. Memory is in GiB (2^30 bytes), communication in GB (10^9 bytes). The
+estimates do not include fragmentation of the allocator or workspaces of libraries. Exit status 1 if a layout does not
+fit. Override configuration keys with --section.key value.
 """
 
 import argparse
@@ -39,65 +41,76 @@ from memdlm_dist.runtime.entry_point import (
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the command's parser."""
     p = new_parser("dry_run.py", __doc__)
-    p.add_argument("config", metavar="CONFIG", help="TOML file of the run")
-    p.add_argument("--world-size", type=positive, nargs="+", required=True, metavar="N", help="numbers of ranks")
-    p.add_argument(
-        "--device-memory",
-        type=float,
-        default=80.0,
-        metavar="GIB",
-        help="of one device, in GiB (default: 80)",
+    p.usage = "dry_run.py CONFIG --world-size N [N ...] [options] [--section.key value ...]"
+    model = p.add_argument_group("model")
+    model.add_argument("config", metavar="CONFIG", help="TOML file of the run")
+    model.add_argument("--layers", type=positive, metavar="N", help="number of layers (default: the flavour's)")
+    layout = p.add_argument_group("layout")
+    layout.add_argument(
+        "--world-size", type=positive, nargs="+", required=True, metavar="N", help="numbers of ranks to estimate"
     )
-    p.add_argument(
-        "--ranks-per-node", type=positive, default=8, metavar="N", help="at most so many of the ranks (default: 8)"
+    layout.add_argument(
+        "--ranks-per-node", type=positive, default=8, metavar="N", help="maximum number of ranks per node (default: 8)"
     )
-    for name, default, unit, meaning in (
-        ("tflops", 400.0, "TFLOP/S", "what a device computes of the step's matrix products"),
-        ("intra", 450.0, "GB/S", "what a rank sends within a node"),
-        ("inter", 50.0, "GB/S", "what a rank sends across nodes"),
-    ):
-        p.add_argument(
-            f"--{name}", type=positive_number, default=default, metavar=unit, help=f"{meaning} (default: {default:g})"
-        )
-    p.add_argument("--layers", type=positive, metavar="N", help="number of layers, if not the flavour's")
-    p.add_argument(
+    data = p.add_argument_group("data")
+    data.add_argument(
         "--documents",
         type=positive,
         default=1,
         metavar="N",
-        help="in the fullest row of packed ones, as the shards' card says (default: 1)",
+        help="maximum number of documents in a packed row, from the shards' memdlm.json (default: 1)",
     )
-    p.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
+    hardware = p.add_argument_group("hardware")
+    hardware.add_argument(
+        "--device-memory", type=float, default=80.0, metavar="GIB", help="memory of a device in GiB (default: 80)"
+    )
+    for name, default, unit, meaning in (
+        ("tflops", 400.0, "TFLOP/S", "matrix-product speed of a device in TFLOP/s"),
+        ("intra", 450.0, "GB/S", "send bandwidth of a rank within its node in GB/s"),
+        ("inter", 50.0, "GB/S", "send bandwidth of a rank across nodes in GB/s"),
+    ):
+        hardware.add_argument(
+            f"--{name}", type=positive_number, default=default, metavar=unit, help=f"{meaning} (default: {default:g})"
+        )
+    output = p.add_argument_group("output")
+    output.add_argument("--json", type=Path, metavar="FILE", help="file for the numbers as JSON (default: none)")
     return p
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Print the table and return the exit status: 1 if a layout fails or does not fit.
+
+    Raises:
+        UserError: If the JSON file cannot be written.
+    """
     quiet()
-    warnings.filterwarnings("ignore")  # of torch, about ranks that are not there
+    warnings.filterwarnings("ignore")  # torch warns about the ranks that do not exist
     config = parse_config.parse(["--job.config_file", options.config, *overrides])
-    found: dict[int, Estimate | UserError] = {}
+    estimates: dict[int, Estimate | UserError] = {}
     for size in options.world_size:
         try:
-            node = min(size, options.ranks_per_node)
-            found[size] = forecast(config, size, options.layers, node, options.documents)
+            ranks_per_node = min(size, options.ranks_per_node)
+            estimates[size] = forecast(config, size, options.layers, ranks_per_node, options.documents)
         except UserError as mistake:
-            found[size] = mistake
+            estimates[size] = mistake
     speeds = Speeds(options.tflops, options.intra, options.inter)
-    print(table(config, found, options.device_memory, speeds))
+    print(table(config, estimates, options.device_memory, speeds))
     if options.json:
         numbers = {
             size: asdict(x) | {"seconds": asdict(step_time(x, speeds))} if isinstance(x, Estimate) else str(x)
-            for size, x in found.items()
+            for size, x in estimates.items()
         }
         try:
             options.json.write_text(json.dumps(numbers, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"{options.json} cannot be written ({error}); choose another file.") from None
-    return int(not all(isinstance(x, Estimate) and fits(x, options.device_memory) for x in found.values()))
+    return int(not all(isinstance(x, Estimate) and fits(x, options.device_memory) for x in estimates.values()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
     options, overrides = parse_with_overrides(parser(), argv)
     return guarded(lambda: run(options, overrides))
 

@@ -1,13 +1,12 @@
 #!/usr/bin/env python
-"""Evaluate trained models: accuracy on needle tasks, memory off and on.
+"""Evaluate trained models on needle tasks, without and with memory, and compare results of several runs.
 
-    python tools/evaluate.py needle CONFIG --lengths 512,1024 --output outputs/needle
-    python tools/evaluate.py compare base=outputs/a mdlm=outputs/b0,outputs/b1 --output outputs/comparison
+Examples:
+  python tools/evaluate.py needle train_configs/quickstart.toml --lengths 512 --samples 10 --output outputs/needles
+  python tools/evaluate.py compare quickstart=outputs/needles --output outputs/comparison
+  python tools/evaluate.py losses quickstart=outputs/quickstart --output outputs/losses
 
-`needle` asks about facts hidden in real text (see tools/needle_data.py), with keys, names and passages that the
-training part never uses, and writes needle.json and needle.png. Works under torchrun too. `compare` puts several such
-results in one table: NAME=DIR,DIR,... are the runs of one kind that differ by their seed; accuracy is their mean and
-spread (standard deviation). `losses` does so with the held-out losses of training runs (their validation.jsonl).
+`evaluate.py COMMAND --help` describes a command and its options.
 """
 
 import argparse
@@ -30,48 +29,99 @@ from memdlm_dist.evaluation.needle import NeedleGenerator
 from memdlm_dist.evaluation.needle_arguments import add_needle_arguments, get_sizes, get_tasks
 from memdlm_dist.evaluation.retrieval import MEMORY, evaluate
 from memdlm_dist.inference.model_arguments import add_decoding_arguments, add_model_arguments, get_decoding, load_model
-from memdlm_dist.runtime.entry_point import guarded, new_parser, parse_with_overrides, positive
+from memdlm_dist.runtime.entry_point import add_command, guarded, new_parser, parse_with_overrides, positive
 from memdlm_dist.runtime.rank_0 import is_rank_0
+
+_NEEDLE = """Measure the accuracy of a trained model on needle tasks, by task and length.
+
+Examples:
+  python tools/evaluate.py needle train_configs/quickstart.toml --lengths 512 --samples 10 --output outputs/needles
+  python tools/evaluate.py needle train_configs/quickstart.toml --lengths 512,1024 --tasks facts_1,facts_2 \\
+      --memory on --samples 10 --output outputs/facts
+
+The tasks ask about facts hidden in real text (tools/needle_data.py). The held-out part uses keys, names and passages
+that the training part never contains. Writes needle.json and needle.png. Also runs under torchrun. Override
+configuration keys with --section.key value.
+"""
+_COMPARE = """Show the needle results of several runs in one table and plot.
+
+Example, on a folder that `needle` has written:
+  python tools/evaluate.py compare quickstart=outputs/needles --output outputs/comparison
+
+NAME=DIR,DIR,... names one kind of run and its results for different seeds. The table shows mean and standard deviation
+of the accuracy over the seeds. Writes comparison.json and comparison.png.
+"""
+_LOSSES = """Show the held-out losses of several training runs over their steps.
+
+Example:
+  python tools/evaluate.py losses quickstart=outputs/quickstart --output outputs/losses
+
+NAME=DIR,DIR,... names one kind of run and its output folders for different seeds. The losses are read from each run's
+validation.jsonl; the table shows their mean and standard deviation. Writes losses.json and losses.png.
+"""
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser with its three subcommands."""
     p = new_parser("evaluate.py", __doc__)
-    commands = p.add_subparsers(dest="command", required=True)
-    needle = commands.add_parser("needle", help="accuracy on needle tasks by task and length")
-    add_model_arguments(needle)
-    needle.add_argument("--memory", default="off,on", metavar="M", help="off, on or off,on (default: off,on)")
-    needle.add_argument("--samples", type=positive, default=100, metavar="N",
-                        help="questions of each task at each length (default: 100)")  # fmt: skip
-    needle.add_argument("--part", choices=("heldout", "train"), default="heldout", help="default: heldout")
-    needle.add_argument("--batch-size", type=positive, default=16, metavar="N", help="of a pass (default: 16)")
-    add_needle_arguments(needle)
-    add_decoding_arguments(needle, 64)
-    compare = commands.add_parser("compare", help="one table and plot of several results")
-    compare.add_argument("arms", nargs="+", metavar="NAME=DIR[,DIR]", help="results of the runs of one kind")
-    losses = commands.add_parser("losses", help="held-out losses over the steps of several runs")
-    losses.add_argument("arms", nargs="+", metavar="NAME=DIR[,DIR]", help="output folders of the runs of one kind")
+    p.usage = "evaluate.py {needle,compare,losses} ... --output DIR [options]"
+    commands = p.add_subparsers(title="commands", dest="command", required=True, prog="evaluate.py", metavar="COMMAND")
+    needle = add_command(commands, "needle", _NEEDLE)
+    needle.usage = "evaluate.py needle CONFIG --lengths N,M --output DIR [options] [--section.key value ...]"
+    model = add_model_arguments(needle)
+    model.add_argument(
+        "--memory", default="off,on", metavar="M", help="memory modes to measure: off, on or off,on (default: off,on)"
+    )
+    tasks = add_needle_arguments(needle)
+    tasks.add_argument("--samples", type=positive, default=100, metavar="N",
+                       help="number of questions of each task at each length (default: 100)")  # fmt: skip
+    tasks.add_argument("--part", choices=("heldout", "train"), default="heldout",
+                       help="part whose keys, names and passages the questions use (default: heldout)")  # fmt: skip
+    decoding = add_decoding_arguments(needle, 64)
+    decoding.add_argument(
+        "--batch-size",
+        type=positive,
+        default=16,
+        metavar="N",
+        help="number of questions per forward pass (default: 16)",
+    )
+    compare, losses = add_command(commands, "compare", _COMPARE), add_command(commands, "losses", _LOSSES)
+    for command, folders in ((compare, "folders of its needle results"), (losses, "output folders of its runs")):
+        command.usage = (
+            f"evaluate.py {'compare' if command is compare else 'losses'} NAME=DIR[,DIR ...] ... --output DIR"
+        )
+        data = command.add_argument_group("data")
+        data.add_argument("arms", nargs="+", metavar="NAME=DIR[,DIR]", help=f"name of one kind of run, and {folders}")
     for command in (needle, compare, losses):
-        command.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for JSON and plot")
-        command.add_argument("--overwrite", action="store_true", help="replace results that are there")
+        output = command.add_argument_group("output")
+        output.add_argument(
+            "--output", type=Path, required=True, metavar="DIR", help="folder for the JSON file and the plot"
+        )
+        output.add_argument("--overwrite", action="store_true", help="replace existing results in DIR")
     return p
 
 
 def run_needle(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Ask the needle questions, write needle.json and needle.png, and return the exit status.
+
+    Raises:
+        UserError: If an option is out of range or the output folder has results already.
+    """
     memories = options.memory.split(",")
     if unknown := [memory for memory in memories if memory not in MEMORY]:
         raise UserError(f"--memory must be off, on or off,on, not {unknown[0]}.")
     tasks, sizes, decoding = get_tasks(options), get_sizes(options), get_decoding(options)
     if not options.new_tokens:
-        raise UserError("--new-tokens must be at least 1: answers need room.")
+        raise UserError("--new-tokens must be at least 1, because the answer is decoded into these tokens.")
     report.check_output(options.output, JSON, PNG, overwrite=options.overwrite)
-    report.pyplot()  # says now that it is missing, not when all is measured
+    report.pyplot()  # fails before the measurement if matplotlib is missing
     hay = Haystack.read(options.part, options.haystack)
     model = load_model(options, overrides, options.checkpoint)
     try:
         needles = NeedleGenerator(model.tokenizer, hay, options.part, sizes, options.seed)
         for task in tasks:
             for length in options.lengths:
-                needles.sample(task, length, 0)  # says now that it does not fit
+                needles.sample(task, length, 0)  # fails before the measurement if a length is too short
         questions = len(tasks) * len(options.lengths) * options.samples * len(memories)
         with tqdm(total=questions, unit=" questions", disable=not is_rank_0()) as bar:
             scores, records = evaluate(
@@ -85,21 +135,23 @@ def run_needle(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         show(scores, memories)
         settings = {"sizes": asdict(sizes), "seed": options.seed, "part": options.part, "decoding": asdict(decoding),
                     "new_tokens": options.new_tokens, "anchor_ratio": options.anchor_ratio}  # fmt: skip
-        found = {"checkpoint": checkpoint, "settings": settings, "scores": [asdict(score) for score in scores]}
-        report.write_json(options.output / JSON, {**found, "answers": records})
-        arms = {f"memory {memory}": [found] for memory in memories}
+        results = {"checkpoint": checkpoint, "settings": settings, "scores": [asdict(score) for score in scores]}
+        report.write_json(options.output / JSON, {**results, "answers": records})
+        arms = {f"memory {memory}": [results] for memory in memories}
         draw({name: cells_of(arms[name], name.split()[1]) for name in arms}, options.output / PNG)
         print(f"{checkpoint}: written to {options.output / JSON} and {options.output / PNG}")
     return 0
 
 
 def run_comparison(options: argparse.Namespace) -> int:
+    """Compare needle results (`compare`) or held-out losses (`losses`) and return the exit status."""
     compare = compare_scores if options.command == "compare" else compare_losses
     compare(options.arms, options.output, options.overwrite)
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
     options, overrides = parse_with_overrides(parser(), argv)
     if options.command == "needle":
         return guarded(lambda: run_needle(options, overrides))

@@ -1,12 +1,16 @@
 #!/usr/bin/env python
-"""Exposure bias of one or several checkpoints on the same samples: static and sequential loss over mask ratios.
+r"""Measure the exposure bias of one or several checkpoints on the same samples.
 
-    python tools/exposure_bias.py CONFIG --checkpoint RUN_A/checkpoint RUN_B/checkpoint --output outputs/exposure
+Examples:
+  python tools/exposure_bias.py train_configs/quickstart.toml --output outputs/exposure
+  python tools/exposure_bias.py train_configs/quickstart.toml --output outputs/exposure-steps --samples 32 \
+      --checkpoint outputs/quickstart/checkpoint/step-160 outputs/quickstart/checkpoint/step-240 --names early late
 
-Static: the loss of masked response tokens while the others show the truth. Sequential: of those still masked when the
-model has filled in the others itself, most confident first. Their ratio is the exposure bias; the last column is the
-ratio at the same positions, where the truth or the model's choices stand in the others. Samples are those of
-data.validation, or of --data. Writes exposure_bias.json and exposure_bias.png. Works under torchrun too.
+For each mask ratio the table shows two losses of the response tokens. Static: the other response tokens are the true
+ones. Sequential: the model has filled in the other response tokens itself, most confident first, and the loss covers
+the tokens that are still masked. The exposure bias R_EB is sequential over static loss. The last column compares true
+tokens and the model's own at the same masked positions. Writes exposure_bias.json and exposure_bias.png. Also runs
+under torchrun. Override configuration keys with --section.key value.
 """
 
 import argparse
@@ -36,38 +40,55 @@ JSON, PNG = "exposure_bias.json", "exposure_bias.png"
 
 
 def numbers(text: str) -> list[float]:
-    """Comma-separated mask ratios, as an argument's type."""
-    ratios = [float(part) for part in text.split(",")]
+    """Parse comma-separated mask ratios above 0, at most 1, as an argument's type."""
+    ratios = [float(number) for number in text.split(",")]
     if not all(0 < ratio <= 1 for ratio in ratios):
         raise ValueError
     return ratios
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the command's parser."""
     p = new_parser("exposure_bias.py", __doc__)
-    add_model_arguments(p, several_checkpoints=True)
-    p.add_argument("--names", nargs="+", metavar="NAME", help="of the checkpoints in table and plot")
-    p.add_argument("--memory", default="off,on", metavar="M", help="off, on or off,on (default: off,on)")
-    p.add_argument("--data", nargs="+", metavar="DIR", help="folders of shards (default: data.validation)")
-    p.add_argument("--samples", type=positive, default=128, metavar="N", help="at most so many (default: 128)")
-    p.add_argument("--ratios", type=numbers, default=list(RATIOS), metavar="R,S",
-                   help="mask ratios (default: 0.1 to 0.9)")  # fmt: skip
-    p.add_argument("--prompt-share", type=float, default=0.5, metavar="F",
-                   help="of packed text, what is taken for the prompt (default: 0.5)")  # fmt: skip
-    p.add_argument("--batch-size", type=positive, default=16, metavar="N", help="rows of a pass (default: 16)")
-    p.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the JSON and the plot")
-    p.add_argument("--overwrite", action="store_true", help="replace results that are there")
+    p.usage = "exposure_bias.py CONFIG --output DIR [options] [--section.key value ...]"
+    model = add_model_arguments(p, several_checkpoints=True)
+    model.add_argument(
+        "--memory", default="off,on", metavar="M", help="memory modes to measure: off, on or off,on (default: off,on)"
+    )
+    data = p.add_argument_group("data")
+    data.add_argument("--data", nargs="+", metavar="DIR", help="folders of shards (default: data.validation)")
+    data.add_argument("--samples", type=positive, default=128, metavar="N",
+                      help="maximum number of samples (default: 128)")  # fmt: skip
+    data.add_argument("--prompt-share", type=float, default=0.5, metavar="F",
+                      help="share of a row of packed text that serves as the prompt (default: 0.5)")  # fmt: skip
+    sampling = p.add_argument_group("sampling")
+    sampling.add_argument("--ratios", type=numbers, default=list(RATIOS), metavar="R,S",
+                          help="comma-separated mask ratios (default: 0.1 to 0.9)")  # fmt: skip
+    sampling.add_argument("--batch-size", type=positive, default=16, metavar="N",
+                          help="number of rows per forward pass (default: 16)")  # fmt: skip
+    output = p.add_argument_group("output")
+    output.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="folder for the JSON file and the plot"
+    )
+    output.add_argument("--overwrite", action="store_true", help="replace existing results in DIR")
+    output.add_argument("--names", nargs="+", metavar="NAME",
+                        help="labels for the checkpoints in the table and plot (default: their paths)")  # fmt: skip
     return p
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Measure every checkpoint, write the JSON file and the plot, and return the exit status.
+
+    Raises:
+        UserError: If an option is out of range or the output folder has results already.
+    """
     memories = options.memory.split(",")
     if unknown := [memory for memory in memories if memory not in MEMORY]:
         raise UserError(f"--memory must be off, on or off,on, not {unknown[0]}.")
     if not 0 < options.prompt_share < 1:
         raise UserError(f"--prompt-share must be between 0 and 1, but is {options.prompt_share}.")
     report.check_output(options.output, JSON, PNG, overwrite=options.overwrite)
-    report.pyplot()  # says now that it is missing, not when all is measured
+    report.pyplot()  # fails before the measurement if matplotlib is missing
     config = parse_config.parse(["--job.config_file", options.config, *overrides])
     checkpoints = options.checkpoint or [checkpoint_folder(config)]
     names = options.names or [path.rstrip("/") for path in checkpoints]
@@ -107,6 +128,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
     options, overrides = parse_with_overrides(parser(), argv)
     return guarded(lambda: run(options, overrides))
 

@@ -1,15 +1,16 @@
 #!/usr/bin/env python
 """Generate text with a trained model: respond to a prompt, or fill in its [MASK]s.
 
-    python tools/generate.py train_configs/quickstart.toml --prompt "def read(self"
-    python tools/generate.py CONFIG --file prompt.txt --memory on --new-tokens 128
-    python tools/generate.py CONFIG --prompt "for [MASK] in [MASK][MASK][MASK]:"
-    echo "import" | python tools/generate.py CONFIG --json
-    python tools/generate.py CONFIG --interactive
+Examples:
+  python tools/generate.py train_configs/quickstart.toml --prompt "def read(self"
+  python tools/generate.py train_configs/quickstart.toml --prompt "for [MASK] in [MASK][MASK][MASK]:"
+  python tools/generate.py train_configs/quickstart.toml --file README.md --memory on --new-tokens 32
+  echo "import" | python tools/generate.py train_configs/quickstart.toml --json
+  python tools/generate.py train_configs/quickstart.toml --interactive
 
-In a terminal the text fills in step by step. With --memory on the inner loop first writes the prompt into fast
-weights, which that prompt alone is answered with. For a model that needs several accelerators start it under torchrun,
-with the layout of the configuration. Keys of the configuration can follow: --section.key value.
+In a terminal the text fills in step by step. With --memory on the inner loop first adapts fast weights to the prompt;
+they serve this prompt alone. If the model needs several accelerators, start the command under torchrun with the
+configuration's layout. Override configuration keys with --section.key value.
 """
 
 import argparse
@@ -32,39 +33,47 @@ from memdlm_dist.runtime.rank_0 import from_rank_0, is_rank_0, one_line
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the command's parser."""
     p = new_parser("generate.py", __doc__)
-    add_model_arguments(p)
-    source = p.add_mutually_exclusive_group()
-    source.add_argument("--prompt", metavar="TEXT", help="the prompt (default: standard input)")
-    source.add_argument("--file", type=Path, metavar="FILE", help="file with the prompt")
-    source.add_argument("--interactive", action="store_true", help="ask for prompts, one a line, until end of input")
-    p.add_argument(
+    p.usage = "generate.py CONFIG [--prompt TEXT | --file FILE | --interactive] [options] [--section.key value ...]"
+    model = add_model_arguments(p)
+    model.add_argument(
+        "--memory", choices=("off", "on"), default="off", help="adapt fast weights to the prompt first (default: off)"
+    )
+    data = p.add_argument_group("data")
+    source = data.add_mutually_exclusive_group()
+    source.add_argument("--prompt", metavar="TEXT", help="text of the prompt (default: read it from standard input)")
+    source.add_argument("--file", type=Path, metavar="FILE", help="UTF-8 file that holds the prompt")
+    source.add_argument(
+        "--interactive", action="store_true", help="read prompts from the terminal, one per line, until end of input"
+    )
+    data.add_argument(
         "--chat-template",
         choices=chat.TEMPLATES,
-        help="write the prompt as a user's turn: as LLaDA-8B does, or by the tokenizer's own template",
+        help="template that formats the prompt as a user's turn: LLaDA-8B's, or the tokenizer's own (default: none)",
     )
-    p.add_argument("--memory", choices=("off", "on"), default="off", help="write the prompt into fast weights first")
-    output = p.add_mutually_exclusive_group()
-    output.add_argument("--json", action="store_true", help="one JSON object for each prompt, and nothing else")
-    output.add_argument("--no-watch", action="store_true", help="do not show the text filling in")
     add_decoding_arguments(p, None)
+    output = p.add_argument_group("output").add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print only one JSON object per prompt")
+    output.add_argument("--no-watch", action="store_true", help="print only the final text, not the decoding steps")
     return p
 
 
 def prompts(options: argparse.Namespace) -> Iterator[str]:
-    """The prompts in turn, the same on all ranks: the first one reads them."""
+    """Yield the prompts, the same ones on all ranks; rank 0 reads them."""
     if options.interactive:
         prompt = "" if options.json else "> "
         while (text := from_rank_0(lambda: _ask(prompt))) is not None:
             if text.strip():
                 yield text
         return
-    text = from_rank_0(lambda: _given(options))
+    text = from_rank_0(lambda: _read_prompt(options))
     assert text is not None
     yield text
 
 
 def _ask(prompt: str) -> str | None:
+    """Return the next line that the user types; None at the end of input."""
     try:
         return input(prompt)
     except EOFError:
@@ -73,28 +82,34 @@ def _ask(prompt: str) -> str | None:
         raise UserError(f"The prompt cannot be read: {one_line(error)}; write it in UTF-8.") from None
 
 
-def _given(options: argparse.Namespace) -> str:
+def _read_prompt(options: argparse.Namespace) -> str:
+    """Return the prompt of --prompt, --file or standard input.
+
+    Raises:
+        UserError: If it cannot be read or is not UTF-8.
+    """
     try:
         if options.prompt is not None:
-            options.prompt.encode("utf-8")  # an argument that is no UTF-8 has surrogates in it
+            options.prompt.encode("utf-8")  # fails on surrogates, which replace bytes that are not UTF-8
             return str(options.prompt)
         if options.file:
             return str(options.file.read_text(encoding="utf-8"))
-        # In some locales Python takes any byte of standard input for text.
+        # sys.stdin accepts any byte in some locales, so decode the bytes as UTF-8 here.
         return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8").read()
     except (OSError, UnicodeError) as error:
-        given = "of --prompt" if options.prompt is not None else options.file or "on standard input"
+        source = "of --prompt" if options.prompt is not None else options.file or "on standard input"
         remedy = "write it in UTF-8" if isinstance(error, UnicodeError) else "correct --file"
-        raise UserError(f"The prompt {given} cannot be read: {one_line(error)}; {remedy}.") from None
+        raise UserError(f"The prompt {source} cannot be read: {one_line(error)}; {remedy}.") from None
 
 
 def generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Answer the prompts, print the responses on rank 0, and return the exit status."""
     decoding = get_decoding(options)
     model = load_model(options, overrides, options.checkpoint)
     try:
         watch = is_rank_0() and sys.stdout.isatty() and not (options.json or options.no_watch)
         for text in prompts(options):
-            made = respond(
+            answer = respond(
                 model,
                 text,
                 decoding,
@@ -107,17 +122,18 @@ def generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
             if not is_rank_0():
                 continue
             if options.json:
-                print(json.dumps(made), flush=True)
+                print(json.dumps(answer), flush=True)
                 continue
-            print(made["text"] if watch or MASK in text else made["response"], flush=True)
-            memory = f"memory {made['memory_seconds']:.2f} s, " if options.memory == "on" else ""
-            print(f"[{memory}{made['steps']} steps {made['decoding_seconds']:.2f} s]", file=sys.stderr)
+            print(answer["text"] if watch or MASK in text else answer["response"], flush=True)
+            memory = f"memory {answer['memory_seconds']:.2f} s, " if options.memory == "on" else ""
+            print(f"[{memory}{answer['steps']} steps {answer['decoding_seconds']:.2f} s]", file=sys.stderr)
     finally:
         model.close()
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
     options, overrides = parse_with_overrides(parser(), argv)
     return guarded(lambda: generate(options, overrides))
 

@@ -1,11 +1,14 @@
 #!/usr/bin/env python
-"""Make a training corpus of needle tasks: questions about facts hidden in real text, as JSONL for prepare_data.py.
+r"""Write a training corpus of needle tasks, which ask about facts hidden in real text, as JSONL for prepare_data.py.
 
-    python tools/needle_data.py --tokenizer data/text/tokenizer --lengths 512 --samples 20000 --output needles.jsonl
+Example, after launch/quickstart.sh:
+  python tools/needle_data.py --tokenizer data/quickstart/tokenizer --lengths 512,1024 --samples 100 \
+      --output data/needles.jsonl
 
-Tasks: multi_value, variable_tracking, common_words (after RULER), facts_1, facts_2 (after BABILong). Each row has a
-`prompt` and a `response`; --format text makes documents of the two together, for pre-training. The part "heldout"
-uses keys, names and passages that "train" never does; tools/evaluate.py needle asks about those.
+Tasks: multi_value, variable_tracking and common_words follow RULER; facts_1 and facts_2 follow BABILong; repeat asks
+for the words of the prompt in order. Each row has a `prompt` and a `response`. With --format text a row is one document
+that joins both, for pre-training. The part "heldout" uses keys, names and passages that "train" never contains;
+`tools/evaluate.py needle` asks about the held-out part.
 """
 
 import argparse
@@ -29,26 +32,39 @@ from memdlm_dist.runtime.entry_point import guarded, new_parser
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the command's parser."""
     p = new_parser("needle_data.py", __doc__)
-    p.add_argument("--tokenizer", required=True, metavar="DIR", help="tokenizer folder, by which lengths are measured")
-    p.add_argument("--samples", type=int, required=True, metavar="N", help="of each task at each length")
-    p.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSONL file to write")
-    p.add_argument("--part", choices=("train", "heldout"), default="train", help="default: train")
-    p.add_argument("--format", choices=("prompt_response", "text"), default="prompt_response", help="what a row holds")
-    p.add_argument("--overwrite", action="store_true", help="replace FILE")
-    add_needle_arguments(p)
+    p.usage = "needle_data.py --tokenizer DIR --lengths N,M --samples N --output FILE [options]"
+    tasks = add_needle_arguments(p)
+    tasks.add_argument(
+        "--samples", type=int, required=True, metavar="N", help="number of samples of each task at each length"
+    )
+    tasks.add_argument("--part", choices=("train", "heldout"), default="train",
+                       help="part whose keys, names and passages the samples use (default: train)")  # fmt: skip
+    data = p.add_argument_group("data")
+    data.add_argument("--tokenizer", required=True, metavar="DIR", help="tokenizer folder, which measures the lengths")
+    output = p.add_argument_group("output")
+    output.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSONL file to write")
+    output.add_argument("--format", choices=("prompt_response", "text"), default="prompt_response",
+                        help="fields of a row (default: prompt_response)")  # fmt: skip
+    output.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
     return p
 
 
 def write(options: argparse.Namespace) -> int:
-    """Write the corpus; returns the number of rows."""
+    """Write the corpus and return its number of rows.
+
+    Raises:
+        UserError: If the file exists, or a task or a size is not possible.
+        OSError: If the file cannot be written.
+    """
     if options.output.exists() and not options.overwrite:
         raise UserError(f"{options.output} exists; choose another --output, or pass --overwrite to replace it.")
     tokenizer = DiffusionTokenizer(options.tokenizer)
     hay = Haystack.read(options.part, options.haystack)
     needles = NeedleGenerator(tokenizer, hay, options.part, get_sizes(options), options.seed)
     tasks = get_tasks(options)
-    # Tasks and lengths take turns, so that any piece of the file is a mixture.
+    # Tasks and lengths alternate, so that every section of the file is a mixture.
     plan = [(task, length, i) for i in range(options.samples) for length in options.lengths for task in tasks]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = options.output.with_name(options.output.name + ".unfinished")
@@ -68,6 +84,7 @@ def write(options: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
     p = parser()
     options = p.parse_args(argv)
     if options.samples < 1:
@@ -76,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Write the corpus, print its size, and return the exit status."""
     try:
         rows = write(options)
     except OSError as error:

@@ -1,20 +1,20 @@
-"""Turn a corpus into tokenised shards for training.
+r"""Prepare a text corpus as tokenised shards for training.
 
 Examples:
-  # The Python standard library's sources, with a new tokenizer of 2,048 tokens
+  # The sources of the Python standard library, with a new tokenizer of 2,048 tokens
   python tools/prepare_data.py --builtin --train-tokenizer 2048 --seq-len 256 --output data/stdlib
-  # Documents under "text", packed to 4,096 tokens
-  python tools/prepare_data.py --input 's3://bucket/corpus/*.jsonl.zst' --tokenizer LLaDA-8B-Base \\
+  # Documents in the field "text", in rows of 4,096 tokens
+  python tools/prepare_data.py --input 's3://bucket/corpus/*.jsonl.zst' --tokenizer LLaDA-8B-Base \
       --mask-token '<|mdm_mask|>' --seq-len 4096 --output data/corpus
-  # Documents of up to 131,072 tokens, kept apart
-  python tools/prepare_data.py --input books/ --tokenizer LLaDA-8B-Base --mask-token '<|mdm_mask|>' \\
+  # Documents of up to 131,072 tokens in packed rows
+  python tools/prepare_data.py --input books/ --tokenizer LLaDA-8B-Base --mask-token '<|mdm_mask|>' \
       --pack-documents --seq-len 131072 --output data/books
-  # LongAlpaca: instruction, input, output; loss on the responses only
-  python tools/prepare_data.py --input LongAlpaca-12k.json --tokenizer LLaDA-8B-Base --chat-template llada \\
+  # Fine-tuning on LongAlpaca (instruction, input, output), with the loss on the responses only
+  python tools/prepare_data.py --input LongAlpaca-12k.json --tokenizer LLaDA-8B-Base --chat-template llada \
       --mask-token '<|mdm_mask|>' --overlong truncate --seq-len 4096 --output data/longalpaca_8b
 
-Writes OUTPUT/train, OUTPUT/heldout, OUTPUT/tokenizer and OUTPUT/summary.json. With --overwrite these are replaced, and
-no file that prepare_data.py did not write. SIGTERM ends it with status 143 and leaves OUTPUT as it was.
+Writes DIR/train, DIR/heldout, DIR/tokenizer and DIR/summary.json. --overwrite replaces these, and never a file that
+prepare_data.py did not write. SIGTERM ends the command with status 143 and leaves DIR unchanged.
 """
 
 import argparse
@@ -34,102 +34,135 @@ from memdlm_dist.runtime.preemption import exiting_on_sigterm
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the command's parser."""
     p = new_parser("prepare_data.py", __doc__)
-    source = p.add_mutually_exclusive_group(required=True)
+    p.usage = (
+        "prepare_data.py (--input URL ... | --builtin) (--tokenizer DIR | --train-tokenizer SIZE) --seq-len N\n"
+        "                       --output DIR [options]"
+    )
+    data = p.add_argument_group("data")
+    source = data.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--input",
         nargs="+",
         metavar="URL",
-        help="JSONL, JSON or Parquet files, folders or glob patterns, at any fsspec URL, compressed or not",
+        help="JSONL, JSON or Parquet files, compressed or not: paths, folders, glob patterns or fsspec URLs",
     )
-    source.add_argument("--builtin", action="store_true", help="the Python standard library's source files")
-    p.add_argument("--output", required=True, metavar="DIR", help="folder to write to")
-    p.add_argument(
+    source.add_argument("--builtin", action="store_true", help="use the source files of the Python standard library")
+    data.add_argument(
+        "--format",
+        choices=("text", "prompt_response", "alpaca", "messages"),
+        help="fields of a row (default: detected from each row)",
+    )
+    data.add_argument(
+        "--text-field", default="text", metavar="NAME", help="field that holds a document (default: text)"
+    )
+    data.add_argument(
+        "--prompt-field", default="prompt", metavar="NAME", help="field that holds a prompt (default: prompt)"
+    )
+    data.add_argument(
+        "--response-field", default="response", metavar="NAME", help="field that holds a response (default: response)"
+    )
+    data.add_argument("--limit", type=positive, metavar="N", help="maximum number of rows to read (default: all rows)")
+    data.add_argument("--strict", action="store_true", help="stop at the first bad row instead of counting it")
+    tokens = p.add_argument_group("tokenizer")
+    pieces = tokens.add_mutually_exclusive_group(required=True)
+    pieces.add_argument("--tokenizer", metavar="DIR", help="folder of a Hugging Face tokenizer.json")
+    pieces.add_argument(
+        "--train-tokenizer", type=int, metavar="SIZE", help="train a byte-level BPE tokenizer of SIZE tokens"
+    )
+    tokens.add_argument(
+        "--mask-token", metavar="NAME", help="mask token; added if the vocabulary lacks it (default: the tokenizer's)"
+    )
+    tokens.add_argument(
+        "--eos-token",
+        metavar="NAME",
+        help="end-of-text token; added if the vocabulary lacks it (default: the tokenizer's)",
+    )
+    tokens.add_argument(
+        "--chat-template",
+        choices=TEMPLATES,
+        help="template that formats fine-tuning rows as conversations: LLaDA-8B's, or the tokenizer's own (default: "
+        "plain text)",
+    )
+    tokens.add_argument(
+        "--parse-special-tokens",
+        action="store_true",
+        help="tokenise names of special tokens in the text as special tokens (default: as ordinary text)",
+    )
+    layout = p.add_argument_group("layout")
+    layout.add_argument(
         "--seq-len",
         type=int,
         required=True,
         metavar="N",
-        help=f"tokens of one sequence (training.seq_len), from 2 to {MAX_SEQ_LEN:,}",
+        help=f"row length in tokens (training.seq_len), from 2 to {MAX_SEQ_LEN:,}",
     )
-    pieces = p.add_mutually_exclusive_group(required=True)
-    pieces.add_argument("--tokenizer", metavar="DIR", help="folder with a Hugging Face tokenizer.json")
-    pieces.add_argument("--train-tokenizer", type=int, metavar="SIZE", help="train a byte-level BPE of SIZE tokens")
-    p.add_argument("--mask-token", metavar="NAME", help="mask token; looked up, or added if the vocabulary lacks it")
-    p.add_argument("--eos-token", metavar="NAME", help="end-of-text token; looked up, or added likewise")
-    p.add_argument(
-        "--format",
-        choices=("text", "prompt_response", "alpaca", "messages"),
-        help="what the rows hold (default: told from each row's fields)",
-    )
-    p.add_argument(
-        "--chat-template",
-        choices=TEMPLATES,
-        help="write fine-tuning rows as conversations: as LLaDA-8B does, or by the tokenizer's own template (default: "
-        "as plain text)",
-    )
-    p.add_argument("--text-field", default="text", metavar="NAME", help="field of a document (default: text)")
-    p.add_argument("--prompt-field", default="prompt", metavar="NAME", help="field of a prompt (default: prompt)")
-    p.add_argument(
-        "--response-field", default="response", metavar="NAME", help="field of a response (default: response)"
-    )
-    p.add_argument("--held-out", type=float, default=0.01, metavar="F", help="share held out (default: 0.01)")
-    p.add_argument(
+    layout.add_argument(
         "--overlong",
         choices=("drop", "truncate"),
         default="drop",
-        help="fine-tuning rows longer than --seq-len (default: drop)",
+        help="treatment of fine-tuning rows longer than --seq-len (default: drop)",
     )
-    p.add_argument(
+    layout.add_argument(
         "--pack-documents",
         action="store_true",
-        help="pack whole documents, or fine-tuning rows, several to a sequence as they fit best, and keep them apart "
-        "in training: attention, positions, noise and memory (default: documents end to end, fine-tuning rows padded)",
+        help="pack whole documents or fine-tuning rows by best fit, several to a row, with separate attention, "
+        "positions, noise and memory (default: documents concatenated and cut, fine-tuning rows padded)",
     )
-    p.add_argument(
-        "--parse-special-tokens",
-        action="store_true",
-        help="read special tokens that are written in the text as such (default: as any other text)",
+    output = p.add_argument_group("output")
+    output.add_argument("--output", required=True, metavar="DIR", help="folder to write to")
+    output.add_argument(
+        "--held-out",
+        type=float,
+        default=0.01,
+        metavar="F",
+        help="share of the input that is held out, from 0 to below 1 (default: 0.01)",
     )
-    p.add_argument("--limit", type=positive, metavar="N", help="read at most N rows")
-    p.add_argument("--strict", action="store_true", help="stop at the first bad row instead of counting it")
-    p.add_argument("--overwrite", action="store_true", help="replace shards that are already in OUTPUT")
+    output.add_argument("--overwrite", action="store_true", help="replace existing shards in DIR")
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit status."""
     p = parser()
-    a = p.parse_args(argv)
-    if not 0 <= a.held_out < 1:
+    options = p.parse_args(argv)
+    if not 0 <= options.held_out < 1:
         p.error("--held-out must be at least 0 and below 1")
     with exiting_on_sigterm():
-        return guarded(lambda: write(get_request(a)))
+        return guarded(lambda: write(get_request(options)))
 
 
-def get_request(a: argparse.Namespace) -> PrepareConfig:
-    require(bool(a.output.strip()), "--output is empty; name a folder to write to.")
+def get_request(options: argparse.Namespace) -> PrepareConfig:
+    """Return the preparation that the options describe.
+
+    Raises:
+        UserError: If --output is empty.
+    """
+    require(bool(options.output.strip()), "--output is empty; name a folder to write to.")
     return PrepareConfig(
-        output=Path(a.output),
-        seq_len=a.seq_len,
-        inputs=tuple(a.input or ()),
-        tokenizer=a.tokenizer,
-        train_tokenizer=a.train_tokenizer,
-        mask_token=a.mask_token,
-        eos_token=a.eos_token,
-        row_format=a.format,
-        chat_template=a.chat_template,
-        fields=Fields(a.text_field, a.prompt_field, a.response_field),
-        held_out=a.held_out,
-        overlong=a.overlong,
-        pack_documents=a.pack_documents,
-        parse_special_tokens=a.parse_special_tokens,
-        strict=a.strict,
-        overwrite=a.overwrite,
-        limit=a.limit,
+        output=Path(options.output),
+        seq_len=options.seq_len,
+        inputs=tuple(options.input or ()),
+        tokenizer=options.tokenizer,
+        train_tokenizer=options.train_tokenizer,
+        mask_token=options.mask_token,
+        eos_token=options.eos_token,
+        row_format=options.format,
+        chat_template=options.chat_template,
+        fields=Fields(options.text_field, options.prompt_field, options.response_field),
+        held_out=options.held_out,
+        overlong=options.overlong,
+        pack_documents=options.pack_documents,
+        parse_special_tokens=options.parse_special_tokens,
+        strict=options.strict,
+        overwrite=options.overwrite,
+        limit=options.limit,
     )
 
 
 def write(request: PrepareConfig) -> int:
-    """Prepare, and say what became of the corpus."""
+    """Prepare the shards, print the counts, and return the exit status."""
     summary = prepare(request)
     counts = ", ".join(f"{n:,} {part}" for part, n in summary.sequences.items())
     print(f"{request.output}: {counts} sequences of {request.seq_len}")
@@ -139,13 +172,14 @@ def write(request: PrepareConfig) -> int:
         f"{summary.tail_tokens_dropped:,} tokens left over"
     )
     if summary.special_tokens:
-        found = ", ".join(f"{token} {n:,} times" for token, n in summary.special_tokens.items())
-        print(f"  special tokens in the text, {'parsed' if request.parse_special_tokens else 'kept as text'}: {found}")
+        token_counts = ", ".join(f"{token} {n:,} times" for token, n in summary.special_tokens.items())
+        treatment = "parsed" if request.parse_special_tokens else "kept as text"
+        print(f"  special tokens in the text, {treatment}: {token_counts}")
     for part, packing in summary.packing.items():
         rows = summary.sequences[part]
         print(
-            f"  {part}: {packing.documents:,} documents packed, {packing.documents / rows:.1f} to a sequence and at "
-            f"most {packing.most_documents:,}; {100 * packing.efficiency:.1f}% of the tokens are theirs"
+            f"  {part}: {packing.documents:,} documents packed, {packing.documents / rows:.1f} per sequence on average "
+            f"and {packing.most_documents:,} at most; {100 * packing.efficiency:.1f}% of the tokens are not padding"
         )
     return 0
 

@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Write a backbone with random weights as a Hugging Face folder: to try a recipe where the real weights are not.
+r"""Write a backbone with random weights as a Hugging Face folder, to try a recipe without the published weights.
 
-    python tools/random_weights.py train_configs/llada_8b_longalpaca.toml --output /tmp/llada --model.flavor debug
+Example:
+  python tools/random_weights.py train_configs/llada_8b_longalpaca.toml --output outputs/random --model.flavor debug \
+      --model.hf_assets_path tests/assets/debug/tokenizer
 
-The folder has the real names, the index, config.json and the tokenizer of model.hf_assets_path, and
-checkpoint.initial_load_in_hf reads it as it does the published one. Keys of the configuration can follow:
---section.key value.
+The folder has the published tensor names, the index, config.json, and the tokenizer of model.hf_assets_path.
+checkpoint.initial_load_in_hf loads it like the published folder. Override configuration keys with --section.key value.
 """
 
 import argparse
@@ -27,15 +28,25 @@ from memdlm_dist.training.backbone import get_sd_adapter
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the command's parser."""
     p = new_parser("random_weights.py", __doc__)
-    p.add_argument("config", metavar="CONFIG", help="TOML file that names the backbone")
-    p.add_argument("--output", required=True, metavar="DIR", help="folder to make")
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the weights (default: 0)")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the tensors (bfloat16)")
+    p.usage = "random_weights.py CONFIG --output DIR [options] [--section.key value ...]"
+    model = p.add_argument_group("model")
+    model.add_argument("config", metavar="CONFIG", help="TOML file that names the backbone")
+    model.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the weights (default: 0)")
+    output = p.add_argument_group("output")
+    output.add_argument("--output", required=True, metavar="DIR", help="folder to create")
+    output.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16",
+                        help="dtype of the written tensors (default: bfloat16)")  # fmt: skip
     return p
 
 
 def make(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Write the folder and return the exit status.
+
+    Raises:
+        UserError: If the output folder exists and is not empty.
+    """
     quiet()
     config = parse_config.parse(["--job.config_file", options.config, *overrides])
     sd_adapter = get_sd_adapter(config)
@@ -50,13 +61,14 @@ def make(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         model.init_weights()
     state = {name: tensor.to(getattr(torch, options.dtype)) for name, tensor in model.state_dict().items()}
     hugging_face_folder.write(sd_adapter.to_hf(state), str(output))
-    made = hugging_face_folder.describe(str(output), sd_adapter, [config.model.hf_assets_path])
+    written = hugging_face_folder.describe(str(output), sd_adapter, [config.model.hf_assets_path])
     parameters = sum(tensor.numel() for tensor in state.values())
-    print(f"{output}: {config.model.name} {config.model.flavor}, {parameters:,} parameters; {', '.join(made)}")
+    print(f"{output}: {config.model.name} {config.model.flavor}, {parameters:,} parameters; {', '.join(written)}")
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
     options, overrides = parse_with_overrides(parser(), argv)
     return guarded(lambda: make(options, overrides))
 

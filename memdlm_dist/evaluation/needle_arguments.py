@@ -19,19 +19,43 @@ def integers(text: str) -> list[int]:
     return numbers
 
 
-def add_needle_arguments(p: argparse.ArgumentParser) -> None:
-    """Add --tasks, --lengths, --seed, --haystack and one argument for each field of `Sizes`."""
-    p.add_argument(
-        "--tasks", default=",".join(TASKS), metavar="A,B", help=f"tasks, comma-separated (default: {','.join(TASKS)})"
+_SIZES_HELP = {
+    "values": "multi_value: numbers of the requested key",
+    "distractors": "multi_value: numbers of other keys",
+    "digits": "multi_value and variable_tracking: digits of a number",
+    "hops": "variable_tracking: assignments from one variable to the next",
+    "letters": "variable_tracking: letters of a variable's name",
+    "common": "common_words: number of common words, which are the answer",
+    "repeats": "common_words: occurrences of each common word",
+    "rare_repeats": "common_words: occurrences of each other word",
+    "facts": "facts_1 and facts_2: number of statements about people and things",
+    "words": "repeat: number of words to repeat",
+}
+
+
+def add_needle_arguments(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the groups "tasks" and "sizes" to a parser; returns "tasks"."""
+    tasks = p.add_argument_group("tasks")
+    tasks.add_argument(
+        "--tasks", default=",".join(TASKS), metavar="A,B", help=f"comma-separated tasks (default: {','.join(TASKS)})"
     )
-    p.add_argument("--lengths", type=integers, required=True, metavar="N,M", help="tokens of prompt and response")
-    p.add_argument("--seed", type=int, default=0, help="seed of the samples (default: 0)")
-    p.add_argument("--haystack", nargs="+", default=[], metavar="FILE",
-                   help="text to hide facts in (default: the Python documentation's reference topics)")  # fmt: skip
-    sizes = p.add_argument_group("sizes", "sizes of the tasks; RULER's by default")
+    tasks.add_argument("--lengths", type=integers, required=True, metavar="N,M",
+                       help="comma-separated lengths of prompt and response together, in tokens")  # fmt: skip
+    tasks.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the samples (default: 0)")
+    tasks.add_argument("--haystack", nargs="+", default=[], metavar="FILE",
+                       help="text files that hide the facts (default: the Python documentation's reference topics)"
+                       )  # fmt: skip
+    sizes = p.add_argument_group("sizes", "Size of each task; the defaults are RULER's.")
     for field in fields(Sizes):
         name = f"--{field.name.replace('_', '-')}"
-        sizes.add_argument(name, type=int, default=field.default, metavar="N", help=f"default: {field.default}")
+        sizes.add_argument(
+            name,
+            type=int,
+            default=field.default,
+            metavar="N",
+            help=f"{_SIZES_HELP[field.name]} (default: {field.default})",
+        )
+    return tasks
 
 
 def get_tasks(options: argparse.Namespace) -> list[str]:

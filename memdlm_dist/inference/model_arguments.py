@@ -10,38 +10,44 @@ from memdlm_dist.inference.trained_model import ANCHOR_RATIO, TrainedModel
 from memdlm_dist.runtime.entry_point import positive, quiet
 
 
-def add_model_arguments(p: argparse.ArgumentParser, several_checkpoints: bool = False) -> None:
-    """CONFIG and --checkpoint. Other keys of the configuration follow as --section.key value."""
-    p.add_argument("config", metavar="CONFIG", help="TOML file of the run that trained the model")
-    p.add_argument(
+def add_model_arguments(p: argparse.ArgumentParser, several_checkpoints: bool = False) -> argparse._ArgumentGroup:
+    """Add the group "model" (CONFIG, --checkpoint, --anchor-ratio) to a parser; returns the group."""
+    g = p.add_argument_group("model")
+    g.add_argument("config", metavar="CONFIG", help="TOML file of the run that trained the model")
+    g.add_argument(
         "--checkpoint",
         nargs="+" if several_checkpoints else None,
         metavar="DIR",
-        help="checkpoint step-N, a folder or URL of them (the newest good one), or a folder of Hugging Face weights; "
-        "default: the run's own. Checkpoints of one's own alone: their metadata is a pickle",
+        help="folder of a checkpoint step-N, folder or URL of several (the newest intact one is loaded), or folder of "
+        "Hugging Face weights (default: the run's checkpoints). Load only checkpoints that you trust: their metadata "
+        "is a pickle",
     )
-    p.add_argument(
+    g.add_argument(
         "--anchor-ratio",
         type=float,
         default=ANCHOR_RATIO,
         metavar="R",
-        help=f"share of a prompt's tokens that the memory's anchor masks (default: {ANCHOR_RATIO})",
+        help=f"share of the prompt's tokens that are masked in the memory's anchor (default: {ANCHOR_RATIO})",
     )
+    return g
 
 
-def add_decoding_arguments(p: argparse.ArgumentParser, new_tokens: int | None) -> None:
-    """How the model fills in; `new_tokens` is the default of --new-tokens."""
+def add_decoding_arguments(p: argparse.ArgumentParser, new_tokens: int | None) -> argparse._ArgumentGroup:
+    """Add the group "decoding" to a parser; returns the group. `new_tokens` is the default of --new-tokens."""
     g = p.add_argument_group("decoding")
-    default = "the prompt's [MASK]s alone if it has any, else 64" if new_tokens is None else str(new_tokens)
+    default = "0 if the prompt has [MASK]s, else 64" if new_tokens is None else str(new_tokens)
     g.add_argument("--new-tokens", type=int, default=new_tokens, metavar="N",
-                   help=f"[MASK] positions behind the prompt (default: {default})")  # fmt: skip
-    g.add_argument("--block-size", type=positive, default=32, metavar="N", help="tokens of a block (default: 32)")
-    g.add_argument("--steps", type=positive, metavar="N", help="steps per block (default: one per token)")
-    g.add_argument("--temperature", type=float, default=0.0, metavar="T", help="of the Gumbel noise; 0 is greedy")
+                   help=f"[MASK] tokens appended to the prompt (default: {default})")  # fmt: skip
+    g.add_argument("--block-size", type=positive, default=32, metavar="N", help="block size in tokens (default: 32)")
+    g.add_argument("--steps", type=positive, metavar="N", help="denoising steps per block (default: one per token)")
+    g.add_argument("--temperature", type=float, default=0.0, metavar="T",
+                   help="temperature of the Gumbel noise; 0 decodes greedily (default: 0)")  # fmt: skip
     g.add_argument("--remasking", choices=("low_confidence", "random"), default="low_confidence",
-                   help="which predictions of a step are kept (default: low_confidence)")  # fmt: skip
-    g.add_argument("--no-eos-stop", action="store_true", help="go on behind end-of-text")
-    g.add_argument("--decoding-seed", type=int, default=0, metavar="N", help="of temperature and random remasking")
+                   help="rule that selects the predictions to mask again (default: low_confidence)")  # fmt: skip
+    g.add_argument("--no-eos-stop", action="store_true", help="continue decoding after end-of-text")
+    g.add_argument("--decoding-seed", type=int, default=0, metavar="N",
+                   help="seed of the Gumbel noise and of random remasking (default: 0)")  # fmt: skip
+    return g
 
 
 def get_decoding(options: argparse.Namespace) -> Decoding:

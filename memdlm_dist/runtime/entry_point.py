@@ -43,6 +43,18 @@ def new_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
     )
 
 
+def add_command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, description: str
+) -> argparse.ArgumentParser:
+    """Add a subcommand whose help shows `description`; the parent's help lists its first line."""
+    return commands.add_parser(
+        name,
+        help=description.split("\n", 1)[0],
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def parse_with_overrides(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None
 ) -> tuple[argparse.Namespace, list[str]]:

@@ -1,1 +1,1 @@
-"""Command-line tools, as users call them."""
+"""Tests of the command-line tools, called as users call them."""

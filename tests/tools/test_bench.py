@@ -1,4 +1,4 @@
-"""tools/bench.py as a user runs it. What it finds about speed is not asserted: that is for a quiet machine."""
+"""tools/bench.py as a user runs it; no test asserts a speed, which needs a quiet machine."""
 
 import json
 
@@ -23,7 +23,8 @@ def test_bench_writes_what_it_measures(tmp_path):
     found = json.loads(result.read_text())
     for key in ("step_seconds", "tokens_per_second", "all_gathers", "reduce_scatters", "peak_bytes"):
         assert set(found[key]) == {"plain", "straightforward", "ours"} and min(found[key].values()) > 0
-    # Embedding, three layers and head, gathered again in the backward pass but for the head; ours but for the tail.
+    # Embedding, three layers and head are gathered in the forward pass. The backward pass gathers all but the head
+    # again; ours all but the tail.
     assert found["all_gathers"]["plain"] == 5 + 4 and found["all_gathers"]["ours"] == 5 + 3
     assert set(found["reduce_scatters"].values()) == {5}
     assert found["ratio"]["ours_over_plain"] > 0 and found["ratio"]["straightforward_over_plain"] > 0
@@ -33,7 +34,7 @@ def test_bench_writes_what_it_measures(tmp_path):
     assert found["hardware_flops_ratio"] == pytest.approx(
         1 + flops["hardware_inner"] / flops["hardware_outer"], rel=0.1
     )
-    assert found["mfu"]["plain"] is None, "a CPU has no figure to compare with"
+    assert found["mfu"]["plain"] is None, "a CPU has no peak FLOP/s to compare with"
     assert "aten::mm" in profile.read_text()
 
 
@@ -112,7 +113,7 @@ def test_peak_flops_are_of_devices_that_are_known(device, peak):
 )
 def test_mistakes_are_named(capsys, monkeypatch, root, arguments, says):
     monkeypatch.chdir(root)
-    monkeypatch.delenv("RANK", raising=False)  # what a run in this process leaves behind
+    monkeypatch.delenv("RANK", raising=False)  # a run in this process may have set it
     assert bench.main(arguments) == EXIT_STATUS
     said = capsys.readouterr().err
     assert said.startswith("error: ") and says in said and said.count("\n") == 1

@@ -1,4 +1,4 @@
-"""tools/checkpoints.py on checkpoints of a real run, and what retention keeps."""
+"""tools/checkpoints.py on the checkpoints of a real run, and the retention rules."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from tools import checkpoints
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Steps 1 to 6 of a run, of which 3 is truncated, 4 has a flipped bit and 5 no metadata."""
+    """Save steps 1 to 6 of a run; truncate step 3, flip a bit of step 4, remove the metadata of step 5."""
     out = tmp_path_factory.mktemp("saved")
     arguments = debug(out, "--checkpoint.enable", "--checkpoint.interval", "1", "--training.steps", "6")
     assert train.main(arguments) == 0
@@ -39,12 +39,12 @@ def test_list(saved, capsys):
     _, *rows = capsys.readouterr().out.splitlines()
     assert [row.split()[0] for row in rows] == [f"step-{step}" for step in range(1, 8)]
     ends = [
-        "good",
-        "good",
+        "intact",
+        "intact",
         "bytes",
-        "good",
+        "intact",
         "is incomplete: saving it was interrupted",
-        "good",
+        "intact",
         "weights alone (safetensors)",
     ]
     assert all(row.endswith(end) for row, end in zip(rows, ends, strict=True)), rows
@@ -57,7 +57,7 @@ def test_list(saved, capsys):
 def test_verify(saved, capsys):
     assert checkpoints.main(["verify", str(saved)]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "step-1: good" and lines[5] == "step-6: good" and lines[6] == "step-7: good"
+    assert lines[0] == "step-1: intact" and lines[5] == "step-6: intact" and lines[6] == "step-7: intact"
     assert lines[2].startswith("step-3: has a truncated file __0_0.distcp: ")
     assert lines[3].startswith("step-4: has a corrupt file __0_0.distcp: the checksum of ")
     assert lines[4] == "step-5: is incomplete: saving it was interrupted"
@@ -70,12 +70,12 @@ def test_prune(saved, tmp_path, capsys):
     folder = shutil.copytree(saved, tmp_path / "checkpoint")
     everything = {path.name for path in folder.iterdir()}
     assert checkpoints.main(["prune", str(folder), "--keep-latest", "1", "--dry-run"]) == 0
-    assert "would remove step-1\nwould remove step-2\nwould remove step-4\n1 good" in capsys.readouterr().out
+    assert "would remove step-1\nwould remove step-2\nwould remove step-4\n1 intact" in capsys.readouterr().out
     assert {path.name for path in folder.iterdir()} == everything
     (folder / "scores.json").write_text('{"1": 2.5, "2": 2.0, "9": 1.0, "6": 3.0}')
     checkpoints.main(["prune", str(folder), "--keep-latest", "1", "--dry-run"])
-    assert "would remove step-1\nwould remove step-4\n2 good" in capsys.readouterr().out, (
-        "the best of those there stays"
+    assert "would remove step-1\nwould remove step-4\n2 intact" in capsys.readouterr().out, (
+        "the best existing checkpoint stays"
     )
     (folder / "scores.json").write_text("[3]")
     assert checkpoints.main(["prune", str(folder), "--keep-latest", "1"]) == 2
@@ -104,14 +104,14 @@ def test_mistakes(arguments, says, capsys):
 
 def test_retention_never_removes_everything():
     steps = [2, 4, 5, 9]
-    for good in chain.from_iterable(combinations(steps, n) for n in range(5)):
+    for intact in chain.from_iterable(combinations(steps, n) for n in range(5)):
         for latest in range(5):
             for every in (0, 2, 5):
-                going = prunable_steps(good, latest, every)
-                kept = set(good) - set(going)
-                assert not good or max(good) in kept
-                assert all(step in kept for step in sorted(good)[-latest:])
-                assert not every or all(step in kept for step in good if step % every == 0)
+                removed = prunable_steps(intact, latest, every)
+                kept = set(intact) - set(removed)
+                assert not intact or max(intact) in kept
+                assert all(step in kept for step in sorted(intact)[-latest:])
+                assert not every or all(step in kept for step in intact if step % every == 0)
     assert (
         prunable_steps(steps, 1, 0) == [2, 4, 5]
         and prunable_steps(steps, 1, 2) == [5]

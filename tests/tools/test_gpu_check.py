@@ -1,4 +1,4 @@
-"""launch/gpu_check.sh: its flow on small commands, its figures on given results, and all of it with debug sizes."""
+"""launch/gpu_check.sh: its loop on small commands, its figures on given results, and the whole check in debug sizes."""
 
 import importlib.util
 import io
@@ -32,7 +32,7 @@ def environment(*devices):
 
 
 def command(name, code, **options):
-    """Return a section that runs a line of Python and keeps what it prints."""
+    """Return a section that runs a line of Python and keeps its output."""
 
     def run(context: Context) -> None:
         context.numbers["said"] = context.python("-c", code).strip()
@@ -61,7 +61,7 @@ def short_grace(monkeypatch):
 
 
 def test_the_flow_survives_its_sections(tmp_path, capsys, short_grace):
-    # The grandchild has a session of its own, as torchrun's workers have, and ignores the interrupt.
+    # The grandchild starts a session, as torchrun's workers do, and ignores the interrupt.
     grandchild = (
         "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
     )
@@ -85,9 +85,9 @@ def test_the_flow_survives_its_sections(tmp_path, capsys, short_grace):
     assert "bye" in (tmp_path / "logs/fails.log").read_text()
     assert kept(tmp_path, "hangs")["reason"] == "ended at 1 s, its limit"
     assert "KeyError" in kept(tmp_path, "odd")["reason"] and "KeyError" in (tmp_path / "logs/odd.log").read_text()
-    said = (tmp_path / "report.md").read_text()
+    report = (tmp_path / "report.md").read_text()
     for cell in ("error: The disk is full.", "needs an accelerator", "all well", "Debug sizes", "its limit"):
-        assert cell in said
+        assert cell in report
     out = capsys.readouterr().out
     assert (
         re.search(r"^\[5/5\] good: ok after \d+ s: all well$", out, re.MULTILINE)
@@ -100,12 +100,12 @@ def test_the_budget_cuts_and_skips(tmp_path, short_grace):
     sections = [
         command("first", "print(1)"), command("second", "import time; time.sleep(60)"), command("third", "print(3)"),
     ]  # fmt: skip
-    assert run(tmp_path, sections, budget=1.0) == 0, "what the budget cuts has not failed"
+    assert run(tmp_path, sections, budget=1.0) == 0, "a section that the budget cuts has not failed"
     assert kept(tmp_path, "first")["status"] == "ok"
     assert kept(tmp_path, "second")["status"] == "skipped"
     assert kept(tmp_path, "second")["reason"].startswith("cut by the budget")
     assert kept(tmp_path, "third")["status"] == "skipped"
-    # A section that needs longer than what is left does not start.
+    # A section that needs more seconds than are left does not start.
     assert run(tmp_path, [command("long", "print(1)", least=60.0)], H100, budget=30.0) == 0
     assert kept(tmp_path, "long", "1-x-nvidia-h100-80gb-hbm3")["reason"] == "30 s of the budget were left"
 
@@ -113,27 +113,31 @@ def test_the_budget_cuts_and_skips(tmp_path, short_grace):
 def test_calls_merge(tmp_path):
     good, other = command("one", "print('first result')"), command("two", "print('second section')")
     assert run(tmp_path, [good, other], only=["one"]) == 0 and run(tmp_path, [good, other], only=["two"]) == 0
-    said = (tmp_path / "report.md").read_text()
-    assert "first result" in said and "second section" in said
-    # A failure does not replace a good result and is noted; a skip is not; the next good one replaces both.
+    report = (tmp_path / "report.md").read_text()
+    assert "first result" in report and "second section" in report
+    # A failure is noted in a successful result and does not replace it. A skip is dropped. The next successful result
+    # replaces both.
     assert run(tmp_path, [command("one", "raise SystemExit(3)"), other], only=["one"]) == 1
     assert run(tmp_path, [command("one", "", needs_device=True), other], only=["one"]) == 0
     result = kept(tmp_path, "one")
     assert result["status"] == "ok" and result["later"]["status"] == "failed"
-    said = (tmp_path / "report.md").read_text()
-    assert "first result. Run again on" in said and "status 3" in said
-    # A quick good result says that it runs again, but stays behind a full one.
+    report = (tmp_path / "report.md").read_text()
+    assert "first result. Run again on" in report and "status 3" in report
+    # A successful quick result removes the note of the failure, but does not replace a full result.
     assert run(tmp_path, [command("one", "print('quick result')"), other], only=["one"], quick=True) == 0
-    said = (tmp_path / "report.md").read_text()
-    assert "first result" in said and "quick" not in said and "status 3" not in said
+    report = (tmp_path / "report.md").read_text()
+    assert "first result" in report and "quick" not in report and "status 3" not in report
     assert run(tmp_path, [command("one", "print('newer result')"), other], only=["one"]) == 0
-    said = (tmp_path / "report.md").read_text()
-    assert "newer result" in said and "first result" not in said
-    # Another machine has a part of its own, this call's first.
+    report = (tmp_path / "report.md").read_text()
+    assert "newer result" in report and "first result" not in report
+    # Another machine has a separate chapter, and this call's machine comes first.
     assert run(tmp_path, [command("one", "print('on an H100')"), other], H100, only=["one"]) == 0
-    said = (tmp_path / "report.md").read_text()
+    report = (tmp_path / "report.md").read_text()
     assert (
-        said.index("## 1 x NVIDIA H100") < said.index("on an H100") < said.index("## CPU, debug") < said.index("newer")
+        report.index("## 1 x NVIDIA H100")
+        < report.index("on an H100")
+        < report.index("## CPU, debug")
+        < report.index("newer")
     )
 
 
@@ -142,22 +146,22 @@ def test_a_failure_is_kept_until_something_better(tmp_path):
         results.keep(tmp_path, results.Result(section, "CPU", torch, "now", 1.0, status, reason=status, **result))
         return kept(tmp_path, section, "cpu")["status"]
 
-    # Tests and environment are of the newest run.
+    # The sections tests and environment keep their newest result.
     assert [keep(status, "tests") for status in ("ok", "failed", "skipped", "ok")] == ["ok", "failed", "failed", "ok"]
-    # Quick results of another torch replace full ones.
+    # A quick result with another torch version replaces a full one.
     keep("ok", "two")
     keep("ok", "two", torch="2.14", quick=True)
     assert kept(tmp_path, "two", "cpu")["quick"]
     assert [keep(status) for status in ("skipped", "failed", "skipped", "timed out")] == [
         "skipped", "failed", "failed", "timed out",
     ]  # fmt: skip
-    (tmp_path / "results/cpu/one.json").write_text("{")  # cut off
+    (tmp_path / "results/cpu/one.json").write_text("{")  # a truncated file
     assert keep("skipped") == "skipped"
 
 
 @pytest.mark.parametrize("limit", [30.0, 0.4], ids=["in a section", "while one is ended"])
 def test_interrupts_leave_a_report_and_no_process(tmp_path, short_grace, limit):
-    # The child ignores the interrupt that ends it, and sends the check three more.
+    # The child ignores the check's interrupt and sends the check three signals.
     stops = (
         "import os, signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); check = os.getppid();"
         f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep({0.5 if limit < 1 else 0});"
@@ -185,7 +189,7 @@ def test_two_interrupts_at_once_are_one(tmp_path):
                 signal.raise_signal(number)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
         finally:
-            (lambda: ended.append(True))()  # a handler that raises again does so at a call
+            (lambda: ended.append(True))()  # a handler that raises a second time does so at this call
 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, [Section("stops", "a test", section, str, least=0.0)])
@@ -210,9 +214,9 @@ def test_results_of_another_shape_do_not_stop_a_report(tmp_path):
         result = results.Result(section.name, "CPU, debug sizes", "2.13", "now", 1.0, "ok")
         (folder / f"{section.name}.json").write_text(json.dumps(vars(result) | shape))
     assert run(tmp_path, [*SECTIONS, command("good", "print('all well')")], only=["good"]) == 0
-    said = (tmp_path / "report.md").read_text()
-    assert "all well" in said and said.count("the result cannot be read; run the section again") > 6
-    assert "| environment | devices, versions, and what the code will use of them | ok |" in said
+    report = (tmp_path / "report.md").read_text()
+    assert "all well" in report and report.count("the result cannot be read; run the section again") > 6
+    assert "| environment | devices, versions, and the kernels that the code selects | ok |" in report
 
 
 def test_the_environment_is_of_the_newest_call(tmp_path):
@@ -244,7 +248,7 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch, full):
 
 
 def test_the_script(tmp_path, root):
-    """It stays in the caller's folder, and names the remedy where nothing is installed."""
+    """The script keeps the caller's working directory, and names the remedy if the package is not installed."""
     python = tmp_path / "python"
 
     def start(program):
@@ -264,20 +268,20 @@ def test_the_script(tmp_path, root):
 
 def test_texts_agree(root, monkeypatch, tmp_path):
     usage = subprocess.run(["bash", "launch/gpu_check.sh", "--help"], cwd=root, capture_output=True, text=True).stdout
-    said = (root / "docs/performance.md").read_text()
+    docs = (root / "docs/performance.md").read_text()
     *others, last = QUICK
     assert f"{', '.join(others)} and {last}" in usage and usage.splitlines()[-1].startswith("Exit status")
     assert f"at most {gpu_check.LIMIT / 60:.0f} minutes;" in usage
     assert f"at most {gpu_check.QUICK_BUDGET / 60:.0f} minutes in all" in usage
-    assert f"at most {gpu_check.LIMIT / 60:.0f} minutes ({gpu_check.QUICK_LIMIT / 60:.0f} with" in said
-    assert all(f"`{section.name}`" in said for section in SECTIONS)
-    assert f"{', '.join(f'`{name}`' for name in others)} and `{last}`" in re.sub(r"\s+", " ", said)
-    # A folder is the caller's, the default the repository's.
-    asked = []
-    monkeypatch.setattr(tool, "check", lambda request: asked.append(request.output) or 0)
+    assert f"at most {gpu_check.LIMIT / 60:.0f} minutes ({gpu_check.QUICK_LIMIT / 60:.0f} with" in docs
+    assert all(f"`{section.name}`" in docs for section in SECTIONS)
+    assert f"{', '.join(f'`{name}`' for name in others)} and `{last}`" in re.sub(r"\s+", " ", docs)
+    # --output is relative to the caller's folder, the default to the repository.
+    outputs = []
+    monkeypatch.setattr(tool, "check", lambda request: outputs.append(request.output) or 0)
     monkeypatch.chdir(tmp_path)
     assert tool.main(["--output", "here"]) == tool.main([]) == 0
-    assert asked == [tmp_path / "here", root / "outputs/gpu_check"]
+    assert outputs == [tmp_path / "here", root / "outputs/gpu_check"]
 
 
 @pytest.mark.parametrize(
@@ -290,8 +294,8 @@ def test_texts_agree(root, monkeypatch, tmp_path):
 def test_mistakes_are_named(capsys, monkeypatch, root, arguments, says):
     monkeypatch.chdir(root)
     assert tool.main(arguments) == EXIT_STATUS
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and says in said and said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and says in error and error.count("\n") == 1
 
 
 def test_sections_are_listed(capsys):
@@ -300,7 +304,7 @@ def test_sections_are_listed(capsys):
 
 
 def bench(layers, seconds=None, ranks=1, mfu=0.5):
-    """Return a result of tools/bench.py: 0.1 s a step and 0.05 s a layer, twice and 1.4 times that with memory."""
+    """Return a result of tools/bench.py: plain at 0.1 s + 0.05 s a layer, the others at 2 and 1.4 times."""
     factors = {"plain": 1.0, "straightforward": 2.0, "ours": 1.4}
     plain = seconds or 0.1 + 0.05 * layers
     flops = 1e14 + 2e13 * layers
@@ -317,21 +321,21 @@ def bench(layers, seconds=None, ranks=1, mfu=0.5):
 
 
 def test_figures_of_a_whole_model():
-    found = figures({"whole_layers": 32, "benches": [bench(32, seconds=1.0, ranks=4)]})
-    assert found.tokens_per_second["plain"] == pytest.approx(8192) and not found.extrapolated
-    assert found.over_plain["ours"] == 1.41, "within a round, as bench.py has it"
-    assert found.mfu["plain"] == pytest.approx((1e14 + 2e13 * 32) / 4e14)
+    result = figures({"whole_layers": 32, "benches": [bench(32, seconds=1.0, ranks=4)]})
+    assert result.tokens_per_second["plain"] == pytest.approx(8192) and not result.extrapolated
+    assert result.over_plain["ours"] == 1.41, "the ratio within a round, from bench.py"
+    assert result.mfu["plain"] == pytest.approx((1e14 + 2e13 * 32) / 4e14)
     assert figures({"whole_layers": 32, "benches": []}) is None and figures({}) is None
 
 
 def test_figures_are_extrapolated_in_layers():
-    found = figures({"whole_layers": 32, "benches": [bench(16), bench(8)]})
-    assert found.extrapolated and found.of_whole_model and found.layers == (8, 16)
-    assert found.tokens_per_second["plain"] == pytest.approx(8192 / 1.7)  # 0.1 + 32 x 0.05 s
-    assert found.tokens_per_second["straightforward"] == pytest.approx(8192 / 3.4)
-    assert found.over_plain == pytest.approx({"plain": 1.0, "straightforward": 2.0, "ours": 1.4})
-    assert found.mfu["ours"] == pytest.approx((1e14 + 2e13 * 32) / (1.4 * 1.7) / 4e14)
-    assert found.peak_bytes["plain"] == 42 * 2**30
+    result = figures({"whole_layers": 32, "benches": [bench(16), bench(8)]})
+    assert result.extrapolated and result.of_whole_model and result.layers == (8, 16)
+    assert result.tokens_per_second["plain"] == pytest.approx(8192 / 1.7)  # 0.1 + 32 x 0.05 s
+    assert result.tokens_per_second["straightforward"] == pytest.approx(8192 / 3.4)
+    assert result.over_plain == pytest.approx({"plain": 1.0, "straightforward": 2.0, "ours": 1.4})
+    assert result.mfu["ours"] == pytest.approx((1e14 + 2e13 * 32) / (1.4 * 1.7) / 4e14)
+    assert result.peak_bytes["plain"] == 42 * 2**30
     assert figures({"whole_layers": 32, "benches": [bench(8, mfu=None)]}).mfu["plain"] is None
 
 
@@ -350,7 +354,7 @@ def test_gates():
     slow = bench(32)
     slow["ratio"]["ours_over_plain"] = 1.501
     assert judge(memory, figures({"whole_layers": 32, "benches": [slow]}), machine, False)[0] == "fail"
-    # Not a gate's device, not the whole model, no result, debug sizes.
+    # Devices of the H100 class pass; other devices, a part of the model, no result and debug sizes are not measured.
     for device in ("1 x NVIDIA H200", "8 x NVIDIA B200", "1 x NVIDIA GH200 480GB"):
         assert judge(full, of(1.0), device, False)[0] == "pass"
     for device in ("1 x NVIDIA A100-SXM4-80GB", "7 x NVIDIA H100 80GB HBM3 MIG 1g.10gb"):
@@ -363,12 +367,12 @@ def test_gates():
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """A folder with tools in the place of the repository's, which do as they are told."""
+    """Replace the repository with a folder of fake tools; returns a function that writes these tools."""
     (tmp_path / "tools").mkdir()
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
 
     def make(fits: int, runs: int, content: str | None = None):
-        """Let dry_run.py say that `fits` layers or tokens fit, and bench.py run out of memory above `runs` layers."""
+        """Write a dry_run.py for which `fits` layers or tokens fit, and a bench.py that can run up to `runs` layers."""
         (tmp_path / "tools/dry_run.py").write_text(
             "import sys\n"
             "given = lambda key, other: sys.argv[sys.argv.index(key) + 1] if key in sys.argv else other\n"
@@ -399,17 +403,17 @@ def test_a_model_is_measured_as_deep_as_it_fits(repository):
         result = kept(folder, "bench_8b", "1-x-nvidia-h100-80gb-hbm3")
         assert [found["layers"] for found in result["numbers"]["benches"]] == depths
         assert len(result["numbers"]["kernels"]) == 18
-        said = (folder / "report.md").read_text()
+        report = (folder / "report.md").read_text()
         cell = f"{', '.join(map(str, sorted(depths)))} of 32 layers" + (", extrapolated" if len(depths) > 1 else "")
-        assert cell in said and "a kernel" in said
-        # 8,192 tokens in 1.7 s, which eight layers alone do not tell.
-        whole = depths != [8]
-        name = "LLaDA-8B" if whole else "LLaDA-8B's width, 8 of 32 layers"
-        row = next(line for line in said.splitlines() if line.startswith(f"| {name}, full"))
-        assert ("| 8 of 32 layers: plain" in said) == (not whole)
+        assert cell in report and "a kernel" in report
+        # 8,192 tokens in 1.7 s: a figure of the whole model, which eight layers alone do not give.
+        whole_model = depths != [8]
+        name = "LLaDA-8B" if whole_model else "LLaDA-8B's width, 8 of 32 layers"
+        row = next(line for line in report.splitlines() if line.startswith(f"| {name}, full"))
+        assert ("| 8 of 32 layers: plain" in report) == (not whole_model)
         assert (f"| {8192 / 1.7:,.0f}, " in row) == (depths != [8])
         assert f"| {1.4 if len(depths) > 1 else 1.41:.3f} |" in row
-        assert "| LLaDA-8B, LoRA | not measured" in said
+        assert "| LLaDA-8B, LoRA | not measured" in report
 
 
 def test_a_model_that_does_not_fit_or_run(repository):
@@ -447,8 +451,8 @@ def test_what_will_not_fit_does_not_start(repository):
 
 
 def test_what_is_missing_is_named(tmp_path, monkeypatch):
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "xdist" else found(name))
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "xdist" else find_spec(name))
     assert run(tmp_path, [section for section in SECTIONS if section.name in ("tests", "decoding")], H100) == 0
     reasons = [kept(tmp_path, name, "1-x-nvidia-h100-80gb-hbm3")["reason"] for name in ("tests", "decoding")]
     assert reasons[0] == "needs the dev extra: bash launch/setup.sh dev"
@@ -469,7 +473,7 @@ def test_json_of_generate_has_no_prompt_sign(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_everything_with_debug_sizes(tmp_path, root):
-    """The whole check without an accelerator, as a user starts it; about four minutes."""
+    """Run the whole check without an accelerator, as a user starts it; about four minutes."""
     done = subprocess.run(
         ["bash", "launch/gpu_check.sh", "--output", str(tmp_path)],
         cwd=root,

@@ -1,4 +1,4 @@
-"""Needle tasks: what they ask can be answered from the prompt, at the right length, with nothing of the other part."""
+"""Needle tasks: the prompt holds the answers, fits the length, and shares nothing with the other part."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def test_samples_fit_and_hold_their_answers(parts, tokenizer, task, part):
             sample = parts[part].sample(task, length, index)
             count = sum(map(len, tokenizer.encode_plain([sample.prompt, sample.response]))) + 1
             assert count <= length
-            assert task == "repeat" or count > 0.8 * length  # filled as far as whole sentences fit
+            assert task == "repeat" or count > 0.8 * length  # whole sentences fill the rest
             assert sample.answers and all(answer in sample.prompt for answer in sample.answers)
             assert sample.response == f" {', '.join(sample.answers)}."
             assert sample.accuracy(sample.response) == 1 and sample.accuracy("nothing of the kind") == 0
@@ -43,7 +43,7 @@ def test_samples_fit_and_hold_their_answers(parts, tokenizer, task, part):
 
 
 def test_the_answers_are_right(parts):
-    """Each found again from the prompt's text, by its own means."""
+    """Find each task's answers in the prompt by a second method."""
     needles = parts["train"]
     for index in range(20):
         sample = needles.sample("multi_value", 400, index)

@@ -1,1 +1,1 @@
-"""The check of a machine with accelerators: sections, their results, one report."""
+"""Check of a machine with accelerators: sections, their results, and one report."""

@@ -1,4 +1,4 @@
-"""Benches: the speed and the memory of whole models, and of rows of several lengths, by tools/bench.py."""
+"""Bench sections: speed and memory of whole models and of several row lengths, measured with tools/bench.py."""
 
 import json
 import sys
@@ -13,12 +13,12 @@ from memdlm_dist.performance.gpu_check.section import Context, Failure, OutOfMem
 
 @dataclass(frozen=True)
 class _Model:
-    """A model that is measured: its configuration, its depth, and the depths to extrapolate from if it does not fit."""
+    """Model to measure: configuration keys, number of layers, and the depths to extrapolate from if it does not fit."""
 
     arguments: tuple[str, ...]
     layers: int
-    # The share of layers with fast weights is the whole model's in each of them, as extrapolating needs.
-    less: tuple[tuple[int, ...], ...]
+    # Extrapolation assumes the whole model's share of layers with fast weights, so every depth keeps that share.
+    reduced_depths: tuple[tuple[int, ...], ...]
     debug: tuple[str, ...]
 
 
@@ -32,7 +32,7 @@ BY_ESTIMATE = "by the estimate of tools/dry_run.py"
 
 
 def fits(context: Context, config: str, *arguments: str) -> bool:
-    """Return whether a configuration fits on the devices, by the estimate of tools/dry_run.py; on a CPU all does."""
+    """Return whether tools/dry_run.py estimates that a configuration fits on the devices; True without devices."""
     if not context.environment["devices"]:
         return True
     memory = min(device["memory_bytes"] for device in context.environment["devices"]) / 2**30
@@ -44,43 +44,43 @@ def fits(context: Context, config: str, *arguments: str) -> bool:
     )  # fmt: skip
     try:
         json.loads(path.read_text())[str(context.devices)]["memory"]
-    except (OSError, ValueError, LookupError, TypeError):  # it estimated nothing, which ends with status 1 as well
+    except (OSError, ValueError, LookupError, TypeError):  # status 1 also means that the estimate itself failed
         raise Failure(f"dry_run.py ended with status {status}: {last_words(output)}") from None
     return status == 0
 
 
 def _bench(context: Context, config: str, arguments: Iterable[str], rounds: int, warm_up: int = 2) -> dict[str, Any]:
-    """Run tools/bench.py; returns its result."""
+    """Run tools/bench.py and return its JSON result."""
     path = context.log.with_suffix(".bench.json")
     path.unlink(missing_ok=True)
     context.python(
         "tools/bench.py", config, "--processes", str(context.devices), "--rounds", str(rounds), "--warm-up",
         str(warm_up), "--json", str(path), *arguments,
     )  # fmt: skip
-    found: dict[str, Any] = read_json(path)
-    return found
+    result: dict[str, Any] = read_json(path)
+    return result
 
 
 def bench_model(model: _Model, lora: bool, kernels: bool = False) -> Callable[[Context], None]:
-    """Return a section that measures a model, whole if it fits."""
+    """Return a section function that measures a model: all layers if they fit, else smaller depths."""
 
     def run(context: Context) -> None:
         config = "train_configs/debug.toml" if context.debug else "train_configs/bench_8b.toml"
         arguments = [*(model.debug if context.debug else model.arguments), *(LORA if lora else ())]
-        whole = _DEBUG_LAYERS if context.debug else model.layers
+        all_layers = _DEBUG_LAYERS if context.debug else model.layers
         rounds, warm_up = (1, 1) if context.debug else (3, 2) if context.quick else (5, 2)
         table = context.log.with_suffix(".kernels.txt")
         table.unlink(missing_ok=True)
-        for depths in ((whole,), *(() if context.debug else model.less)):
+        for depths in ((all_layers,), *(() if context.debug else model.reduced_depths)):
             if not fits(context, config, "--layers", str(depths[0]), *arguments):
                 continue
-            context.numbers.update(whole_layers=whole, benches=[])
+            context.numbers.update(whole_layers=all_layers, benches=[])
             try:
                 for layers in depths:
                     profile = ["--profile", str(table)] if kernels and layers == depths[0] else []
-                    wanted = [*profile, "--layers", str(layers), *arguments]
-                    found = _bench(context, config, wanted, rounds, warm_up)
-                    context.numbers["benches"].append(found)
+                    options = [*profile, "--layers", str(layers), *arguments]
+                    result = _bench(context, config, options, rounds, warm_up)
+                    context.numbers["benches"].append(result)
                     if profile:
                         context.numbers["kernels"] = [line.rstrip() for line in table.read_text().splitlines()[:18]]
             except OutOfMemory as error:  # the estimate was too low
@@ -95,18 +95,18 @@ def bench_model(model: _Model, lora: bool, kernels: bool = False) -> Callable[[C
 
 
 def bench_headline(numbers: dict[str, Any]) -> str:
-    """Return the speed of plain training and the cost of ours."""
-    found = figures(numbers)
-    if found is None:
+    """Return plain training's throughput, and ours over plain, as one line."""
+    model = figures(numbers)
+    if model is None:
         return ""
     return (
-        f"{found.depth}: plain {found.tokens_per_second['plain']:,.0f} tokens/s/GPU, "
-        f"ours {found.over_plain['ours']:.3f} times plain"
+        f"{model.depth}: plain {model.tokens_per_second['plain']:,.0f} tokens/s/GPU, "
+        f"ours {model.over_plain['ours']:.3f} times plain"
     )
 
 
 def measure_lengths(context: Context) -> None:
-    """Measure rows of several lengths, in processes of few lengths each: what does not fit ends the last alone."""
+    """Measure several row lengths, a few per process: running out of memory loses only the lengths of one process."""
     groups: list[tuple[int, ...]]
     if context.debug:
         config, arguments, groups = "train_configs/debug.toml", ["--layers", "2"], [(64, 128)]
@@ -116,35 +116,35 @@ def measure_lengths(context: Context) -> None:
         if context.quick:
             groups = [(4096, 16384), (65536,)]
     arguments += ["--training.local_batch_size", "1"]
-    every = [length for lengths in groups for length in lengths]
-    fitting = every
+    all_lengths = [length for lengths in groups for length in lengths]
+    fitting = all_lengths
     while fitting and not fits(context, config, *arguments, "--training.seq_len", str(fitting[-1])):
         fitting = fitting[:-1]
     if not fitting:
-        raise Skip(f"not even rows of {every[0]:,} tokens fit on a device, {BY_ESTIMATE}")
-    if fitting != every:
-        context.numbers["stopped"] = f"rows of {every[len(fitting)]:,} tokens do not fit, {BY_ESTIMATE}"
+        raise Skip(f"not even rows of {all_lengths[0]:,} tokens fit on a device, {BY_ESTIMATE}")
+    if fitting != all_lengths:
+        context.numbers["stopped"] = f"rows of {all_lengths[len(fitting)]:,} tokens do not fit, {BY_ESTIMATE}"
         groups = [kept for lengths in groups if (kept := tuple(x for x in lengths if x in fitting))]
     rows = context.numbers["lengths"] = []
     for lengths in groups:
-        wanted = ["--lengths", *map(str, lengths), *arguments]
+        options = ["--lengths", *map(str, lengths), *arguments]
         began = time.monotonic()
         try:
-            found = _bench(context, config, wanted, rounds=1 if context.debug else 2, warm_up=1)
+            result = _bench(context, config, options, rounds=1 if context.debug else 2, warm_up=1)
         except OutOfMemory:
             if not rows:
                 raise
             context.numbers["stopped"] = f"rows of {lengths[0]:,} tokens do not fit"
             return
-        rows += found["lengths"]
-        # Attention's share makes the next length take up to four times as long, start and compilation apart.
+        rows += result["lengths"]
+        # Attention makes the next length take up to four times as long, not counting start-up and compilation.
         if lengths != groups[-1] and context.remaining < 2 * (time.monotonic() - began):
             context.numbers["stopped"] = f"no time was left for rows longer than {lengths[-1]:,} tokens"
             return
 
 
 def lengths_headline(numbers: dict[str, Any]) -> str:
-    """Return the cost of ours on the longest rows."""
+    """Return ours over plain on the longest measured rows, as one line."""
     if not numbers.get("lengths"):
         return ""
     last = numbers["lengths"][-1]

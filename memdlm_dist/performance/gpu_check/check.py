@@ -1,4 +1,4 @@
-"""The check: runs sections one after the other, each with a time limit, and writes the report after each."""
+"""Loop of the check: runs the sections in order, each with a time limit, and writes the report after each one."""
 
 import contextlib
 import json
@@ -20,14 +20,14 @@ from memdlm_dist.performance.gpu_check.section import Context, Failure, Section,
 from memdlm_dist.performance.gpu_check.sections import QUICK, SECTIONS
 
 ROOT = Path(__file__).parents[3]
-# Seconds of a section, and with --quick of a section and of the whole call.
+# Time limits in seconds: of a section; with --quick, of a section and of the whole call.
 LIMIT, QUICK_LIMIT, QUICK_BUDGET = 480.0, 240.0, 600.0
-_DEBUG_LEAST = 5.0  # seconds below which a section with debug sizes is not worth starting
+_DEBUG_LEAST = 5.0  # a section with debug sizes does not start with fewer seconds left
 
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """What a call of the check is to do."""
+    """Options of one call of the check."""
 
     output: Path
     command: str  # as the user typed it
@@ -35,25 +35,25 @@ class CheckOptions:
     limit: float = LIMIT  # seconds of a section
     budget: float = math.inf  # seconds of the whole call
     quick: bool = False
-    debug: bool = False  # debug sizes; without an accelerator they are taken anyway
+    debug: bool = False  # run debug sizes; always the case without an accelerator
 
 
 def probe(log: Path) -> dict[str, Any]:
-    """Return what environment.py says of this machine, in a process of its own.
+    """Run environment.py in a child process and return its description of this machine.
 
     Raises:
-        UserError: if torch or the package cannot be imported.
+        UserError: If torch or the package cannot be imported, or the devices do not answer.
     """
     command = [sys.executable, "-m", "memdlm_dist.performance.gpu_check.environment"]
     try:
         status, output = processes.run(command, log, 120.0, ROOT)
     except processes.TimeLimit:
-        raise UserError(f"The devices did not answer within 120 s; see {log} and try nvidia-smi.") from None
-    told = [line for line in output.splitlines() if line.startswith("{")]
-    if status != 0 or not told:
-        raise UserError(f"The devices and versions cannot be looked up; see {log}.")
-    found: dict[str, Any] = json.loads(told[-1])
-    return found
+        raise UserError(f"The devices did not answer within 120 s; read {log} and try nvidia-smi.") from None
+    json_lines = [line for line in output.splitlines() if line.startswith("{")]
+    if status != 0 or not json_lines:
+        raise UserError(f"The devices and versions cannot be looked up; read {log}.")
+    environment: dict[str, Any] = json.loads(json_lines[-1])
+    return environment
 
 
 def check(
@@ -61,12 +61,16 @@ def check(
     sections: Sequence[Section] = SECTIONS,
     look_up: Callable[[Path], dict[str, Any]] = probe,
 ) -> int:
-    """Run sections and write report.md; returns 0 if all that ran passed, else 1.
+    """Run sections and write report.md; returns 0 if all sections that ran passed, else 1.
+
+    Args:
+        request: options of this call.
+        sections: all sections, in their order.
+        look_up: function that takes a log file and returns the machine's description.
 
     Raises:
-        UserError: for an unknown section, an output folder that cannot be written, or a machine that cannot be looked
-            up.
-        KeyboardInterrupt: on Ctrl-C, SIGTERM or SIGHUP, with the report written.
+        UserError: If a section is unknown, the output folder cannot be written, or the machine cannot be looked up.
+        KeyboardInterrupt: On Ctrl-C, SIGTERM or SIGHUP, after the report has been written.
     """
     deadline = time.monotonic() + request.budget
     chosen = _chosen(request, sections)
@@ -78,7 +82,7 @@ def check(
 
     def interrupt(*_: Any) -> None:
         nonlocal interrupted
-        if not interrupted:  # a second one must not keep the first from ending the processes
+        if not interrupted:  # a second signal must not interrupt the clean-up after the first
             interrupted = True
             raise KeyboardInterrupt
 
@@ -109,6 +113,7 @@ _INTERRUPTED = "interrupted"
 
 @contextlib.contextmanager
 def _written(output: Path) -> Iterator[None]:
+    """Turn an OSError into a UserError that names the output folder."""
     try:
         yield
     except OSError as error:
@@ -118,14 +123,14 @@ def _written(output: Path) -> Iterator[None]:
 def _result(
     section: Section, request: CheckOptions, environment: dict[str, Any], deadline: float, heading: str
 ) -> Result:
-    """Run a section, unless it cannot run here or in time; returns its result.
+    """Run a section, or skip it if it needs a device or more time; returns its result.
 
     Args:
-        deadline: of the whole call, by time.monotonic().
-        heading: of its line on the console.
+        deadline: end of the whole call on the clock time.monotonic().
+        heading: start of the section's line on the console.
     """
     log = request.output / f"logs/{section.name}.log"
-    if section.name != "environment":  # whose log is the probe's
+    if section.name != "environment":  # its log holds the output of `probe`
         log.unlink(missing_ok=True)
     debug = request.debug or not environment["devices"]
     left = deadline - time.monotonic()
@@ -153,10 +158,11 @@ def _result(
 
 
 def _run(section: Section, context: Context, result: Result, limit: float, cut: bool) -> None:
-    """Run a section; sets its status, reason and time.
+    """Run a section and set its result's status, reason and seconds.
 
     Args:
-        cut: the budget, not the section's own limit, ends it.
+        limit: seconds that the section may take.
+        cut: whether `limit` comes from the budget and not from the section's own limit.
     """
     began = time.monotonic()
     try:
@@ -167,44 +173,45 @@ def _run(section: Section, context: Context, result: Result, limit: float, cut: 
     except Failure as why:
         result.status, result.reason = FAILED, str(why)
     except processes.TimeLimit:
-        # The budget says nothing of the section.
+        # A section that the budget cuts has not failed.
         result.status = SKIPPED if cut else TIMED_OUT
         result.reason = f"cut by the budget at {limit:.0f} s" if cut else f"ended at {limit:.0f} s, its limit"
     except KeyboardInterrupt:
         result.status, result.reason = FAILED, _INTERRUPTED
-    except Exception as error:  # the next section is to run, whatever happened in this one
+    except Exception as error:  # the next section must run after any failure of this one
         _unexpected(error, context, result)
     try:
         section.headline(result.numbers)
-    except Exception as error:  # what a command wrote has another shape than its result
+    except Exception as error:  # the numbers that a command wrote are malformed
         _unexpected(error, context, result)
         result.numbers.clear()
     result.seconds = time.monotonic() - began
 
 
 def _unexpected(error: Exception, context: Context, result: Result) -> None:
+    """Mark a result as failed and append the traceback to the section's log."""
     result.status, result.reason = FAILED, f"{type(error).__name__}: {error}"
     with context.log.open("a") as log:
         traceback.print_exception(error, file=log)
 
 
 def _chosen(request: CheckOptions, sections: Sequence[Section]) -> list[Section]:
-    """Return the sections that are asked for, in their order; the environment in any case."""
+    """Return the requested sections in their order; always includes `environment`."""
     names = [section.name for section in sections]
     for name in request.only:
         if name not in names:
             raise UserError(f"There is no section {name!r}; choose among {', '.join(names)}.")
-    wanted = request.only or (QUICK if request.quick else names)
-    return [section for section in sections if section.name in {"environment", *wanted}]
+    requested = request.only or (QUICK if request.quick else names)
+    return [section for section in sections if section.name in {"environment", *requested}]
 
 
 def _machine(devices: Sequence[dict[str, Any]], debug: bool) -> str:
-    """Return the name under which results are kept; debug sizes are apart."""
+    """Return the machine's name, under which its results are kept; debug sizes have a separate name."""
     if not devices:
         return f"CPU{gpu_report.DEBUG}"
     return f"{len(devices)} x {devices[0]['name']}{gpu_report.DEBUG if debug else ''}"
 
 
 def command_line(argv: Sequence[str]) -> str:
-    """Return the command as a user types it."""
+    """Return the shell command of a call with the arguments `argv`."""
     return shlex.join(["bash", "launch/gpu_check.sh", *argv])

@@ -1,6 +1,6 @@
-"""The machine: devices, versions, and what the code will use of them.
+"""Description of the machine: devices, versions, and the kernels that the code selects on them.
 
-Runs as a process of its own (`python -m`), which prints JSON: a process that has looked at a device holds memory of it.
+Runs as a child process (`python -m`) that prints JSON, because a process that queries a device keeps device memory.
 """
 
 import importlib.metadata
@@ -16,10 +16,10 @@ _PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Return what a report says of the machine."""
+    """Return the description of this machine, for the report: devices, versions and available kernels."""
     from memdlm_dist.runtime import cpu
 
-    cpu.prepare()  # before torchtitan is imported
+    cpu.prepare()  # must precede the first import of torchtitan
     import torch
 
     from memdlm_dist.models.attention import attention_method
@@ -53,6 +53,7 @@ def environment() -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
+    """Return a package's installed version; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -60,7 +61,7 @@ def _version(package: str) -> str | None:
 
 
 def _nvidia_smi() -> str | None:
-    """Return the driver's version; None without NVIDIA's driver."""
+    """Return the version of NVIDIA's driver; None without one."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)

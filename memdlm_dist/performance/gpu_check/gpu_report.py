@@ -1,4 +1,4 @@
-"""report.md: everything that the kept results say, a part for each machine."""
+"""Report of all kept results, report.md, with one chapter per machine."""
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime
@@ -11,7 +11,7 @@ from memdlm_dist.performance.gpu_check.results import FAILED, OK, Result
 from memdlm_dist.performance.gpu_check.section import Section
 
 NOT_MEASURED = "not measured"
-DEBUG = ", debug sizes"  # how the name of such a machine ends
+DEBUG = ", debug sizes"  # suffix of a machine's name for results with debug sizes
 _KINDS = ("plain", "straightforward", "ours")
 _MODELS = {
     "bench_8b": ("LLaDA-8B", "full"),
@@ -21,47 +21,49 @@ _MODELS = {
 }
 _DEBUG_NOTE = (
     "**Debug sizes: this checks that every section runs, and measures nothing that can be compared.** No figure below "
-    "is one of the models that a table names."
+    "describes a model that a table names."
 )
 
 
 def write(folder: Path, machine: str, command: str, sections: Sequence[Section]) -> None:
-    """Write report.md of all kept results.
+    """Write report.md from all kept results.
 
     Args:
-        machine: of this call, which comes first.
-        command: of this call.
+        folder: output folder of the check.
+        machine: machine of this call; its chapter comes first.
+        command: shell command of this call.
+        sections: all sections, in their order.
     """
     others = [name for name in dict.fromkeys(results.machines(folder)) if name != machine]
     names = [section.name for section in sections]
-    parts = [
+    chapters = [
         "# GPU check",
-        f"Written {datetime.now().isoformat(' ', 'minutes')} by `{command}`. Results of earlier calls are kept: "
-        "those of another kind or number of devices in parts of their own; of the same, the newest good one of each "
-        "section.",
+        f"Written {datetime.now().isoformat(' ', 'minutes')} by `{command}`. Results of earlier calls are kept. Each "
+        "kind and number of devices has a chapter; a chapter shows the newest successful result of each section.",
     ]
-    for each in (machine, *others):
-        kept = results.load(folder, each, names)
-        parts += _part(each, {name: _readable(result, sections) for name, result in kept.items()}, sections)
+    for name in (machine, *others):
+        kept = results.load(folder, name, names)
+        chapters += _chapter(name, {section: _readable(result, sections) for section, result in kept.items()}, sections)
     unfinished = folder / "report.md.unfinished"
-    unfinished.write_text("\n\n".join(parts) + "\n")
+    unfinished.write_text("\n\n".join(chapters) + "\n")
     unfinished.replace(folder / "report.md")
 
 
 def _readable(result: Result, sections: Sequence[Section]) -> Result:
-    """Return a result of which every part can be laid out: itself, or a failure if it has another shape."""
+    """Return the result if a chapter can be written from it, else a failed result that says so."""
     try:
-        _part(result.machine, {result.section: result}, sections)
-    except Exception:  # which one depends on the shape
+        _chapter(result.machine, {result.section: result}, sections)
+    except Exception:  # malformed numbers raise many kinds of exception
         reason = "the result cannot be read; run the section again"
         return Result(result.section, result.machine, torch="", date="", seconds=0.0, status=FAILED, reason=reason)
     return result
 
 
-def _part(machine: str, found: dict[str, Result], sections: Sequence[Section]) -> list[str]:
+def _chapter(machine: str, kept: dict[str, Result], sections: Sequence[Section]) -> list[str]:
+    """Return a machine's chapter as Markdown paragraphs."""
     debug = machine.endswith(DEBUG)
-    environment = found["environment"].numbers if "environment" in found else {}
-    rows = {section: figures(found[section].numbers) if section in found else None for section in _MODELS}
+    environment = kept["environment"].numbers if "environment" in kept else {}
+    rows = {section: figures(kept[section].numbers) if section in kept else None for section in _MODELS}
     return [
         f"## {machine}",
         *([_DEBUG_NOTE] if debug else []),
@@ -72,30 +74,32 @@ def _part(machine: str, found: dict[str, Result], sections: Sequence[Section]) -
         ),
         "### Training throughput",
         _throughput(rows, debug),
-        "MFU goes by the model FLOPs of plain full training in every row, as in torchtitan's metrics. LoRA computes no "
-        "gradients of the frozen weights, so its MFU is above what the device does; compare it with LoRA's alone.",
-        *_kernels(found.get("bench_8b")),
+        "MFU uses the model FLOPs of plain full training in every row, as torchtitan's metrics do. LoRA computes no "
+        "gradients of the frozen weights, so its MFU overstates the device's work; compare it with LoRA rows only.",
+        *_kernels(kept.get("bench_8b")),
         "### Length of a row",
-        _lengths(found.get("lengths")),
+        _lengths(kept.get("lengths")),
         "### Decoding",
-        _decoding(found.get("decoding")),
+        _decoding(kept.get("decoding")),
         "### Short runs",
-        _runs(found.values()),
+        _runs(kept.values()),
         "### Tests",
-        _tests(found.get("tests")),
+        _tests(kept.get("tests")),
         "### Sections",
-        _sections(found, sections),
+        _sections(kept, sections),
         "### Commands",
-        "\n".join(["```bash", *_commands(found.values()), "```"]),
+        "\n".join(["```bash", *_commands(kept.values()), "```"]),
     ]
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _versions(environment: dict[str, Any]) -> str:
+    """Return the table of devices and versions."""
     if not environment:
         return "Section environment has no result."
     rows = []
@@ -111,52 +115,55 @@ def _versions(environment: dict[str, Any]) -> str:
 
 
 def _throughput(rows: dict[str, Figures | None], debug: bool) -> str:
-    """Lay out the table of docs/performance.md."""
+    """Return the throughput table, with the columns of the one in docs/performance.md."""
     header = ["", *(f"{kind}: tokens/s/GPU, MFU" for kind in _KINDS), "ours over plain", "peak memory allocated (GiB)",
               "measured"]  # fmt: skip
     lines = []
-    for section, found in rows.items():
+    for section, model_figures in rows.items():
         model, kind = _MODELS[section]
-        if found is None:
+        if model_figures is None:
             lines.append([f"{model}, {kind}", *[NOT_MEASURED] * 6])
             continue
-        if not found.of_whole_model:
-            model = f"{model}'s width, {found.depth}"
+        if not model_figures.of_whole_model:
+            model = f"{model}'s width, {model_figures.depth}"
         lines.append(
             [
                 f"{model}, {kind} ({section} with debug sizes)" if debug else f"{model}, {kind}",
-                *(_speed(found, kind) for kind in _KINDS),
-                f"{found.over_plain['ours']:.3f}",
-                f"{max(found.peak_bytes.values()) / 2**30:.1f}",
-                found.depth,
+                *(_speed(model_figures, kind) for kind in _KINDS),
+                f"{model_figures.over_plain['ours']:.3f}",
+                f"{max(model_figures.peak_bytes.values()) / 2**30:.1f}",
+                model_figures.depth,
             ]
         )
     return _table(header, lines)
 
 
-def _speed(found: Figures, kind: str) -> str:
-    mfu = found.mfu[kind]
-    return f"{found.tokens_per_second[kind]:,.0f}, {f'{100 * mfu:.1f}%' if mfu is not None else 'no MFU'}"
+def _speed(model_figures: Figures, kind: str) -> str:
+    """Return throughput and MFU of one kind of step, as a table cell."""
+    mfu = model_figures.mfu[kind]
+    return f"{model_figures.tokens_per_second[kind]:,.0f}, {f'{100 * mfu:.1f}%' if mfu is not None else 'no MFU'}"
 
 
 def _kernels(result: Result | None) -> list[str]:
+    """Return heading and profile of one step of ours; nothing if none was recorded."""
     if result is None or "kernels" not in result.numbers:
         return []
     return ["### Kernels of a step of ours (bench_8b)", "\n".join(["```", *result.numbers["kernels"], "```"])]
 
 
 def _lengths(result: Result | None) -> str:
+    """Return the table of row lengths, and the reason that longer rows are missing."""
     if result is None or not result.numbers.get("lengths"):
         return NOT_MEASURED
     rows = [
         (
-            f"{found['length']:,}",
-            *(f"{found['step_seconds'][kind]:.3f}" for kind in ("plain", "ours")),
-            f"{found['ratio']['ours_over_plain']:.3f}",
-            f"{found['hardware_flops_ratio']:.3f}",
-            *(f"{found['peak_bytes'][kind] / 2**30:.1f}" for kind in ("plain", "ours")),
+            f"{numbers['length']:,}",
+            *(f"{numbers['step_seconds'][kind]:.3f}" for kind in ("plain", "ours")),
+            f"{numbers['ratio']['ours_over_plain']:.3f}",
+            f"{numbers['hardware_flops_ratio']:.3f}",
+            *(f"{numbers['peak_bytes'][kind] / 2**30:.1f}" for kind in ("plain", "ours")),
         )
-        for found in result.numbers["lengths"]
+        for numbers in result.numbers["lengths"]
     ]
     header = ("tokens of a row", "plain (s)", "ours (s)", "ours over plain", "by FLOPs",
               "plain, allocated (GiB)", "ours, allocated (GiB)")  # fmt: skip
@@ -165,25 +172,27 @@ def _lengths(result: Result | None) -> str:
 
 
 def _decoding(result: Result | None) -> str:
+    """Return the table of decoding speed, memory off and on."""
     rows = []
     for memory in ("off", "on"):
-        found = result.numbers.get(f"memory_{memory}") if result is not None else None
-        if found is None:
+        numbers = result.numbers.get(f"memory_{memory}") if result is not None else None
+        if numbers is None:
             rows.append((memory, *[NOT_MEASURED] * 4))
             continue
         rows.append(
             (
                 memory,
-                f"{found['new_tokens']}",
-                f"{found['tokens_per_second']:,.1f}",
-                f"{found['seconds_per_step']:.4f}",
-                f"{found['memory_seconds']:.3f}",
+                f"{numbers['new_tokens']}",
+                f"{numbers['tokens_per_second']:,.1f}",
+                f"{numbers['seconds_per_step']:.4f}",
+                f"{numbers['memory_seconds']:.3f}",
             )
         )
     return _table(("memory", "new tokens", "tokens/s", "seconds a step", "writing the memory (s)"), rows)
 
 
-def _runs(found: Iterable[Result]) -> str:
+def _runs(kept: Iterable[Result]) -> str:
+    """Return the table of all short runs."""
     rows = [
         (
             run["name"],
@@ -192,7 +201,7 @@ def _runs(found: Iterable[Result]) -> str:
             f"{run['tokens_per_second']:,.0f}",
             f"{run['memory_gib']:.1f}",
         )
-        for result in found
+        for result in kept
         for run in result.numbers.get("runs", [])
     ]
     if not rows:
@@ -201,31 +210,33 @@ def _runs(found: Iterable[Result]) -> str:
 
 
 def _tests(result: Result | None) -> str:
+    """Return the number of tests and the names of those that failed."""
     if result is None or "tests" not in result.numbers:
         return "not run"
-    found = result.numbers
-    said = f"{found['tests']} tests: {len(found['failures'])} failed, {found['skipped']} skipped."
-    return "\n".join([said, *(["", *(f"- `{name}`" for name in found["failures"])] if found["failures"] else [])])
+    numbers = result.numbers
+    counts = f"{numbers['tests']} tests: {len(numbers['failures'])} failed, {numbers['skipped']} skipped."
+    return "\n".join([counts, *(["", *(f"- `{name}`" for name in numbers["failures"])] if numbers["failures"] else [])])
 
 
-def _sections(found: dict[str, Result], sections: Sequence[Section]) -> str:
+def _sections(kept: dict[str, Result], sections: Sequence[Section]) -> str:
+    """Return the table of all sections with status, key figure or reason, date and duration."""
     rows = []
     for section in sections:
-        result = found.get(section.name)
+        result = kept.get(section.name)
         if result is None:
             rows.append((section.name, section.purpose, "not run", "", "", "", ""))
             continue
-        said = section.headline(result.numbers) if result.status == OK else result.reason
+        text = section.headline(result.numbers) if result.status == OK else result.reason
         if result.later is not None:
             later = result.later
-            said += f". Run again on {later['date']}: {later['status']}, {later['reason']}"
+            text += f". Run again on {later['date']}: {later['status']}, {later['reason']}"
         status = f"{result.status}, quick" if result.quick else result.status
         rows.append(
-            (section.name, section.purpose, status, said, result.date, f"{result.seconds:.0f}", result.torch)
+            (section.name, section.purpose, status, text, result.date, f"{result.seconds:.0f}", result.torch)
         )  # fmt: skip
     return _table(("section", "for", "status", "", "when", "seconds", "torch"), rows)
 
 
-def _commands(found: Iterable[Result]) -> list[str]:
-    """Return the commands of every section that ran, in the repository's root."""
-    return [line for result in found if result.commands for line in (f"# {result.section}", *result.commands)]
+def _commands(kept: Iterable[Result]) -> list[str]:
+    """Return the commands of every section that ran, to be run from the repository's root."""
+    return [line for result in kept if result.commands for line in (f"# {result.section}", *result.commands)]

@@ -1,4 +1,4 @@
-"""Child processes with a time limit, of which nothing is left running."""
+"""Child processes with a time limit; no descendant keeps running after it."""
 
 import contextlib
 import os
@@ -11,32 +11,30 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Seconds from an interrupt, on which pytest and torchrun finish what they write, to SIGKILL.
+# Seconds between SIGINT, on which pytest and torchrun finish their files, and SIGKILL.
 GRACE = 10.0
-# Environment variable by which the descendants of a command are found: torchrun starts a session for each worker, so
-# a process group does not hold them all.
+# Environment variable that marks the descendants of a command. A process group does not contain all of them, because
+# torchrun starts a session for each worker.
 _MARK = "MEMDLM_GPU_CHECK"
-
-
-# Ctrl-C, a batch system's end, and a connection that is lost.
+# Ctrl-C, termination by a batch system, and a lost connection.
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class TimeLimit(Exception):
-    """A command was ended at its time limit."""
+    """Exception of a command that was ended at its time limit."""
 
 
 @contextlib.contextmanager
 def on_interrupt(handler: Callable[..., Any]) -> Iterator[None]:
-    """Handle the signals that interrupt, but those that are ignored, as nohup has it."""
+    """Handle SIGINT, SIGTERM and SIGHUP with `handler`; ignored signals stay ignored, as under nohup."""
     previous = {number: signal.getsignal(number) for number in _INTERRUPTS}
-    heard = [number for number in _INTERRUPTS if previous[number] != signal.SIG_IGN]
-    for number in heard:
+    handled = [number for number in _INTERRUPTS if previous[number] != signal.SIG_IGN]
+    for number in handled:
         signal.signal(number, handler)
     try:
         yield
     finally:
-        for number in heard:
+        for number in handled:
             signal.signal(number, previous[number])
 
 
@@ -48,15 +46,16 @@ def run(
     environment: Mapping[str, str] | None = None,
     stdin: str = "",
 ) -> tuple[int, str]:
-    """Run a command; returns its exit status and its output, which is appended to a log.
+    """Run a command and append its output to a log; returns its exit status and its output.
 
     Args:
-        seconds: limit after which the command and all its descendants are ended.
-        folder: where it runs.
-        environment: variables besides this process's.
+        seconds: time limit, at which the command and all its descendants are ended.
+        folder: working directory.
+        environment: variables to add to this process's environment.
 
     Raises:
-        TimeLimit: if it took longer.
+        TimeLimit: If the command reached the time limit.
+        KeyboardInterrupt: On an interrupt, after all descendants have ended.
     """
     mark = uuid.uuid4().hex
     with log.open("a+b") as out:
@@ -70,7 +69,7 @@ def run(
             stdin=subprocess.PIPE,
             stdout=out,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # the terminal's Ctrl-C is for this process
+            start_new_session=True,  # the terminal's Ctrl-C must reach only this process
             text=True,
         )
         try:
@@ -79,7 +78,9 @@ def run(
             raise TimeLimit from None
         finally:
             interrupts: list[int] = []
-            with on_interrupt(lambda number, frame: interrupts.append(number)):  # or some would be left running
+            with on_interrupt(
+                lambda number, frame: interrupts.append(number)
+            ):  # an exception here would leave processes running
                 _end(process, mark)
             if interrupts:
                 raise KeyboardInterrupt
@@ -88,7 +89,7 @@ def run(
 
 
 def _end(process: subprocess.Popen[str], mark: str) -> None:
-    """End what is left of a command and its descendants."""
+    """End a command and its descendants: SIGINT first, SIGKILL after GRACE seconds."""
     for number in (signal.SIGINT, signal.SIGKILL):
         deadline = time.monotonic() + GRACE
         for pid in _marked(mark):
@@ -98,17 +99,17 @@ def _end(process: subprocess.Popen[str], mark: str) -> None:
                 continue
         while _marked(mark) and time.monotonic() < deadline:
             time.sleep(0.05)
-    with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold a killed process
+    with contextlib.suppress(subprocess.TimeoutExpired):  # a killed process may wait in a driver
         process.wait(timeout=GRACE)
 
 
 def _marked(mark: str) -> list[int]:
-    """Return the running processes with a mark in their environment; a zombie has none."""
-    found = []
+    """Return the ids of running processes with a mark in their environment; a zombie has no environment."""
+    pids = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
             if f"{_MARK}={mark}".encode() in path.read_bytes():
-                found.append(int(path.parent.name))
-        except OSError:  # gone, or another user's
+                pids.append(int(path.parent.name))
+        except OSError:  # the process has ended or belongs to another user
             continue
-    return found
+    return pids

@@ -1,9 +1,12 @@
 """Results of sections, as files that several calls share.
 
-Each machine (kind and number of devices) has a folder of its own, so that measurements of different devices never
-replace each other. Of one machine the newest good result of a section stays: a later failure is noted in it, and a
-later skip leaves no trace, nor does a quick result with the same torch. Without a good one the newest failure stays.
-Sections that look up instead of measuring keep their newest result.
+Each machine (kind and number of devices) has a separate folder, so that measurements of different devices never replace
+each other. For each section of a machine the newest successful result is kept:
+
+- A later failure is noted in the kept result.
+- A later skip is dropped, and so is a later quick result with the same torch version.
+- If no result is successful, the newest failure is kept.
+- The sections `environment` and `tests` always keep their newest result.
 """
 
 import json
@@ -14,29 +17,29 @@ from pathlib import Path
 from typing import Any
 
 OK, FAILED, TIMED_OUT, SKIPPED = "ok", "failed", "timed out", "skipped"
-_NEWEST = ("environment", "tests")  # sections whose newest result stays, good or not
+_NEWEST = ("environment", "tests")  # sections that keep their newest result, successful or not
 
 
 @dataclass
 class Result:
-    """What one run of a section found."""
+    """Result of one run of a section; its fields are the keys of the JSON file."""
 
     section: str
     machine: str  # number and kind of devices, such as "8 x NVIDIA H100 80GB HBM3"
     torch: str
     date: str
     seconds: float
-    status: str  # one of those above
-    reason: str = ""  # of a status that is not ok
+    status: str  # OK, FAILED, TIMED_OUT or SKIPPED
+    reason: str = ""  # why the status is not OK
     quick: bool = False
     commands: list[str] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
-    # The failure of a later run, if this is an earlier good result: date, status and reason.
+    # Failure of a later run, noted in a successful result: date, status and reason.
     later: dict[str, str] | None = None
 
 
 def keep(folder: Path, new: Result) -> None:
-    """Write a result, unless what is there is worth more."""
+    """Write a result, unless the rules above keep the existing one."""
     path = _folder(folder, new.machine) / f"{new.section}.json"
     old = _read(path)
     if old is not None and new.status == SKIPPED and old.status != SKIPPED:
@@ -53,25 +56,26 @@ def keep(folder: Path, new: Result) -> None:
 
 
 def load(folder: Path, machine: str, sections: Sequence[str]) -> dict[str, Result]:
-    """Return the kept results of a machine, by section."""
-    found = {name: _read(_folder(folder, machine) / f"{name}.json") for name in sections}
-    return {name: result for name, result in found.items() if result is not None}
+    """Return the kept results of a machine, by section name."""
+    kept = {name: _read(_folder(folder, machine) / f"{name}.json") for name in sections}
+    return {name: result for name, result in kept.items() if result is not None}
 
 
 def machines(folder: Path) -> list[str]:
-    """Return the machines that have results."""
-    found = {path.parent: _read(path) for path in sorted((folder / "results").glob("*/*.json"))}
-    return [result.machine for result in found.values() if result is not None]
+    """Return the names of the machines that have results."""
+    by_folder = {path.parent: _read(path) for path in sorted((folder / "results").glob("*/*.json"))}
+    return [result.machine for result in by_folder.values() if result is not None]
 
 
 def _folder(folder: Path, machine: str) -> Path:
+    """Return the folder of a machine's results."""
     return folder / "results" / re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
 
 
 def _read(path: Path) -> Result | None:
-    """Return the result in a file; None if there is none that can be read."""
+    """Return the result in a file; None if the file is missing or damaged."""
     try:
-        found = Result(**json.loads(path.read_text()))
+        result = Result(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
         return None
-    return found if isinstance(found.machine, str) else None
+    return result if isinstance(result.machine, str) else None

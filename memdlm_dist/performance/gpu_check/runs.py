@@ -1,4 +1,4 @@
-"""Short runs of each production path by launch/train.sh, and decoding with the checkpoint of one of them."""
+"""Run sections: short trainings of each production path with launch/train.sh, and decoding with a checkpoint."""
 
 import json
 import math
@@ -11,9 +11,9 @@ from typing import Any
 from memdlm_dist.performance.gpu_check.benches import BY_ESTIMATE, EXPERTS, EXPERTS_DEBUG, LORA, fits
 from memdlm_dist.performance.gpu_check.section import Context, Failure, Skip, last_words
 
-# Weights in float32, as a full training of one's own has them.
+# Weights are float32, as in full training.
 _DENSE_1B = ("train_configs/bench_8b.toml", "--model.flavor", "1B", "--training.dtype", "float32")
-# name -> (tokens of a row, files of the built-in corpus), with debug sizes and in earnest
+# name -> (seq_len, files of the built-in corpus), with debug sizes and with full sizes
 _DATA = {
     "data": (("128", "40"), ("4096", "400")),
     "packed": (("128", "40"), ("4096", "400")),
@@ -22,11 +22,12 @@ _DATA = {
 
 
 def _rows(context: Context, name: str) -> tuple[str, str]:
+    """Return seq_len and the number of files of a data set."""
     return _DATA[name][0 if context.debug else 1]
 
 
 def _data(context: Context, name: str) -> Path:
-    """Prepare shards of the built-in corpus, unless they are there; packed, but for "data"."""
+    """Prepare shards of the built-in corpus if missing and return their folder; all data sets but "data" are packed."""
     length, files = _rows(context, name)
     folder = context.scratch / name
     if not (folder / "summary.json").exists():
@@ -42,7 +43,7 @@ def _data(context: Context, name: str) -> Path:
 
 
 def _training(context: Context, name: str, data: Path) -> list[str]:
-    """Return the configuration of a short run and its keys."""
+    """Return the arguments of a short run: configuration file and keys."""
     debug = ("train_configs/debug.toml", "--activation_checkpoint.mode", "full")
     return [
         *(debug if context.debug else _DENSE_1B), "--job.dump_folder", str(context.scratch / name),
@@ -53,16 +54,16 @@ def _training(context: Context, name: str, data: Path) -> list[str]:
 
 
 def _train(context: Context, name: str, arguments: Sequence[str], first: int, last: int) -> None:
-    """Train through launch/train.sh; keeps the losses and the throughput that TensorBoard got.
+    """Train with launch/train.sh and keep losses, throughput and memory from the TensorBoard files.
 
     Raises:
-        Failure: unless every step from `first` to `last` was logged with a finite loss.
+        Failure: If a step from `first` to `last` is not logged, or its loss is not finite.
     """
     context.run("bash", "launch/train.sh", *arguments, "--training.steps", str(last))
     scalars = _scalars(context.scratch / name / "tb")
     losses = scalars.get("loss_metrics/global_avg_loss", {})
     if sorted(losses) != list(range(first, last + 1)):
-        raise Failure(f"steps {first} to {last} were to be logged, but were {sorted(losses)}")
+        raise Failure(f"steps {first} to {last} must be logged, but the logged steps are {sorted(losses)}")
     if not all(map(math.isfinite, losses.values())):
         raise Failure(f"losses are not finite: {losses}")
     speed, memory = scalars["throughput(tps)"], scalars["memory/max_reserved(GiB)"]
@@ -78,23 +79,27 @@ def _train(context: Context, name: str, arguments: Sequence[str], first: int, la
 
 
 def _scalars(folder: Path) -> dict[str, dict[int, float]]:
-    """Return the scalars of the latest start of a run: name -> step -> value."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # imports slowly
+    """Return the scalars of a run's latest start: name -> step -> value."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # a slow import
 
-    # A file each; two starts within a minute share a folder.
+    # Each start writes one file; two starts within a minute share a folder.
     starts = sorted(folder.rglob("events.*"), key=lambda path: path.stat().st_mtime)
     if not starts:
-        raise Failure(f"TensorBoard got nothing in {folder}")
+        raise Failure(f"there is no TensorBoard file in {folder}")
     events = EventAccumulator(str(starts[-1]))
     events.Reload()
     return {name: {x.step: x.value for x in events.Scalars(name)} for name in events.Tags()["scalars"]}
 
 
 def _fresh(context: Context, name: str, *arguments: str, disk_gib: float = 0.0) -> None:
-    """Remove an earlier check's run, and see that there is room for this one and its checkpoints.
+    """Remove the run of an earlier check; skip the section if device memory or disk space is too small.
 
     Args:
-        arguments: keys of the configuration beside those of the 1B flavour.
+        arguments: configuration keys that the run adds to those of the 1B flavour.
+        disk_gib: disk space that the checkpoints need, in GiB.
+
+    Raises:
+        Skip: If the run does not fit.
     """
     if not context.debug and not fits(context, *_DENSE_1B, *arguments):
         raise Skip(f"does not fit on the devices, {BY_ESTIMATE}")
@@ -107,24 +112,24 @@ def _fresh(context: Context, name: str, *arguments: str, disk_gib: float = 0.0) 
 
 
 def _dense(context: Context) -> list[str]:
-    """Return the configuration of the run whose checkpoint is resumed and decoded with."""
+    """Return the arguments of section run_dense, whose checkpoint section decoding loads."""
     return [*_training(context, "run_dense", context.scratch / "data"), "--checkpoint.enable"]
 
 
 def run_dense(context: Context) -> None:
-    """Train, save, resume and save the weights alone."""
+    """Train and save a run, resume it, and save the weights alone."""
     _fresh(context, "run_dense", disk_gib=40)
     _data(context, "data")
     first, last = (2, 3) if context.debug else (5, 8)
     arguments = [*_dense(context), "--checkpoint.interval", str(first)]
     _train(context, "run_dense", arguments, 1, first)
-    # Weights alone at the end: the optimizer's state was saved and loaded once.
+    # Resuming tests the optimizer state, so the final save holds the weights alone.
     _train(context, "run_dense", [*arguments, "--checkpoint.last_save_model_only"], first + 1, last)
 
 
 def run_experts(context: Context) -> None:
-    """Train adapters of a mixture of experts."""
-    # The base is frozen, in bfloat16: the whole model fits on one device of 40 GB.
+    """Train adapters of the mixture-of-experts backbone."""
+    # The frozen base is in bfloat16, so the model fits on one device of 40 GB.
     experts = [*(EXPERTS_DEBUG if context.debug else EXPERTS), *LORA]
     _fresh(context, "run_experts", *experts)
     arguments = [*_training(context, "run_experts", _data(context, "data")), *experts]
@@ -149,7 +154,7 @@ def run_128k(context: Context) -> None:
 
 
 def runs_headline(numbers: dict[str, Any]) -> str:
-    """Return the first and last loss, and the throughput."""
+    """Return first and last loss and throughput, as one line."""
     if not numbers.get("runs"):
         return ""
     first, last = numbers["runs"][0], numbers["runs"][-1]
@@ -157,9 +162,9 @@ def runs_headline(numbers: dict[str, Any]) -> str:
 
 
 def measure_decoding(context: Context) -> None:
-    """Respond to prompts with the checkpoint of `run_dense`, without and with memory."""
+    """Measure decoding with the checkpoint of `run_dense`, memory off and on."""
     if not (context.scratch / "run_dense/checkpoint").is_dir():
-        raise Skip("there is no checkpoint of section run_dense: run both with --only run_dense decoding")
+        raise Skip("section run_dense has no checkpoint here; run both with --only run_dense decoding")
     new_tokens = 8 if context.debug else 64 if context.quick else 128
     prompts = "import os\ndef read(self, size):\nclass Reader(object):\n"
     for memory in ("off", "on"):
@@ -181,7 +186,7 @@ def measure_decoding(context: Context) -> None:
 
 
 def decoding_headline(numbers: dict[str, Any]) -> str:
-    """Return the tokens a second."""
-    said = (f"memory {x}: {numbers[f'memory_{x}']['tokens_per_second']:,.1f} tokens/s" for x in ("off", "on")
+    """Return decoding speed, memory off and on, as one line."""
+    speeds = (f"memory {x}: {numbers[f'memory_{x}']['tokens_per_second']:,.1f} tokens/s" for x in ("off", "on")
             if f"memory_{x}" in numbers)  # fmt: skip
-    return ", ".join(said)
+    return ", ".join(speeds)

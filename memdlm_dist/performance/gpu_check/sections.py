@@ -1,6 +1,6 @@
-"""The sections of the check, the most valuable first.
+"""Sections of the check, the most valuable first.
 
-They run tools and launch scripts as a user does. With debug sizes the same commands run on a CPU within seconds.
+Sections run tools and launch scripts as a user does. With debug sizes the same commands take seconds on a CPU.
 """
 
 import importlib.util
@@ -14,16 +14,24 @@ from memdlm_dist.performance.gpu_check.section import Context, Failure, Section,
 
 
 def _environment(context: Context) -> None:
+    """Copy the machine's description to the section's numbers."""
     context.numbers.update(context.environment)
 
 
-def _of_environment(numbers: dict[str, Any]) -> str:
+def _environment_headline(numbers: dict[str, Any]) -> str:
+    """Return torch's version and the numbers of devices and CPUs, as one line."""
     if not numbers:
         return ""
     return f"torch {numbers['packages']['torch']}, {len(numbers['devices'])} devices, {numbers['cpus']} CPUs"
 
 
 def _tests(context: Context) -> None:
+    """Run the tests marked `gpu` and keep their counts.
+
+    Raises:
+        Skip: If pytest or pytest-xdist is not installed.
+        Failure: If a test fails or pytest writes no results.
+    """
     if not all(map(importlib.util.find_spec, ("pytest", "xdist"))):
         raise Skip("needs the dev extra: bash launch/setup.sh dev")
     path = context.log.with_suffix(".junit.xml")
@@ -33,16 +41,16 @@ def _tests(context: Context) -> None:
             sys.executable, "-m", "pytest", "-m", "gpu", "-n", "0", "-q", "tests/gpu", f"--junitxml={path}"
         )  # fmt: skip
     finally:
-        if path.exists():  # pytest writes it when it is interrupted, too
-            context.numbers.update(_of_junit(path))
+        if path.exists():  # pytest writes it even when it is interrupted
+            context.numbers.update(_read_junit(path))
     if "tests" not in context.numbers:
         raise Failure(f"pytest ended with status {status}: {last_words(output)}")
     if status != 0:
         raise Failure(f"{len(context.numbers['failures'])} of {context.numbers['tests']} tests failed")
 
 
-def _of_junit(path: Path) -> dict[str, Any]:
-    """Return what pytest's XML says: number of tests, of skipped ones, and the names of those that failed."""
+def _read_junit(path: Path) -> dict[str, Any]:
+    """Return the counts of pytest's XML report: tests, skipped tests, and the names of failed tests."""
     try:
         cases = list(ElementTree.parse(path).iter("testcase"))
     except ElementTree.ParseError:
@@ -55,7 +63,8 @@ def _of_junit(path: Path) -> dict[str, Any]:
     }
 
 
-def _of_tests(numbers: dict[str, Any]) -> str:
+def _tests_headline(numbers: dict[str, Any]) -> str:
+    """Return the counts of tests, as one line."""
     if "tests" not in numbers:
         return ""
     return f"{numbers['tests']} tests, {len(numbers['failures'])} failed, {numbers['skipped']} skipped"
@@ -63,7 +72,8 @@ def _of_tests(numbers: dict[str, Any]) -> str:
 
 SECTIONS = (
     Section(
-        "environment", "devices, versions, and what the code will use of them", _environment, _of_environment, least=0
+        "environment", "devices, versions, and the kernels that the code selects",
+        _environment, _environment_headline, least=0,
     ),
     Section(
         "bench_8b", "full training at LLaDA-8B's sizes, compiled: plain, straightforward, ours; kernels of a step",
@@ -73,7 +83,7 @@ SECTIONS = (
         "lora_8b", "the same for LoRA on a frozen base",
         benches.bench_model(benches.DENSE_8B, lora=True), benches.bench_headline,
     ),
-    Section("tests", "pytest -m gpu", _tests, _of_tests, needs_device=True),
+    Section("tests", "pytest -m gpu", _tests, _tests_headline, needs_device=True),
     Section(
         "bench_moe", "full training at LLaDA-MoE-7B-A1B's sizes",
         benches.bench_model(benches.MOE_7B, lora=False), benches.bench_headline,
@@ -101,5 +111,5 @@ SECTIONS = (
         runs.measure_decoding, runs.decoding_headline,
     ),
 )  # fmt: skip
-# Those of --quick, which are to take about ten minutes on an H100.
+# Sections of --quick, meant to take about ten minutes on an H100.
 QUICK = ("environment", "bench_8b", "lora_8b", "run_dense", "decoding")
