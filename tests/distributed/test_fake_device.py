@@ -1,6 +1,6 @@
-"""Training steps, validation and decoding beside a device that is not there: no waits, one device, CUDA kernels.
+"""Training steps, validation and decoding on a fake accelerator: no waits, no mixed devices, CUDA kernels only.
 
-Real kernels and streams are tests/gpu's.
+tests/gpu covers real kernels and streams.
 """
 
 import json
@@ -23,7 +23,7 @@ def found(tmp_path_factory):
     ["dense", "dense, plain", "dense, distilled", "packed", "experts", "experts, packed", "decoding"],
 )
 def test_no_operator_waits_for_the_device_or_lacks_a_cuda_kernel(found, case):
-    """The worker ends at the first wait, copy or mixture of devices that is not by design."""
+    """Unintended waits, copies or mixed devices already end the worker with an error."""
     ran, without_kernel = found["operators"][case]
     assert ran > 50 and without_kernel == []
 

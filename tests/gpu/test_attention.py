@@ -65,9 +65,9 @@ def compare(number, mask, heads, kv_heads, head_dim):
 
     inputs, upstream = [normal(heads), normal(kv_heads), normal(kv_heads)], normal(heads)
     results = []
-    for dtype, used_mask in ((torch.bfloat16, mask), (torch.float32, document_mask(Documents(number, number, 8), "dense"))):
+    for dtype, used in ((torch.bfloat16, mask), (torch.float32, document_mask(Documents(number, number, 8), "dense"))):
         leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
-        y = BidirectionalAttentionKernel()(*leaves, enable_gqa=True, mask=used_mask)
+        y = BidirectionalAttentionKernel()(*leaves, enable_gqa=True, mask=used)
         results.append([y, *torch.autograd.grad(y, leaves, upstream.type_as(y))])
     for name, ours, theirs in zip(("output", "query", "key", "value"), *results, strict=True):
         assert (ours - theirs).abs().max() < 0.02 * theirs.abs().max(), name
