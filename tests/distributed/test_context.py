@@ -117,10 +117,10 @@ def test_a_rank_has_its_part_of_every_row(many_ranks):
     assert bench.objective.cp_size == 4 and bench.objective.tp_size == 2 and bench.dims.get_mesh("fsdp").size() == 4
     slices = [replace(bench.objective, cp_rank=cp_rank).micro_batch(*batch(), step=1) for cp_rank in range(4)]
     full = replace(bench.objective, cp_size=1, tp_size=1).micro_batch(*batch(), step=1)
-    assert torch.equal(torch.cat([cp_rank.inputs[1] for cp_rank in slices], dim=1), full.inputs[1])
-    assert [cp_rank.first for cp_rank in slices] == [0, 8, 16, 24] and {cp_rank.length for cp_rank in slices} == {32}
-    for state, slice_states in ((full.anchor, [cp_rank.anchor for cp_rank in slices]),
-                            (full.inner[0].scored, [cp_rank.inner[0].scored for cp_rank in slices])):  # fmt: skip
+    assert torch.equal(torch.cat([each.inputs[1] for each in slices], dim=1), full.inputs[1])
+    assert [each.first for each in slices] == [0, 8, 16, 24] and {each.length for each in slices} == {32}
+    for state, slice_states in ((full.anchor, [each.anchor for each in slices]),
+                            (full.inner[0].scored, [each.inner[0].scored for each in slices])):  # fmt: skip
         labels = torch.cat([x.label_N[x.valid_N] for x in slice_states])
         assert sorted(labels.tolist()) == sorted(state.label_N[state.valid_N].tolist())
         for x in slice_states:
@@ -175,8 +175,8 @@ def test_scaled_positions_are_the_models(tmp_path):
 def test_a_run_beyond_its_weights_context_is_warned(monkeypatch):
     recipe = ["--job.config_file", "train_configs/llada_8b_128k.toml", "--model.rope_scaling"]
     configs = [parse_config.parse([*recipe, scaling]) for scaling in ("32", "8")]
-    logged = []
-    monkeypatch.setattr(run.logger, "warning", logged.append)
+    logs = []
+    monkeypatch.setattr(run.logger, "warning", logs.append)
     for config in configs:
         run._warn_of_length(config, FLAVOURS["8B"])
-    assert len(logged) == 1 and "131072 is longer than the 32768 tokens" in logged[0] and "rope_scaling = 32 " in logged[0]
+    assert len(logs) == 1 and "131072 is longer than the 32768 tokens" in logs[0] and "rope_scaling = 32 " in logs[0]

@@ -75,8 +75,8 @@ def test_a_layout_gives_the_single_process_loss_and_gradients(results, layout, o
 def test_a_rank_reads_its_part_of_the_weights(results):
     """DCP's reader reads only a rank's part of the Hugging Face folder, plus replicated routers and norms."""
     total = results["one"]["read"]
-    sharded = (x for name, x in results["one"]["lora"].items() if "weight" in name or "experts" in name)
-    assert total == sum(x.numel() for x in sharded)
+    weights = (x for name, x in results["one"]["lora"].items() if "weight" in name or "experts" in name)
+    assert total == sum(x.numel() for x in weights)
     for layout, (ranks, _, _) in LAYOUTS.items():
         assert results[layout]["read"] < total * (1 / ranks + 0.02), layout
 
