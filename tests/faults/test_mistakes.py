@@ -1,5 +1,5 @@
-# ruff: noqa: E501  (one row a mistake)
-"""Everything a user can get wrong: one clear sentence, a non-zero exit status, no traceback."""
+# ruff: noqa: E501  (one line per mistake)
+"""User mistakes: one clear sentence, a non-zero exit status, no traceback."""
 
 import io
 import json
@@ -26,7 +26,7 @@ POOLED = ("--parametric_memory.granularity", "batch")
 @dataclass
 class Mistake:
     name: str
-    says: str  # must stand in the sentence
+    says: str  # part of the error message
     args: tuple[str, ...] = ()
     toml: str = ""  # appended to debug.toml
     env: dict[str, str] = field(default_factory=dict)
@@ -128,7 +128,7 @@ def in_root(root, monkeypatch):
 
 
 def fail(capsys, args) -> str:
-    """Run the training entry point; returns its one sentence."""
+    """Run the training entry point; return its one error message."""
     assert train.main(args) == EXIT_STATUS
     captured = capsys.readouterr()
     lines = captured.err.strip().splitlines()
@@ -239,15 +239,15 @@ def test_checkpoint_of_another_model(tmp_path, capsys):
     args = debug_args(tmp_path, "--checkpoint.enable")
     assert train.main(args) == 0
     saved = {p: p.stat().st_mtime_ns for p in (tmp_path / "out/checkpoint").rglob("*") if p.is_file()}
-    # The quickstart flavour has other widths and one layer more.
+    # The quickstart flavour has other widths and one more layer.
     sentence = fail(capsys, [*args, "--model.flavor", "quickstart"])
     assert "step-2 is of another model: " in sentence and "tok_embeddings.weight" in sentence
     assert saved == {p: p.stat().st_mtime_ns for p in (tmp_path / "out/checkpoint").rglob("*") if p.is_file()}
-    # A model with one layer less finds all its tensors in the checkpoint, and is another model all the same.
+    # A model with one layer less finds all its tensors in the checkpoint, but is still another model.
     sentence = fail(capsys, [*args, "--model.flavor", "shallow"])
     assert "layers.3." in sentence and "this model's absent" in sentence
     (tmp_path / "out/checkpoint/step-2/.metadata").write_bytes(b"junk")
-    # Asked for by name it fails; otherwise there is none to fall back on.
+    # load_step fails on the damaged checkpoint; without it, no earlier checkpoint exists to fall back on.
     assert "step-2 has a .metadata that cannot be read" in fail(capsys, [*args, "--checkpoint.load_step", "2"])
     assert "No checkpoint in" in (sentence := fail(capsys, args)) and "step-2 are damaged); restore one" in sentence
     assert "step-9 does not exist" in fail(capsys, [*args, "--checkpoint.load_step", "9"])
@@ -302,7 +302,7 @@ def test_preparation(rows, args, says, tmp_path, capsys):
 
 @pytest.mark.parametrize("source", ["on standard input", "of --prompt", "file.txt"])
 def test_prompts_that_are_not_utf8(source, tmp_path, monkeypatch):
-    """In the C locale Python reads every byte, as half a surrogate pair if need be."""
+    """In the C locale, Python decodes invalid bytes to lone surrogates."""
     stdin = io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="utf-8", errors="surrogateescape")
     monkeypatch.setattr(sys, "stdin", stdin)
     (tmp_path / "file.txt").write_bytes(b"\xff")
@@ -313,7 +313,7 @@ def test_prompts_that_are_not_utf8(source, tmp_path, monkeypatch):
 
 
 def test_through_the_launcher(root, tmp_path):
-    """Two ranks make the same mistake: still one sentence, and torchrun adds no traceback of its own."""
+    """Two ranks with the same mistake print one error, and torchrun adds no traceback."""
     command = ["bash", "launch/train.sh", "train_configs/debug.toml", "--parametric_memory.rank", "0"]
     done = subprocess.run(command, cwd=root, env={**os.environ, "NGPU": "2"}, capture_output=True, text=True)
     assert done.returncode == EXIT_STATUS
