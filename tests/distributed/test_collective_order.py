@@ -1,4 +1,4 @@
-"""All ranks issue the same collectives in the same order for any rows; otherwise a run hangs."""
+"""Ranks issue the same collectives in the same order for any rows; otherwise a run hangs."""
 
 import json
 

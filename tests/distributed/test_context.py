@@ -56,7 +56,7 @@ def test_grouped_products_and_sequences_give_the_single_process_step(results, la
 
 
 def test_the_comparison_can_tell(results):
-    """The cases include a rank without a masked token; sets, documents and memory change the loss."""
+    """Cases include a rank without a masked token; sets, documents and memory change the loss."""
     for name in ("cp2", "cp4", "fsdp2-cp2", "tp2-cp2"):
         masked = results[name]["masked on a rank"]
         assert masked["sample-quarter"] == masked.get("batch-quarter", 0) == 0 < masked["sample"], name
@@ -86,7 +86,7 @@ def test_what_a_step_communicates(results):
 
 @pytest.fixture
 def many_ranks():
-    """Fake process group that makes this process one of eight ranks."""
+    """Initialise a fake process group with this process as one of eight ranks."""
     if is_initialized():
         destroy_process_group()
     init_fake_mode(8)

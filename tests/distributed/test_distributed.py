@@ -55,7 +55,7 @@ BFLOAT16_TOLERANCE = 0.03
 
 @pytest.fixture(scope="module")
 def all_runs(tmp_path_factory):
-    """Folder of all runs except the slow ones; one launch of Python serves all runs."""
+    """Return the folder of all runs except the slow ones; one launch of Python serves all runs."""
     root = tmp_path_factory.mktemp("runs")
     runs = [layout_runs(root), option_runs(root, SINGLE_RUNS + SOME_RUNS), expert_runs(root), continued_runs(root)]
     run_many([run for some in runs for run in some])
@@ -155,7 +155,7 @@ def test_mixed_precision_stays_close(results, layout):
 
 
 def test_throughput_is_by_plain_training_and_the_memorys_share_is_said(results):
-    """tflops and MFU use torchtitan's model FLOPs, which exclude the inner loop."""
+    """Throughput and MFU use torchtitan's model FLOPs, which exclude the inner loop."""
     dim, layers, hidden, vocabulary, length = 32, 2, 64, 512, 128
     parameters = layers * (3 * dim * dim + 3 * dim * hidden + 2 * dim) + dim + dim * vocabulary
     flops = 6 * parameters + 12 * layers * dim * length

@@ -119,7 +119,7 @@ def test_the_ranks_really_differ(results):
 
 
 def test_a_row_whose_inner_loss_is_not_finite_is_counted(tmp_path):
-    """A NaN embedding at a position that an inner state shows and the anchor masks."""
+    """Row 1 reads a NaN embedding in an inner state only; the anchor masks that position."""
     broken, row, step = 300, 1, 1
     random = np.random.default_rng(1)
     tokens = random.integers(4, 256, (4, LENGTH))

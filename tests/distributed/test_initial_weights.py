@@ -120,7 +120,7 @@ def test_parameters_seeds_rows_and_columns_are_independent():
 @pytest.mark.parametrize("chosen", [Normal(0.02), Normal(1.0, cut=3.0), Uniform(0.1)])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_block_is_the_block_of_the_whole(monkeypatch, chosen, threads):
-    """A block's draw does not depend on its alignment to CPU vectors or to the draw's chunks."""
+    """Blocks do not depend on their alignment to CPU vectors or to the chunks of a draw."""
     torch.set_num_threads(threads)
     full = torch.empty(3, 101, 257)
     initial_weights._fill(full, "some.name", chosen)

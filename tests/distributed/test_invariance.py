@@ -39,7 +39,7 @@ SOME = ("single", "fsdp2-tp2", "hsdp2x2")
     ids=lambda chosen: f"{chosen[0]} on {len(chosen[1])}",
 )
 def variant(request, tmp_path_factory):
-    """Name, layouts and folder of a variant's runs from scratch.
+    """Return name, layouts and folder of a variant's runs from scratch.
 
     By default one variant runs on some layouts; -m slow runs all variants on all layouts.
     """

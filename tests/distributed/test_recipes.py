@@ -36,7 +36,7 @@ def arguments_of(root, name, run="run"):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Folder per recipe with generated weights and the runs that start from them."""
+    """Return each recipe's folder with generated weights and the runs that start from them."""
     roots = {name: tmp_path_factory.mktemp(name) for name in RECIPES}
     runs = []
     for name, root in roots.items():

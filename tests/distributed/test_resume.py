@@ -56,7 +56,7 @@ def exact_runs(root: Path) -> list:
 
 @pytest.fixture(scope="module")
 def all_runs(tmp_path_factory):
-    """Folder of all runs, and the outputs of `changed_runs`; one launch of Python serves all runs."""
+    """Return the folder of all runs and the outputs of `changed_runs`; one launch of Python serves all runs."""
     root = tmp_path_factory.mktemp("resume")
     exact, elastic = exact_runs(root / "exact"), elastic_runs(root / "elastic")
     changed = changed_runs(root / "changed")

@@ -88,7 +88,7 @@ SCENARIOS = {
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Folder and outputs of all scenarios; one launch of Python serves all runs."""
+    """Return folder and outputs of all scenarios; one launch of Python serves all runs."""
     root = tmp_path_factory.mktemp("faults")
     return root, _run(root, SCENARIOS)
 
@@ -146,7 +146,7 @@ DAMAGES = {
 
 @pytest.fixture(scope="module")
 def damaged(finished, tmp_path_factory):
-    """Folder and outputs of runs that continue a damaged step 4: chosen by load_step, then by default."""
+    """Return folder and outputs of runs that continue a damaged step 4, by load_step and by default."""
     straight, root = finished[0] / "straight/checkpoint", tmp_path_factory.mktemp("damaged")
     for damage in DAMAGES:
         for step in ("step-2", "step-4"):
@@ -190,7 +190,7 @@ def test_a_full_disk(finished):
 
 
 def test_a_save_that_fails_of_something_unexpected(finished):
-    """An unexpected exception in a save: training continues, and the next save succeeds."""
+    """Training continues after an unexpected exception in a save, and the next save succeeds."""
     root, outputs = finished
     (last,) = outputs["full-at-last"]
     sentence = r"ERROR - The checkpoint \S+step-4 could not be saved \(rank 0: KeyError: 'layers.0'; [\d,]+ MiB"
@@ -257,7 +257,7 @@ def test_a_rank_that_hangs_is_named(finished, name, status):
 
 
 def test_asked_to_stop(finished):
-    """A signal to one rank makes both finish the step, save, and exit with the status for a stop request."""
+    """Both ranks finish the step, save, and exit with the stop request's status after a signal to one of them."""
     root, outputs = finished
     first, second, third = outputs["asked"]
     line = next(line for line in first.splitlines() if "Received SIGTERM" in line)
@@ -295,7 +295,7 @@ def test_a_keyboard_interrupt_in_a_save_ends_the_run(finished):
 
 
 def test_clocks_are_not_compared(finished):
-    """A late clock and a long step on one rank are no hang."""
+    """Late clocks and a long step on one rank are no hang."""
     (output,) = finished[1]["skewed"]
     assert "No progress" not in output and "Training completed" in output
 
@@ -312,7 +312,7 @@ def test_retention(finished):
 
 
 def test_a_disk_that_is_really_full(tmp_path, capsys):
-    """On a small tmpfs, where mounting is allowed, one checkpoint fits and the second does not."""
+    """One checkpoint fits on a small tmpfs and the second does not; skipped where mounting is not allowed."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", disk], capture_output=True).returncode:

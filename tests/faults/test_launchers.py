@@ -102,7 +102,7 @@ def with_faults(folder: Path, faults: list[dict]) -> None:
 
 @pytest.mark.slow
 def test_a_killed_rank_is_started_again_and_a_signal_ends_it(tmp_path):
-    """kill -9 of a rank within a step under --max-restarts, then SIGTERM to the launcher, then resume to the end."""
+    """Restart after kill -9 of a rank within a step, then SIGTERM to the launcher, then resume to the end."""
     out = tmp_path / "out"
     config, *arguments = debug(out, *COMMON, *NODES)[1:]
     killed = {"do": "SIGKILL", "at": "step", "step": 8, "rank": 1, "once": str(tmp_path / "killed")}

@@ -302,7 +302,7 @@ def test_preparation(rows, args, says, tmp_path, capsys):
 
 @pytest.mark.parametrize("source", ["on standard input", "of --prompt", "file.txt"])
 def test_prompts_that_are_not_utf8(source, tmp_path, monkeypatch):
-    """In the C locale, Python decodes invalid bytes to lone surrogates."""
+    """Python decodes invalid bytes to lone surrogates in the C locale."""
     stdin = io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="utf-8", errors="surrogateescape")
     monkeypatch.setattr(sys, "stdin", stdin)
     (tmp_path / "file.txt").write_bytes(b"\xff")

@@ -43,13 +43,13 @@ def shut_when_marked(store, marks: dict[Path, float]) -> threading.Thread:
 
 @pytest.fixture(scope="module")
 def live():
-    """Dataset of another live job on this node."""
+    """Open a dataset as another live job on this node."""
     return TokenDataset(local="tests/assets/debug/heldout", batch_size=1, shuffle=False, check_hash="")
 
 
 @pytest.fixture(scope="module")
 def runs(live, tmp_path_factory):
-    """Runs on disk, in the store in two parts, with short outages, with a kill and with a lasting outage."""
+    """Run on disk, in the store in two parts, with short outages, with a kill and with a lasting outage."""
     root = tmp_path_factory.mktemp("remote")
     with object_store() as store:
         bucket = fsspec.filesystem("s3")
@@ -172,7 +172,7 @@ def test_urls_that_cannot_be_opened(location, says, monkeypatch):
 
 
 def test_shared_memory_of_a_killed_run(runs, live, monkeypatch):
-    """A restart takes over the killed run's cache folder; a live job's shared memory stays and is not shared."""
+    """Restarts take over a killed run's cache folder; a live job's shared memory stays and is not shared."""
     root, outputs, _ = runs
     assert "Removing shared memory of an earlier run that was killed" in outputs["after"]
     assert list(losses(root / "killed")) == [*range(1, 9)] and "step:  4" not in outputs["killed"]

@@ -27,7 +27,7 @@ def writer_of(job: str, process: int = 1, attempt: tuple[int, ...] = (0, 0)) -> 
 
 
 def test_a_second_run_is_refused_on_disk(tmp_path):
-    """A run ends while another process holds the folder's lock; after the release the next run completes."""
+    """Runs end with an error while another process holds the folder's lock; after its release the next completes."""
     folder = tmp_path / "run/checkpoint"
     held = claim(str(folder), writer_of("ours"))
     assert isinstance(held, Lock)
@@ -137,7 +137,7 @@ def test_a_lease_that_cannot_be_read_expires(url, soon):
 
 
 def test_two_that_come_at_once(url, soon):
-    """In a store without conditional writes, the later writer gets the lease."""
+    """Later writers get the lease in a store without conditional writes."""
     storage = Storage(f"{url}-2")
 
     class Slow(Storage):

@@ -18,7 +18,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def device():
-    """Accelerator device with TF32 off, in child processes as well."""
+    """Return the accelerator with TF32 off, in child processes as well."""
     if not has_accelerator():
         _explain_absence()
     before = torch.get_float32_matmul_precision()
@@ -42,7 +42,10 @@ def _explain_absence() -> None:
 
 @pytest.fixture(scope="session")
 def compiler(device: torch.device) -> None:
-    """C compiler and Python headers, which Triton needs for inductor, flex attention and torchtitan's kernels."""
+    """Fail without a C compiler and Python headers, which all Triton kernels need.
+
+    Inductor, flex attention and torchtitan use Triton.
+    """
     c_compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     headers = Path(sysconfig.get_path("include"), "Python.h")
     for found, missing in ((c_compiler, "a C compiler (CC, gcc or clang)"), (headers.is_file(), f"{headers}")):
@@ -59,7 +62,7 @@ def cuda(device: torch.device) -> torch.device:
 
 @pytest.fixture(scope="module")
 def one_rank(device: torch.device):
-    """Process group with this process as its only rank."""
+    """Initialise a process group with this process as its only rank."""
     device_module().set_device(0)
     store = dist.TCPStore("localhost", 0, world_size=1, is_master=True)
     dist.init_process_group(store=store, rank=0, world_size=1)

@@ -119,7 +119,7 @@ FAST = ("aten::_scaled_dot_product_cudnn_attention", "aten::_scaled_dot_product_
 
 
 def test_whole_rows_are_attended_to_by_cudnn_or_flash_kernels(cuda, build):
-    """Every pass of a bfloat16 step uses these kernels, forward and backward.
+    """Kernels of cuDNN or flash attention run in every pass of a bfloat16 step, forward and backward.
 
     Other kernels have other operator names; the math kernel, which stores all scores, consists of matrix products.
     """

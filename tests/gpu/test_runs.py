@@ -24,7 +24,10 @@ CURVES = (
 
 @pytest.fixture(scope="module")
 def stopped(device, tmp_path_factory):
-    """Folder, exit status and output of a run whose processes all got SIGTERM after a save from pinned memory."""
+    """Return folder, exit status and output of a run.
+
+    All its processes got SIGTERM after a save from pinned memory.
+    """
     root = tmp_path_factory.mktemp("runs")
     config, *arguments = debug(root / "stopped", *TRAINING, *SAVE, "--training.steps", "1000")[1:]
     run = Launched(root / "log", "launch/train.sh", config, *arguments, NGPU="1")
@@ -48,7 +51,7 @@ def test_sigterm_ends_a_run_with_status_75_and_a_checkpoint(stopped):
 
 
 def test_a_process_beside_the_run_writes_what_was_staged(stopped):
-    """torch's saver process, used only for saves from pinned memory, logs to the run's output."""
+    """Saves from pinned memory use torch's saver process, whose lines go to the run's output."""
     _, _, text = stopped
     assert re.search(r"Received async checkpoint request with id=\S*/step-10\s", text)
     assert re.search(r"Completed checkpoint save request for \S*checkpoint_id='?\S*/step-10\b", text)

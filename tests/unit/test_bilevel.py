@@ -246,7 +246,7 @@ def test_a_linears_draw_does_not_depend_on_which_others_are_adapted():
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "kl", "hidden_mse"])
 def test_single_device_autocast_keeps_every_gradient(loss):
-    """The no_grad pass must not leave casts without a graph in autocast's weight cache."""
+    """Autocast's weight cache must not keep casts without a graph from the no_grad pass."""
     model, settings = build(torch.float32), memory(loss=loss)
     tokens, labels, ids = data()
     batch = objective(settings).micro_batch(tokens, labels, ids, step=2)

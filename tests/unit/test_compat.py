@@ -61,7 +61,7 @@ def test_torchtitan_finds_on_the_cpu_what_it_asks_of_a_device():
 
 
 def test_attention_has_a_deterministic_kernel_after_cudnns():
-    """In deterministic mode torch skips cuDNN; flash attention then has a deterministic backward pass."""
+    """Deterministic mode makes torch skip cuDNN; flash attention then has a deterministic backward pass."""
     cudnn, *fallbacks = BidirectionalAttentionKernel().sdpa_backends
     assert (cudnn, *fallbacks) == (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)
     set_up = inspect.getsource(titan_distributed.set_determinism)
@@ -173,7 +173,7 @@ def test_the_trainer_constructs_the_checkpoint_manager_by_its_name():
 
 
 def test_the_trainers_parts_that_our_loop_uses():
-    """torchtitan still makes the calls that our own `train` and `train_step` copy from it."""
+    """Calls that our `train` and `train_step` copy from torchtitan are still in its trainer."""
     trainer = titan_train.Trainer
     theirs = "".join(map(inspect.getsource, (trainer.train_step, trainer.train, trainer.forward_backward_step)))
     for call in (

@@ -34,7 +34,7 @@ def recipe(request):
 
 @pytest.fixture(scope="module")
 def weights(recipe, tmp_path_factory):
-    """Folder laid out like published weights: bfloat16, several files with an index, config.json, tokenizer."""
+    """Return a folder like published weights: bfloat16, several files with an index, config.json, tokenizer."""
     folder = tmp_path_factory.mktemp("published") / "weights"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(names, "FILE_BYTES", 2**17)

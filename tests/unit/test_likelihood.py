@@ -110,7 +110,7 @@ def requests(kind, *arguments):
 
 
 def test_short_texts_are_scored_exactly(model):
-    """The chain rule over every order is exact up to float64 rounding, 1e-9."""
+    """Averaging the chain rule over all orders is exact up to float64 rounding, 1e-9."""
     scorer = model()
     pairs = [(text[:n], text[n:]) for text in ("abcab", "ccaba", "bbbbb") for n in (1, 2, 4)]
     answers = scorer.loglikelihood(requests("loglikelihood", *pairs))

@@ -212,7 +212,7 @@ WRITTEN = f"a <|mask|> and <|endoftext|> and <tool>. {TEXT}"
 
 @pytest.fixture
 def with_tool(tmp_path):
-    """Debug tokenizer with two more added tokens that are not special."""
+    """Return a copy of the debug tokenizer with two more added tokens that are not special."""
     folder = changed_tokenizer(tmp_path / "with_tool")
     pieces = Tokenizer.from_file(f"{folder}/tokenizer.json")
     pieces.add_tokens([AddedToken("<tool>"), AddedToken("    ")])

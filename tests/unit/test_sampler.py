@@ -111,7 +111,7 @@ def test_as_many_predictions_as_steps():
 
 
 def test_ranks_that_have_less_to_do_keep_up():
-    """A rank without open positions runs as many predictions as the others: each one is a collective."""
+    """Ranks without open positions run as many predictions as the others, because each one is a collective."""
     start = canvas([[1, MASK]], 0, MASK, EOS)
     log = []
     list(denoise(toy_or_nothing(start, log), start, Decoding(4, 3), MASK, EOS, agree=lambda count: max(count, 3)))

@@ -252,7 +252,7 @@ def test_a_micro_batch_reads_every_state_once(kind, with_teacher, students, teac
 
 
 def test_the_number_of_inputs_does_not_depend_on_the_draw():
-    """A fully masked pre-anchor equals the anchor but keeps its own pass, so that ranks issue equal collectives."""
+    """Fully masked pre-anchors equal the anchor but keep their own pass, so that ranks issue equal collectives."""
     noise = draw(rows=2, t=1.0)
     anchor = anchor_state(noise, "linear", "schedule")
     batch = micro_batch(
