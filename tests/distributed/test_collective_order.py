@@ -20,8 +20,8 @@ def test_ranks_agree(tmp_path, layout):
         for batch, calls in rank["found"].items():
             where, first = f"rank {number}, {batch}", first or calls
             assert len(calls) == len(first) > 10, where
-            for one, other in zip(calls, first, strict=True):
-                assert comparable(one) == comparable(other), where
+            for call, reference in zip(calls, first, strict=True):
+                assert comparable(call) == comparable(reference), where
             # Ranks with the same rows also score equally many tokens.
             assert calls_by_rows.setdefault((rank["place"], batch), calls) == calls, where
 
@@ -32,9 +32,9 @@ def comparable(call):
     Sizes may differ in the head, which gets the scored tokens of a rank, and in the experts' all-to-all, which sends as
     many tokens as the router assigns.
     """
-    operator, mesh, elements, dtypes, others = call
+    operator, mesh, elements, dtypes, arguments = call
     if mesh == "tp":
-        return operator, mesh, dtypes, others
+        return operator, mesh, dtypes, arguments
     if mesh == "ep" and "all_to_all" in operator:
         return operator, mesh, dtypes
-    return operator, mesh, elements, dtypes, others
+    return operator, mesh, elements, dtypes, arguments

@@ -77,11 +77,11 @@ def test_what_a_step_communicates(results):
     backward = 3 + 2 * 1  # an inner step's backward pass ends at the lowest adapted FFN, above its attention
     for name in ("fsdp2-cp2", "tp2-cp2"):
         again = 3 + 2 * 2 if name == "fsdp2-cp2" else 0  # recomputed by activation checkpointing
-        found = results[name]["collectives"]
-        assert found["cp"] == {"all_to_all": 2 * (forward + backward + again), "all_reduce": 2 * (2 * 3 * 2 + 1)}
+        collectives = results[name]["collectives"]
+        assert collectives["cp"] == {"all_to_all": 2 * (forward + backward + again), "all_reduce": 2 * (2 * 3 * 2 + 1)}
         plain = results[name]["plain collectives"]["fsdp"]
-        assert found["fsdp"]["all_gather"] == plain["all_gather"] - 2 and plain["all_gather"] == 5 + 4
-        assert found["fsdp"]["reduce_scatter"] == plain["reduce_scatter"] == 5
+        assert collectives["fsdp"]["all_gather"] == plain["all_gather"] - 2 and plain["all_gather"] == 5 + 4
+        assert collectives["fsdp"]["reduce_scatter"] == plain["reduce_scatter"] == 5
 
 
 @pytest.fixture

@@ -58,7 +58,7 @@ def all_runs(tmp_path_factory):
     """Return the folder of all runs except the slow ones; one launch of Python serves all runs."""
     root = tmp_path_factory.mktemp("runs")
     runs = [layout_runs(root), option_runs(root, SINGLE_RUNS + SOME_RUNS), expert_runs(root), continued_runs(root)]
-    run_many([run for some in runs for run in some])
+    run_many([run for group in runs for run in group])
     return root
 
 
@@ -91,7 +91,7 @@ def pack(folder):
     ]
     folder.mkdir()
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows[:300])))
-    found = prepare(
+    summary = prepare(
         PrepareConfig(
             folder,
             128,
@@ -102,7 +102,7 @@ def pack(folder):
         ),
         report=print,
     )
-    assert found.packing["heldout"].most_documents > 1 < found.packing["train"].most_documents
+    assert summary.packing["heldout"].most_documents > 1 < summary.packing["train"].most_documents
 
 
 def relative_difference(ours, theirs):
@@ -159,11 +159,11 @@ def test_throughput_is_by_plain_training_and_the_memorys_share_is_said(results):
     dim, layers, hidden, vocabulary, length = 32, 2, 64, 512, 128
     parameters = layers * (3 * dim * dim + 3 * dim * hidden + 2 * dim) + dim + dim * vocabulary
     flops = 6 * parameters + 12 * layers * dim * length
-    found = results["single"]
+    curves = results["single"]
     for step in (1, 2):
-        assert found["tflops"][step] / found["throughput(tps)"][step] == pytest.approx(flops / 1e12, rel=1e-5)
+        assert curves["tflops"][step] / curves["throughput(tps)"][step] == pytest.approx(flops / 1e12, rel=1e-5)
         # One of two layers is trunk: the pre-anchor adds a pass through it, two inner steps add passes of the tail.
-        assert 1.5 < found["parametric_memory/hardware_flops_ratio"][step] < 2.5
+        assert 1.5 < curves["parametric_memory/hardware_flops_ratio"][step] < 2.5
 
 
 def test_the_layouts_are_not_trivially_equal(results):
@@ -231,7 +231,7 @@ def option_runs(root, chosen_runs):
     runs = []
     for name, layout in chosen_runs:
         processes, arguments = OPTION_LAYOUTS[layout]
-        chosen = [part for key, value in OPTIONS[name].items() for part in (MEMORY + key, value)]
+        chosen = [argument for key, value in OPTIONS[name].items() for argument in (MEMORY + key, value)]
         runs.append((processes, debug(root / "options" / name / layout, *COMMON, *arguments, *chosen)))
     return runs
 
@@ -257,8 +257,8 @@ def more_options(tmp_path_factory):
     ],
 )
 def test_every_option_is_the_same_on_every_layout(request, options, name, layout):
-    found = options if (name, layout) in SOME_RUNS else request.getfixturevalue("more_options")
-    ours, theirs = found[name, layout], options[name, "single"]
+    results = options if (name, layout) in SOME_RUNS else request.getfixturevalue("more_options")
+    ours, theirs = results[name, layout], options[name, "single"]
     tracked = [key for key in theirs if key.startswith("parametric_memory/inner")]
     steps = {"kl-progressive-global": 2, "reverse_kl-newly_revealed-3": 3, "batch": 2}.get(name, 1)
     assert len(tracked) == 2 * steps
@@ -329,10 +329,10 @@ def test_compiled_blocks_take_every_pass(tmp_path):
         "3", "--validation.enable", "--validation.local_batch_size", "3", "--validation.steps", "1",
     )  # fmt: skip
     run_many([(1, compiled)])
-    found = scalars(tmp_path)
-    assert set(found["loss_metrics/global_avg_loss"]) == {1, 2, 3}
-    assert set(found["parametric_memory/inner_loss_step_1"]) == {2, 3}
-    assert set(found["validation/loss_memory_on"]) == {0, 3}
+    curves = scalars(tmp_path)
+    assert set(curves["loss_metrics/global_avg_loss"]) == {1, 2, 3}
+    assert set(curves["parametric_memory/inner_loss_step_1"]) == {2, 3}
+    assert set(curves["validation/loss_memory_on"]) == {0, 3}
 
 
 def test_fast_weights_are_never_saved(continued):
@@ -354,14 +354,14 @@ def test_as_a_user_starts_it(tmp_path):
     assert len(step_lines) == 3, "one line per logged step, from rank 0 only"  # steps 1, 2 and 4
     assert all(" inner loss: " in line and " -> " in line for line in step_lines)
     assert "held-out loss" in out and "start (step      0)" in out and "end   (step      4)" in out
-    found = scalars(tmp_path)
-    assert {*TRACKED, "parametric_memory/hardware_flops_ratio", "mfu(%)"} <= set(found)
-    assert set(found["parametric_memory/inner_loss_step_1"]) == {1, 2, 4}
-    assert set(found["validation/loss_memory_off"]) == {0, 2, 4}
+    curves = scalars(tmp_path)
+    assert {*TRACKED, "parametric_memory/hardware_flops_ratio", "mfu(%)"} <= set(curves)
+    assert set(curves["parametric_memory/inner_loss_step_1"]) == {1, 2, 4}
+    assert set(curves["validation/loss_memory_off"]) == {0, 2, 4}
     history = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
     assert [row["step"] for row in history] == [0, 2, 4]
     assert (tmp_path / "checkpoint/step-4/.metadata").is_file()
 
     same = ["--training.steps", "4", "--training.global_batch_size", "8", "--checkpoint.enable", "--validation.enable"]
-    (again,) = run_many([(1, debug(tmp_path, *same))])
-    assert "This run is complete: its checkpoint is at step 4" in again and " step:  " not in again
+    (output,) = run_many([(1, debug(tmp_path, *same))])
+    assert "This run is complete: its checkpoint is at step 4" in output and " step:  " not in output

@@ -123,8 +123,8 @@ def test_a_row_whose_inner_loss_is_not_finite_is_counted(tmp_path):
     broken, row, step = 300, 1, 1
     random = np.random.default_rng(1)
     tokens = random.integers(4, 256, (4, LENGTH))
-    everything = torch.ones(4, LENGTH, dtype=torch.bool)
-    draw = trajectory.draw(SEED, step, torch.arange(4), everything)
+    maskable = torch.ones(4, LENGTH, dtype=torch.bool)
+    draw = trajectory.draw(SEED, step, torch.arange(4), maskable)
     anchor = trajectory.anchor_state(draw, "linear", "schedule")
     first, second = (state.mask_BL for state in Plan(trajectory="progressive").states(draw, anchor))
     tokens[row, int((anchor.mask_BL & first & ~second)[row].nonzero()[0])] = broken

@@ -86,9 +86,9 @@ def test_experts_are_gathered_no_more_often_than_in_plain_training(results):
 
     FSDP groups are embedding, two layers and head; with expert parallelism, a layer's experts form another group.
     """
-    found = {layout: {kind: int(n) for kind, n in results[layout]["gathers"].items()} for layout in LAYOUTS}
-    assert found["fsdp2"] == {"plain": 4 + 3, "ours": 4 + 2}
-    assert found["fsdp2-ep2"] == {"plain": 6 + 5, "ours": 6 + 3}
+    gathers = {layout: {kind: int(n) for kind, n in results[layout]["gathers"].items()} for layout in LAYOUTS}
+    assert gathers["fsdp2"] == {"plain": 4 + 3, "ours": 4 + 2}
+    assert gathers["fsdp2-ep2"] == {"plain": 6 + 5, "ours": 6 + 3}
 
 
 def test_the_sets_matter(results):
@@ -125,11 +125,11 @@ def step(model, memory, rows):
     """Return loss, inner statistics, gradients and fast weights of a float64 step on the given rows."""
     batch = replace(OBJECTIVE, memory=memory).micro_batch(TOKENS[rows], TOKENS[rows], IDS[rows], 1)
     fast = map_leaves(lambda x: x.double(), memory.draw(0, 1, IDS[rows]))
-    written = []
+    adapted = []
     model.zero_grad()
-    loss, inner = outer_loss(model, batch, memory, fast, on_adapted=written.append)
+    loss, inner = outer_loss(model, batch, memory, fast, on_adapted=adapted.append)
     loss.backward()
-    return loss.detach(), inner, [p.grad.clone() for p in model.parameters()], written[0]
+    return loss.detach(), inner, [p.grad.clone() for p in model.parameters()], adapted[0]
 
 
 @pytest.mark.parametrize("fast_weight_type, norm", [("lora", "per_parameter"), ("full", "global")])
@@ -151,8 +151,8 @@ def test_a_sequence_has_its_own_fast_weights_in_every_expert(model, monkeypatch,
     for together, *each in zip(gradients, *(x[2] for x in alone), strict=True):
         torch.testing.assert_close(together, sum(each))
     for row in range(3):
-        for mine, theirs in zip(leaves(select(fast, [row], 3)), leaves(alone[row][3]), strict=True):
-            torch.testing.assert_close(mine, theirs)
+        for ours, theirs in zip(leaves(select(fast, [row], 3)), leaves(alone[row][3]), strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 def padded_loop(counts):
@@ -178,12 +178,12 @@ def test_the_grouped_product_computes_what_the_loop_does():
         for linear in replace(ARGS, n_layers=1).adapted_linears(0, ["ffn"])
     }
     fast = {target: x._replace(B_GoR=torch.randn_like(x.B_GoR) * 0.3) for target, x in fast.items()}
-    found = []
+    results = []
     for grouped in (False, True):
         experts.use_grouped_mm = grouped
         y = experts(x, counts_EG.sum(1), fast=fast, counts_EG=counts_EG)
-        found.append((y, *torch.autograd.grad(y.square().sum(), [x, *experts.parameters()])))
-    for loop, grouped in zip(*found, strict=True):
+        results.append((y, *torch.autograd.grad(y.square().sum(), [x, *experts.parameters()])))
+    for loop, grouped in zip(*results, strict=True):
         assert (loop - grouped).norm() < 0.02 * loop.norm()
 
 
@@ -214,7 +214,7 @@ def test_more_groups_than_a_grouped_product_takes_are_multiplied_in_parts(monkey
     # The loop sums in another order: rounding to 24 bits in float32, to 8 in bfloat16.
     close = {"rtol": 0, "atol": {torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype]}
     for i, value in enumerate(unsplit):
-        assert all(torch.equal(found[i], value) for found in splits)
+        assert all(torch.equal(other[i], value) for other in splits)
         torch.testing.assert_close(value, loop[i], **close)
 
 
@@ -269,18 +269,18 @@ def test_blocks_compiled_around_their_experts_are_the_eager_ones():
     for number in range(2):
         tokens = torch.randint(0, 60, (3, 24), generator=torch.Generator().manual_seed(number))
         batch = replace(OBJECTIVE, memory=memory).micro_batch(tokens, tokens, IDS, 1, documents_BL=documents)
-        found = []
+        results = []
         for model in models:
             model.zero_grad()
             loss, inner = outer_loss(model, batch, memory, memory.draw(0, 1, batch.sample_ids_U))
             loss.backward()
             trained = [p.grad for p in model.parameters() if p.requires_grad]
-            found.append([loss.detach(), inner.loss_KG, inner.written_norm_G, *trained, model.take_load()])
-        assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+            results.append([loss.detach(), inner.loss_KG, inner.written_norm_G, *trained, model.take_load()])
+        assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
         written_BS = inner.written_norm_G.view(3, 4)
         assert written_BS[:, :3].min() > 0 and not written_BS[:, 3].any(), "a row's last slot is empty"
         compiled.append(len(graphs))
-        loads.append(found[0][-1])
+        loads.append(results[0][-1])
     # Two graphs before the experts and one after, for inner steps and for the outer step.
     assert compiled == [6, 6] and not torch.equal(*loads)
 

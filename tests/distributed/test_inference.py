@@ -75,8 +75,8 @@ def test_the_memory_is_written_and_leaves_no_trace(model, prompts):
     on = logits_of(model, prompts, adapted.fast)
     assert adapted.seconds > 0
     changed = (on - off).abs().unflatten(0, (len(prompts), 3)).amax((1, 2))
-    written = torch.tensor([bool(prompt) for prompt in prompts])
-    assert (changed[written] > 1e-4).all() and (changed[~written] == 0).all()  # an empty prompt adapts nothing
+    non_empty = torch.tensor([bool(prompt) for prompt in prompts])
+    assert (changed[non_empty] > 1e-4).all() and (changed[~non_empty] == 0).all()  # an empty prompt adapts nothing
     assert torch.equal(logits_of(model, prompts), off)
     after = model.model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
@@ -102,10 +102,10 @@ def test_the_inner_loop_lowers_the_loss_on_its_prompt(model, prompts):
 def test_nll_is_that_of_the_logits(model, prompts):
     start = model.canvas(prompts, 3)
     clean_BL = torch.where(start.open_BL, torch.arange(start.tokens_BL.shape[1]) + 20, start.tokens_BL)
-    found = model.nll(start.tokens_BL, start.open_BL, clean_BL, start.attended_BL)
+    losses = model.nll(start.tokens_BL, start.open_BL, clean_BL, start.attended_BL)
     logits = model.logits(start.tokens_BL, start.open_BL, start.attended_BL)
     expected = torch.nn.functional.cross_entropy(logits, clean_BL[start.open_BL], reduction="none")
-    torch.testing.assert_close(found, expected.unflatten(0, (len(prompts), 3)).sum(1).double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(losses, expected.unflatten(0, (len(prompts), 3)).sum(1).double(), rtol=1e-5, atol=1e-5)
 
 
 def test_infilling_keeps_what_is_given(model):
@@ -114,8 +114,8 @@ def test_infilling_keeps_what_is_given(model):
     for memory in (None, model.adapt([holes]).fast):
         start = model.canvas([holes], 2)
         tokens_BL = finished(model.denoise(start, Decoding(2), memory), start)
-        kept = [i for i, token in enumerate(holes) if token != model.mask_id]
-        assert [tokens_BL[0, i].item() for i in kept] == [holes[i] for i in kept]
+        visible = [i for i, token in enumerate(holes) if token != model.mask_id]
+        assert [tokens_BL[0, i].item() for i in visible] == [holes[i] for i in visible]
         assert (tokens_BL != model.mask_id).all()
 
 
@@ -125,13 +125,13 @@ def test_a_context_beyond_training_is_read(model):
 
 
 def test_spread_is_in_order_and_whole(model):
-    done = []
+    progress = []
 
     def numbered(batch, ids):
         return [f"{x}{i}" for x, i in zip(batch, ids, strict=True)]
 
-    found = model.data_parallel.map_batches(list("abcdefg"), 3, numbered, done.append)
-    assert found == ["a0", "b1", "c2", "d3", "e4", "f5", "g6"] and done == [3, 3, 1]
+    outputs = model.data_parallel.map_batches(list("abcdefg"), 3, numbered, progress.append)
+    assert outputs == ["a0", "b1", "c2", "d3", "e4", "f5", "g6"] and progress == [3, 3, 1]
 
 
 def test_a_backbone_that_predicts_the_next_token(model, folder):
@@ -142,8 +142,8 @@ def test_a_backbone_that_predicts_the_next_token(model, folder):
     target_BL = torch.zeros_like(start.open_BL)
     target_BL[0, 3:5] = target_BL[1, 2] = True
     earlier_BL = target_BL.roll(-1, 1)
-    found = shifted.logits(start.tokens_BL, target_BL, start.attended_BL)
-    assert torch.equal(found, model.logits(start.tokens_BL, earlier_BL, start.attended_BL))
+    logits = shifted.logits(start.tokens_BL, target_BL, start.attended_BL)
+    assert torch.equal(logits, model.logits(start.tokens_BL, earlier_BL, start.attended_BL))
     assert shifted.adapt(prompts).seconds > 0
     with pytest.raises(UserError, match="first one cannot be"):
         shifted.logits(start.tokens_BL, torch.ones_like(target_BL), start.attended_BL)

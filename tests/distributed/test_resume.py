@@ -29,11 +29,11 @@ def load(checkpoint: Path) -> list[str]:
 
 def draws(folder: Path) -> dict[tuple, str]:
     """Return {(kind, step, sample): digest} over all ranks; assert that ranks with the same key agree."""
-    found: dict[tuple, str] = {}
+    digests: dict[tuple, str] = {}
     for file in sorted(folder.iterdir()):
         for kind, step, sample, digest in map(json.loads, file.read_text().splitlines()):
-            assert found.setdefault((kind, step, sample), digest) == digest
-    return found
+            assert digests.setdefault((kind, step, sample), digest) == digest
+    return digests
 
 
 def tensors(checkpoint: Path) -> dict[str, bytes]:
@@ -215,8 +215,8 @@ def test_another_experiment_is_said(changed):
 
 def test_the_first_releases_checkpoint_goes_on(changed):
     """Losses on another number of ranks equal those that the first release printed."""
-    found = scalars(changed[0] / "released")["loss_metrics/global_avg_loss"]
-    assert found == pytest.approx({3: 6.297245979309082, 4: 6.666538715362549}, rel=1e-5)
+    losses = scalars(changed[0] / "released")["loss_metrics/global_avg_loss"]
+    assert losses == pytest.approx({3: 6.297245979309082, 4: 6.666538715362549}, rel=1e-5)
 
 
 def test_a_damaged_or_later_run_file(tmp_path):
@@ -250,6 +250,6 @@ def test_an_accepted_batch_size_goes_on_in_the_data(changed):
 def test_accepted_data_are_read_from_the_beginning_of_an_epoch(changed):
     root, outputs = changed
     assert "Accepted: the checkpoint was made with data.train of fingerprint" in outputs["data"]
-    found = scalars(root / "run")["loss_metrics/global_avg_loss"]
-    assert set(found) == set(range(1, 7))
+    losses = scalars(root / "run")["loss_metrics/global_avg_loss"]
+    assert set(losses) == set(range(1, 7))
     assert len({s for kind, _, s in draws(root / "draws-data") if kind == "level"}) == 24

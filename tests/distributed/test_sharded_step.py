@@ -25,9 +25,9 @@ def slow_results(pools):
     return find(pools, SLOW)
 
 
-def find(pools, *parts):
-    processes = {part: LAYOUTS[get_layout(part)][0] for part in parts}
-    return {part: pools(processes[part]).call("tests.workers.sharded_step:find", part) for part in parts}
+def find(pools, *names):
+    processes = {name: LAYOUTS[get_layout(name)][0] for name in names}
+    return {name: pools(processes[name]).call("tests.workers.sharded_step:find", name) for name in names}
 
 
 @pytest.fixture
@@ -37,10 +37,10 @@ def layout_results(request, layout):
 
 @pytest.mark.parametrize("layout, step", steps([*LAYOUTS, SLOW]))
 def test_the_same_numbers(layout_results, layout, step):
-    found = layout_results["steps"][step]
-    assert found["difference"] < TOLERANCES[step[:7]]
+    results = layout_results["steps"][step]
+    assert results["difference"] < TOLERANCES[step[:7]]
     # Token weights and sums stay in float32 under mixed precision, too.
-    assert found["difference of the first inner losses"] < 1e-6
+    assert results["difference of the first inner losses"] < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -48,16 +48,16 @@ def test_the_same_numbers(layout_results, layout, step):
     [x for x in steps([*LAYOUTS, SLOW]) if x.values[0] == "fsdp2" or x.values[1].endswith(" default")],
 )
 def test_no_more_communication_than_plain_training(layout_results, layout, step):
-    found = layout_results["steps"][step]
-    gathers, scatters = found["all_gathers"], found["reduce_scatters"]
+    results = layout_results["steps"][step]
+    gathers, scatters = results["all_gathers"], results["reduce_scatters"]
     # Embedding, five layers and head are gathered once each. In the backward pass, plain training gathers everything
     # it resharded (by default all but the head), ours only the trunk: embedding and three layers.
-    again = {"never": (0, 0), "always": (7, 4)}.get(step.split()[0].split("-")[-1], (6, 4))
-    assert gathers["plain"] == 7 + again[0] and gathers["ours"] == 7 + again[1]
+    gathered_again = {"never": (0, 0), "always": (7, 4)}.get(step.split()[0].split("-")[-1], (6, 4))
+    assert gathers["plain"] == 7 + gathered_again[0] and gathers["ours"] == 7 + gathered_again[1]
     assert gathers["ours"] <= gathers["plain"] < gathers["straightforward"]
     assert scatters["ours"] == scatters["plain"] == scatters["straightforward"] == 7
     # Our data-parallel collectives are a subset of plain training's by kind and size: none carries fast weights.
-    assert found["beyond_plain"] == []
+    assert results["beyond_plain"] == []
 
 
 def test_the_backward_pass_prefetches(results):
@@ -69,17 +69,17 @@ def test_the_backward_pass_prefetches(results):
 
 
 def test_the_tail_is_resident_from_the_inner_loop_to_the_backward_pass(results):
-    found = results["fsdp2"]["residency"]
+    residency = results["fsdp2"]["residency"]
     nothing, tail = [0] * 7, [0, 0, 0, 0, 1, 1, 1]
-    assert found["before"] == nothing
-    assert found["after the inner steps"] == found["before the backward pass"] == tail
-    assert found["after the backward pass"] == found["after validation"] == nothing
+    assert residency["before"] == nothing
+    assert residency["after the inner steps"] == residency["before the backward pass"] == tail
+    assert residency["after the backward pass"] == residency["after validation"] == nothing
 
 
 def test_a_failure_in_the_step_leaves_nothing_gathered_and_the_next_step_sound(results):
-    found = results["fsdp2"]["residency"]
-    assert found["after a failure in inner loop"] == found["after a failure in between the loops"] == [0] * 7
-    assert found["difference after a failure"] == 0.0
+    residency = results["fsdp2"]["residency"]
+    assert residency["after a failure in inner loop"] == residency["after a failure in between the loops"] == [0] * 7
+    assert residency["difference after a failure"] == 0.0
 
 
 @pytest.mark.parametrize(
@@ -90,8 +90,8 @@ def test_a_failure_in_the_step_leaves_nothing_gathered_and_the_next_step_sound(r
     ],
 )
 def test_nothing_is_compiled_after_the_second_step(layout_results, layout, kind):
-    found = layout_results["compilations"][kind]
-    assert found["breaks"] == {}
-    assert found["graphs"][1:] == [found["graphs"][1]] * 3
+    compiled = layout_results["compilations"][kind]
+    assert compiled["breaks"] == {}
+    assert compiled["graphs"][1:] == [compiled["graphs"][1]] * 3
     # Trunk with and without gradient; tail in two inner steps and the outer step; the head's loss.
-    assert 1 <= found["graphs"][0] <= (2 if kind == "plain" else 6)
+    assert 1 <= compiled["graphs"][0] <= (2 if kind == "plain" else 6)

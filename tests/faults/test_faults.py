@@ -103,10 +103,10 @@ def _run(root: Path, scenarios: dict) -> dict[str, list[str]]:
         )
         for name, status, faults, *arguments in flat
     )
-    found: dict[str, list[str]] = {}
+    outputs_by_name: dict[str, list[str]] = {}
     for (name, *_), output in zip(flat, outputs, strict=True):
-        found.setdefault(name, []).append(output)
-    return found
+        outputs_by_name.setdefault(name, []).append(output)
+    return outputs_by_name
 
 
 def losses(out: Path) -> dict[int, float]:
@@ -213,11 +213,11 @@ def test_a_loss_that_is_not_a_number(finished):
     assert len(re.findall(sentence, stopped)) == 1 and "Traceback" not in stopped
     assert not (root / "nan/checkpoint/step-4").exists(), "the host learns of step 3 before the save of step 4"
     assert len(re.findall(r"rank [01]\].*Skipping the batch of step 3: the loss is nan on samples", skipped)) == 2
-    found, straight = scalars(root / "nan-skipped"), losses(root / "straight")
-    assert found["reliability/skipped_batches"] == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1}, "the count survives a restart"
+    curves, straight = scalars(root / "nan-skipped"), losses(root / "straight")
+    assert curves["reliability/skipped_batches"] == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1}, "the count survives a restart"
     # Losses equal the undisturbed run's before the skip; afterwards one update is missing.
-    assert [found[LOSS][step] for step in (1, 2)] == [straight[step] for step in (1, 2)]
-    assert found[LOSS][3] != found[LOSS][3] and 0 < abs(found[LOSS][4] - straight[4]) < 1
+    assert [curves[LOSS][step] for step in (1, 2)] == [straight[step] for step in (1, 2)]
+    assert curves[LOSS][3] != curves[LOSS][3] and 0 < abs(curves[LOSS][4] - straight[4]) < 1
     assert "Loading the checkpoint" in resumed
     assert "Step 4 is the last of 3 in a row that cannot be taken" in always
 

@@ -30,10 +30,10 @@ def shut_when_marked(store, marks: dict[Path, float]) -> threading.Thread:
     """Shut the store for a file's number of seconds when a run creates that file."""
 
     def watch() -> None:
-        left = dict(marks)
-        while left:
-            for mark in [mark for mark in left if mark.exists()]:
-                store.shut_for(left.pop(mark))
+        remaining = dict(marks)
+        while remaining:
+            for mark in [mark for mark in remaining if mark.exists()]:
+                store.shut_for(remaining.pop(mark))
             time.sleep(0.01)
 
     thread = threading.Thread(target=watch, daemon=True)

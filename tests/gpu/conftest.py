@@ -48,8 +48,8 @@ def compiler(device: torch.device) -> None:
     """
     c_compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     headers = Path(sysconfig.get_path("include"), "Python.h")
-    for found, missing in ((c_compiler, "a C compiler (CC, gcc or clang)"), (headers.is_file(), f"{headers}")):
-        if not found:
+    for present, missing in ((c_compiler, "a C compiler (CC, gcc or clang)"), (headers.is_file(), f"{headers}")):
+        if not present:
             pytest.fail(f"Triton needs {missing}: install gcc and Python's development package", pytrace=False)
 
 

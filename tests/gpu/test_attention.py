@@ -93,8 +93,8 @@ def test_a_packed_step_is_the_cpus(device, flex_without_autotuning):
         fast = map_leaves(lambda x: x.to(target), start)
         loss, statistics = bilevel.outer_loss(model, batch.to(target), memory, fast)
         loss.backward()
-        found = {name: p.grad for name, p in model.named_parameters()}
-        return found | {"loss": loss.detach(), "inner losses": statistics.loss_KG, "written": statistics.written_norm_G}
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        return grads | {"loss": loss.detach(), "inner losses": statistics.loss_KG, "written": statistics.written_norm_G}
 
     ours, theirs = step(device), step("cpu")
     for name, x in theirs.items():

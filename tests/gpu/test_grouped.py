@@ -102,12 +102,12 @@ def test_a_step_with_grouped_products_is_the_step_with_the_loop(device):
             model.init_weights()
         loss, statistics = outer_loss(model, batch, memory, memory.draw(0, 1, batch.sample_ids_U))
         loss.backward()
-        found = {name: p.grad for name, p in model.named_parameters()}
-        return found | {"loss": loss.detach(), "inner losses": statistics.loss_KG, "written": statistics.written_norm_G}
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        return grads | {"loss": loss.detach(), "inner losses": statistics.loss_KG, "written": statistics.written_norm_G}
 
     loop, grouped = step(False), step(True)
     gradients = [name for name in loop if name.endswith("weight") or ".w" in name]
-    ours, theirs = (torch.cat([found[name].flatten() for name in gradients]) for found in (grouped, loop))
+    ours, theirs = (torch.cat([results[name].flatten() for name in gradients]) for results in (grouped, loop))
     assert F.cosine_similarity(ours, theirs, 0) > 0.999
     for name in ("loss", "inner losses", "written"):
         assert (grouped[name] - loop[name]).norm() <= TOLERANCE * loop[name].norm(), name

@@ -65,8 +65,8 @@ def test_attention_has_a_deterministic_kernel_after_cudnns():
     cudnn, *fallbacks = BidirectionalAttentionKernel().sdpa_backends
     assert (cudnn, *fallbacks) == (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)
     set_up = inspect.getsource(titan_distributed.set_determinism)
-    for what in ("torch.use_deterministic_algorithms(True", "CUBLAS_WORKSPACE_CONFIG", "_compiled_flex_attn"):
-        assert what in set_up
+    for text in ("torch.use_deterministic_algorithms(True", "CUBLAS_WORKSPACE_CONFIG", "_compiled_flex_attn"):
+        assert text in set_up
 
 
 def test_experts_are_permuted_by_a_function_of_the_module():
@@ -159,8 +159,8 @@ def test_torchruns_agent_logs_whom_it_kills():
     log = torchrun.AgentLog(explained=2)
     kills = logging.LogRecord("x", 30, "", 0, "Unable to shutdown process %s via %s", (17, "SIGTERM"), None)
     assert log.filter(kills) and log.killed == {17}
-    told = logging.LogRecord("x", 40, "", 0, "failed (exitcode: %s) local_rank: 0", (2,), None)
-    assert not log.filter(told)
+    exit_line = logging.LogRecord("x", 40, "", 0, "failed (exitcode: %s) local_rank: 0", (2,), None)
+    assert not log.filter(exit_line)
 
 
 def test_the_trainer_constructs_the_checkpoint_manager_by_its_name():

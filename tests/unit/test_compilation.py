@@ -1,4 +1,4 @@
-"""Compilation happens in the first step after a start, whatever documents the rows hold."""
+"""Compilation happens in the first step after a start, for any documents in the rows."""
 
 from dataclasses import replace
 from types import SimpleNamespace

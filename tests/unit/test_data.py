@@ -73,8 +73,8 @@ def test_best_fit_loses_nothing_and_leaves_the_least_room():
     packed = [s for d in documents for s in best_fit.add(d)] + list(best_fit.finish())
     # Rows: 5 + 3; the first 8 of the 9; 4 + 3 + the last token of the 9; 8; and the remaining 1.
     assert [s.documents for s in packed] == [(5, 3), (8,), (4, 3, 1), (8,), (1,)]
-    found = [t for s in packed for t in s.tokens_L[: sum(s.documents)].tolist()]
-    assert sorted(found) == [t for d in documents for t in d.tokens]
+    packed_tokens = [t for s in packed for t in s.tokens_L[: sum(s.documents)].tolist()]
+    assert sorted(packed_tokens) == [t for d in documents for t in d.tokens]
     of_token = {t: flag for d in documents for t, flag in zip(d.tokens, d.maskable, strict=True)}
     for s in packed:
         size = sum(s.documents)
@@ -112,8 +112,8 @@ def test_padding_learns_the_response_and_its_end():
 def test_packed_rows_keep_their_documents(tmp_path):
     """Documents and fine-tuning rows in one stream, and that stream next to one without documents."""
     rows = [{"text": TEXT[: 20 * i]} for i in range(1, 12)] + [{"prompt": "2+2=", "response": "4"}] * 3
-    made = request(tmp_path, write_jsonl(tmp_path / "a.jsonl", rows), pack_documents=True)
-    summary = prepare.prepare(made)
+    prepared = request(tmp_path, write_jsonl(tmp_path / "a.jsonl", rows), pack_documents=True)
+    summary = prepare.prepare(prepared)
     packed = summary.packing["train"]
     assert packed.documents >= 14 and packed.most_documents > 1 and packed.efficiency > 0.9
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["packing"]["train"]["documents"] >= 14
@@ -270,18 +270,18 @@ def test_builtin_corpus_is_real_text(tmp_path):
 def test_adopted_tokenizers_get_the_tokens_they_lack(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"text": TEXT}] * 4)
     prepare.prepare(request(tmp_path, path))
-    made = tmp_path / "out/tokenizer"
-    (made / "tokenizer_config.json").write_text("{}")
+    tokenizer = tmp_path / "out/tokenizer"
+    (tokenizer / "tokenizer_config.json").write_text("{}")
     with pytest.raises(UserError, match="names no mask_token; give --mask-token NAME"):
-        prepare.prepare(request(tmp_path, path, output=tmp_path / "b", train_tokenizer=None, tokenizer=str(made)))
+        prepare.prepare(request(tmp_path, path, output=tmp_path / "b", train_tokenizer=None, tokenizer=str(tokenizer)))
     settings = {
         "train_tokenizer": None,
-        "tokenizer": str(made),
+        "tokenizer": str(tokenizer),
         "mask_token": "<new>",
         "eos_token": "<|endoftext|>",
     }
     prepare.prepare(request(tmp_path, path, output=tmp_path / "c", **settings))
-    old, new = (json.loads((f / "tokenizer.json").read_text()) for f in (made, tmp_path / "c/tokenizer"))
+    old, new = (json.loads((f / "tokenizer.json").read_text()) for f in (tokenizer, tmp_path / "c/tokenizer"))
     card = shards.read_card(str(tmp_path / "c/train"))
     assert card.mask_token_id == len(old["model"]["vocab"]) and card.eos_token_id == 0
     assert new["model"]["vocab"] == old["model"]["vocab"]
@@ -350,8 +350,8 @@ def test_streams_at_a_url_are_cached_and_checked(tmp_path, scheme):
     remote = tmp_path / "out/train"
     url = f"{scheme}://{remote}"
     dataset = open_dataset(config_with(tmp_path), [url], [], batch_size=1, shuffle=False)
-    here = [dataset[i]["tokens"] for i in range(8)]
-    assert all(torch.equal(a, b["tokens"]) for a, b in zip(here, read(remote), strict=True))
+    tokens = [dataset[i]["tokens"] for i in range(8)]
+    assert all(torch.equal(a, b["tokens"]) for a, b in zip(tokens, read(remote), strict=True))
     assert len(list((tmp_path / "cache").rglob("*.mds"))) == 1
     assert shards.read_card(url).sequences == 8
 

@@ -48,8 +48,8 @@ def close(ours, theirs):
 
 def numbers():
     def row(sizes):
-        found = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-        return F.pad(found, (0, LENGTH - sum(sizes)), value=PADDING)
+        number = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        return F.pad(number, (0, LENGTH - sum(sizes)), value=PADDING)
 
     return torch.stack([row(sizes) for sizes in SIZES])
 
@@ -74,9 +74,9 @@ def alone(slots=None):
             yield sample, tokens[row][chosen][None], labels[row][chosen][None], ids[sample : sample + 1]
 
 
-def step(model, goal, *arguments, **more):
+def step(model, goal, *arguments, **options):
     """Return loss, inner statistics and gradients of a step."""
-    batch = goal.micro_batch(*arguments, step=STEP, **more)
+    batch = goal.micro_batch(*arguments, step=STEP, **options)
     fast = double(goal.memory.draw(3, STEP, batch.sample_ids_U)) if goal.memory else None
     model.zero_grad()
     loss, inner = outer_loss(model, batch, goal.memory, fast)
@@ -114,8 +114,8 @@ def test_a_packed_document_is_what_it_is_alone(options, shifted, slots):
         expected = {name: x + gradients_alone[name] for name, x in expected.items()}
         if inner is not None:
             for name in ("loss_KG", "grad_norm_KG", "counted_KG", "written_norm_G"):
-                mine, theirs = getattr(inner, name)[..., sample], getattr(statistics, name)[..., 0]
-                close(mine, theirs)
+                ours, theirs = getattr(inner, name)[..., sample], getattr(statistics, name)[..., 0]
+                close(ours, theirs)
     close(loss, total)
     close(gradients_packed, expected)
     if inner is not None:
@@ -456,7 +456,7 @@ def test_a_step_with_grouped_terms_is_the_step_with_masked_ones():
     """Same loss, fast-weight norm and gradients in float32; product shapes do not depend on the documents."""
     goal = replace(objective(memory(rank=8, targets=("ffn", "attention"))), slots=4)
     tokens, labels, documents = packed()
-    few = torch.where(documents == PADDING, PADDING, documents.clamp(max=1))
+    fewer_documents = torch.where(documents == PADDING, PADDING, documents.clamp(max=1))
 
     def run(grouped, of_rows):
         model = build(torch.float32)
@@ -467,7 +467,7 @@ def test_a_step_with_grouped_terms_is_the_step_with_masked_ones():
             loss.backward()
         return loss.detach(), inner.written_norm_G, gradients(model), products.made
 
-    masked, grouped, other = run(False, documents), run(True, documents), run(True, few)
+    masked, grouped, other = run(False, documents), run(True, documents), run(True, fewer_documents)
     for ours, theirs in zip(grouped[:2], masked[:2], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     for name, theirs in masked[2].items():

@@ -223,19 +223,19 @@ def test_dry_run_tells_what_will_not_fit(capsys):
     assert "train_configs/absent.toml does not exist" in capsys.readouterr().err
 
 
-def minimal_estimate(flops=2e14, **parts):
+def minimal_estimate(flops=2e14, **traffic):
     """Return an estimate with only the fields that determine the step time."""
-    sent = dict.fromkeys(("gather", "reduce", "replicate", "tensor", "context", "experts"), 0.0) | parts
+    sent = dict.fromkeys(("gather", "reduce", "replicate", "tensor", "context", "experts"), 0.0) | traffic
     memory = MemoryEstimate(*[0.0] * 8)
     return Estimate(0, 0, 0, 1, 4, 1, memory, Communication(**sent), ["gather", "replicate"], flops)
 
 
 def test_the_seconds_of_a_step():
     speeds = Speeds(tflops=400, intra=450, inter=50)
-    found = step_time(minimal_estimate(gather=20e9, reduce=9e9, replicate=5e9, tensor=81e9), speeds)
+    seconds = step_time(minimal_estimate(gather=20e9, reduce=9e9, replicate=5e9, tensor=81e9), speeds)
     # 200 of 400 TFLOP/s; 90 GB at 450 GB/s; 25 GB at 50 GB/s.
-    assert found == StepTime(compute=0.5, within_nodes=pytest.approx(0.2), across_nodes=pytest.approx(0.5))
-    assert found.communication == pytest.approx(0.7)
+    assert seconds == StepTime(compute=0.5, within_nodes=pytest.approx(0.2), across_nodes=pytest.approx(0.5))
+    assert seconds.communication == pytest.approx(0.7)
 
 
 SLOW = {  # name -> (bytes across nodes, or within them for "tensor"; other changes; expected warning)
@@ -267,8 +267,8 @@ def test_a_step_that_sends_longer_than_it_computes():
         other.parallelism.data_parallel_shard_degree, other.parallelism.data_parallel_shard_within = degree, within
         assert sentence in (warning(other, minimal_estimate(gather=28e9), speeds) or "")
     for name, (sent, changes, sentence) in SLOW.items():
-        found = warning(config, replace(minimal_estimate(**sent), **changes), speeds)
-        assert (found is None) == (sentence is None) and (sentence or "") in (found or ""), name
+        message = warning(config, replace(minimal_estimate(**sent), **changes), speeds)
+        assert (message is None) == (sentence is None) and (sentence or "") in (message or ""), name
 
 
 def test_dry_run_prints_the_seconds(capsys, tmp_path):

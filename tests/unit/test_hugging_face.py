@@ -183,12 +183,12 @@ def test_conversion_refuses_what_it_cannot_convert(recipe, weights, tmp_path, ca
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.part*"))
 
 
-@pytest.mark.parametrize("experts", [1, 2])
-def test_experts_of_replicas_have_names(experts):
+@pytest.mark.parametrize("ep_size", [1, 2])
+def test_experts_of_replicas_have_names(ep_size):
     """Two nodes of two fake ranks: each rank keeps its experts in its node's replica."""
     config = parse_config.parse([
         "--job.config_file", "train_configs/llada_moe_7b_longalpaca.toml", "--model.flavor", "debug",
-        "--model.converters", "", "--parallelism.expert_parallel_degree", str(experts),
+        "--model.converters", "", "--parallelism.expert_parallel_degree", str(ep_size),
         "--parametric_memory.granularity", "batch",
     ])  # fmt: skip
     config, args = launch.resolve(config, 4, 2), get_model_args(config)

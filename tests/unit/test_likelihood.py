@@ -106,7 +106,7 @@ def model(monkeypatch):
 
 
 def requests(kind, *arguments):
-    return [Instance(kind, {}, one, 0) for one in arguments]
+    return [Instance(kind, {}, args, 0) for args in arguments]
 
 
 def test_short_texts_are_scored_exactly(model):

@@ -76,11 +76,11 @@ def test_bfloat16_loses_no_more_than_its_products_do():
     exact = [x.detach().float().requires_grad_() for x in (hidden, weight)]
     sums = sums._replace(coefficient_N=sums.coefficient_N.float())
     expected = sums(F.cross_entropy(exact[0] @ exact[1].T, label, reduction="none"))
-    found = set_losses(hidden, weight, HeadLoss(cross_entropy, label, sums))
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, expected, rtol=0.01, atol=0.0)  # bfloat16 carries 8 bits
+    losses = set_losses(hidden, weight, HeadLoss(cross_entropy, label, sums))
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses, expected, rtol=0.01, atol=0.0)  # bfloat16 carries 8 bits
     for ours, theirs in zip(
-        torch.autograd.grad(found.sum(), [hidden, weight]), torch.autograd.grad(expected.sum(), exact), strict=True
+        torch.autograd.grad(losses.sum(), [hidden, weight]), torch.autograd.grad(expected.sum(), exact), strict=True
     ):
         assert ours.dtype == torch.bfloat16
         assert F.cosine_similarity(ours.float().flatten(), theirs.flatten(), 0) > 0.999
@@ -148,8 +148,8 @@ def test_the_weights_gradient_is_rounded_once_over_all_chunks(monkeypatch, rows)
         return logits.sum(-1), gradient[row].float()
 
     sums = sums._replace(coefficient_N=torch.ones(N))
-    found = set_losses(hidden, weight, HeadLoss(given, torch.arange(N), sums))
-    (ours,) = torch.autograd.grad(found.sum() / 3, [weight])
+    losses = set_losses(hidden, weight, HeadLoss(given, torch.arange(N), sums))
+    (ours,) = torch.autograd.grad(losses.sum() / 3, [weight])
     exact = gradient.double().T @ hidden.detach().double() / 3
     once = (exact.bfloat16() - exact).norm()
     # float32 sums round a few values the other way; rounding per chunk gives 1.4 to 2 times the error.
@@ -261,7 +261,7 @@ def test_padding_counts_for_nothing_even_where_it_is_not_finite():
     expected = set_losses(hidden, weight, HeadLoss(cross_entropy, label, sums))
     with torch.no_grad():
         hidden[5:9] = torch.nan
-    found = set_losses(hidden, weight, HeadLoss(cross_entropy, label, sums))
-    assert torch.equal(found, expected)
-    (gradient,) = torch.autograd.grad(found.sum(), [hidden])
+    losses = set_losses(hidden, weight, HeadLoss(cross_entropy, label, sums))
+    assert torch.equal(losses, expected)
+    (gradient,) = torch.autograd.grad(losses.sum(), [hidden])
     assert gradient[:5].isfinite().all() and gradient[9:].isfinite().all()

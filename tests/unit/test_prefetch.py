@@ -16,15 +16,15 @@ from memdlm_dist.training.trainer import MemDLMTrainer
 
 
 class Loader:
-    """Loader of numbered batches that calls `then` before batch `until`."""
+    """Loader of `n_batches` numbered batches that then calls `at_end` before another batch."""
 
-    def __init__(self, until=100, then=None):
-        self.read, self.until, self.then = 0, until, then
+    def __init__(self, n_batches=100, at_end=None):
+        self.read, self.n_batches, self.at_end = 0, n_batches, at_end
 
     def __iter__(self):
         while True:
-            if self.read == self.until:
-                self.then()
+            if self.read == self.n_batches:
+                self.at_end()
             self.read += 1
             tokens = torch.full((2, 3), self.read)
             labels = torch.tensor([[-100, 1, 1], [1, -100, 1]])

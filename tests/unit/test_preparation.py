@@ -241,8 +241,8 @@ def test_text_never_becomes_a_special_token(tmp_path, with_tool, row, pack, caps
     ends = [i for i, token in enumerate(tokens) if token == tokenizer.eos_id]
     assert not ends or ends == list(range(ends[0], len(tokens))), decoded
     assert "kept as text: <|mask|> 1 times, <|endoftext|> 1 times, <tool> 1 times" in capsys.readouterr().out
-    found = json.loads((tmp_path / "out/summary.json").read_text())["special_tokens"]
-    assert found == {"<|mask|>": 1, "<|endoftext|>": 1, "<tool>": 1}
+    counts = json.loads((tmp_path / "out/summary.json").read_text())["special_tokens"]
+    assert counts == {"<|mask|>": 1, "<|endoftext|>": 1, "<tool>": 1}
 
 
 def test_runs_of_blanks_are_text(with_tool):
@@ -300,8 +300,8 @@ def test_one_bad_row_is_one_bad_row(tmp_path):
     assert (summary.rows, summary.bad_rows) == (7, 5)
     assert {p.split(": ")[0] for p in summary.problems} == {f"{path}:{line}" for line in range(2, 7)}
     problems = "\n".join(summary.problems)
-    for part in ("no valid Unicode", "digits", "nested too deeply", "retry-limit", "not valid JSON ('utf-8'"):
-        assert part in problems, problems
+    for text in ("no valid Unicode", "digits", "nested too deeply", "retry-limit", "not valid JSON ('utf-8'"):
+        assert text in problems, problems
 
     array = tmp_path / "rows.json"
     array.write_bytes(b"[" + b",\n".join(path.read_bytes().splitlines()) + b"]")
@@ -389,11 +389,11 @@ def test_arguments(tmp_path, capsys, arguments, says):
 # The card.
 
 
-@pytest.mark.parametrize("part", ["train", "heldout"])
-def test_shards_of_an_earlier_release_are_read(part):
-    card = shards.read_card(f"{DEBUG}/{part}")
-    assert "format" not in json.loads((prepare.Path(DEBUG) / part / "memdlm.json").read_text()) and card.format == 1
-    read = samples(f"{DEBUG}/{part}")
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_shards_of_an_earlier_release_are_read(split):
+    card = shards.read_card(f"{DEBUG}/{split}")
+    assert "format" not in json.loads((prepare.Path(DEBUG) / split / "memdlm.json").read_text()) and card.format == 1
+    read = samples(f"{DEBUG}/{split}")
     assert len(read) == card.sequences and (read[0]["labels"] != IGNORE_INDEX).all()
 
 
@@ -439,14 +439,14 @@ def test_a_preparation_that_is_killed_while_folders_change_places_is_finished(tm
     # The next preparation finishes the renames before it checks the folder.
     with pytest.raises(UserError, match="is not empty; choose another --output or pass --overwrite"):
         run(tmp_path, jsonl(tmp_path / "new.jsonl", [new]))
-    left = {path.name for path in (tmp_path / "out").iterdir()}
-    assert left == {"tokenizer", "train", "heldout", "summary.json"}
+    remaining = {path.name for path in (tmp_path / "out").iterdir()}
+    assert remaining == {"tokenizer", "train", "heldout", "summary.json"}
     assert (tmp_path / "out/train/shard.00000.mds").read_bytes() != before
 
 
 def test_two_preparations_of_one_folder(tmp_path, capsys):
     rows = jsonl(tmp_path / "rows.jsonl", [{"text": TEXT}])
-    held = subprocess.Popen(
+    holder = subprocess.Popen(
         [sys.executable, "-c", f"import sys, time; sys.path.insert(0, {str(Path.cwd())!r})\n"
          "from memdlm_dist.runtime import writer\nfrom pathlib import Path\n"
          f"lock = writer.Lock(Path({str(tmp_path / 'out')!r}), writer.this_process())\nprint('held', flush=True)\n"
@@ -454,7 +454,7 @@ def test_two_preparations_of_one_folder(tmp_path, capsys):
         stdout=subprocess.PIPE,
     )  # fmt: skip
     try:
-        assert held.stdout is not None and held.stdout.readline() == b"held\n"
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(writer, "PATIENCE", 0)
             arguments = [
@@ -468,10 +468,10 @@ def test_two_preparations_of_one_folder(tmp_path, capsys):
                 "300",
             ]
             assert prepare_data.main(arguments) == 2
-        assert re.search(rf"Another run writes to \S+/out: job .* process {held.pid}, ", capsys.readouterr().err)
+        assert re.search(rf"Another run writes to \S+/out: job .* process {holder.pid}, ", capsys.readouterr().err)
     finally:
-        held.kill()
-        held.wait()
+        holder.kill()
+        holder.wait()
 
 
 @pytest.mark.parametrize("manifest", ['{"files": 5}', '{"files": "shard.00000.mds"}', "[" * 100_000, "{}"])

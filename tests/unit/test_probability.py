@@ -64,10 +64,10 @@ def test_a_shared_memory_is_drawn_for_the_step():
     goal = replace(objective(memory(per_sample=False)), probability=0.5)
     all_ids, nothing = set(range(8)), set()
     drawn = [adapted_ids(goal, range(8), step) for step in range(60)]
-    assert all(one in (all_ids, nothing) for one in drawn)
+    assert all(ids in (all_ids, nothing) for ids in drawn)
     assert 15 < drawn.count(all_ids) < 45
     assert all(adapted_ids(goal, range(100, 108), step) in (nothing, set(range(100, 108))) for step in range(3))
-    assert [bool(adapted_ids(goal, range(100, 108), step)) for step in range(60)] == [bool(one) for one in drawn]
+    assert [bool(adapted_ids(goal, range(100, 108), step)) for step in range(60)] == [bool(ids) for ids in drawn]
 
 
 def test_a_memory_of_less_is_no_other_noise():

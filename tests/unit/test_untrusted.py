@@ -122,16 +122,16 @@ def file_names(folder: Path) -> set[str]:
 
 
 def test_a_cache_limit_deletes_copies_alone(tmp_path):
-    mine, remote = write_shards(tmp_path / "mine"), write_shards(tmp_path / "remote")
-    before, cache = file_names(mine), tmp_path / "cache"
+    local, remote = write_shards(tmp_path / "mine"), write_shards(tmp_path / "remote")
+    before, cache = file_names(local), tmp_path / "cache"
     data = Data(cache_folder=str(cache), cache_limit="20kb")
-    dataset = open_dataset(data, [str(mine), f"file://{remote}"], [], batch_size=1, shuffle=False, predownload=1)
+    dataset = open_dataset(data, [str(local), f"file://{remote}"], [], batch_size=1, shuffle=False, predownload=1)
     for sample in (samples := list(islice(dataset, 400))):
         assert MISTAKE not in sample, sample
     assert {sample["sample_id"] for sample in samples} == set(range(400))
-    assert file_names(mine) == before and file_names(remote) == before
-    kept = [path.stat().st_size for path in cache.glob("*/*.mds")]
-    assert 0 < sum(kept) <= 20 * 1024, "the limit holds for the copies"
+    assert file_names(local) == before and file_names(remote) == before
+    cached_sizes = [path.stat().st_size for path in cache.glob("*/*.mds")]
+    assert 0 < sum(cached_sizes) <= 20 * 1024, "the limit holds for the copies"
     small = Data(cache_folder=str(cache), cache_limit="3kb")
     with pytest.raises(UserError, match=r"data.cache_limit = '3kb' is less than four of the largest shards, [\d,]+ b"):
         open_dataset(small, [f"file://{remote}"], [], batch_size=1)

@@ -75,7 +75,7 @@ def numbers():
     return torch.stack([torch.cat([row, torch.full((LENGTH - len(row),), PADDING)]) for row in rows])
 
 
-# Beyond these, what a layout has code of its own for.
+# ALSO adds the options for which a layout has separate code.
 EVERYWHERE = ("off", "off-packed", "sample", "sample-quarter", "sample-packed")
 ALSO = {
     "one": tuple(OPTIONS),
