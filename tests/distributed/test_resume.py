@@ -230,10 +230,10 @@ def test_a_damaged_or_later_run_file(tmp_path):
             UserError, match=r"run.json is damaged \((identity is list|experiment is str), not an object"
         ):
             check("run/step-3", damaged, ours, {}, [])
-    for content, says in (("{", "Expecting property name"), ("[1]", "it is a list, not an object")):
+    for content, message in (("{", "Expecting property name"), ("[1]", "it is a list, not an object")):
         (tmp_path / "run.json").write_text(content)
         with pytest.raises(
-            UserError, match=rf"run.json is damaged \({says}.*\); restore the file, or remove it to go on"
+            UserError, match=rf"run.json is damaged \({message}.*\); restore the file, or remove it to go on"
         ):
             read_run(Storage(str(tmp_path)))
     with pytest.raises(UserError, match=r"debug.seed = \[7\] \(now 1\)"):

@@ -32,19 +32,19 @@ def test_scripts_pass_shellcheck():
 
 
 @pytest.mark.parametrize(
-    "variables, says",
+    "variables, message",
     [
         ({}, "NNODES must be a number of nodes, or MIN:MAX, but is ''"),
         ({"NNODES": "2"}, "RDZV_ENDPOINT must be HOST:PORT, the same on all nodes, but is ''"),
         ({"NNODES": "2", "RDZV_ENDPOINT": "a:1", "NODE_RANK": "x"}, "NODE_RANK must be a number from 0"),
     ],
 )
-def test_mistakes_on_several_nodes(variables, says):
+def test_mistakes_on_several_nodes(variables, message):
     done = subprocess.run(
         ["bash", "launch/multinode.sh", "train_configs/debug.toml"],
         cwd=ROOT, env=os.environ | variables, capture_output=True, text=True,
     )  # fmt: skip
-    assert done.returncode == 2 and says in done.stderr
+    assert done.returncode == 2 and message in done.stderr
     done = subprocess.run(["bash", "launch/slurm.sbatch"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "name a configuration" in done.stderr
 

@@ -26,7 +26,7 @@ POOLED = ("--parametric_memory.granularity", "batch")
 @dataclass
 class Mistake:
     name: str
-    says: str  # part of the error message
+    message: str  # part of the error message
     args: tuple[str, ...] = ()
     toml: str = ""  # appended to debug.toml
     env: dict[str, str] = field(default_factory=dict)
@@ -147,11 +147,11 @@ def test_configuration(mistake, tmp_path, capsys, monkeypatch):
     args = [f"--job.config_file={config}", f"--job.dump_folder={tmp_path}/out", *mistake.args]
     if mistake.name == "missing config":
         args = list(mistake.args)
-    assert mistake.says in fail(capsys, args)
+    assert mistake.message in fail(capsys, args)
 
 
 @pytest.mark.parametrize(
-    "toml, says",
+    "toml, message",
     [
         ('[parametric_memory]\nrank = "8"', "parametric_memory.rank in {} must be int, but is '8'"),
         ("[parametric_memory]\nrank = true", "parametric_memory.rank in {} must be int, but is True"),
@@ -169,24 +169,24 @@ def test_configuration(mistake, tmp_path, capsys, monkeypatch):
         ),
     ],
 )
-def test_types_and_names_in_the_file(toml, says, tmp_path, capsys):
+def test_types_and_names_in_the_file(toml, message, tmp_path, capsys):
     config = tmp_path / "config.toml"
     config.write_text(toml)
-    assert says.format(config) in fail(capsys, [f"--job.config_file={config}"])
+    assert message.format(config) in fail(capsys, [f"--job.config_file={config}"])
 
 
 @pytest.mark.parametrize(
-    "content, says",
+    "content, message",
     [
         ("\ufeff[job]\n".encode(), "begins with a byte order mark; save it as UTF-8 without one."),
         ("[job]\n".encode("utf-16"), "cannot be read: "),
         (b"[job]\nformat = 2\n", "job.format = 2 is newer than this version reads (1); install the version"),
     ],
 )
-def test_files_of_other_programs(content, says, tmp_path, capsys):
+def test_files_of_other_programs(content, message, tmp_path, capsys):
     config = tmp_path / "config.toml"
-    config.write_bytes(content + b"[data]\ntrain = ['x']\n" * says.startswith("job"))
-    assert says in fail(capsys, [f"--job.config_file={config}"])
+    config.write_bytes(content + b"[data]\ntrain = ['x']\n" * message.startswith("job"))
+    assert message in fail(capsys, [f"--job.config_file={config}"])
 
 
 def debug_args(tmp_path, *args):
@@ -204,7 +204,7 @@ def test_tokenizer_without_mask_token(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "change, says",
+    "change, message",
     [
         ({"vocab_size": 5000}, "use a vocabulary of 5000 tokens, but model.flavor debug has 512"),
         ({"mask_token_id": 9}, "were made with mask token id 9, but the tokenizer"),
@@ -212,11 +212,11 @@ def test_tokenizer_without_mask_token(tmp_path, capsys):
         ({"extra": 1}, "card"),
     ],
 )
-def test_shards_that_do_not_fit(change, says, tmp_path, capsys):
+def test_shards_that_do_not_fit(change, message, tmp_path, capsys):
     folder = shutil.copytree(f"{DEBUG}/train", tmp_path / "train")
     card = json.loads((folder / "memdlm.json").read_text())
     (folder / "memdlm.json").write_text(json.dumps(card | change))
-    assert says in fail(capsys, debug_args(tmp_path, "--data.train", str(folder)))
+    assert message in fail(capsys, debug_args(tmp_path, "--data.train", str(folder)))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "deleted"])
@@ -279,7 +279,7 @@ def test_what_others_say_becomes_one_sentence():
 
 
 @pytest.mark.parametrize(
-    "rows, args, says",
+    "rows, args, message",
     [
         ([], (), "The corpus is empty"),
         ([{"text": "tiny"}], (), "makes no training sequence of 64 tokens"),
@@ -288,7 +288,7 @@ def test_what_others_say_becomes_one_sentence():
         (None, (), "matches no file"),
     ],
 )
-def test_preparation(rows, args, says, tmp_path, capsys):
+def test_preparation(rows, args, message, tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     if rows is not None:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -297,7 +297,7 @@ def test_preparation(rows, args, says, tmp_path, capsys):
     assert prepare_data.main([*base, *tokenizer, *args]) == EXIT_STATUS
     captured = capsys.readouterr()
     errors = [line for line in captured.err.splitlines() if "error: " in line]
-    assert len(errors) == 1 and says in errors[0] and "Traceback" not in captured.err
+    assert len(errors) == 1 and message in errors[0] and "Traceback" not in captured.err
 
 
 @pytest.mark.parametrize("source", ["on standard input", "of --prompt", "file.txt"])
@@ -326,8 +326,8 @@ def test_ranks_to_show(root, ranks):
     command = ["bash", "launch/train.sh", "train_configs/debug.toml"]
     environment = {**os.environ, "NGPU": "2", "LOG_RANK": ranks}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    says = f"error: LOG_RANK must be local ranks below NGPU = 2, separated by commas, but is '{ranks}'.\n"
-    assert (done.returncode, done.stderr) == (EXIT_STATUS, says)
+    message = f"error: LOG_RANK must be local ranks below NGPU = 2, separated by commas, but is '{ranks}'.\n"
+    assert (done.returncode, done.stderr) == (EXIT_STATUS, message)
 
 
 def test_a_mistake_that_only_another_rank_meets_is_said_too(root):

@@ -162,12 +162,12 @@ def test_waiting_for_a_store(monkeypatch, caplog):
 
 
 @pytest.mark.parametrize(
-    "location, says",
+    "location, message",
     [("s4://bucket/run", "s4://bucket/run is not a location that can be opened"), ("gs://b/r", "needs a package")],
 )
-def test_urls_that_cannot_be_opened(location, says, monkeypatch):
+def test_urls_that_cannot_be_opened(location, message, monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         storage.Storage(location)
 
 

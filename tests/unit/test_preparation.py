@@ -343,7 +343,7 @@ def test_ways_to_write_json(tmp_path, content, rows):
 
 
 @pytest.mark.parametrize(
-    "content, says",
+    "content, message",
     [
         (json.dumps({"text": TEXT}).encode("utf-16"), "is not UTF-8 but UTF-16 or UTF-32; convert it to UTF-8."),
         (json.dumps({"text": TEXT}).encode("utf-16-le"), "is not UTF-8 but UTF-16 or UTF-32; convert it to UTF-8."),
@@ -351,15 +351,15 @@ def test_ways_to_write_json(tmp_path, content, rows):
         (b'[{"text": "x"}] {', "is not valid JSON: something follows the array."),
     ],
 )
-def test_json_that_is_none(tmp_path, content, says):
+def test_json_that_is_none(tmp_path, content, message):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(UserError) as mistake:
         run(tmp_path, str(tmp_path / "a.json"))
-    assert str(mistake.value) == f"The input {tmp_path / 'a.json'} {says}"
+    assert str(mistake.value) == f"The input {tmp_path / 'a.json'} {message}"
 
 
 @pytest.mark.parametrize(
-    "arguments, says",
+    "arguments, message",
     [
         (("--output", ""), "--output is empty; name a folder to write to."),
         (("--seq-len", "99999999999"), "--seq-len must be from 2 to 16,777,216, but is 99999999999."),
@@ -370,7 +370,7 @@ def test_json_that_is_none(tmp_path, content, says):
         (("--tokenizer", "{}/broken"), "cannot be loaded: "),
     ],
 )
-def test_arguments(tmp_path, capsys, arguments, says):
+def test_arguments(tmp_path, capsys, arguments, message):
     rows = jsonl(tmp_path / "rows.jsonl", [{"text": TEXT}])
     for name in ("file", "link", "broken", "elsewhere"):
         (tmp_path / name).mkdir()
@@ -382,7 +382,7 @@ def test_arguments(tmp_path, capsys, arguments, says):
     base[arguments[0]] = arguments[1].format(tmp_path)
     assert prepare_data.main([*(part for pair in base.items() for part in pair), "--overwrite"]) == 2
     (error,) = capsys.readouterr().err.splitlines()
-    assert says in error and error.endswith(".") and not error.endswith("..")
+    assert message in error and error.endswith(".") and not error.endswith("..")
     assert {path: content for path, content in tree(tmp_path).items() if path != tmp_path / "out"} == before
 
 
@@ -398,7 +398,7 @@ def test_shards_of_an_earlier_release_are_read(split):
 
 
 @pytest.mark.parametrize(
-    "change, says",
+    "change, message",
     [
         (
             {"format": 3},
@@ -409,12 +409,12 @@ def test_shards_of_an_earlier_release_are_read(split):
         ({"seq_len": "128"}, "has no valid seq_len; prepare the data anew"),
     ],
 )
-def test_cards_of_another_release(tmp_path, change, says):
+def test_cards_of_another_release(tmp_path, change, message):
     folder = shutil.copytree(f"{DEBUG}/train", tmp_path / "train")
     (folder / "memdlm.json").write_text(json.dumps(json.loads((folder / "memdlm.json").read_text()) | change))
     with pytest.raises(UserError) as mistake:
         shards.read_card(str(folder))
-    assert str(mistake.value).startswith(f"The shards' card {folder}/memdlm.json {says}")
+    assert str(mistake.value).startswith(f"The shards' card {folder}/memdlm.json {message}")
 
 
 # Killed preparations and concurrent ones.

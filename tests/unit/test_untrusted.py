@@ -151,7 +151,7 @@ def edit_index(folder: Path, **changes) -> None:
 
 @pytest.mark.parametrize("remote", [False, True])
 @pytest.mark.parametrize(
-    "changes, says",
+    "changes, message",
     [
         ({"basename": "../outside.mds"}, "names the file '../outside.mds' outside of its folder"),
         ({"basename": "{root}/outside.mds"}, "outside.mds' outside of its folder"),
@@ -163,7 +163,7 @@ def edit_index(folder: Path, **changes) -> None:
         ({"format": "json"}, "names the format 'json'"),
     ],
 )
-def test_an_index_names_files_of_its_own_folder(tmp_path, remote, changes, says):
+def test_an_index_names_files_of_its_own_folder(tmp_path, remote, changes, message):
     folder = write_shards(tmp_path / "shards", rows=20)
     location = f"file://{folder}" if remote else str(folder)
     cache, outside = tmp_path / "cache", tmp_path / "elsewhere"
@@ -178,7 +178,7 @@ def test_an_index_names_files_of_its_own_folder(tmp_path, remote, changes, says)
     before = {path for path in tmp_path.rglob("*") if cache not in path.parents}
     with pytest.raises(UserError) as mistake:
         next(iter(open_dataset(data, [location], [], batch_size=1)))
-    assert says in str(mistake.value) and str(mistake.value).endswith("use shards whose origin you know.")
+    assert message in str(mistake.value) and str(mistake.value).endswith("use shards whose origin you know.")
     assert {path for path in tmp_path.rglob("*") if cache not in path.parents} == before
 
 
