@@ -27,7 +27,7 @@ IMPATIENT = {"do": "impatient"}
 
 
 def shut_when_marked(store, marks: dict[Path, float]) -> threading.Thread:
-    """Shut the store for a file's number of seconds when a run creates that file."""
+    """Shut the store when a run creates a mark file, for that mark's number of seconds."""
 
     def watch() -> None:
         remaining = dict(marks)

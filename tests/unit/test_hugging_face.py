@@ -185,7 +185,7 @@ def test_conversion_refuses_what_it_cannot_convert(recipe, weights, tmp_path, ca
 
 @pytest.mark.parametrize("ep_size", [1, 2])
 def test_experts_of_replicas_have_names(ep_size):
-    """Two nodes of two fake ranks: each rank keeps its experts in its node's replica."""
+    """Two nodes of two fake ranks, one replica per node: a rank's state dict names half of the experts."""
     config = parse_config.parse([
         "--job.config_file", "train_configs/llada_moe_7b_longalpaca.toml", "--model.flavor", "debug",
         "--model.converters", "", "--parallelism.expert_parallel_degree", str(ep_size),

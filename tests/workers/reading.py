@@ -47,7 +47,7 @@ def read(model: TrainedModel, new_tokens: int = 6) -> dict:
                 return model.generate(batch, new_tokens, decoding, memory, ids=ids).responses
 
             results[f"memory {memory}, temperature {temperature}"] = model.data_parallel.map_batches(prompts, 2, work)
-        # With only [MASK]s, all positions have equal confidence, and rounding would choose among them.
+        # No empty prompts: with only [MASK]s, all positions have equal confidence, and rounding chooses among them.
         rows = [Row(prompt, [5, 6, 7, 8]) for prompt in prompts if prompt]
         points = measure(model, rows, memory, ratios=(0.5, 1.0), batch_size=2)
         # Only static losses: confidences here differ by rounding, which would decide the order of decoding.
