@@ -1,4 +1,4 @@
-"""Make tests/assets/debug, the data of train_configs/debug.toml, from this repository's own sources.
+"""Make tests/assets/debug, the data of train_configs/debug.toml, from this repository's sources.
 
 python tests/assets/make_debug_data.py
 """

@@ -1,4 +1,4 @@
-"""Context parallelism: the same numbers as one process, and what it communicates."""
+"""Context parallelism: numbers equal to one process, and the collectives of a step."""
 
 import json
 from dataclasses import replace
@@ -19,9 +19,9 @@ from memdlm_dist.training import run
 from memdlm_dist.training.backbone import get_layout, model_on_meta
 from tests.workers.sharded_context import DOCUMENTS, GROUPED, LAYOUTS, OPTIONS, configuration, numbers, options_of
 
-# Two layouts add up the same numbers in another order: float32 rounding (8e-7 is seen).
+# Layouts sum in different orders: float32 rounding, 8e-7 measured.
 TOLERANCE = 1e-5
-CONTEXT, TENSOR = "--parallelism.context_parallel_degree", "--parallelism.tensor_parallel_degree"
+CP, TP = "--parallelism.context_parallel_degree", "--parallelism.tensor_parallel_degree"
 METHOD = "--parallelism.context_parallel_method"
 
 
@@ -36,10 +36,10 @@ def results(tmp_path_factory, pools):
 STEPS = [(name, options) for name in LAYOUTS if not name.startswith("one") for options in options_of(name)]
 
 
-@pytest.mark.parametrize("spread, options", STEPS)
-def test_a_layout_gives_the_single_process_loss_and_gradients(results, spread, options):
-    ours = results[spread][options]
-    twice = LAYOUTS[spread][2] == 2 and options.startswith("batch")
+@pytest.mark.parametrize("layout, options", STEPS)
+def test_a_layout_gives_the_single_process_loss_and_gradients(results, layout, options):
+    ours = results[layout][options]
+    twice = LAYOUTS[layout][2] == 2 and options.startswith("batch")
     single = results["one-twice" if twice else "one"][options]
     assert ours.keys() == single.keys() and ("inner" in single) == (not options.startswith("off"))
     for name, theirs in single.items():
@@ -47,16 +47,16 @@ def test_a_layout_gives_the_single_process_loss_and_gradients(results, spread, o
         assert theirs.abs().max() > 0
 
 
-@pytest.mark.parametrize("spread, options", GROUPED)
-def test_grouped_products_and_sequences_give_the_single_process_step(results, spread, options):
-    ours, theirs = results[spread][f"{options}, grouped"], results["one"][options]
+@pytest.mark.parametrize("layout, options", GROUPED)
+def test_grouped_products_and_sequences_give_the_single_process_step(results, layout, options):
+    ours, theirs = results[layout][f"{options}, grouped"], results["one"][options]
     assert ours.keys() == theirs.keys()
     for name, x in theirs.items():
         assert (ours[name] - x).abs().max() <= TOLERANCE * x.abs().max(), name
 
 
 def test_the_comparison_can_tell(results):
-    """A rank without a masked token was among them; sets, documents and memory matter."""
+    """Cases include a rank without a masked token; sets, documents and memory change the loss."""
     for name in ("cp2", "cp4", "fsdp2-cp2", "tp2-cp2"):
         masked = results[name]["masked on a rank"]
         assert masked["sample-quarter"] == masked.get("batch-quarter", 0) == 0 < masked["sample"], name
@@ -68,23 +68,25 @@ def test_the_comparison_can_tell(results):
 
 
 def test_what_a_step_communicates(results):
-    """Three layers, one of them trunk: every pass through a layer's attention exchanges tokens for heads and back. The
-    fast weights' gradients, two tensors for each of three linears in two layers, and the loss are summed in each inner
-    step; nothing else, and FSDP gathers and reduces as without context parallelism."""
-    forward = 2 + 2 * 2 + 2  # trunk on two states, tail in two inner steps and in the outer one
-    backward = 3 + 2 * 1  # an inner step's ends at the lowest adapted FFN, above its layer's attention
+    """Context parallelism adds two all-to-alls per attention pass and all-reduces in inner steps, nothing else.
+
+    The model has three layers, one of them trunk. Each inner step all-reduces the fast weights' gradients, two tensors
+    for each of three linears in two layers, and the loss. FSDP communicates as without context parallelism.
+    """
+    forward = 2 + 2 * 2 + 2  # trunk on two states; tail in two inner steps and the outer step
+    backward = 3 + 2 * 1  # an inner step's backward pass ends at the lowest adapted FFN, above its attention
     for name in ("fsdp2-cp2", "tp2-cp2"):
-        again = 3 + 2 * 2 if name == "fsdp2-cp2" else 0  # checkpointed layers run forward again
-        found = results[name]["collectives"]
-        assert found["cp"] == {"all_to_all": 2 * (forward + backward + again), "all_reduce": 2 * (2 * 3 * 2 + 1)}
+        again = 3 + 2 * 2 if name == "fsdp2-cp2" else 0  # recomputed by activation checkpointing
+        collectives = results[name]["collectives"]
+        assert collectives["cp"] == {"all_to_all": 2 * (forward + backward + again), "all_reduce": 2 * (2 * 3 * 2 + 1)}
         plain = results[name]["plain collectives"]["fsdp"]
-        assert found["fsdp"]["all_gather"] == plain["all_gather"] - 2 and plain["all_gather"] == 5 + 4
-        assert found["fsdp"]["reduce_scatter"] == plain["reduce_scatter"] == 5
+        assert collectives["fsdp"]["all_gather"] == plain["all_gather"] - 2 and plain["all_gather"] == 5 + 4
+        assert collectives["fsdp"]["reduce_scatter"] == plain["reduce_scatter"] == 5
 
 
 @pytest.fixture
 def many_ranks():
-    """A single process that takes itself for one of eight."""
+    """Initialise a fake process group with this process as one of eight ranks."""
     if is_initialized():
         destroy_process_group()
     init_fake_mode(8)
@@ -95,7 +97,7 @@ def many_ranks():
 def test_ring_attention_is_torchs_without_load_balancing(many_ranks):
     from torch.distributed.tensor.experimental._attention import _cp_options
 
-    config = configuration(CONTEXT, "8", METHOD, "ring", "--parallelism.context_parallel_rotate_method", "alltoall")
+    config = configuration(CP, "8", METHOD, "ring", "--parallelism.context_parallel_rotate_method", "alltoall")
     args = replace(FLAVOURS["many_heads"], n_kv_heads=2)  # fewer heads than ranks
     model = model_on_meta(config, args, get_layout(config, many_ranks))
     for block in model.layers.values():
@@ -110,19 +112,19 @@ def test_ring_attention_is_torchs_without_load_balancing(many_ranks):
 
 
 def test_a_rank_has_its_part_of_every_row(many_ranks):
-    config = configuration(CONTEXT, "4", TENSOR, "2", "--training.local_batch_size", "2")
+    config = configuration(CP, "4", TP, "2", "--training.local_batch_size", "2")
     bench = Bench.build(config)
     assert bench.objective.cp_size == 4 and bench.objective.tp_size == 2 and bench.dims.get_mesh("fsdp").size() == 4
-    parts = [replace(bench.objective, cp_rank=part).micro_batch(*batch(), step=1) for part in range(4)]
-    whole = replace(bench.objective, cp_size=1, tp_size=1).micro_batch(*batch(), step=1)
-    assert torch.equal(torch.cat([part.inputs[1] for part in parts], dim=1), whole.inputs[1])
-    assert [part.first for part in parts] == [0, 8, 16, 24] and {part.length for part in parts} == {32}
-    for state, of_parts in ((whole.anchor, [part.anchor for part in parts]),
-                            (whole.inner[0].scored, [part.inner[0].scored for part in parts])):  # fmt: skip
-        labels = torch.cat([x.label_N[x.valid_N] for x in of_parts])
+    slices = [replace(bench.objective, cp_rank=cp_rank).micro_batch(*batch(), step=1) for cp_rank in range(4)]
+    full = replace(bench.objective, cp_size=1, tp_size=1).micro_batch(*batch(), step=1)
+    assert torch.equal(torch.cat([each.inputs[1] for each in slices], dim=1), full.inputs[1])
+    assert [each.first for each in slices] == [0, 8, 16, 24] and {each.length for each in slices} == {32}
+    for state, slice_states in ((full.anchor, [each.anchor for each in slices]),
+                            (full.inner[0].scored, [each.inner[0].scored for each in slices])):  # fmt: skip
+        labels = torch.cat([x.label_N[x.valid_N] for x in slice_states])
         assert sorted(labels.tolist()) == sorted(state.label_N[state.valid_N].tolist())
-        for x in of_parts:
-            assert torch.equal(x.count_U, state.count_U) and x.index_SM.shape == of_parts[0].index_SM.shape
+        for x in slice_states:
+            assert torch.equal(x.count_U, state.count_U) and x.index_SM.shape == slice_states[0].index_SM.shape
             assert len(x.index_SM) == 2 and x.index_SM.max() < 2 * 4
 
 
@@ -134,10 +136,10 @@ def batch():
 def test_rope_scaling():
     args = replace(FLAVOURS["8B"], rope_scaling=32.0, rope_scaling_method="ntk")
     d, theta = args.dim // args.n_heads, 500_000
-    # The slowest pair is slower by the factor.
+    # The slowest pair turns slower by the scaling factor.
     assert args.rotary_base ** (-(d - 2) / d) == pytest.approx(theta ** (-(d - 2) / d) / 32)
     assert replace(args, rope_scaling=1.0).rotary_base == FLAVOURS["8B"].rotary_base == theta
-    # 35 of the 64 pairs have turned once within 4,096 tokens to either side, and the last of these just so.
+    # 35 of the 64 pairs complete a turn within 4,096 tokens to either side; pair 34 only just.
     turns = [2 * 4096 / (2 * torch.pi) * theta ** (-2 * j / d) for j in range(64)]
     assert turns[34] > 1 > turns[35]
     base = replace(args, rope_scaling_method="diffusion_ntk").rotary_base
@@ -156,7 +158,7 @@ def test_scaled_positions_are_the_models(tmp_path):
     args = replace(FLAVOURS["8B"])
     args.update_from_config(config)
     assert args.rope_scaling * args.native_length == config.training.seq_len and args.rotary_base > 1e8
-    # Weights for the native context start such a run; what comes out says its own base.
+    # A run may start from weights for the native context; its export names the scaled base.
     sd_adapter = BACKBONES["llada"].sd_adapter(args, None)
     assert sd_adapter.config()["rope_theta"] == args.rotary_base
     assert not sd_adapter.differences('{"rope_theta": 500000.0}')
@@ -173,8 +175,8 @@ def test_scaled_positions_are_the_models(tmp_path):
 def test_a_run_beyond_its_weights_context_is_warned(monkeypatch):
     recipe = ["--job.config_file", "train_configs/llada_8b_128k.toml", "--model.rope_scaling"]
     configs = [parse_config.parse([*recipe, scaling]) for scaling in ("32", "8")]
-    said = []
-    monkeypatch.setattr(run.logger, "warning", said.append)
+    logs = []
+    monkeypatch.setattr(run.logger, "warning", logs.append)
     for config in configs:
         run._warn_of_length(config, FLAVOURS["8B"])
-    assert len(said) == 1 and "131072 is longer than the 32768 tokens" in said[0] and "rope_scaling = 32 " in said[0]
+    assert len(logs) == 1 and "131072 is longer than the 32768 tokens" in logs[0] and "rope_scaling = 32 " in logs[0]

@@ -22,16 +22,15 @@ TRACKED = (
     "validation/loss_memory_off",
     "validation/loss_memory_on",
 )
-# All layouts start with the same weights and add up the same numbers in another order: float32 rounding (about 5e-7 is
-# seen), which optimizer steps amplify.
+# All layouts start with the same weights and differ in summation order: float32 rounding, about 5e-7 measured, which
+# optimizer steps amplify.
 TOLERANCE = 1e-5
 
 TP, CP = "--parallelism.tensor_parallel_degree", "--parallelism.context_parallel_degree"
 LOCAL = "--training.local_batch_size"
 AC = "--activation_checkpoint.mode"
-DETERMINISTIC = "--debug.deterministic"  # other kernels where torch has them, an error where it has none
-# name -> (processes, arguments); every one has a global batch of 4. More layouts, over more steps, are in
-# test_invariance.py.
+DETERMINISTIC = "--debug.deterministic"  # torch picks deterministic kernels, or raises where it has none
+# name -> (processes, arguments); the global batch size is 4. test_invariance.py runs more layouts and more steps.
 LAYOUTS = {
     "single": (1, [LOCAL, "4"]),
     "fsdp2": (2, [LOCAL, "2"]),
@@ -41,7 +40,7 @@ LAYOUTS = {
     "cp2": (2, [LOCAL, "4", CP, "2", DETERMINISTIC]),
     "fsdp2-cp2": (4, [LOCAL, "2", CP, "2"]),
 }
-# On packed rows; compilation sees masks and positions as arguments of its graphs.
+# Layouts on packed rows; compiled graphs take masks and positions as arguments.
 PACKED = {
     "packed": (1, [LOCAL, "4"]),
     "packed-fsdp2-cp2": (4, [LOCAL, "2", CP, "2"]),
@@ -49,50 +48,50 @@ PACKED = {
 }
 COMMON = ["--model.flavor", "tiny", "--training.steps", "2", "--training.global_batch_size", "4"]
 VALIDATED = ("single", "fsdp2", "tp2", "fsdp2-cp2", "packed", "packed-fsdp2-cp2")
-# bfloat16 carries 8 bits; one rounding is 0.4%, and they add up over the layers.
+# bfloat16 carries 8 bits: one rounding is 0.4%, and rounding accumulates over the layers.
 BFLOAT16 = {"fsdp2-bfloat16": (2, [LOCAL, "2"]), "fsdp2-tp2-bfloat16": (4, [LOCAL, "2", TP, "2"])}
 BFLOAT16_TOLERANCE = 0.03
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    """All runs of this file but the slow ones, for one start of Python: their folder."""
+def all_runs(tmp_path_factory):
+    """Return the folder of all runs except the slow ones; one launch of Python serves all runs."""
     root = tmp_path_factory.mktemp("runs")
     runs = [layout_runs(root), option_runs(root, SINGLE_RUNS + SOME_RUNS), expert_runs(root), continued_runs(root)]
-    run_many([run for some in runs for run in some])
+    run_many([run for group in runs for run in group])
     return root
 
 
 def layout_runs(root):
-    """Some steps from scratch, on every layout."""
-    # All 41 held-out sequences: a number that no layout divides into batches.
+    """Return runs of a few steps from scratch on every layout."""
+    # All 41 held-out sequences, a number that no layout divides evenly into batches.
     validation = ["--validation.enable", "--validation.local_batch_size", "4", "--validation.steps", "-1"]
     data = ["--data.train", str(root / "data/train"), "--data.validation", str(root / "data/heldout")]
     pack(root / "data")
-    everything = {
+    layouts = {
         **{name: (n, [*args, "--training.steps", str(STEPS)]) for name, (n, args) in LAYOUTS.items()},
         **{name: (n, [*args, "--training.mixed_precision_param", "bfloat16"]) for name, (n, args) in BFLOAT16.items()},
         **{name: (n, [*args, *data]) for name, (n, args) in PACKED.items()},
     }
     return [
         (n, debug(root / name, *COMMON, *args, *(validation if name in VALIDATED else ())))
-        for name, (n, args) in everything.items()
+        for name, (n, args) in layouts.items()
     ]
 
 
 @pytest.fixture(scope="module")
-def results(done):
-    return {name: scalars(done / name) for name in LAYOUTS | BFLOAT16 | PACKED}
+def results(all_runs):
+    return {name: scalars(all_runs / name) for name in LAYOUTS | BFLOAT16 | PACKED}
 
 
 def pack(folder):
-    """The functions of this suite's files as documents, most of them shorter than a row."""
+    """Prepare packed shards of this suite's functions, most of them shorter than a row."""
     rows = [
         {"text": text} for path in sorted(ROOT.glob("tests/*/test_*.py")) for text in path.read_text().split("\n\n\n")
     ]
     folder.mkdir()
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows[:300])))
-    found = prepare(
+    summary = prepare(
         PrepareConfig(
             folder,
             128,
@@ -103,7 +102,7 @@ def pack(folder):
         ),
         report=print,
     )
-    assert found.packing["heldout"].most_documents > 1 < found.packing["train"].most_documents
+    assert summary.packing["heldout"].most_documents > 1 < summary.packing["train"].most_documents
 
 
 def relative_difference(ours, theirs):
@@ -141,7 +140,7 @@ def test_scalars_count_a_context_parallel_group_once(results):
 
 @pytest.mark.slow
 def test_inductor_takes_the_same_step(tmp_path):
-    """The options below are compiled without it: it takes half a minute."""
+    """Inductor takes half a minute; the options below compile with another backend."""
     compiled = debug(tmp_path / "compiled", *COMMON, LOCAL, "2", "--compile.enable")
     run_many([(1, debug(tmp_path / "single", *COMMON, LOCAL, "4")), (2, compiled)])
     ours, theirs = scalars(tmp_path / "compiled"), scalars(tmp_path / "single")
@@ -156,19 +155,19 @@ def test_mixed_precision_stays_close(results, layout):
 
 
 def test_throughput_is_by_plain_training_and_the_memorys_share_is_said(results):
-    """tflops and MFU go by torchtitan's model FLOPs, which know nothing of the inner loop."""
+    """Throughput and MFU use torchtitan's model FLOPs, which exclude the inner loop."""
     dim, layers, hidden, vocabulary, length = 32, 2, 64, 512, 128
     parameters = layers * (3 * dim * dim + 3 * dim * hidden + 2 * dim) + dim + dim * vocabulary
     flops = 6 * parameters + 12 * layers * dim * length
-    found = results["single"]
+    curves = results["single"]
     for step in (1, 2):
-        assert found["tflops"][step] / found["throughput(tps)"][step] == pytest.approx(flops / 1e12, rel=1e-5)
-        # One of two layers is trunk: with the pre-anchor through it, and two inner steps through the other.
-        assert 1.5 < found["parametric_memory/hardware_flops_ratio"][step] < 2.5
+        assert curves["tflops"][step] / curves["throughput(tps)"][step] == pytest.approx(flops / 1e12, rel=1e-5)
+        # One of two layers is trunk: the pre-anchor adds a pass through it, two inner steps add passes of the tail.
+        assert 1.5 < curves["parametric_memory/hardware_flops_ratio"][step] < 2.5
 
 
 def test_the_layouts_are_not_trivially_equal(results):
-    """The memory acts and the model moves, or the tests above would show nothing."""
+    """Memory and training change the losses, so the comparisons above are meaningful."""
     one = results["single"]
     assert one["parametric_memory/fast_weight_norm"][1] > 1e-3
     assert one["validation/loss_memory_on"][0] < one["validation/loss_memory_off"][0]
@@ -176,7 +175,7 @@ def test_the_layouts_are_not_trivially_equal(results):
     assert set(one["parametric_memory/skipped_updates"].values()) == {0}
 
 
-# The options of the inner loop, each at least once, on the layouts in which they run different code.
+# Each option of the inner loop at least once, on the layouts where it runs different code.
 MEMORY = "--parametric_memory."
 OPTIONS = {
     "kl-progressive-global": {"inner_loss": "kl", "trajectory": "progressive", "gradient_norm": "global"},
@@ -195,14 +194,14 @@ OPTIONS = {
 }  # fmt: skip
 OPTION_LAYOUTS = {
     "single": LAYOUTS["single"],
-    # Every block recomputed in the backward pass, and every group of parameters freed after its forward pass.
+    # Every block is recomputed in the backward pass, and every FSDP group reshards after its forward pass.
     "fsdp2": (2, [LOCAL, "2", AC, "full", "--parallelism.fsdp_reshard_after_forward", "always"]),
     "tp2": LAYOUTS["tp2"],
     "tp2-no-loss-parallel": (2, [LOCAL, "4", TP, "2", "--parallelism.disable_loss_parallel"]),
     "compiled": (2, [LOCAL, "2", "--compile.enable", "--compile.backend", "aot_eager"]),
 }
-# One set for a whole local batch depends on the local batch: only layouts with the same one are the same.
-# Compilation takes seconds; two of the sets hold what a compiled block sees of the options.
+# One set per local batch depends on the local batch, so only layouts with equal local batches are comparable.
+# Compilation takes seconds; the two option sets that stay compiled cover everything that a compiled block sees.
 LEFT_OUT = {
     "batch": ("fsdp2", "compiled"),
     "kl-progressive-global": ("compiled",),
@@ -213,7 +212,8 @@ OPTION_RUNS = [
 ]
 
 
-# Every set of options and every layout; the other pairs, which test_sharded_step.py covers below the trainer, are slow.
+# Covers every option set and every layout; the other pairs are slow, and test_sharded_step.py covers them below the
+# trainer.
 SOME_RUNS = (
     ("kl-progressive-global", "tp2-no-loss-parallel"),
     ("reverse_kl-newly_revealed-3", "fsdp2"),
@@ -231,14 +231,14 @@ def option_runs(root, chosen_runs):
     runs = []
     for name, layout in chosen_runs:
         processes, arguments = OPTION_LAYOUTS[layout]
-        chosen = [part for key, value in OPTIONS[name].items() for part in (MEMORY + key, value)]
+        chosen = [argument for key, value in OPTIONS[name].items() for argument in (MEMORY + key, value)]
         runs.append((processes, debug(root / "options" / name / layout, *COMMON, *arguments, *chosen)))
     return runs
 
 
 @pytest.fixture(scope="module")
-def options(done):
-    return {run: scalars(done / "options" / run[0] / run[1]) for run in SINGLE_RUNS + SOME_RUNS}
+def options(all_runs):
+    return {run: scalars(all_runs / "options" / run[0] / run[1]) for run in SINGLE_RUNS + SOME_RUNS}
 
 
 @pytest.fixture(scope="module")
@@ -257,8 +257,8 @@ def more_options(tmp_path_factory):
     ],
 )
 def test_every_option_is_the_same_on_every_layout(request, options, name, layout):
-    found = options if (name, layout) in SOME_RUNS else request.getfixturevalue("more_options")
-    ours, theirs = found[name, layout], options[name, "single"]
+    results = options if (name, layout) in SOME_RUNS else request.getfixturevalue("more_options")
+    ours, theirs = results[name, layout], options[name, "single"]
     tracked = [key for key in theirs if key.startswith("parametric_memory/inner")]
     steps = {"kl-progressive-global": 2, "reverse_kl-newly_revealed-3": 3, "batch": 2}.get(name, 1)
     assert len(tracked) == 2 * steps
@@ -267,7 +267,7 @@ def test_every_option_is_the_same_on_every_layout(request, options, name, layout
         assert relative_difference(ours[key], theirs[key]) < TOLERANCE, f"{key}: {ours[key]} against {theirs[key]}"
 
 
-# Expert-parallel ranks share one set of the experts' fast weights: a single process of all their rows has it too.
+# Expert-parallel ranks share one set of the experts' fast weights, like a single process with all their rows.
 EXPERTS = {"memory-off": [MEMORY + "no_enable"], "memory-of-a-batch": [MEMORY + "granularity", "batch"]}
 EXPERT_LAYOUTS = {
     "single": (1, [LOCAL, "4"]),
@@ -285,8 +285,8 @@ def expert_runs(root):
 
 
 @pytest.mark.parametrize("name", EXPERTS)
-def test_experts_take_the_same_steps_from_scratch(done, name):
-    ours, theirs = (scalars(done / "experts" / name / layout) for layout in ("ep2", "single"))
+def test_experts_take_the_same_steps_from_scratch(all_runs, name):
+    ours, theirs = (scalars(all_runs / "experts" / name / layout) for layout in ("ep2", "single"))
     tracked = [key for key in theirs if key.startswith("parametric_memory/inner")]
     assert bool(tracked) == (name != "memory-off")
     for key in ("loss_metrics/global_avg_loss", "grad_norm", *tracked):
@@ -295,7 +295,7 @@ def test_experts_take_the_same_steps_from_scratch(done, name):
 
 
 def continued_runs(root):
-    """Steps with memory, without and with again in one folder, and the reverse."""
+    """Return runs in one folder with memory on, off and on again, and in another with memory off, then on."""
     save = ["--checkpoint.enable", "--checkpoint.interval", "3", LOCAL, "2"]
     off = ["--parametric_memory.no_enable"]
     runs = [
@@ -309,8 +309,8 @@ def continued_runs(root):
 
 
 @pytest.fixture(scope="module")
-def continued(done):
-    return done
+def continued(all_runs):
+    return all_runs
 
 
 def test_memory_can_be_switched_between_runs(continued):
@@ -322,17 +322,17 @@ def test_memory_can_be_switched_between_runs(continued):
 
 @pytest.mark.slow
 def test_compiled_blocks_take_every_pass(tmp_path):
-    """With and without gradient, students and teachers, two batch sizes: more graphs than torch allows by default."""
+    """Passes with and without gradient, students and teachers, two batch sizes exceed torch's default graph limit."""
     compiled = debug(
         tmp_path, "--compile.enable", "--compile.backend", "aot_eager", AC, "full", LOCAL, "2",
         MEMORY + "inner_loss", "kl", MEMORY + "layer_fraction", "0.5", MEMORY + "start_step", "2", "--training.steps",
         "3", "--validation.enable", "--validation.local_batch_size", "3", "--validation.steps", "1",
     )  # fmt: skip
     run_many([(1, compiled)])
-    found = scalars(tmp_path)
-    assert set(found["loss_metrics/global_avg_loss"]) == {1, 2, 3}
-    assert set(found["parametric_memory/inner_loss_step_1"]) == {2, 3}
-    assert set(found["validation/loss_memory_on"]) == {0, 3}
+    curves = scalars(tmp_path)
+    assert set(curves["loss_metrics/global_avg_loss"]) == {1, 2, 3}
+    assert set(curves["parametric_memory/inner_loss_step_1"]) == {2, 3}
+    assert set(curves["validation/loss_memory_on"]) == {0, 3}
 
 
 def test_fast_weights_are_never_saved(continued):
@@ -344,24 +344,24 @@ def test_fast_weights_are_never_saved(continued):
 
 
 def test_as_a_user_starts_it(tmp_path):
-    """launch/train.sh on two processes, with everything on: console, TensorBoard, files."""
+    """launch/train.sh on two processes with every feature on: console, TensorBoard, files."""
     out = launch(
         2, tmp_path, "--training.steps", "4",
         "--checkpoint.enable", "--validation.enable", "--validation.freq", "2", "--validation.steps", "1",
         "--metrics.log_freq", "2",
     )  # fmt: skip
     step_lines = [line for line in out.splitlines() if " step:  " in line]
-    assert len(step_lines) == 3, "one line a logged step, from rank 0 alone"  # steps 1, 2 and 4
+    assert len(step_lines) == 3, "one line per logged step, from rank 0 only"  # steps 1, 2 and 4
     assert all(" inner loss: " in line and " -> " in line for line in step_lines)
     assert "held-out loss" in out and "start (step      0)" in out and "end   (step      4)" in out
-    found = scalars(tmp_path)
-    assert {*TRACKED, "parametric_memory/hardware_flops_ratio", "mfu(%)"} <= set(found)
-    assert set(found["parametric_memory/inner_loss_step_1"]) == {1, 2, 4}
-    assert set(found["validation/loss_memory_off"]) == {0, 2, 4}
+    curves = scalars(tmp_path)
+    assert {*TRACKED, "parametric_memory/hardware_flops_ratio", "mfu(%)"} <= set(curves)
+    assert set(curves["parametric_memory/inner_loss_step_1"]) == {1, 2, 4}
+    assert set(curves["validation/loss_memory_off"]) == {0, 2, 4}
     history = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
     assert [row["step"] for row in history] == [0, 2, 4]
     assert (tmp_path / "checkpoint/step-4/.metadata").is_file()
 
     same = ["--training.steps", "4", "--training.global_batch_size", "8", "--checkpoint.enable", "--validation.enable"]
-    (again,) = run_many([(1, debug(tmp_path, *same))])
-    assert "This run is complete: its checkpoint is at step 4" in again and " step:  " not in again
+    (output,) = run_many([(1, debug(tmp_path, *same))])
+    assert "This run is complete: its checkpoint is at step 4" in output and " step:  " not in output

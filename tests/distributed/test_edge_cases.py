@@ -1,4 +1,4 @@
-"""Rows that are out of the ordinary, through the real trainer on several ranks."""
+"""Unusual rows through the real trainer on several ranks."""
 
 import json
 from dataclasses import replace
@@ -29,17 +29,17 @@ OPTIONS = {
         "--parametric_memory.inner_steps", "3",
     ],
 }  # fmt: skip
-SEED = 7  # of `debug`
-# Four steps with a whole row, a short one, one with nothing maskable and one with a single maskable token, which
-# most noise levels leave alone; then a step with nothing maskable at all; then one as before.
+SEED = 7  # set by `debug`
+# Maskable tokens per row: four steps with a full row, a short row, an empty row and a row with one maskable token,
+# which most noise levels leave unmasked; then a step without maskable tokens; then one like the first four.
 MASKABLE = [[LENGTH, 9, 0, 1]] * 4 + [[0] * 4] + [[LENGTH, 9, 0, 1]]
 STEPS = len(MASKABLE)
-# Two layouts add up the same numbers in another order: float32 rounding.
+# Layouts sum in different orders: float32 rounding.
 TOLERANCE = 1e-5
 
 
 def write_shards(folder, rows):
-    """rows: (tokens, maskable) arrays."""
+    """Write rows of (tokens, maskable) arrays as shards; return the flags that train on them."""
     card = replace(read_card("tests/assets/debug/train"), seq_len=LENGTH, sequences=0)
     with ShardWriter(folder, card) as writer:
         for tokens, maskable in rows:
@@ -70,18 +70,18 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_ranks_without_a_masked_or_maskable_token_change_nothing(results, name, layout):
-    theirs, ours = (scalars(results / name / which) for which in ("single", layout))
+    theirs, ours = (scalars(results / name / run) for run in ("single", layout))
     assert set(ours) == set(theirs)
     for key in ours:
-        # The hardware's FLOPs count padding, of which every shard of a sequence has its own.
+        # Hardware FLOPs count padding, which every sequence shard has.
         if key != HARDWARE_FLOPS and key.startswith(
             ("parametric_memory", "diffusion", "loss_metrics/global_avg", "grad_norm")
         ):
             for step in range(1, STEPS + 1):
                 assert ours[key][step] == pytest.approx(theirs[key][step], rel=TOLERANCE), f"{key} at step {step}"
-    largest, average = (ours[f"loss_metrics/global_{which}_loss"] for which in ("max", "avg"))
+    largest, average = (ours[f"loss_metrics/global_{kind}_loss"] for kind in ("max", "avg"))
     for step in range(1, STEPS + 1):
-        if layout == "fsdp4" and step != 5:  # the largest of the ranks with maskable tokens
+        if layout == "fsdp4" and step != 5:  # the maximum over ranks with maskable tokens
             assert average[step] < largest[step] < float("inf")
         else:
             assert largest[step] == pytest.approx(average[step], rel=TOLERANCE)
@@ -90,18 +90,18 @@ def test_ranks_without_a_masked_or_maskable_token_change_nothing(results, name, 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_batch_with_nothing_maskable_is_a_step_without_a_loss(results, name):
-    found = scalars(results / name / "single")
+    curves = scalars(results / name / "single")
     for key in (
         "loss_metrics/global_avg_loss",
         "grad_norm",
         "diffusion/mask_ratio",
         "parametric_memory/fast_weight_norm",
     ):
-        assert found[key][5] == 0 and found[key][4] > 0 and found[key][6] > 0, key
+        assert curves[key][5] == 0 and curves[key][4] > 0 and curves[key][6] > 0, key
 
 
 def test_the_ranks_really_differ(results):
-    """Of the four ranks of fsdp4, one has nothing maskable, and one at some step nothing masked."""
+    """One rank of fsdp4 has no maskable token, and another has no masked token at some step."""
     per_rank = []
     for rank in range(4):
         lines = (results / "draws/default/fsdp4" / f"rank{rank}.jsonl").read_text().splitlines()
@@ -119,12 +119,12 @@ def test_the_ranks_really_differ(results):
 
 
 def test_a_row_whose_inner_loss_is_not_finite_is_counted(tmp_path):
-    """A token whose embedding is broken, where an inner state shows it and the anchor masks it."""
+    """Row 1 reads a NaN embedding in an inner state only; the anchor masks that position."""
     broken, row, step = 300, 1, 1
     random = np.random.default_rng(1)
     tokens = random.integers(4, 256, (4, LENGTH))
-    everything = torch.ones(4, LENGTH, dtype=torch.bool)
-    draw = trajectory.draw(SEED, step, torch.arange(4), everything)
+    maskable = torch.ones(4, LENGTH, dtype=torch.bool)
+    draw = trajectory.draw(SEED, step, torch.arange(4), maskable)
     anchor = trajectory.anchor_state(draw, "linear", "schedule")
     first, second = (state.mask_BL for state in Plan(trajectory="progressive").states(draw, anchor))
     tokens[row, int((anchor.mask_BL & first & ~second)[row].nonzero()[0])] = broken
@@ -138,7 +138,7 @@ def test_a_row_whose_inner_loss_is_not_finite_is_counted(tmp_path):
 
     saved = str(tmp_path / "state.pt")
     dcp_to_torch_save(tmp_path / "seed/checkpoint/step-0", saved)
-    state = torch.load(saved, weights_only=False)  # this test's own
+    state = torch.load(saved, weights_only=False)  # written by this test
     state["tok_embeddings.weight"][broken] = torch.nan
     torch.save(state, saved)
     torch_save_to_dcp(saved, tmp_path / "broken")
@@ -150,12 +150,12 @@ def test_a_row_whose_inner_loss_is_not_finite_is_counted(tmp_path):
     run_many([run("sound", 1, "4"), run("one", 1, "4", *start), run("two", 2, "2", *start)])
     sound, one, two = (scalars(tmp_path / name) for name in ("sound", "one", "two"))
     assert sound["parametric_memory/skipped_updates"] == {1: 0}
-    for found in (one, two):
-        assert found["parametric_memory/skipped_updates"] == {1: 1}
+    for curves in (one, two):
+        assert curves["parametric_memory/skipped_updates"] == {1: 1}
         for key in ("loss_metrics/global_avg_loss", "grad_norm", "parametric_memory/inner_loss_step_2"):
-            assert 0 < found[key][1] < float("inf")
-            assert found[key][1] == pytest.approx(one[key][1], rel=TOLERANCE)
-        # The first step is as ever; the second leaves the row out of its average.
+            assert 0 < curves[key][1] < float("inf")
+            assert curves[key][1] == pytest.approx(one[key][1], rel=TOLERANCE)
+        # Inner step 1 is unchanged; inner step 2 excludes the row from its average.
         first, second = (f"parametric_memory/inner_loss_step_{k}" for k in (1, 2))
-        assert found[first][1] == pytest.approx(sound[first][1], rel=TOLERANCE)
-        assert found[second][1] != sound[second][1]
+        assert curves[first][1] == pytest.approx(sound[first][1], rel=TOLERANCE)
+        assert curves[second][1] != sound[second][1]

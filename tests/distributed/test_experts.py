@@ -1,4 +1,4 @@
-"""The mixture of experts: the same numbers on every layout, and its fast weights for each sequence."""
+"""Mixture of experts: equal numbers on every layout, and fast weights per sample."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ from memdlm_dist.models.lora import LoRA, add_adapters
 from memdlm_dist.training.objective import Objective
 from tests.workers.sharded_experts import COMPILED, LAYOUTS, options_of
 
-# Two layouts add up the same numbers in another order: float32 rounding, of quantities of order 1 (4e-6 is seen).
+# Layouts sum in different orders: float32 rounding of quantities of order 1, 4e-6 measured.
 TOLERANCE = 1e-5
 ARGS = LLaDAMoEArgs(
     dim=32, n_layers=3, n_heads=4, hidden_dim=16, vocab_size=61, n_experts=4, experts_per_token=2, max_seq_len=24
@@ -37,21 +37,21 @@ def results(tmp_path_factory, pools):
 @pytest.fixture(scope="module")
 def compiled_results(tmp_path_factory, pools):
     root = tmp_path_factory.mktemp("compiled")
-    parts = {name: layout for layout in COMPILED for name in (layout, f"{layout}-compiled")}
-    for name, layout in {"one": "one", **parts}.items():  # the first one writes the weights
+    names = {name: layout for layout in COMPILED for name in (layout, f"{layout}-compiled")}
+    for name, layout in {"one": "one", **names}.items():  # "one" writes the weights
         pools(LAYOUTS[layout][0]).call("tests.workers.sharded_experts:find", str(root), name, ["lora"])
-    return {name: torch.load(root / f"{name}.pt") for name in parts}
+    return {name: torch.load(root / f"{name}.pt") for name in names}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", COMPILED)
 def test_a_layout_compiled_around_its_experts_takes_the_eager_steps(compiled_results, layout):
-    """The same bits; another step, with other numbers of tokens for every expert, compiles nothing again."""
+    """Same bits as eager; a step with other token counts per expert compiles nothing."""
     eager, compiled = compiled_results[layout], compiled_results[f"{layout}-compiled"]
     for name, value in eager["lora"].items():
         assert torch.equal(compiled["lora"][name], value), name
     assert compiled["gathers"] == eager["gathers"]
-    # Before the experts two graphs, after them a third: of the trunk with gradient and without, and of inner steps.
+    # Two graphs before the experts and one after: for the trunk with and without gradient, and for inner steps.
     assert compiled["graphs"].tolist() == [9, 9] and eager["graphs"].tolist() == [0, 0]
 
 
@@ -61,36 +61,38 @@ STEPS = [(layout, options) for layout in LAYOUTS if not layout.startswith("one")
 @pytest.mark.parametrize("layout, options", STEPS)
 def test_a_layout_gives_the_single_process_loss_and_gradients(results, layout, options):
     ours = results[layout][options]
-    # A set of fast weights for each micro-batch: the ranks' own, or those of an expert-parallel group together.
+    # One set of fast weights per micro-batch of a rank, or of an expert-parallel group.
     single = results["one-twice" if LAYOUTS[layout][2] == 2 else "one"][options]
     assert ours.keys() == single.keys()
     for name, theirs in single.items():
         if name != "load":
             assert (ours[name] - theirs).abs().max() <= TOLERANCE * theirs.abs().max(), name
-    # Checkpointed layers count twice.
+    # Recomputed layers count their load twice.
     assert torch.equal(ours["load"] / ours["load"].sum(), single["load"] / single["load"].sum())
     assert single["written"].min() > 0.01 and all(x.abs().max() > 0 for x in single.values())
 
 
 def test_a_rank_reads_its_part_of_the_weights(results):
-    """Of Hugging Face's folder, by DCP's reader; what a layout replicates (routers, norms) every rank reads."""
+    """DCP's reader reads only a rank's part of the Hugging Face folder, plus replicated routers and norms."""
     total = results["one"]["read"]
-    own = (x for name, x in results["one"]["lora"].items() if "weight" in name or "experts" in name)
-    assert total == sum(x.numel() for x in own)
+    weights = (x for name, x in results["one"]["lora"].items() if "weight" in name or "experts" in name)
+    assert total == sum(x.numel() for x in weights)
     for layout, (ranks, _, _) in LAYOUTS.items():
         assert results[layout]["read"] < total * (1 / ranks + 0.02), layout
 
 
 def test_experts_are_gathered_no_more_often_than_in_plain_training(results):
-    """Embedding, two layers and head; with expert parallelism a layer's experts are a group of their own. What is
-    below the memory (embedding and the lower layer) is gathered again in the backward pass, and nothing else."""
-    found = {layout: {kind: int(n) for kind, n in results[layout]["gathers"].items()} for layout in LAYOUTS}
-    assert found["fsdp2"] == {"plain": 4 + 3, "ours": 4 + 2}
-    assert found["fsdp2-ep2"] == {"plain": 6 + 5, "ours": 6 + 3}
+    """Only the trunk (embedding and lower layer) is gathered again in the backward pass.
+
+    FSDP groups are embedding, two layers and head; with expert parallelism, a layer's experts form another group.
+    """
+    gathers = {layout: {kind: int(n) for kind, n in results[layout]["gathers"].items()} for layout in LAYOUTS}
+    assert gathers["fsdp2"] == {"plain": 4 + 3, "ours": 4 + 2}
+    assert gathers["fsdp2-ep2"] == {"plain": 6 + 5, "ours": 6 + 3}
 
 
 def test_the_sets_matter(results):
-    """Otherwise the comparisons above could not tell whose fast weights were used."""
+    """Loss depends on the sets, so the comparisons above detect fast weights of the wrong set."""
     one, twice = (results[layout]["lora"]["loss"] for layout in ("one", "one-twice"))
     assert abs(one - twice) > 1e-3 * one
 
@@ -120,23 +122,23 @@ def memory_of(fast_weight_type="lora", norm="per_parameter", layers=ARGS.n_layer
 
 
 def step(model, memory, rows):
-    """Loss, inner statistics, gradients and fast weights of a step on some of the rows, in float64."""
+    """Return loss, inner statistics, gradients and fast weights of a float64 step on the given rows."""
     batch = replace(OBJECTIVE, memory=memory).micro_batch(TOKENS[rows], TOKENS[rows], IDS[rows], 1)
     fast = map_leaves(lambda x: x.double(), memory.draw(0, 1, IDS[rows]))
-    written = []
+    adapted = []
     model.zero_grad()
-    loss, inner = outer_loss(model, batch, memory, fast, on_adapted=written.append)
+    loss, inner = outer_loss(model, batch, memory, fast, on_adapted=adapted.append)
     loss.backward()
-    return loss.detach(), inner, [p.grad.clone() for p in model.parameters()], written[0]
+    return loss.detach(), inner, [p.grad.clone() for p in model.parameters()], adapted[0]
 
 
 @pytest.mark.parametrize("fast_weight_type, norm", [("lora", "per_parameter"), ("full", "global")])
-@pytest.mark.parametrize("filled", [False, True], ids=["loop", "filled up"])
-def test_a_sequence_has_its_own_fast_weights_in_every_expert(model, monkeypatch, fast_weight_type, norm, filled):
-    """Three sequences together are the three alone; also where groups are filled up for grouped products."""
-    if filled:
-        # A grouped product by the loop, which is told of the same groups.
-        monkeypatch.setattr(llada_moe, "_grouped", lambda counts: filled_loop(counts))
+@pytest.mark.parametrize("padded", [False, True], ids=["loop", "padded"])
+def test_a_sequence_has_its_own_fast_weights_in_every_expert(model, monkeypatch, fast_weight_type, norm, padded):
+    """Three rows together equal each row alone, with and without groups padded for grouped products."""
+    if padded:
+        # The loop on padded groups stands in for a grouped product.
+        monkeypatch.setattr(llada_moe, "_grouped", lambda counts: padded_loop(counts))
         for mixture in model.mixtures()[1:]:
             monkeypatch.setattr(mixture.experts, "use_grouped_mm", True)
     memory = memory_of(fast_weight_type, norm)
@@ -149,17 +151,17 @@ def test_a_sequence_has_its_own_fast_weights_in_every_expert(model, monkeypatch,
     for together, *each in zip(gradients, *(x[2] for x in alone), strict=True):
         torch.testing.assert_close(together, sum(each))
     for row in range(3):
-        for mine, theirs in zip(leaves(select(fast, [row], 3)), leaves(alone[row][3]), strict=True):
-            torch.testing.assert_close(mine, theirs)
+        for ours, theirs in zip(leaves(select(fast, [row], 3)), leaves(alone[row][3]), strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
-def filled_loop(counts):
+def padded_loop(counts):
     assert (counts % 8 == 0).all() and (counts > 0).all()
     return llada_moe._loop(counts)
 
 
 def test_the_grouped_product_computes_what_the_loop_does():
-    """In bfloat16, which is what it computes in; groups of one expert and sequence, some of them empty."""
+    """Grouped products run in bfloat16; groups are (expert, row) pairs, some of them empty."""
     torch.manual_seed(1)
     experts = AdaptableExperts(32, 16, 4, use_grouped_mm=False)
     with torch.no_grad():
@@ -176,19 +178,21 @@ def test_the_grouped_product_computes_what_the_loop_does():
         for linear in replace(ARGS, n_layers=1).adapted_linears(0, ["ffn"])
     }
     fast = {target: x._replace(B_GoR=torch.randn_like(x.B_GoR) * 0.3) for target, x in fast.items()}
-    found = []
+    results = []
     for grouped in (False, True):
         experts.use_grouped_mm = grouped
         y = experts(x, counts_EG.sum(1), fast=fast, counts_EG=counts_EG)
-        found.append((y, *torch.autograd.grad(y.square().sum(), [x, *experts.parameters()])))
-    for loop, grouped in zip(*found, strict=True):
+        results.append((y, *torch.autograd.grad(y.square().sum(), [x, *experts.parameters()])))
+    for loop, grouped in zip(*results, strict=True):
         assert (loop - grouped).norm() < 0.02 * loop.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_more_groups_than_a_grouped_product_takes_are_multiplied_in_parts(monkeypatch, dtype):
-    """Each group the same bits as in one product, and the loop's numbers; some groups are empty, and what lies behind
-    the last one reaches nothing."""
+    """Splitting keeps each group's bits and the loop's numbers.
+
+    Some groups are empty, and rows after the last group do not affect the result.
+    """
     torch.manual_seed(1)
     counts = torch.tensor([0, 3, 0, 8, 5, 0, 0, 7, 1, 9, 2, 0])
     last, ends = int(counts.sum()), counts.cumsum(0, dtype=torch.int32)
@@ -205,17 +209,17 @@ def test_more_groups_than_a_grouped_product_takes_are_multiplied_in_parts(monkey
         dx, dw = torch.autograd.grad(y, [x, weight], gradient[: len(y)])
         return y[:last], dx[:last], dw
 
-    whole, *parts = (run(lambda x, weight: compat.grouped_mm(x, weight, ends), limit) for limit in (1023, 7, 4, 3))
+    unsplit, *splits = (run(lambda x, weight: compat.grouped_mm(x, weight, ends), limit) for limit in (1023, 7, 4, 3))
     loop = run(lambda x, weight: llada_moe._loop(counts)(x[:last], weight), 1023)
-    # The loop's products add up in another order: rounding of a type with 24 bits, or with 8.
+    # The loop sums in another order: rounding to 24 bits in float32, to 8 in bfloat16.
     close = {"rtol": 0, "atol": {torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype]}
-    for i, value in enumerate(whole):
-        assert all(torch.equal(found[i], value) for found in parts)
+    for i, value in enumerate(unsplit):
+        assert all(torch.equal(other[i], value) for other in splits)
         torch.testing.assert_close(value, loop[i], **close)
 
 
 def test_a_step_with_its_groups_in_parts(model, monkeypatch):
-    """Four experts times three sets are twelve groups: the same bits in four parts as in one product."""
+    """Twelve groups, of four experts and three sets, give the same bits when products are split."""
     for mixture in model.mixtures()[1:]:
         monkeypatch.setattr(mixture.experts, "use_grouped_mm", True)
     sizes, plain = [], torch._grouped_mm
@@ -231,16 +235,18 @@ def test_a_step_with_its_groups_in_parts(model, monkeypatch):
         return [loss, *inner.__dict__.values(), *gradients, *leaves(fast)]
 
     monkeypatch.setattr(torch, "_grouped_mm", counted)
-    whole = run(1023)
+    unsplit = run(1023)
     assert max(sizes) == 12
-    parts = run(5)
+    split = run(5)
     assert max(sizes) == 5
-    assert all(torch.equal(x, y) for x, y in zip(parts, whole, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(split, unsplit, strict=True))
 
 
 def test_blocks_compiled_around_their_experts_are_the_eager_ones():
-    """The same bits, with outer adapters, on packed rows whose documents have fast weights of their own; another
-    routing, with other numbers of tokens for every expert, compiles nothing again."""
+    """Same bits with outer adapters on packed rows with fast weights per document.
+
+    Another routing, with other token counts per expert, compiles nothing.
+    """
     models, graphs = [], []
     for _ in range(2):
         model = LLaDAMoE(replace(ARGS, n_layers=1))
@@ -263,24 +269,24 @@ def test_blocks_compiled_around_their_experts_are_the_eager_ones():
     for number in range(2):
         tokens = torch.randint(0, 60, (3, 24), generator=torch.Generator().manual_seed(number))
         batch = replace(OBJECTIVE, memory=memory).micro_batch(tokens, tokens, IDS, 1, documents_BL=documents)
-        found = []
+        results = []
         for model in models:
             model.zero_grad()
             loss, inner = outer_loss(model, batch, memory, memory.draw(0, 1, batch.sample_ids_U))
             loss.backward()
             trained = [p.grad for p in model.parameters() if p.requires_grad]
-            found.append([loss.detach(), inner.loss_KG, inner.written_norm_G, *trained, model.take_load()])
-        assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+            results.append([loss.detach(), inner.loss_KG, inner.written_norm_G, *trained, model.take_load()])
+        assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
         written_BS = inner.written_norm_G.view(3, 4)
-        assert written_BS[:, :3].min() > 0 and not written_BS[:, 3].any(), "the last slot of a row is empty"
+        assert written_BS[:, :3].min() > 0 and not written_BS[:, 3].any(), "a row's last slot is empty"
         compiled.append(len(graphs))
-        loads.append(found[0][-1])
-    # What runs before the experts is two graphs, what runs after them a third: of inner steps, and of the outer one.
+        loads.append(results[0][-1])
+    # Two graphs before the experts and one after, for inner steps and for the outer step.
     assert compiled == [6, 6] and not torch.equal(*loads)
 
 
 def test_experts_without_fast_weights_are_torchtitans(model):
-    """The loop over groups gives what torchtitan's own loop gives."""
+    """Our loop over groups equals torchtitan's loop."""
     experts = model.mixtures()[0].experts
     x = torch.randn(12, 32, dtype=torch.float64)
     counts = torch.tensor([3, 0, 5, 4])
@@ -291,7 +297,7 @@ def test_sizes_of_the_published_model():
     args = flavours.LLADA_MOE["7B-A1B"]
     with torch.device("meta"):
         parameters = sum(p.numel() for p in LLaDAMoE(replace(args, max_seq_len=16)).parameters())
-    # 7B, of which 1B for each token: embedding and head, attention, router, 8 of 64 experts.
+    # 7B parameters, 1B active per token: embedding, head, attention, router and 8 of 64 experts.
     assert parameters == 7_356_880_896
     linears = args.adapted_linears(14, ["ffn"])
     assert [x.target for x in linears] == ["gate", "up", "down"] * 2 and {x.layer for x in linears} == {"14", "15"}

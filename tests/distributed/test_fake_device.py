@@ -1,6 +1,6 @@
-"""Training steps, validation and decoding beside a device that is not there: no waits, one device, CUDA kernels.
+"""Training steps, validation and decoding on a fake accelerator: no waits, no mixed devices, CUDA kernels only.
 
-Real kernels and streams are tests/gpu's.
+tests/gpu covers real kernels and streams.
 """
 
 import json
@@ -11,7 +11,7 @@ from tests.support import zygote
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def results(tmp_path_factory):
     path = tmp_path_factory.mktemp("fake") / "found.json"
     status, output = zygote.run(1, "tests.workers.fake_step:write", path)
     assert status == 0, output
@@ -22,17 +22,17 @@ def found(tmp_path_factory):
     "case",
     ["dense", "dense, plain", "dense, distilled", "packed", "experts", "experts, packed", "decoding"],
 )
-def test_no_operator_waits_for_the_device_or_lacks_a_cuda_kernel(found, case):
-    """The worker ends at the first wait, copy or mixture of devices that is not by design."""
-    ran, without_kernel = found["operators"][case]
+def test_no_operator_waits_for_the_device_or_lacks_a_cuda_kernel(results, case):
+    """Unintended waits, copies or mixed devices already end the worker with an error."""
+    ran, without_kernel = results["operators"][case]
     assert ran > 50 and without_kernel == []
 
 
-def test_an_operator_of_the_cpu_alone_is_found(found):
-    assert found["of a CPU alone"] == ["aten._scaled_dot_product_flash_attention_for_cpu.default"]
+def test_an_operator_of_the_cpu_alone_is_found(results):
+    assert results["of a CPU alone"] == ["aten._scaled_dot_product_flash_attention_for_cpu.default"]
 
 
-def test_mistakes_are_refused(found):
-    refused = dict.fromkeys(found["mistakes"], "Refused")
+def test_mistakes_are_refused(results):
+    refused = dict.fromkeys(results["mistakes"], "Refused")
     assert len(refused) > 10
-    assert found["mistakes"] == refused | {"boolean indexing": "DynamicOutputShapeException"}
+    assert results["mistakes"] == refused | {"boolean indexing": "DynamicOutputShapeException"}

@@ -1,4 +1,4 @@
-"""A trained model as it is read: on any layout, in any batch, with the memory and without a trace of it."""
+"""TrainedModel: any layout and batch, adaptation on prompts, and no trace of it afterwards."""
 
 import json
 import shutil
@@ -21,9 +21,9 @@ def folder(trained):
 
 @pytest.fixture(scope="module")
 def model(folder):
-    found = TrainedModel(parse_config.parse([*arguments_of(folder), *BOLD]))
-    yield found
-    found.close()
+    trained_model = TrainedModel(parse_config.parse([*arguments_of(folder), *BOLD]))
+    yield trained_model
+    trained_model.close()
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_every_layout_reads_alike(folder, layout):
     one, other = (json.loads((folder / f"{name}.json").read_text()) for name in ("one", layout))
     for key, expected in one.items():
         if key.startswith("losses"):
-            # The same numbers added in another order, in float32.
+            # Summation order differs in float32.
             torch.testing.assert_close(torch.tensor(other[key]), torch.tensor(expected), rtol=1e-5, atol=1e-5)
         else:
             assert other[key] == expected, key
@@ -49,18 +49,18 @@ def logits_of(model, prompts, fast=None):
 
 
 def test_a_row_is_read_as_if_it_were_alone(model, prompts):
-    """Whatever stands beside it, and however much fill is behind it."""
+    """Logits of a row do not depend on other rows or on the padding after it."""
     together = logits_of(model, prompts).unflatten(0, (len(prompts), 3))
     for row, prompt in enumerate(prompts):
         torch.testing.assert_close(together[row], logits_of(model, [prompt]), rtol=0, atol=1e-5)
 
 
-def test_a_prompt_is_remembered_as_if_it_were_alone(model, prompts):
+def test_a_prompt_is_adapted_to_as_if_it_were_alone(model, prompts):
     ids = [11, 12, 13, 14, 15, 16]
     together = model.adapt(prompts, ids=ids).fast
     for row, prompt in enumerate(prompts):
         alone = model.adapt([prompt], ids=ids[row : row + 1]).fast
-        # Weights near 1, after gradients of sums over another number of columns: a few units in float32's last place.
+        # Weights near 1, with gradients summed over another number of columns: a few float32 ulps.
         for x, y in zip(fast_weights.leaves(together), fast_weights.leaves(alone), strict=True):
             torch.testing.assert_close(x[row], y[0], rtol=0, atol=4e-6)
     chosen = fast_weights.select(together, [2, 0, 2], len(prompts))
@@ -75,8 +75,8 @@ def test_the_memory_is_written_and_leaves_no_trace(model, prompts):
     on = logits_of(model, prompts, adapted.fast)
     assert adapted.seconds > 0
     changed = (on - off).abs().unflatten(0, (len(prompts), 3)).amax((1, 2))
-    written = torch.tensor([bool(prompt) for prompt in prompts])
-    assert (changed[written] > 1e-4).all() and (changed[~written] == 0).all()  # an empty prompt writes nothing
+    non_empty = torch.tensor([bool(prompt) for prompt in prompts])
+    assert (changed[non_empty] > 1e-4).all() and (changed[~non_empty] == 0).all()  # an empty prompt adapts nothing
     assert torch.equal(logits_of(model, prompts), off)
     after = model.model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
@@ -84,7 +84,7 @@ def test_the_memory_is_written_and_leaves_no_trace(model, prompts):
 
 
 def test_the_inner_loop_lowers_the_loss_on_its_prompt(model, prompts):
-    """What was written helps to predict the prompt itself: the fast weights have been read, and by their own row."""
+    """Adapted fast weights improve predictions of their own prompt: rows read their own set."""
     prompts = [prompt for prompt in prompts if len(prompt) > 3]
     start = model.canvas(prompts, 0)
     target_BL = start.attended_BL & (torch.arange(start.tokens_BL.shape[1]) % 2 == 0)
@@ -102,10 +102,10 @@ def test_the_inner_loop_lowers_the_loss_on_its_prompt(model, prompts):
 def test_nll_is_that_of_the_logits(model, prompts):
     start = model.canvas(prompts, 3)
     clean_BL = torch.where(start.open_BL, torch.arange(start.tokens_BL.shape[1]) + 20, start.tokens_BL)
-    found = model.nll(start.tokens_BL, start.open_BL, clean_BL, start.attended_BL)
+    losses = model.nll(start.tokens_BL, start.open_BL, clean_BL, start.attended_BL)
     logits = model.logits(start.tokens_BL, start.open_BL, start.attended_BL)
     expected = torch.nn.functional.cross_entropy(logits, clean_BL[start.open_BL], reduction="none")
-    torch.testing.assert_close(found, expected.unflatten(0, (len(prompts), 3)).sum(1).double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(losses, expected.unflatten(0, (len(prompts), 3)).sum(1).double(), rtol=1e-5, atol=1e-5)
 
 
 def test_infilling_keeps_what_is_given(model):
@@ -114,8 +114,8 @@ def test_infilling_keeps_what_is_given(model):
     for memory in (None, model.adapt([holes]).fast):
         start = model.canvas([holes], 2)
         tokens_BL = finished(model.denoise(start, Decoding(2), memory), start)
-        kept = [i for i, token in enumerate(holes) if token != model.mask_id]
-        assert [tokens_BL[0, i].item() for i in kept] == [holes[i] for i in kept]
+        visible = [i for i, token in enumerate(holes) if token != model.mask_id]
+        assert [tokens_BL[0, i].item() for i in visible] == [holes[i] for i in visible]
         assert (tokens_BL != model.mask_id).all()
 
 
@@ -125,25 +125,25 @@ def test_a_context_beyond_training_is_read(model):
 
 
 def test_spread_is_in_order_and_whole(model):
-    done = []
+    progress = []
 
     def numbered(batch, ids):
         return [f"{x}{i}" for x, i in zip(batch, ids, strict=True)]
 
-    found = model.data_parallel.map_batches(list("abcdefg"), 3, numbered, done.append)
-    assert found == ["a0", "b1", "c2", "d3", "e4", "f5", "g6"] and done == [3, 3, 1]
+    outputs = model.data_parallel.map_batches(list("abcdefg"), 3, numbered, progress.append)
+    assert outputs == ["a0", "b1", "c2", "d3", "e4", "f5", "g6"] and progress == [3, 3, 1]
 
 
 def test_a_backbone_that_predicts_the_next_token(model, folder):
-    """Its targets are read one position earlier; the first token has none."""
+    """Logits for a target come from one position earlier; the first token has none."""
     shifted = TrainedModel(parse_config.parse([*arguments_of(folder), "--model.flavor", "tiny_shifted"]))
     prompts = [[5, 6, 7], [8, 9]]
     start = model.canvas(prompts, 2)
     target_BL = torch.zeros_like(start.open_BL)
     target_BL[0, 3:5] = target_BL[1, 2] = True
     earlier_BL = target_BL.roll(-1, 1)
-    found = shifted.logits(start.tokens_BL, target_BL, start.attended_BL)
-    assert torch.equal(found, model.logits(start.tokens_BL, earlier_BL, start.attended_BL))
+    logits = shifted.logits(start.tokens_BL, target_BL, start.attended_BL)
+    assert torch.equal(logits, model.logits(start.tokens_BL, earlier_BL, start.attended_BL))
     assert shifted.adapt(prompts).seconds > 0
     with pytest.raises(UserError, match="first one cannot be"):
         shifted.logits(start.tokens_BL, torch.ones_like(target_BL), start.attended_BL)
@@ -159,7 +159,7 @@ def test_checkpoints_that_cannot_be_read_are_named(model, folder, tmp_path):
     before = {name: x.clone() for name, x in model.model.state_dict().items()}
     try:
         with pytest.raises(UserError, match="corrupt: a checksum is wrong"):
-            for start in range(0, len(content), 997):  # somewhere among the weights, past the optimizer's state
+            for start in range(0, len(content), 997):  # reaches the weights, past the optimizer's state
                 content[start] ^= 1
             shard.write_bytes(content)
             model.load(str(tmp_path))

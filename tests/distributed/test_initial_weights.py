@@ -1,4 +1,4 @@
-"""Initial weights: the same to the last bit on every layout, and distributed as torchtitan's."""
+"""Initial weights: bit-identical on every layout, with torchtitan's distributions."""
 
 import math
 
@@ -29,7 +29,7 @@ def test_every_layout_starts_with_the_single_process_weights(pools, single, layo
 def test_parameters_and_seeds_have_numbers_of_their_own(pools, single):
     other = pools(1).call("tests.workers.sharded_weights:find", "llada", [], 8)
     drawn = {name for name in other if "norm" not in name and "lora_B" not in name}
-    assert len(drawn) == 2 + 2 * 2 * 7  # embedding, head, and the linears with an adapter each of two layers
+    assert len(drawn) == 2 + 2 * 2 * 7  # embedding, head; seven linears and their lora_A in each of two layers
     assert len({digests[name] for digests in (other, single["llada"]) for name in drawn}) == 2 * len(drawn)
 
 
@@ -47,7 +47,7 @@ def drawn(model_class, args, seed=0):
 
 
 def kolmogorov_smirnov(a, b):
-    """Return the largest difference of two samples' distribution functions."""
+    """Return the largest difference between the empirical distribution functions of two samples."""
     a, b = a.flatten().sort().values, b.flatten().sort().values
     points = torch.cat([a, b])
     return max(
@@ -58,9 +58,9 @@ def kolmogorov_smirnov(a, b):
 
 
 def assert_same_distribution(ours, theirs, name):
-    # Of two samples of n the statistic exceeds 2.2 sqrt(2 / n) once in 8,000 times.
+    # For two samples of size n, the statistic exceeds 2.2 sqrt(2 / n) once in 8,000 times.
     assert kolmogorov_smirnov(ours, theirs) < 2.2 * math.sqrt(2 / ours.numel()), name
-    # The standard error of a standard deviation is 1 / sqrt(2 n) of it.
+    # The relative standard error of a standard deviation is 1 / sqrt(2 n).
     assert ours.std().item() == pytest.approx(theirs.std().item(), rel=5 / math.sqrt(ours.numel())), name
 
 
@@ -107,30 +107,30 @@ def correlation(a, b):
 
 def test_parameters_seeds_rows_and_columns_are_independent():
     ours, next_seed = drawn(LLaDA, ARGS), drawn(LLaDA, ARGS, seed=1)
-    one, two = (ours[f"layers.{layer}.feed_forward.w1.weight"] for layer in (0, 1))
+    first, second = (ours[f"layers.{layer}.feed_forward.w1.weight"] for layer in (0, 1))
     # 131,072 numbers: the standard error is 0.0028.
-    assert correlation(one, two) < 0.014
-    assert correlation(one, ours["layers.0.feed_forward.w3.weight"]) < 0.014
-    assert correlation(one, next_seed["layers.0.feed_forward.w1.weight"]) < 0.014
-    assert correlation(one[1:], one[:-1]) < 0.014
-    assert correlation(one[:, 1:], one[:, :-1]) < 0.014
-    assert correlation(one[:, ::2].abs(), one[:, 1::2].abs()) < 0.02  # the halves of one 64-bit number
+    assert correlation(first, second) < 0.014
+    assert correlation(first, ours["layers.0.feed_forward.w3.weight"]) < 0.014
+    assert correlation(first, next_seed["layers.0.feed_forward.w1.weight"]) < 0.014
+    assert correlation(first[1:], first[:-1]) < 0.014
+    assert correlation(first[:, 1:], first[:, :-1]) < 0.014
+    assert correlation(first[:, ::2].abs(), first[:, 1::2].abs()) < 0.02  # the halves of one 64-bit number
 
 
 @pytest.mark.parametrize("chosen", [Normal(0.02), Normal(1.0, cut=3.0), Uniform(0.1)])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_block_is_the_block_of_the_whole(monkeypatch, chosen, threads):
-    """Whatever the block's sizes are to the vectors of a CPU, and to what is drawn together."""
+    """Blocks do not depend on their alignment to CPU vectors or to the chunks of a draw."""
     torch.set_num_threads(threads)
-    whole = torch.empty(3, 101, 257)
-    initial_weights._fill(whole, "some.name", chosen)
+    full = torch.empty(3, 101, 257)
+    initial_weights._fill(full, "some.name", chosen)
     monkeypatch.setitem(initial_weights._TOGETHER, "cpu", 1000)
     for first, sizes in (((0, 0, 0), (3, 101, 257)), ((1, 40, 33), (2, 3, 7)), ((0, 99, 128), (3, 2, 1))):
         block = torch.empty(sizes)
         monkeypatch.setattr(initial_weights, "local_block", lambda x, first=first, block=block: (block, first))
-        initial_weights._fill(whole, "some.name", chosen)
+        initial_weights._fill(full, "some.name", chosen)
         (a, b, c), (i, j, k) = first, sizes
-        assert torch.equal(block, whole[a : a + i, b : b + j, c : c + k])
+        assert torch.equal(block, full[a : a + i, b : b + j, c : c + k])
 
 
 def test_every_parameter_of_every_flavour_has_a_distribution():

@@ -1,4 +1,4 @@
-"""The number and the arrangement of the ranks do not change the experiment: curves and draws of 20 steps."""
+"""Curves and random draws of 20 steps do not depend on the number and layout of ranks."""
 
 import json
 
@@ -7,12 +7,12 @@ import pytest
 from tests.support.launching import debug, run_many, scalars
 
 STEPS = 20
-# What 20 steps make of adding up the same numbers in another order (2e-7 is seen in the loss, 2e-6 in the norm).
+# Summation order, amplified by 20 steps: 2e-7 measured in the loss, 2e-6 in the norm.
 TOLERANCE = 1e-4
 
 TP = "--parallelism.tensor_parallel_degree"
 LOCAL = "--training.local_batch_size"
-# name -> (processes, tensor-parallel degree, arguments); the global batch is 4 everywhere.
+# name -> (processes, tp_size, arguments); the global batch size is 4 everywhere.
 LAYOUTS = {
     "single": (1, 1, [LOCAL, "4"]),
     "fsdp2": (2, 1, [LOCAL, "2"]),
@@ -39,8 +39,10 @@ SOME = ("single", "fsdp2-tp2", "hsdp2x2")
     ids=lambda chosen: f"{chosen[0]} on {len(chosen[1])}",
 )
 def variant(request, tmp_path_factory):
-    """A variant's runs of several layouts, from scratch; one variant on some of the layouts by default, all
-    of them on all with -m slow."""
+    """Return name, layouts and folder of a variant's runs from scratch.
+
+    By default one variant runs on some layouts; -m slow runs all variants on all layouts.
+    """
     name, layouts = request.param
     root = tmp_path_factory.mktemp(name)
     common = ["--model.flavor", "tiny", "--training.steps", str(STEPS), "--training.global_batch_size", "4"]
@@ -67,28 +69,28 @@ def test_every_layout_gives_the_same_curve(variant):
             for step, value in reference[name].items():
                 assert ours[name][step] == pytest.approx(value, rel=TOLERANCE), f"{layout}: {name} at step {step}"
     losses = list(reference["loss_metrics/global_avg_loss"].values())
-    assert abs(losses[-1] - losses[0]) > 0.01, "the model moves"
+    assert abs(losses[-1] - losses[0]) > 0.01, "training changes the loss"
 
 
 def test_draws_are_the_same_on_every_rank_and_for_every_number_of_ranks(variant):
-    """Noise levels, masks and A: one value for each step and sample, whoever computes it."""
+    """Noise level, masks and A have one value per step and sample, on any rank."""
     name, layouts, root = variant
     if name != RECORDED:
         return
-    everything = {}
+    digests_by_key = {}
     for layout in layouts:
-        processes, tensor, _ = LAYOUTS[layout]
-        found = {}
+        processes, tp_size, _ = LAYOUTS[layout]
+        drawn = {}
         for rank in range(processes):
             lines = (root / "draws" / layout / f"rank{rank}.jsonl").read_text().splitlines()
             for kind, step, sample, digest in map(json.loads, lines):
-                found.setdefault((kind, step, sample), []).append(digest)
-        # 4 samples a step, each on one data-parallel rank, which is as many ranks as the TP group has.
-        assert len(found) == 3 * STEPS * 4 and {len(digests) for digests in found.values()} == {tensor}
-        for key, digests in found.items():
-            everything.setdefault(key, set()).update(digests)
-    assert len(everything) == 3 * STEPS * 4, "every layout sees the same samples at the same steps"
-    assert all(len(digests) == 1 for digests in everything.values())
-    # Levels, and so on: not one value throughout.
+                drawn.setdefault((kind, step, sample), []).append(digest)
+        # 4 samples a step, each on one data-parallel rank and so on all tp_size ranks of its TP group.
+        assert len(drawn) == 3 * STEPS * 4 and {len(digests) for digests in drawn.values()} == {tp_size}
+        for key, digests in drawn.items():
+            digests_by_key.setdefault(key, set()).update(digests)
+    assert len(digests_by_key) == 3 * STEPS * 4, "every layout sees the same samples at the same steps"
+    assert all(len(digests) == 1 for digests in digests_by_key.values())
+    # Values differ between steps and samples.
     for kind in ("level", "states", "A"):
-        assert len({next(iter(d)) for key, d in everything.items() if key[0] == kind}) == STEPS * 4
+        assert len({next(iter(d)) for key, d in digests_by_key.items() if key[0] == kind}) == STEPS * 4

@@ -1,4 +1,4 @@
-"""Both recipes from published weights to published weights, and the quickstart, with models of debug size."""
+"""Both recipes from published weights to an export, and the quickstart, with debug-size models."""
 
 import json
 from pathlib import Path
@@ -36,14 +36,14 @@ def arguments_of(root, name, run="run"):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Each recipe's folder: weights made by the tool, and runs that start from them."""
+    """Return each recipe's folder with generated weights and the runs that start from them."""
     roots = {name: tmp_path_factory.mktemp(name) for name in RECIPES}
     runs = []
     for name, root in roots.items():
         recipe, *rest = arguments_of(root, name)[1:]
         assert random_weights.main([recipe, "--output", str(root / "weights"), "--dtype", "float32", *rest]) == 0
         runs.append((2, arguments_of(root, name)))
-    # The last step again, from what the run saved before it, on another layout; and again on the first one.
+    # Repeat the last step from the run's previous checkpoint, on another layout and then on the first one.
     root = roots["llada"]
     last_step = [
         *arguments_of(root, "llada", "exported"), *EXPORT, "--checkpoint.no-initial_load_in_hf",
@@ -52,7 +52,7 @@ def trained(tmp_path_factory):
     ]  # fmt: skip
     runs += [(2, [*last_step, "--parallelism.tensor_parallel_degree", "2"]), (2, last_step)]
     root = roots["llada_moe"]
-    # From a checkpoint of the plain model, which is the same weights.
+    # Start from a checkpoint of the plain model with the same weights.
     recipe, *rest = arguments_of(root, "llada_moe")[1:]
     base = ["--input", str(root / "weights"), "--output", str(root / "base")]
     assert convert_checkpoint.main(["from-hf", recipe, *base, *rest]) == 0
@@ -91,7 +91,7 @@ def test_training_changes_the_adapters_alone(run):
     assert adapters and all(x.abs().max() > 0 for x in adapters.values())
     linears = 4 * 7 if name == "llada" else 4 * (4 + 3)
     assert len(adapters) == 2 * linears
-    # AdamW keeps nothing of the base.
+    # AdamW has no state for the base.
     saved = read_metadata(str(root / "run/checkpoint/step-3")).state_dict_metadata
     moments = [key for key in saved if key.endswith(".exp_avg")]
     assert len(moments) == len(adapters) and all("lora_" in key for key in moments)
@@ -99,37 +99,37 @@ def test_training_changes_the_adapters_alone(run):
 
 
 def test_adapters_train_alike_on_another_layout(trained):
-    """The third step under tensor parallelism, from the checkpoint that FSDP2 saved: adapters, moments and all."""
+    """Step 3 under tensor parallelism continues FSDP2's checkpoint, adapters and moments included."""
     root = trained["llada"]
     theirs, ours = scalars(root / "run"), scalars(root / "exported")
     for name in ("loss_metrics/global_avg_loss", "grad_norm", "parametric_memory/inner_loss_step_2"):
         assert sorted(ours[name]) == [3]
         assert ours[name][3] == pytest.approx(theirs[name][3], rel=1e-5), name
-    # The step was taken twice, and nothing was overwritten. AdamW makes rounding larger where gradients are small.
+    # The repeated step overwrote nothing. AdamW amplifies rounding where gradients are small.
     first, second = (contents(root / f"exported/checkpoint/step-3{end}") for end in (".replaced-1", ""))
     for key, x in first.items():
         torch.testing.assert_close(x, second[key], rtol=0, atol=1e-3)
 
 
 def test_load_balance_in_tensorboard(trained):
-    """On two ranks with checkpointed layers: of the global batch."""
+    """Expert-load scalars cover the global batch, on two ranks with activation checkpointing."""
     for run in ("run", "exported"):
         curves = scalars(trained["llada_moe"] / run)
         for name, (low, high) in {"largest_load": (1, 8), "unused": (0, 0.75), "load_entropy": (0.2, 1)}.items():
             assert sorted(curves[f"experts/{name}"]) == [1, 2, 3]
             assert all(low <= value <= high for value in curves[f"experts/{name}"].values())
-        # The first step's routing does not depend on how the experts are spread.
-    first, spread = (scalars(trained["llada_moe"] / run)["experts/load_entropy"][1] for run in ("run", "exported"))
-    assert first == pytest.approx(spread, abs=1e-6)
+        # The first step's routing does not depend on how the experts are sharded.
+    first, sharded = (scalars(trained["llada_moe"] / run)["experts/load_entropy"][1] for run in ("run", "exported"))
+    assert first == pytest.approx(sharded, abs=1e-6)
     assert not any(name.startswith("experts/") for name in scalars(trained["llada"] / "run"))
 
 
 def test_the_last_save_is_a_published_folder_with_the_adapters_merged(run):
     _, root = run
     folder = root / "exported/checkpoint/step-3"
-    found = {path.name for path in folder.iterdir()}
-    assert {"config.json", "tokenizer.json", "model.safetensors.index.json", "run.json"} <= found
-    assert "sharded" not in found
+    files = {path.name for path in folder.iterdir()}
+    assert {"config.json", "tokenizer.json", "model.safetensors.index.json", "run.json"} <= files
+    assert "sharded" not in files
     base, ours = contents(root / "weights"), contents(folder)
     assert {key: x.shape for key, x in base.items()} == {key: x.shape for key, x in ours.items()}
     changed = {key for key, x in ours.items() if not torch.equal(x, base[key])}
@@ -137,12 +137,12 @@ def test_the_last_save_is_a_published_folder_with_the_adapters_merged(run):
     expected = {
         key for key in base if key.split(".")[-2] in adapted or (".blocks." in key and key.endswith(".ff_out.weight"))
     }
-    # An expert that no token went to has learned nothing.
+    # Experts without a token stay unchanged.
     assert changed <= expected and all(".experts." in key for key in expected - changed)
 
 
 def test_what_is_merged_under_expert_parallelism(trained):
-    """The same run exported in two ways: the model is the published one and the adapters, expert by expert."""
+    """Merged export equals base plus adapters, expert by expert, for one run exported both ways."""
     root = trained["llada_moe"]
     base, merged = contents(root / "weights"), contents(root / "exported/checkpoint/step-3")
     adapters = load_file(root / "adapters/checkpoint/step-3/adapter_model.safetensors")
@@ -154,7 +154,7 @@ def test_what_is_merged_under_expert_parallelism(trained):
 
 
 def test_merged_equals_unmerged(run, tmp_path):
-    """The exported model computes what base and adapters do, read by the same configuration."""
+    """Merged weights give the logits of base plus adapters, under the same configuration."""
     name, root = run
     recipe, *rest = arguments_of(root, name)[1:]
     assert convert_checkpoint.main(["to-hf", recipe, "--output", str(tmp_path / "merged"), *rest]) == 0
@@ -162,7 +162,7 @@ def test_merged_equals_unmerged(run, tmp_path):
     model = read(root, name, root / "run/checkpoint")
     unmerged = logits(model, tokens)
     model.load(str(tmp_path / "merged"))
-    # float32 rounding of W x + B A x against (W + B A) x.
+    # float32 rounding: W x + B A x against (W + B A) x.
     torch.testing.assert_close(logits(model, tokens), unmerged, rtol=0, atol=2e-5)
     model.load(str(root / "weights"))
     assert (logits(model, tokens) - unmerged).abs().max() > 0.01
@@ -192,14 +192,14 @@ def test_generate_from_the_exported_folder(run, capsys):
     name, root = run
     recipe, *rest = arguments_of(root, name, "exported")[1:]
     folder = str(root / "exported/checkpoint/step-3")  # the newest of the run
-    made = [recipe, "--prompt", "def read", "--new-tokens", "4", "--json", "--memory", "on"]
-    assert generate.main([*made, *rest]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["steps"] == 4 and found["memory"] == "on" and found["checkpoint"] == folder
+    command = [recipe, "--prompt", "def read", "--new-tokens", "4", "--json", "--memory", "on"]
+    assert generate.main([*command, *rest]) == 0
+    response = json.loads(capsys.readouterr().out)
+    assert response["steps"] == 4 and response["memory"] == "on" and response["checkpoint"] == folder
 
 
 def test_the_quickstart_reads_the_same_samples_on_four_ranks(tmp_path):
-    """As shipped, but for model and data: its local batch follows from the number of ranks."""
+    """Shipped configuration except model and data; the local batch size follows from the number of ranks."""
     for ranks in (4, 1):
         arguments = [
             "--job.config_file", "train_configs/quickstart.toml", *SMALL[:SMALL.index("--training.steps")],
@@ -211,11 +211,11 @@ def test_the_quickstart_reads_the_same_samples_on_four_ranks(tmp_path):
     for ranks in (4, 1):
         files = [tmp_path / f"drawn-{ranks}/rank{rank}.jsonl" for rank in range(ranks)]
         lines = [file.read_text().splitlines() for file in files]
-        assert len({len(of_rank) for of_rank in lines}) == 1
-        drawn[ranks] = sorted(line for of_rank in lines for line in of_rank)
+        assert len({len(rank_lines) for rank_lines in lines}) == 1
+        drawn[ranks] = sorted(line for rank_lines in lines for line in rank_lines)
         losses[ranks] = scalars(tmp_path / f"{ranks}")["loss_metrics/global_avg_loss"]
     assert drawn[4] == drawn[1] and sum('["level", 2' in line for line in drawn[4]) == 16
-    # The order in which float32 losses are added up.
+    # Summation order of float32 losses.
     assert sorted(losses[4]) == [1, 2, 3] and losses[4] == pytest.approx(losses[1], rel=1e-5)
 
 

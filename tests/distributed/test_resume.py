@@ -1,4 +1,4 @@
-"""A run in two parts is the run in one: exactly on one layout, to rounding on others; if it is the same run."""
+"""Resuming: bit for bit on the same layout, to rounding on others, and refused for a different run."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from tests.support.launching import debug, run_many, scalars
 
 LOCAL, GLOBAL = "--training.local_batch_size", "--training.global_batch_size"
 TP, CP = "--parallelism.tensor_parallel_degree", "--parallelism.context_parallel_degree"
-# 41 sequences: with 6 in a batch 6 steps an epoch, with 4 10 steps, and some sequences over.
+# 41 sequences: 6 steps an epoch with 6 a batch, 10 steps with 4; the rest is dropped.
 SMALL = ["--data.train", "tests/assets/debug/heldout", "--model.flavor", "tiny", "--lr_scheduler.total_steps", "20"]
 SAVE = ["--checkpoint.enable", "--checkpoint.interval"]
 WORKERS = ["--training.dataloader.num_workers", "2", "--training.dataloader.prefetch_factor", "2"]
@@ -23,29 +23,29 @@ CURVES = ("loss_metrics/global_avg_loss", "loss_metrics/global_max_loss", "grad_
 
 
 def load(checkpoint: Path) -> list[str]:
-    """Arguments that continue another run's checkpoint."""
+    """Return the arguments that continue another run's checkpoint."""
     return ["--checkpoint.initial_load_path", str(checkpoint), "--checkpoint.no_initial_load_model_only"]
 
 
 def draws(folder: Path) -> dict[tuple, str]:
-    """(kind, step, sample) -> digest, of all ranks; ranks that draw the same must agree."""
-    found: dict[tuple, str] = {}
+    """Return {(kind, step, sample): digest} over all ranks; assert that ranks with the same key agree."""
+    digests: dict[tuple, str] = {}
     for file in sorted(folder.iterdir()):
         for kind, step, sample, digest in map(json.loads, file.read_text().splitlines()):
-            assert found.setdefault((kind, step, sample), digest) == digest
-    return found
+            assert digests.setdefault((kind, step, sample), digest) == digest
+    return digests
 
 
 def tensors(checkpoint: Path) -> dict[str, bytes]:
-    """The files of weights, optimizer, schedule and position: torch writes equal states as equal bytes."""
+    """Return a checkpoint's files by name; torch writes equal states as equal bytes."""
     return {file.name: file.read_bytes() for file in checkpoint.glob("*.distcp")}
 
 
-# Exactly
+# Bit for bit
 
 
 def exact_runs(root: Path) -> list:
-    """20 steps at a stretch; and in halves, saved in the background. Both with loader workers."""
+    """Return runs of 20 steps at once, and in two halves with asynchronous saves; both with loader workers."""
     runs = []
     for name, steps, mode in (("straight", "20", "disabled"), ("halves", "10", "async"), ("halves", "20", "async")):
         arguments = [*SMALL, *SAVE, "5", "--checkpoint.async_mode", mode, *WORKERS, LOCAL, "3"]
@@ -55,8 +55,8 @@ def exact_runs(root: Path) -> list:
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    """All runs of this file for one start of Python: a folder for each part, and what each run of the last printed."""
+def all_runs(tmp_path_factory):
+    """Return the folder of all runs and the outputs of `changed_runs`; one launch of Python serves all runs."""
     root = tmp_path_factory.mktemp("resume")
     exact, elastic = exact_runs(root / "exact"), elastic_runs(root / "elastic")
     changed = changed_runs(root / "changed")
@@ -65,18 +65,18 @@ def done(tmp_path_factory):
 
 
 @pytest.fixture
-def exact(done):
-    return done[0] / "exact"
+def exact(all_runs):
+    return all_runs[0] / "exact"
 
 
 @pytest.fixture
-def elastic(done):
-    return done[0] / "elastic"
+def elastic(all_runs):
+    return all_runs[0] / "elastic"
 
 
 @pytest.fixture
-def changed(done):
-    return done[0] / "changed", done[1]
+def changed(all_runs):
+    return all_runs[0] / "changed", all_runs[1]
 
 
 def test_two_halves_are_the_whole_to_the_last_bit(exact):
@@ -84,12 +84,12 @@ def test_two_halves_are_the_whole_to_the_last_bit(exact):
     for name in (*CURVES, "parametric_memory/inner_loss_step_2", "parametric_memory/fast_weight_norm"):
         assert scalars(halves)[name] == scalars(straight)[name] and set(scalars(straight)[name]) == set(range(1, 21))
     for step in (5, 10, 15, 20):
-        whole, parts = (tensors(run / f"checkpoint/step-{step}") for run in (straight, halves))
-        assert len(whole) == 2 and whole == parts
-    whole = draws(straight / "draws")
-    assert whole == draws(halves / "draws") and len(whole) == 3 * 20 * 6
-    # 36 of 41 in each epoch of 6 steps, none twice, in another order each time.
-    epochs = [[s for kind, step, s in whole if kind == "level" and 6 * e < step <= 6 * e + 6] for e in range(3)]
+        expected, resumed = (tensors(run / f"checkpoint/step-{step}") for run in (straight, halves))
+        assert len(expected) == 2 and expected == resumed
+    expected = draws(straight / "draws")
+    assert expected == draws(halves / "draws") and len(expected) == 3 * 20 * 6
+    # An epoch of 6 steps reads 36 of 41 samples, none twice, in a new order.
+    epochs = [[s for kind, step, s in expected if kind == "level" and 6 * e < step <= 6 * e + 6] for e in range(3)]
     assert all(len(set(epoch)) == 36 for epoch in epochs) and len({tuple(epoch) for epoch in epochs}) == 3
 
 
@@ -102,12 +102,12 @@ LAYOUTS = {
     "fsdp2-tp2": (4, [LOCAL, "1", TP, "2"]),
     "fsdp2-cp2": (4, [LOCAL, "1", CP, "2", *WORKERS]),
 }
-# Float32 rounding in another order; 12 steps amplify 1e-7 to some 1e-6.
+# Summation order: 12 steps amplify float32 rounding of 1e-7 to about 1e-6.
 TOLERANCE = 1e-4
 
 
 def elastic_runs(root: Path) -> list:
-    """12 steps on FSDP 2, and steps 8 to 12 of it on each layout; the epoch ends at step 10."""
+    """Return 12 steps on FSDP 2, and steps 8 to 12 of that run on each layout; the epoch ends at step 10."""
     common = [*SMALL, *SAVE, "7", GLOBAL, "4", "--training.steps", "12"]
     straight = debug(root / "straight", *common, LOCAL, "2")
     runs = [(2, straight, {"record": str(root / "straight/draws")})]
@@ -124,21 +124,21 @@ def test_a_checkpoint_continues_on_another_layout(elastic, layout):
     for name in CURVES:
         assert set(moved[name]) == set(range(8, 13))
         if name == "loss_metrics/global_max_loss":
-            continue  # of a rank, so it depends on which samples are together on one
+            continue  # depends on which samples share a rank
         for step, value in moved[name].items():
             assert value == pytest.approx(straight[name][step], rel=TOLERANCE), f"{name} at step {step}"
     expected = {key: digest for key, digest in draws(elastic / "straight/draws").items() if key[1] > 7}
     assert draws(elastic / layout / "draws") == expected and len(expected) == 3 * 5 * 4
 
 
-# The same run only
+# Only the same run
 
-# What the first release wrote: a TOML file, and a checkpoint of a run of it on two ranks (see docs/changes.md).
+# TOML file and checkpoint of a two-rank run, written by the first release (see docs/changes.md).
 RELEASED = Path("tests/assets/released")
 
 
 def another_tokenizer(root: Path) -> Path:
-    """A tokenizer of the same size, in which two tokens have changed places."""
+    """Copy the debug tokenizer with two token ids swapped; return the folder."""
     folder = shutil.copytree("tests/assets/debug/tokenizer", root / "another")
     content = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = content["model"]["vocab"]
@@ -148,7 +148,7 @@ def another_tokenizer(root: Path) -> Path:
 
 
 def changed_runs(root: Path) -> dict:
-    """Continuing a run with something changed: refused; then accepted, and then with the change undone."""
+    """Return runs that continue a run with changed settings: refused, partly accepted and accepted."""
     out = root / "run"
     common = [*SMALL, *SAVE, "3", LOCAL, "2"]
     change = [GLOBAL, "8", "--data.shuffle_seed", "5", "--data.train", "tests/assets/debug/train"]
@@ -180,14 +180,14 @@ def changed_runs(root: Path) -> dict:
 def test_another_run_is_not_continued_unasked(changed):
     root, outputs = changed
     fingerprint = json.loads((root / "run/checkpoint/step-3/run.json").read_text())["identity"]["data.train"]
-    for part in (
+    for clause in (
         "step-3 was made with training.global_batch_size = 4 (now 8), ",
         f"data.train fingerprint = {fingerprint} (now ", "data.shuffle_seed = 9176 (now 5), so ",
         "undo the change, or accept it with --checkpoint.accept_changes "
         "training.global_batch_size,data.train,data.shuffle_seed.",
     ):  # fmt: skip
-        assert part in outputs["refused"]
-    assert "accept_changes data.train,data.shuffle_seed." in outputs["partly"], "what was accepted is not asked again"
+        assert clause in outputs["refused"]
+    assert "accept_changes data.train,data.shuffle_seed." in outputs["partly"], "accepted changes are not listed again"
     assert "Traceback" not in outputs["refused"] + outputs["partly"]
 
 
@@ -215,9 +215,9 @@ def test_another_experiment_is_said(changed):
 
 
 def test_the_first_releases_checkpoint_goes_on(changed):
-    """On another number of ranks; the losses are those that the release printed."""
-    found = scalars(changed[0] / "released")["loss_metrics/global_avg_loss"]
-    assert found == pytest.approx({3: 6.297245979309082, 4: 6.666538715362549}, rel=1e-5)
+    """Losses on another number of ranks equal those that the first release printed."""
+    losses = scalars(changed[0] / "released")["loss_metrics/global_avg_loss"]
+    assert losses == pytest.approx({3: 6.297245979309082, 4: 6.666538715362549}, rel=1e-5)
 
 
 def test_a_damaged_or_later_run_file(tmp_path):
@@ -231,10 +231,10 @@ def test_a_damaged_or_later_run_file(tmp_path):
             UserError, match=r"run.json is damaged \((identity is list|experiment is str), not an object"
         ):
             check("run/step-3", damaged, ours, {}, [])
-    for content, says in (("{", "Expecting property name"), ("[1]", "it is a list, not an object")):
+    for content, message in (("{", "Expecting property name"), ("[1]", "it is a list, not an object")):
         (tmp_path / "run.json").write_text(content)
         with pytest.raises(
-            UserError, match=rf"run.json is damaged \({says}.*\); restore the file, or remove it to go on"
+            UserError, match=rf"run.json is damaged \({message}.*\); restore the file, or remove it to go on"
         ):
             read_run(Storage(str(tmp_path)))
     with pytest.raises(UserError, match=r"debug.seed = \[7\] \(now 1\)"):

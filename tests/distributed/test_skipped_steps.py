@@ -1,11 +1,11 @@
-"""What is not finite changes nothing, and is known on all ranks a step later."""
+"""Steps with a non-finite loss change nothing, and all ranks learn of them one step later."""
 
 import re
 
 
 def test_fused_optimizers_skip_before_the_host_knows(pools):
     ranks = pools(2).call("tests.workers.skipped_steps:find")
-    errors = {found.pop("error") for found in ranks}
+    errors = {result.pop("error") for result in ranks}
     expected = {
         "unknown": 0, "unchanged": True, "known a step later": 1, "changed": True, "steps taken": {3},
         "stops early": False, "stops": True, "skipped": 1, "unchanged for long": True, "skipped by now": 2,

@@ -1,4 +1,4 @@
-"""What goes wrong in long runs, done for real to ranks on gloo; each is followed by a start that goes on exactly."""
+"""Failures of long runs, caused for real in ranks on gloo; each restart resumes bit for bit."""
 
 import json
 import re
@@ -20,7 +20,7 @@ COMMON = [
     "--checkpoint.interval", "2", "--lr_scheduler.total_steps", "8",
 ]  # fmt: skip
 SKIP = ["--reliability.on_nonfinite", "skip"]
-# The host then learns of a step's flags a step later; a checkpoint every other step.
+# With these, the host reads a step's consensus flags one step later; checkpoints are saved every other step.
 LATE = [*SKIP, "--optimizer.implementation=fused", "--metrics.log_freq=100"]
 SHORT = ["--comm.train_timeout_seconds", "2", "--checkpoint.no_enable"]
 
@@ -35,7 +35,7 @@ BEST = [
     "--validation.enable", "--validation.freq=1", "--validation.steps=1", "--optimizer.lr=1",
     "--checkpoint.folder", "{root}/best-checkpoints",
 ]  # fmt: skip
-# folder -> its runs, one after the other: (expected status, faults[, arguments])
+# folder -> its consecutive runs: (expected exit status, faults[, arguments])
 SCENARIOS = {
     "straight": [(0, [])],
     "killed": [
@@ -78,7 +78,7 @@ SCENARIOS = {
     "retention": [
         (0, [], ["--checkpoint.interval=1", "--checkpoint.keep_latest_k", "2", "--checkpoint.keep_every", "3"])
     ],
-    # Its held-out loss is least early: the learning rate is far too high. It goes on with another output folder.
+    # The held-out loss is lowest early, because the learning rate is far too high; run 2 uses another output folder.
     "best": [
         (0, [], [*BEST, "--training.steps", "6"]),
         (0, [], [*BEST, "--job.dump_folder", "{root}/best-elsewhere"]),
@@ -87,8 +87,8 @@ SCENARIOS = {
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    """All of them for one start of Python: the folder, and what each run printed."""
+def finished(tmp_path_factory):
+    """Return folder and outputs of all scenarios; one launch of Python serves all runs."""
     root = tmp_path_factory.mktemp("faults")
     return root, _run(root, SCENARIOS)
 
@@ -103,10 +103,10 @@ def _run(root: Path, scenarios: dict) -> dict[str, list[str]]:
         )
         for name, status, faults, *arguments in flat
     )
-    found: dict[str, list[str]] = {}
+    outputs_by_name: dict[str, list[str]] = {}
     for (name, *_), output in zip(flat, outputs, strict=True):
-        found.setdefault(name, []).append(output)
-    return found
+        outputs_by_name.setdefault(name, []).append(output)
+    return outputs_by_name
 
 
 def losses(out: Path) -> dict[int, float]:
@@ -114,20 +114,20 @@ def losses(out: Path) -> dict[int, float]:
 
 
 def saved(root: Path, name: str, step: int) -> dict[str, bytes]:
-    """The files of weights, optimizer, schedule and counts in a checkpoint."""
+    """Return a checkpoint's files of weights, optimizer, schedule and counters."""
     return {f.name: f.read_bytes() for f in (root / name / f"checkpoint/step-{step}").glob("*.distcp")}
 
 
 def same_end(root: Path, name: str) -> bool:
-    """The same losses as the undisturbed run from the first step to the last, and the same end to the last bit."""
+    """Return whether all losses and the last checkpoint equal the undisturbed run's bit for bit."""
     curves = [losses(root / run) for run in ("straight", name)]
     ends = [saved(root, run, 8) for run in ("straight", name)]
     return curves[0] == curves[1] and list(curves[0]) == [*range(1, 9)] and ends[0] == ends[1] and len(ends[0]) == 2
 
 
-def test_a_rank_that_is_killed_in_mid_step_and_while_saving(done):
-    """Killed in a step; with its file half written; with all files written and no metadata: four starts, one run."""
-    root, outputs = done
+def test_a_rank_that_is_killed_in_mid_step_and_while_saving(finished):
+    """Kills within a step, with a half-written file, and with all files but no metadata: four starts, one run."""
+    root, outputs = finished
     first, second, third, last = outputs["killed"]
     assert "Loading the checkpoint" not in first and re.search(r"Loading the checkpoint \S+step-2\.", second)
     for output in (third, last):
@@ -145,9 +145,9 @@ DAMAGES = {
 
 
 @pytest.fixture(scope="module")
-def damaged(done, tmp_path_factory):
-    """Copies of a run up to step 4, each with something wrong with step 4; continued as asked, then by itself."""
-    straight, root = done[0] / "straight/checkpoint", tmp_path_factory.mktemp("damaged")
+def damaged(finished, tmp_path_factory):
+    """Return folder and outputs of runs that continue a damaged step 4, by load_step and by default."""
+    straight, root = finished[0] / "straight/checkpoint", tmp_path_factory.mktemp("damaged")
     for damage in DAMAGES:
         for step in ("step-2", "step-4"):
             shutil.copytree(straight / step, root / damage / "checkpoint" / step)
@@ -162,21 +162,21 @@ def damaged(done, tmp_path_factory):
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(done, damaged, damage):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(finished, damaged, damage):
     root, outputs = damaged
-    asked, itself = outputs[damage]
+    asked, default = outputs[damage]
     assert re.search(rf"error: The checkpoint \S+step-4 {DAMAGES[damage]}; choose another checkpoint.load_step", asked)
-    assert re.search(rf"Skipping the checkpoint \S+step-4: it {DAMAGES[damage]}", itself)
-    assert re.search(r"Loading the checkpoint \S+step-2\.", itself) and "Traceback" not in asked + itself
-    undisturbed = losses(done[0] / "straight")
+    assert re.search(rf"Skipping the checkpoint \S+step-4: it {DAMAGES[damage]}", default)
+    assert re.search(r"Loading the checkpoint \S+step-2\.", default) and "Traceback" not in asked + default
+    undisturbed = losses(finished[0] / "straight")
     assert losses(root / damage) == {step: undisturbed[step] for step in range(3, 7)}
     kept = {path.name for path in (root / damage / "checkpoint").iterdir()}
-    assert kept == {"step-2", "step-4", "step-6", "step-4.replaced-1"}, "what was there has another name now"
+    assert kept == {"step-2", "step-4", "step-6", "step-4.replaced-1"}, "the damaged checkpoint is renamed"
 
 
-def test_a_full_disk(done):
-    """Two saves fail for want of room; training goes on, and the next one succeeds. Or it stops, if that is wanted."""
-    root, outputs = done
+def test_a_full_disk(finished):
+    """Two saves fail on a full disk; training continues until a save succeeds, or stops if configured."""
+    root, outputs = finished
     (goes_on,), (stops,), (last,) = (outputs[name] for name in ("full", "full-stops", "full-at-last"))
     for step in (4, 6):
         assert re.search(
@@ -186,16 +186,16 @@ def test_a_full_disk(done):
     assert same_end(root, "full")
     assert {path.name for path in (root / "full/checkpoint").iterdir()} == {"step-2", "step-8"}
     assert re.search(r"error: The checkpoint \S+step-4 could not be saved .*make room", stops)
-    assert re.search(r"error: The checkpoint \S+step-8 could not be saved", last), "the last one is not lost silently"
+    assert re.search(r"error: The checkpoint \S+step-8 could not be saved", last), "the last failure is reported"
 
 
-def test_a_save_that_fails_of_something_unexpected(done):
-    """An exception of no known kind: training goes on, unless it is to stop, and the next save succeeds."""
-    root, outputs = done
+def test_a_save_that_fails_of_something_unexpected(finished):
+    """Training continues after an unexpected exception in a save, and the next save succeeds."""
+    root, outputs = finished
     (last,) = outputs["full-at-last"]
     sentence = r"ERROR - The checkpoint \S+step-4 could not be saved \(rank 0: KeyError: 'layers.0'; [\d,]+ MiB"
     assert re.search(sentence, last)
-    # Each rank says so at once, with where it was: nothing is known of such an error.
+    # Each rank logs the error at once with a traceback, because its cause is unknown.
     assert len(re.findall(r"Saving the checkpoint of step 4 failed on this rank: KeyError: 'layers.0'", last)) == 2
     assert len(re.findall(r"Traceback \(most recent call last\)", last)) == 2
     assert {path.name for path in (root / "full-at-last/checkpoint").iterdir()} == {"step-2", "step-6"}
@@ -206,25 +206,25 @@ def test_a_background_save_outlives_a_signal_to_the_whole_job(tmp_path):
     assert status == 0, output
 
 
-def test_a_loss_that_is_not_a_number(done):
-    root, outputs = done
+def test_a_loss_that_is_not_a_number(finished):
+    root, outputs = finished
     (stopped,), (skipped, resumed), (always,) = (outputs[name] for name in ("nan", "nan-skipped", "nan-always"))
     sentence = r"error: Step 3 cannot be taken: the loss is nan on samples among \d+, \d+; "
     assert len(re.findall(sentence, stopped)) == 1 and "Traceback" not in stopped
-    assert not (root / "nan/checkpoint/step-4").exists(), "which is when the host learns of step 3"
+    assert not (root / "nan/checkpoint/step-4").exists(), "the host learns of step 3 before the save of step 4"
     assert len(re.findall(r"rank [01]\].*Skipping the batch of step 3: the loss is nan on samples", skipped)) == 2
-    found, straight = scalars(root / "nan-skipped"), losses(root / "straight")
-    assert found["reliability/skipped_batches"] == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1}, "the count goes on after a restart"
-    # Until then it is the undisturbed run; afterwards one update is missing, and nothing is broken.
-    assert [found[LOSS][step] for step in (1, 2)] == [straight[step] for step in (1, 2)]
-    assert found[LOSS][3] != found[LOSS][3] and 0 < abs(found[LOSS][4] - straight[4]) < 1
+    curves, straight = scalars(root / "nan-skipped"), losses(root / "straight")
+    assert curves["reliability/skipped_batches"] == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1}, "the count survives a restart"
+    # Losses equal the undisturbed run's before the skip; afterwards one update is missing.
+    assert [curves[LOSS][step] for step in (1, 2)] == [straight[step] for step in (1, 2)]
+    assert curves[LOSS][3] != curves[LOSS][3] and 0 < abs(curves[LOSS][4] - straight[4]) < 1
     assert "Loading the checkpoint" in resumed
     assert "Step 4 is the last of 3 in a row that cannot be taken" in always
 
 
-def test_flags_that_are_read_late(done):
-    """Before a save they are read at once; a stop comes with the next step, and the run goes on to the last bit."""
-    root, outputs = done
+def test_flags_that_are_read_late(finished):
+    """Flags are read at once before a save; a stop takes effect one step later; resuming is bit for bit."""
+    root, outputs = finished
     (skipped,), (asked, resumed) = (outputs[name] for name in ("late", "late-asked"))
     for output in (skipped, asked):
         sentence = r"rank [01]\].*Skipping the batch of step 4: the loss is nan on samples.*Skipped so far: 1\."
@@ -237,7 +237,7 @@ def test_flags_that_are_read_late(done):
 
 
 @pytest.mark.parametrize(
-    "name, place",
+    "name, status",
     [
         ("hang-step", r"rank 1 \(node \S+, process \d+\) is taking step 3 \(support/faults\.py:\d+ in hang\)"),
         (
@@ -250,15 +250,15 @@ def test_flags_that_are_read_late(done):
         ),
     ],
 )
-def test_a_rank_that_hangs_is_named(done, name, place):
-    (output,) = done[1][name]
+def test_a_rank_that_hangs_is_named(finished, name, status):
+    (output,) = finished[1][name]
     sentence = next(line for line in output.splitlines() if line.startswith("error: No progress for"))
-    assert re.search(rf"{place}.*, while rank 0 waited in taking step 3", sentence), sentence
+    assert re.search(rf"{status}.*, while rank 0 waited in taking step 3", sentence), sentence
 
 
-def test_asked_to_stop(done):
-    """One rank alone gets the signal: both finish the step, save, and exit with the status for it."""
-    root, outputs = done
+def test_asked_to_stop(finished):
+    """Both ranks finish the step, save, and exit with the stop request's status after a signal to one of them."""
+    root, outputs = finished
     first, second, third = outputs["asked"]
     line = next(line for line in first.splitlines() if "Received SIGTERM" in line)
     assert "rank 1]" in line and "exiting with status 75" in line
@@ -270,15 +270,15 @@ def test_asked_to_stop(done):
     assert not list((root / "asked-twice/checkpoint").glob("step-*"))
 
 
-def test_a_folder_that_is_removed_in_mid_run(done):
-    root, outputs = done
+def test_a_folder_that_is_removed_in_mid_run(finished):
+    root, outputs = finished
     assert re.search(r"removed/checkpoint was removed or replaced while the run wrote to it", outputs["removed"][0])
     assert {path.name for path in (root / "removed/checkpoint").iterdir()} == {"step-6", "step-8"}
     assert same_end(root, "removed") and "Traceback" not in outputs["removed"][0]
 
 
-def test_a_run_whose_folder_another_job_has_taken_stops(done):
-    root, outputs = done
+def test_a_run_whose_folder_another_job_has_taken_stops(finished):
+    root, outputs = finished
     assert re.search(
         r"error: Another run writes to file://\S+/elsewhere: job other \(node node7, proc", outputs["stolen"][0]
     )
@@ -286,22 +286,22 @@ def test_a_run_whose_folder_another_job_has_taken_stops(done):
     assert "Traceback" not in outputs["stolen"][0]
 
 
-def test_a_keyboard_interrupt_in_a_save_ends_the_run(done):
-    root, outputs = done
+def test_a_keyboard_interrupt_in_a_save_ends_the_run(finished):
+    root, outputs = finished
     interrupted, resumed = outputs["interrupted"]
     assert "step:  5" not in interrupted and "Traceback" not in interrupted
     assert re.search(r"Skipping the checkpoint \S+step-4: it is incomplete", resumed)
     assert same_end(root, "interrupted")
 
 
-def test_clocks_are_not_compared(done):
-    """A node's clock is late, and its rank works for long: no hang."""
-    (output,) = done[1]["skewed"]
+def test_clocks_are_not_compared(finished):
+    """Late clocks and a long step on one rank are no hang."""
+    (output,) = finished[1]["skewed"]
     assert "No progress" not in output and "Training completed" in output
 
 
-def test_retention(done):
-    root, outputs = done
+def test_retention(finished):
+    root, outputs = finished
     assert {path.name for path in (root / "retention/checkpoint").iterdir()} == {"step-3", "step-6", "step-7", "step-8"}
     assert "Removing the checkpoint of step 1." in outputs["retention"][0]
     losses = scalars(root / "best")[MEMORY_OFF] | scalars(root / "best-elsewhere")[MEMORY_OFF]
@@ -312,7 +312,7 @@ def test_retention(done):
 
 
 def test_a_disk_that_is_really_full(tmp_path, capsys):
-    """A small file system of its own, where that is allowed: one checkpoint fits, a second does not."""
+    """One checkpoint fits on a small tmpfs and the second does not; skipped where mounting is not allowed."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", disk], capture_output=True).returncode:

@@ -1,4 +1,4 @@
-"""The launch scripts with real processes: restarts, signals, several nodes, and a stand-in for Slurm."""
+"""Launch scripts with real processes: restarts, signals, several nodes, and a stand-in for Slurm."""
 
 import json
 import os
@@ -32,19 +32,19 @@ def test_scripts_pass_shellcheck():
 
 
 @pytest.mark.parametrize(
-    "variables, says",
+    "variables, message",
     [
         ({}, "NNODES must be a number of nodes, or MIN:MAX, but is ''"),
         ({"NNODES": "2"}, "RDZV_ENDPOINT must be HOST:PORT, the same on all nodes, but is ''"),
         ({"NNODES": "2", "RDZV_ENDPOINT": "a:1", "NODE_RANK": "x"}, "NODE_RANK must be a number from 0"),
     ],
 )
-def test_mistakes_on_several_nodes(variables, says):
+def test_mistakes_on_several_nodes(variables, message):
     done = subprocess.run(
         ["bash", "launch/multinode.sh", "train_configs/debug.toml"],
         cwd=ROOT, env=os.environ | variables, capture_output=True, text=True,
     )  # fmt: skip
-    assert done.returncode == 2 and says in done.stderr
+    assert done.returncode == 2 and message in done.stderr
     done = subprocess.run(["bash", "launch/slurm.sbatch"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "name a configuration" in done.stderr
 
@@ -53,7 +53,7 @@ THREADS, ALLOCATOR = "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF"
 
 
 @pytest.mark.parametrize(
-    "processes, quota, given, expected",
+    "processes, quota, preset, expected",
     [
         ("3", "max 100000", {}, {THREADS: "2", ALLOCATOR: "expandable_segments:True"}),
         ("16", "max 100000", {}, {THREADS: "1", ALLOCATOR: "expandable_segments:True"}),
@@ -62,9 +62,9 @@ THREADS, ALLOCATOR = "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF"
     ],
 )
 def test_ranks_share_the_cores_and_get_an_allocator_that_grows(
-    monkeypatch, tmp_path, processes, quota, given, expected
+    monkeypatch, tmp_path, processes, quota, preset, expected
 ):
-    """As the launcher and the bench start them: on the cores that they may use, unless the user has set it."""
+    """Launcher and bench derive threads from the usable cores and set the allocator, unless the user has."""
     (tmp_path / "cpu.max").write_text(quota)
     monkeypatch.setattr(process_environment, "_QUOTA", tmp_path / "cpu.max")
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(7)))
@@ -76,7 +76,7 @@ def test_ranks_share_the_cores_and_get_an_allocator_that_grows(
     )
     monkeypatch.setattr(sys, "argv", ["launcher", f"--nproc-per-node={processes}", "train.py"])
     for module, start in starts:
-        environment = {name: value for name, value in os.environ.items() if name not in (*expected, "RANK")} | given
+        environment = {name: value for name, value in os.environ.items() if name not in (*expected, "RANK")} | preset
         monkeypatch.setattr(os, "environ", environment)
         seen: dict[str, str] = {}
 
@@ -93,7 +93,7 @@ NODES = ["--training.steps", "12", "--lr_scheduler.total_steps", "12"]
 
 
 def with_faults(folder: Path, faults: list[dict]) -> None:
-    """Copy the launch scripts, with tests/support/faults.py in place of the module that they start."""
+    """Copy the launch scripts so that they start tests/support/faults.py instead of the training module."""
     for script in ("train.sh", "multinode.sh"):
         text = (ROOT / "launch" / script).read_text()
         text = text.replace("-m memdlm_dist.train", f"-m tests.support.faults '{json.dumps(faults)}'")
@@ -102,7 +102,7 @@ def with_faults(folder: Path, faults: list[dict]) -> None:
 
 @pytest.mark.slow
 def test_a_killed_rank_is_started_again_and_a_signal_ends_it(tmp_path):
-    """kill -9 of a rank in mid-step under --max-restarts; then SIGTERM to the launcher; then on to the end."""
+    """Restart after kill -9 of a rank within a step, then SIGTERM to the launcher, then resume to the end."""
     out = tmp_path / "out"
     config, *arguments = debug(out, *COMMON, *NODES)[1:]
     killed = {"do": "SIGKILL", "at": "step", "step": 8, "rank": 1, "once": str(tmp_path / "killed")}
@@ -122,7 +122,7 @@ def test_a_killed_rank_is_started_again_and_a_signal_ends_it(tmp_path):
 
 @pytest.mark.slow
 def test_two_nodes_of_which_one_is_asked_to_stop_or_killed(tmp_path):
-    """Two agents on loopback, one rank each. One is signalled: both stop. One goes down in mid-run and comes back."""
+    """Two agents on loopback, one rank each: a signal to one stops both; a killed one rejoins."""
     config, *arguments = debug(tmp_path / "out", *COMMON, *NODES)[1:]
     hang = {"do": "hang", "at": "step", "step": 8, "rank": 1, "once": str(tmp_path / "hung")}
     with_faults(tmp_path, [hang, *({"do": "sleep", "at": "step", "step": step} for step in (3, 4))])
@@ -140,7 +140,7 @@ def test_two_nodes_of_which_one_is_asked_to_stop_or_killed(tmp_path):
     assert re.search(r"Stopped after step [34], saved", first.text())
 
     first = node(0, "node0")
-    # Node 0 shall hold the rendezvous; on one machine it is whoever comes first.
+    # Node 0 must host the rendezvous; on one machine the first agent to start does.
     while socket.socket().connect_ex(("localhost", port)):
         time.sleep(0.1)
     second = node(1, "node1")
@@ -150,12 +150,12 @@ def test_two_nodes_of_which_one_is_asked_to_stop_or_killed(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     second.kill()
-    back = node(1, "node1-again")
+    rejoined = node(1, "node1-again")
     assert first.status() == 0, first.text()[-5000:]
-    assert back.status() == 0, back.text()[-5000:]
+    assert rejoined.status() == 0, rejoined.text()[-5000:]
     text = first.text()
-    assert "[node 0 rank 0]" in text and "[node 1 rank 1]" in second.text() + back.text()
-    assert " step:  " in text and " step:  " not in second.text() + back.text(), "rank 0 alone prints step lines"
+    assert "[node 0 rank 0]" in text and "[node 1 rank 1]" in second.text() + rejoined.text()
+    assert " step:  " in text and " step:  " not in second.text() + rejoined.text(), "only rank 0 prints step lines"
     assert re.search(r"Loading the checkpoint \S+step-5\.", text)
     run_many([(2, debug(tmp_path / "straight", *COMMON, *NODES))])
     assert scalars(tmp_path / "out")[LOSS] == scalars(tmp_path / "straight")[LOSS]
@@ -168,13 +168,13 @@ def test_the_soak_finds_no_difference():
 
 @pytest.mark.slow
 def test_slurm_queues_the_job_again(tmp_path):
-    """The batch script with a stand-in for Slurm's commands: srun runs a node here, and signals it."""
+    """Batch script with stand-ins for Slurm's commands; srun starts one node here and signals it."""
     tools = tmp_path / "bin"
     tools.mkdir()
     requeued = tmp_path / "requeued"
     commands = {
         "scontrol": f'if [[ $1 == requeue ]]; then echo "$2" > {requeued}; else echo localhost; echo other; fi',
-        # Slurm signals every process of the step; so does this.
+        # Slurm signals every process of the step; so does this stand-in.
         "srun": 'while [[ $1 == --* ]]; do shift; done; setsid "$@" & pid=$!\n'
         f"until grep -q 'step:  3 ' {tmp_path}/log; do sleep 0.2; done\n"
         "pkill -USR1 -s $pid; wait $pid",

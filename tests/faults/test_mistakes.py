@@ -1,5 +1,5 @@
-# ruff: noqa: E501  (one row a mistake)
-"""Everything a user can get wrong: one clear sentence, a non-zero exit status, no traceback."""
+# ruff: noqa: E501  (one line per mistake)
+"""User mistakes: one clear sentence, a non-zero exit status, no traceback."""
 
 import io
 import json
@@ -26,7 +26,7 @@ POOLED = ("--parametric_memory.granularity", "batch")
 @dataclass
 class Mistake:
     name: str
-    says: str  # must stand in the sentence
+    message: str  # part of the error message
     args: tuple[str, ...] = ()
     toml: str = ""  # appended to debug.toml
     env: dict[str, str] = field(default_factory=dict)
@@ -128,7 +128,7 @@ def in_root(root, monkeypatch):
 
 
 def fail(capsys, args) -> str:
-    """Run the training entry point; returns its one sentence."""
+    """Run the training entry point; return its one error message."""
     assert train.main(args) == EXIT_STATUS
     captured = capsys.readouterr()
     lines = captured.err.strip().splitlines()
@@ -147,11 +147,11 @@ def test_configuration(mistake, tmp_path, capsys, monkeypatch):
     args = [f"--job.config_file={config}", f"--job.dump_folder={tmp_path}/out", *mistake.args]
     if mistake.name == "missing config":
         args = list(mistake.args)
-    assert mistake.says in fail(capsys, args)
+    assert mistake.message in fail(capsys, args)
 
 
 @pytest.mark.parametrize(
-    "toml, says",
+    "toml, message",
     [
         ('[parametric_memory]\nrank = "8"', "parametric_memory.rank in {} must be int, but is '8'"),
         ("[parametric_memory]\nrank = true", "parametric_memory.rank in {} must be int, but is True"),
@@ -169,24 +169,24 @@ def test_configuration(mistake, tmp_path, capsys, monkeypatch):
         ),
     ],
 )
-def test_types_and_names_in_the_file(toml, says, tmp_path, capsys):
+def test_types_and_names_in_the_file(toml, message, tmp_path, capsys):
     config = tmp_path / "config.toml"
     config.write_text(toml)
-    assert says.format(config) in fail(capsys, [f"--job.config_file={config}"])
+    assert message.format(config) in fail(capsys, [f"--job.config_file={config}"])
 
 
 @pytest.mark.parametrize(
-    "content, says",
+    "content, message",
     [
         ("\ufeff[job]\n".encode(), "begins with a byte order mark; save it as UTF-8 without one."),
         ("[job]\n".encode("utf-16"), "cannot be read: "),
         (b"[job]\nformat = 2\n", "job.format = 2 is newer than this version reads (1); install the version"),
     ],
 )
-def test_files_of_other_programs(content, says, tmp_path, capsys):
+def test_files_of_other_programs(content, message, tmp_path, capsys):
     config = tmp_path / "config.toml"
-    config.write_bytes(content + b"[data]\ntrain = ['x']\n" * says.startswith("job"))
-    assert says in fail(capsys, [f"--job.config_file={config}"])
+    config.write_bytes(content + b"[data]\ntrain = ['x']\n" * message.startswith("job"))
+    assert message in fail(capsys, [f"--job.config_file={config}"])
 
 
 def debug_args(tmp_path, *args):
@@ -204,7 +204,7 @@ def test_tokenizer_without_mask_token(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "change, says",
+    "change, message",
     [
         ({"vocab_size": 5000}, "use a vocabulary of 5000 tokens, but model.flavor debug has 512"),
         ({"mask_token_id": 9}, "were made with mask token id 9, but the tokenizer"),
@@ -212,11 +212,11 @@ def test_tokenizer_without_mask_token(tmp_path, capsys):
         ({"extra": 1}, "card"),
     ],
 )
-def test_shards_that_do_not_fit(change, says, tmp_path, capsys):
+def test_shards_that_do_not_fit(change, message, tmp_path, capsys):
     folder = shutil.copytree(f"{DEBUG}/train", tmp_path / "train")
     card = json.loads((folder / "memdlm.json").read_text())
     (folder / "memdlm.json").write_text(json.dumps(card | change))
-    assert says in fail(capsys, debug_args(tmp_path, "--data.train", str(folder)))
+    assert message in fail(capsys, debug_args(tmp_path, "--data.train", str(folder)))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "deleted"])
@@ -239,15 +239,15 @@ def test_checkpoint_of_another_model(tmp_path, capsys):
     args = debug_args(tmp_path, "--checkpoint.enable")
     assert train.main(args) == 0
     saved = {p: p.stat().st_mtime_ns for p in (tmp_path / "out/checkpoint").rglob("*") if p.is_file()}
-    # The quickstart flavour has other widths and one layer more.
+    # The quickstart flavour has other widths and one more layer.
     sentence = fail(capsys, [*args, "--model.flavor", "quickstart"])
     assert "step-2 is of another model: " in sentence and "tok_embeddings.weight" in sentence
     assert saved == {p: p.stat().st_mtime_ns for p in (tmp_path / "out/checkpoint").rglob("*") if p.is_file()}
-    # A model with one layer less finds all its tensors in the checkpoint, and is another model all the same.
+    # A model with one layer less finds all its tensors in the checkpoint, but is still another model.
     sentence = fail(capsys, [*args, "--model.flavor", "shallow"])
     assert "layers.3." in sentence and "this model's absent" in sentence
     (tmp_path / "out/checkpoint/step-2/.metadata").write_bytes(b"junk")
-    # Asked for by name it fails; otherwise there is none to fall back on.
+    # load_step fails on the damaged checkpoint; without it, no earlier checkpoint exists to fall back on.
     assert "step-2 has a .metadata that cannot be read" in fail(capsys, [*args, "--checkpoint.load_step", "2"])
     assert "No checkpoint in" in (sentence := fail(capsys, args)) and "step-2 are damaged); restore one" in sentence
     assert "step-9 does not exist" in fail(capsys, [*args, "--checkpoint.load_step", "9"])
@@ -279,7 +279,7 @@ def test_what_others_say_becomes_one_sentence():
 
 
 @pytest.mark.parametrize(
-    "rows, args, says",
+    "rows, args, message",
     [
         ([], (), "The corpus is empty"),
         ([{"text": "tiny"}], (), "makes no training sequence of 64 tokens"),
@@ -288,7 +288,7 @@ def test_what_others_say_becomes_one_sentence():
         (None, (), "matches no file"),
     ],
 )
-def test_preparation(rows, args, says, tmp_path, capsys):
+def test_preparation(rows, args, message, tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     if rows is not None:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -297,12 +297,12 @@ def test_preparation(rows, args, says, tmp_path, capsys):
     assert prepare_data.main([*base, *tokenizer, *args]) == EXIT_STATUS
     captured = capsys.readouterr()
     errors = [line for line in captured.err.splitlines() if "error: " in line]
-    assert len(errors) == 1 and says in errors[0] and "Traceback" not in captured.err
+    assert len(errors) == 1 and message in errors[0] and "Traceback" not in captured.err
 
 
 @pytest.mark.parametrize("source", ["on standard input", "of --prompt", "file.txt"])
 def test_prompts_that_are_not_utf8(source, tmp_path, monkeypatch):
-    """In the C locale Python reads every byte, as half a surrogate pair if need be."""
+    """Python decodes invalid bytes to lone surrogates in the C locale."""
     stdin = io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="utf-8", errors="surrogateescape")
     monkeypatch.setattr(sys, "stdin", stdin)
     (tmp_path / "file.txt").write_bytes(b"\xff")
@@ -313,7 +313,7 @@ def test_prompts_that_are_not_utf8(source, tmp_path, monkeypatch):
 
 
 def test_through_the_launcher(root, tmp_path):
-    """Two ranks make the same mistake: still one sentence, and torchrun adds no traceback of its own."""
+    """Two ranks with the same mistake print one error, and torchrun adds no traceback."""
     command = ["bash", "launch/train.sh", "train_configs/debug.toml", "--parametric_memory.rank", "0"]
     done = subprocess.run(command, cwd=root, env={**os.environ, "NGPU": "2"}, capture_output=True, text=True)
     assert done.returncode == EXIT_STATUS
@@ -326,8 +326,8 @@ def test_ranks_to_show(root, ranks):
     command = ["bash", "launch/train.sh", "train_configs/debug.toml"]
     environment = {**os.environ, "NGPU": "2", "LOG_RANK": ranks}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    says = f"error: LOG_RANK must be local ranks below NGPU = 2, separated by commas, but is '{ranks}'.\n"
-    assert (done.returncode, done.stderr) == (EXIT_STATUS, says)
+    message = f"error: LOG_RANK must be local ranks below NGPU = 2, separated by commas, but is '{ranks}'.\n"
+    assert (done.returncode, done.stderr) == (EXIT_STATUS, message)
 
 
 def test_a_mistake_that_only_another_rank_meets_is_said_too(root):

@@ -1,4 +1,4 @@
-"""Shards and checkpoints in an object store that is sometimes away; and what killed runs leave in shared memory."""
+"""Shards and checkpoints in an object store with outages; shared memory left by killed runs."""
 
 import glob
 import os
@@ -27,13 +27,13 @@ IMPATIENT = {"do": "impatient"}
 
 
 def shut_when_marked(store, marks: dict[Path, float]) -> threading.Thread:
-    """Shut the store for some seconds when a run makes one of the files."""
+    """Shut the store when a run creates a mark file, for that mark's number of seconds."""
 
     def watch() -> None:
-        left = dict(marks)
-        while left:
-            for mark in [mark for mark in left if mark.exists()]:
-                store.shut_for(left.pop(mark))
+        remaining = dict(marks)
+        while remaining:
+            for mark in [mark for mark in remaining if mark.exists()]:
+                store.shut_for(remaining.pop(mark))
             time.sleep(0.01)
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -43,13 +43,13 @@ def shut_when_marked(store, marks: dict[Path, float]) -> threading.Thread:
 
 @pytest.fixture(scope="module")
 def live():
-    """Another job on this node, alive all the time."""
+    """Open a dataset as another live job on this node."""
     return TokenDataset(local="tests/assets/debug/heldout", batch_size=1, shuffle=False, check_hash="")
 
 
 @pytest.fixture(scope="module")
 def runs(live, tmp_path_factory):
-    """Locally; in the store, in two parts, the second in the background; with the store away twice; away for good."""
+    """Run on disk, in the store in two parts, with short outages, with a kill and with a lasting outage."""
     root = tmp_path_factory.mktemp("remote")
     with object_store() as store:
         bucket = fsspec.filesystem("s3")
@@ -74,9 +74,9 @@ def runs(live, tmp_path_factory):
                 2, arguments("parts", "8", "--checkpoint.async_mode", "async", "--checkpoint.keep_latest_k", "2"),
                 environment,
             ),
-            # Away for a moment while step 4 is saved.
+            # The store is unavailable for a moment while step 4 is saved.
             "away": (2, arguments("away", "8"), environment | {"faults": [mark("shut-1", "write", 4)]}),
-            # Any other URL is as good. Rank 1 cannot write its half of step 4 at first.
+            # Any other URL works as well. Rank 1's first write of step 4 fails.
             "file": (
                 2, arguments("file", "8", "--checkpoint.folder", f"file://{root}/elsewhere"),
                 environment | {"faults": [mark("once", "write", 4) | {"do": "raise", "rank": 1}]},
@@ -109,7 +109,7 @@ def test_a_run_in_the_store_is_the_local_run(runs):
     files = (".metadata", "__0_0.distcp", "__1_0.distcp", "run.json")
     assert [name for name in objects if name.startswith("parts/")] == [
         f"parts/{step}/{file}" for step in ("step-6", "step-8") for file in files
-    ], "the last two; older ones are removed there as well"
+    ], "keep_latest_k applies to stores as well"
     assert (root / "parts/tb").is_dir() and not (root / "parts/checkpoint").exists()
     assert len(list((root / "cache/parts").rglob("*.mds"))) == 1
 
@@ -124,7 +124,7 @@ def test_a_store_that_is_away_for_a_moment_is_waited_for(runs):
 def test_a_save_that_fails_on_a_url_is_tried_again(runs):
     root, outputs, _ = runs
     reason = r"Saving the checkpoint of step 4 failed \(rank 1: away for a moment\); trying again in 1 s"
-    assert len(re.findall(reason, outputs["file"])) == 2, "both ranks do"
+    assert len(re.findall(reason, outputs["file"])) == 2, "both ranks try again"
     assert {path.name for path in (root / "elsewhere").iterdir()} == {f"step-{n}" for n in (2, 4, 6, 8)}
     assert losses(root / "file") == losses(root / "local")
 
@@ -133,7 +133,7 @@ def test_a_store_that_is_gone_is_named(runs):
     _, outputs, objects = runs
     sentence = rf"error: The checkpoint s3://{BUCKET}/gone/step-4 could not be saved \(.*connect.*\); earlier ones"
     assert re.search(sentence, outputs["gone"]), outputs["gone"][-3000:]
-    # Its lease could not be given back, and expires.
+    # The run could not release its lease, which expires.
     assert {name.split("/")[1] for name in objects if name.startswith("gone/")} == {"step-2", "writer.json"}
     sentence = (
         rf"error: s3://{BUCKET}/still-gone cannot be written to \(.*connect.*\); see the file system or the store, or"
@@ -162,29 +162,29 @@ def test_waiting_for_a_store(monkeypatch, caplog):
 
 
 @pytest.mark.parametrize(
-    "location, says",
+    "location, message",
     [("s4://bucket/run", "s4://bucket/run is not a location that can be opened"), ("gs://b/r", "needs a package")],
 )
-def test_urls_that_cannot_be_opened(location, says, monkeypatch):
+def test_urls_that_cannot_be_opened(location, message, monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         storage.Storage(location)
 
 
 def test_shared_memory_of_a_killed_run(runs, live, monkeypatch):
-    """The next start takes its cache folder over; what another live job has stays, and is not shared."""
+    """Restarts take over a killed run's cache folder; a live job's shared memory stays and is not shared."""
     root, outputs, _ = runs
     assert "Removing shared memory of an earlier run that was killed" in outputs["after"]
     assert list(losses(root / "killed")) == [*range(1, 9)] and "step:  4" not in outputs["killed"]
-    theirs = set(glob.glob(f"/dev/shm/{live._shm_prefix_int:06}_*"))
-    assert len(theirs) > 3 and live[3]["sample_id"] == 3
+    live_memory = set(glob.glob(f"/dev/shm/{live._shm_prefix_int:06}_*"))
+    assert len(live_memory) > 3 and live[3]["sample_id"] == 3
 
-    # Had it copies of a remote there, no other job could use its folder; the process that asks is another one.
+    # If the live job cached a remote in its folder, no other job could use it. getpid() is patched to look like one.
     folder = os.path.abspath("tests/assets/debug/heldout")
     monkeypatch.setattr(shared_memory, "PATIENCE", 0)
     monkeypatch.setattr(shared_memory.os, "getpid", lambda: 0)
     shared_memory.remove_leftovers([folder], [])
-    assert theirs <= set(glob.glob("/dev/shm/*")), "a folder without a remote is shared: what is in use stays"
+    assert live_memory <= set(glob.glob("/dev/shm/*")), "folders without a remote are shared: memory in use stays"
     with pytest.raises(UserError, match=rf"Another job \(process \d+\) uses the cache folder {folder}; give this run"):
         shared_memory.remove_leftovers([folder], [folder])
-    assert theirs <= set(glob.glob("/dev/shm/*"))
+    assert live_memory <= set(glob.glob("/dev/shm/*"))

@@ -1,4 +1,4 @@
-"""Two runs on one folder: the second is told who has it, on disk and in a store, whatever the clocks say."""
+"""Two runs on one folder: the second one's error names the writer, on disk and in a store, with any clocks."""
 
 import fcntl
 import json
@@ -22,14 +22,14 @@ ARGUMENTS = [
 ]  # fmt: skip
 
 
-def named(job: str, process: int = 1, attempt: tuple[int, ...] = (0, 0)) -> Writer:
+def writer_of(job: str, process: int = 1, attempt: tuple[int, ...] = (0, 0)) -> Writer:
     return Writer(job, attempt, "node7", process, "2026-01-01T00:00:00+00:00")
 
 
 def test_a_second_run_is_refused_on_disk(tmp_path):
-    """This process writes to the folder; a run that is started there ends, and the next one, later, does not."""
+    """Runs end with an error while another process holds the folder's lock; after its release the next completes."""
     folder = tmp_path / "run/checkpoint"
-    held = claim(str(folder), named("ours"))
+    held = claim(str(folder), writer_of("ours"))
     assert isinstance(held, Lock)
     arguments = debug(tmp_path / "run", *ARGUMENTS)
     (refused,) = run_many([(2, arguments, {"status": 2, "faults": [{"do": "impatient"}]})])
@@ -43,12 +43,12 @@ def test_a_second_run_is_refused_on_disk(tmp_path):
 
 
 def test_a_lock_goes_with_its_folder(tmp_path):
-    held = Lock(tmp_path / "run", named("ours"))
+    held = Lock(tmp_path / "run", writer_of("ours"))
     (tmp_path / "run").rename(tmp_path / "moved")
-    with ThreadPoolExecutor(4) as threads:  # on the same file system it is made anew; retention has its own thread
+    with ThreadPoolExecutor(4) as threads:  # retention checks from its own thread
         list(threads.map(lambda _: held.check(), range(8)))
-    assert json.loads((tmp_path / "run" / LEASE).read_text())["job"] == "ours"
-    held._device += 1  # what an unmounted folder looks like
+    assert json.loads((tmp_path / "run" / LEASE).read_text())["job"] == "ours"  # recreated on the same file system
+    held._device += 1  # looks like an unmounted folder
     (tmp_path / "run").rename(tmp_path / "again")
     with pytest.raises(OSError, match="is on another file system than at the start of the run"):
         held.check()
@@ -56,13 +56,13 @@ def test_a_lock_goes_with_its_folder(tmp_path):
     held.release()
     kept = tmp_path / "kept"
     kept.mkdir()
-    Lock(kept, named("ours")).release()
-    assert kept.exists() and not list(kept.iterdir()), "a folder that was there stays"
+    Lock(kept, writer_of("ours")).release()
+    assert kept.exists() and not list(kept.iterdir()), "an existing folder is not removed"
 
 
 def test_a_lock_that_is_lost_to_another_run(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "PATIENCE", 0)
-    held = Lock(tmp_path / "run", named("ours"))
+    held = Lock(tmp_path / "run", writer_of("ours"))
     (tmp_path / "run").rename(tmp_path / "moved")
     monkeypatch.setattr(fcntl, "lockf", lambda *_: (_ for _ in ()).throw(BlockingIOError()))
     with open(tmp_path / "other", "w") as other:
@@ -86,33 +86,33 @@ def soon(monkeypatch):
 
 
 def kill(lease: Lease) -> None:
-    """Leave a lease as a killed process does."""
+    """Stop renewing a lease, like a killed process."""
     lease._stopped.set()
     lease._thread.join()
 
 
 def test_a_lease_in_a_store(url, soon, monkeypatch):
-    first = claim(url, named("a"))
+    first = claim(url, writer_of("a"))
     assert isinstance(first, Lease)
     with pytest.raises(UserError, match=r"Another run writes to s3://\S+/run: job a \(node node7, process 1, since "):
-        claim(url, named("b"))
-    # The same job, started again, does not wait; the process before it learns of that before it saves.
+        claim(url, writer_of("b"))
+    # A restart of the same job takes over at once; the earlier process fails its next check before a save.
     began = time.monotonic()
-    second = claim(url, named("a", process=2, attempt=(1, 0)))
+    second = claim(url, writer_of("a", process=2, attempt=(1, 0)))
     assert time.monotonic() - began < writer.EXPIRY
     with pytest.raises(UserError, match="process 2"):
         first.check()
     second.check()
-    # Another launch of the same job, beside it, is no later attempt.
+    # A concurrent launch of the same job is not a later attempt.
     with pytest.raises(UserError, match="process 2"):
-        claim(url, named("a", process=3, attempt=(1, 0)))
-    # Another job does, until the count has stood still; by its own clock alone.
+        claim(url, writer_of("a", process=3, attempt=(1, 0)))
+    # Another job waits until the lease's counter has not changed for EXPIRY, measured by its own clock.
     kill(second)
     monkeypatch.setattr(time, "time", lambda: 0.0)
-    third = claim(url, named("c"))
+    third = claim(url, writer_of("c"))
     with pytest.raises(UserError, match="job c"):
         second.check()
-    # A lease that somebody removed is made anew.
+    # A removed lease is recreated.
     Storage(url).remove(LEASE)
     third.check()
     third.release()
@@ -125,10 +125,10 @@ def test_a_lease_that_cannot_be_read_expires(url, soon):
     storage = Storage(f"{url}-3")
     fsspec.filesystem("s3").pipe_file(f"{url}-3/{LEASE}", b'{"job": "a')
     began = time.monotonic()
-    lease = claim(storage.url(), named("ours"))
+    lease = claim(storage.url(), writer_of("ours"))
     assert time.monotonic() - began > writer.EXPIRY
     value = json.loads(storage.read(LEASE))
-    assert writer.parse(json.dumps({**value, "later": 1}).encode()) is not None, "what a later version adds"
+    assert writer.parse(json.dumps({**value, "later": 1}).encode()) is not None, "keys of later versions are ignored"
     storage.write_json(LEASE, {"job": 1})
     with pytest.raises(UserError, match=r"run-3: one whose writer.json cannot be read; end it"):
         lease.check()
@@ -137,16 +137,16 @@ def test_a_lease_that_cannot_be_read_expires(url, soon):
 
 
 def test_two_that_come_at_once(url, soon):
-    """The one that wrote later has it, where a store writes whatever is there."""
+    """Later writers get the lease in a store without conditional writes."""
     storage = Storage(f"{url}-2")
 
     class Slow(Storage):
         def create_json(self, name, value):
             super().create_json(name, value)
-            storage.write_json(name, asdict(named("other")))
+            storage.write_json(name, asdict(writer_of("other")))
 
     with pytest.raises(UserError, match="job other"):
-        Lease(Slow(f"{url}-2"), named("ours"))
+        Lease(Slow(f"{url}-2"), writer_of("ours"))
     storage.remove(LEASE)
     storage.create_json(LEASE, {"x": 1})
     storage.create_json(LEASE, {"x": 2})

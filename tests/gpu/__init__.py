@@ -1,1 +1,1 @@
-"""What only an accelerator can show: `pytest -m gpu`."""
+"""Tests that need an accelerator: `pytest -m gpu`."""

@@ -1,4 +1,4 @@
-"""Marks what is in this folder `gpu`, and skips it on machines without an accelerator."""
+"""Marks this folder's tests `gpu` and skips them on machines without an accelerator."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def device():
-    """The accelerator, whose float32 products are float32, in child processes too: no TF32."""
+    """Return the accelerator with TF32 off, in child processes as well."""
     if not has_accelerator():
         _explain_absence()
     before = torch.get_float32_matmul_precision()
@@ -31,7 +31,7 @@ def device():
 
 
 def _explain_absence() -> None:
-    """Skip where there is no accelerator; fail where there is one that torch does not find."""
+    """Skip without an accelerator; fail if the machine has one that torch does not find."""
     if not any(Path("/dev").glob("nvidia[0-9]*")):
         pytest.skip("this machine has no accelerator")
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
@@ -42,11 +42,14 @@ def _explain_absence() -> None:
 
 @pytest.fixture(scope="session")
 def compiler(device: torch.device) -> None:
-    """What Triton builds its launchers with; inductor's, flex attention's and torchtitan's kernels are Triton's."""
+    """Fail without a C compiler and Python headers, which all Triton kernels need.
+
+    Inductor, flex attention and torchtitan use Triton.
+    """
     c_compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     headers = Path(sysconfig.get_path("include"), "Python.h")
-    for found, missing in ((c_compiler, "a C compiler (CC, gcc or clang)"), (headers.is_file(), f"{headers}")):
-        if not found:
+    for present, missing in ((c_compiler, "a C compiler (CC, gcc or clang)"), (headers.is_file(), f"{headers}")):
+        if not present:
             pytest.fail(f"Triton needs {missing}: install gcc and Python's development package", pytrace=False)
 
 
@@ -59,7 +62,7 @@ def cuda(device: torch.device) -> torch.device:
 
 @pytest.fixture(scope="module")
 def one_rank(device: torch.device):
-    """A process group of this process alone."""
+    """Initialise a process group with this process as its only rank."""
     device_module().set_device(0)
     store = dist.TCPStore("localhost", 0, world_size=1, is_master=True)
     dist.init_process_group(store=store, rank=0, world_size=1)
@@ -69,8 +72,8 @@ def one_rank(device: torch.device):
 
 @pytest.fixture(scope="module")
 def build(one_rank: None):
-    """Build a model and its objective from train_configs/debug.toml and further arguments: `Bench.build`."""
-    from memdlm_dist.config import parse_config  # not above: torchtitan is imported after `cpu.prepare()`
+    """Return `built(*arguments)`: `Bench.build` on train_configs/debug.toml with the arguments added."""
+    from memdlm_dist.config import parse_config  # imported late: torchtitan must follow `cpu.prepare()`
     from memdlm_dist.performance.bench_steps import Bench
 
     def built(*arguments: str, layers: int | None = None) -> Bench:
@@ -82,9 +85,9 @@ def build(one_rank: None):
 
 @pytest.fixture
 def flex_without_autotuning(compiler: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compile flex attention as torchtitan does under debug.deterministic: autotuning takes most of a minute."""
+    """Compile flex attention without autotuning, which takes most of a minute, as under debug.deterministic."""
     from torch.nn.attention.flex_attention import flex_attention
-    from torchtitan.models.attention import FlexAttentionWrapper  # not above, either
+    from torchtitan.models.attention import FlexAttentionWrapper  # imported late, too
 
-    torch._dynamo.reset()  # the shapes of other tests count towards the limit of compilations
+    torch._dynamo.reset()  # other tests' shapes count towards the recompile limit
     monkeypatch.setattr(FlexAttentionWrapper, "_compiled_flex_attn", torch.compile(flex_attention))

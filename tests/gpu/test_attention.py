@@ -1,4 +1,4 @@
-"""Attention on the accelerator: which kernels run, and that blocks of documents are what the dense mask is."""
+"""Attention on the accelerator: kernel choice, and document attention against the dense mask."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from memdlm_dist.runtime.device import has_flash_attention
 from memdlm_dist.training.objective import Objective
 from tests.support.bilevel import scaled_model
 
-# Two rows of documents, one of a single token, one longer than a block of flex attention (128), and padding.
+# Two rows of documents with padding; one document is a single token, one exceeds flex attention's block of 128.
 LENGTHS = ((1, 47, 150, 40), (60, 100, 96))
 
 
@@ -26,55 +26,55 @@ def documents():
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PADDING)
 
 
-# Queries, keys, width of a head.
-HEADS = pytest.mark.parametrize("heads, kv_heads, width", [(4, 2, 64), (8, 2, 128)], ids=["of 64", "of 128"])
+# Query heads, key-value heads, head dim.
+HEADS = pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 2, 64), (8, 2, 128)], ids=["64", "128"])
 
 
 @HEADS
 @pytest.mark.parametrize("method", ["varlen", "blocks"])
-def test_documents_attend_as_the_dense_mask_says(device, flex_without_autotuning, method, heads, kv_heads, width):
-    """Forward and backward, in bfloat16 with grouped queries, with empty slots; the dense mask in float32."""
+def test_documents_attend_as_the_dense_mask_says(device, flex_without_autotuning, method, heads, kv_heads, head_dim):
+    """Forward and backward in bfloat16 with grouped queries and empty slots; the dense mask in float32."""
     number = documents().to(device)
     if method == "varlen" and not has_flash_attention():
         pytest.skip("this accelerator has no flash attention (compute capability 8.0)")
-    assert attention_method(device.type, width, torch.float32) == "blocks"
-    compare(number, document_mask(Documents(number, number, 8), method), heads, kv_heads, width)
+    assert attention_method(device.type, head_dim, torch.float32) == "blocks"
+    compare(number, document_mask(Documents(number, number, 8), method), heads, kv_heads, head_dim)
 
 
 @HEADS
-def test_whole_rows_attend_as_the_dense_mask_says(cuda, heads, kv_heads, width):
-    """Likewise, in the kernels of whole rows, which take grouped queries as they are."""
+def test_whole_rows_attend_as_the_dense_mask_says(cuda, heads, kv_heads, head_dim):
+    """Rows of one document use unmasked kernels, which take grouped queries without expanding them."""
     number = torch.zeros(2, 256, dtype=torch.int64, device=cuda)
     with AttentionOperators() as operators:
-        compare(number, None, heads, kv_heads, width)
+        compare(number, None, heads, kv_heads, head_dim)
     ours = operators.names[:2]
     assert ours[0] in FAST and ours[1] == f"{ours[0]}_backward"
 
 
-def compare(number, mask, heads, kv_heads, width):
-    """Compare attention with `mask` in bfloat16 with attention with the dense mask of `number` in float32.
+def compare(number, mask, heads, kv_heads, head_dim):
+    """Assert that bfloat16 attention with `mask` equals float32 attention with the dense mask of `number`.
 
-    bfloat16 carries 8 bits, and the probabilities are rounded to it as well as the output: within 2% of the largest
-    value. Attention beyond a document differs by as much as the values themselves.
+    The tolerance is 2% of the largest value: bfloat16 carries 8 bits, and both probabilities and output are rounded to
+    it. Attention beyond a document would differ by as much as the values themselves.
     """
     generator = torch.Generator().manual_seed(0)
 
     def normal(heads):
-        x = torch.randn(*number.shape, heads, width, generator=generator)
-        return x.to(number.device, torch.bfloat16).transpose(1, 2)  # as the projections come: heads side by side
+        x = torch.randn(*number.shape, heads, head_dim, generator=generator)
+        return x.to(number.device, torch.bfloat16).transpose(1, 2)  # strided like the projections' output
 
-    given, upstream = [normal(heads), normal(kv_heads), normal(kv_heads)], normal(heads)
-    found = []
+    inputs, upstream = [normal(heads), normal(kv_heads), normal(kv_heads)], normal(heads)
+    results = []
     for dtype, used in ((torch.bfloat16, mask), (torch.float32, document_mask(Documents(number, number, 8), "dense"))):
-        inputs = [x.detach().to(dtype).requires_grad_() for x in given]
-        y = BidirectionalAttentionKernel()(*inputs, enable_gqa=True, mask=used)
-        found.append([y, *torch.autograd.grad(y, inputs, upstream.type_as(y))])
-    for name, ours, theirs in zip(("output", "query", "key", "value"), *found, strict=True):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        y = BidirectionalAttentionKernel()(*leaves, enable_gqa=True, mask=used)
+        results.append([y, *torch.autograd.grad(y, leaves, upstream.type_as(y))])
+    for name, ours, theirs in zip(("output", "query", "key", "value"), *results, strict=True):
         assert (ours - theirs).abs().max() < 0.02 * theirs.abs().max(), name
 
 
 def test_a_packed_step_is_the_cpus(device, flex_without_autotuning):
-    """Loss, inner losses and gradients in float32: blocks and positions on the device, a dense mask on the CPU."""
+    """Same loss, inner losses and gradients in float32, with blocks on the device and a dense mask on the CPU."""
     args = LLaDAArgs(dim=64, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=96, vocab_size=128, max_seq_len=256)
     memory = bilevel.Memory(
         1, args.adapted_linears(1, ["ffn", "attention"]), "lora", 4, 8.0,
@@ -88,22 +88,22 @@ def test_a_packed_step_is_the_cpus(device, flex_without_autotuning):
     )
     start = memory.draw(0, 1, batch.sample_ids_U)
 
-    def step(place):
-        model = scaled_model(args, torch.float32).to(place)
-        fast = map_leaves(lambda x: x.to(place), start)
-        loss, statistics = bilevel.outer_loss(model, batch.to(place), memory, fast)
+    def step(target):
+        model = scaled_model(args, torch.float32).to(target)
+        fast = map_leaves(lambda x: x.to(target), start)
+        loss, statistics = bilevel.outer_loss(model, batch.to(target), memory, fast)
         loss.backward()
-        found = {name: p.grad for name, p in model.named_parameters()}
-        return found | {"loss": loss.detach(), "inner losses": statistics.loss_KG, "written": statistics.written_norm_G}
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        return grads | {"loss": loss.detach(), "inner losses": statistics.loss_KG, "written": statistics.written_norm_G}
 
     ours, theirs = step(device), step("cpu")
     for name, x in theirs.items():
-        # Sums in another order, 1e-6 of the largest term; the inner loop and two layers amplify them.
+        # Summation order differs: 1e-6 of the largest term, amplified by the inner loop and two layers.
         assert (ours[name].cpu() - x).abs().max() < 1e-4 * x.abs().max(), name
 
 
 class AttentionOperators(TorchDispatchMode):
-    """Names of the operators of attention that run while active."""
+    """Recorder of the attention operators that run while active."""
 
     def __init__(self):
         super().__init__()
@@ -119,9 +119,9 @@ FAST = ("aten::_scaled_dot_product_cudnn_attention", "aten::_scaled_dot_product_
 
 
 def test_whole_rows_are_attended_to_by_cudnn_or_flash_kernels(cuda, build):
-    """Every pass of a step in bfloat16, forward and backward.
+    """Kernels of cuDNN or flash attention run in every pass of a bfloat16 step, forward and backward.
 
-    Other kernels have other operators, and the one that keeps all scores is made of products.
+    Other kernels have other operator names; the math kernel, which stores all scores, consists of matrix products.
     """
     bench = build("--model.flavor", "quickstart", "--training.mixed_precision_param", "bfloat16")
     batch = bench.batch(0)
@@ -132,24 +132,24 @@ def test_whole_rows_are_attended_to_by_cudnn_or_flash_kernels(cuda, build):
     assert set(forward.names) <= {*FAST} and set(backward.names) <= {f"{name}_backward" for name in FAST}
     passes, layers = count_passes(batch), bench.args.n_layers
     tail = layers - bench.objective.memory.first_layer
-    assert tail == 1, "its fast weights lie above its attention, which an inner step's backward pass does not reach"
+    assert tail == 1, "inner backward passes end at the FFN's fast weights, above the layer's attention"
     assert len(forward.names) == passes.inputs * (layers - tail) + passes.tail_forward * tail
     assert len(backward.names) == layers
 
 
 def test_deterministic_attention_is_flash_attention_and_has_the_same_bits_each_time(cuda):
     generator = torch.Generator().manual_seed(0)
-    given = [torch.randn(2, 4, 512, 64, generator=generator).to(cuda, torch.bfloat16) for _ in range(4)]
-    found = []
+    tensors = [torch.randn(2, 4, 512, 64, generator=generator).to(cuda, torch.bfloat16) for _ in range(4)]
+    results = []
     torch.use_deterministic_algorithms(True)
     try:
         for _ in range(3):
-            q, k, v = (x.clone().requires_grad_() for x in given[:3])
+            q, k, v = (x.clone().requires_grad_() for x in tensors[:3])
             with AttentionOperators() as operators:
                 y = BidirectionalAttentionKernel()(q, k, v)
-                found.append([y, *torch.autograd.grad(y, [q, k, v], given[3])])
+                results.append([y, *torch.autograd.grad(y, [q, k, v], tensors[3])])
             assert operators.names == [FAST[1], f"{FAST[1]}_backward"]
     finally:
         torch.use_deterministic_algorithms(False)
-    for other in found[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))

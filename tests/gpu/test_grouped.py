@@ -1,4 +1,4 @@
-"""Grouped matrix products against the loop over experts, and against the masked form of packed fast weights."""
+"""Grouped matrix products against the loop over experts and the masked form of packed fast weights."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ from memdlm_dist.training.objective import Objective
 ARGS = LLaDAMoEArgs(
     dim=64, n_layers=2, n_heads=4, hidden_dim=32, vocab_size=128, n_experts=4, experts_per_token=2, max_seq_len=32
 )
-# A grouped product is one in bfloat16, of 8 bits; the loop's are in float32. Of norms.
+# Relative to norms: grouped products run in bfloat16, which carries 8 bits, the loop in float32.
 TOLERANCE = 0.02
 
 
@@ -39,7 +39,7 @@ def needs_grouped_products(device, request):
     ids=["one empty", "all to the second", "all to the last"],
 )
 def test_grouped_products_are_the_loop_with_empty_experts(device, sets, counts):
-    """Output and all gradients, those of the fast weights too; zero, and not unwritten memory, where nothing came."""
+    """Same output and gradients; experts without tokens get zero gradients, not uninitialised memory."""
     torch.manual_seed(1)
     experts = AdaptableExperts(ARGS.dim, ARGS.hidden_dim, ARGS.n_experts, use_grouped_mm=False).to(device)
     with torch.no_grad():
@@ -51,20 +51,20 @@ def test_grouped_products_are_the_loop_with_empty_experts(device, sets, counts):
     tree = map_leaves(lambda leaf: (leaf + 0.1 * torch.randn_like(leaf)).requires_grad_(), tree)
     fast, leaves = (tree["0"], fast_weights.leaves(tree)) if sets else (None, [])
 
-    found = []
+    results = []
     for grouped in (False, True):
         experts.use_grouped_mm = grouped
         y = experts(x, counts_EG.sum(1), fast=fast, counts_EG=counts_EG if sets == 2 else None)
-        found.append([y, *torch.autograd.grad(y.square().sum(), [x, *experts.parameters(), *leaves])])
-    for loop, other in zip(*found, strict=True):
-        assert (loop - other).norm() <= TOLERANCE * loop.norm()
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *experts.parameters(), *leaves])])
+    for loop, product in zip(*results, strict=True):
+        assert (loop - product).norm() <= TOLERANCE * loop.norm()
     chosen = counts_EG.sum(1) > 0
-    for gradient in found[1][2:5]:  # of the experts' three linears
+    for gradient in results[1][2:5]:  # the experts' three linears
         assert (gradient.abs().sum((1, 2)) > 0).tolist() == chosen.tolist()
 
 
 def test_more_groups_than_a_grouped_product_takes(device):
-    """1,200 groups, and slots behind the last: the products of the groups one by one."""
+    """1,200 groups with unused rows after the last equal the groups' separate products."""
     torch.manual_seed(1)
     sizes = [8 * (1 + i % 3) for i in range(1200)]
     ends = torch.tensor(sizes, device=device).cumsum(0, dtype=torch.int32)
@@ -75,16 +75,16 @@ def test_more_groups_than_a_grouped_product_takes(device):
     gradient[sum(sizes) :] = torch.nan
     x.requires_grad_(), weight.requires_grad_()
     y = grouped_mm(x, weight, ends)
-    found = y, *torch.autograd.grad(y, [x, weight], gradient)
-    alone = torch.cat([F.linear(part, one) for part, one in zip(x.split([*sizes, 16]), weight.unbind(), strict=False)])
-    expected = alone, *torch.autograd.grad(alone, [x, weight], gradient[: sum(sizes)])
-    for ours, theirs in zip(found, expected, strict=True):
+    results = y, *torch.autograd.grad(y, [x, weight], gradient)
+    separate = torch.cat([F.linear(x_g, w_g) for x_g, w_g in zip(x.split([*sizes, 16]), weight.unbind(), strict=False)])
+    expected = separate, *torch.autograd.grad(separate, [x, weight], gradient[: sum(sizes)])
+    for ours, theirs in zip(results, expected, strict=True):
         ours, theirs = (z[: sum(sizes)].float() for z in (ours, theirs))
         assert ours.isfinite().all() and (ours - theirs).norm() <= TOLERANCE * theirs.norm()
 
 
 def test_a_step_with_grouped_products_is_the_step_with_the_loop(device):
-    """Loss, inner losses and gradients, with a memory for every row; the router and attention are float32 in both."""
+    """Same loss, inner losses and gradients with fast weights per row; router and attention stay float32."""
     memory = Memory(
         1, ARGS.adapted_linears(1, ["ffn"]), "lora", 8, 16.0,
         inner_loss("cross_entropy", "pre_final_norm", "post_final_norm"), InnerSGD(0.1, 1.0), per_sample=True,
@@ -102,12 +102,12 @@ def test_a_step_with_grouped_products_is_the_step_with_the_loop(device):
             model.init_weights()
         loss, statistics = outer_loss(model, batch, memory, memory.draw(0, 1, batch.sample_ids_U))
         loss.backward()
-        found = {name: p.grad for name, p in model.named_parameters()}
-        return found | {"loss": loss.detach(), "inner losses": statistics.loss_KG, "written": statistics.written_norm_G}
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        return grads | {"loss": loss.detach(), "inner losses": statistics.loss_KG, "written": statistics.written_norm_G}
 
     loop, grouped = step(False), step(True)
     gradients = [name for name in loop if name.endswith("weight") or ".w" in name]
-    ours, theirs = (torch.cat([found[name].flatten() for name in gradients]) for found in (grouped, loop))
+    ours, theirs = (torch.cat([results[name].flatten() for name in gradients]) for results in (grouped, loop))
     assert F.cosine_similarity(ours, theirs, 0) > 0.999
     for name in ("loss", "inner losses", "written"):
         assert (grouped[name] - loop[name]).norm() <= TOLERANCE * loop[name].norm(), name
@@ -115,7 +115,7 @@ def test_a_step_with_grouped_products_is_the_step_with_the_loop(device):
 
 @pytest.mark.parametrize("fast_weight_type", fast_weights.FAST_WEIGHT_TYPES)
 def test_grouped_terms_of_documents_are_the_masked_ones(device, fast_weight_type):
-    """Output and all gradients, with empty slots, padding and documents of one token; the masked form in float32."""
+    """Same output and gradients with empty slots, padding and one-token documents; masked form in float32."""
     sizes = ((1, 47, 150, 40), (60, 100, 96))
     rows = [torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in sizes]
     number = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PADDING)
@@ -128,15 +128,15 @@ def test_grouped_terms_of_documents_are_the_masked_ones(device, fast_weight_type
     upstream = torch.randn(*number.shape, 96, device=device)
     values = [torch.randn_like(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in start]
 
-    found = []
+    results = []
     for dtype in (torch.float32, torch.bfloat16):
         fast = type(start)(*(v.requires_grad_() if isinstance(v, torch.Tensor) else v for v in values))
         inputs = [x.to(dtype).requires_grad_(), *(v for v in fast if isinstance(v, torch.Tensor))]
         y = fast.term(inputs[0], documents.assign_sets(grouped=dtype == torch.bfloat16))
         assert y.dtype == dtype
-        found.append([y, *torch.autograd.grad(y, inputs, upstream.to(dtype))])
-    for masked, grouped in zip(*found, strict=True):
+        results.append([y, *torch.autograd.grad(y, inputs, upstream.to(dtype))])
+    for masked, grouped in zip(*results, strict=True):
         assert (masked - grouped).norm() <= TOLERANCE * masked.norm()
-    # Of slots without a document; the last of each row has the padding.
-    for gradient in found[1][2:]:
+    # Slots without a document get zero gradients; a row's last slot holds the padding.
+    for gradient in results[1][2:]:
         assert not gradient.unflatten(0, (2, 8))[0, 4:7].any() and not gradient.unflatten(0, (2, 8))[1, 3:7].any()

@@ -1,4 +1,4 @@
-"""Memory of a step on the accelerator: what residency keeps gathered and frees, and the peak over plain training's."""
+"""Memory of a step on the accelerator: how long the tail stays gathered, and the peak against plain training."""
 
 import gc
 from dataclasses import replace
@@ -17,9 +17,9 @@ MIB = 2**20
 
 
 class OneShard(Layout):
-    """FSDP2 over a single rank: nothing is communicated, but gathered parameters are copies, which are freed.
+    """FSDP2 layout of a single rank, where gathered parameters are still copies that resharding frees.
 
-    torchtitan's layout of one rank has no FSDP.
+    torchtitan applies no FSDP on one rank.
     """
 
     dp_replicate = dp_shard = cp = tp = ep = 1
@@ -38,18 +38,20 @@ class OneShard(Layout):
 
 
 def allocated() -> int:
-    """Return the bytes that tensors in use have asked for; the allocator's blocks may be larger."""
-    gc.gather()
+    """Return the bytes requested by live tensors; the allocator's blocks may be larger."""
+    gc.collect()
     return device_module().memory_stats()["requested_bytes.all.current"]
 
 
-def size(module: torch.nn.Module) -> int:
+def n_bytes(module: torch.nn.Module) -> int:
     return sum(p.numel() * p.itemsize for p in module.parameters())
 
 
 def test_the_tail_is_resident_until_the_backward_pass_has_freed_it(device, build):
-    """Bytes in use, of five layers of 3.3 MiB each, the last one tail; one row of 64 tokens, so that activations are
-    less than half a layer."""
+    """Live bytes of five layers of 3.3 MiB each, of which the last is the tail.
+
+    One row of 64 tokens keeps activations below half a layer.
+    """
     bench = build("--model.flavor", "quickstart", "--training.local_batch_size", "1", "--training.seq_len", "64")
     model = model_on_meta(bench.config, bench.args, OneShard(device))
     model.to_empty(device=device)
@@ -57,8 +59,8 @@ def test_the_tail_is_resident_until_the_backward_pass_has_freed_it(device, build
         model.init_weights()
     memory, batch = bench.objective.memory, bench.batch(1)
     layers = list(model.layers.values())
-    layer = size(layers[0])
-    tail = size(layers[-1]) + size(model.norm) + size(model.output)
+    layer = n_bytes(layers[0])
+    tail = n_bytes(layers[-1]) + n_bytes(model.norm) + n_bytes(model.output)
     assert memory.first_layer == 4 and layer > 3 * MIB
     bench = replace(bench, model=model)
     nothing, resident = [0] * 7, [0] * 5 + [1] * 2
@@ -67,11 +69,11 @@ def test_the_tail_is_resident_until_the_backward_pass_has_freed_it(device, build
         fast = memory.draw(0, 1, batch.sample_ids_U)
         return bilevel.outer_loss(model, batch, memory, fast, on_adapted=at_adapted)[0]
 
-    step().backward()  # what is built on first use
+    step().backward()  # first-use allocations
     model.zero_grad()
     before = allocated()
 
-    # Without a gradient: the trunk is freed layer by layer, the tail after the pass that follows the inner steps.
+    # Without gradient: the trunk is freed layer by layer, the tail after the pass that follows the inner steps.
     within = []
     with torch.no_grad():
         loss = step(lambda fast: within.append((allocated() - before, gathered(bench))))
@@ -81,7 +83,7 @@ def test_the_tail_is_resident_until_the_backward_pass_has_freed_it(device, build
     del loss
     assert abs(allocated() - before) < layer / 8
 
-    # With one: the tail after the backward pass.
+    # With gradient: the tail is freed after the backward pass.
     loss = step()
     assert gathered(bench) == resident and allocated() - before > tail
     loss.backward()
@@ -96,8 +98,8 @@ def test_the_tail_is_resident_until_the_backward_pass_has_freed_it(device, build
 def test_a_step_takes_no_more_memory_than_plain_training(device, build):
     """Four layers of the 1B flavour with full checkpointing, two rows of 1,024 tokens, everything in bfloat16.
 
-    Within the step, that is without the weights. 1.1 is the target of docs/performance.md, for a peak at the end of the
-    backward pass, where all gradients are there.
+    The peak excludes the weights. 1.1 is the target of docs/performance.md, for a peak at the end of the backward
+    pass, when all gradients exist.
     """
     bench = build(
         "--model.flavor", "1B", "--training.seq_len", "1024", "--training.local_batch_size", "2",
@@ -113,7 +115,7 @@ def test_a_step_takes_no_more_memory_than_plain_training(device, build):
             loss, _ = bench.loss_sum(kind, batch, 0)
             (loss / batch.maskable).backward()
 
-        step()  # workspaces
+        step()  # allocates workspaces
         bench.model.zero_grad()
         peaks[kind] = peak_memory(step)[1]
         bench.model.zero_grad()

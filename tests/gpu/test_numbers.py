@@ -1,4 +1,4 @@
-"""The accelerator's numbers are the CPU's: random draws, the published fixtures, the losses of the head."""
+"""Accelerator results against the CPU's: random draws, published fixtures, losses of the head."""
 
 import math
 
@@ -16,9 +16,9 @@ from memdlm_dist.models.llada_moe import LLaDAMoE, LLaDAMoEArgs
 from memdlm_dist.performance.straightforward import DISTANCES
 from tests.support.zygote import ROOT
 
-# Sample ids as far apart as those of packed documents.
+# Sample ids spaced like the ids of packed documents.
 IDS = torch.arange(5) * 2**40 + 17
-# No width is a power of 4, whose square root divides without rounding.
+# No width is a power of 4, so that dividing by its square root rounds.
 SIZES = {"dim": 96, "n_layers": 2, "n_heads": 6, "vocab_size": 1000, "max_seq_len": 16}
 BACKBONES = {
     "dense": (LLaDA, LLaDAArgs(**SIZES, hidden_dim=160)),
@@ -27,9 +27,9 @@ BACKBONES = {
 
 
 def test_random_numbers_have_the_cpus_bits(device):
-    def numbers(place):
-        keys = keyed_random.key(2**31 + 7, Stream.MASK, 12, IDS.to(place))
-        index = torch.arange(1000, device=place)
+    def numbers(target):
+        keys = keyed_random.key(2**31 + 7, Stream.MASK, 12, IDS.to(target))
+        index = torch.arange(1000, device=target)
         symmetric = keyed_random.symmetric(keys, index)
         return (
             keys, keyed_random.uniform(keys, index), keyed_random.uniform(keys, index, torch.float32),
@@ -45,8 +45,8 @@ def test_fast_weights_start_with_the_cpus_bits(device, backbone):
     _, args = BACKBONES[backbone]
     linears = args.adapted_linears(1, ["ffn", "attention"])
 
-    def draw(place):
-        keys = fast_weights.keys(7, 3, IDS.to(place), per_sample=True)
+    def draw(target):
+        keys = fast_weights.keys(7, 3, IDS.to(target), per_sample=True)
         return fast_weights.leaves(fast_weights.draw("lora", linears, 8, 16.0, keys, None))
 
     for ours, theirs in zip(draw(device), draw("cpu"), strict=True):
@@ -55,16 +55,16 @@ def test_fast_weights_start_with_the_cpus_bits(device, backbone):
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_weights_start_as_on_the_cpu(device, backbone):
-    """To rounding: the uniform numbers have the same bits, but each device has its own inverse error function.
+    """Initial weights agree to rounding: uniform numbers have the same bits, but erfinv differs per device.
 
-    Compared are the uniform numbers that the weights go back to. float32 has a step of 6e-8 below 1, and an inverse
-    may be off by a few of them.
+    The test maps weights back to uniform numbers. float32 has a spacing of 6e-8 below 1, and erfinv may be off by a few
+    units.
     """
     model_cls, args = BACKBONES[backbone]
 
-    def weights(place):
+    def weights(target):
         torch.manual_seed(7)
-        with torch.device(place):
+        with torch.device(target):
             model = model_cls(args)
         with torch.no_grad():
             model.init_weights()
@@ -86,17 +86,17 @@ FIXTURES = sorted(path.parent.name for path in ROOT.glob("tests/golden/*/manifes
 
 @pytest.mark.parametrize("fixture", [name for name in FIXTURES if not name.startswith("sampler")])
 def test_the_published_numbers(device, fixture):
-    """With the tolerances of the CPU; the sampler's fixture is one of token ids, checked on a CPU alone."""
+    """Fixtures pass with the CPU's tolerances; the sampler's fixture holds token ids and runs only on a CPU."""
     lines = list(check(ROOT / "tests/golden" / fixture, device.type))
     assert lines and all(line.ok for line in lines), "\n".join(map(str, lines))
 
 
-VOCABULARY, TOKENS, WIDTH = 126_464, 600, 64  # two chunks
+VOCABULARY, TOKENS, WIDTH = 126_464, 600, 64  # two chunks of logits
 
 
 @pytest.mark.parametrize("backend", [None, "inductor"], ids=["eager", "compiled"])
 @pytest.mark.parametrize("loss", [cross_entropy, kl, reverse_kl])
-# Of norms, and of sums over tokens. float32: rounding of sums over the vocabulary; bfloat16 carries 8 bits.
+# Relative to gradient norms and summed losses. float32: rounding of sums over the vocabulary; bfloat16 carries 8 bits.
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)], ids=["float32", "bf16"])
 def test_losses_at_a_real_vocabulary_are_those_of_whole_logits(request, device, loss, dtype, tolerance, backend):
     if backend is not None:
@@ -114,20 +114,20 @@ def test_losses_at_a_real_vocabulary_are_those_of_whole_logits(request, device, 
     sums = SetSum(coefficient.to(device), torch.zeros_like(label), 1)
 
     head = HeadLoss(loss, label if loss is cross_entropy else teacher, sums)
-    found = set_losses(hidden, weight, head, backend=backend)
-    gradients = torch.autograd.grad(found.sum(), [hidden, weight])
+    losses = set_losses(hidden, weight, head, backend=backend)
+    gradients = torch.autograd.grad(losses.sum(), [hidden, weight])
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     target = label if loss is cross_entropy else teacher.double() @ exact[1].detach().T
     expected = sums._replace(coefficient_N=sums.coefficient_N.double())(DISTANCES[loss](exact[0] @ exact[1].T, target))
     expected_gradients = torch.autograd.grad(expected.sum(), exact)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=0)
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses.double(), expected, rtol=tolerance, atol=0)
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
         assert (ours - theirs).norm() < tolerance * theirs.norm()
 
 
 def test_the_heads_gradient_is_rounded_once_over_all_chunks(device):
-    """By products that keep float32 sums, against float64; the gradients are given, in bfloat16."""
+    """Products keep float32 sums; the reference is float64, with logit gradients given in bfloat16."""
     generator = torch.Generator().manual_seed(0)
     tokens = 4 * TOKENS
     hidden, weight, gradient = (
@@ -140,8 +140,8 @@ def test_the_heads_gradient_is_rounded_once_over_all_chunks(device):
 
     rows = torch.arange(tokens, device=device)
     sums = SetSum(torch.ones(tokens, device=device), torch.zeros_like(rows), 1)
-    found = set_losses(hidden, weight.requires_grad_(), HeadLoss(given, rows, sums))
-    (ours,) = torch.autograd.grad(found.sum() / 3, [weight])
+    losses = set_losses(hidden, weight.requires_grad_(), HeadLoss(given, rows, sums))
+    (ours,) = torch.autograd.grad(losses.sum() / 3, [weight])
     exact = gradient.double().T @ hidden.double() / 3
-    # Sums of 2,400 products in float32 move a few values to their other neighbour.
+    # float32 sums of 2,400 products round a few values the other way.
     assert (ours - exact).norm() < 1.05 * (exact.bfloat16() - exact).norm()

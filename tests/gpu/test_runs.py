@@ -1,4 +1,4 @@
-"""Runs on one accelerator as users start them: saved from pinned memory, stopped, resumed, read on a CPU."""
+"""Runs on one accelerator through the launch script: async save, stop, resume, generation."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from tests.support.launching import Launched, debug, launch, run_module, scalars
 from tests.workers.reading import BOLD
 
 TINY = ["--model.flavor", "tiny", "--parametric_memory.layer_fraction", "0.5"]
-# On the device a run is the same bit for bit under debug.deterministic alone.
+# An accelerator repeats a run bit for bit only under debug.deterministic.
 TRAINING = [
     *TINY, "--debug.deterministic", "--training.mixed_precision_param", "bfloat16", "--training.local_batch_size", "2",
     "--optimizer.implementation", "fused", "--lr_scheduler.total_steps", "1000",
@@ -24,7 +24,10 @@ CURVES = (
 
 @pytest.fixture(scope="module")
 def stopped(device, tmp_path_factory):
-    """A run whose every process got SIGTERM after a save from pinned memory: its folder, exit status and output."""
+    """Return folder, exit status and output of a run.
+
+    All its processes got SIGTERM after a save from pinned memory.
+    """
     root = tmp_path_factory.mktemp("runs")
     config, *arguments = debug(root / "stopped", *TRAINING, *SAVE, "--training.steps", "1000")[1:]
     run = Launched(root / "log", "launch/train.sh", config, *arguments, NGPU="1")
@@ -48,7 +51,7 @@ def test_sigterm_ends_a_run_with_status_75_and_a_checkpoint(stopped):
 
 
 def test_a_process_beside_the_run_writes_what_was_staged(stopped):
-    """torch's saving process, which only saves from pinned memory have; its lines go to the run's output."""
+    """Saves from pinned memory use torch's saver process, whose lines go to the run's output."""
     _, _, text = stopped
     assert re.search(r"Received async checkpoint request with id=\S*/step-10\s", text)
     assert re.search(r"Completed checkpoint save request for \S*checkpoint_id='?\S*/step-10\b", text)
@@ -70,7 +73,7 @@ def test_the_run_resumed_is_the_run_without_a_stop_bit_for_bit(stopped, tmp_path
 
 
 def test_a_response_with_memory_has_the_cpus_tokens(cuda, stopped):
-    """Greedy decoding in float32; the inner loop writes enough to matter."""
+    """Greedy decoding in float32, with inner steps large enough to change the response."""
     out, _, _ = stopped
     arguments = [
         "train_configs/debug.toml", "--checkpoint", str(out / "checkpoint/step-10"), "--memory", "on", "--json",
@@ -78,10 +81,10 @@ def test_a_response_with_memory_has_the_cpus_tokens(cuda, stopped):
         "--job.dump_folder", str(out), "--training.mixed_precision_param", "float32", *TINY, *BOLD,
     ]  # fmt: skip
 
-    def made(**env):
+    def generated(**env):
         output = run_module("tools.generate", *arguments, **env)
         return json.loads(next(line for line in output.splitlines() if line.startswith("{")))
 
-    on_device, on_cpu = made(), made(CUDA_VISIBLE_DEVICES="")
+    on_device, on_cpu = generated(), generated(CUDA_VISIBLE_DEVICES="")
     assert on_device["memory"] == "on" and on_device["steps"] == on_cpu["steps"] == 12
     assert on_device["text"] == on_cpu["text"]

@@ -1,4 +1,4 @@
-"""One step on the accelerator: the host never waits for it, and compiled blocks compute what eager ones do."""
+"""One step on the accelerator: no device-to-host sync, and compiled blocks equal eager ones."""
 
 from contextlib import contextmanager
 
@@ -30,7 +30,7 @@ KINDS = {
 
 @contextmanager
 def sync_debug_mode(mode):
-    """Say what happens where the host waits for the device: "error", or "default" for nothing."""
+    """Set torch's reaction to a device-to-host sync: "error", or "default" for none."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode(mode)
     try:
@@ -41,10 +41,9 @@ def sync_debug_mode(mode):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_host_does_not_wait_in_a_step(cuda, one_rank, request, kind):
-    """The whole of `train_step` without logging, in bfloat16: from the batch to the optimizer, nothing waits.
+    """No sync in a bfloat16 `train_step` without logging, from the batch to the optimizer.
 
-    Two steps come first, for what is built on first use: graphs, workspaces, optimizer states and kernels, whose
-    builders do wait.
+    Two steps come first, because building graphs, workspaces, optimizer states and kernels does synchronise.
     """
     if kind.startswith("experts") and not has_grouped_mm():
         pytest.skip("without grouped products the experts are a loop, which reads their numbers of tokens on the host")
@@ -60,7 +59,7 @@ def test_the_host_does_not_wait_in_a_step(cuda, one_rank, request, kind):
     step(0), step(1)
     before = {name: p.detach().clone() for name, p in trained.model.named_parameters()}
     with sync_debug_mode("error"):
-        step(2)  # reads the flags of the step before, and of its own only in `settle`
+        step(2)  # reads the previous step's consensus flags, and its own only in `finish`
     trained.consensus.finish()
     assert trained.consensus.skipped == 0
     for name, p in trained.model.named_parameters():
@@ -94,9 +93,9 @@ def test_a_micro_batch_arrives_as_it_was(cuda, build):
         assert torch.equal(a.cpu(), b) if isinstance(b, torch.Tensor) else a == b
 
 
-# A compiled block adds up in another order than PyTorch's kernels do: a few 1e-6 in float32, which the inner loop
-# amplifies. In bfloat16, of 8 bits, eager operators round each result, of which a compiled block keeps some in float32:
-# 0.01 of a quantity's largest value is seen on a CPU.
+# float32: compiled blocks sum in another order, a few 1e-6, amplified by the inner loop. bfloat16 carries 8 bits: eager
+# operators round every result, while compiled blocks keep some in float32; 0.01 of a quantity's largest value measured
+# on a CPU.
 COMPILED = {  # dtype -> (arguments, tolerance)
     "float32": ([], 1e-4),
     "bfloat16": (FULL_CHECKPOINTING, 0.03),
@@ -115,7 +114,7 @@ def test_compiled_blocks_give_the_eager_loss_and_gradients(one_rank, compiler, d
 
 
 def test_experts_compiled_around_give_the_eager_loss_and_gradients(build, compiler):
-    """In float32, the experts as a loop; and nothing is compiled after the second step, whatever the routing."""
+    """float32 with experts as a loop; no routing triggers a compilation after the second step."""
     arguments = ["--model.name", "llada_moe", "--training.mixed_precision_param", "float32", *FULL_CHECKPOINTING]
     benches = [build(*arguments, *more) for more in ([], INDUCTOR)]
     for mixture in (mixture for bench in benches for mixture in bench.model.mixtures()):
@@ -123,13 +122,13 @@ def test_experts_compiled_around_give_the_eager_loss_and_gradients(build, compil
     eager, compiled = (sharded_step.step(bench, "ours", None) for bench in benches)
     assert sharded_step.difference(compiled, eager) < COMPILED["float32"][1]
     torch._dynamo.reset()
-    found = sharded_step.compilations(benches[1], "ours")
-    assert found["breaks"] == {}
-    assert found["graphs"][0] >= 1 and found["graphs"][1:] == [found["graphs"][1]] * 3
+    result = sharded_step.compilations(benches[1], "ours")
+    assert result["breaks"] == {}
+    assert result["graphs"][0] >= 1 and result["graphs"][1:] == [result["graphs"][1]] * 3
 
 
 class PackedBench(Bench):
-    """A bench whose rows are packed."""
+    """Bench on packed rows."""
 
     def batch(self, number):
         tokens, labels, ids, documents, _ = trainer.batch(self.config, self.args, number, packed=True)
@@ -140,9 +139,9 @@ class PackedBench(Bench):
 @pytest.mark.parametrize("rows", ["whole", "packed"])
 @pytest.mark.parametrize("kind", ["plain", "ours"])
 def test_nothing_is_compiled_after_the_second_step(build, flex_without_autotuning, kind, rows):
-    whole = rows == "whole"
-    bench = sharded_step.build("float32", INDUCTOR) if whole else PackedBench(**vars(build(*PACKED, *INDUCTOR)))
-    torch._dynamo.reset()  # from nothing, as in a run of its own
-    found = sharded_step.compilations(bench, kind)
-    assert found["breaks"] == {}
-    assert found["graphs"][0] >= 1 and found["graphs"][1:] == [found["graphs"][1]] * 3
+    unpacked = rows == "whole"
+    bench = sharded_step.build("float32", INDUCTOR) if unpacked else PackedBench(**vars(build(*PACKED, *INDUCTOR)))
+    torch._dynamo.reset()  # start without compiled graphs, as a fresh run does
+    result = sharded_step.compilations(bench, kind)
+    assert result["breaks"] == {}
+    assert result["graphs"][0] >= 1 and result["graphs"][1:] == [result["graphs"][1]] * 3

@@ -1,4 +1,4 @@
-"""The bi-level step against oracles: the published numbers, and a plain second writing in float64."""
+"""Bi-level step: invariants, isolation of samples, non-finite values and host waits."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from tests.support.bilevel import (
 
 
 def test_some_gradients_are_clipped_and_some_are_not():
-    """Each row and each tensor by its own norm: with this clip some are and some are not."""
+    """Clipping is per row and tensor by its own norm; this threshold clips some of them."""
     model, settings = build(), memory(clip=0.5)
     tokens, labels, ids = data()
     batch = objective(settings).micro_batch(tokens, labels, ids, step=5)
@@ -124,7 +124,7 @@ def test_rows_without_targets_and_rows_that_are_not_finite_do_not_touch_the_othe
 
 
 def test_a_state_that_is_not_finite_skips_one_rows_update_and_is_counted():
-    """A broken embedding that row 2 reads in an inner state and not in the outer one, where it is masked."""
+    """Row 2 reads a NaN embedding in an inner state only; the anchor masks that position."""
     model, settings = build(), memory(loss="cross_entropy")
     goal = objective(settings, trajectory="progressive")
     tokens, labels, ids = data()
@@ -148,26 +148,26 @@ def test_a_state_that_is_not_finite_skips_one_rows_update_and_is_counted():
         metrics.record_inner_loop(statistics)
         return loss, statistics, adapted[0], metrics._reduce()
 
-    _, whole, whole_fast, whole_scalars = run()
+    _, clean, clean_fast, clean_scalars = run()
     with torch.no_grad():
         model.tok_embeddings.weight[broken] = torch.nan
-    loss, part, part_fast, scalars = run()
+    loss, skipped, skipped_fast, scalars = run()
 
-    assert part.skipped_KG.tolist() == [[False] * 4, [False, False, True, False]]
-    assert not part.loss_KG[1, 2].isfinite() and (part.skipped_KG == ~part.counted_KG).all()
-    assert whole_scalars[SKIPPED] == 0 and scalars[SKIPPED] == 1
-    assert all(value == value for value in scalars.values()), "averages leave the row out"
+    assert skipped.skipped_KG.tolist() == [[False] * 4, [False, False, True, False]]
+    assert not skipped.loss_KG[1, 2].isfinite() and (skipped.skipped_KG == ~skipped.counted_KG).all()
+    assert clean_scalars[SKIPPED] == 0 and scalars[SKIPPED] == 1
+    assert all(value == value for value in scalars.values()), "averages exclude the row"
     others = [0, 1, 3]
-    torch.testing.assert_close(part.loss_KG[:, others], whole.loss_KG[:, others], rtol=1e-12, atol=0)
-    for after, before in zip(*map(fast_weights.leaves, (part_fast, whole_fast)), strict=True):
+    torch.testing.assert_close(skipped.loss_KG[:, others], clean.loss_KG[:, others], rtol=1e-12, atol=0)
+    for after, before in zip(*map(fast_weights.leaves, (skipped_fast, clean_fast)), strict=True):
         assert torch.equal(after[others], before[others]) and after.isfinite().all()
-    # Row 2 keeps what the first step wrote, and the outer loss and its gradients are sound.
-    assert 0 < part.written_norm_G[2] < whole.written_norm_G[2]
+    # Row 2 keeps the first step's update; the outer loss and its gradients are finite.
+    assert 0 < skipped.written_norm_G[2] < clean.written_norm_G[2]
     assert loss.isfinite() and all(gradient.isfinite().all() for gradient in gradients(model).values())
 
 
 class HostReads(TorchDispatchMode):
-    """Collects the operators whose result the host has to wait for on an accelerator."""
+    """Recorder of the operators that make the host wait on an accelerator."""
 
     def __init__(self):
         super().__init__()
@@ -229,11 +229,11 @@ def test_draw_has_the_published_distribution():
             32,
         )
         assert pair.A_GRi.abs().max() <= bound and pair.B_GoR.count_nonzero() == 0
-        # Over 51,200 numbers: the uniform distribution's standard deviation is bound / sqrt(3), to 0.4%.
+        # The uniform distribution's standard deviation is bound / sqrt(3); 51,200 numbers estimate it to 0.4%.
         assert pair.A_GRi.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
     flat = [x for x in fast_weights.leaves(fast) if x.count_nonzero()]
-    assert len({tuple(x.flatten()[:4].tolist()) for x in flat}) == len(flat), "every linear gets its own numbers"
-    assert not torch.equal(flat[0][0], flat[0][1]), "every sequence gets its own numbers"
+    assert len({tuple(x.flatten()[:4].tolist()) for x in flat}) == len(flat), "linears have independent draws"
+    assert not torch.equal(flat[0][0], flat[0][1]), "samples have independent draws"
 
 
 def test_a_linears_draw_does_not_depend_on_which_others_are_adapted():
@@ -246,7 +246,7 @@ def test_a_linears_draw_does_not_depend_on_which_others_are_adapted():
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "kl", "hidden_mse"])
 def test_single_device_autocast_keeps_every_gradient(loss):
-    """Autocast caches the casts of weights; the no_grad pass must not leave casts without a graph there."""
+    """Autocast's weight cache must not keep casts without a graph from the no_grad pass."""
     model, settings = build(torch.float32), memory(loss=loss)
     tokens, labels, ids = data()
     batch = objective(settings).micro_batch(tokens, labels, ids, step=2)

@@ -1,4 +1,4 @@
-"""Chat templates: LLaDA's own, and those that come with a tokenizer."""
+"""Chat templates: the built-in LLaDA template, and templates shipped with a tokenizer."""
 
 import json
 import re
@@ -24,7 +24,7 @@ CONVERSATION = [
 
 
 def templated(tmp_path, chat_template=None, tokens=()):
-    """The debug tokenizer with a template and special tokens of its own."""
+    """Return the debug tokenizer with the given chat template and special tokens."""
     folder = tmp_path / "tokenizer"
     shutil.copytree("tests/assets/debug/tokenizer", folder)
     pieces = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -95,7 +95,7 @@ PLAIN = "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|eot|>{% endfor %}
             "{% for i in range(99999) %}{% for j in range(999) %}{{ messages }}{% endfor %}{% endfor %}",
             "rendering (needs|takes)",
         ),
-        # Which limit is the first depends on the machine.
+        # The limit that is hit first depends on the machine.
         (
             "{{ 'x' * 10 ** 9 }}",
             "rendering (writes more than 67,108,864 characters|needs more than 1,073,741,824 bytes|takes)",
@@ -118,7 +118,7 @@ def test_a_template_has_bounds(tmp_path, source, message, monkeypatch):
 
 @pytest.mark.parametrize("name", chat.TEMPLATES)
 def test_messages_are_text(tmp_path, name):
-    """Only the template's own markup is parsed: a message with special tokens in it is a bad row."""
+    """Only the template's own markup is parsed: a message that contains special tokens makes a bad row."""
     tokens = ["<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eot|>"]
     pieces = templated(tmp_path, PLAIN, tokens)
     end = "<|eot_id|>" if name == "llada" else "<|eot|>"
@@ -149,7 +149,7 @@ def test_messages_are_text(tmp_path, name):
 
 
 def test_alpaca_rows_as_conversations(tmp_path):
-    """As LongAlpaca is prepared: the template's turns, the loss on the response and the padding behind it."""
+    """LongAlpaca's preparation: the template's turns, loss on the response and on the padding after it."""
     rows = [{"instruction": f"Add {i}.", "input": "to 1", "output": f"{i + 1}"} for i in range(20)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     source = (
@@ -165,9 +165,9 @@ def test_alpaca_rows_as_conversations(tmp_path):
     shards = TokenDataset(local=str(tmp_path / "out/train"), batch_size=1, shuffle=False, check_hash="xxh64")
     assert shards.size == 20
     sample = shards[4]
-    learned = sample["labels"] != IGNORE_INDEX
-    first = int(learned.int().argmax())
-    assert learned[first:].all()
+    maskable = sample["labels"] != IGNORE_INDEX
+    first = int(maskable.int().argmax())
+    assert maskable[first:].all()
     assert pieces.tokenizer.decode(sample["tokens"][:first].tolist()) == "[user]Add 4.\n\nto 1[assistant]"
     assert pieces.tokenizer.decode(sample["tokens"][first:].tolist()) == "5"
     assert (sample["tokens"][first + 1 :] == pieces.eos_id).all()

@@ -1,4 +1,7 @@
-"""What each seam of memdlm_dist/compat assumes of another project: an upgrade that breaks one fails here, by name."""
+"""Assumptions that memdlm_dist/compat makes about other projects, one test each.
+
+An upgrade that breaks an assumption fails here, by name.
+"""
 
 import argparse
 import inspect
@@ -58,12 +61,12 @@ def test_torchtitan_finds_on_the_cpu_what_it_asks_of_a_device():
 
 
 def test_attention_has_a_deterministic_kernel_after_cudnns():
-    """Torch passes over cuDNN's in deterministic mode; flash attention's backward pass becomes deterministic."""
-    cudnn, *others = BidirectionalAttentionKernel().sdpa_backends
-    assert (cudnn, *others) == (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)
+    """Deterministic mode makes torch skip cuDNN; flash attention then has a deterministic backward pass."""
+    cudnn, *fallbacks = BidirectionalAttentionKernel().sdpa_backends
+    assert (cudnn, *fallbacks) == (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)
     set_up = inspect.getsource(titan_distributed.set_determinism)
-    for what in ("torch.use_deterministic_algorithms(True", "CUBLAS_WORKSPACE_CONFIG", "_compiled_flex_attn"):
-        assert what in set_up
+    for text in ("torch.use_deterministic_algorithms(True", "CUBLAS_WORKSPACE_CONFIG", "_compiled_flex_attn"):
+        assert text in set_up
 
 
 def test_experts_are_permuted_by_a_function_of_the_module():
@@ -126,16 +129,16 @@ def test_readers_of_checkpoints_slice_entries_out_of_files():
 
 
 def test_operators_have_qualified_names():
-    found = []
+    names = []
 
     class Names(torch_seam.TorchDispatchMode):
         def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-            found.append(torch_seam.operator_name(operator))
+            names.append(torch_seam.operator_name(operator))
             return operator(*args, **(kwargs or {}))
 
     with Names():
         torch.ones(1).add(1)
-    assert "aten::add" in found
+    assert "aten::add" in names
 
 
 def test_gloo_and_torch_save_say_what_went_wrong_in_words():
@@ -144,7 +147,7 @@ def test_gloo_and_torch_save_say_what_went_wrong_in_words():
     assert torch_seam.connection_loss(RuntimeError("shapes differ")) == ""
     assert "written to its end" in torch_seam.storage_error("[enforce fail at inline_container.cc:664] . x")
     with pytest.raises(RuntimeError, match=r"inline_container\.cc"):
-        torch.save(torch.ones(10_000), open("/dev/full", "wb"))  # noqa: SIM115  (its closing fails too)
+        torch.save(torch.ones(10_000), open("/dev/full", "wb"))  # noqa: SIM115  (closing it fails too)
 
 
 def test_torchruns_agent_logs_whom_it_kills():
@@ -156,8 +159,8 @@ def test_torchruns_agent_logs_whom_it_kills():
     log = torchrun.AgentLog(explained=2)
     kills = logging.LogRecord("x", 30, "", 0, "Unable to shutdown process %s via %s", (17, "SIGTERM"), None)
     assert log.filter(kills) and log.killed == {17}
-    told = logging.LogRecord("x", 40, "", 0, "failed (exitcode: %s) local_rank: 0", (2,), None)
-    assert not log.filter(told)
+    exit_line = logging.LogRecord("x", 40, "", 0, "failed (exitcode: %s) local_rank: 0", (2,), None)
+    assert not log.filter(exit_line)
 
 
 def test_the_trainer_constructs_the_checkpoint_manager_by_its_name():
@@ -170,7 +173,7 @@ def test_the_trainer_constructs_the_checkpoint_manager_by_its_name():
 
 
 def test_the_trainers_parts_that_our_loop_uses():
-    """`train` and `train_step` are ours; these are what they call of torchtitan's, and how."""
+    """Calls that our `train` and `train_step` copy from torchtitan are still in its trainer."""
     trainer = titan_train.Trainer
     theirs = "".join(map(inspect.getsource, (trainer.train_step, trainer.train, trainer.forward_backward_step)))
     for call in (
@@ -243,7 +246,7 @@ def test_the_harness_has_a_command_line_and_a_method_for_token_ids():
 
 
 def test_collectives_are_counted_by_the_recorder_of_the_backend(monkeypatch):
-    """NCCL has a recorder of its own, in builds with CUDA."""
+    """NCCL's flight recorder takes precedence; it exists only in CUDA builds."""
     module = torch._C._distributed_c10d
     status = {str(group): {"last_enqueued_collective": 9 - group, "last_completed_collective": 5} for group in (0, 1)}
     monkeypatch.setattr(module, "_dump_nccl_trace_json", lambda *_: json.dumps({"pg_status": status}), raising=False)
@@ -260,8 +263,10 @@ def test_a_flag_that_older_torchruns_lack():
 
 
 def test_gradients_are_plain_sums_for_nvls_and_gloo():
-    """torchtitan sets FSDP2's divisor to 1, of which FSDP2 makes a pre-multiplied sum; forced to sums, it divides by 1,
-    which it leaves out."""
+    """Forced sum reduction makes FSDP2 use plain sums without a division.
+
+    torchtitan sets FSDP2's divisor to 1, for which FSDP2 otherwise uses a pre-multiplied sum.
+    """
     group = SimpleNamespace(size=lambda: 8)
     factors = fsdp_collectives._get_gradient_divide_factors(group, None, torch.float32, "cuda", 1.0, True)
     assert factors == (None, 1.0, dist.ReduceOp.SUM, dist.ReduceOp.SUM)

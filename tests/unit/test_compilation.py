@@ -1,4 +1,4 @@
-"""When blocks are compiled: all of it in a start's first step, whatever the documents of the rows."""
+"""Compilation happens in the first step after a start, for any documents in the rows."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -19,46 +19,46 @@ COMMON = [
     "--training.local_batch_size", "2", "--metrics.log_freq", "100", "--metrics.no_enable_tensorboard",
     "--parametric_memory.start_step", "2", "--validation.enable",
 ]  # fmt: skip
-COMPILED = ["--compile.enable", "--compile.backend", "eager"]  # which needs no C++ compiler
-MOST = 5  # documents of a row, as the shards' card says
+COMPILED = ["--compile.enable", "--compile.backend", "eager"]  # the eager backend needs no C++ compiler
+MOST_DOCUMENTS = 5  # per row, as the shards' card states
 
 
 @pytest.fixture
 def build():
-    """Build a trainer and its batches of packed rows: `built(arguments)`, `batch(number, documents of each row)`."""
+    """Return `built(arguments)`, which builds a trainer and its `batch(number, documents per row)`."""
     init_fake_process_group(1)
 
-    def built(arguments, most_documents=MOST, grouped=False):
+    def built(arguments, most_documents=MOST_DOCUMENTS, grouped=False):
         config = parse_config.parse([*COMMON, *arguments])
         sizes = replace(get_model_args(config), n_layers=2, grouped=grouped)
-        made = trainer.build(config, sizes, get_layout(config, 1), "cpu")
-        made.dataloader = SimpleNamespace(most_documents=most_documents)
-        made.validator = SimpleNamespace(most_documents=2)
-        made.objective = replace(made.objective, slots=made._document_slots())
+        trained = trainer.build(config, sizes, get_layout(config, 1), "cpu")
+        trained.dataloader = SimpleNamespace(most_documents=most_documents)
+        trained.validator = SimpleNamespace(most_documents=2)
+        trained.objective = replace(trained.objective, slots=trained._document_slots())
 
         def batch(number, documents):
             length = config.training.seq_len
             numbers = [torch.arange(length) * n // length for n in documents]
             return trainer.batch(config, sizes, number)._replace(documents_BL=torch.stack(numbers))
 
-        made.validator = trainer.held_out(made, [batch(9, (1, 2))])
-        made.validator.most_documents = 2
-        return made, batch
+        trained.validator = trainer.held_out(trained, [batch(9, (1, 2))])
+        trained.validator.most_documents = 2
+        return trained, batch
 
     yield built
     destroy_process_group()
 
 
 def test_nothing_is_compiled_after_the_first_step_of_a_start(build, monkeypatch):
-    """Plain objective, memory (with grouped products) and validation, on rows of 1 to 5 documents.
+    """Plain objective, memory with grouped products, and validation on rows of 1 to 5 documents.
 
-    Micro-batches are views of one buffer, of several sizes, as on an accelerator.
+    Micro-batches are views of one buffer in several sizes, as on an accelerator.
     """
     monkeypatch.setattr(device, "is_host", lambda _: False)
     monkeypatch.setattr(device, "pinned", lambda size: torch.empty(size, dtype=torch.uint8))
     torch._dynamo.reset()
     counters.clear()
-    # The grouped products' shapes are known to the compiler in bfloat16 alone.
+    # The compiler knows the shapes of grouped products only in bfloat16.
     trained, batch = build([*COMPILED, "--training.mixed_precision_param", "bfloat16"], grouped=True)
     assert trained.objective.slots == 8
     graphs = []
@@ -73,14 +73,14 @@ def test_nothing_is_compiled_after_the_first_step_of_a_start(build, monkeypatch)
     for number, documents in enumerate([(1, 1), (2, 4), (5, 3)], 2):
         take(number, documents)
     trained.validator.validate(trained.model_parts, 4)
-    # First the plain pass and the head's loss; then the inner steps, the outer pass above them, and validation's.
+    # First the plain pass and the head's loss; then inner steps, outer pass and validation.
     assert graphs[0] == 2 < after_start
     assert graphs[1:] == [after_start] * 3 and counters["stats"]["unique_graphs"] == after_start
     assert not counters["graph_break"]
 
 
 def test_compiling_ahead_changes_nothing(build):
-    """Weights to the last bit, experts' loads and torch's generator; uncompiled, which takes the same path."""
+    """Same weights bit for bit, expert loads and generator state; uncompiled blocks take the same path."""
 
     def run(ahead):
         trained, batch = build(["--model.name", "llada_moe"])
@@ -101,7 +101,7 @@ def test_compiling_ahead_changes_nothing(build):
 
 
 def test_shards_that_do_not_say_their_documents_are_named_once(build, caplog):
-    caplog.set_level("WARNING")  # whatever a command that another test has run has left
+    caplog.set_level("WARNING")  # another test's command may have left a higher level
     trained, _ = build([], most_documents=None)
     assert trained.objective.slots is None
     (warning,) = [record.message for record in caplog.records if "documents a row holds" in record.message]

@@ -1,4 +1,4 @@
-"""Corpus to shards to micro-batches, on files that the tests write."""
+"""Data pipeline: corpus files to shards to micro-batches."""
 
 import gzip
 import json
@@ -71,10 +71,10 @@ def test_best_fit_loses_nothing_and_leaves_the_least_room():
         for i, (start, size) in enumerate(zip(starts, sizes, strict=False))
     ]
     packed = [s for d in documents for s in best_fit.add(d)] + list(best_fit.finish())
-    # 5 and 3 fill a row; so do 4, 3 and the last token of the 9; the 8 fills one; what is left shares one.
+    # Rows: 5 + 3; the first 8 of the 9; 4 + 3 + the last token of the 9; 8; and the remaining 1.
     assert [s.documents for s in packed] == [(5, 3), (8,), (4, 3, 1), (8,), (1,)]
-    found = [t for s in packed for t in s.tokens_L[: sum(s.documents)].tolist()]
-    assert sorted(found) == [t for d in documents for t in d.tokens]
+    packed_tokens = [t for s in packed for t in s.tokens_L[: sum(s.documents)].tolist()]
+    assert sorted(packed_tokens) == [t for d in documents for t in d.tokens]
     of_token = {t: flag for d in documents for t, flag in zip(d.tokens, d.maskable, strict=True)}
     for s in packed:
         size = sum(s.documents)
@@ -92,8 +92,8 @@ def test_best_fit_fills_nearly_everything_and_waits_with_a_bounded_number_of_row
     assert best_fit.tokens > 0.99 * 256 * best_fit.rows
     monkeypatch.setattr(packing, "_OPEN_TOKENS", 0)
     bounded = BestFit(256, eos_id=0)
-    left = sum(1 for size in sizes for _ in bounded.add(Document([1] * size, [True] * size)))
-    assert len(list(bounded.finish())) <= 64 < left
+    before_finish = sum(1 for size in sizes for _ in bounded.add(Document([1] * size, [True] * size)))
+    assert len(list(bounded.finish())) <= 64 < before_finish
 
 
 def test_padding_learns_the_response_and_its_end():
@@ -110,10 +110,10 @@ def test_padding_learns_the_response_and_its_end():
 
 
 def test_packed_rows_keep_their_documents(tmp_path):
-    """Documents and fine-tuning rows together; and beside a stream without documents."""
+    """Documents and fine-tuning rows in one stream, and that stream next to one without documents."""
     rows = [{"text": TEXT[: 20 * i]} for i in range(1, 12)] + [{"prompt": "2+2=", "response": "4"}] * 3
-    made = request(tmp_path, write_jsonl(tmp_path / "a.jsonl", rows), pack_documents=True)
-    summary = prepare.prepare(made)
+    prepared = request(tmp_path, write_jsonl(tmp_path / "a.jsonl", rows), pack_documents=True)
+    summary = prepare.prepare(prepared)
     packed = summary.packing["train"]
     assert packed.documents >= 14 and packed.most_documents > 1 and packed.efficiency > 0.9
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["packing"]["train"]["documents"] >= 14
@@ -154,10 +154,10 @@ def test_packed_rows_keep_their_documents(tmp_path):
     of_format_1 = Path(both[1], "memdlm.json")
     of_format_1.write_text(json.dumps({k: v for k, v in asdict(card).items() if k not in ("most_documents", "format")}))
     assert check_cards(both, run) is None
-    whole = TokenDataset(
+    stream = TokenDataset(
         local=str(tmp_path / "plain" / "train"), batch_size=1, shuffle=False, check_hash="xxh64", documents=True
     )
-    assert not shards.read_card(str(tmp_path / "plain" / "train")).documents and not whole[0]["documents"].any()
+    assert not shards.read_card(str(tmp_path / "plain" / "train")).documents and not stream[0]["documents"].any()
 
 
 @pytest.mark.parametrize(
@@ -176,9 +176,9 @@ def test_packed_rows_keep_their_documents(tmp_path):
 )
 def test_fine_tuning_rows(row, form, prompt, response):
     assert sequences.detect_format(row, Fields()) == form
-    parts = sequences.segments(row, form, Fields())
-    assert "".join(text for text, is_response in parts if not is_response) == prompt
-    assert [text for text, is_response in parts if is_response] == [response]
+    segments = sequences.segments(row, form, Fields())
+    assert "".join(text for text, is_response in segments if not is_response) == prompt
+    assert [text for text, is_response in segments if is_response] == [response]
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_every_container_gives_the_same_shards(tmp_path):
     rows = [{"text": f"{i} {TEXT}"} for i in range(30)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     (tmp_path / "d.json").write_text(json.dumps(rows, indent=1))
-    found = {
+    inputs = {
         "plain": write_jsonl(tmp_path / "a.jsonl", rows),
         "gzip": write_jsonl(tmp_path / "b.jsonl.gz", rows, gzip.open),
         "zstandard": write_jsonl(tmp_path / "e.jsonl.zst", rows, zstandard.open),
@@ -210,7 +210,7 @@ def test_every_container_gives_the_same_shards(tmp_path):
         "array": str(tmp_path / "d.json"),
     }
     tokens = {}
-    for name, url in found.items():
+    for name, url in inputs.items():
         prepare.prepare(request(tmp_path, url, output=tmp_path / name))
         tokens[name] = torch.stack([sample["tokens"] for sample in read(tmp_path / name / "train")])
     assert all(torch.equal(t, tokens["plain"]) for t in tokens.values())
@@ -233,12 +233,12 @@ def test_round_trip_and_summary(tmp_path):
         {"prompt": "question two? ", "response": "answer two"},
     ]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    shown = []
-    summary = prepare.prepare(request(tmp_path, path), report=shown.append)
+    reports = []
+    summary = prepare.prepare(request(tmp_path, path), report=reports.append)
     assert (summary.rows, summary.bad_rows, summary.overlong_dropped) == (6, 3, 1)
     assert summary.sequences == {"train": 2, "heldout": 0}
-    assert len(shown) == 3
-    assert all(any(f"{path}:{line}:" in text for text in shown) for line in (2, 3, 5))
+    assert len(reports) == 3
+    assert all(any(f"{path}:{line}:" in text for text in reports) for line in (2, 3, 5))
     assert json.loads((tmp_path / "out/summary.json").read_text())["bad_rows"] == 3
 
     tokenizer = prepare.DiffusionTokenizer(str(tmp_path / "out/tokenizer"))
@@ -246,11 +246,11 @@ def test_round_trip_and_summary(tmp_path):
     for i, (prompt, answer) in enumerate([("question one? ", "answer one"), ("question two? ", "answer two")]):
         sample = dataset[i]
         assert sample["sample_id"] == i and sample["tokens"].shape == (32,)
-        learned = sample["labels"] != IGNORE_INDEX
-        assert decode(tokenizer, sample["tokens"][~learned].tolist()) == prompt
-        text = decode(tokenizer, sample["tokens"][learned].tolist())
+        maskable = sample["labels"] != IGNORE_INDEX
+        assert decode(tokenizer, sample["tokens"][~maskable].tolist()) == prompt
+        text = decode(tokenizer, sample["tokens"][maskable].tolist())
         assert text == answer + "<|endoftext|>" * text.count("<|endoftext|>") and "<|endoftext|>" in text
-        assert torch.equal(sample["labels"][learned], sample["tokens"][learned])
+        assert torch.equal(sample["labels"][maskable], sample["tokens"][maskable])
 
 
 def test_held_out_rows_are_disjoint_and_stable(tmp_path):
@@ -270,18 +270,18 @@ def test_builtin_corpus_is_real_text(tmp_path):
 def test_adopted_tokenizers_get_the_tokens_they_lack(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"text": TEXT}] * 4)
     prepare.prepare(request(tmp_path, path))
-    made = tmp_path / "out/tokenizer"
-    (made / "tokenizer_config.json").write_text("{}")
+    tokenizer = tmp_path / "out/tokenizer"
+    (tokenizer / "tokenizer_config.json").write_text("{}")
     with pytest.raises(UserError, match="names no mask_token; give --mask-token NAME"):
-        prepare.prepare(request(tmp_path, path, output=tmp_path / "b", train_tokenizer=None, tokenizer=str(made)))
+        prepare.prepare(request(tmp_path, path, output=tmp_path / "b", train_tokenizer=None, tokenizer=str(tokenizer)))
     settings = {
         "train_tokenizer": None,
-        "tokenizer": str(made),
+        "tokenizer": str(tokenizer),
         "mask_token": "<new>",
         "eos_token": "<|endoftext|>",
     }
     prepare.prepare(request(tmp_path, path, output=tmp_path / "c", **settings))
-    old, new = (json.loads((f / "tokenizer.json").read_text()) for f in (made, tmp_path / "c/tokenizer"))
+    old, new = (json.loads((f / "tokenizer.json").read_text()) for f in (tokenizer, tmp_path / "c/tokenizer"))
     card = shards.read_card(str(tmp_path / "c/train"))
     assert card.mask_token_id == len(old["model"]["vocab"]) and card.eos_token_id == 0
     assert new["model"]["vocab"] == old["model"]["vocab"]
@@ -324,15 +324,15 @@ def test_loader_goes_through_epochs_and_resumes_exactly(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"q{i}", "response": f"a{i}"} for i in range(22)])
     prepare.prepare(request(tmp_path, path))
     folder = tmp_path / "out/train"
-    order = ids(make_loader(folder), 12)  # 22 samples, 5 whole batches of 4 an epoch
+    order = ids(make_loader(folder), 12)  # 22 samples: 5 full batches of 4 per epoch
     assert all(len(set(sum(order[e : e + 5], ()))) == 20 for e in (0, 5))
-    assert order[:5] != order[5:10], "epochs are shuffled differently"
-    for done in (3, 5, 7):  # within an epoch, at its end, in the second
+    assert order[:5] != order[5:10], "each epoch has its own shuffle"
+    for done in (3, 5, 7):  # within the first epoch, at its end, within the second
         loader = make_loader(folder)
         iterator = iter(loader)
         for _ in range(done):
             loader.position = next(iterator).position
-        next(iterator)  # read ahead, not used
+        next(iterator)  # prefetched and discarded
         state = loader.state_dict()
         resumed = make_loader(folder)
         resumed.load_state_dict(state)
@@ -350,8 +350,8 @@ def test_streams_at_a_url_are_cached_and_checked(tmp_path, scheme):
     remote = tmp_path / "out/train"
     url = f"{scheme}://{remote}"
     dataset = open_dataset(config_with(tmp_path), [url], [], batch_size=1, shuffle=False)
-    here = [dataset[i]["tokens"] for i in range(8)]
-    assert all(torch.equal(a, b["tokens"]) for a, b in zip(here, read(remote), strict=True))
+    tokens = [dataset[i]["tokens"] for i in range(8)]
+    assert all(torch.equal(a, b["tokens"]) for a, b in zip(tokens, read(remote), strict=True))
     assert len(list((tmp_path / "cache").rglob("*.mds"))) == 1
     assert shards.read_card(url).sequences == 8
 

@@ -1,4 +1,4 @@
-"""Packed rows: a document in one is what it is alone, in a row of its own length."""
+"""Packed rows: every document gives the results of a row that holds it alone."""
 
 from collections import Counter
 from dataclasses import replace
@@ -32,13 +32,13 @@ from tests.support.varlen import naive_varlen
 from tests.workers.sharded_context import configuration, micro_batches
 
 LENGTH = 24
-SIZES = [[7, 10, 5], [24], [1, 20], [3, 4, 5, 12]]  # of documents; the first and the third row have a fill
+SIZES = [[7, 10, 5], [24], [1, 20], [3, 4, 5, 12]]  # documents' lengths per row; rows 0 and 2 end with padding
 ROW_IDS = torch.tensor([5, 9, 2, 40])
 STEP = 3
 
 
 def close(ours, theirs):
-    """Relative to the largest value: all is in float64, but for the norms by which is clipped."""
+    """Assert equality to 1e-6 of the largest value: float64, except the float32 clipping norms."""
     if isinstance(ours, dict):
         for name, x in ours.items():
             close(x, theirs[name])
@@ -48,14 +48,14 @@ def close(ours, theirs):
 
 def numbers():
     def row(sizes):
-        found = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-        return F.pad(found, (0, LENGTH - sum(sizes)), value=PADDING)
+        number = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        return F.pad(number, (0, LENGTH - sum(sizes)), value=PADDING)
 
     return torch.stack([row(sizes) for sizes in SIZES])
 
 
 def packed():
-    """Tokens, labels and documents; every second document's first two tokens are a prompt."""
+    """Return tokens, labels and documents; in every second document the first two tokens are a prompt."""
     documents = numbers()
     tokens = torch.randint(0, MASK_ID, (len(SIZES), LENGTH), generator=torch.Generator().manual_seed(1))
     prompt = ((Documents.from_numbers(documents).position_BL < 2) & (documents % 2 == 1)) | (documents == PADDING)
@@ -63,7 +63,7 @@ def packed():
 
 
 def alone(slots=None):
-    """(sample, tokens, labels, id) of every document, in a row without anything else."""
+    """Yield (sample, tokens, labels, id) of every document as a row of its own length."""
     tokens, labels, documents = packed()
     ids = Documents.from_numbers(documents, slots).ids(ROW_IDS)
     slots = len(ids) // len(SIZES)
@@ -74,9 +74,9 @@ def alone(slots=None):
             yield sample, tokens[row][chosen][None], labels[row][chosen][None], ids[sample : sample + 1]
 
 
-def step(model, goal, *arguments, **more):
-    """Loss, inner statistics and gradients."""
-    batch = goal.micro_batch(*arguments, step=STEP, **more)
+def step(model, goal, *arguments, **options):
+    """Return loss, inner statistics and gradients of a step."""
+    batch = goal.micro_batch(*arguments, step=STEP, **options)
     fast = double(goal.memory.draw(3, STEP, batch.sample_ids_U)) if goal.memory else None
     model.zero_grad()
     loss, inner = outer_loss(model, batch, goal.memory, fast)
@@ -101,41 +101,41 @@ OPTIONS = {
     ],
 )  # fmt: skip
 def test_a_packed_document_is_what_it_is_alone(options, shifted, slots):
-    """Loss, gradients, and of each document the inner losses, norms and what is written; float64."""
+    """Equal loss, gradients, and per document inner losses, norms and fast-weight norm; float64."""
     settings, plan = OPTIONS[options]
     goal = replace(objective(None if settings is None else memory(**settings), **plan), shifted=shifted, slots=slots)
     model = build()
     tokens, labels, documents = packed()
-    loss, inner, found = step(model, goal, tokens, labels, ROW_IDS, documents_BL=documents)
-    total, expected = torch.zeros(()), {name: torch.zeros_like(x) for name, x in found.items()}
+    loss, inner, gradients_packed = step(model, goal, tokens, labels, ROW_IDS, documents_BL=documents)
+    total, expected = torch.zeros(()), {name: torch.zeros_like(x) for name, x in gradients_packed.items()}
     for sample, *document in alone(slots):
-        one, statistics, of_one = step(model, goal, *document)
-        total = total + one
-        expected = {name: x + of_one[name] for name, x in expected.items()}
+        loss_alone, statistics, gradients_alone = step(model, goal, *document)
+        total = total + loss_alone
+        expected = {name: x + gradients_alone[name] for name, x in expected.items()}
         if inner is not None:
             for name in ("loss_KG", "grad_norm_KG", "counted_KG", "written_norm_G"):
-                mine, theirs = getattr(inner, name)[..., sample], getattr(statistics, name)[..., 0]
-                close(mine, theirs)
+                ours, theirs = getattr(inner, name)[..., sample], getattr(statistics, name)[..., 0]
+                close(ours, theirs)
     close(loss, total)
-    close(found, expected)
+    close(gradients_packed, expected)
     if inner is not None:
-        assert (inner.written_norm_G > 0).sum() >= 6, "several documents have a memory"
+        assert (inner.written_norm_G > 0).sum() >= 6, "several documents adapt"
 
 
 def test_one_set_for_all_documents_is_that_of_the_same_documents_in_rows_of_their_own():
-    """granularity "batch"; in rows with a fill, so that they are one micro-batch."""
+    """Granularity "batch", with single documents padded to one length so that they form one micro-batch."""
     goal = objective(memory(per_sample=False))
     model = build()
     tokens, labels, documents = packed()
     together = step(model, goal, tokens, labels, ROW_IDS, documents_BL=documents)
-    rows, of_rows, ids = [], [], []
-    for _, mine, of_mine, number in alone():
-        missing = LENGTH - mine.shape[1]
-        rows.append(F.pad(mine, (0, missing)))
-        of_rows.append(F.pad(of_mine, (0, missing), value=trajectory.IGNORE_INDEX))
-        ids.append(number)
-    apart = torch.stack([torch.where(torch.arange(LENGTH) < size, 0, PADDING) for row in SIZES for size in row])
-    each = step(model, goal, torch.cat(rows), torch.cat(of_rows), torch.cat(ids), documents_BL=apart)
+    row_tokens, row_labels, ids = [], [], []
+    for _, tokens_alone, labels_alone, document_id in alone():
+        missing = LENGTH - tokens_alone.shape[1]
+        row_tokens.append(F.pad(tokens_alone, (0, missing)))
+        row_labels.append(F.pad(labels_alone, (0, missing), value=trajectory.IGNORE_INDEX))
+        ids.append(document_id)
+    separate = torch.stack([torch.where(torch.arange(LENGTH) < size, 0, PADDING) for row in SIZES for size in row])
+    each = step(model, goal, torch.cat(row_tokens), torch.cat(row_labels), torch.cat(ids), documents_BL=separate)
     close(together[0], each[0])
     close(together[1].loss_KG, each[1].loss_KG)
     close(together[2], each[2])
@@ -162,53 +162,53 @@ def test_experts_have_fast_weights_for_every_document(fast_weight_type):
         for parameter in model.parameters():
             parameter.mul_(3)  # so that attention and router are not flat
     model = model.double()
-    of_experts = Memory(
+    settings = Memory(
         1, args.adapted_linears(1, ["ffn", "o"]), fast_weight_type, 4, 8.0,
         inner_loss("cross_entropy", "pre_final_norm", "post_final_norm"), InnerSGD(0.3, 1.0), per_sample=True,
     )  # fmt: skip
-    goal = objective(of_experts)
+    goal = objective(settings)
     tokens, labels, documents = packed()
-    loss, inner, found = step(model, goal, tokens, labels, ROW_IDS, documents_BL=documents)
+    loss, inner, packed_gradients = step(model, goal, tokens, labels, ROW_IDS, documents_BL=documents)
     results = {sample: step(model, goal, *document) for sample, *document in alone()}
     close(loss, sum(x[0] for x in results.values()))
     for sample, (_, statistics, _) in results.items():
         close(inner.written_norm_G[sample], statistics.written_norm_G[0])
-    for name, gradient in found.items():
+    for name, gradient in packed_gradients.items():
         close(gradient, sum(x[2][name] for x in results.values()))
     assert (inner.written_norm_G > 0.01).sum() >= 6
 
 
 @pytest.fixture
 def flex(monkeypatch):
-    """Flex attention by the kernel that torch has everywhere, uncompiled."""
+    """Run flex attention uncompiled, with the kernel that torch has on every device."""
     monkeypatch.setattr(attention, "create_attention_mask", create_block_mask)
     monkeypatch.setattr(attention.FlexAttentionWrapper, "_compiled_flex_attn", flex_attention)
-    # It refuses gradients on a CPU, for what a compiler would make of it there.
+    # Flex attention refuses gradients on a CPU because compiled code would not support them.
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
 
 
 @pytest.fixture
 def blocks(flex, monkeypatch):
-    """What an accelerator is given; returns the masks that were made."""
-    made, document_mask = [], attention.document_mask
+    """Use block masks, as on an accelerator; return the list of masks built."""
+    masks, document_mask = [], attention.document_mask
 
-    def noted(documents, method):
-        made.append(document_mask(documents, "blocks"))
-        return made[-1]
+    def recorded(documents, method):
+        masks.append(document_mask(documents, "blocks"))
+        return masks[-1]
 
-    monkeypatch.setattr(llada, "document_mask", noted)
-    return made
+    monkeypatch.setattr(llada, "document_mask", recorded)
+    return masks
 
 
-METHODS = [  # device, flash kernels, width of a head, dtype -> method
+METHODS = [  # device, flash kernels, head dim, dtype -> method
     ("cpu", False, 128, torch.bfloat16, "dense"),
     ("cuda", True, 128, torch.bfloat16, "varlen"),
     ("cuda", True, 8, torch.float16, "varlen"),
     ("cuda", True, 128, torch.float32, "blocks"),
     ("cuda", True, 512, torch.bfloat16, "blocks"),
     ("cuda", True, 20, torch.bfloat16, "blocks"),
-    ("cuda", False, 128, torch.bfloat16, "blocks"),  # an old GPU, or torch without the kernels
-    ("cuda", False, 8, torch.bfloat16, "dense"),  # flex attention's kernels refuse narrower heads than 16
+    ("cuda", False, 128, torch.bfloat16, "blocks"),  # an old GPU, or a torch build without the kernels
+    ("cuda", False, 8, torch.bfloat16, "dense"),  # flex attention's kernels need a head dim of 16 or more
     ("xpu", True, 128, torch.bfloat16, "blocks"),
 ]
 
@@ -221,7 +221,7 @@ def test_attention_is_chosen_by_what_runs(monkeypatch, device, flash, width, dty
 
 @pytest.mark.parametrize("capability, grouped", [((8, 0), False), ((9, 0), True), ((10, 3), True), ((12, 0), False)])
 def test_grouped_products_are_used_where_torch_has_a_kernel(monkeypatch, capability, grouped):
-    """Elsewhere it loops over the groups, after a wait for the device."""
+    """Other devices loop over the groups, after a device-to-host sync."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     assert has_grouped_mm() == grouped
@@ -229,7 +229,7 @@ def test_grouped_products_are_used_where_torch_has_a_kernel(monkeypatch, capabil
 
 @pytest.fixture
 def varlen(monkeypatch):
-    """Variable-length attention, which torch has for CUDA alone; returns the number of its calls."""
+    """Replace variable-length attention, which torch has only on CUDA; return a list with one entry per call."""
     calls = []
     monkeypatch.setattr(
         compat_torch, "varlen_attn", lambda *args, **options: calls.append(1) or naive_varlen(*args, **options)
@@ -247,20 +247,23 @@ def test_attention_within_documents_is_the_dense_masks(flex, varlen, method):
     q, k, v = (torch.randn(4, heads, LENGTH, 16, requires_grad=True) for heads in (4, 2, 2))
     if method == "varlen":
         q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))
-    found = []
+    results = []
     for mask in (dense, other):
         out = kernel(q, k, v, enable_gqa=True, mask=mask)
         assert out.shape == q.shape
-        found.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
-    # Float64 for the naive function, float32 by another kernel for blocks.
+        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    # The naive function runs in float64; blocks run in float32 with another kernel.
     tolerance = {"varlen": {"rtol": 1e-12, "atol": 1e-12}, "blocks": {"rtol": 1e-4, "atol": 1e-5}}[method]
-    for ours, theirs in zip(*found, strict=True):
+    for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, **tolerance)
     assert len(varlen) == (method == "varlen")
 
 
 def test_sequences_end_where_documents_and_padding_do():
-    """Of a fixed number, empty slots as repeated ends; in rows of one document, of as many as slots and of none too."""
+    """cu_seqlens has a fixed length with empty slots as repeated ends.
+
+    Rows hold one document, as many as there are slots, or none.
+    """
     full = torch.arange(LENGTH) // 3
     rows = torch.stack([torch.zeros_like(full), full, torch.full_like(full, PADDING), full.clamp(max=1)])
     for number, sizes in ((numbers(), SIZES), (rows, [[LENGTH], [3] * 8, [], [3, LENGTH - 3]])):
@@ -271,23 +274,23 @@ def test_sequences_end_where_documents_and_padding_do():
 
 
 def test_a_step_makes_its_sequences_once(monkeypatch, varlen):
-    """For all passes, through activation checkpoints and with outer and inner gradients: the dense mask's step."""
+    """One cu_seqlens serves all passes of a step, inner and outer; results equal the dense mask's."""
     goal = objective(memory(), inner_steps=2)
     tokens, labels, documents = packed()
     model = build()
     dense = step(model, goal, tokens, labels, ROW_IDS, documents_BL=documents)
-    made, cu_seqlens = [], Documents.cu_seqlens
+    calls, cu_seqlens = [], Documents.cu_seqlens
     monkeypatch.setattr(llada, "attention_method", lambda *_: "varlen")
-    monkeypatch.setattr(Documents, "cu_seqlens", lambda self: made.append(1) or cu_seqlens(self))
+    monkeypatch.setattr(Documents, "cu_seqlens", lambda self: calls.append(1) or cu_seqlens(self))
     ours = step(model, goal, tokens, labels, ROW_IDS, documents_BL=documents)
     close(ours[0], dense[0])
     close(ours[1].loss_KG, dense[1].loss_KG)
     close(ours[2], dense[2])
-    assert len(made) == 1 and len(varlen) > 6
+    assert len(calls) == 1 and len(varlen) > 6
 
 
 def test_a_step_makes_its_blocks_once(request):
-    """For all passes; and they give what the dense mask gives."""
+    """One block mask serves all passes of a step, inner and outer; the loss equals the dense mask's."""
     goal, model = objective(memory(), inner_steps=3), build(torch.float32)
     tokens, labels, documents = packed()
 
@@ -296,14 +299,14 @@ def test_a_step_makes_its_blocks_once(request):
         return goal.loss_sum(model, batch, STEP)[0].detach()
 
     dense = loss()
-    made = request.getfixturevalue("blocks")
-    # Float32 by another kernel.
+    masks = request.getfixturevalue("blocks")
+    # float32 with another kernel.
     torch.testing.assert_close(loss(), dense, rtol=1e-5, atol=0)
-    assert len(made) == 1 and isinstance(made[0], BlockMask)
+    assert len(masks) == 1 and isinstance(masks[0], BlockMask)
 
 
 def test_blocks_pass_through_fsdp_and_checkpoints(blocks):
-    """A single process that takes itself for one of four; what the others would send is not there to be compared."""
+    """One process with three fake ranks; their values are missing, so only shapes are checked."""
     if is_initialized():
         destroy_process_group()
     init_fake_mode(4)
@@ -325,14 +328,14 @@ def test_documents_know_their_places():
     documents = Documents.from_numbers(numbers())
     assert documents.slots == 4
     assert documents.position_BL[0].tolist() == [*range(7), *range(10), *range(5), 0, 1]
-    assert documents.ids(ROW_IDS).view(4, 4)[:, 0].tolist() == ROW_IDS.tolist(), "the first has the row's own"
+    assert documents.ids(ROW_IDS).view(4, 4)[:, 0].tolist() == ROW_IDS.tolist(), "the first document keeps the row's id"
     assert len(set(documents.ids(torch.arange(1000)).tolist())) == 4000
     sizes = documents.count_per_sample(numbers() != PADDING).view(4, 4)
     assert [[n for n in row if n] for row in sizes.tolist()] == SIZES
     pairs = sum(n * n for row in SIZES for n in row) + 2 * 2 + 3 * 3
     assert documents.mean_attended() == pytest.approx(pairs / (4 * LENGTH))
-    part = documents.slice(8, 8)
-    assert torch.equal(part.position_BL, documents.position_BL[:, 8:16]) and part.slots == 4
+    cp_slice = documents.slice(8, 8)
+    assert torch.equal(cp_slice.position_BL, documents.position_BL[:, 8:16]) and cp_slice.slots == 4
     assert documents.assign_sets().mask().sum(-1).eq(1).all()
     assert [Documents.from_numbers(numbers()[rows]).slots for rows in ([0], [1], [2])] == [4, 1, 2], "powers of two"
     assert Documents.from_numbers(numbers(), slots=8).slots == 8
@@ -343,17 +346,17 @@ def test_documents_know_their_places():
 @pytest.mark.parametrize("slots", [None, 8])
 def test_noise_of_a_document_does_not_depend_on_its_row(slots):
     _, labels, documents = packed()
-    found = Documents.from_numbers(documents, slots)
-    draw = trajectory.draw(3, STEP, found.ids(ROW_IDS), labels != trajectory.IGNORE_INDEX, None, found)
-    for sample, _, of_one, ids in alone(slots):
-        one = trajectory.draw(3, STEP, ids, of_one != trajectory.IGNORE_INDEX)
-        row, number = divmod(sample, found.slots)
-        assert one.t_U[0] == draw.t_U[sample]
-        assert torch.equal(one.u_BL[0], draw.u_BL[row][documents[row] == number])
+    packing = Documents.from_numbers(documents, slots)
+    draw = trajectory.draw(3, STEP, packing.ids(ROW_IDS), labels != trajectory.IGNORE_INDEX, None, packing)
+    for sample, _, labels_alone, ids in alone(slots):
+        single = trajectory.draw(3, STEP, ids, labels_alone != trajectory.IGNORE_INDEX)
+        row, number = divmod(sample, packing.slots)
+        assert single.t_U[0] == draw.t_U[sample]
+        assert torch.equal(single.u_BL[0], draw.u_BL[row][documents[row] == number])
         count = torch.tensor([2])
         counts = torch.zeros(len(draw.t_U), dtype=torch.int64).index_fill(0, torch.tensor(sample), 2)
         assert torch.equal(
-            one.smallest(one.u_BL, count)[0], draw.smallest(draw.u_BL, counts)[row][documents[row] == number]
+            single.smallest(single.u_BL, count)[0], draw.smallest(draw.u_BL, counts)[row][documents[row] == number]
         )
 
 
@@ -370,15 +373,15 @@ def test_packed_rows_cost_their_documents_attention_and_every_sets_terms():
     tokens, labels, documents = packed()
     settings = memory()
     goal = objective(settings)
-    plain = step_flops(ARGS, goal.micro_batch(tokens, labels, ROW_IDS, STEP), None)
+    unpacked_flops = step_flops(ARGS, goal.micro_batch(tokens, labels, ROW_IDS, STEP), None)
     batch = goal.micro_batch(tokens, labels, ROW_IDS, STEP, documents_BL=documents)
-    of_packed = step_flops(ARGS, batch, None)
+    packed_flops = step_flops(ARGS, batch, None)
     attended = Documents.from_numbers(documents).mean_attended()
     head = 3 * 2 * ARGS.dim * ARGS.vocab_size
     heads = head * (len(batch.anchor.label_N) - len(goal.micro_batch(tokens, labels, ROW_IDS, STEP).anchor.label_N))
-    # Forward 1 and backward 2.5 of the two products with every attended token.
-    less = 3.5 * 4 * tokens.numel() * ARGS.dim * ARGS.n_layers * (LENGTH - attended)
-    assert plain.outer - of_packed.outer + heads == pytest.approx(less)
+    # Two products per attended token: forward 1, backward 2.5.
+    saved = 3.5 * 4 * tokens.numel() * ARGS.dim * ARGS.n_layers * (LENGTH - attended)
+    assert unpacked_flops.outer - packed_flops.outer + heads == pytest.approx(saved)
     one_set = step_flops(ARGS, batch, memory(per_sample=False))
     assert step_flops(ARGS, batch, settings).inner > one_set.inner
     assert settings.sets(batch) == 16
@@ -386,37 +389,37 @@ def test_packed_rows_cost_their_documents_attention_and_every_sets_terms():
 
 def test_tokens_are_laid_out_document_after_document():
     documents = Documents.from_numbers(numbers(), slots=8)
-    for part in (documents, documents.slice(8, 8)):
-        grouped, sample_T = part.grouped(), part.sample_BL.flatten()
+    for rows in (documents, documents.slice(8, 8)):
+        grouped, sample_T = rows.grouped(), rows.sample_BL.flatten()
         sizes = torch.bincount(sample_T, minlength=32)
         ends = grouped.offsets_U.tolist()
         assert ends[-1] == grouped.n_rows == len(sample_T) + 8 * 32 and grouped.offsets_U.dtype == torch.int32
         starts = [0, *ends[:-1]]
-        taken = []
+        occupied = []
         for sample, (start, end) in enumerate(zip(starts, ends, strict=True)):
-            # An empty slot too: a device may leave the gradient of a group without rows undefined.
+            # Empty slots get 8 rows too: a device may leave the gradient of an empty group undefined.
             assert (end - start) % 8 == 0 < end - start
             assert sample == 31 or end - start - sizes[sample] in range(8) or (end - start, sizes[sample]) == (8, 0)
-            taken += range(start, start + int(sizes[sample]))
-        assert grouped.row_T.tolist() == taken
-        x = torch.randn(*part.number_BL.shape, 3)
+            occupied += range(start, start + int(sizes[sample]))
+        assert grouped.row_T.tolist() == occupied
+        x = torch.randn(*rows.number_BL.shape, 3)
         laid_out = grouped.scatter(x)
         assert torch.equal(grouped.gather(laid_out, len(x)), x)
-        assert laid_out.count_nonzero() == x.numel(), "the other places are zeros"
+        assert laid_out.count_nonzero() == x.numel(), "all other rows are zero"
 
 
 def fast_terms(fast_weight_type, number, slots, dtype, grouped):
-    """Output of a linear's fast term and all gradients."""
+    """Return the output of a linear's fast-weight term and all gradients."""
     generator = torch.Generator().manual_seed(2)
     documents = Documents.from_numbers(number, slots)
-    own = documents.assign_sets(grouped)
+    sets = documents.assign_sets(grouped)
     linear = AdaptedLinear("0", "up", 24, 40, False, 0)
     keys = torch.arange(len(number) * slots)
     fast = fast_weights.FAST_WEIGHT_TYPES[fast_weight_type].start(linear, 8, 16.0, keys, None)
     leaves = [torch.randn(x.shape, generator=generator).to(dtype).requires_grad_() for x in fast if torch.is_tensor(x)]
     x = torch.randn(*number.shape, 24, generator=generator).to(dtype).requires_grad_()
     fast = type(fast)(*leaves, *(value for value in fast if not torch.is_tensor(value)))
-    y = fast.term(x, own)
+    y = fast.term(x, sets)
     upstream = torch.randn(y.shape, generator=generator).to(y.dtype)
     return [y, *torch.autograd.grad(y, [x, *leaves], upstream)]
 
@@ -424,12 +427,12 @@ def fast_terms(fast_weight_type, number, slots, dtype, grouped):
 @pytest.mark.parametrize("fast_weight_type", fast_weights.FAST_WEIGHT_TYPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_grouped_terms_are_the_masked_ones(monkeypatch, fast_weight_type, dtype):
-    """Output and gradients, with empty slots, padding and documents of one token; the masked form in float64."""
+    """Same output and gradients with empty slots, padding and one-token documents; masked form in float64."""
     calls = []
     monkeypatch.setattr(fast_weights, "grouped_mm", lambda *arguments: calls.append(1) or grouped_mm(*arguments))
     masked = fast_terms(fast_weight_type, numbers(), 8, torch.float64, grouped=False)
     assert not calls
-    # Float32 rounds to 6e-8 and bfloat16 to 4e-3, inputs and intermediates too, which are added up over 40 terms.
+    # float32 rounds to 6e-8 and bfloat16 to 4e-3, in inputs and intermediates as well; sums have 40 terms.
     tolerance = {torch.float32: 2e-6, torch.bfloat16: 3e-2}[dtype]
     for ours, theirs in zip(fast_terms(fast_weight_type, numbers(), 8, dtype, grouped=True), masked, strict=True):
         assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max() and ours.dtype == dtype
@@ -437,23 +440,23 @@ def test_grouped_terms_are_the_masked_ones(monkeypatch, fast_weight_type, dtype)
 
 
 def test_sizes_that_accelerators_do_not_group_take_the_masked_form():
-    own = Documents.from_numbers(numbers()).assign_sets(grouped=True)
+    sets = Documents.from_numbers(numbers()).assign_sets(grouped=True)
     x = torch.zeros(4, LENGTH, 24)
-    of = partial(fast_weights._grouped_dtype, own)
-    assert of(x, torch.zeros(16, 8, 24)) == torch.float32 and of(x.double(), torch.zeros(16, 8, 24)) is None
-    assert of(x, torch.zeros(16, 4, 24)) is None, "a rank of 4"
+    dtype_of = partial(fast_weights._grouped_dtype, sets)
+    assert dtype_of(x, torch.zeros(16, 8, 24)) == torch.float32 and dtype_of(x.double(), torch.zeros(16, 8, 24)) is None
+    assert dtype_of(x, torch.zeros(16, 4, 24)) is None, "rank 4 is not grouped"
     with FakeTensorMode():
         on_gpu, A_GRi = torch.zeros(4, LENGTH, 24, device="cuda"), torch.zeros(16, 8, 24, device="cuda")
-        assert of(on_gpu, A_GRi) is None and of(on_gpu.bfloat16(), A_GRi) == torch.bfloat16
+        assert dtype_of(on_gpu, A_GRi) is None and dtype_of(on_gpu.bfloat16(), A_GRi) == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
-        assert of(x, torch.zeros(16, 8, 24)) == torch.bfloat16
+        assert dtype_of(x, torch.zeros(16, 8, 24)) == torch.bfloat16
 
 
 def test_a_step_with_grouped_terms_is_the_step_with_masked_ones():
-    """Loss, what is written, and gradients in float32; and the products do not depend on the documents."""
+    """Same loss, fast-weight norm and gradients in float32; product shapes do not depend on the documents."""
     goal = replace(objective(memory(rank=8, targets=("ffn", "attention"))), slots=4)
     tokens, labels, documents = packed()
-    few = torch.where(documents == PADDING, PADDING, documents.clamp(max=1))
+    fewer_documents = torch.where(documents == PADDING, PADDING, documents.clamp(max=1))
 
     def run(grouped, of_rows):
         model = build(torch.float32)
@@ -464,17 +467,17 @@ def test_a_step_with_grouped_terms_is_the_step_with_masked_ones():
             loss.backward()
         return loss.detach(), inner.written_norm_G, gradients(model), products.made
 
-    masked, grouped, other = run(False, documents), run(True, documents), run(True, few)
+    masked, grouped, other = run(False, documents), run(True, documents), run(True, fewer_documents)
     for ours, theirs in zip(grouped[:2], masked[:2], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     for name, theirs in masked[2].items():
-        # Sums in another order, through two inner steps.
+        # Summation order differs, amplified by two inner steps.
         assert (grouped[2][name] - theirs).abs().max() <= 1e-5 * theirs.abs().max(), name
     assert masked[3] == {} and grouped[3] == other[3] and sum(grouped[3].values()) > 20
 
 
 class Products(TorchDispatchMode):
-    """Shapes of the grouped products that run while active, and how often each."""
+    """Counter of the shapes of grouped products while active."""
 
     def __init__(self):
         super().__init__()
@@ -495,4 +498,4 @@ def test_the_flops_of_grouped_terms_do_not_depend_on_the_number_of_documents():
         return step_flops(replace(ARGS, grouped=grouped), batch, memory(rank=rank)).inner
 
     assert inner(True, 4) == inner(True, 64) < inner(False, 4) < inner(False, 64)
-    assert inner(True, 64, rank=4) == inner(False, 64, rank=4), "no groups of this rank"
+    assert inner(True, 64, rank=4) == inner(False, 64, rank=4), "rank 4 is not grouped"

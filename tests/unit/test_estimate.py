@@ -1,4 +1,4 @@
-"""What the dry run foretells, against what a step does."""
+"""Dry-run estimates of memory, communication and time against real steps."""
 
 import copy
 import json
@@ -30,13 +30,13 @@ DEBUG = [
 
 @pytest.fixture(autouse=True)
 def no_other_process_group():
-    """A model that an earlier test has open would be in the way of the ranks that are not there."""
+    """Destroy a process group left by an earlier test, since fake ranks need their own."""
     if is_initialized():
         destroy_process_group()
 
 
-SHARD, TENSOR = "--parallelism.data_parallel_shard_degree", "--parallelism.tensor_parallel_degree"
-CONTEXT = "--parallelism.context_parallel_degree"
+SHARD, TP = "--parallelism.data_parallel_shard_degree", "--parallelism.tensor_parallel_degree"
+CP = "--parallelism.context_parallel_degree"
 
 
 @pytest.mark.parametrize(
@@ -45,54 +45,54 @@ CONTEXT = "--parallelism.context_parallel_degree"
         (4, [SHARD, "4"]),
         (4, [SHARD, "4", "--model.converters", "lora"]),
         (4, [SHARD, "4", "--model.converters", "lora", "--parallelism.fsdp_reshard_after_forward", "never"]),
-        (4, [SHARD, "2", TENSOR, "2", "--parametric_memory.inner_loss", "kl", "--parametric_memory.inner_steps", "3"]),
+        (4, [SHARD, "2", TP, "2", "--parametric_memory.inner_loss", "kl", "--parametric_memory.inner_steps", "3"]),
         (8, [SHARD, "4", "--parallelism.data_parallel_replicate_degree", "2"]),
-        (4, [SHARD, "2", CONTEXT, "2", "--parametric_memory.target_modules", "ffn,attention"]),
-        (8, [TENSOR, "2", CONTEXT, "2", "--activation_checkpoint.mode", "full"]),
+        (4, [SHARD, "2", CP, "2", "--parametric_memory.target_modules", "ffn,attention"]),
+        (8, [TP, "2", CP, "2", "--activation_checkpoint.mode", "full"]),
     ],
     ids=["fsdp4", "lora", "lora-never", "fsdp2-tp2", "hsdp", "fsdp2-cp2", "fsdp2-tp2-cp2"],
 )
 def test_fsdp_sends_what_is_foretold(ranks, arguments):
-    """Counted in a step of a single process that takes itself for one of many."""
+    """Count the collectives of a step in one process with fake ranks."""
     config = launch.resolve(parse_config.parse([*DEBUG, *arguments]), ranks)
     init_fake_mode(ranks)
     try:
         bench = bench_step.Bench.build(config)
-        foretold = estimate(bench.model, bench.args, bench.dims, config).communication
+        predicted = estimate(bench.model, bench.args, bench.dims, config).communication
         counted: Collectives = bench.collectives("ours")
-        # Nothing stays gathered behind a step, whose weights the optimizer changes.
+        # No parameter stays gathered after a step, because the optimizer changes the weights.
         assert all("fsdp" in p.device_mesh.mesh_dim_names for p in bench.model.parameters())
-        fsdp = bench.groups("fsdp")
-        shards = fsdp[0].size()
-        # Each collective's largest argument is the gathered tensor, padded to divide evenly: here all sizes do.
+        fsdp_groups = bench.groups("fsdp")
+        dp_size = fsdp_groups[0].size()
+        # Each collective's largest argument is the gathered tensor; here every size divides evenly, without padding.
         sums = {
-            kind: sum(4 * n * (shards - 1) / shards for found, n in counted.on(*fsdp) if found == kind)
+            kind: sum(4 * n * (dp_size - 1) / dp_size for name, n in counted.on(*fsdp_groups) if name == kind)
             for kind in ("all_gather", "reduce_scatter")
         }
         replicated = sum(4 * n for _, n in counted.on(*bench.groups("dp_replicate")))
-        assert foretold.gather == pytest.approx(sums["all_gather"])
-        assert foretold.reduce == pytest.approx(sums["reduce_scatter"])
-        assert foretold.replicate == pytest.approx(2 * replicated / 2)
-        if tensor := bench.groups("tp"):
-            # The layers' exchanges; those of embedding and head, and of the fast terms' middle, are left out.
+        assert predicted.gather == pytest.approx(sums["all_gather"])
+        assert predicted.reduce == pytest.approx(sums["reduce_scatter"])
+        assert predicted.replicate == pytest.approx(2 * replicated / 2)
+        if tp_groups := bench.groups("tp"):
+            # Only the layers' exchanges; the estimate omits embedding, head and the low-rank inner dimension.
             half = 2 * 64 // bench.dims.cp * bench.args.dim // 2
-            # What a reduce-scatter is given is whole, what an all-gather is given a half.
+            # A reduce-scatter takes the full tensor, an all-gather takes a half.
             sizes = {"reduce_scatter": 2 * half, "all_gather": half}
-            sent = sum(4 * half for kind, n in counted.on(*tensor) if n == sizes.get(kind))
-            assert foretold.tensor == pytest.approx(sent, rel=0.1)
-        if context := bench.groups("cp"):
-            # A ring's all-reduce sends everything twice, an all-to-all all but what stays: here a half.
+            sent = sum(4 * half for kind, n in counted.on(*tp_groups) if n == sizes.get(kind))
+            assert predicted.tensor == pytest.approx(sent, rel=0.1)
+        if cp_groups := bench.groups("cp"):
+            # A ring all-reduce sends everything twice; an all-to-all sends all but the rank's own part, here a half.
             factor = {"all_to_all": 1 / 2, "all_reduce": 2 / 2}
-            sent = sum(4 * n * factor[kind] for kind, n in counted.on(*context))
-            # The lowest adapted layer has no backward pass through its attention in inner steps, if it has no fast
-            # weights there; and the losses are summed too.
-            assert foretold.context == pytest.approx(sent, rel=0.01 if "ffn,attention" in arguments else 0.2)
+            sent = sum(4 * n * factor[kind] for kind, n in counted.on(*cp_groups))
+            # Tolerance: without fast weights in its attention, the lowest adapted layer skips attention's backward
+            # pass in inner steps; the losses are all-reduced too.
+            assert predicted.context == pytest.approx(sent, rel=0.01 if "ffn,attention" in arguments else 0.2)
     finally:
         destroy_process_group()
 
 
 def test_packed_rows_have_sets_and_copies_for_their_slots():
-    """Of 5 documents, 8 slots; 4 rows of 64 tokens; the layer that is run again has copies for gate, up and down."""
+    """5 documents take 8 slots in 4 rows of 64 tokens; a recomputed layer copies inputs for gate, up and down."""
     arguments = ["--activation_checkpoint.mode", "full", "--training.local_batch_size", "4"]
     config = parse_config.parse([*DEBUG, *arguments])
     one, five = (forecast(config, 1, documents=number) for number in (1, 5))
@@ -107,14 +107,14 @@ def test_packed_rows_have_sets_and_copies_for_their_slots():
     "arguments, backend",
     [
         (["--compile.enable", "--compile.backend", "aot_eager"], "aot_eager"),
-        (["--compile.enable", TENSOR, "2", SHARD, "2"], None),  # whose losses communicate
+        (["--compile.enable", TP, "2", SHARD, "2"], None),  # its losses communicate
         (["--compile.enable", "--compile.components", "model"], None),
         ([], None),
     ],
     ids=["losses", "tp2", "model", "eager"],
 )
 def test_the_head_compiles_its_losses_and_fsdp_sums(monkeypatch, arguments, backend):
-    """As the configuration has it; gradients are plain sums beside an accelerator too."""
+    """Head backend follows the configuration; with an accelerator, gradients are plain sums as well."""
     monkeypatch.setattr(cpu, "has_accelerator", lambda: True)
     config = parse_config.parse([*DEBUG, *arguments])
     init_fake_process_group(4)
@@ -140,41 +140,41 @@ def test_autograd_keeps_the_foretold_elements_of_a_layer(name):
     model = BACKBONES[name].model(args)
     with torch.no_grad():
         model.init_weights()
-    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), model.freqs_cis]}
-    kept = {}
+    parameters = {p.untyped_storage().data_ptr() for p in [*model.parameters(), model.freqs_cis]}
+    saved = {}
 
     def keep(x):
-        if x.untyped_storage().data_ptr() not in own:
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        if x.untyped_storage().data_ptr() not in parameters:
+            saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
     x = torch.randn(2, 256, args.dim, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         y = model.layers["0"](x, model.context(256))
     y.sum().backward()
-    # Small things (norms' statistics, routing, the rotary table) are not in the estimate.
-    assert saved_elements(args)[1] == pytest.approx(sum(kept.values()) / 4 / (2 * 256), rel=0.12)
+    # The estimate omits small tensors: norm statistics, routing, the RoPE table.
+    assert saved_elements(args)[1] == pytest.approx(sum(saved.values()) / 4 / (2 * 256), rel=0.12)
 
 
 def test_dry_run_of_the_recipes(tmp_path, capsys):
-    """At full size, on the meta device."""
-    found = {}
+    """Full-size recipes on the meta device."""
+    results = {}
     for name in ("llada_8b", "llada_moe_7b"):
         file = tmp_path / f"{name}.json"
         recipe = f"train_configs/{name}_longalpaca.toml"
         sizes = ["--world-size", "8", "32"]
         assert dry_run.main([recipe, "--json", str(file), *sizes]) == 0
-        found[name] = json.loads(file.read_text())
+        results[name] = json.loads(file.read_text())
     out = capsys.readouterr().out
     assert "llada 8B: 8,099,467,264 parameters, 83,886,080 trained" in out
-    dense, moe = found["llada_8b"], found["llada_moe_7b"]
+    dense, moe = results["llada_8b"], results["llada_moe_7b"]
     base = 8_015_581_184  # LLaDA-8B
     assert dense["8"]["parameters"] - dense["8"]["trained"] == base
     assert dense["8"]["memory"]["weights"] == pytest.approx((2 * base + 4 * 83_886_080) / 8, rel=1e-3)
-    # Four nodes have a replica each, and a rank a fourth of the sequences.
+    # On four nodes each node holds a replica, and a rank a fourth of the sequences.
     assert dense["8"]["memory"]["optimizer"] == dense["32"]["memory"]["optimizer"] == 2 * 4 * 83_886_080 / 8
     assert [(dense[n]["replicas"], dense[n]["sequences"]) for n in ("8", "32")] == [(1, 4), (4, 1)]
-    # The base and the adapters are gathered once, in bfloat16, and stay; across nodes only gradients are reduced.
+    # Base and adapters are gathered once, in bfloat16, and stay gathered; across nodes only gradients are reduced.
     for x in dense.values():
         assert x["memory"]["gathered"] == 2 * (base + 83_886_080)
         assert x["communication"]["gather"] == 2 * (base + 83_886_080) * 7 / 8
@@ -187,24 +187,24 @@ def test_dry_run_of_the_recipes(tmp_path, capsys):
 @pytest.mark.parametrize(
     "recipe, arguments",
     [
-        ("llada_8b", [TENSOR, "2"]),
+        ("llada_8b", [TP, "2"]),
         ("llada_moe_7b", ["--parallelism.expert_parallel_degree", "4", "--parametric_memory.granularity", "batch"]),
-        ("llada_moe_7b", [TENSOR, "2", "--lora.target_modules", "attention"]),
+        ("llada_moe_7b", [TP, "2", "--lora.target_modules", "attention"]),
     ],
 )
 def test_the_base_stays_frozen_on_every_layout(recipe, arguments):
-    """Styles of tensor and expert parallelism make new parameters, which by themselves are trained."""
+    """Tensor and expert parallelism create new parameters, which require gradient by default."""
     path = f"train_configs/{recipe}_longalpaca.toml"
-    spread, plain = (
+    parallel, plain = (
         forecast(parse_config.parse(["--job.config_file", path, *more]), 8) for more in (arguments, arguments[2:])
     )
     rank, width = 32, 2048
     if recipe == "llada_8b":
-        assert spread.trained == plain.trained == 83_886_080
+        assert parallel.trained == plain.trained == 83_886_080
     elif "attention" in arguments:
-        assert spread.trained == 16 * 4 * rank * 2 * width
+        assert parallel.trained == 16 * 4 * rank * 2 * width
     else:
-        assert spread.trained == 16 * (4 * rank * 2 * width + 64 * 3 * rank * (width + 1024))
+        assert parallel.trained == 16 * (4 * rank * 2 * width + 64 * 3 * rank * (width + 1024))
 
 
 def test_dry_run_tells_what_will_not_fit(capsys):
@@ -223,22 +223,22 @@ def test_dry_run_tells_what_will_not_fit(capsys):
     assert "train_configs/absent.toml does not exist" in capsys.readouterr().err
 
 
-def by_hand(flops=2e14, **parts):
-    """Return an estimate of which only what decides about the time is filled in."""
-    sent = dict.fromkeys(("gather", "reduce", "replicate", "tensor", "context", "experts"), 0.0) | parts
+def minimal_estimate(flops=2e14, **traffic):
+    """Return an estimate with only the fields that determine the step time."""
+    sent = dict.fromkeys(("gather", "reduce", "replicate", "tensor", "context", "experts"), 0.0) | traffic
     memory = MemoryEstimate(*[0.0] * 8)
     return Estimate(0, 0, 0, 1, 4, 1, memory, Communication(**sent), ["gather", "replicate"], flops)
 
 
 def test_the_seconds_of_a_step():
     speeds = Speeds(tflops=400, intra=450, inter=50)
-    found = step_time(by_hand(gather=20e9, reduce=9e9, replicate=5e9, tensor=81e9), speeds)
+    seconds = step_time(minimal_estimate(gather=20e9, reduce=9e9, replicate=5e9, tensor=81e9), speeds)
     # 200 of 400 TFLOP/s; 90 GB at 450 GB/s; 25 GB at 50 GB/s.
-    assert found == StepTime(compute=0.5, within_nodes=pytest.approx(0.2), across_nodes=pytest.approx(0.5))
-    assert found.communication == pytest.approx(0.7)
+    assert seconds == StepTime(compute=0.5, within_nodes=pytest.approx(0.2), across_nodes=pytest.approx(0.5))
+    assert seconds.communication == pytest.approx(0.7)
 
 
-SLOW = {  # what is sent across nodes or, of tensor parallelism, within them; what else is so -> the sentence
+SLOW = {  # name -> (bytes across nodes, or within them for "tensor"; other changes; expected warning)
     "0.48 s is less": ({"gather": 24e9}, {}, None),
     "shards across nodes": (
         {"gather": 28e9},
@@ -258,21 +258,21 @@ SLOW = {  # what is sent across nodes or, of tensor parallelism, within them; wh
 def test_a_step_that_sends_longer_than_it_computes():
     config = parse_config.parse(DEBUG)
     speeds = Speeds(tflops=400, intra=450, inter=50)
-    # A remedy that is not in force yet: sharding within nodes leaves a node with one data-parallel rank as it is.
+    # The warning proposes only what is not yet in force; with one data-parallel rank a node, "node" changes nothing.
     for degree, within, sentence in (
         (4, "world", "set parallelism.data_parallel_shard_degree = -1 and data_parallel_shard_within = 'node'."),
         (-1, "node", "set parallelism.fsdp_reshard_after_forward = 'never' if memory allows."),
     ):
         other = copy.deepcopy(config)
         other.parallelism.data_parallel_shard_degree, other.parallelism.data_parallel_shard_within = degree, within
-        assert sentence in (warning(other, by_hand(gather=28e9), speeds) or "")
+        assert sentence in (warning(other, minimal_estimate(gather=28e9), speeds) or "")
     for name, (sent, changes, sentence) in SLOW.items():
-        found = warning(config, replace(by_hand(**sent), **changes), speeds)
-        assert (found is None) == (sentence is None) and (sentence or "") in (found or ""), name
+        message = warning(config, replace(minimal_estimate(**sent), **changes), speeds)
+        assert (message is None) == (sentence is None) and (sentence or "") in (message or ""), name
 
 
 def test_dry_run_prints_the_seconds(capsys, tmp_path):
-    """Of two layers of LLaDA-8B, all weights trained, without memory, on two nodes of 4 ranks."""
+    """Two layers of LLaDA-8B, all weights trained, memory off, on two nodes of 4 ranks."""
     arguments = [
         "train_configs/llada_8b_longalpaca.toml", "--world-size", "8", "--ranks-per-node", "4", "--layers", "2",
         "--model.converters", "", "--parametric_memory.no-enable", "--activation_checkpoint.mode", "none",
@@ -280,20 +280,20 @@ def test_dry_run_prints_the_seconds(capsys, tmp_path):
         str(tmp_path / "found.json"),
     ]  # fmt: skip
     assert dry_run.main(arguments) == 0
-    found = json.loads((tmp_path / "found.json").read_text())["8"]
-    tokens, width, wide, vocabulary = 4 * 4096, 4096, 12288, 126464
-    linears = 2 * (4 * width * width + 3 * width * wide)
-    # Forward and twice that backward, but 2.5 times attention's; the head on half the tokens.
-    flops = 3 * 2 * tokens * linears + 3.5 * 2 * 4 * tokens * 4096 * width + 3 * 2 * tokens / 2 * width * vocabulary
-    # The scored positions are rounded up to a sixteenth of the tokens.
-    assert found["flops"] == pytest.approx(flops, rel=0.02)
-    assert found["seconds"]["compute"] == found["flops"] / 100e12
-    parameters = linears + 2 * 2 * width + 2 * vocabulary * width + width
+    result = json.loads((tmp_path / "found.json").read_text())["8"]
+    tokens, width, hidden, vocab_size = 4 * 4096, 4096, 12288, 126464
+    linears = 2 * (4 * width * width + 3 * width * hidden)
+    # Backward costs twice forward, and 2.5 times for attention; the head runs on half the tokens.
+    flops = 3 * 2 * tokens * linears + 3.5 * 2 * 4 * tokens * 4096 * width + 3 * 2 * tokens / 2 * width * vocab_size
+    # The number of scored positions is rounded up to a multiple of a sixteenth of the tokens.
+    assert result["flops"] == pytest.approx(flops, rel=0.02)
+    assert result["seconds"]["compute"] == result["flops"] / 100e12
+    parameters = linears + 2 * 2 * width + 2 * vocab_size * width + width
     # Gathered once in bfloat16, reduced in float32.
-    assert found["communication"]["gather"] == 2 * parameters * 7 / 8
-    assert found["communication"]["reduce"] == 4 * parameters * 7 / 8
-    assert found["seconds"] == {
-        "compute": found["flops"] / 1e14, "within_nodes": 0.0,
+    assert result["communication"]["gather"] == 2 * parameters * 7 / 8
+    assert result["communication"]["reduce"] == 4 * parameters * 7 / 8
+    assert result["seconds"] == {
+        "compute": result["flops"] / 1e14, "within_nodes": 0.0,
         "across_nodes": pytest.approx(6 * parameters * 7 / 8 / 10e9),
     }  # fmt: skip
     out = capsys.readouterr().out

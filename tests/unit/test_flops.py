@@ -1,4 +1,4 @@
-"""The FLOP model against torch's counter on real steps."""
+"""FLOP estimate of a step against torch's counter on real steps."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ from tests.support.bilevel import ARGS, build, data, memory, objective
 
 
 class Flops(TorchDispatchMode):
-    """torch's count of every operator. (Its own FlopCounterMode breaks around `torch.autograd.grad`.)"""
+    """FLOP counter over torch's formulas; FlopCounterMode itself breaks around `torch.autograd.grad`."""
 
     total = 0
 
@@ -28,7 +28,7 @@ class Flops(TorchDispatchMode):
         kwargs = kwargs or {}
         out = operator(*args, **kwargs)
         name = operator.overloadpacket._qualified_op_name
-        # The CPU's attention is not in torch's table.
+        # torch's table lacks the CPU's attention.
         if name == "aten::_scaled_dot_product_flash_attention_for_cpu":
             self.total += sdpa_flop_count(*(x.shape for x in args[:3]))
         elif name == "aten::_scaled_dot_product_flash_attention_for_cpu_backward":
@@ -39,7 +39,7 @@ class Flops(TorchDispatchMode):
 
 
 class CompiledFlops:
-    """torch's count of what compiled graphs and the eager head between them run."""
+    """FLOP counter for compiled blocks and the eager head between them."""
 
     def __init__(self):
         self.total = 0
@@ -54,7 +54,7 @@ class CompiledFlops:
         return run
 
     def backend(self, graph, inputs):
-        """Run what AOTAutograd makes of a graph, operator by operator."""
+        """Run the graphs that AOTAutograd generates, operator by operator."""
 
         def compiler(graph, inputs):
             return make_boxed_func(self.counted(graph))
@@ -68,7 +68,7 @@ class CompiledFlops:
 
 
 def count(model, settings, recomputation=None, frozen=False, args=ARGS, **plan):
-    """FLOPs of a step by torch's counter, and by ours; plain if `settings` is None."""
+    """Return a step's FLOPs by torch's counter and by our estimate; memory is off if `settings` is None."""
     goal = objective(settings, **plan)
     tokens, labels, ids = data()
     batch = goal.micro_batch(tokens, labels, ids, step=3)
@@ -106,8 +106,11 @@ def test_plain_training_is_counted_as_such():
 
 
 def test_compiled_blocks_run_the_same_products(monkeypatch):
-    """Because the base is a constant to the inner steps: losses and gradients are the same bits if it is not, but
-    AOTAutograd would compute its gradients in every inner step."""
+    """Compiled inner steps compute no base gradients, because the base is frozen during them.
+
+    Without freezing, losses and gradients keep the same bits, but AOTAutograd computes base gradients in every
+    inner step.
+    """
     settings = memory(first_layer=0)
     tokens, labels, ids = data()
     batch = objective(settings).micro_batch(tokens, labels, ids, step=3)
@@ -115,7 +118,7 @@ def test_compiled_blocks_run_the_same_products(monkeypatch):
     torch._dynamo.reset()
     (counter := CompiledFlops()).compile(models["compiled"])
     blocks = models["not constant"]
-    # But for the head, which has no gradient of several sets.
+    # The head stays frozen: it has no gradient with several sets of fast weights.
     monkeypatch.setattr(blocks, "inner_steps", lambda start: frozen([blocks.output]))
 
     def step(model):
@@ -123,8 +126,8 @@ def test_compiled_blocks_run_the_same_products(monkeypatch):
         loss.backward()
         return [loss.detach(), statistics.loss_KG, statistics.grad_norm_KG, *(p.grad for p in model.parameters())]
 
-    for found in zip(*map(step, models.values()), strict=True):
-        assert all(torch.equal(x, found[0]) for x in found)
+    for results in zip(*map(step, models.values()), strict=True):
+        assert all(torch.equal(x, results[0]) for x in results)
     ours = step_flops(ARGS, batch, settings)
     assert counter.total == ours.outer + ours.inner
 
@@ -132,11 +135,11 @@ def test_compiled_blocks_run_the_same_products(monkeypatch):
 @pytest.mark.parametrize("mode, option", [("full", "op"), ("selective", "2"), ("selective", "op")])
 @pytest.mark.parametrize("with_memory", [False, True])
 def test_checkpointing_runs_again_what_is_counted(monkeypatch, mode, option, with_memory):
-    """And so nothing of the passes without gradient."""
+    """Recomputed FLOPs match the estimate; passes without gradient are not recomputed."""
     monkeypatch.setattr(activation_checkpoint, "_layer_sac_count", 0)
     settings = memory() if with_memory else None
     model = build(torch.float32)
-    # torchtitan's list has the attention of accelerators.
+    # torchtitan's list names only the attention kernels of accelerators.
     saved = _op_sac_save_list | {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default}
     config = ActivationCheckpoint(mode=mode, selective_ac_option=option)
     activation_checkpoint.apply_ac(model, config, op_sac_save_list=saved)
@@ -146,7 +149,7 @@ def test_checkpointing_runs_again_what_is_counted(monkeypatch, mode, option, wit
 
 @pytest.mark.parametrize("with_memory", [False, True])
 def test_a_frozen_base_has_no_gradients_of_its_weights(with_memory):
-    """All but the embedding, so that every layer's input still has one."""
+    """Everything is frozen but the embedding, so that every layer's input still requires gradient."""
     model = build(torch.float32)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("tok_embeddings"))
@@ -165,5 +168,5 @@ def test_experts_count_as_often_as_a_token_sees_them():
     settings = replace(memory(), linears=args.adapted_linears(1, ["ffn"]), first_layer=1)
     for chosen in (None, settings):
         counted, ours = count(model, chosen, args=args)
-        # The routers and the weighted sums of the experts' outputs are left out: 2% of so small a layer.
+        # The estimate omits routers and the weighted sums of expert outputs: 2% of a layer this small.
         assert 0.95 < (ours.outer + ours.inner) / counted < 1

@@ -1,4 +1,4 @@
-"""Weights under Hugging Face's names: in and out bit for bit, and what is wrong with them named."""
+"""Hugging Face weights: import and export bit for bit, and errors that name what is wrong."""
 
 import json
 import re
@@ -34,7 +34,7 @@ def recipe(request):
 
 @pytest.fixture(scope="module")
 def weights(recipe, tmp_path_factory):
-    """A folder as one is published: bfloat16, several files and their index, config.json, tokenizer."""
+    """Return a folder like published weights: bfloat16, several files with an index, config.json, tokenizer."""
     folder = tmp_path_factory.mktemp("published") / "weights"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(names, "FILE_BYTES", 2**17)
@@ -64,34 +64,34 @@ def test_there_and_back_again_is_the_same_bit_for_bit(recipe, weights, tmp_path,
     assert index.keys() == ours.keys()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (back / name).read_bytes() == (weights / name).read_bytes()
-    # A checkpoint in float32 holds the same numbers, and gives them back.
+    # A float32 checkpoint holds the same numbers and exports them unchanged.
     wide, narrow = str(tmp_path / "float32"), tmp_path / "narrow"
     more = ["--dtype", "float32", *plain]
     assert convert_checkpoint.main(["from-hf", str(config), "--input", str(weights), "--output", wide, *more]) == 0
     more = ["--dtype", "bfloat16", *plain]
     assert convert_checkpoint.main(["to-hf", str(config), "--checkpoint", wide, "--output", str(narrow), *more]) == 0
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in contents(narrow).items())
-    # What is there already stays.
+    # An existing folder is not overwritten.
     assert convert_checkpoint.main(["to-hf", str(config), "--checkpoint", there, "--output", str(back), *plain]) == 2
     assert "exists and is not an empty folder" in capsys.readouterr().err
 
 
 def test_published_names(sd_adapter):
-    found = set(sd_adapter.expected())
+    expected = set(sd_adapter.expected())
     if sd_adapter.config()["architectures"] == ["LLaDAModelLM"]:
-        assert len(found) == 3 + 4 * 9 and {
+        assert len(expected) == 3 + 4 * 9 and {
             "model.transformer.wte.weight", "model.transformer.blocks.3.ff_proj.weight",
             "model.transformer.blocks.0.attn_out.weight", "model.transformer.ff_out.weight",
-        } <= found  # fmt: skip
+        } <= expected  # fmt: skip
     else:
-        assert len(found) == 3 + 4 * (9 + 3 * 8) and {
+        assert len(expected) == 3 + 4 * (9 + 3 * 8) and {
             "model.embed_tokens.weight", "model.layers.3.mlp.experts.7.down_proj.weight", "lm_head.weight",
             "model.layers.0.mlp.gate.weight", "model.layers.1.self_attn.q_norm.weight",
-        } <= found  # fmt: skip
+        } <= expected  # fmt: skip
 
 
 def damaged(weights, folder, change):
-    """A copy of the weights with one file's tensors changed; returns the name of the first of them."""
+    """Copy the weights with one file's tensors changed; return the name of that file's first tensor."""
     shutil.copytree(weights, folder)
     file = sorted(folder.glob("*.safetensors"))[1]
     tensors = load_file(file)
@@ -113,7 +113,7 @@ def test_a_tensor_that_is_missing_unknown_or_of_another_shape_is_named(weights, 
 
     def other(tensors, name):
         tensors["model.vision.weight"] = torch.zeros(1)
-        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(1)  # which some exports hold
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(1)  # present in some exports
 
     damaged(weights, tmp_path / "b", other)
     assert "a tensor that this model does not have, model.vision.weight; choose" in refusal(tmp_path / "b", sd_adapter)
@@ -127,8 +127,8 @@ def test_a_tensor_that_is_missing_unknown_or_of_another_shape_is_named(weights, 
 
 def test_weights_of_integers_are_refused(weights, sd_adapter, tmp_path):
     name = damaged(weights, tmp_path / "a", lambda tensors, name: tensors.update({name: tensors[name].to(torch.int8)}))
-    says = refusal(tmp_path / "a", sd_adapter)
-    assert says.startswith(f"The tensor {name} in ") and "is of type I8, not one of F64, F32, F16, BF16; use" in says
+    error = refusal(tmp_path / "a", sd_adapter)
+    assert error.startswith(f"The tensor {name} in ") and "is of type I8, not one of F64, F32, F16, BF16; use" in error
 
 
 def test_files_that_are_missing_or_broken_are_named(weights, sd_adapter, tmp_path):
@@ -183,12 +183,12 @@ def test_conversion_refuses_what_it_cannot_convert(recipe, weights, tmp_path, ca
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.part*"))
 
 
-@pytest.mark.parametrize("experts", [1, 2])
-def test_experts_of_replicas_have_names(experts):
-    """On ranks that are not there, two nodes of two: each keeps its experts of both nodes' replicas."""
+@pytest.mark.parametrize("ep_size", [1, 2])
+def test_experts_of_replicas_have_names(ep_size):
+    """Two nodes of two fake ranks, one replica per node: a rank's state dict names half of the experts."""
     config = parse_config.parse([
         "--job.config_file", "train_configs/llada_moe_7b_longalpaca.toml", "--model.flavor", "debug",
-        "--model.converters", "", "--parallelism.expert_parallel_degree", str(experts),
+        "--model.converters", "", "--parallelism.expert_parallel_degree", str(ep_size),
         "--parametric_memory.granularity", "batch",
     ])  # fmt: skip
     config, args = launch.resolve(config, 4, 2), get_model_args(config)
@@ -201,8 +201,8 @@ def test_experts_of_replicas_have_names(experts):
         state = model_on_meta(config, args, dims).state_dict()
         sd_adapter = get_sd_adapter(config)
         theirs = sd_adapter.to_hf(dict(state))
-        found = {int(number) for key in theirs for number in re.findall(r"layers\.0\.mlp\.experts\.(\d+)\.", key)}
-        assert found == set(range(args.n_experts // 2))
+        numbers = {int(number) for key in theirs for number in re.findall(r"layers\.0\.mlp\.experts\.(\d+)\.", key)}
+        assert numbers == set(range(args.n_experts // 2))
         back = sd_adapter.from_hf(theirs)
         assert {key: (x.shape, x.placements) for key, x in back.items()} == {
             key: (x.shape, x.placements) for key, x in state.items()

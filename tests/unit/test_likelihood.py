@@ -1,4 +1,4 @@
-"""The likelihood of a text, and the harness's model, against a joint distribution that is known exactly."""
+"""Likelihoods and the lm-evaluation-harness model, checked against a known joint distribution."""
 
 import itertools
 import math
@@ -23,7 +23,7 @@ EOS, MASK = 3, 4
 
 
 class Joint:
-    """A distribution over all texts of five letters, and the conditionals that a perfect model would predict."""
+    """Distribution over all texts of five letters, with the conditionals that a perfect model predicts."""
 
     def __init__(self):
         self.texts = torch.tensor(list(itertools.product(range(len(LETTERS)), repeat=LENGTH)))
@@ -32,28 +32,28 @@ class Joint:
         self.probability = weight / weight.sum()
 
     def log_probability(self, context, text):
-        """log p(text | context), where the two together make a whole text."""
-        whole = torch.tensor([*context, *text])
-        given = (self.texts[:, : len(context)] == whole[: len(context)]).all(1)
-        is_it = (self.texts == whole).all(1)
-        return float((self.probability[is_it].sum() / self.probability[given].sum()).log())
+        """Return log p(text | context); context and text together have LENGTH letters."""
+        full_text = torch.tensor([*context, *text])
+        given = (self.texts[:, : len(context)] == full_text[: len(context)]).all(1)
+        is_text = (self.texts == full_text).all(1)
+        return float((self.probability[is_text].sum() / self.probability[given].sum()).log())
 
     def conditionals(self, visible):
-        """Place -> distribution of its letter, given the letters at the visible places."""
+        """Return each hidden position's letter distribution, given the letters at visible positions."""
         fits = torch.ones(len(self.texts), dtype=torch.bool)
-        for place, letter in visible.items():
-            fits &= self.texts[:, place] == letter
+        for position, letter in visible.items():
+            fits &= self.texts[:, position] == letter
         weight = self.probability * fits
         return {
-            place: torch.stack([weight[self.texts[:, place] == letter].sum() for letter in range(len(LETTERS))])
+            position: torch.stack([weight[self.texts[:, position] == letter].sum() for letter in range(len(LETTERS))])
             / weight.sum()
-            for place in range(LENGTH)
-            if place not in visible
+            for position in range(LENGTH)
+            if position not in visible
         }
 
 
 class ToyModel:
-    """What the harness's model asks of a TrainedModel, answered from the joint distribution."""
+    """TrainedModel stand-in that answers the harness from the joint distribution."""
 
     trained_length, eos_id, mask_id = 8, EOS, MASK
 
@@ -61,7 +61,7 @@ class ToyModel:
         self.joint = Joint()
         self.data_parallel = DataParallel()
         self.calls = 0
-        self.remembered = []
+        self.adapted = []
         self.tokenizer = SimpleNamespace(
             encode_plain=lambda texts: [[LETTERS.index(c) for c in text] for text in texts],
             decode=lambda ids: "".join(LETTERS[i] for i in ids),
@@ -72,21 +72,21 @@ class ToyModel:
 
     def nll(self, tokens_BL, target_BL, clean_BL, attended_BL, fast=None):
         self.calls += 1
-        found = []
+        losses = []
         for tokens, target, clean in zip(tokens_BL.tolist(), target_BL.tolist(), clean_BL.tolist(), strict=True):
             assert all((token == MASK) == masked for token, masked in zip(tokens, target, strict=True))
-            seen = {place: token for place, token in enumerate(tokens[:LENGTH]) if token != MASK}
+            seen = {position: token for position, token in enumerate(tokens[:LENGTH]) if token != MASK}
             table = self.joint.conditionals(seen)
-            found.append(sum(-math.log(table[p][clean[p]]) for p, masked in enumerate(target) if masked))
-        return torch.tensor(found, dtype=torch.float64)
+            losses.append(sum(-math.log(table[p][clean[p]]) for p, masked in enumerate(target) if masked))
+        return torch.tensor(losses, dtype=torch.float64)
 
     def denoise(self, start, decoding, fast=None):
         def predict(tokens_BL, target_BL):
             rows = []
-            for row, place in target_BL.nonzero().tolist():
+            for row, position in target_BL.nonzero().tolist():
                 tokens = tokens_BL[row, :LENGTH].tolist()
                 table = self.joint.conditionals({p: token for p, token in enumerate(tokens) if token != MASK})
-                rows.append(torch.cat([table[place].log(), torch.full((2,), -torch.inf)]))
+                rows.append(torch.cat([table[position].log(), torch.full((2,), -torch.inf)]))
             return torch.stack(rows)
 
         return sampler.denoise(predict, start, decoding, MASK, EOS)
@@ -106,71 +106,71 @@ def model(monkeypatch):
 
 
 def requests(kind, *arguments):
-    return [Instance(kind, {}, one, 0) for one in arguments]
+    return [Instance(kind, {}, args, 0) for args in arguments]
 
 
 def test_short_texts_are_scored_exactly(model):
-    """By the chain rule in every order; float64 throughout, so to 1e-9."""
-    found = model()
+    """Averaging the chain rule over all orders is exact up to float64 rounding, 1e-9."""
+    scorer = model()
     pairs = [(text[:n], text[n:]) for text in ("abcab", "ccaba", "bbbbb") for n in (1, 2, 4)]
-    answers = found.loglikelihood(requests("loglikelihood", *pairs))
+    answers = scorer.loglikelihood(requests("loglikelihood", *pairs))
     for (context, text), (bound, _) in zip(pairs, answers, strict=True):
-        ids = [[LETTERS.index(c) for c in part] for part in (context, text)]
-        assert bound == pytest.approx(found._model.joint.log_probability(*ids), abs=1e-9)
-    # 4, 3 and 1 unknown letters have 15, 7 and 1 sets to mask.
-    assert found._model.calls == -(-3 * (15 + 7 + 1) // 7)
+        ids = [[LETTERS.index(c) for c in piece] for piece in (context, text)]
+        assert bound == pytest.approx(scorer._model.joint.log_probability(*ids), abs=1e-9)
+    # 4, 3 and 1 unknown letters have 15, 7 and 1 non-empty mask sets.
+    assert scorer._model.calls == -(-3 * (15 + 7 + 1) // 7)
 
 
 def test_monte_carlo_is_unbiased(model):
-    """With 15 sets and 14 passes each, over 80 seeds: the mean is within 4 standard errors of the exact value."""
+    """Over 80 seeds of 14 passes from 15 mask sets, the mean is within 4 standard errors of the exact value."""
     exact = ToyModel().joint.log_probability([0], [1, 2, 0, 1])
-    found = [
+    estimates = [
         model(mc_samples=14, seed=seed, check_greedy=False).loglikelihood(requests("loglikelihood", ("a", "bcab")))[0][
             0
         ]
         for seed in range(80)
     ]
-    values = torch.tensor(found, dtype=torch.float64)
+    values = torch.tensor(estimates, dtype=torch.float64)
     assert values.unique().numel() > 60
     assert abs(values.mean() - exact) < 4 * values.std() / 80**0.5
 
 
 def test_greedy_is_what_decoding_gives(model):
-    found = model(block_size=1, steps=1)
-    (text,) = found.generate_until(requests("generate_until", ("ab", {"max_gen_toks": 3, "until": []})))
+    single = model(block_size=1, steps=1)
+    (text,) = single.generate_until(requests("generate_until", ("ab", {"max_gen_toks": 3, "until": []})))
     assert len(text) == 3
     other = "".join(LETTERS[(LETTERS.index(c) + 1) % 3] for c in text)
-    # Greedy decoding takes the most confident position first, as the check does; blocks of one go left to right.
-    whole = model(block_size=3)
-    (text,) = whole.generate_until(requests("generate_until", ("ab", {"max_gen_toks": 3, "until": []})))
-    answers = whole.loglikelihood(requests("loglikelihood", ("ab", text), ("ab", other)))
+    # Greedy decoding and the check both take the most confident position first; blocks of one go left to right.
+    one_block = model(block_size=3)
+    (text,) = one_block.generate_until(requests("generate_until", ("ab", {"max_gen_toks": 3, "until": []})))
+    answers = one_block.loglikelihood(requests("loglikelihood", ("ab", text), ("ab", other)))
     assert [greedy for _, greedy in answers] == [True, False]
 
 
 def test_responses_end_at_the_stop_strings_and_keep_their_order(model):
-    found = model(block_size=1)
+    harness = model(block_size=1)
     contexts = ["a", "abca", "ab", "c"]
-    plain = found.generate_until(requests("generate_until", *((c, {"max_gen_toks": 5 - len(c)}) for c in contexts)))
+    plain = harness.generate_until(requests("generate_until", *((c, {"max_gen_toks": 5 - len(c)}) for c in contexts)))
     assert [len(text) for text in plain] == [4, 1, 3, 4]
-    stop = plain[0][1]
-    again = found.generate_until(
-        requests("generate_until", *((c, {"max_gen_toks": 5 - len(c), "until": [stop]}) for c in contexts))
+    stop_string = plain[0][1]
+    again = harness.generate_until(
+        requests("generate_until", *((c, {"max_gen_toks": 5 - len(c), "until": [stop_string]}) for c in contexts))
     )
-    assert again == [text.split(stop)[0] for text in plain]
+    assert again == [text.split(stop_string)[0] for text in plain]
 
 
 def test_long_texts_spread_their_masks_evenly():
-    """200 passes over 50 tokens: sizes from 1 to 50, four each; every token in its share; weights of l / (k S)."""
-    found = passes(3, 50, 200, seed=1)
-    sizes = [len(one.masked) for one in found]
+    """200 passes over 50 tokens: mask sizes 1 to 50, four each; equal shares per token; weights l / (k S)."""
+    drawn = passes(3, 50, 200, seed=1)
+    sizes = [len(each.masked) for each in drawn]
     assert sorted(sizes) == [1 + i // 4 for i in range(200)]
-    assert all(one.weight == pytest.approx(50 / (len(one.masked) * 200)) for one in found)
-    assert all(len(set(one.masked)) == len(one.masked) for one in found)
-    counts = torch.bincount(torch.tensor([place for one in found for place in one.masked]), minlength=50)
+    assert all(each.weight == pytest.approx(50 / (len(each.masked) * 200)) for each in drawn)
+    assert all(len(set(each.masked)) == len(each.masked) for each in drawn)
+    counts = torch.bincount(torch.tensor([position for each in drawn for position in each.masked]), minlength=50)
     # Expected sum(sizes) / 50 = 102, standard deviation below sqrt(200 / 4) = 7.1.
     assert (counts - 102).abs().max() < 5 * 7.1
-    assert passes(3, 50, 200, seed=1) == found != passes(3, 50, 200, seed=2)
-    assert [one.masked for one in found] != [one.masked for one in passes(4, 50, 200, seed=1)]
+    assert passes(3, 50, 200, seed=1) == drawn != passes(3, 50, 200, seed=2)
+    assert [each.masked for each in drawn] != [each.masked for each in passes(4, 50, 200, seed=1)]
 
 
 @pytest.mark.parametrize(

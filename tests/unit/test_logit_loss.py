@@ -1,4 +1,4 @@
-"""The head's chunked losses against torch's own functions on whole logits."""
+"""Chunked losses of the output head against torch's functions on full logits."""
 
 import weakref
 
@@ -27,7 +27,7 @@ def problem(n_sets, dtype=torch.float64):
     coefficient[5:9] = 0  # padding
     sets = torch.randint(n_sets, (N,), generator=generator)
     label = torch.randint(V, (N,), generator=generator)
-    # A head is trained by the outer loss alone, which is one set's.
+    # Only the outer loss trains the head, and it has one set.
     return (
         hidden.requires_grad_(),
         weight.requires_grad_(n_sets == 1),
@@ -44,18 +44,18 @@ def test_losses_and_gradients_equal_those_of_whole_logits(monkeypatch, loss, row
     monkeypatch.setattr(logit_loss, "CHUNK_BYTES", rows * V * 8)
     hidden, weight, teacher, label, sums = problem(n_sets)
     target = label if loss is cross_entropy else teacher
-    # A weight of its own on each set's loss, as an outer product of gradients would have.
+    # Distinct upstream gradients per set.
     factor = torch.arange(1.0, n_sets + 1, dtype=torch.float64)
     inputs = [hidden, weight] if n_sets == 1 else [hidden]
 
-    whole_target = label if loss is cross_entropy else teacher @ weight.detach().T
-    expected = sums(DISTANCES[loss](hidden @ weight.T, whole_target))
+    target_logits = label if loss is cross_entropy else teacher @ weight.detach().T
+    expected = sums(DISTANCES[loss](hidden @ weight.T, target_logits))
     expected_gradients = torch.autograd.grad((factor * expected).sum(), inputs)
-    found = set_losses(hidden, weight, HeadLoss(loss, target, sums))
-    gradients = torch.autograd.grad((factor * found).sum(), inputs)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    for ours, theirs in zip(gradients, expected_gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    ours = set_losses(hidden, weight, HeadLoss(loss, target, sums))
+    gradients = torch.autograd.grad((factor * ours).sum(), inputs)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    for our_gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(our_gradient, expected_gradient, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch before 2.13")
@@ -64,7 +64,7 @@ def test_cross_entropy_equals_the_librarys_own_chunked_function():
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=10, chunking_method=None)
     theirs = sums(F.linear_cross_entropy(hidden, weight, label, reduction="none", options=options))
     ours = set_losses(hidden, weight, HeadLoss(cross_entropy, label, sums))
-    # float32 rounding of sums of 37 terms.
+    # float32 rounding of sums over 37 terms.
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
     gradients = [torch.autograd.grad(x.sum(), [hidden, weight]) for x in (ours, theirs)]
     for x, y in zip(*gradients, strict=True):
@@ -76,18 +76,18 @@ def test_bfloat16_loses_no_more_than_its_products_do():
     exact = [x.detach().float().requires_grad_() for x in (hidden, weight)]
     sums = sums._replace(coefficient_N=sums.coefficient_N.float())
     expected = sums(F.cross_entropy(exact[0] @ exact[1].T, label, reduction="none"))
-    found = set_losses(hidden, weight, HeadLoss(cross_entropy, label, sums))
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, expected, rtol=0.01, atol=0.0)  # bfloat16 carries 8 bits
+    losses = set_losses(hidden, weight, HeadLoss(cross_entropy, label, sums))
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses, expected, rtol=0.01, atol=0.0)  # bfloat16 carries 8 bits
     for ours, theirs in zip(
-        torch.autograd.grad(found.sum(), [hidden, weight]), torch.autograd.grad(expected.sum(), exact), strict=True
+        torch.autograd.grad(losses.sum(), [hidden, weight]), torch.autograd.grad(expected.sum(), exact), strict=True
     ):
         assert ours.dtype == torch.bfloat16
         assert F.cosine_similarity(ours.float().flatten(), theirs.flatten(), 0) > 0.999
 
 
-class Largest(TorchDispatchMode):
-    """The most elements that any operator has returned."""
+class LargestTensor(TorchDispatchMode):
+    """Largest number of elements that an operator has returned."""
 
     elements = 0
 
@@ -103,11 +103,11 @@ def test_whole_logits_never_exist(monkeypatch, loss):
     monkeypatch.setattr(logit_loss, "CHUNK_BYTES", 10 * V * 8)
     hidden, weight, teacher, label, sums = problem(1)
     head = HeadLoss(loss, label if loss is cross_entropy else teacher, sums)
-    with Largest() as largest:
+    with LargestTensor() as largest:
         set_losses(hidden, weight, head).backward()
     # Chunks of 10 rows (student and teacher stacked where a reduction takes both), and the weight's gradient.
     assert largest.elements <= max(2 * 10 * V, V * D) < N * V
-    with Largest() as largest:
+    with LargestTensor() as largest:
         (hidden @ weight.T).sum()
     assert largest.elements == N * V, "the detector works"
 
@@ -117,9 +117,9 @@ def test_chunks_are_as_large_as_said_at_a_real_vocabulary():
     hidden = torch.randn(tokens, 4, requires_grad=True)
     weight = torch.randn(vocabulary, 4, requires_grad=True)
     sums = SetSum(torch.ones(tokens), torch.zeros(tokens, dtype=torch.int64), 1)
-    with Largest() as largest:
+    with LargestTensor() as largest:
         set_losses(hidden, weight, HeadLoss(cross_entropy, torch.arange(tokens), sums)).backward()
-    assert tokens * vocabulary > largest.elements == 384 * vocabulary, "two chunks, of 384 and of 316"
+    assert tokens * vocabulary > largest.elements == 384 * vocabulary, "two chunks, of 384 and 316 rows"
     assert largest.elements * 4 <= logit_loss.CHUNK_BYTES
 
 
@@ -127,10 +127,10 @@ def test_chunks_are_as_large_as_said_at_a_real_vocabulary():
     "tokens, vocabulary, dtype, rows",
     [
         (16_384, 126_464, torch.bfloat16, 512),
-        (514, 126_464, torch.float32, 384),  # two chunks, of which the last has fewer
+        (514, 126_464, torch.float32, 384),  # two chunks, the last one smaller
         (100, 126_464, torch.float32, 128),
         (16_384, 126_464, torch.float64, 256),
-        (1000, 1_000_000, torch.bfloat16, 67),  # 128 rows would not be within the limit
+        (1000, 1_000_000, torch.bfloat16, 67),  # 128 rows exceed the limit
     ],
 )
 def test_chunks_are_multiples_of_128_rows_where_these_are_within_the_limit(tokens, vocabulary, dtype, rows):
@@ -139,7 +139,7 @@ def test_chunks_are_multiples_of_128_rows_where_these_are_within_the_limit(token
 
 @pytest.mark.parametrize("rows", [3, 10])
 def test_the_weights_gradient_is_rounded_once_over_all_chunks(monkeypatch, rows):
-    """Against the product in float64, of gradients that bfloat16 holds exactly."""
+    """Compare with the float64 product of logit gradients that are exact in bfloat16."""
     monkeypatch.setattr(logit_loss, "CHUNK_BYTES", rows * V * 4)
     hidden, weight, _, _, sums = problem(1, torch.bfloat16)
     gradient = torch.randn(N, V, generator=torch.Generator().manual_seed(1)).bfloat16()
@@ -148,16 +148,16 @@ def test_the_weights_gradient_is_rounded_once_over_all_chunks(monkeypatch, rows)
         return logits.sum(-1), gradient[row].float()
 
     sums = sums._replace(coefficient_N=torch.ones(N))
-    found = set_losses(hidden, weight, HeadLoss(given, torch.arange(N), sums))
-    (ours,) = torch.autograd.grad(found.sum() / 3, [weight])
+    losses = set_losses(hidden, weight, HeadLoss(given, torch.arange(N), sums))
+    (ours,) = torch.autograd.grad(losses.sum() / 3, [weight])
     exact = gradient.double().T @ hidden.detach().double() / 3
     once = (exact.bfloat16() - exact).norm()
-    # float32 sums move a few values to their other neighbour; rounding every chunk's sum gives 1.4 to 2 times as much.
+    # float32 sums round a few values the other way; rounding per chunk gives 1.4 to 2 times the error.
     assert ours.dtype == torch.bfloat16 and (ours - exact).norm() < 1.01 * once
 
 
 class Graphs:
-    """Backend of torch.compile that runs each graph uncompiled and keeps it, as a compiler would get it."""
+    """torch.compile backend that runs graphs uncompiled and keeps them as a compiler gets them."""
 
     def __init__(self):
         self.kept = []
@@ -172,12 +172,12 @@ class Graphs:
     "loss, dtype",
     [
         (cross_entropy, torch.bfloat16),
-        (kl, torch.float32),  # whose arguments are not cast: the loss would overwrite both
+        (kl, torch.float32),  # arguments are not cast, so an in-place loss would overwrite both
         (reverse_kl, torch.bfloat16),
     ],
 )
 def test_compiled_losses_are_the_eager_ones_in_one_graph(monkeypatch, loss, dtype):
-    """Of every number of rows, with and without gradients; the graph overwrites no argument and copies nothing."""
+    """One graph serves every row count, with and without gradients, without overwriting or copying arguments."""
     graphs = Graphs()
     monkeypatch.setattr(logit_loss, "CHUNK_BYTES", 128 * V * 4)
     for tokens in (300, 5, 1):
@@ -190,7 +190,7 @@ def test_compiled_losses_are_the_eager_ones_in_one_graph(monkeypatch, loss, dtyp
         eager, compiled = (
             set_losses(hidden.requires_grad_(), weight, head, backend=backend) for backend in (None, graphs.backend)
         )
-        # The same operators, but that probabilities are exponentials of log-probabilities: float32 rounding.
+        # Same operators, except probabilities as exponentials of log-probabilities: float32 rounding.
         torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=0)
         ours, theirs = (torch.autograd.grad(x.sum(), [hidden, weight]) for x in (compiled, eager))
         for x, y in zip(ours, theirs, strict=True):
@@ -205,10 +205,10 @@ def test_compiled_losses_are_the_eager_ones_in_one_graph(monkeypatch, loss, dtyp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_chunk_holds_what_the_estimate_says(monkeypatch, loss, dtype):
-    """Bytes of all tensors of a chunk's size that are there at once, for each of its elements."""
+    """Peak bytes per chunk element over all tensors of a chunk's size that are alive at once."""
 
-    class Held(TorchDispatchMode):
-        now = most = 0
+    class LiveBytes(TorchDispatchMode):
+        now = peak = 0
 
         def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
             old = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
@@ -221,13 +221,13 @@ def test_a_chunk_holds_what_the_estimate_says(monkeypatch, loss, dtype):
 
         def change(self, size):
             self.now += size
-            self.most = max(self.most, self.now)
+            self.peak = max(self.peak, self.now)
 
     hidden, weight, teacher, label, sums = problem(1, dtype)
     head = HeadLoss(loss, label if loss is cross_entropy else teacher, sums)
-    with Held() as held:
+    with LiveBytes() as live:
         set_losses(hidden, weight, head)
-    assert held.most == N * V * chunk_bytes(loss.__name__, dtype, fused=False)
+    assert live.peak == N * V * chunk_bytes(loss.__name__, dtype, fused=False)
 
 
 def test_a_constant_head_costs_no_gradient_of_its_own():
@@ -240,7 +240,7 @@ def test_a_constant_head_costs_no_gradient_of_its_own():
 
 
 def count_products(run):
-    """Matrix products of a forward and a backward pass, and of a forward pass under no_grad."""
+    """Count matrix products of a forward and backward pass, and of a forward pass under no_grad."""
 
     class Products(TorchDispatchMode):
         number = 0
@@ -261,7 +261,7 @@ def test_padding_counts_for_nothing_even_where_it_is_not_finite():
     expected = set_losses(hidden, weight, HeadLoss(cross_entropy, label, sums))
     with torch.no_grad():
         hidden[5:9] = torch.nan
-    found = set_losses(hidden, weight, HeadLoss(cross_entropy, label, sums))
-    assert torch.equal(found, expected)
-    (gradient,) = torch.autograd.grad(found.sum(), [hidden])
+    losses = set_losses(hidden, weight, HeadLoss(cross_entropy, label, sums))
+    assert torch.equal(losses, expected)
+    (gradient,) = torch.autograd.grad(losses.sum(), [hidden])
     assert gradient[:5].isfinite().all() and gradient[9:].isfinite().all()

@@ -1,3 +1,5 @@
+"""Backbones: sizes, adapted linears, attention, trunk and tail."""
+
 import weakref
 from dataclasses import replace
 
@@ -13,7 +15,7 @@ from memdlm_dist.models.rope import rotary_frequencies
 @pytest.mark.parametrize(
     "flavour, parameters",
     [
-        # LLaDA-8B: two embeddings, 32 layers of four square projections, three FFN matrices and two norms.
+        # LLaDA-8B: embedding and head, 32 layers of four square projections, three FFN matrices and two norms.
         ("8B", 2 * 126464 * 4096 + 32 * (4 * 4096**2 + 3 * 4096 * 12288 + 2 * 4096) + 4096),
         ("1B", 2 * 126464 * 2048 + 16 * (4 * 2048**2 + 3 * 2048 * 5632 + 2 * 2048) + 2048),
         ("quickstart", 5_311_232),
@@ -52,11 +54,11 @@ def test_attention_sees_both_sides_and_logits_only_where_asked():
         changed[0, 15] = (changed[0, 15] + 1) % 512
         everywhere = torch.arange(32)
         before, after = model(tokens, everywhere), model(changed, everywhere)
-        assert (before[0] != after[0]).any(), "the first token sees the last"
-        assert torch.equal(before[16:], after[16:]), "rows do not see each other"
+        assert (before[0] != after[0]).any(), "the first token attends to the last"
+        assert torch.equal(before[16:], after[16:]), "rows do not attend to each other"
         some = torch.tensor([3, 20, 31])
         context = model.context(16)
-        # The head runs on other shapes, so up to float32 rounding.
+        # Other shapes in the head: equal up to float32 rounding.
         torch.testing.assert_close(model(tokens, some), before[some], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(
             model.tail(model.trunk([tokens], 2, context)[0], 2, some, None, "logits", context),
@@ -82,45 +84,47 @@ def test_inputs_go_through_the_trunk_together_and_the_first_alone_has_a_gradient
 
 
 def test_the_tail_is_a_constant_in_inner_steps_and_as_before_behind_them():
-    """Also behind a failure; a parameter that was frozen stays so."""
+    """Also after a failure; a frozen parameter stays frozen."""
     model = LLaDA(FLAVOURS["debug"])
     model.output.requires_grad_(False)
 
-    def trained():
+    def trainable():
         return {name for name, p in model.named_parameters() if p.requires_grad}
 
-    before = trained()
+    before = trainable()
     with pytest.raises(ArithmeticError), model.inner_steps(1):
-        assert trained() == {name for name in before if name.startswith(("tok_embeddings", "layers.0."))} != set()
+        assert trainable() == {name for name in before if name.startswith(("tok_embeddings", "layers.0."))} != set()
         raise ArithmeticError
-    assert trained() == before and "norm.weight" in before and "output.weight" not in before
+    assert trainable() == before and "norm.weight" in before and "output.weight" not in before
 
 
 def test_activations_of_the_streams_without_gradient_do_not_accumulate():
-    """Of every state but the anchor there is one layer's output at a time, however deep the trunk; autograd keeps
-    nothing of them."""
+    """One layer's output is alive per state without gradient, at any trunk depth.
+
+    Autograd saves nothing for these states.
+    """
     model = LLaDA(replace(FLAVOURS["debug"], n_layers=8))
     with torch.no_grad():
         model.init_weights()
     outputs, alive = [], []
 
-    def note(module, inputs, output):
+    def track(module, inputs, output):
         if not torch.is_grad_enabled():
             outputs.append(weakref.ref(output))
             alive.append(sum(x() is not None for x in outputs))
 
     for layer in model.layers.values():
-        layer.register_forward_hook(note)
+        layer.register_forward_hook(track)
     states = [torch.randint(0, 512, (2, 16)) for _ in range(3)]
     model.trunk(states, 7, model.context(16))
-    # Two streams: while a layer runs, its two inputs and the first one's output.
+    # Two streams: a running layer holds its two inputs and the first stream's output.
     assert len(outputs) == 14 and max(alive) <= 4
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         model.trunk(states[:1], 7, model.context(16))
-        alone = len(kept)
+        anchor_only = len(saved)
         model.trunk(states, 7, model.context(16))
-    assert alone > 0 and len(kept) == 2 * alone
+    assert anchor_only > 0 and len(saved) == 2 * anchor_only
 
 
 def test_rotary_table_is_complex_so_that_mixed_precision_leaves_it_alone():

@@ -1,4 +1,4 @@
-"""Batches drawn ahead: in order, no more than one step, with errors where they belong, and an end to it."""
+"""Prefetch thread: order, one step ahead at most, errors raised at their step, clean shutdown."""
 
 import queue
 import threading
@@ -16,22 +16,22 @@ from memdlm_dist.training.trainer import MemDLMTrainer
 
 
 class Loader:
-    """Batches that count themselves; from `until` on, what `then` does."""
+    """Loader of `n_batches` numbered batches that then calls `at_end` before another batch."""
 
-    def __init__(self, until=100, then=None):
-        self.read, self.until, self.then = 0, until, then
+    def __init__(self, n_batches=100, at_end=None):
+        self.read, self.n_batches, self.at_end = 0, n_batches, at_end
 
     def __iter__(self):
         while True:
-            if self.read == self.until:
-                self.then()
+            if self.read == self.n_batches:
+                self.at_end()
             self.read += 1
             tokens = torch.full((2, 3), self.read)
             labels = torch.tensor([[-100, 1, 1], [1, -100, 1]])
             yield Batch(tokens, labels, tokens[:, 0], None, {"samples": self.read})
 
 
-def ahead_of(loader, per_step=2, last_step=3):
+def prefetcher(loader, per_step=2, last_step=3):
     return BatchPrefetcher(
         loader, lambda batch, step: (step, batch.tokens_BL), per_step, last_step, torch.device("cpu")
     )
@@ -39,20 +39,20 @@ def ahead_of(loader, per_step=2, last_step=3):
 
 def test_a_step_is_drawn_ahead_and_no_more():
     loader = Loader()
-    with ahead_of(loader) as ahead:
+    with prefetcher(loader) as ahead:
         for step in (1, 2, 3):
             drawn = ahead.take(step)
-            assert [one.batch[0] for one in drawn] == [step, step], "each with the noise of its own step"
-            assert [one.position["samples"] for one in drawn] == [2 * step - 1, 2 * step]
-            assert [(one.labelled, one.tokens) for one in drawn] == [(4, 6)] * 2
+            assert [micro.batch[0] for micro in drawn] == [step, step], "drawn with their own step's noise"
+            assert [micro.position["samples"] for micro in drawn] == [2 * step - 1, 2 * step]
+            assert [(micro.labelled, micro.tokens) for micro in drawn] == [(4, 6)] * 2
             assert drawn[0].packed.to_device() is drawn[0].batch
             assert loader.read <= 2 * step + 2
-    assert loader.read == 6, "nothing is drawn behind the last step"
+    assert loader.read == 6, "nothing is drawn after the last step"
     assert "draw ahead" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_a_checkpoint_has_the_position_of_what_was_trained_on():
-    """Not of the step that is drawn ahead of it."""
+    """Position of the last trained batch, not of the prefetched one."""
     rows = [{"tokens": torch.ones(2, 3), "labels": torch.ones(2, 3), "sample_id": torch.arange(2)}] * 50
     loader, drawn = EpochLoader.__new__(EpochLoader), queue.SimpleQueue()
     vars(loader).update(
@@ -66,15 +66,15 @@ def test_a_checkpoint_has_the_position_of_what_was_trained_on():
     )  # fmt: skip
 
     def draw(_, step):
-        assert step > 1 or loader.state_dict()["samples"] == 0, "reading alone moved the position"
+        assert step > 1 or loader.state_dict()["samples"] == 0, "the loader's position moves only when a batch is taken"
         drawn.put(step)
 
     with BatchPrefetcher(loader, draw, 2, 30, torch.device("cpu")) as ahead:
-        for trainer.step in range(1, 28):  # over the end of an epoch, which is of 25 steps
+        for trainer.step in range(1, 28):  # past the end of the epoch of 25 steps
             trainer._take(ahead)
             while drawn.get() <= trainer.step:
                 pass
-            drawn.get()  # the second micro-batch of the next step: all of it is drawn
+            drawn.get()  # the next step's second micro-batch: the whole step is drawn
             epoch, step = divmod(trainer.step - 1, 25)
             assert loader.state_dict() == {"epoch": epoch, "samples": 4 * (step + 1), "nodes": 1}
 
@@ -83,7 +83,7 @@ def test_errors_are_raised_where_their_step_is_taken():
     def corrupt():
         raise UserError("The shard is corrupt.")
 
-    with ahead_of(Loader(3, corrupt)) as ahead:
+    with prefetcher(Loader(3, corrupt)) as ahead:
         assert len(ahead.take(1)) == 2
         with pytest.raises(UserError, match=r"The shard is corrupt\."):
             ahead.take(2)
@@ -97,7 +97,7 @@ def test_worker_processes_are_started_while_the_main_thread_waits():
         states.append(taking.is_set())
 
     loader, taking = Loader(2, start_workers), threading.Event()
-    with ahead_of(loader) as ahead:
+    with prefetcher(loader) as ahead:
         ahead.take(1)
         assert loader.read == 2 and states == []
         taking.set()
@@ -106,32 +106,32 @@ def test_worker_processes_are_started_while_the_main_thread_waits():
 
 
 def test_what_is_left_of_a_step_is_not_drawn_when_training_ends():
-    def load_until_it_is_left():
+    def load_until_shutdown():
         begun.set()
         ahead._awaited.wait()
 
-    loader, begun = Loader(3, load_until_it_is_left), threading.Event()
-    with ahead_of(loader, per_step=3) as ahead:
+    loader, begun = Loader(3, load_until_shutdown), threading.Event()
+    with prefetcher(loader, per_step=3) as ahead:
         ahead.take(1)
         begun.wait()
     assert loader.read == 4 and not ahead._thread.is_alive()
 
 
 def test_a_loader_that_waits_to_start_workers_or_for_ever_can_be_left(monkeypatch):
-    with ahead_of(Loader(2, lambda: ahead.wait_until_needed())) as ahead:
+    with prefetcher(Loader(2, lambda: ahead.wait_until_needed())) as ahead:
         ahead.take(1)
     assert not ahead._thread.is_alive()
     monkeypatch.setattr(prefetch, "_PATIENCE", 0.0)
     for_ever = threading.Event()
-    with pytest.raises(KeyError), ahead_of(Loader(2, for_ever.wait)) as ahead:
+    with pytest.raises(KeyError), prefetcher(Loader(2, for_ever.wait)) as ahead:
         ahead.take(1)
         raise KeyError("an error of the step")
     for_ever.set()
 
 
 def test_flags_are_awaited_where_a_rank_that_hangs_is_named():
-    """The host may run ahead of a device that waits for another rank; the first to notice is who reads the flags."""
-    waiting, settled = [], []  # whether it waits for others; the steps whose flags were read, and what it was then
+    """Reading the consensus flags is where the host first notices a device that waits for another rank."""
+    waiting, settled = [], []  # needs_others at each report; (step, needs_others) at each read of the flags
     trainer = MemDLMTrainer.__new__(MemDLMTrainer)
     vars(trainer).update(
         job_config=parse_config.parse(["--job.config_file", "train_configs/debug.toml", "--training.steps", "2"]),

@@ -1,4 +1,4 @@
-"""Preparations that lose nothing: of other people's files, of the corpus, and of what its text means."""
+"""Data preparation keeps foreign files, the whole corpus and the meaning of its text."""
 
 import bz2
 import gzip
@@ -66,7 +66,7 @@ def tree(folder):
 
 
 def changed_tokenizer(folder, change=None, config=None):
-    """The debug tokenizer in another folder, its JSON changed."""
+    """Copy the debug tokenizer with its JSON changed; return the folder."""
     shutil.copytree(f"{DEBUG}/tokenizer", folder)
     description = json.loads((folder / "tokenizer.json").read_text())
     if change is not None:
@@ -77,7 +77,7 @@ def changed_tokenizer(folder, change=None, config=None):
     return str(folder)
 
 
-# Other people's files.
+# Foreign files.
 
 
 FOREIGN = [
@@ -106,7 +106,7 @@ def test_foreign_files_are_left_alone(tmp_path, file, prepared, overwrite):
 
 def test_what_an_earlier_release_wrote_is_replaced(tmp_path):
     shutil.copytree(DEBUG, tmp_path / "out")
-    assert not list(tmp_path.rglob("memdlm_files.json")), "written before there were manifests"
+    assert not list(tmp_path.rglob("memdlm_files.json")), "the debug data predate manifests"
     run(tmp_path, jsonl(tmp_path / "rows.jsonl", [{"text": TEXT}]), overwrite=True)
     assert shards.read_card(str(tmp_path / "out/train")).seq_len == 32
     run(tmp_path, str(tmp_path / "rows.jsonl"), overwrite=True, seq_len=16)
@@ -123,12 +123,12 @@ def test_the_tokenizer_in_the_output_folder_stays(tmp_path, overwrite):
 
 
 def test_the_tokenizer_in_the_output_folder_gets_a_token(tmp_path):
-    rows, place = jsonl(tmp_path / "rows.jsonl", [{"text": TEXT}]), str(tmp_path / "out/tokenizer")
+    rows, folder = jsonl(tmp_path / "rows.jsonl", [{"text": TEXT}]), str(tmp_path / "out/tokenizer")
     run(tmp_path, rows)
     with pytest.raises(UserError, match="is not empty"):
-        run(tmp_path, rows, tokenizer=place, mask_token="<new>")
-    run(tmp_path, rows, tokenizer=place, mask_token="<new>", overwrite=True)
-    assert shards.read_card(str(tmp_path / "out/train")).mask_token_id == DiffusionTokenizer(place).mask_id == 512
+        run(tmp_path, rows, tokenizer=folder, mask_token="<new>")
+    run(tmp_path, rows, tokenizer=folder, mask_token="<new>", overwrite=True)
+    assert shards.read_card(str(tmp_path / "out/train")).mask_token_id == DiffusionTokenizer(folder).mask_id == 512
 
 
 def test_sigterm_leaves_nothing_unfinished(tmp_path, capsys):
@@ -157,7 +157,7 @@ def test_a_killed_preparation_is_cleared_away(tmp_path):
     run(tmp_path, rows)
     for name in ("train", "tokenizer"):
         partial = shutil.copytree(tmp_path / "out" / name, tmp_path / "out" / f"{name}.partial")
-        (partial / "memdlm_files.json").write_text('{"files": null}')  # as while it is written
+        (partial / "memdlm_files.json").write_text('{"files": null}')  # a manifest that is still being written
     run(tmp_path, rows, overwrite=True)
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"train", "heldout", "tokenizer", "summary.json"}
 
@@ -202,7 +202,7 @@ def test_token_ids_above_the_number_of_tokens(tmp_path):
     assert shards.read_card(str(tmp_path / "out/train")).vocab_size == 70_005
     tokens = samples(tmp_path / "out/train")[0]["tokens"].tolist()
     assert tokens[:3] == [70_000, 70_003, 70_004]
-    assert 2 not in tokens and 1 not in tokens, "a model that knows the whole word is given it in two"
+    assert 2 not in tokens and 1 not in tokens, "text never encodes to a special token"
 
 
 # Special tokens in the text.
@@ -212,7 +212,7 @@ WRITTEN = f"a <|mask|> and <|endoftext|> and <tool>. {TEXT}"
 
 @pytest.fixture
 def with_tool(tmp_path):
-    """A tokenizer with a third token, which is added and not special."""
+    """Return a copy of the debug tokenizer with two more added tokens that are not special."""
     folder = changed_tokenizer(tmp_path / "with_tool")
     pieces = Tokenizer.from_file(f"{folder}/tokenizer.json")
     pieces.add_tokens([AddedToken("<tool>"), AddedToken("    ")])
@@ -241,8 +241,8 @@ def test_text_never_becomes_a_special_token(tmp_path, with_tool, row, pack, caps
     ends = [i for i, token in enumerate(tokens) if token == tokenizer.eos_id]
     assert not ends or ends == list(range(ends[0], len(tokens))), decoded
     assert "kept as text: <|mask|> 1 times, <|endoftext|> 1 times, <tool> 1 times" in capsys.readouterr().out
-    found = json.loads((tmp_path / "out/summary.json").read_text())["special_tokens"]
-    assert found == {"<|mask|>": 1, "<|endoftext|>": 1, "<tool>": 1}
+    counts = json.loads((tmp_path / "out/summary.json").read_text())["special_tokens"]
+    assert counts == {"<|mask|>": 1, "<|endoftext|>": 1, "<tool>": 1}
 
 
 def test_runs_of_blanks_are_text(with_tool):
@@ -282,7 +282,7 @@ def test_one_bad_row_is_one_bad_row(tmp_path):
         '{"text": "half a pair \\ud800"}',
         '{"text": "x", "n": ' + "1" * 5000 + "}",
         '{"text": "x", "n": ' + "[" * 100_000 + "]" * 100_000 + "}",
-        {"text": "a" * 40 + "!"},  # the tokenizer's regular expression gives up, and panics
+        {"text": "a" * 40 + "!"},  # the tokenizer's regular expression exceeds its retry limit and panics
         '{"text": "\udcff"}',
         good,
     ]
@@ -307,7 +307,7 @@ def test_one_bad_row_is_one_bad_row(tmp_path):
     array.write_bytes(b"[" + b",\n".join(path.read_bytes().splitlines()) + b"]")
     assert run(tmp_path, str(array), output=tmp_path / "array", tokenizer=folder).bad_rows == 5
     trained = run(tmp_path, str(path), output=tmp_path / "trained", tokenizer=None, train_tokenizer=300)
-    assert trained.bad_rows == 4, "a tokenizer of its own knows the long word"
+    assert trained.bad_rows == 4, "a newly trained tokenizer encodes the long word"
 
 
 def test_parquet_that_is_not_utf8(tmp_path):
@@ -324,7 +324,7 @@ def test_rows_have_a_largest_size(tmp_path, monkeypatch):
     assert (summary.rows, summary.bad_rows) == (4, 1) and "rows.jsonl:1: longer than 1,000 bytes" in summary.problems[0]
 
 
-# Inputs and outputs that are not what they seem.
+# Unusual inputs and outputs.
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_rows_have_a_largest_size(tmp_path, monkeypatch):
         (b"\xef\xbb\xbf" + json.dumps([{"text": TEXT}, {"text": 'a, "[b]" ] \\" {'}]).encode(), 2),
         (b"\xef\xbb\xbf" + json.dumps({"text": TEXT}).encode() + b'\n{"text": "x"}', 2),
     ],
-    ids=["an object over several lines", "an array with a mark of UTF-8", "lines with a mark of UTF-8"],
+    ids=["an object over several lines", "an array with a byte order mark", "lines with a byte order mark"],
 )
 def test_ways_to_write_json(tmp_path, content, rows):
     (tmp_path / "a [1].json").write_bytes(content)
@@ -343,7 +343,7 @@ def test_ways_to_write_json(tmp_path, content, rows):
 
 
 @pytest.mark.parametrize(
-    "content, says",
+    "content, message",
     [
         (json.dumps({"text": TEXT}).encode("utf-16"), "is not UTF-8 but UTF-16 or UTF-32; convert it to UTF-8."),
         (json.dumps({"text": TEXT}).encode("utf-16-le"), "is not UTF-8 but UTF-16 or UTF-32; convert it to UTF-8."),
@@ -351,15 +351,15 @@ def test_ways_to_write_json(tmp_path, content, rows):
         (b'[{"text": "x"}] {', "is not valid JSON: other content follows the array; remove it."),
     ],
 )
-def test_json_that_is_none(tmp_path, content, says):
+def test_json_that_is_none(tmp_path, content, message):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(UserError) as mistake:
         run(tmp_path, str(tmp_path / "a.json"))
-    assert str(mistake.value) == f"The input {tmp_path / 'a.json'} {says}"
+    assert str(mistake.value) == f"The input {tmp_path / 'a.json'} {message}"
 
 
 @pytest.mark.parametrize(
-    "arguments, says",
+    "arguments, message",
     [
         (("--output", ""), "--output is empty; name a folder to write to."),
         (("--seq-len", "99999999999"), "--seq-len must be from 2 to 16,777,216, but is 99999999999."),
@@ -373,7 +373,7 @@ def test_json_that_is_none(tmp_path, content, says):
         (("--tokenizer", "{}/broken"), "cannot be loaded ("),
     ],
 )
-def test_arguments(tmp_path, capsys, arguments, says):
+def test_arguments(tmp_path, capsys, arguments, message):
     rows = jsonl(tmp_path / "rows.jsonl", [{"text": TEXT}])
     for name in ("file", "link", "broken", "elsewhere"):
         (tmp_path / name).mkdir()
@@ -385,23 +385,23 @@ def test_arguments(tmp_path, capsys, arguments, says):
     base[arguments[0]] = arguments[1].format(tmp_path)
     assert prepare_data.main([*(part for pair in base.items() for part in pair), "--overwrite"]) == 2
     (error,) = capsys.readouterr().err.splitlines()
-    assert says in error and error.endswith(".") and not error.endswith("..")
+    assert message in error and error.endswith(".") and not error.endswith("..")
     assert {path: content for path, content in tree(tmp_path).items() if path != tmp_path / "out"} == before
 
 
 # The card.
 
 
-@pytest.mark.parametrize("part", ["train", "heldout"])
-def test_shards_of_an_earlier_release_are_read(part):
-    card = shards.read_card(f"{DEBUG}/{part}")
-    assert "format" not in json.loads((prepare.Path(DEBUG) / part / "memdlm.json").read_text()) and card.format == 1
-    read = samples(f"{DEBUG}/{part}")
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_shards_of_an_earlier_release_are_read(split):
+    card = shards.read_card(f"{DEBUG}/{split}")
+    assert "format" not in json.loads((prepare.Path(DEBUG) / split / "memdlm.json").read_text()) and card.format == 1
+    read = samples(f"{DEBUG}/{split}")
     assert len(read) == card.sequences and (read[0]["labels"] != IGNORE_INDEX).all()
 
 
 @pytest.mark.parametrize(
-    "change, says",
+    "change, message",
     [
         (
             {"format": 3},
@@ -412,15 +412,15 @@ def test_shards_of_an_earlier_release_are_read(part):
         ({"seq_len": "128"}, "has no valid seq_len; prepare the data anew"),
     ],
 )
-def test_cards_of_another_release(tmp_path, change, says):
+def test_cards_of_another_release(tmp_path, change, message):
     folder = shutil.copytree(f"{DEBUG}/train", tmp_path / "train")
     (folder / "memdlm.json").write_text(json.dumps(json.loads((folder / "memdlm.json").read_text()) | change))
     with pytest.raises(UserError) as mistake:
         shards.read_card(str(folder))
-    assert str(mistake.value).startswith(f"The shards' card {folder}/memdlm.json {says}")
+    assert str(mistake.value).startswith(f"The shards' card {folder}/memdlm.json {message}")
 
 
-# Killed, and not alone.
+# Killed preparations and concurrent ones.
 
 
 def test_a_preparation_that_is_killed_while_folders_change_places_is_finished(tmp_path, monkeypatch):
@@ -431,7 +431,7 @@ def test_a_preparation_that_is_killed_while_folders_change_places_is_finished(tm
 
     def rename(self, target):
         if len(renamed) == 3:
-            raise KeyboardInterrupt  # a kill, of which this process sees nothing more
+            raise KeyboardInterrupt  # stands for a kill: the process does nothing more
         renamed.append(Path(os.rename(self, target) or target))
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
@@ -439,17 +439,17 @@ def test_a_preparation_that_is_killed_while_folders_change_places_is_finished(tm
         run(tmp_path, jsonl(tmp_path / "new.jsonl", [new]), overwrite=True)
     assert not (tmp_path / "out/train").exists() and (tmp_path / "out/train.partial").exists()
     assert (tmp_path / "out/train.replaced/shard.00000.mds").read_bytes() == before
-    # The next one puts all in their places before it looks.
+    # The next preparation finishes the renames before it checks the folder.
     with pytest.raises(UserError, match="is not empty; choose another --output or pass --overwrite"):
         run(tmp_path, jsonl(tmp_path / "new.jsonl", [new]))
-    left = {path.name for path in (tmp_path / "out").iterdir()}
-    assert left == {"tokenizer", "train", "heldout", "summary.json"}
+    remaining = {path.name for path in (tmp_path / "out").iterdir()}
+    assert remaining == {"tokenizer", "train", "heldout", "summary.json"}
     assert (tmp_path / "out/train/shard.00000.mds").read_bytes() != before
 
 
 def test_two_preparations_of_one_folder(tmp_path, capsys):
     rows = jsonl(tmp_path / "rows.jsonl", [{"text": TEXT}])
-    held = subprocess.Popen(
+    holder = subprocess.Popen(
         [sys.executable, "-c", f"import sys, time; sys.path.insert(0, {str(Path.cwd())!r})\n"
          "from memdlm_dist.runtime import writer\nfrom pathlib import Path\n"
          f"lock = writer.Lock(Path({str(tmp_path / 'out')!r}), writer.this_process())\nprint('held', flush=True)\n"
@@ -457,7 +457,7 @@ def test_two_preparations_of_one_folder(tmp_path, capsys):
         stdout=subprocess.PIPE,
     )  # fmt: skip
     try:
-        assert held.stdout is not None and held.stdout.readline() == b"held\n"
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(writer, "PATIENCE", 0)
             arguments = [
@@ -471,10 +471,10 @@ def test_two_preparations_of_one_folder(tmp_path, capsys):
                 "300",
             ]
             assert prepare_data.main(arguments) == 2
-        assert re.search(rf"Another run writes to \S+/out: job .* process {held.pid}, ", capsys.readouterr().err)
+        assert re.search(rf"Another run writes to \S+/out: job .* process {holder.pid}, ", capsys.readouterr().err)
     finally:
-        held.kill()
-        held.wait()
+        holder.kill()
+        holder.wait()
 
 
 @pytest.mark.parametrize("manifest", ['{"files": 5}', '{"files": "shard.00000.mds"}', "[" * 100_000, "{}"])
@@ -489,7 +489,7 @@ def test_a_strangers_manifest(tmp_path, manifest):
 
 
 def test_a_string_without_an_end(tmp_path):
-    """Each of its quotes is tried once: this took minutes."""
+    """Parsing tries each quote once; quadratic parsing takes minutes here."""
     path = tmp_path / "rows.json"
     path.write_bytes(b'["' + b'\\"x' * 100_000)
     with pytest.raises(UserError, match=r"rows.json is not valid JSON: the array has no end"):

@@ -1,4 +1,4 @@
-"""The numbers of a configuration: each has a range, and what is outside of it is one sentence."""
+"""Ranges of the numeric configuration keys, and the error for a value outside its range."""
 
 from dataclasses import fields, is_dataclass
 from typing import get_args
@@ -10,42 +10,42 @@ from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.config.ranges import RANGES
 from memdlm_dist.errors import UserError
 
-# Sections and keys of torchtitan's that nothing here reads, or that take one value alone (see `parse_config`).
-ELSEWHERE = ("parallelism.pipeline_parallel_", "fault_tolerance.", "validation.seq_len", "data.proportions")
+# torchtitan keys that this project ignores or restricts to one value (see `parse_config`).
+WITHOUT_RANGE = ("parallelism.pipeline_parallel_", "fault_tolerance.", "validation.seq_len", "data.proportions")
 
 
-def numbers(cls: type, prefix: str = "") -> list[str]:
-    found = []
-    for each in fields(cls):
-        if is_dataclass(each.type):
-            found += numbers(each.type, f"{prefix}{each.name}.")
-        elif {each.type, *get_args(each.type)} & {int, float}:
-            found.append(prefix + each.name)
-    return found
+def numeric_keys(cls: type, prefix: str = "") -> list[str]:
+    keys = []
+    for field in fields(cls):
+        if is_dataclass(field.type):
+            keys += numeric_keys(field.type, f"{prefix}{field.name}.")
+        elif {field.type, *get_args(field.type)} & {int, float}:
+            keys.append(prefix + field.name)
+    return keys
 
 
 def test_every_number_has_a_range():
-    every = [name for name in numbers(JobConfig) if not name.startswith(ELSEWHERE)]
+    every = [name for name in numeric_keys(JobConfig) if not name.startswith(WITHOUT_RANGE)]
     assert len(every) > 50 and sorted(every) == sorted(RANGES)
     ranges.check(JobConfig())
 
 
-def outside(key: str) -> list[float]:
-    """Values just outside of a range."""
-    found = RANGES[key]
-    values = [found.low if found.above else found.low - 1]
-    values += [] if found.high == float("inf") else [found.high if found.below else found.high * 2]
-    return [value for value in values if value not in (found.besides or {})] + [float("nan")]
+def values_outside(key: str) -> list[float]:
+    """Return values just outside a key's range, and NaN."""
+    limits = RANGES[key]
+    values = [limits.low if limits.above else limits.low - 1]
+    values += [] if limits.high == float("inf") else [limits.high if limits.below else limits.high * 2]
+    return [value for value in values if value not in (limits.besides or {})] + [float("nan")]
 
 
 @pytest.mark.parametrize("key", RANGES)
 def test_what_is_outside_is_said(key):
-    for value in outside(key):
+    for value in values_outside(key):
         config = JobConfig()
         *sections, name = key.split(".")
         section = config
-        for each in sections:
-            section = getattr(section, each)
+        for part in sections:
+            section = getattr(section, part)
         setattr(section, name, value)
         with pytest.raises(UserError, match=rf"^{key} must be (at least|above) .*, but is {value}"):
             ranges.check(config)

@@ -1,4 +1,4 @@
-"""The denoising loop on toy predictions, against a naive version; the memory and the canvas on a real model."""
+"""Denoising loop on toy predictions against a naive version; canvas layout and keyed noise."""
 
 from itertools import groupby
 
@@ -15,9 +15,9 @@ from memdlm_dist.method.keyed_random import Stream
 VOCABULARY, MASK, EOS = 11, 10, 0
 
 
-def toy_logits(tokens, place):
-    """Logits that depend on the row's whole content and on the position, and on nothing else."""
-    key = torch.tensor([hash((tuple(tokens), place)) % 2**40])
+def toy_logits(tokens, position):
+    """Return logits keyed by the row's content and the position."""
+    key = torch.tensor([hash((tuple(tokens), position)) % 2**40])
     return 4 * keyed_random.uniform(key, torch.arange(VOCABULARY)).squeeze(0)
 
 
@@ -26,7 +26,7 @@ def toy(start, log=None):
         if log is not None:
             log.append(target_BL.clone())
         rows = [tokens[attended].tolist() for tokens, attended in zip(tokens_BL, start.attended_BL, strict=True)]
-        return torch.stack([toy_logits(rows[row], place) for row, place in target_BL.nonzero().tolist()])
+        return torch.stack([toy_logits(rows[row], position) for row, position in target_BL.nonzero().tolist()])
 
     return predict
 
@@ -36,35 +36,35 @@ def run(prompts, new_tokens, decoding, ids=None):
     return finished(denoise(toy(start), start, decoding, MASK, EOS), start)
 
 
-def naive(prompt, new_tokens, decoding, row_id):
-    """One row, a list of tokens, a dictionary of predictions a step."""
+def naive_decode(prompt, new_tokens, decoding, row_id):
+    """Decode one row as a list of tokens, with a dictionary of predictions per step."""
     row = [*prompt, *[MASK] * new_tokens]
     holes = [i for i, token in enumerate(row) if token == MASK]
-    decided = 0
+    n_decoded = 0
     for _, group in groupby(enumerate(holes), key=lambda pair: pair[0] // decoding.block_size):
-        block = [place for _, place in group]
+        block = [position for _, position in group]
         steps = decoding.steps or decoding.block_size
-        for left in range(steps, 0, -1):
-            exact = len(block) / left
+        for steps_left in range(steps, 0, -1):
+            exact = len(block) / steps_left
             share = int(exact) + (exact % 1 > 0.5 or (exact % 1 == 0.5 and int(exact) % 2 == 1))
-            sure, token = {}, {}
-            for place in block:
-                logits = toy_logits(row, place)
+            confidence, token = {}, {}
+            for position in block:
+                logits = toy_logits(row, position)
                 logits[MASK] = -torch.inf
                 key = keyed_random.key(
-                    decoding.seed, Stream.DECODING, decided, torch.tensor([row_id * 2**24 + place])
+                    decoding.seed, Stream.DECODING, n_decoded, torch.tensor([row_id * 2**24 + position])
                 )  # fmt: skip
                 u = keyed_random.uniform(key, torch.arange(1 + VOCABULARY)).squeeze(0)
                 noisy = logits
                 if decoding.temperature:
                     noisy = logits - decoding.temperature * torch.log(-torch.log(u[1:].clamp(min=2**-53)))
-                token[place] = int(noisy.argmax())
+                token[position] = int(noisy.argmax())
                 random = decoding.remasking == "random"
-                sure[place] = float(u[0]) if random else float(logits.softmax(0)[token[place]])
-            for place in sorted(block, key=lambda place: -sure[place])[:share]:
-                row[place] = token[place]
-                block.remove(place)
-                decided += 1
+                confidence[position] = float(u[0]) if random else float(logits.softmax(0)[token[position]])
+            for position in sorted(block, key=lambda position: -confidence[position])[:share]:
+                row[position] = token[position]
+                block.remove(position)
+                n_decoded += 1
         if decoding.stop_at_eos and EOS in (response := row[len(prompt) :]):
             row[len(prompt) + response.index(EOS) :] = [
                 EOS if token == MASK else token for token in response[response.index(EOS) :]
@@ -90,12 +90,12 @@ def test_batches_are_as_the_naive_rows(prompts, new_tokens, block, steps, temper
     decoding = Decoding(block, steps, temperature, remasking, stop, seed=3)
     ids = [7 * number + 1 for number in range(len(prompts))]
     tokens_BL = run(prompts, new_tokens, decoding, ids)
-    for row, (one, tokens) in enumerate(zip(prompts, tokens_BL.tolist(), strict=True)):
-        length = len(one) + new_tokens
-        assert tokens[:length] == naive(one, new_tokens, decoding, ids[row])
+    for row, (prompt, tokens) in enumerate(zip(prompts, tokens_BL.tolist(), strict=True)):
+        length = len(prompt) + new_tokens
+        assert tokens[:length] == naive_decode(prompt, new_tokens, decoding, ids[row])
         assert tokens[length:] == [EOS] * (len(tokens) - length)
-        given_places = [i for i, token in enumerate(one) if token != MASK]
-        assert all(tokens[i] == one[i] for i in given_places)
+        given_positions = [i for i, token in enumerate(prompt) if token != MASK]
+        assert all(tokens[i] == prompt[i] for i in given_positions)
     assert (tokens_BL != MASK).all()
 
 
@@ -104,14 +104,14 @@ def test_as_many_predictions_as_steps():
     log = []
     steps = list(denoise(toy(start, log), start, Decoding(4, 3, stop_at_eos=False), MASK, EOS))
     assert len(log) == len(steps) == 6  # two blocks of three steps
-    # 4 in 3 steps: 4/3 is near 1, 3/2 is halfway and goes to 2, then the last.
+    # 4 tokens in 3 steps: 4/3 rounds to 1, 3/2 rounds half to even to 2, and 1 remains.
     assert [int(step.kept_BL[0].sum()) for step in steps] == [1, 2, 1] * 2
     assert all(step.kept_BL.sum(1).unique().numel() == 1 for step in steps)
     assert not steps[-1].open_BL.any()
 
 
 def test_ranks_that_have_less_to_do_keep_up():
-    """Every prediction is a collective: a rank without anything open goes through the same number of them."""
+    """Ranks without open positions run as many predictions as the others, because each one is a collective."""
     start = canvas([[1, MASK]], 0, MASK, EOS)
     log = []
     list(denoise(toy_or_nothing(start, log), start, Decoding(4, 3), MASK, EOS, agree=lambda count: max(count, 3)))
@@ -134,13 +134,13 @@ def test_what_follows_end_of_text_is_not_predicted():
     def certain(tokens_BL, target_BL):
         logits = torch.zeros(int(target_BL.sum()), VOCABULARY)
         logits[:, torch.tensor(5)] = 1
-        places = target_BL.nonzero()[:, 1]
-        logits[places == 3, EOS] = 9
+        positions = target_BL.nonzero()[:, 1]
+        logits[positions == 3, EOS] = 9
         return logits
 
     start = canvas([[1, 2]], 8, MASK, EOS)
     steps = list(denoise(certain, start, Decoding(4, 4), MASK, EOS))
-    assert len(steps) == 5  # the second block is filled at once
+    assert len(steps) == 5  # the second block is filled in one step
     assert steps[-1].tokens_BL.tolist() == [[1, 2, 5, EOS, 5, 5, EOS, EOS, EOS, EOS]]
     assert responses(steps[-1].tokens_BL, start, EOS) == [[5]]
     steps = list(denoise(certain, start, Decoding(4, 4, stop_at_eos=False), MASK, EOS))
@@ -150,13 +150,13 @@ def test_what_follows_end_of_text_is_not_predicted():
 
 @pytest.mark.parametrize("multiple", [1, 4])
 def test_canvas(multiple):
-    made = canvas([[1, MASK, 2], []], [2, 1], MASK, EOS, multiple=multiple)
+    start = canvas([[1, MASK, 2], []], [2, 1], MASK, EOS, multiple=multiple)
     length = 5 if multiple == 1 else 8
-    assert made.tokens_BL.shape == (2, length)
-    assert made.tokens_BL[:, :5].tolist() == [[1, MASK, 2, MASK, MASK], [MASK, EOS, EOS, EOS, EOS]]
-    assert made.attended_BL.sum(1).tolist() == [5, 1]
-    assert made.open_BL.sum(1).tolist() == [3, 1]
-    assert made.response_BL.sum(1).tolist() == [2, 1]
+    assert start.tokens_BL.shape == (2, length)
+    assert start.tokens_BL[:, :5].tolist() == [[1, MASK, 2, MASK, MASK], [MASK, EOS, EOS, EOS, EOS]]
+    assert start.attended_BL.sum(1).tolist() == [5, 1]
+    assert start.open_BL.sum(1).tolist() == [3, 1]
+    assert start.response_BL.sum(1).tolist() == [2, 1]
 
 
 def test_a_key_for_every_entry_is_the_key_of_its_step():
@@ -167,7 +167,7 @@ def test_a_key_for_every_entry_is_the_key_of_its_step():
 
 
 def test_gumbel_noise_samples_the_softmax():
-    """Frequencies over 4,000 rows within 4 standard errors of the probabilities at that temperature."""
+    """Frequencies over 4,000 rows are within 4 standard errors of the softmax at the temperature."""
     logits, temperature, rows = torch.tensor([1.0, 0.0, -1.0, 2.0]), 0.5, 4000
     start = canvas([[]] * rows, 1, 3, 0)
     decoding = Decoding(1, 1, temperature=temperature, stop_at_eos=False)
@@ -175,6 +175,6 @@ def test_gumbel_noise_samples_the_softmax():
         denoise(lambda tokens, target: logits.repeat(int(target.sum()), 1), start, decoding, mask_id=3, eos_id=0), start
     )
     expected = (logits[:3] / temperature).softmax(0)
-    found = torch.bincount(tokens_BL.flatten(), minlength=4)[:3] / rows
-    assert ((found - expected).abs() < 4 * (expected * (1 - expected) / rows).sqrt()).all()
+    observed = torch.bincount(tokens_BL.flatten(), minlength=4)[:3] / rows
+    assert ((observed - expected).abs() < 4 * (expected * (1 - expected) / rows).sqrt()).all()
     assert sampler.Decoding().temperature == 0

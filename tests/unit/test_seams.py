@@ -1,4 +1,4 @@
-"""Private names of other projects stay in compat/, importing patches nothing, and the tree keeps its shape."""
+"""Private names of other projects stay in compat/, imports patch nothing, and docs links resolve."""
 
 import re
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 
 OURS = ("memdlm_dist", "tools", "launch")
 OTHERS = "torch|torchtitan|torchdata|streaming|lm_eval|tokenizers|tyro|fsspec|transformers|safetensors"
-# An import of a module or name with a leading underscore, or an attribute of a module with one.
+# An underscored module or name in an import, or an underscored attribute of a module.
 PRIVATE = (
     re.compile(rf"^\s*(?:from|import) (?:{OTHERS})(?:\.\w+)*\._\w+", re.M),
     re.compile(rf"^\s*from (?:{OTHERS})[\w.]* import (?:[^#\n]*[ (,])?_\w+", re.M),
@@ -31,7 +31,7 @@ def test_private_names_of_other_projects_are_in_compat_alone(root):
             found += [f"{path.relative_to(root)}: {match[0].strip()}" for p in PRIVATE for match in p.finditer(text)]
     assert not found
     seams = "\n".join(path.read_text() for path in (root / "memdlm_dist/compat").glob("*.py"))
-    assert all(pattern.search(seams) for pattern in PRIVATE), "the patterns find what they are for"
+    assert all(pattern.search(seams) for pattern in PRIVATE), "every pattern matches something in compat/"
 
 
 def test_the_package_is_its_rooms(root):
@@ -73,8 +73,8 @@ def test_importing_patches_nothing(root):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def headings(text: str) -> set[str]:
-    """Return the anchors of a page's headings, as they are made of them."""
+def heading_anchors(text: str) -> set[str]:
+    """Return the anchors that GitHub derives from a page's headings."""
     text = re.sub(r"```.*?```", "", text, flags=re.S)
     lines = re.findall(r"^#+ (.*)$", text, re.M)
     return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
@@ -89,8 +89,8 @@ def test_links_of_the_documentation_lead_somewhere(root):
                 continue
             count += 1
             file, _, anchor = target.partition("#")
-            there = (page.parent / file).resolve() if file else page
-            if not there.exists() or (anchor and anchor not in headings(Path(there).read_text())):
+            linked = (page.parent / file).resolve() if file else page
+            if not linked.exists() or (anchor and anchor not in heading_anchors(Path(linked).read_text())):
                 broken.append(f"{page.name}: {target}")
     assert not broken and count > 20
     assert len((root / "README.md").read_text().splitlines()) <= 200

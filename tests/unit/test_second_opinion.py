@@ -1,4 +1,4 @@
-"""The fast path against the obvious one of naive.py, over random options, shapes and rows."""
+"""Optimised bi-level step against the plain one of naive.py, over random options, shapes and rows."""
 
 from dataclasses import fields
 
@@ -37,8 +37,8 @@ OPTIONS = st.builds(
     schedule=st.sampled_from(["linear", "cosine"]),
     loss_weight=st.sampled_from(["schedule", "uniform"]),
 )
-# Rows: (level, first maskable token, last one). Levels at which nothing or everything is masked, rows
-# with nothing maskable, and rows of different length are among them.
+# Rows: (noise level, first maskable token, end of the maskable tokens). They include levels that mask nothing or
+# everything, rows without a maskable token, and rows of different lengths.
 ROWS = st.lists(
     st.tuples(
         st.one_of(st.sampled_from([1e-9, 0.1, 1.0]), st.floats(0.05, 0.95)),
@@ -51,7 +51,7 @@ ROWS = st.lists(
 TARGETS = st.lists(st.sampled_from([*GROUPS["ffn"], *GROUPS["attention"]]), min_size=1, unique=True)
 
 
-# The examples follow from the test's text: the same on every machine, and this many.
+# derandomize: the same 100 examples on every machine.
 @settings(max_examples=100, derandomize=True, deadline=None, database=None)
 @given(
     options=OPTIONS,
@@ -100,7 +100,7 @@ def test_any_options_equal_the_naive_version(options, rows, targets, fast_weight
     ]
     oracle = naive.DenseModel(dict(MODEL.named_parameters()), ARGS)
     outer, report = naive.bilevel(oracle, tokens, maskable, noise.u_BL, noise.v_BL, t, sets, fast, options, MASK_ID)
-    # The loss weights and the norms that clip are float32 (6e-8 each); all else is float64.
+    # Loss weights and clipping norms are float32 (6e-8 each); everything else is float64.
     for g, (losses, norms, final) in enumerate(report):
         expected = torch.tensor([losses, norms], dtype=torch.float64)
         torch.testing.assert_close(statistics.loss_KG[:, g], expected[0], rtol=1e-6, atol=1e-9)

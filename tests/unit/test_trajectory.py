@@ -1,3 +1,5 @@
+"""Noise schedules, trajectory states, scored tokens and the inputs of a micro-batch."""
+
 import itertools
 from dataclasses import replace
 
@@ -37,7 +39,7 @@ def test_schedules(schedule, t):
 
 
 def test_the_weight_is_the_schedules_derivative():
-    # d/dt of the mask probability over the mask probability, by central differences in float64.
+    # (d/dt p) / p of the mask probability p, by central differences in float64.
     t, h = torch.linspace(0.05, 0.95, 19, dtype=torch.float64), 1e-6
     for schedule in ("linear", "cosine"):
         p = [noise_at(t + d, schedule).mask_probability for d in (-h, 0, h)]
@@ -66,18 +68,18 @@ def test_states_are_nested_down_to_the_anchor(steps, scale):
     states = Plan(inner_steps=steps, pre_anchor_scale=scale).states(noise, anchor)
     assert len(states) == steps
     if steps > 1:
-        assert states[-1].mask_BL is anchor.mask_BL, "the same object: it shares the anchor's pass"
+        assert states[-1].mask_BL is anchor.mask_BL, "the same object, so that both share the anchor's pass"
     for before, after in itertools.pairwise([*states, anchor]):
         assert (after.mask_BL <= before.mask_BL).all(), "a revealed token must stay revealed"
     for row in range(len(noise.u_BL)):
         n, a = int(noise.maskable_BL[row].sum()), int(anchor.mask_BL[row].sum())
         expected = [naive.pre_anchor_count(n, a, scale)]
-        for left in range(steps - 1, 0, -1):
-            expected.append(expected[-1] - -(-(expected[-1] - a) // left))
+        for steps_left in range(steps - 1, 0, -1):
+            expected.append(expected[-1] - -(-(expected[-1] - a) // steps_left))
         assert [int(state.mask_BL[row].sum()) for state in states] == expected
         for state, count in zip(states, expected, strict=True):
             if count:
-                # The weight is that of the realised ratio, which the reference holds in float32.
+                # The weight uses the realised ratio, which the reference holds in float32.
                 assert state.weight_U[row].item() == pytest.approx(naive.weight(count / n, "linear"), rel=1e-6)
 
 
@@ -96,10 +98,10 @@ def test_single_states():
     pre, _ = Plan().states(noise, anchor)
     (only,) = Plan(trajectory="pre_anchor_only").states(noise, anchor)
     assert torch.equal(only.mask_BL, pre.mask_BL) and torch.equal(only.weight_U, pre.weight_U)
-    assert only.next_BL is anchor.mask_BL, "what follows the pre-anchor is still the anchor"
+    assert only.next_BL is anchor.mask_BL, "the anchor still follows the pre-anchor"
     (only,) = Plan(trajectory="anchor_only").states(noise, anchor)
     assert only.mask_BL is anchor.mask_BL and only.next_BL is None
-    # By the sampled t, unlike the anchor as the last of several states.
+    # The weight uses the sampled t; with several states, the anchor's weight uses its realised ratio.
     torch.testing.assert_close(only.weight_U.double(), 1 / (noise.t_U + 1e-6), rtol=1e-7, atol=0)
 
 
@@ -119,7 +121,7 @@ def test_progressive_ignores_the_anchor(steps):
             first, n = states[0].mask_BL.sum(1), LENGTH - 3
             assert torch.equal(state.mask_BL.sum(1), first.clamp(max=int(n * ratio)))
             assert (state.mask_BL <= states[k - 1].mask_BL).all()
-    # 16 rows of 45: the numbers behind the two kinds of state are independent (standard error 0.037).
+    # Anchor and progressive draws are independent: 16 rows of 45 tokens, standard error 0.037.
     correlation = torch.corrcoef(torch.stack([noise.u_BL.flatten(), noise.v_BL.flatten()]))[0, 1]
     assert abs(correlation) < 0.15
 
@@ -131,21 +133,21 @@ def test_newly_revealed_targets():
         plan = Plan(trajectory=kind, inner_steps=3 if kind not in trajectory.SINGLE_STATE else 2)
         masked = plan.states(noise, anchor)
         newly = replace(plan, supervision="newly_revealed").states(noise, anchor)
-        for k, (full, part) in enumerate(zip(masked, newly, strict=True)):
-            assert torch.equal(full.target_BL, full.mask_BL) and torch.equal(full.mask_BL, part.mask_BL)
+        for k, (state, revealed) in enumerate(zip(masked, newly, strict=True)):
+            assert torch.equal(state.target_BL, state.mask_BL) and torch.equal(state.mask_BL, revealed.mask_BL)
             if kind == "pre_anchor_only":
-                assert torch.equal(part.target_BL, full.mask_BL & ~anchor.mask_BL)
+                assert torch.equal(revealed.target_BL, state.mask_BL & ~anchor.mask_BL)
             elif k == len(masked) - 1:  # the clean sequence follows, which reveals everything
-                assert torch.equal(part.target_BL, full.mask_BL)
+                assert torch.equal(revealed.target_BL, state.mask_BL)
             else:
-                assert torch.equal(part.target_BL, full.mask_BL & ~masked[k + 1].mask_BL)
+                assert torch.equal(revealed.target_BL, state.mask_BL & ~masked[k + 1].mask_BL)
 
 
 def test_published_pre_anchor_counts_and_levels(root):
     inputs = load_file(root / "tests/golden/dense_pmc_ce/inputs.safetensors")
     maskable = inputs["labels"] != trajectory.IGNORE_INDEX
     mask = inputs["anchor_mask"]
-    # Any draw under which the fixture's anchor tokens come first.
+    # A draw that ranks the fixture's anchor tokens first.
     u = torch.where(mask, 0.0, 0.5).double() + torch.rand(mask.shape, generator=torch.Generator().manual_seed(0)) / 4
     noise = Draw(maskable, inputs["t"].double(), u, u)
     for k, state in enumerate(Plan().states(noise, State(mask, mask, torch.ones(2)))):
@@ -156,11 +158,11 @@ def test_published_pre_anchor_counts_and_levels(root):
 
 @pytest.mark.parametrize("kind", ["anchor_consistent", "pre_anchor_only", "anchor_only", "progressive"])
 def test_edge_rows(kind):
-    """Everything masked; nothing maskable; nothing masked; so little that the pre-anchor is the anchor; short."""
+    """Rows: all masked, none maskable, none masked, one masked (pre-anchor equals anchor), and a short row."""
     noise = draw(rows=5, t=torch.tensor([1.0, 0.5, 1e-9, 0.5, 0.5]))
     noise.maskable_BL[1] = False
     noise.u_BL[3] = 0.9
-    noise.u_BL[3, 7] = 0.1  # one token of 48: 1.5 times that is still one
+    noise.u_BL[3, 7] = 0.1  # one masked token of 48; int(1.5) is one as well
     noise.maskable_BL[4, 10:] = False
     anchor = anchor_state(noise, "linear", "schedule")
     assert counts(anchor.mask_BL)[:4] == [LENGTH, 0, 0, 1]
@@ -173,17 +175,17 @@ def test_edge_rows(kind):
                 assert counts(state.mask_BL)[:4] == [LENGTH, 0, 0, 1]
         if kind == "anchor_consistent" and supervision == "newly_revealed":
             assert counts(states[0].target_BL)[:4] == [0, 0, 0, 0], "the anchor reveals nothing new"
-        if kind == "progressive":  # 48 and 10 maskable tokens, the latter a row of its own length
+        if kind == "progressive":  # int(ratio * n) for n = 48, 0 and 10, with a ratio just below 0.2
             assert [counts(states[1].mask_BL)[row] for row in (0, 1, 4)] == [9, 0, 1]
 
 
-@pytest.mark.parametrize("shards", [1, 2, 4])
-def test_gathering_finds_every_target_once(shards):
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_gathering_finds_every_target_once(tp_size):
     anchor = anchor_state(draw(rows=3), "linear", "schedule")
     tokens = torch.arange(3 * LENGTH).reshape(3, LENGTH)
-    scored = gather_scored(anchor, tokens, shards)
-    width = LENGTH // shards
-    found = set()
+    scored = gather_scored(anchor, tokens, tp_size)
+    width = LENGTH // tp_size
+    labels = set()
     for slot, (label, weight, row, valid) in enumerate(
         zip(
             scored.label_N.tolist(),
@@ -195,37 +197,37 @@ def test_gathering_finds_every_target_once(shards):
     ):
         if not valid:
             continue
-        shard = slot // scored.index_SM.shape[1]
+        tp_rank = slot // scored.index_SM.shape[1]
         index = scored.index_SM.flatten()[slot].item()
-        # The rank's activations are [B, L / shards] flattened; the label says where the token really is.
-        assert label == (index // width) * LENGTH + shard * width + index % width
+        # A rank's activations are [B, L / tp_size], flattened; labels equal the token's global position.
+        assert label == (index // width) * LENGTH + tp_rank * width + index % width
         assert row == label // LENGTH and weight == anchor.weight_U[row].item()
-        found.add(label)
-    assert found == set(tokens[anchor.mask_BL].tolist())
+        labels.add(label)
+    assert labels == set(tokens[anchor.mask_BL].tolist())
 
 
 def test_gathering_nothing_keeps_a_few_slots():
     nothing = torch.zeros(2, LENGTH, dtype=torch.bool)
     scored = gather_scored(State(nothing, nothing, torch.ones(2)), torch.zeros(2, LENGTH, dtype=torch.int64), 2)
-    # A sixteenth of the 48 tokens of a shard, so that the head never runs on nothing.
+    # A sixteenth of the 48 tokens on a rank, so that the head never gets an empty input.
     assert scored.index_SM.shape == (2, 3) and not scored.valid_N.any()
 
 
-@pytest.mark.parametrize("rows, shards", [(1, 1), (2, 2), (5, 1)])
-def test_the_head_sees_few_shapes(rows, shards):
+@pytest.mark.parametrize("rows, tp_size", [(1, 1), (2, 2), (5, 1)])
+def test_the_head_sees_few_shapes(rows, tp_size):
     tokens, shapes = torch.zeros(rows, LENGTH, dtype=torch.int64), set()
     for count in range(LENGTH + 1):
         target = (torch.arange(LENGTH) < count).expand(rows, LENGTH)
-        scored = gather_scored(State(target, target, torch.ones(rows)), tokens, shards)
+        scored = gather_scored(State(target, target, torch.ones(rows)), tokens, tp_size)
         shapes.add(scored.index_SM.shape[1])
         assert int(scored.valid_N.sum()) == rows * count
-    assert len(shapes) <= 16 and max(shapes) == rows * LENGTH // shards
+    assert len(shapes) <= 16 and max(shapes) == rows * LENGTH // tp_size
 
 
 @pytest.mark.parametrize(
     "kind, with_teacher, students, teachers",
     [
-        # Input 0 is the anchor. The clean sequence, the last teacher's, is one more.
+        # Input 0 is the anchor; the last teacher's clean sequence is one more input.
         ("anchor_consistent", False, [1, 0], [None, None]),
         ("anchor_consistent", True, [1, 0], [0, 2]),
         ("pre_anchor_only", True, [1], [0]),
@@ -243,14 +245,14 @@ def test_a_micro_batch_reads_every_state_once(kind, with_teacher, students, teac
     assert [step.student for step in batch.inner] == students and [step.teacher for step in batch.inner] == teachers
     assert len(batch.inputs) == 1 + max(students + [number for number in teachers if number is not None])
     for mask, number in [(anchor.mask_BL, 0), *zip((s.mask_BL for s in states), students, strict=True)]:
-        shown = batch.inputs[number]
-        assert (shown[mask] == MASK_ID).all() and torch.equal(shown[~mask], tokens[~mask])
+        tokens_BL = batch.inputs[number]
+        assert (tokens_BL[mask] == MASK_ID).all() and torch.equal(tokens_BL[~mask], tokens[~mask])
     if teachers[-1] is not None and kind != "pre_anchor_only":
         assert torch.equal(batch.inputs[teachers[-1]], tokens), "the last teacher reads the clean sequence"
 
 
 def test_the_number_of_inputs_does_not_depend_on_the_draw():
-    """With everything masked the pre-anchor equals the anchor, yet has a pass of its own: ranks stay in step."""
+    """Fully masked pre-anchors equal the anchor but keep their own pass, so that ranks issue equal collectives."""
     noise = draw(rows=2, t=1.0)
     anchor = anchor_state(noise, "linear", "schedule")
     batch = micro_batch(

@@ -1,4 +1,4 @@
-"""Micro-batches in one buffer: the same tensors, aligned, in one piece."""
+"""Packing a tree of tensors into one buffer: same values, aligned, one allocation."""
 
 import torch
 
@@ -8,9 +8,9 @@ from memdlm_dist.runtime.transfer import PinnedTree
 
 
 def test_a_packed_tree_is_the_tree_in_one_buffer(monkeypatch):
-    monkeypatch.setattr(device, "is_host", lambda _: False)  # so that it is packed
+    monkeypatch.setattr(device, "is_host", lambda _: False)  # the tree is packed only for an accelerator
     monkeypatch.setattr(device, "pinned", lambda size: torch.empty(size, dtype=torch.uint8))
-    columns = torch.arange(24).view(4, 6)[:, 2:5]  # as a context-parallel rank has them
+    columns = torch.arange(24).view(4, 6)[:, 2:5]  # strided, like a context-parallel rank's slice
     tree = (columns, {"flags": torch.tensor([True, False, True]), "none": None}, [torch.zeros(0, 3), torch.tensor(2.5)])
     tree = (*tree, 7, torch.arange(5, dtype=torch.int32), torch.rand(3, dtype=torch.float64))
     moved = PinnedTree(tree, torch.device("cpu")).to_device()

@@ -1,4 +1,4 @@
-"""Weights, checkpoints and shards of strangers: they run no code, and write and delete nothing that is not ours."""
+"""Untrusted weights, checkpoints and shards run no code and touch no files outside their own folders."""
 
 import json
 import os
@@ -28,7 +28,7 @@ TENSORS = {"norm.weight": torch.ones(3)}
 
 
 class Hostile:
-    """Something that makes a file when it is unpickled."""
+    """Object that creates the canary folder when unpickled."""
 
     def __init__(self, canary: Path):
         self.canary = canary
@@ -40,7 +40,7 @@ class Hostile:
 @pytest.fixture
 def canary(tmp_path):
     yield tmp_path / "canary"
-    assert not (tmp_path / "canary").exists(), "code was run"
+    assert not (tmp_path / "canary").exists(), "a pickle ran code"
 
 
 def save(folder: Path, **states) -> str:
@@ -59,16 +59,16 @@ def test_a_pickle_beside_safetensors_is_left_alone(tmp_path, canary):
 
 
 def test_metadata_names_no_foreign_class(tmp_path, canary):
-    whole = save(tmp_path / "run/step-2")
-    assert Catalogue(str(tmp_path / "run")).inspect(2).intact and check_model(whole, TENSORS) == ""
+    checkpoint = save(tmp_path / "run/step-2")
+    assert Catalogue(str(tmp_path / "run")).inspect(2).intact and check_model(checkpoint, TENSORS) == ""
     (tmp_path / "run/step-2/.metadata").write_bytes(pickle.dumps(Hostile(canary)))
     problem = "has a .metadata that cannot be read (it names posix.mkdir, which no checkpoint of ours does)"
     assert Catalogue(str(tmp_path / "run")).inspect(2).problem == problem
-    assert "metadata that cannot be read (it names posix.mkdir" in check_model(whole, TENSORS)
+    assert "metadata that cannot be read (it names posix.mkdir" in check_model(checkpoint, TENSORS)
 
 
-def changing(target, attributes: dict) -> bytes:
-    """A pickle that sets attributes of a class or a function, as the opcode BUILD does."""
+def build_pickle(target, attributes: dict) -> bytes:
+    """Return a pickle that sets attributes of a class or function with the opcode BUILD."""
     state = pickle.dumps((None, attributes), protocol=2)[2:-1]
     name = f"c{target.__module__}\n{target.__qualname__}\n".encode()
     return b"\x80\x02" + name + state + b"b."
@@ -81,7 +81,7 @@ def test_metadata_changes_no_code(tmp_path):
         (torch.serialization._get_layout, {"cache": {"torch.strided": "other"}}),
         (Metadata, {"__init__": 1}),
     ):
-        (tmp_path / "run/step-2/.metadata").write_bytes(changing(target, attributes))
+        (tmp_path / "run/step-2/.metadata").write_bytes(build_pickle(target, attributes))
         assert "cannot be read (it changes a " in Catalogue(str(tmp_path / "run")).inspect(2).problem
     assert torch.serialization._get_layout.cache == cache and callable(Metadata.__init__)
 
@@ -109,7 +109,7 @@ def test_values_beside_tensors_are_data(tmp_path, canary):
     assert check_model(swapped, {**TENSORS, "extra": torch.zeros(2)}) == "holds extra, which is not a tensor"
 
 
-def shards(folder: Path, rows: int = 200, size_limit: int = 4000) -> Path:
+def write_shards(folder: Path, rows: int = 200, size_limit: int = 4000) -> Path:
     """Write shards of about ten sequences each."""
     with ShardWriter(folder, Card(64, 512, 1, 2), size_limit) as writer:
         for _ in range(rows):
@@ -117,21 +117,21 @@ def shards(folder: Path, rows: int = 200, size_limit: int = 4000) -> Path:
     return folder
 
 
-def files(folder: Path) -> set[str]:
+def file_names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
 def test_a_cache_limit_deletes_copies_alone(tmp_path):
-    mine, remote = shards(tmp_path / "mine"), shards(tmp_path / "remote")
-    before, cache = files(mine), tmp_path / "cache"
+    local, remote = write_shards(tmp_path / "mine"), write_shards(tmp_path / "remote")
+    before, cache = file_names(local), tmp_path / "cache"
     data = Data(cache_folder=str(cache), cache_limit="20kb")
-    dataset = open_dataset(data, [str(mine), f"file://{remote}"], [], batch_size=1, shuffle=False, predownload=1)
+    dataset = open_dataset(data, [str(local), f"file://{remote}"], [], batch_size=1, shuffle=False, predownload=1)
     for sample in (samples := list(islice(dataset, 400))):
         assert ERROR_KEY not in sample, sample
     assert {sample["sample_id"] for sample in samples} == set(range(400))
-    assert files(mine) == before and files(remote) == before
-    kept = [path.stat().st_size for path in cache.glob("*/*.mds")]
-    assert 0 < sum(kept) <= 20 * 1024, "the limit holds for the copies"
+    assert file_names(local) == before and file_names(remote) == before
+    cached_sizes = [path.stat().st_size for path in cache.glob("*/*.mds")]
+    assert 0 < sum(cached_sizes) <= 20 * 1024, "the limit holds for the copies"
     small = Data(cache_folder=str(cache), cache_limit="3kb")
     with pytest.raises(UserError, match=r"data.cache_limit = '3kb' is less than four of the largest shards, [\d,]+ b"):
         open_dataset(small, [f"file://{remote}"], [], batch_size=1)
@@ -139,7 +139,7 @@ def test_a_cache_limit_deletes_copies_alone(tmp_path):
         open_dataset(Data(cache_limit="much"), [f"file://{remote}"], [], batch_size=1)
 
 
-def edited(folder: Path, **changes) -> None:
+def edit_index(folder: Path, **changes) -> None:
     index = json.loads((folder / "index.json").read_text())
     for key, value in changes.items():
         if key == "basename":
@@ -151,7 +151,7 @@ def edited(folder: Path, **changes) -> None:
 
 @pytest.mark.parametrize("remote", [False, True])
 @pytest.mark.parametrize(
-    "changes, says",
+    "changes, message",
     [
         ({"basename": "../outside.mds"}, "names the file '../outside.mds' outside of its folder"),
         ({"basename": "{root}/outside.mds"}, "outside.mds' outside of its folder"),
@@ -163,22 +163,22 @@ def edited(folder: Path, **changes) -> None:
         ({"format": "json"}, "names the format 'json'"),
     ],
 )
-def test_an_index_names_files_of_its_own_folder(tmp_path, remote, changes, says):
-    folder = shards(tmp_path / "shards", rows=20)
+def test_an_index_names_files_of_its_own_folder(tmp_path, remote, changes, message):
+    folder = write_shards(tmp_path / "shards", rows=20)
     location = f"file://{folder}" if remote else str(folder)
     cache, outside = tmp_path / "cache", tmp_path / "elsewhere"
     outside.mkdir()
     data = Data(cache_folder=str(cache))
-    if remote:  # the cache of an earlier run, in which somebody made a link
+    if remote:  # an earlier run's cache, into which somebody put a link
         open_dataset(data, [location], [], batch_size=1)
         (cached,) = cache.iterdir()
         (cached / "index.json").unlink()
     (cached if remote else folder).joinpath("link").symlink_to(outside)
-    edited(folder, **json.loads(json.dumps(changes).replace("{root}", str(tmp_path))))
+    edit_index(folder, **json.loads(json.dumps(changes).replace("{root}", str(tmp_path))))
     before = {path for path in tmp_path.rglob("*") if cache not in path.parents}
     with pytest.raises(UserError) as mistake:
         next(iter(open_dataset(data, [location], [], batch_size=1)))
-    assert says in str(mistake.value) and str(mistake.value).endswith("use shards whose origin you know.")
+    assert message in str(mistake.value) and str(mistake.value).endswith("use shards whose origin you know.")
     assert {path for path in tmp_path.rglob("*") if cache not in path.parents} == before
 
 
@@ -194,4 +194,4 @@ def test_one_good_checkpoint_is_always_left(tmp_path):
     with pytest.raises(UserError, match="step-2 is the only intact checkpoint and is not removed"):
         catalogue.remove(2)
     (tmp_path / "step-2/__0_0.distcp").write_bytes(b"")
-    catalogue.remove(2)  # a damaged one may go
+    catalogue.remove(2)  # damaged checkpoints may be removed

@@ -1,3 +1,5 @@
+"""Validation: the summary table, the history file, held-out noise and the memory-dependence warning."""
+
 import json
 
 import pytest
@@ -11,15 +13,15 @@ from tests.support.bilevel import data, memory, objective
 from tests.support.launching import debug, scalars
 
 
-def write(tmp_path, *rows):
+def write_history(tmp_path, *rows):
     lines = (json.dumps({"step": step, LOSSES[0]: off}) for step, off in rows)
     (tmp_path / HISTORY_FILE).write_text("\n".join(lines) + "\n")
 
 
 def test_the_table_is_of_the_last_run(tmp_path):
     assert summary_table(str(tmp_path)) is None
-    # A long run, a shorter one started anew in the same folder, and its continuation after a restart.
-    write(tmp_path, (0, 9.0), (100, 5.0), (0, 8.0), (10, 7.0), (10, 7.0), (20, 6.5))
+    # A long run, a shorter run restarted from step 0 in the same folder, and that run's continuation.
+    write_history(tmp_path, (0, 9.0), (100, 5.0), (0, 8.0), (10, 7.0), (10, 7.0), (20, 6.5))
     lines = summary_table(str(tmp_path)).splitlines()
     assert "start (step      0)" in lines[1] and "8.0000" in lines[1] and lines[1].endswith("-")
     assert "end   (step     20)" in lines[2] and "6.5000" in lines[2]
@@ -45,26 +47,26 @@ def test_the_bound_has_the_schedules_weights_and_the_inner_loop_its_own():
 
 
 def test_held_out_noise_does_not_depend_on_the_run(tmp_path, root, monkeypatch):
-    """Same weights, another seed and another training weight: the same held-out loss."""
+    """Same weights with another seed and training loss weight give the same held-out loss."""
     monkeypatch.chdir(root)
     saved = tmp_path / "seed"
     assert train.main(debug(saved, "--checkpoint.enable", "--checkpoint.create_seed_checkpoint")) == 0
-    found = []
+    initial_losses = []
     for name, extra in (("a", ()), ("b", ("--debug.seed", "8", "--diffusion.loss_weight", "uniform"))):
         load = ["--checkpoint.enable", "--checkpoint.load_only", "--checkpoint.initial_load_path"]
         run = debug(tmp_path / name, *load, str(saved / "checkpoint/step-0"), "--validation.enable", *extra)
         assert train.main([*run, "--training.steps", "1"]) == 0
-        found.append(scalars(tmp_path / name)[LOSSES[0]][0])
-    assert found[0] == found[1]
+        initial_losses.append(scalars(tmp_path / name)[LOSSES[0]][0])
+    assert initial_losses[0] == initial_losses[1]
 
 
 def test_a_base_that_leans_on_its_memory_is_warned_of():
     watch = MemoryDependence()
     assert watch.check(0, 5.0, 5.0) == ""
-    assert watch.check(10, 4.0, 3.9) == ""  # both fall
+    assert watch.check(10, 4.0, 3.9) == ""  # both losses fall
     assert watch.check(20, 4.02, 3.0) == ""  # within 1 % of the best
-    assert watch.check(30, 4.5, 4.4) == ""  # both rise: something else is wrong
+    assert watch.check(30, 4.5, 4.4) == ""  # both losses rise: memory is not the cause
     warning = watch.check(40, 4.5, 3.0)
     assert "from 4.0000 (step 10) to 4.5000" in warning and "from 3.9000 to 3.0000" in warning
     assert "parametric_memory.probability" in warning
-    assert watch.check(50, 3.9, 2.0) == ""  # better than ever without it
+    assert watch.check(50, 3.9, 2.0) == ""  # new best loss with memory off

@@ -1,4 +1,4 @@
-"""The collectives of a training step in their order, as one rank of a fake process group issues them."""
+"""Sequence of collectives in a training step, as issued by one rank of a fake process group."""
 
 import json
 import logging
@@ -24,31 +24,31 @@ COMMON = [
     "--job.config_file", "train_configs/debug.toml", "--model.flavor", "tiny", "--training.seq_len", "32",
     "--training.local_batch_size", "2", "--metrics.no_enable_tensorboard", "--optimizer.implementation", "fused",
 ]  # fmt: skip
-SHARD, TENSOR = "--parallelism.data_parallel_shard_degree", "--parallelism.tensor_parallel_degree"
-CONTEXT, EXPERT = "--parallelism.context_parallel_degree", "--parallelism.expert_parallel_degree"
-# No sample of rank 2 then has a memory in step 1.
+SHARD, TP = "--parallelism.data_parallel_shard_degree", "--parallelism.tensor_parallel_degree"
+CP, EP = "--parallelism.context_parallel_degree", "--parallelism.expert_parallel_degree"
+# With this probability no sample of rank 2 adapts in step 1.
 SELDOM = ["--parametric_memory.probability", "0.1", "--parametric_memory.inner_loss", "kl"]
 LAYOUTS = {  # name -> (ranks, arguments)
     "fsdp4": (4, [SHARD, "4", *SELDOM]),
-    "fsdp2-tp2": (4, [SHARD, "2", TENSOR, "2"]),
-    "fsdp2-cp2": (4, [SHARD, "2", CONTEXT, "2"]),
-    "fsdp2-tp2-cp2": (8, [SHARD, "2", TENSOR, "2", CONTEXT, "2"]),
-    "fsdp4-ep2": (4, [SHARD, "4", EXPERT, "2", "--model.name", "llada_moe"]),
+    "fsdp2-tp2": (4, [SHARD, "2", TP, "2"]),
+    "fsdp2-cp2": (4, [SHARD, "2", CP, "2"]),
+    "fsdp2-tp2-cp2": (8, [SHARD, "2", TP, "2", CP, "2"]),
+    "fsdp4-ep2": (4, [SHARD, "4", EP, "2", "--model.name", "llada_moe"]),
 }
-# A rank's rows: name -> those without a token that may be masked.
+# name -> indices of a rank's rows without a maskable token
 BATCHES = {"ordinary": (), "empty": (0, 1), "one empty row": (0,)}
 DIMENSIONS = ("dp_replicate", "fsdp", "efsdp", "tp", "cp", "ep", "batch", "loss")
 
 
-class Uncommunicated(Collectives):
-    """Records collectives, and gives their results values: those of this rank, as if all others had the same.
+class LocalCollectives(Collectives):
+    """Recorder of collectives that fills their results with this rank's values.
 
-    On a fake process group they are otherwise what memory held before.
+    A fake process group leaves results uninitialised.
     """
 
     def __init__(self):
         super().__init__()
-        self.calls = []  # (operator, group, elements, types, other arguments)
+        self.calls = []  # (operator, group, elements, dtypes, other arguments)
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         before = len(self.found)
@@ -68,15 +68,15 @@ class Uncommunicated(Collectives):
 
 
 def _fill(target, source):
-    """Repeat or cut the source's elements to the target's number."""
+    """Fill the target with the source's elements, repeated or truncated."""
     flat = source.reshape(-1)
     target.view(-1).copy_(flat.repeat(-(-target.numel() // max(flat.numel(), 1)))[: target.numel()])
 
 
 def write_rank(rank, layout, folder):
-    """Write a rank's collectives as JSON: operator, dimension of the mesh, elements, types, other arguments.
+    """Write a rank's collectives in a step that logs, for every kind of batch, as JSON.
 
-    Of a step that logs, on every kind of batch. One rank is asked to stop.
+    An entry is (operator, mesh dimension, elements, dtypes, other arguments). The last rank gets a stop request.
     """
     logging.disable()
     warnings.filterwarnings("ignore")
@@ -90,10 +90,10 @@ def write_rank(rank, layout, folder):
     torch.manual_seed(0)
     trained = trainer.build(config, sizes, dims, "cpu")
     trained.stop.requested = rank == ranks - 1
-    place, found = meshes["batch"].get_local_rank(), {}
+    dp_rank, calls = meshes["batch"].get_local_rank(), {}
     for name, empty in BATCHES.items():
-        with Uncommunicated() as counted:
-            trainer.step(trained, 1, [trainer.batch(config, sizes, place, empty)])
-        found[name] = [(operator, groups[group], *rest) for operator, group, *rest in counted.calls]
-    (Path(folder) / f"{layout}-{rank}.json").write_text(json.dumps({"place": place, "found": found}))
+        with LocalCollectives() as counted:
+            trainer.step(trained, 1, [trainer.batch(config, sizes, dp_rank, empty)])
+        calls[name] = [(operator, groups[group], *rest) for operator, group, *rest in counted.calls]
+    (Path(folder) / f"{layout}-{rank}.json").write_text(json.dumps({"place": dp_rank, "found": calls}))
     return 0

@@ -1,4 +1,4 @@
-"""Training steps and decoding on a device that has no values: what they read, copy and run there."""
+"""Training steps and decoding on a fake accelerator: host reads, copies and operators that they use."""
 
 import json
 import logging
@@ -38,7 +38,7 @@ COMMON = [
 MEMORY = "--parametric_memory."
 EXPERTS = ["--model.name", "llada_moe"]
 DISTILLED = [MEMORY + "inner_loss", "kl", MEMORY + "inner_steps", "3", MEMORY + "supervision", "newly_revealed"]
-CASES = {  # name -> arguments; rows are packed where the name says so
+CASES = {  # name -> arguments; names with "packed" use packed rows
     "dense": ["--activation_checkpoint.mode", "full", "--training.mixed_precision_param", "bfloat16"],
     "dense, plain": [MEMORY + "no_enable", "--optimizer.implementation", "foreach"],
     "dense, distilled": [*DISTILLED, MEMORY + "target_modules", "ffn,attention", MEMORY + "probability", "0.5"],
@@ -52,31 +52,31 @@ CASES = {  # name -> arguments; rows are packed where the name says so
         MEMORY + "target_modules", "ffn,attention",
     ],
 }  # fmt: skip
-# Cases whose weights are drawn, of which steps that do not log are taken, and which validate. The others would do the
-# same.
+# Cases that draw their weights, that also take steps without logging, and that validate. The other cases would behave
+# the same.
 DRAWN, SILENT, VALIDATED = ("dense", "experts"), ("dense", "dense, plain", "packed"), ("dense, distilled",)
 UNFUSED = ("dense, plain",)
-VARLEN = ("packed",)  # whose attention is variable-length attention, as CUDA has it in bfloat16; blocks elsewhere
+VARLEN = ("packed",)  # variable-length attention, as on CUDA in bfloat16; other cases use blocks
 
-# Where a step waits for the device by design: without a fused optimizer, and on steps that log.
-AGREED = {"training.consensus:finish"}
-LOGGED = {f"training.metrics:{name}" for name in ("log_step", "_reduce", "_largest_rank_loss", "_load_balance")}
-# Where a step that logs copies to the device and waits; and what every step copies without waiting.
-RECORDED = {"training.trainer:_record"}
+# Intended waits of a step for the device: without a fused optimizer, and when logging.
+CONSENSUS = {"training.consensus:finish"}
+LOG_READS = {f"training.metrics:{name}" for name in ("log_step", "_reduce", "_largest_rank_loss", "_load_balance")}
+# Intended copies: with a wait in steps that log; without a wait in every step.
+LOG_COPIES = {"training.trainer:_record"}
 TO_DEVICE, TO_HOST = "runtime.transfer:to_device", "runtime.transfer:__init__"
-SUMMED = {"training.validator:validate"}
-# Decoding chooses tokens on the host.
-READ = {f"inference.trained_model:{name}" for name in ("adapt", "logits", "nll")}
-GIVEN = {f"inference.trained_model:{name}" for name in ("logits", "nll", "_forward")}
+VALIDATION = {"training.validator:validate"}
+# Intended reads and copies of decoding, which chooses tokens on the host.
+DECODING_READS = {f"inference.trained_model:{name}" for name in ("adapt", "logits", "nll")}
+DECODING_COPIES = {f"inference.trained_model:{name}" for name in ("logits", "nll", "_forward")}
 
 
 def sizes(config):
-    """Return the backbone's sizes, with heads that flex attention takes and grouped products."""
+    """Return the backbone's sizes with grouped products and heads wide enough for flex attention."""
     return replace(get_model_args(config), n_heads=2, n_kv_heads=2, grouped=True)
 
 
 def step(name):
-    """Take a step that logs, and of some cases more; returns the operators that ran on the device."""
+    """Take a logging step, and further steps in some cases; return the operators that ran on the device."""
     method = "varlen" if name in VARLEN else "blocks"
     with patch.object(llada, "attention_method", lambda *_: method):
         return _step(name)
@@ -85,40 +85,40 @@ def step(name):
 def _step(name):
     config = parse_config.parse([*COMMON, *CASES[name]])
     args, packed = sizes(config), "packed" in name
-    agreed = AGREED if name in UNFUSED else set()
-    with FakeDevice(LOGGED | agreed, RECORDED) as fake:
+    consensus_reads = CONSENSUS if name in UNFUSED else set()
+    with FakeDevice(LOG_READS | consensus_reads, LOG_COPIES) as fake:
         trained = trainer.build(config, args, get_layout(config, 1), fake_device.DEVICE, name in DRAWN)
         trainer.step(trained, 2, [trainer.batch(config, args, packed=packed)])
     operators = fake.operators
     batch = trainer.batch(config, args, 1, packed=packed)
     if name in SILENT:
         steps = (3, 5) if name == "dense" else (3,)
-        with FakeDevice(agreed) as fake:
-            for number in steps:  # the second reads the flags of the first
+        with FakeDevice(consensus_reads) as fake:
+            for number in steps:  # the second step reads the first step's flags
                 trainer.step(trained, number, [batch])
-        sent = {TO_DEVICE: len(steps)} | ({} if agreed else {TO_HOST: len(steps)})
-        assert fake.transfers == sent, "a micro-batch there; the flags of all ranks back"
-        assert fake.reads == dict.fromkeys(agreed, 2), "one wait, for two flags"
+        sent = {TO_DEVICE: len(steps)} | ({} if consensus_reads else {TO_HOST: len(steps)})
+        assert fake.transfers == sent, "one copy of the micro-batch to the device, one of the consensus flags back"
+        assert fake.reads == dict.fromkeys(consensus_reads, 2), "one wait for two flags"
         operators |= fake.operators
     if name in VALIDATED:
-        with FakeDevice(SUMMED, SUMMED) as fake:
+        with FakeDevice(VALIDATION, VALIDATION) as fake:
             trainer.validate(trained, [batch])
-        assert fake.reads == dict.fromkeys(SUMMED, 3), "two losses and the number of tokens, at the end"
+        assert fake.reads == dict.fromkeys(VALIDATION, 3), "two losses and the token count, read at the end"
         operators |= fake.operators
-    if packed:  # the fast weights of attention's linears, in the second case in float32, beside the experts'
+    if packed:  # fast weights of attention's linears; "experts, packed" also has the experts', in float32
         assert torch.ops.aten._grouped_mm.default in operators
     assert (torch.ops.torch_attn._varlen_attn.default in operators) == (name in VARLEN)
     return operators
 
 
 def read():
-    """Decode with a memory and score a text; returns the operators that ran on the device.
+    """Decode with memory on and score a text; return the operators that ran on the device.
 
-    The texts are longer than the context of training.
+    The texts exceed the context length of training.
     """
     config = setup.inference_config(parse_config.parse([*COMMON, "--training.seq_len", "8"]))
     args, dims = sizes(config), get_layout(config, 1)
-    with FakeDevice(READ, GIVEN) as fake:
+    with FakeDevice(DECODING_READS, DECODING_COPIES) as fake:
         trained = trainer.build(config, args, dims, fake_device.DEVICE, draws=False)
         objective = trained.objective
         model = TrainedModel.__new__(TrainedModel)
@@ -130,10 +130,10 @@ def read():
             _memory=replace(objective.memory, per_sample=True),
         )  # fmt: skip
         prompts = [[1, 2, 3, 4, 5], [6, 7]]
-        found = model.generate(prompts, 4, Decoding(block_size=2, stop_at_eos=False), memory=True)
-        assert [len(response) for response in found.responses] == [0, 0], "zeros, which are end-of-text here"
+        generated = model.generate(prompts, 4, Decoding(block_size=2, stop_at_eos=False), memory=True)
+        assert [len(response) for response in generated.responses] == [0, 0], "all tokens are 0, end-of-text here"
         start = model.canvas(prompts, 4)
-        nll = model.nll(start.tokens_BL, start.response_BL, start.tokens_BL, start.attended_BL, found.fast)
+        nll = model.nll(start.tokens_BL, start.response_BL, start.tokens_BL, start.attended_BL, generated.fast)
         assert nll.shape == (2,)
     return fake.operators
 
@@ -142,7 +142,7 @@ def pinned_like(y):
     return device.pinned(y.nbytes).view(y.dtype)
 
 
-# name -> what a device refuses or waits for, with a tensor x of the device and one of the host, y.
+# name -> an operation that the device refuses or waits for; x is a tensor on the device, y one on the host
 MISTAKES = {
     "item": lambda x, y: x.sum().item(),
     "if": lambda x, y: bool(x.any()),
@@ -164,29 +164,29 @@ MISTAKES = {
 
 
 def mistakes():
-    """Return what each mistake is refused with; None where it is not."""
-    found = dict.fromkeys(MISTAKES)
+    """Return the type of error that refuses each mistake; None if nothing does."""
+    errors = dict.fromkeys(MISTAKES)
     with FakeDevice():
         x, y = torch.ones(3, device=fake_device.DEVICE), torch.ones(3)
-        assert (x * torch.ones(()) + 1.0).device == x.device, "scalars of the host are kernel arguments"
-        assert y.copy_(torch.zeros(3)) is y and not y.any(), "the host's own business"
+        assert (x * torch.ones(()) + 1.0).device == x.device, "host scalars are kernel arguments"
+        assert y.copy_(torch.zeros(3)) is y and not y.any(), "host-only copies are allowed"
         assert pinned_like(y).to(x.device, non_blocking=True).device == x.device
         assert not pinned_like(y).copy_(x, non_blocking=True).any()
         for name, mistake in MISTAKES.items():
             try:
                 mistake(x, y)
             except Exception as refusal:
-                found[name] = type(refusal).__name__
-    return found
+                errors[name] = type(refusal).__name__
+    return errors
 
 
 def write(_, path):
-    """Write as JSON how many operators of each case ran and which have no CUDA kernel; and the refused mistakes."""
+    """Write as JSON the number of operators per case, those without a CUDA kernel, and the refused mistakes."""
     logging.disable()
-    warnings.filterwarnings("ignore")  # of flex attention, about running uncompiled
+    warnings.filterwarnings("ignore")  # flex attention warns when it runs uncompiled
     fake_device.register()
     init_fake_process_group(1)
-    compat.MAX_GROUPS = 7  # so that grouped products are split
+    compat.MAX_GROUPS = 7  # forces grouped products to be split
     with torch.compiler.set_stance("force_eager"):
         ran = {name: step(name) for name in CASES} | {"decoding": read()}
     of_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default

@@ -1,4 +1,4 @@
-"""Worker for torchrun: local rank 1 alone meets a mistake, while rank 0 is busy."""
+"""Worker for torchrun: local rank 1 fails on a missing configuration while rank 0 is busy."""
 
 import os
 import sys

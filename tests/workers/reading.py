@@ -1,8 +1,8 @@
-"""A checkpoint on several layouts: what is generated and how likely it is, memory off and on.
+"""Generation and losses of one checkpoint on several layouts, with memory off and on.
 
     python -m tests.workers.reading FOLDER
 
-Trains two steps with the memory in FOLDER/run, then writes FOLDER/LAYOUT.json for every layout.
+Trains two steps with memory in FOLDER/run, then writes FOLDER/LAYOUT.json for every layout.
 """
 
 import json
@@ -23,21 +23,21 @@ from tests.support.launching import debug
 from tests.support.ranks import fork
 from tests.workers.run_many import train_rank
 
-SHARD, TENSOR = "--parallelism.data_parallel_shard_degree", "--parallelism.tensor_parallel_degree"
+SHARD, TP = "--parallelism.data_parallel_shard_degree", "--parallelism.tensor_parallel_degree"
 LAYOUTS = {
     "one": (1, []),
     "fsdp2": (2, [SHARD, "2"]),
-    "tp2": (2, [TENSOR, "2"]),
-    "fsdp2-tp2": (4, [SHARD, "2", TENSOR, "2", "--parallelism.disable_loss_parallel"]),
+    "tp2": (2, [TP, "2"]),
+    "fsdp2-tp2": (4, [SHARD, "2", TP, "2", "--parallelism.disable_loss_parallel"]),
 }
-# A model of two training steps hardly predicts, and its inner gradients are small: with this rate they matter.
+# After two training steps inner gradients are small; this rate makes adaptation change the output.
 BOLD = ["--parametric_memory.learning_rate", "20", "--parametric_memory.gradient_clip", "0"]
 PROMPTS = ["def read(self, size):", "import", "class Reader:\n    def close(self):\n        return", "x = [", "", "for"]
 
 
 def read(model: TrainedModel, new_tokens: int = 6) -> dict:
-    """Return everything that must not depend on the layout or on the batches."""
-    found: dict = {}
+    """Return results that must not depend on the layout or the batching."""
+    results: dict = {}
     prompts = model.tokenizer.encode_plain(PROMPTS)
     for memory in (False, True):
         for temperature in (0.0, 1.0) if memory else (0.0,):
@@ -46,13 +46,13 @@ def read(model: TrainedModel, new_tokens: int = 6) -> dict:
             def work(batch, ids, memory=memory, decoding=decoding):
                 return model.generate(batch, new_tokens, decoding, memory, ids=ids).responses
 
-            found[f"memory {memory}, temperature {temperature}"] = model.data_parallel.map_batches(prompts, 2, work)
-        # With nothing but [MASK]s all positions are equally sure, and rounding chooses among them.
+            results[f"memory {memory}, temperature {temperature}"] = model.data_parallel.map_batches(prompts, 2, work)
+        # No empty prompts: with only [MASK]s, all positions have equal confidence, and rounding chooses among them.
         rows = [Row(prompt, [5, 6, 7, 8]) for prompt in prompts if prompt]
         points = measure(model, rows, memory, ratios=(0.5, 1.0), batch_size=2)
-        # Which positions are filled first is decided by confidences that differ by as little as rounding here.
-        found[f"losses, memory {memory}"] = [point.static for point in points]
-    return found
+        # Only static losses: confidences here differ by rounding, which would decide the order of decoding.
+        results[f"losses, memory {memory}"] = [point.static for point in points]
+    return results
 
 
 def arguments_of(folder: Path) -> list[str]:
@@ -67,12 +67,12 @@ def training(folder: Path) -> list[str]:
 
 
 def read_rank(rank: int, folder: Path, name: str) -> int:
-    """Read the checkpoint on a layout; rank 0 writes what it found."""
+    """Read the checkpoint on a layout; rank 0 writes the results."""
     torch.set_num_threads(1)
     model = TrainedModel(parse_config.parse([*arguments_of(folder), *LAYOUTS[name][1], *BOLD]))
-    found = read(model)
+    results = read(model)
     if rank == 0:
-        (folder / f"{name}.json").write_text(json.dumps(found))
+        (folder / f"{name}.json").write_text(json.dumps(results))
     model.close()
     return 0
 

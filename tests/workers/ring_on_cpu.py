@@ -1,4 +1,7 @@
-"""torch's ring attention with the CPU's kernel, for which torch has no rule: what we ask of it can then be tested."""
+"""torch's ring attention with the CPU's kernel, so that CPU tests can run it.
+
+torch registers its ring only for the attention kernels of CUDA.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -15,7 +18,7 @@ _SEQUENCE = 2
 
 @contextlib.contextmanager
 def ring_on_cpu() -> Iterator[None]:
-    """Send DTensors sharded on the sequence around the ring, as on CUDA."""
+    """Dispatch the CPU's attention on sequence-sharded DTensors to ring attention, as on CUDA."""
     handlers = DTensor._op_dispatcher._custom_op_handlers
     handlers |= {_FORWARD: _forward, _BACKWARD: _backward}
     try:

@@ -1,9 +1,9 @@
-"""Training runs in forked ranks, with what they draw recorded and with faults injected.
+"""Training runs in forked ranks, with optional recording of random draws and injected faults.
 
     python -m tests.workers.run_many PROCESSES [--job.config_file FILE ...]
 
-Options of `train_rank`: "record", a folder where every rank writes what it draws (see `record`); "faults" (see
-tests/support/faults.py).
+Options of `train_rank`: "record", a folder to which every rank writes its draws (see `record`); "faults", a list of
+faults (see tests/support/faults.py).
 """
 
 import hashlib
@@ -38,10 +38,10 @@ def digest(*tensors: torch.Tensor) -> str:
     return state.hexdigest()[:16]
 
 
-def record(folder: str, number: int) -> None:
-    """Have this rank write, for every step and sample: its noise level, its input states, its A."""
+def record(folder: str, rank: int) -> None:
+    """Patch this rank to write digests of noise level, input states and A for every step and sample."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    file = open(Path(folder) / f"rank{number}.jsonl", "a", buffering=1)  # noqa: SIM115  (open until the process ends)
+    file = open(Path(folder) / f"rank{rank}.jsonl", "a", buffering=1)  # noqa: SIM115  (open until the process ends)
 
     def write(kind: str, step: int, ids: torch.Tensor, *per_row: torch.Tensor) -> None:
         for row, sample in enumerate(ids.tolist()):
@@ -55,12 +55,12 @@ def record(folder: str, number: int) -> None:
         return drawn
 
     def micro_batch(self, tokens, labels, ids, step, **rest):
-        # A context-parallel rank has a part of the states: what is written is what the parts are of.
-        whole = plain_batch(
+        # A context-parallel rank reads a slice of the states; the digest covers the full states.
+        batch = plain_batch(
             replace(self, cp_size=1, cp_rank=0, tp_size=self.cp_size * self.tp_size), tokens, labels, ids, step, **rest
         )
-        write("states", step, ids, *whole.inputs)
-        return whole.cp_slice(self.cp_rank, self.cp_size)
+        write("states", step, ids, *batch.inputs)
+        return batch.cp_slice(self.cp_rank, self.cp_size)
 
     def fast(self, seed, step, ids):
         drawn = plain_fast(self, seed, step, ids)
@@ -71,8 +71,8 @@ def record(folder: str, number: int) -> None:
 
 
 def train_rank(rank: int, arguments: list[str], options: dict[str, Any]) -> int:
-    """Train as one rank; returns the exit status."""
-    # torchtitan sleeps two seconds at the end of every run.
+    """Train as one rank; return the exit status."""
+    # Skip torchtitan's sleep of two seconds at the end of every run.
     time_ = SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda seconds: None)
     sys.modules["torchtitan.train"].time = time_  # type: ignore[attr-defined]
     if folder := options.get("record"):

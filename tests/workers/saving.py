@@ -1,4 +1,4 @@
-"""A background save of one rank while its job is signalled."""
+"""Asynchronous save of one rank while its job gets stop signals."""
 
 import os
 import signal
@@ -20,12 +20,12 @@ from tests.support.ranks import free_port
 
 
 class WaitingWriter(dcp.FileSystemWriter):
-    """Writes when a file "go" is beside the folder."""
+    """Writer that waits for a file "go" next to the checkpoint folder."""
 
-    def write_data(self, *arguments: Any, **named: Any) -> Any:
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
         Path(self.path, "writing").touch()
         until(Path(self.path).with_name("go").exists)
-        return super().write_data(*arguments, **named)
+        return super().write_data(*args, **kwargs)
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -36,7 +36,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def start_saver() -> tuple[Saver, Any]:
-    """Start a saver as DCP does; returns it and its process."""
+    """Start a saver as DCP does; return it and its process."""
     group = SimpleNamespace(
         local_rank=0, global_rank=0, world_size=1, tcp_store_master_addr="127.0.0.1",
         tcp_store_master_port=free_port(), use_prefix_store=False, disable_automatic_gc=False, disable_manual_gc=False,
@@ -46,7 +46,7 @@ def start_saver() -> tuple[Saver, Any]:
 
 
 def signal_from_elsewhere(process: int, *numbers: int) -> None:
-    """Send signals from a process that is not its parent."""
+    """Send signals to a process from a process that is not its parent."""
     child = os.fork()
     if not child:
         for number in numbers:
@@ -56,8 +56,8 @@ def signal_from_elsewhere(process: int, *numbers: int) -> None:
 
 
 def signalled(rank: int, folder: str) -> int:
-    """Signal a saver during its save as a batch system does, twice; end another one as its rank does."""
-    # Forked, not spawned: importing torch takes seconds. Signals are blocked in either.
+    """Signal a saver twice during its save, like a batch system; end another one, like its rank."""
+    # Fork instead of spawn, because importing torch takes seconds; both start with signals blocked.
     executor = seam._async_process_executor
     fork = executor.mp.get_context("fork")
     executor.mp = SimpleNamespace(get_context=lambda method: fork)
@@ -69,14 +69,14 @@ def signalled(rank: int, folder: str) -> int:
         thread = threading.Thread(target=lambda: saver.save(saving.pop("state_dict"), **saving))
         thread.start()
         until((target / "writing").exists)
-        signal_from_elsewhere(process.pid, signal.SIGTERM, signal.SIGUSR1)  # one request
+        signal_from_elsewhere(process.pid, signal.SIGTERM, signal.SIGUSR1)  # count as one request
         time.sleep(0.05)
         assert process.is_alive(), f"the saver ended with {process.exitcode}"
         target.with_name("go").touch()
         thread.join()
         assert (target / ".metadata").exists()
         time.sleep(0.3)
-        signal_from_elsewhere(process.pid, signal.SIGTERM)  # the second
+        signal_from_elsewhere(process.pid, signal.SIGTERM)  # the second request
         process.join(60)
         assert process.exitcode == 128 + signal.SIGTERM
 

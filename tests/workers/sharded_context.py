@@ -2,7 +2,7 @@
 
     python -m tests.workers.sharded_context FOLDER [LAYOUT ...]
 
-A single process writes the weights to FOLDER, which each layout reads; FOLDER/LAYOUT.pt holds what it found.
+A single process writes the weights to FOLDER; each layout reads them and writes its results to FOLDER/LAYOUT.pt.
 """
 
 import contextlib
@@ -29,21 +29,21 @@ from memdlm_dist.performance.collectives import by_kind
 from tests.support.ranks import fork_group
 from tests.support.varlen import naive_varlen
 from tests.workers.ring_on_cpu import ring_on_cpu
-from tests.workers.sharded_experts import common_weights, whole
+from tests.workers.sharded_experts import common_weights, full_tensor
 
 ROWS, LENGTH = 4, 32
-SHARD, TENSOR = "--parallelism.data_parallel_shard_degree", "--parallelism.tensor_parallel_degree"
-CONTEXT = "--parallelism.context_parallel_degree"
+SHARD, TP = "--parallelism.data_parallel_shard_degree", "--parallelism.tensor_parallel_degree"
+CP = "--parallelism.context_parallel_degree"
 RING = ["--parallelism.context_parallel_method", "ring"]
-# name -> (ranks, arguments, micro-batches in which a single process does the same: sets of fast weights)
+# name -> (ranks, arguments, micro-batches, and so sets of fast weights, of the equivalent single process)
 LAYOUTS = {
     "one": (1, [], 1),
     "one-twice": (1, [], 2),
-    "cp2": (2, [CONTEXT, "2"], 1),
-    "cp4": (4, [CONTEXT, "4"], 1),
-    "fsdp2-cp2": (4, [SHARD, "2", CONTEXT, "2", "--activation_checkpoint.mode", "full"], 2),
-    "tp2-cp2": (4, [TENSOR, "2", CONTEXT, "2"], 1),
-    "tp2-ring2": (4, [TENSOR, "2", CONTEXT, "2", *RING], 1),
+    "cp2": (2, [CP, "2"], 1),
+    "cp4": (4, [CP, "4"], 1),
+    "fsdp2-cp2": (4, [SHARD, "2", CP, "2", "--activation_checkpoint.mode", "full"], 2),
+    "tp2-cp2": (4, [TP, "2", CP, "2"], 1),
+    "tp2-ring2": (4, [TP, "2", CP, "2", *RING], 1),
 }
 MEMORY = "--parametric_memory."
 BATCH = [
@@ -53,7 +53,7 @@ BATCH = [
 ATTENTION = [MEMORY + "target_modules", "ffn,attention", MEMORY + "learning_rate", "0.02"]
 FULL = [MEMORY + "adapter", "full", MEMORY + "inner_loss", "hidden_cosine", MEMORY + "supervision", "newly_revealed"]
 MOE = ["--model.name", "llada_moe", "--model.flavor", "tiny"]
-# name -> (arguments, step, rows: "whole", "packed", or "quarter": masked tokens in the first quarter alone)
+# name -> (arguments, step, rows: "whole", "packed", or "quarter" with maskable tokens only in the first quarter)
 OPTIONS = {
     "off": ([], "plain", "whole"),
     "off-packed": ([], "plain", "packed"),
@@ -65,16 +65,17 @@ OPTIONS = {
     "full-packed": (FULL, "ours", "packed"),
     "moe-packed": (MOE, "ours", "packed"),
 }
-DOCUMENTS = [[10, 7, 15], [32], [5, 5, 5, 5, 12], [20, 8]]  # over the ends of the ranks' parts; the last has a fill
+# Documents' lengths per row: some cross the ends of sequence shards, and the last row has padding.
+DOCUMENTS = [[10, 7, 15], [32], [5, 5, 5, 5, 12], [20, 8]]
 
 
 def numbers():
-    """Of every token's document, `[ROWS, LENGTH]`."""
+    """Return every token's document number, `[ROWS, LENGTH]`."""
     rows = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in DOCUMENTS]
     return torch.stack([torch.cat([row, torch.full((LENGTH - len(row),), PADDING)]) for row in rows])
 
 
-# Beyond these, what a layout has code of its own for.
+# ALSO adds the options for which a layout has separate code.
 EVERYWHERE = ("off", "off-packed", "sample", "sample-quarter", "sample-packed")
 ALSO = {
     "one": tuple(OPTIONS),
@@ -84,15 +85,15 @@ ALSO = {
 }
 
 
-# Once more as on an accelerator: with grouped products, whose tokens are a part of the columns, and of these a sequence
-# shard; and with variable-length attention, on the heads that a rank exchanges its tokens for.
+# Repeated with an accelerator's code: grouped products on a rank's sequence shard, and variable-length attention on the
+# heads that a rank gets in exchange for its tokens.
 GROUPED = [(layout, options) for layout in ("cp2", "tp2-cp2") for options in ("sample-packed", "full-packed")]
 
 
 def options_of(layout):
-    if layout == "one-twice":  # what depends on the micro-batch
+    if layout == "one-twice":  # options whose result depends on the micro-batch
         return ["batch-quarter", "batch-packed"]
-    if "ring" in layout:  # it takes no documents
+    if "ring" in layout:  # ring attention supports no documents
         return ["off", "sample", "batch-quarter"]
     return list(dict.fromkeys((*EVERYWHERE, *ALSO.get(layout, ()))))
 
@@ -102,13 +103,13 @@ def configuration(*arguments):
         "--job.config_file", "train_configs/debug.toml", "--model.flavor", "many_heads",
         "--training.seq_len", str(LENGTH),
         "--parametric_memory.layer_fraction", "0.5", "--parametric_memory.rank", "8",
-        # Small gradients of a model that predicts nothing yet: with this the memory matters.
+        # An untrained model has small inner gradients; this rate makes the memory matter.
         *("--parametric_memory.learning_rate", "0.1"), *arguments,
     ])  # fmt: skip
 
 
 def data(kind):
-    """Tokens, labels and documents of the global batch; most documents begin with a prompt."""
+    """Return tokens, labels and documents of the global batch; most documents begin with a prompt."""
     tokens = torch.randint(0, 63, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
     column = torch.arange(LENGTH)
     if kind == "packed":
@@ -123,37 +124,37 @@ def micro_batches(bench, count, kind):
     mesh = bench.dims.get_optional_mesh("batch")
     ranks, rank = (mesh.size(), mesh.get_local_rank()) if mesh is not None else (1, 0)
     tokens, labels, documents = data(kind)
-    mine = torch.arange(ROWS).tensor_split(ranks)[rank]
-    for ids in mine.tensor_split(count if ranks == 1 else 1):
-        of_rows = documents[ids] if documents is not None else None
-        yield bench.objective.micro_batch(tokens[ids], labels[ids], ids, step=1, documents_BL=of_rows)
+    rank_ids = torch.arange(ROWS).tensor_split(ranks)[rank]
+    for ids in rank_ids.tensor_split(count if ranks == 1 else 1):
+        documents_BL = documents[ids] if documents is not None else None
+        yield bench.objective.micro_batch(tokens[ids], labels[ids], ids, step=1, documents_BL=documents_BL)
 
 
 def step(bench, count, kind, rows):
-    found = {"loss": torch.zeros(())}
+    results = {"loss": torch.zeros(())}
     masked = []
     for number, batch in enumerate(micro_batches(bench, count, rows)):
         loss, inner = bench.loss_sum(kind, batch, 1)
         loss.backward()
-        found["loss"] += loss.detach()
+        results["loss"] += loss.detach()
         masked.append(batch.anchor.valid_N.sum())
-        if inner is not None and number == 0:  # of the first micro-batch's first set, which the first rank has too
-            found["inner"] = torch.stack([inner.loss_KG[:, 0], inner.grad_norm_KG[:, 0]])
-            found["written"] = inner.written_norm_G[0]
+        if inner is not None and number == 0:  # first set of the first micro-batch, which rank 0 holds on every layout
+            results["inner"] = torch.stack([inner.loss_KG[:, 0], inner.grad_norm_KG[:, 0]])
+            results["written"] = inner.written_norm_G[0]
     mesh = bench.dims.get_optional_mesh("loss")
     if mesh is not None:
-        dist.all_reduce(found["loss"], group=mesh.get_group())
+        dist.all_reduce(results["loss"], group=mesh.get_group())
     for name, p in bench.model.named_parameters():
-        found[name.replace("_checkpoint_wrapped_module.", "")] = whole(p.grad).clone()
+        results[name.replace("_checkpoint_wrapped_module.", "")] = full_tensor(p.grad).clone()
     bench.model.zero_grad()
     least = torch.stack(masked).min()
     if mesh is not None:
         dist.all_reduce(least, dist.ReduceOp.MIN, mesh.get_group())
-    return found, least
+    return results, least
 
 
 def find(folder, layout):
-    """Take the steps of a layout, whose process group is there; rank 0 saves what it found."""
+    """Take a layout's steps in the current process group; rank 0 saves the results."""
     _, arguments, count = LAYOUTS[layout]
     logger.setLevel("WARNING")
     results = {"masked on a rank": {}}
@@ -174,9 +175,9 @@ def find(folder, layout):
                     results[f"{options}, grouped"], _ = step(bench, count, kind, rows)
                 assert products.call_count > 12 and attention.call_count > 6
             if options == "sample" and "ring" not in layout:
-                found = bench.collectives("ours")
-                context, shards = (found.on(*bench.groups(name)) for name in ("cp", "fsdp"))
-                results["collectives"] = {"cp": by_kind(context), "fsdp": by_kind(shards)}
+                counted = bench.collectives("ours")
+                cp_calls, fsdp_calls = (counted.on(*bench.groups(name)) for name in ("cp", "fsdp"))
+                results["collectives"] = {"cp": by_kind(cp_calls), "fsdp": by_kind(fsdp_calls)}
                 results["plain collectives"] = {"fsdp": by_kind(bench.collectives("plain").on(*bench.groups("fsdp")))}
     if dist.get_rank() == 0:
         torch.save(results, f"{folder}/{layout}.pt")

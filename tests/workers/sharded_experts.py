@@ -1,9 +1,9 @@
-"""One step of a mixture of experts on several layouts: loss, inner statistics and every gradient.
+"""One mixture-of-experts step on several layouts: loss, inner statistics and every gradient.
 
     python -m tests.workers.sharded_experts FOLDER [LAYOUT ...]
 
-A single process writes FOLDER/weights in Hugging Face's format, which each layout reads as
-`checkpoint.initial_load_in_hf` does, every rank its part; FOLDER/LAYOUT.pt holds what it found.
+A single process writes FOLDER/weights in Hugging Face's format. Each layout reads them like
+`checkpoint.initial_load_in_hf`, every rank its own slices, and writes its results to FOLDER/LAYOUT.pt.
 """
 
 import contextlib
@@ -33,25 +33,25 @@ from tests.support.bilevel import trained_in_each_pass
 from tests.support.ranks import fork_group
 
 ROWS, LENGTH = 8, 16
-SHARD, TENSOR = "--parallelism.data_parallel_shard_degree", "--parallelism.tensor_parallel_degree"
-EXPERT, EXPERT_TENSOR = "--parallelism.expert_parallel_degree", "--parallelism.expert_tensor_parallel_degree"
-# name -> (ranks, arguments, micro-batches in which a single process does the same: sets of fast weights)
+SHARD, TP = "--parallelism.data_parallel_shard_degree", "--parallelism.tensor_parallel_degree"
+EP, ETP = "--parallelism.expert_parallel_degree", "--parallelism.expert_tensor_parallel_degree"
+# name -> (ranks, arguments, micro-batches, and so sets of fast weights, of the equivalent single process)
 LAYOUTS = {
     "one": (1, [], 1),
     "one-twice": (1, [], 2),
     "fsdp2": (2, [SHARD, "2"], 2),
-    "tp2": (2, [TENSOR, "2"], 1),
-    "ep2": (2, [SHARD, "2", EXPERT, "2"], 1),
-    "fsdp2-ep2": (4, [SHARD, "4", EXPERT, "2", "--activation_checkpoint.mode", "full"], 2),
-    "ep2-tp2": (4, [SHARD, "2", EXPERT, "2", TENSOR, "2", EXPERT_TENSOR, "2"], 1),
+    "tp2": (2, [TP, "2"], 1),
+    "ep2": (2, [SHARD, "2", EP, "2"], 1),
+    "fsdp2-ep2": (4, [SHARD, "4", EP, "2", "--activation_checkpoint.mode", "full"], 2),
+    "ep2-tp2": (4, [SHARD, "2", EP, "2", TP, "2", ETP, "2"], 1),
 }
-# Layouts of which `find` also takes "LAYOUT-compiled": with the blocks compiled around their experts.
+# Layouts for which `find` also takes "LAYOUT-compiled": blocks compiled around their experts.
 COMPILED = ("fsdp2", "tp2", "fsdp2-ep2", "ep2-tp2")
-# The head's losses stay eager: compiled, they are rounded otherwise.
+# The head's losses stay eager, because compilation changes their rounding.
 COMPILE = ["--compile.enable", "--compile.components", "model", "--compile.backend", "aot_eager"]
 OPTIONS = {
     "lora": [],
-    # Fast attention saturates soon, and then multiplies rounding: a smaller rate.
+    # A smaller rate, because attention's fast weights saturate it quickly, which amplifies rounding.
     "sample": [
         "--parametric_memory.granularity", "sample", "--parametric_memory.target_modules", "ffn,attention",
         "--parametric_memory.learning_rate", "0.02",
@@ -64,8 +64,8 @@ OPTIONS = {
 
 
 def options_of(layout):
-    """Expert-parallel ranks share one set of the experts' fast weights."""
-    return [name for name in OPTIONS if name != "sample" or EXPERT not in LAYOUTS[layout][1]]
+    """Return a layout's option sets: expert parallelism has no fast weights per sample."""
+    return [name for name in OPTIONS if name != "sample" or EP not in LAYOUTS[layout][1]]
 
 
 def configuration(*arguments):
@@ -73,57 +73,57 @@ def configuration(*arguments):
         "--job.config_file", "train_configs/debug.toml", "--model.name", "llada_moe", "--model.flavor", "tiny",
         "--training.seq_len", str(LENGTH), "--parametric_memory.layer_fraction", "0.5",
         "--parametric_memory.granularity", "batch", "--parametric_memory.rank", "4",
-        # Small gradients of a model that predicts nothing yet: with this the memory matters.
+        # An untrained model has small inner gradients; this rate makes the memory matter.
         *("--parametric_memory.learning_rate", "0.1"), *arguments,
     ])  # fmt: skip
 
 
 def micro_batches(bench, count, seed):
-    """This rank's micro-batches of the global batch: a single process has `count`, several ranks one each."""
+    """Yield this rank's micro-batches: `count` of them in a single process, otherwise one per rank."""
     mesh = bench.dims.get_optional_mesh("batch")
     ranks, rank = (mesh.size(), mesh.get_local_rank()) if mesh is not None else (1, 0)
     tokens = torch.randint(0, 63, (ROWS, LENGTH), generator=torch.Generator().manual_seed(seed))
     labels = torch.where(
         torch.arange(LENGTH) < torch.tensor([[0], [9], [16], [3], [5], [0], [14], [1]]), -100, tokens
-    )  # one has nothing
-    mine = torch.arange(ROWS).tensor_split(ranks)[rank]
-    for ids in mine.tensor_split(count if ranks == 1 else 1):
+    )  # the third row has no maskable token
+    rank_ids = torch.arange(ROWS).tensor_split(ranks)[rank]
+    for ids in rank_ids.tensor_split(count if ranks == 1 else 1):
         yield bench.objective.micro_batch(tokens[ids], labels[ids], ids, step=1)
 
 
-def whole(x):
+def full_tensor(x):
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def step(bench, count, seed=1):
-    found = {"loss": torch.zeros(())}
+    results = {"loss": torch.zeros(())}
     statistics = []
     for batch in micro_batches(bench, count, seed):
         with trained_in_each_pass(bench.model, bench.objective.memory.first_layer) as trained:
             loss, inner = bench.loss_sum("ours", batch, 1)
         loss.backward()
-        # Also in the experts' group, the tail is a constant to the inner loop.
+        # The tail, including the experts' FSDP group, is frozen during the inner loop.
         assert not any(trained[:-1]) and trained[-1] > 0
         assert all(p.requires_grad for p in bench.model.parameters())
-        found["loss"] += loss.detach()
+        results["loss"] += loss.detach()
         chosen = 1 % len(inner.written_norm_G)
         statistics.append(torch.stack([inner.loss_KG[:, chosen], inner.grad_norm_KG[:, chosen]]))
-        found.setdefault("written", inner.written_norm_G[chosen])
+        results.setdefault("written", inner.written_norm_G[chosen])
     mesh = bench.dims.get_optional_mesh("batch")
     if mesh is not None:
-        dist.all_reduce(found["loss"], group=mesh.get_group())
-    found["inner"] = statistics[0]  # of the first set, or of the second sequence: the first rank has both
+        dist.all_reduce(results["loss"], group=mesh.get_group())
+    results["inner"] = statistics[0]  # the only set, or the second sample's set; rank 0 holds both
     for name, p in bench.model.named_parameters():
-        found[name.replace("_checkpoint_wrapped_module.", "")] = whole(p.grad).clone()
-    found["load"] = torch.stack([mixture.tokens_per_expert for mixture in bench.model.mixtures()])
+        results[name.replace("_checkpoint_wrapped_module.", "")] = full_tensor(p.grad).clone()
+    results["load"] = torch.stack([mixture.tokens_per_expert for mixture in bench.model.mixtures()])
     if mesh is not None:
-        dist.all_reduce(found["load"], group=mesh.get_group())
+        dist.all_reduce(results["load"], group=mesh.get_group())
     bench.model.zero_grad()
-    return found
+    return results
 
 
 def common_weights(bench, folder):
-    """Give a model the weights in a folder of Hugging Face's format, which the first, unsharded one makes."""
+    """Load the weights of a Hugging Face folder, which the first, unsharded model writes."""
     sd_adapter = BACKBONES[bench.config.model.name].sd_adapter(bench.args)
     if not Path(folder).exists():
         with torch.no_grad():
@@ -137,27 +137,27 @@ def common_weights(bench, folder):
 
 @contextlib.contextmanager
 def counted_reads():
-    """Count the elements that DCP's reader reads on this rank: one number for each request."""
-    found: list[int] = []
+    """Yield a list of the number of elements in each read request of DCP's reader on this rank."""
+    sizes: list[int] = []
     plain = HuggingFaceStorageReader._process_read_request
 
     def counted(self, file, request, planner):
-        found.append(math.prod(request.lengths))
+        sizes.append(math.prod(request.lengths))
         return plain(self, file, request, planner)
 
     HuggingFaceStorageReader._process_read_request = counted
     try:
-        yield found
+        yield sizes
     finally:
         HuggingFaceStorageReader._process_read_request = plain
 
 
 def find(folder, name, some=None):
-    """Take the steps of a layout, whose process group is there; rank 0 saves what it found.
+    """Take a layout's steps in the current process group; rank 0 saves the results.
 
     Args:
-        name: of the layout, or of the layout compiled.
-        some: of its options; None for all.
+        name: Layout, or "LAYOUT-compiled".
+        some: Names of option sets; None for all of the layout's.
     """
     layout = name.removesuffix("-compiled")
     _, arguments, count = LAYOUTS[layout]

@@ -1,9 +1,9 @@
-"""Plain, straightforward and our step on sharded models: what they compute and what they communicate.
+"""Numbers and communication of the plain, the straightforward and our step on sharded models.
 
     python -m tests.workers.sharded_step FOLDER [LAYOUT ...]
 
-Writes as JSON what test_sharded_step.py asserts, a file for each layout. Of a layout COMPILED its name followed by
-`-compiled` is the part that takes as long as all others together.
+Writes the results that test_sharded_step.py asserts as JSON, one file per layout. The layout in COMPILED has a second,
+slow part, `LAYOUT-compiled`, which takes as long as all others together.
 """
 
 import json
@@ -32,28 +32,28 @@ from memdlm_dist.performance.collectives import by_kind
 from tests.support.bilevel import trained_in_each_pass
 from tests.support.ranks import fork_group
 
-# Three layers of trunk, so that the counts tell them from a tail of two.
+# Three trunk layers and two tail layers, so that counts tell trunk from tail.
 COMMON = [
     "--job.config_file", "train_configs/debug.toml", "--model.flavor", "sharded", "--training.seq_len", "64",
     "--training.local_batch_size", "2", "--parametric_memory.layer_fraction", "0.4", "--compile.backend", "aot_eager",
 ]  # fmt: skip
-SHARD, TENSOR = "--parallelism.data_parallel_shard_degree", "--parallelism.tensor_parallel_degree"
+SHARD, TP = "--parallelism.data_parallel_shard_degree", "--parallelism.tensor_parallel_degree"
 LAYOUTS = {
     "fsdp2": (2, []),
     "hsdp2x2": (4, ["--parallelism.data_parallel_replicate_degree", "2", SHARD, "2"]),
-    "fsdp2-tp2": (4, [SHARD, "2", TENSOR, "2"]),
+    "fsdp2-tp2": (4, [SHARD, "2", TP, "2"]),
 }
 
 AC = ["--activation_checkpoint.mode", "full"]
 SELECTIVE = ["--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "2"]
 COMPILE = ["--compile.enable"]
-BUILDS = {  # name -> (dtype, arguments, layouts that do without: compiling takes seconds)
+BUILDS = {  # name -> (dtype, arguments, layouts that skip it because compilation takes seconds)
     "float64": ("float64", [], ()),
     "float64-checkpointing": ("float64", AC, ("hsdp2x2",)),
     "float32": ("float32", [], ("fsdp2-tp2",)),
     "float32-compiled-checkpointing": ("float32", AC + COMPILE, ("hsdp2x2", "fsdp2-tp2")),
     "bfloat16": ("bfloat16", [], ("hsdp2x2", "fsdp2-tp2")),
-    # Blocks with a checkpoint and without, which tensor parallelism compiles in different ways.
+    # Blocks with and without activation checkpointing, which compile differently under tensor parallelism.
     "float32-compiled-selective": ("float32", SELECTIVE + COMPILE, ("fsdp2", "hsdp2x2")),
     "float32-never": ("float32", ["--parallelism.fsdp_reshard_after_forward", "never"], ("hsdp2x2", "fsdp2-tp2")),
     "float32-always": ("float32", ["--parallelism.fsdp_reshard_after_forward", "always"], ("hsdp2x2", "fsdp2-tp2")),
@@ -62,7 +62,7 @@ BUILDS = {  # name -> (dtype, arguments, layouts that do without: compiling take
 COMPILED = ("fsdp2-tp2", "float32-compiled-selective")
 COMPILATIONS = {"fsdp2": ("plain", "ours"), "fsdp2-tp2": ("ours",)}
 
-# name -> (plan, memory's loss, adapter, targets, sets per sample)
+# name -> (plan, inner loss, fast-weight type, targets, one set per sample)
 OPTIONS = {
     "default": ({}, "cross_entropy", "lora", ["ffn"], True),
     "kl-3-newly_revealed": (
@@ -80,11 +80,11 @@ def get_layout(part):
 
 
 def builds(part):
-    """Names of what is compared on a layout, or on its compiled part: "build options"."""
+    """Yield the comparisons of a layout, or of its compiled part, as "build options"."""
     layout = get_layout(part)
-    for name, (_, _, without) in BUILDS.items():
-        if layout not in without and ((layout, name) == COMPILED) == (layout != part):
-            # HSDP differs from FSDP in the reduction of gradients alone.
+    for name, (_, _, skipped) in BUILDS.items():
+        if layout not in skipped and ((layout, name) == COMPILED) == (layout != part):
+            # HSDP differs from FSDP only in the reduction of gradients.
             some = OPTIONS if name == "float64" and layout != "hsdp2x2" else list(OPTIONS)[:1]
             yield from (f"{name} {options}" for options in some)
 
@@ -97,7 +97,7 @@ def build(dtype, arguments):
     training.dtype = training.mixed_precision_reduce = "float32" if dtype == "bfloat16" else dtype
     bench = Bench.build(config)
     with torch.no_grad():
-        for parameter in bench.model.parameters():  # larger than at the start, so that attention is not flat
+        for parameter in bench.model.parameters():  # larger than the initialisation, so that attention is not flat
             parameter.mul_(3)
     return bench
 
@@ -116,24 +116,24 @@ def with_options(bench, name):
 
 
 def step(bench, kind, dtype):
-    """Loss, inner statistics and every gradient of one step, as tensors of this rank."""
+    """Return loss, inner statistics and every gradient of one step, as this rank's tensors."""
     bench.model.zero_grad()
     first_layer = bench.objective.memory.first_layer
     with trained_in_each_pass(bench.model, first_layer) as trained:
         loss, statistics = bench.loss_sum(kind, bench.batch(1), 1, dtype)
     loss.backward()
-    if kind == "ours":  # gathered or not, the tail is a constant to the inner loop
+    if kind == "ours":  # the tail is frozen during the inner loop
         tail = [*list(bench.model.layers.values())[first_layer:], bench.model.norm, bench.model.output]
-        assert trained == [0] * (len(trained) - 1) + [sum(1 for part in tail for _ in part.parameters())], trained
+        assert trained == [0] * (len(trained) - 1) + [sum(1 for module in tail for _ in module.parameters())], trained
         assert all(p.requires_grad for p in bench.model.parameters())
-    found = {f"gradient of {name}": local(p.grad) for name, p in bench.model.named_parameters()}
+    results = {f"gradient of {name}": local(p.grad) for name, p in bench.model.named_parameters()}
     bench.model.zero_grad()
-    found["loss"] = loss.detach()
+    results["loss"] = loss.detach()
     if statistics is not None:
         for name in ("loss_KG", "grad_norm_KG", "written_norm_G"):
-            found[name] = getattr(statistics, name)
-        assert statistics.counted_KG.all() and found["written_norm_G"].min() > 0
-    return found
+            results[name] = getattr(statistics, name)
+        assert statistics.counted_KG.all() and results["written_norm_G"].min() > 0
+    return results
 
 
 def local(x):
@@ -141,7 +141,7 @@ def local(x):
 
 
 def difference(ours, theirs):
-    """The largest over ranks and quantities, relative to the quantity's largest value."""
+    """Return the largest difference over ranks and quantities, relative to a quantity's largest value."""
     assert ours.keys() == theirs.keys()
     worst = max(((ours[k] - theirs[k]).abs().max() / theirs[k].abs().max().clamp(min=1e-30)).item() for k in ours)
     return largest(worst)
@@ -154,7 +154,7 @@ def largest(x):
 
 
 def gathered(bench):
-    """Which of the embedding, the layers and the head are gathered now."""
+    """Return 1 or 0 for embedding, every layer and head: gathered or sharded."""
     modules = [bench.model.tok_embeddings, *bench.model.layers.values(), bench.model.output]
     return [int(not _is_sharded(next(module.parameters()))) for module in modules]
 
@@ -166,66 +166,66 @@ def _is_sharded(parameter):
 def compare(bench, dtype, count):
     dtype = {"float64": torch.float64}.get(dtype)
     ours, theirs = step(bench, "ours", dtype), step(bench, "straightforward", dtype)
-    # The losses before anything is written: of the same predictions to the last bit, in any precision.
+    # Losses of the first inner step, whose predictions have the same bits in any precision.
     first = [{"first inner losses": x["loss_KG"][0]} for x in (ours, theirs)]
     result = {"difference": difference(ours, theirs), "difference of the first inner losses": difference(*first)}
     if not count:
         return result
     communication = {kind: bench.collectives(kind, 1).on(*bench.groups(*DATA_PARALLEL)) for kind in KINDS}
     return result | {
-        "all_gathers": {kind: by_kind(found)["all_gather"] for kind, found in communication.items()},
-        "reduce_scatters": {kind: by_kind(found)["reduce_scatter"] for kind, found in communication.items()},
-        "order": {kind: "".join(x[0][0] for x in found) for kind, found in communication.items()},
-        # Collectives on the data-parallel groups that plain training does not make, by kind and size.
+        "all_gathers": {kind: by_kind(calls)["all_gather"] for kind, calls in communication.items()},
+        "reduce_scatters": {kind: by_kind(calls)["reduce_scatter"] for kind, calls in communication.items()},
+        "order": {kind: "".join(x[0][0] for x in calls) for kind, calls in communication.items()},
+        # Data-parallel collectives, by kind and size, that plain training does not issue.
         "beyond_plain": sorted(f"{x}" for x in Counter(communication["ours"]) - Counter(communication["plain"])),
     }
 
 
 def fsdp_schedule(bench):
-    """Which groups are gathered at which point, and after a step that failed in the inner loop."""
+    """Return the gathered groups at points of a step, of validation and after failures."""
     bench.model.zero_grad()
-    found = {"before": gathered(bench)}
+    states = {"before": gathered(bench)}
     expected = step(bench, "ours", None)
     batch, memory = bench.batch(1), bench.objective.memory
 
     def during(_fast):
-        found["after the inner steps"] = gathered(bench)
+        states["after the inner steps"] = gathered(bench)
 
     fast = memory.draw(0, 1, batch.sample_ids_U)
     bench.model.zero_grad()
     loss, _ = bilevel.outer_loss(bench.model, batch, memory, fast, bench.objective.tp_rank, during)
-    found["before the backward pass"] = gathered(bench)
+    states["before the backward pass"] = gathered(bench)
     loss.backward()
-    found["after the backward pass"] = gathered(bench)
+    states["after the backward pass"] = gathered(bench)
 
     with torch.no_grad():
         bilevel.outer_loss(bench.model, batch, memory, fast, bench.objective.tp_rank)
-    found["after validation"] = gathered(bench)
+    states["after validation"] = gathered(bench)
 
-    def broken(*_):
+    def raise_error(*_):
         raise ArithmeticError("on purpose")
 
-    broken_loss = memory.loss._replace(of_logits=broken)
-    for name, where in {
+    broken_loss = memory.loss._replace(of_logits=raise_error)
+    for name, fail in {
         "inner loop": lambda: bilevel.outer_loss(
             bench.model, batch, replace(memory, loss=broken_loss), fast, bench.objective.tp_rank
         ),
         "between the loops": lambda: bilevel.outer_loss(
-            bench.model, batch, memory, fast, bench.objective.tp_rank, broken
+            bench.model, batch, memory, fast, bench.objective.tp_rank, raise_error
         ),
     }.items():
         try:
-            where()
-            raise AssertionError("it should have failed")
+            fail()
+            raise AssertionError("no failure reached the caller")
         except ArithmeticError:
-            found[f"after a failure in {name}"] = gathered(bench)
-        if name == "between the loops":  # the other one leaves FSDP2 in the middle of a forward pass
-            found["difference after a failure"] = difference(step(bench, "ours", None), expected)
-    return found
+            states[f"after a failure in {name}"] = gathered(bench)
+        if name == "between the loops":  # a failure in the inner loop leaves FSDP2 in the middle of a forward pass
+            states["difference after a failure"] = difference(step(bench, "ours", None), expected)
+    return states
 
 
 def compilations(bench, kind):
-    """Graphs that dynamo has compiled after each of four steps, and its graph breaks."""
+    """Return the number of graphs that dynamo has compiled after each of four steps, and its graph breaks."""
     from torch._dynamo.utils import counters
 
     counters.clear()
@@ -238,7 +238,7 @@ def compilations(bench, kind):
 
 
 def find(part):
-    """Compare the steps of a layout, or of its compiled part, whose process group is there; returns what was found."""
+    """Compare the steps of a layout, or of its compiled part, in the current process group; return the results."""
     layout = get_layout(part)
     logger.setLevel("WARNING")
     result = {"compilations": {}, "steps": {}}
@@ -250,18 +250,18 @@ def find(part):
             bench, built = build(dtype, [*LAYOUTS[layout][1], *arguments]), name
             if name in ("float32-compiled-checkpointing", "float32-compiled-selective"):
                 for kind in COMPILATIONS.get(layout, ()):
-                    torch._dynamo.reset()  # from nothing, as in a run of its own
+                    torch._dynamo.reset()  # start without compiled graphs, as a fresh run does
                     result["compilations"][kind] = compilations(bench, kind)
             if name == "float32" and layout == "fsdp2":
                 result["residency"] = fsdp_schedule(bench)
-        # The options differ in their tensor-parallel collectives alone.
+        # Options differ only in tensor-parallel collectives, so FSDP's are counted for all of them on one layout.
         count = layout == "fsdp2" or options == "default"
         result["steps"][step_name] = compare(with_options(bench, options), dtype, count)
     return result
 
 
 def write(part, path):
-    """Write what is found as JSON."""
+    """Write the results as JSON."""
     result = find(part)
     if dist.get_rank() == 0:
         Path(path).write_text(json.dumps(result))

@@ -1,4 +1,4 @@
-"""Initial weights of small backbones on several layouts, gathered."""
+"""Digests of the initial weights of small backbones on several layouts."""
 
 import hashlib
 from dataclasses import replace
@@ -17,32 +17,32 @@ from memdlm_dist.models.llada_moe import LLaDAMoEArgs
 from memdlm_dist.training.backbone import get_layout, model_on_meta
 
 REPLICATE, SHARD = "--parallelism.data_parallel_replicate_degree", "--parallelism.data_parallel_shard_degree"
-TENSOR = "--parallelism.tensor_parallel_degree"
-EXPERT, EXPERT_TENSOR = "--parallelism.expert_parallel_degree", "--parallelism.expert_tensor_parallel_degree"
+TP = "--parallelism.tensor_parallel_degree"
+EP, ETP = "--parallelism.expert_parallel_degree", "--parallelism.expert_tensor_parallel_degree"
 WRAPPED = ["--activation_checkpoint.mode", "full", "--compile.enable"]
-# Sizes whose halves are odd, so that FSDP2 shards unevenly and a shard begins in the middle of a pair of numbers.
+# Sizes with odd halves: FSDP2 shards unevenly, and a rank's slice starts in the middle of a pair of random numbers.
 BACKBONES = {
     "llada": replace(LLADA["tiny"], dim=36, n_heads=2, n_kv_heads=2, hidden_dim=42, vocab_size=62),
     "llada_moe": replace(LLADA_MOE["tiny"], dim=36, n_heads=2, hidden_dim=18, vocab_size=62, n_experts=6),
 }
-# Fewer experts than ranks: FSDP2 shards their rows.
+# Fewer experts than ranks, so that FSDP2 shards the experts' rows.
 BACKBONES["two_experts"] = replace(BACKBONES["llada_moe"], n_experts=2)
 # name -> (processes, backbone, arguments)
 LAYOUTS = {
-    "tp2": (2, "llada", [TENSOR, "2"]),
-    "fsdp2-tp2": (4, "llada", [SHARD, "2", TENSOR, "2"]),
+    "tp2": (2, "llada", [TP, "2"]),
+    "fsdp2-tp2": (4, "llada", [SHARD, "2", TP, "2"]),
     "fsdp4-wrapped": (4, "llada", [SHARD, "4", *WRAPPED]),
     "hsdp2x2": (4, "llada", [REPLICATE, "2", SHARD, "2"]),
     "fsdp4-experts": (4, "llada_moe", [SHARD, "4"]),
-    "ep2": (2, "llada_moe", [SHARD, "2", EXPERT, "2"]),
-    "fsdp4-ep2": (4, "llada_moe", [SHARD, "4", EXPERT, "2"]),
-    "fsdp4-ep2-two-experts": (4, "two_experts", [SHARD, "4", EXPERT, "2"]),
-    "ep2-tp2": (4, "llada_moe", [SHARD, "2", EXPERT, "2", TENSOR, "2", EXPERT_TENSOR, "2"]),
+    "ep2": (2, "llada_moe", [SHARD, "2", EP, "2"]),
+    "fsdp4-ep2": (4, "llada_moe", [SHARD, "4", EP, "2"]),
+    "fsdp4-ep2-two-experts": (4, "two_experts", [SHARD, "4", EP, "2"]),
+    "ep2-tp2": (4, "llada_moe", [SHARD, "2", EP, "2", TP, "2", ETP, "2"]),
 }
 
 
 def find(backbone, arguments, seed=7):
-    """Return a digest of every parameter, which this process group's ranks have drawn a shard each of."""
+    """Return a digest of every full parameter; the ranks of this process group each draw their slice."""
     sizes = BACKBONES[backbone]
     config = parse_config.parse([
         "--job.config_file", "train_configs/debug.toml",
@@ -54,5 +54,5 @@ def find(backbone, arguments, seed=7):
     torch.manual_seed(seed)
     model.init_weights()
     state = get_model_state_dict(model)
-    whole = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in state.items()}
-    return {name: hashlib.sha256(x.float().numpy().tobytes()).hexdigest() for name, x in whole.items()}
+    full = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in state.items()}
+    return {name: hashlib.sha256(x.float().numpy().tobytes()).hexdigest() for name, x in full.items()}

@@ -1,4 +1,4 @@
-"""Steps that are not finite, which a fused optimizer skips on the device before the host knows."""
+"""Non-finite steps, which a fused optimizer skips on the device before the host knows of them."""
 
 import logging
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ ARGUMENTS = [
 
 @dataclass(frozen=True)
 class Poisoned(Objective):
-    """An objective whose loss is not a number in some steps."""
+    """Objective with a NaN loss in the given steps."""
 
     steps: tuple[int, ...] = ()
 
@@ -38,9 +38,9 @@ class Poisoned(Objective):
 
 
 def state(trained):
-    """Return this rank's part of weights, moments and step counters."""
+    """Return copies of this rank's weights, moments and optimizer step counters."""
     (optimizer,) = trained.optimizers
-    moments = [x for of in optimizer.state.values() for x in of.values()]
+    moments = [x for entry in optimizer.state.values() for x in entry.values()]
     return [_local(x).detach().clone() for x in [*trained.model.parameters(), *moments]]
 
 
@@ -49,14 +49,14 @@ def same(a, b):
 
 
 def find():
-    """Take steps 2 to 9 on two ranks, of which rank 1 poisons 4, 7 and 8; returns what each rank saw."""
+    """Take steps 2 to 9 on two ranks, with NaN losses on rank 1 in 4, 7 and 8; return both ranks' results."""
     logging.disable()
     rank, config = dist.get_rank(), parse_config.parse(ARGUMENTS)
     args, dims = replace(get_model_args(config), n_heads=2, n_kv_heads=2), get_layout(config, 2)
     torch.manual_seed(0)
     trained = trainer.build(config, args, dims, "cpu")
     trained.objective = Poisoned(**vars(trained.objective), steps=(4, 7, 8) if rank else ())
-    consensus, found = trained.consensus, {}
+    consensus, results = trained.consensus, {}
 
     def step(number):
         trainer.step(trained, number, [trainer.batch(config, args, 2 * number + rank)])
@@ -64,27 +64,27 @@ def find():
     step(2), step(3)
     before = state(trained)
     step(4)
-    found["unknown"] = consensus.skipped
-    found["unchanged"] = same(state(trained), before)
+    results["unknown"] = consensus.skipped
+    results["unchanged"] = same(state(trained), before)
     step(5)
-    found["known a step later"] = consensus.skipped
-    found["changed"] = not same(state(trained), before)
+    results["known a step later"] = consensus.skipped
+    results["changed"] = not same(state(trained), before)
     (optimizer,) = trained.optimizers
-    found["steps taken"] = {int(of["step"]) for of in optimizer.state.values()}
+    results["steps taken"] = {int(entry["step"]) for entry in optimizer.state.values()}
     trained.stop.requested = rank == 0
     step(6)
-    found["stops early"] = consensus.stop
+    results["stops early"] = consensus.stop
     consensus.finish()
-    consensus.finish()  # again, which changes nothing
-    found["stops"], found["skipped"] = consensus.stop, consensus.skipped
+    consensus.finish()  # a second call changes nothing
+    results["stops"], results["skipped"] = consensus.stop, consensus.skipped
     before = state(trained)
     step(7), step(8)
-    found["unchanged for long"], found["skipped by now"] = same(state(trained), before), consensus.skipped
+    results["unchanged for long"], results["skipped by now"] = same(state(trained), before), consensus.skipped
     try:
         step(9)
     except UserError as error:
-        found["error"] = str(error)
-    found["unchanged at the end"] = same(state(trained), before)
+        results["error"] = str(error)
+    results["unchanged at the end"] = same(state(trained), before)
     ranks = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, found)
+    dist.all_gather_object(ranks, results)
     return ranks

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Kill a run at random points, start it again, and compare every step with an undisturbed run; for N minutes.
+"""Kill and restart a run at random points for N minutes, and compare every step with an undisturbed run.
 
     python -m tests.workers.soak --minutes 20 [--ranks 2] [--seed 0] [--output FOLDER]
 
-The undisturbed run comes first. Then the same run is started over and over through our launcher, and each time
-something happens to it after a random number of seconds (see `HAPPENINGS`); in every other start one rank's clock is
-wrong by a minute. After each start it must have gone on right after the newest good checkpoint, and each step's loss
-(to the last bit), samples and masks must be those of the undisturbed run. A run that comes to its end must have its
-very last checkpoint, and a new one begins. Ends with a table, and with 1 if anything differed.
+The undisturbed run comes first. Then our launcher starts the same run again and again, and after a random number of
+seconds an event disturbs it (see `EVENTS`). In every other start, the clocks of all ranks but rank 0 are off by a
+minute. Every start must resume right after the newest intact checkpoint, and every step's loss (bit for bit), samples
+and masks must equal the undisturbed run's. A completed run must have the undisturbed run's last checkpoint; then a new
+run begins. The program ends with a table, and with exit status 1 if anything differed.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 STEPS, INTERVAL = 300, 10
-SKEW = "SOAK_SKEW"  # seconds by which the clocks of all ranks but the first are wrong
+SKEW = "SOAK_SKEW"  # seconds by which the clocks of all ranks but rank 0 are off
 ARGUMENTS = [
     "--job.config_file", "train_configs/debug.toml", "--debug.seed", "7", "--model.flavor", "tiny",
     "--data.train", "tests/assets/debug/heldout", "--training.local_batch_size", "2", "--training.steps", str(STEPS),
@@ -39,7 +39,7 @@ ARGUMENTS = [
 
 
 def worker(folder: Path, arguments: list[str]) -> int:
-    """One rank, which writes down what it draws and, rank 0, each step's loss."""
+    """Train as one rank; record its draws and every step's loss."""
     from memdlm_dist import train
     from memdlm_dist.runtime import preemption
     from memdlm_dist.training.metrics import MemDLMMetrics
@@ -53,20 +53,20 @@ def worker(folder: Path, arguments: list[str]) -> int:
     plain = MemDLMMetrics.log_step
     losses = open(folder / f"losses{rank}.jsonl", "a", buffering=1)  # noqa: SIM115  (open until the process ends)
 
-    def log(self, step, loss, *rest, **named):
+    def log(self, step, loss, *rest, **kwargs):
         losses.write(json.dumps([step, float(loss).hex()]) + "\n")
-        plain(self, step, loss, *rest, **named)
+        plain(self, step, loss, *rest, **kwargs)
 
     MemDLMMetrics.log_step = log
-    preemption.ignore_outside_of_training()  # as the program does
+    preemption.ignore_outside_of_training()  # like the training program
     return train.main(arguments)
 
 
-# What happens to it
+# Events
 
 
 class Run:
-    """The launcher and its ranks."""
+    """Launcher process and its ranks."""
 
     def __init__(self, out: Path, observed: Path, ranks: int, skew: float = 0):
         observed.mkdir(parents=True)
@@ -109,42 +109,42 @@ def _read(process: int) -> bytes:
 
 
 def kill(process: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):  # it was faster
+    with contextlib.suppress(ProcessLookupError):  # the process has ended already
         os.kill(process, number)
 
 
-def kill_a_rank(run: Run, dice: random.Random) -> None:
-    kill(dice.choice(run.ranks() or [run.process.pid]), signal.SIGKILL)
+def kill_a_rank(run: Run, rng: random.Random) -> None:
+    kill(rng.choice(run.ranks() or [run.process.pid]), signal.SIGKILL)
 
 
-def kill_everything(run: Run, dice: random.Random) -> None:
+def kill_everything(run: Run, rng: random.Random) -> None:
     for process in [*run.ranks(), run.process.pid]:
         kill(process, signal.SIGKILL)
 
 
-def kill_while_saving(run: Run, dice: random.Random) -> None:
-    """As soon as a checkpoint has begun to be written and is not complete."""
+def kill_while_saving(run: Run, rng: random.Random) -> None:
+    """Kill launcher and ranks as soon as a checkpoint is incomplete."""
     deadline = time.monotonic() + 10
     while not run.incomplete() and run.process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
-    kill_everything(run, dice)
+    kill_everything(run, rng)
 
 
-def ask_to_stop(run: Run, dice: random.Random) -> None:
-    kill(run.process.pid, dice.choice([signal.SIGTERM, signal.SIGUSR1]))
+def ask_to_stop(run: Run, rng: random.Random) -> None:
+    kill(run.process.pid, rng.choice([signal.SIGTERM, signal.SIGUSR1]))
 
 
-def ask_one_rank_to_stop(run: Run, dice: random.Random) -> None:
-    kill(dice.choice(run.ranks() or [run.process.pid]), signal.SIGUSR1)
+def ask_one_rank_to_stop(run: Run, rng: random.Random) -> None:
+    kill(rng.choice(run.ranks() or [run.process.pid]), signal.SIGUSR1)
 
 
-def kill_and_truncate(run: Run, dice: random.Random) -> None:
-    """The newest checkpoint loses the end of one of its files, as on a file system that lost its last writes."""
-    kill_everything(run, dice)
+def kill_and_truncate(run: Run, rng: random.Random) -> None:
+    """Kill everything and truncate a file of the newest checkpoint, like a file system that lost its last writes."""
+    kill_everything(run, rng)
     run.process.wait()
     complete = [path for path in run.checkpoints.glob("step-*") if (path / ".metadata").exists() and _step(path) >= 0]
     if len(complete) > 1:
-        file = dice.choice(sorted(max(complete, key=_step).glob("*.distcp")))
+        file = rng.choice(sorted(max(complete, key=_step).glob("*.distcp")))
         os.truncate(file, file.stat().st_size - 100)
 
 
@@ -153,31 +153,31 @@ def _step(path: Path) -> int:
     return int(number) if number.isdigit() else -1
 
 
-def ask_every_process(run: Run, dice: random.Random) -> None:
-    """SIGTERM to launcher, ranks and their loader workers alike, as batch systems send it."""
-    everyone = [run.process.pid]
-    for process in everyone:
+def ask_every_process(run: Run, rng: random.Random) -> None:
+    """Send SIGTERM to launcher, ranks and their loader workers, like a batch system."""
+    processes = [run.process.pid]
+    for process in processes:
         for children in Path(f"/proc/{process}/task").glob("*/children"):
             with contextlib.suppress(OSError):
-                everyone += map(int, children.read_text().split())
-    for process in everyone:
+                processes += map(int, children.read_text().split())
+    for process in processes:
         kill(process, signal.SIGTERM)
 
 
-def start_a_second_run(run: Run, dice: random.Random) -> None:
-    """It must end with the sentence that says who writes here, while the first one is held; then that is killed."""
-    held = run.ranks()
-    for rank in held:
+def start_a_second_run(run: Run, rng: random.Random) -> None:
+    """Start a second run on the folder of a suspended one: it must end with the writer's error; then kill the first."""
+    suspended = run.ranks()
+    for rank in suspended:
         kill(rank, signal.SIGSTOP)
-    if held and run.process.poll() is None:
+    if suspended and run.process.poll() is None:
         second = Run(run.out, run.observed / "second", run.number)
-        status, said = second.process.wait(), (second.observed / "log").read_text()
-        if status != 2 or "error: Another run writes to" not in said:
-            raise AssertionError(f"a second run ended with {status}: {said[-2000:]}")
-    kill_everything(run, dice)
+        status, output = second.process.wait(), (second.observed / "log").read_text()
+        if status != 2 or "error: Another run writes to" not in output:
+            raise AssertionError(f"a second run ended with {status}: {output[-2000:]}")
+    kill_everything(run, rng)
 
 
-HAPPENINGS = {
+EVENTS = {
     "a second run, then kill -9": start_a_second_run,
     "kill -9 of one rank": kill_a_rank,
     "kill -9 of launcher and ranks": kill_everything,
@@ -189,7 +189,7 @@ HAPPENINGS = {
 }
 
 
-# What must come of it
+# Checks
 
 
 def losses(observed: Path) -> dict[int, str]:
@@ -202,11 +202,11 @@ def draws(observed: Path) -> dict[tuple, str]:
 
 
 def _lines(file: Path) -> list:
-    whole = file.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in whole if line.endswith("\n")]  # the last may be cut short by a kill
+    lines = file.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may truncate the last line
 
 
-def good_steps(checkpoints: Path) -> list[int]:
+def intact_steps(checkpoints: Path) -> list[int]:
     from memdlm_dist.checkpoint.catalogue import Catalogue
 
     return [saved.step for saved in Catalogue(str(checkpoints)).all() if saved.intact] if checkpoints.exists() else []
@@ -217,55 +217,55 @@ def contents(checkpoint: Path) -> dict[str, bytes]:
 
 
 def soak(minutes: float, ranks: int, seed: int, root: Path) -> int:
-    dice = random.Random(seed)
+    rng = random.Random(seed)
     reference = Run(root / "straight", root / "observed-straight", ranks)
     assert reference.process.wait() == 0, f"the undisturbed run failed, see {reference.observed}/log"
-    want_losses, want_draws = losses(reference.observed), draws(reference.observed)
-    want_end = contents(root / f"straight/checkpoint/step-{STEPS}")
-    assert set(want_losses) == set(range(1, STEPS + 1)) and want_end
+    expected_losses, expected_draws = losses(reference.observed), draws(reference.observed)
+    expected_end = contents(root / f"straight/checkpoint/step-{STEPS}")
+    assert set(expected_losses) == set(range(1, STEPS + 1)) and expected_end
     print(f"undisturbed run of {STEPS} steps done; now {minutes:g} minutes of starts", flush=True)
 
-    kinds: collections.Counter[str] = collections.Counter()
-    lost_of: collections.Counter[str] = collections.Counter()
+    events: collections.Counter[str] = collections.Counter()
+    steps_lost: collections.Counter[str] = collections.Counter()
     statuses: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     mismatches: list[str] = []
     starts = completed = compared = 0
-    deadline, furthest, happened = time.monotonic() + 60 * minutes, 0, ""
+    deadline, furthest, last_event = time.monotonic() + 60 * minutes, 0, ""
     while time.monotonic() < deadline:
         starts += 1
-        newest = max(good_steps(root / "run/checkpoint"), default=0)
-        run = Run(root / "run", root / f"observed-{starts}", ranks, skew=starts % 2 * dice.choice([-60, 60]))
-        happening, wait = dice.choice(sorted(HAPPENINGS)), dice.uniform(0, 9)
+        newest = max(intact_steps(root / "run/checkpoint"), default=0)
+        run = Run(root / "run", root / f"observed-{starts}", ranks, skew=starts % 2 * rng.choice([-60, 60]))
+        event, wait = rng.choice(sorted(EVENTS)), rng.uniform(0, 9)
         while not run.steps_done() and run.process.poll() is None:
             time.sleep(0.05)
         try:
             run.process.wait(wait)
         except subprocess.TimeoutExpired:
-            kinds[happening] += 1
-            HAPPENINGS[happening](run, dice)
+            events[event] += 1
+            EVENTS[event](run, rng)
         else:
-            happening = "left alone to its end"
+            event = "left alone to its end"
         status = run.process.wait()
-        time.sleep(0.5)  # ranks that lost their launcher may still be ending
-        statuses[happening][status] += 1
-        found, drawn = losses(run.observed), draws(run.observed)
-        compared += len(found)
-        if not found or min(found) != newest + 1:
-            mismatches.append(f"start {starts}: went on at step {min(found, default=None)}, not {newest + 1}")
-        wrong = [step for step in found if found[step] != want_losses[step]]
-        wrong_draws = [key for key in drawn if drawn[key] != want_draws.get(key)]
+        time.sleep(0.5)  # ranks that lost their launcher may still be exiting
+        statuses[event][status] += 1
+        measured, drawn = losses(run.observed), draws(run.observed)
+        compared += len(measured)
+        if not measured or min(measured) != newest + 1:
+            mismatches.append(f"start {starts}: went on at step {min(measured, default=None)}, not {newest + 1}")
+        wrong = [step for step in measured if measured[step] != expected_losses[step]]
+        wrong_draws = [key for key in drawn if drawn[key] != expected_draws.get(key)]
         if wrong or wrong_draws:
             mismatches.append(f"start {starts}: losses of steps {wrong[:5]}, draws {wrong_draws[:3]} differ")
-        if happened:
-            lost_of[happened] += furthest - newest
-        furthest, happened = max(found, default=newest), happening
-        if STEPS in good_steps(root / "run/checkpoint"):
-            completed, furthest, happened = completed + 1, 0, ""
-            if contents(root / f"run/checkpoint/step-{STEPS}") != want_end:
+        if last_event:
+            steps_lost[last_event] += furthest - newest
+        furthest, last_event = max(measured, default=newest), event
+        if STEPS in intact_steps(root / "run/checkpoint"):
+            completed, furthest, last_event = completed + 1, 0, ""
+            if contents(root / f"run/checkpoint/step-{STEPS}") != expected_end:
                 mismatches.append(f"start {starts}: the last checkpoint differs")
             shutil.rmtree(root / "run")
         print(
-            f"start {starts}: from step {newest}, to {max(found, default=0)}; {happening}: status {status}", flush=True
+            f"start {starts}: from step {newest}, to {max(measured, default=0)}; {event}: status {status}", flush=True
         )
         if mismatches:
             print("\n".join(mismatches), flush=True)
@@ -273,11 +273,11 @@ def soak(minutes: float, ranks: int, seed: int, root: Path) -> int:
         shutil.rmtree(run.observed)
 
     print("\n| what happened | times | exit status (times) | steps done again |\n|---|---|---|---|")
-    for kind in [*sorted(kinds), "left alone to its end"]:
-        ends = ", ".join(f"{status} ({n})" for status, n in sorted(statuses[kind].items()))
-        print(f"| {kind} | {sum(statuses[kind].values())} | {ends} | {lost_of[kind]} |")
+    for event_name in [*sorted(events), "left alone to its end"]:
+        ends = ", ".join(f"{status} ({n})" for status, n in sorted(statuses[event_name].items()))
+        print(f"| {event_name} | {sum(statuses[event_name].values())} | {ends} | {steps_lost[event_name]} |")
     print(
-        f"\n{starts} starts, {completed} runs completed, {compared:,} steps compared, {sum(lost_of.values())} steps "
+        f"\n{starts} starts, {completed} runs completed, {compared:,} steps compared, {sum(steps_lost.values())} steps "
         f"done again (a checkpoint every {INTERVAL}), {len(mismatches)} mismatches."
     )
     return 1 if mismatches else 0
@@ -287,10 +287,10 @@ def main() -> int:
     if sys.argv[1:2] == ["--worker"]:
         return worker(Path(sys.argv[2]), sys.argv[3:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=20, help="how long, the undisturbed run apart")
+    parser.add_argument("--minutes", type=float, default=20, help="minutes of restarts after the undisturbed run")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0, help="of what happens when")
-    parser.add_argument("--output", type=Path, help="folder for everything; a temporary one by default")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random events and their times")
+    parser.add_argument("--output", type=Path, help="folder for all files; a temporary one by default")
     options = parser.parse_args()
     if options.minutes <= 0 or options.ranks < 1:
         parser.error("--minutes must be positive and --ranks at least 1")
