@@ -62,7 +62,7 @@ VARLEN = ("packed",)  # whose attention is variable-length attention, as CUDA ha
 AGREED = {"training.consensus:finish"}
 LOGGED = {f"training.metrics:{name}" for name in ("log_step", "_reduce", "_largest_rank_loss", "_load_balance")}
 # Where a step that logs copies to the device and waits; and what every step copies without waiting.
-RECORDED = {"training.trainer:_record"}
+RECORDED = {"training.trainer:_record_metrics"}
 TO_DEVICE, TO_HOST = "runtime.transfer:to_device", "runtime.transfer:__init__"
 SUMMED = {"training.validator:validate"}
 # Decoding chooses tokens on the host.
