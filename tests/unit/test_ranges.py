@@ -35,7 +35,7 @@ def outside(key: str) -> list[float]:
     found = RANGES[key]
     values = [found.low if found.above else found.low - 1]
     values += [] if found.high == float("inf") else [found.high if found.below else found.high * 2]
-    return [value for value in values if value not in (found.besides or {})] + [float("nan")]
+    return [value for value in values if value not in (found.special or {})] + [float("nan")]
 
 
 @pytest.mark.parametrize("key", RANGES)
