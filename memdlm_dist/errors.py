@@ -1,14 +1,14 @@
-"""The one exception for what a user can get wrong."""
+"""Exception for mistakes of the user, printed as one sentence without a traceback."""
 
 import re
 
 
 class UserError(ValueError):
-    """A mistake in a configuration, a path, a shard, a checkpoint or a launch.
+    """Mistake of the user in a configuration, a path, a shard, a checkpoint or a launch.
 
-    Its message is one sentence that names the offending thing and the remedy. Entry points print
-    that sentence and exit with `EXIT_STATUS`; every other exception keeps its traceback. What another library says,
-    at its end, may have lines and a full stop of its own: the message has one line and one full stop.
+    The message is one sentence that names the mistake and the remedy. Entry points print it and exit with
+    `EXIT_STATUS`; all other exceptions keep their traceback. A message may end with another library's text, which can
+    have line breaks and a full stop: the constructor reduces it to one line with one full stop.
     """
 
     def __init__(self, message: str):
@@ -19,6 +19,6 @@ EXIT_STATUS = 2
 
 
 def require(condition: bool, message: str) -> None:
-    """Raises UserError with the message unless the condition holds."""
+    """Raise `UserError` with the message unless the condition holds."""
     if not condition:
         raise UserError(message)

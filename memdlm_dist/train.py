@@ -1,4 +1,4 @@
-"""Train as a TOML file and a command line say, under torchrun (see launch/train.sh) or alone.
+"""Entry point of training, under torchrun (see launch/train.sh) or as a single process.
 
 python -m memdlm_dist.train --job.config_file FILE [--section.key value ...]
 """
@@ -22,7 +22,7 @@ from memdlm_dist.training.run import run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
+    """Train as the command line configures; returns the exit status (docs/reliability.md)."""
     start_logging()
     try:
         return run(sys.argv[1:] if argv is None else argv)
@@ -30,14 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             print(f"error: {mistake}", file=sys.stderr, flush=True)
         else:
-            # Most mistakes are every rank's: rank 0 says it, and the launcher stops the others in this
-            # time. One that is this rank's own reaches the launcher through torchrun's error file.
+            # Most mistakes occur on all ranks. Rank 0 prints them, and the launcher stops the other ranks while they
+            # sleep. A mistake of this rank alone reaches the launcher through torchrun's error file.
             time.sleep(3)
             get_error_handler().record_exception(mistake)
         return EXIT_STATUS
     except KeyboardInterrupt:
         if is_rank_0():
-            print("Interrupted: what follows the last checkpoint is lost.", file=sys.stderr, flush=True)
+            print("Interrupted: progress since the last checkpoint is lost.", file=sys.stderr, flush=True)
         return 130
 
 

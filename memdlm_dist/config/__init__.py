@@ -1,1 +1,1 @@
-"""TOML sections, parsing, and checks of what a configuration alone can tell."""
+"""TOML sections, parsing, resolution at launch and checks of the configuration."""

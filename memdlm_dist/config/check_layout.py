@@ -1,4 +1,4 @@
-"""Check that a configuration whose launch is resolved fits the device and the backbone, before anything is built."""
+"""Checks of a resolved configuration against the device and the backbone, before anything is built."""
 
 from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.errors import require
@@ -9,10 +9,10 @@ from memdlm_dist.runtime.device import has_grouped_mm
 
 
 def check_device(config: JobConfig, device_type: str) -> None:
-    """The device can run what the configuration asks for.
+    """Check that the device supports the configured context parallelism.
 
     Raises:
-        UserError: naming the key.
+        UserError: if ring attention is configured without CUDA.
     """
     parallel = config.parallelism
     require(
@@ -23,13 +23,13 @@ def check_device(config: JobConfig, device_type: str) -> None:
 
 
 def check_backbone(config: JobConfig, args: LLaDAArgs) -> None:
-    """The backbone's sizes fit the parallel layout and the memory's targets.
+    """Check that the parallel degrees divide the backbone's sizes and that all target modules exist.
 
     Args:
         config: from `launch.resolve`.
 
     Raises:
-        UserError: naming the size, the degree or the module.
+        UserError: naming the size, the degree or the module that does not fit.
     """
     known = [*GROUPS, *LINEARS]
     for key, targets in {
@@ -45,7 +45,7 @@ def check_backbone(config: JobConfig, args: LLaDAArgs) -> None:
         chosen = linear_names(targets)
         require(
             len(set(chosen)) == len(chosen),
-            f"{key} names a linear twice: {', '.join(targets)} is {', '.join(chosen)}.",
+            f"{key} names a linear twice: {', '.join(targets)} expands to {', '.join(chosen)}; remove one.",
         )
     if isinstance(args, LLaDAMoEArgs):
         _check_experts(config, args)
@@ -55,7 +55,7 @@ def check_backbone(config: JobConfig, args: LLaDAArgs) -> None:
             f"parallelism.expert_parallel_degree = {config.parallelism.expert_parallel_degree} needs a "
             "mixture-of-experts backbone; set it to 1.",
         )
-    tensor = config.parallelism.tensor_parallel_degree
+    tp_size = config.parallelism.tensor_parallel_degree
     _check_context_parallel(config, args)
     flavour = f"model.flavor {config.model.flavor}"
     sizes = {
@@ -67,49 +67,49 @@ def check_backbone(config: JobConfig, args: LLaDAArgs) -> None:
     }
     for name, size in sizes.items():
         require(
-            size % tensor == 0,
-            f"{name} ({size}) is not divisible by parallelism.tensor_parallel_degree ({tensor}); change one of them.",
+            size % tp_size == 0,
+            f"{name} ({size}) is not divisible by parallelism.tensor_parallel_degree ({tp_size}); change one of them.",
         )
 
 
 def _check_context_parallel(config: JobConfig, args: LLaDAArgs) -> None:
-    """The sequence and, if they are exchanged, the heads can be divided."""
+    """Check that context parallelism divides seq_len and, with Ulysses, the heads; and that EP is off."""
     parallel = config.parallelism
-    context, tensor = parallel.context_parallel_degree, parallel.tensor_parallel_degree
-    if context == 1:
+    cp_size, tp_size = parallel.context_parallel_degree, parallel.tensor_parallel_degree
+    if cp_size == 1:
         return
-    product = f"parallelism.context_parallel_degree x tensor_parallel_degree ({context} x {tensor})"
+    product = f"parallelism.context_parallel_degree x tensor_parallel_degree ({cp_size} x {tp_size})"
     require(
-        config.training.seq_len % (context * tensor) == 0,
+        config.training.seq_len % (cp_size * tp_size) == 0,
         f"training.seq_len ({config.training.seq_len}) is not divisible by {product}; change one of them.",
     )
     heads = {"attention heads": args.n_heads, "key-value heads": args.n_kv_heads or args.n_heads}
     for name, number in heads.items():
         require(
-            parallel.context_parallel_method == "ring" or number % (context * tensor) == 0,
-            f"The {name} of model.flavor {config.model.flavor} ({number}) are not divisible by {product}, as the "
-            "exchange of tokens for heads needs; lower one of them, or on CUDA set context_parallel_method = 'ring'.",
+            parallel.context_parallel_method == "ring" or number % (cp_size * tp_size) == 0,
+            f"The {name} of model.flavor {config.model.flavor} ({number}) are not divisible by {product}, which "
+            "Ulysses attention needs; lower one of them, or on CUDA set context_parallel_method = 'ring'.",
         )
     require(
         parallel.expert_parallel_degree == 1,
-        f"parallelism.context_parallel_degree = {context} is not supported with expert_parallel_degree = "
-        f"{parallel.expert_parallel_degree}: the two spread the experts' fast weights in different ways; set one to 1.",
+        f"parallelism.context_parallel_degree = {cp_size} is not supported with expert_parallel_degree = "
+        f"{parallel.expert_parallel_degree}: the two shard the experts' fast weights in different ways; set one to 1.",
     )
 
 
 def _check_experts(config: JobConfig, args: LLaDAMoEArgs) -> None:
-    """A mixture of experts: how its experts are spread, and what its memory and its adapters can be."""
+    """Check expert parallelism, sharding, the memory and the adapters of a mixture-of-experts backbone."""
     memory, parallel = config.parametric_memory, config.parallelism
-    experts, tensor = parallel.expert_parallel_degree, parallel.tensor_parallel_degree
+    ep_size, tp_size = parallel.expert_parallel_degree, parallel.tensor_parallel_degree
     name = f"model {config.model.name}"
-    of_experts = set(linear_names(memory.target_modules)) & set(GROUPS["ffn"])
+    expert_targets = set(linear_names(memory.target_modules)) & set(GROUPS["ffn"])
     require(
-        not memory.enable or memory.granularity == "batch" or experts == 1,
-        "parametric_memory.granularity = 'sample' is not supported with expert parallelism: the ranks of a group share "
-        "one set of fast weights; set it to 'batch', or parallelism.expert_parallel_degree to 1.",
+        not memory.enable or memory.granularity == "batch" or ep_size == 1,
+        "parametric_memory.granularity = 'sample' is not supported with expert parallelism, whose ranks share one set "
+        "of fast weights; set it to 'batch', or parallelism.expert_parallel_degree to 1.",
     )
     require(
-        not memory.enable or experts == 1 or of_experts == set(linear_names(memory.target_modules)),
+        not memory.enable or ep_size == 1 or expert_targets == set(linear_names(memory.target_modules)),
         "parametric_memory.target_modules can only be the experts' linears with expert parallelism, whose ranks share "
         'one set of fast weights; set it to ["ffn"], or parallelism.expert_parallel_degree to 1.',
     )
@@ -117,37 +117,37 @@ def _check_experts(config: JobConfig, args: LLaDAMoEArgs) -> None:
         not memory.enable or not has_grouped_mm() or memory.adapter == "full" or memory.rank % 8 == 0,
         f"parametric_memory.rank = {memory.rank} must be a multiple of 8: grouped matrix products need it.",
     )
-    adapters_of_experts = set(linear_names(config.lora.target_modules)) & set(GROUPS["ffn"])
+    expert_adapters = set(linear_names(config.lora.target_modules)) & set(GROUPS["ffn"])
     require(
-        not config.model.converters or not adapters_of_experts or tensor == 1,
-        f"lora.target_modules names linears of the experts of {name} ({', '.join(sorted(adapters_of_experts))}), whose "
+        not config.model.converters or not expert_adapters or tp_size == 1,
+        f"lora.target_modules names linears of the experts of {name} ({', '.join(sorted(expert_adapters))}), whose "
         'adapters tensor parallelism cannot shard; set it to ["attention"], or tensor_parallel_degree to 1.',
     )
-    grouped_adapters = config.model.converters and adapters_of_experts and has_grouped_mm()
+    grouped_adapters = config.model.converters and expert_adapters and has_grouped_mm()
     require(
         not grouped_adapters or config.lora.rank % 8 == 0,
         f"lora.rank = {config.lora.rank} must be a multiple of 8: grouped matrix products need it.",
     )
     require(
-        args.n_experts % experts == 0,
+        args.n_experts % ep_size == 0,
         f"The {args.n_experts} experts of model.flavor {config.model.flavor} are not divisible by "
-        f"parallelism.expert_parallel_degree ({experts}); change it.",
+        f"parallelism.expert_parallel_degree ({ep_size}); change it.",
     )
     require(
-        experts == 1 or tensor == parallel.expert_tensor_parallel_degree,
+        ep_size == 1 or tp_size == parallel.expert_tensor_parallel_degree,
         f"parallelism.expert_tensor_parallel_degree ({parallel.expert_tensor_parallel_degree}) must be "
-        f"tensor_parallel_degree ({tensor}) where experts are spread over ranks too; set it to {tensor}.",
+        f"tensor_parallel_degree ({tp_size}) with expert parallelism; set it to {tp_size}.",
     )
-    shard = parallel.data_parallel_shard_degree
+    dp_shard = parallel.data_parallel_shard_degree
     require(
-        shard % experts == 0,
-        f"parallelism.expert_parallel_degree ({experts}) must divide the {shard} ranks of data_parallel_shard_degree, "
-        "from which it takes its own; change one of them.",
+        dp_shard % ep_size == 0,
+        f"parallelism.expert_parallel_degree ({ep_size}) must divide data_parallel_shard_degree ({dp_shard}), because "
+        "expert-parallel groups are made of those ranks; change one of them.",
     )
     require(
-        experts > 1 or args.n_experts % (shard * parallel.context_parallel_degree) == 0,
+        ep_size > 1 or args.n_experts % (dp_shard * parallel.context_parallel_degree) == 0,
         f"The {args.n_experts} experts of model.flavor {config.model.flavor} cannot be sharded evenly over "
-        f"data_parallel_shard_degree {shard}"
+        f"data_parallel_shard_degree {dp_shard}"
         + (
             f" x context_parallel_degree {parallel.context_parallel_degree}"
             if parallel.context_parallel_degree > 1
@@ -158,6 +158,6 @@ def _check_experts(config: JobConfig, args: LLaDAMoEArgs) -> None:
     )
     require(
         parallel.expert_parallel_comm_backend == "standard",
-        "parallelism.expert_parallel_comm_backend = 'deepep' is not supported: it has no place for fast weights; set "
-        "it to 'standard'.",
+        "parallelism.expert_parallel_comm_backend = 'deepep' is not supported: it cannot apply fast weights; set it to "
+        "'standard'.",
     )

@@ -1,4 +1,4 @@
-"""The settings that decide about an experiment's outcome, as a checkpoint's run.json keeps them."""
+"""Settings that affect an experiment's outcome, as stored in a checkpoint's run.json."""
 
 from dataclasses import asdict
 from typing import Any
@@ -14,9 +14,9 @@ _WITHOUT_EFFECT = ("optimizer.implementation",)
 
 
 def get_experiment(config: JobConfig) -> dict[str, Any]:
-    """Return optimizer, schedule, objective, memory and backbone, by configuration key.
+    """Return the settings of optimizer, schedule, objective, memory and backbone, by configuration key.
 
-    Parts that are switched off are left out.
+    The keys of a disabled memory (except `parametric_memory.enable`) and of unused adapters are omitted.
     """
     sections = [*_SECTIONS, *(["lora"] if config.model.converters else [])]
     values = {f"{name}.{key}": value for name in sections for key, value in asdict(getattr(config, name)).items()}

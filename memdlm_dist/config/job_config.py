@@ -1,6 +1,7 @@
-"""The configuration: torchtitan's JobConfig and our TOML sections, each beside the code that reads it if that is below.
+"""Configuration: torchtitan's JobConfig with MemDLM's TOML sections.
 
-Each field's docstring is what `--help` shows. The defaults of the method are those of `method/`.
+Sections that a lower room reads are defined in that room and imported here. `--help` prints the docstrings of the
+fields. The method's default values come from `method/`.
 """
 
 from collections.abc import Iterable
@@ -26,163 +27,166 @@ from memdlm_dist.models.rope import RopeScaling
 
 
 def _one_of(names: Iterable[str]) -> Any:
-    """The type of a choice among the entries of a table, so that a new entry is a new choice at once."""
+    """Return a Literal of the names in a table, so that a new entry of the table is a valid value at once."""
     return Literal[tuple(names)]
 
 
-# Of TOML files: raised when a key of an older file means something else. docs/changes.md has the history.
+# Format of TOML files, increased when a key of an older file changes its meaning. docs/changes.md has the history.
 FORMAT = 1
 
 
 @dataclass
 class Job(TitanJob):
-    """torchtitan's section and the format of the file."""
+    """torchtitan's [job] section with the format of the TOML file."""
 
     format: int = FORMAT
-    """Format of the TOML file; a later one than this version knows is refused."""
+    """Format of the TOML file; a format newer than this version is an error."""
 
 
 @dataclass
 class Model(TitanModel):
-    """torchtitan's section and the extension to longer sequences."""
+    """torchtitan's [model] section with context extension."""
 
     rope_scaling: float = 1.0
-    """By what factor the context is extended beyond the one that the backbone's weights were trained on; the base of
-    its rotary positions is raised accordingly."""
+    """Context length as a multiple of the pretrained one; the RoPE base is rescaled for it."""
 
     rope_scaling_method: RopeScaling = "diffusion_ntk"
-    """How. ntk: theta * factor^(d / (d - 2)) with d dimensions a head, as for causal models; diffusion_ntk goes by the
-    distances to both sides that a bidirectional model has learnt (arXiv 2510.10481)."""
+    """Method that rescales the RoPE base theta. ntk: theta * factor^(d / (d - 2)) with head dim d, as for causal
+    models; diffusion_ntk: computed from the distances in both directions that a bidirectional model has learnt
+    (arXiv 2510.10481)."""
 
 
 @dataclass
 class Diffusion:
-    """The masked-diffusion objective."""
+    """Masked-diffusion objective."""
 
     schedule: _one_of(SCHEDULES) = Plan.schedule  # type: ignore[valid-type]
-    """Noise schedule alpha(t): linear is 1 - t, cosine is 1 - cos(pi/2 (1 - t))."""
+    """Noise schedule alpha(t), linear: 1 - t; cosine: 1 - cos(pi/2 (1 - t))."""
 
     loss_weight: _one_of(WEIGHTS) = Plan.loss_weight  # type: ignore[valid-type]
-    """Weight of a masked token: schedule is -alpha'(t) / (1 - alpha(t)), the likelihood bound; uniform is 1."""
+    """Loss weight of a masked token, schedule: -alpha'(t) / (1 - alpha(t)), the likelihood bound; uniform: 1."""
 
 
 @dataclass
 class ParametricMemory:
-    """MemDLM: the inner loop that writes fast weights along a simulated denoising trajectory."""
+    """MemDLM's parametric memory: an inner loop that adapts fast weights along a simulated denoising trajectory."""
 
     enable: bool = True
-    """Train with the parametric memory; false is plain masked diffusion."""
+    """Training with the parametric memory; false: plain masked diffusion."""
 
     start_step: int = 1
-    """First step that trains with the memory; earlier ones are plain masked diffusion. A model trained from
-    scratch should first learn without it: the inner loop assumes a base that predicts."""
+    """First step that trains with the memory; earlier steps are plain masked diffusion. A model trained from scratch
+    should first learn without the memory: the inner loop assumes a base that already predicts."""
 
     probability: float = 1.0
-    """Share of the sequences that train with the memory, drawn for each anew (for each step, with granularity batch);
-    the others are plain masked diffusion. Below 1 it keeps the base from leaning on fast weights."""
+    """Probability that a sample trains with the memory, drawn per sample and step (with granularity batch per step);
+    other samples are plain masked diffusion. Values below 1 keep the base from depending on fast weights."""
 
     trajectory: _one_of(TRAJECTORIES) = Plan.trajectory  # type: ignore[valid-type]
-    """States that the inner loop visits. anchor_consistent: from the pre-anchor down to the anchor, the state of
-    the outer loss; pre_anchor_only and anchor_only: one step on the first or the last of these; progressive: mask
-    ratios from 0.8 to 0.2 that ignore the anchor."""
+    """States that the inner loop visits. anchor_consistent: from the pre-anchor to the anchor, which is the state of
+    the outer loss; pre_anchor_only and anchor_only: a single step on that state; progressive: mask ratios from 0.8 to
+    0.2, independent of the anchor."""
 
     inner_steps: int = Plan.inner_steps
-    """Number of inner steps K of the anchor_consistent and progressive trajectories. With 1 the first visits the
-    pre-anchor alone, the second a state at ratio 0.2."""
+    """Number of inner steps K in the anchor_consistent and progressive trajectories. With K = 1 anchor_consistent
+    visits only the pre-anchor and progressive only a state with mask ratio 0.2."""
 
     pre_anchor_scale: float = Plan.pre_anchor_scale
-    """The pre-anchor masks this many times the anchor's ratio of tokens, at most all of them."""
+    """Mask ratio of the pre-anchor as a multiple of the anchor's; at most all maskable tokens are masked."""
 
     inner_loss: _one_of(INNER_LOSSES) = "cross_entropy"  # type: ignore[valid-type]
-    """What an inner step minimises. cross_entropy: to the clean tokens. The others distil from a teacher, the same
-    model with the current fast weights on the next state (the clean sequence at the last step): kl is
-    KL(teacher || student), reverse_kl the other way round, hidden_mse and hidden_cosine compare the last layer's
-    outputs."""
+    """Loss of an inner step. cross_entropy: against the clean tokens. The other losses distil from a teacher, which is
+    the same model with the current fast weights on the next state (at the last step on the clean sequence).
+    kl: KL(teacher || student); reverse_kl: KL(student || teacher); hidden_mse and hidden_cosine: distance between
+    the last layer's outputs."""
 
     student_hidden: Hidden = "pre_final_norm"
-    """Which output of the last layer hidden_mse and hidden_cosine take of the student."""
+    """Output of the student's last layer in hidden_mse and hidden_cosine: before or after the final norm."""
 
     teacher_hidden: Hidden = "post_final_norm"
-    """Which output of the last layer hidden_mse and hidden_cosine take of the teacher."""
+    """Output of the teacher's last layer in hidden_mse and hidden_cosine: before or after the final norm."""
 
     supervision: _one_of(SUPERVISION) = Plan.supervision  # type: ignore[valid-type]
-    """Tokens that an inner step scores: all that its state masks, or only those that the next state reveals."""
+    """Tokens that an inner step scores. masked: all masked tokens of its state; newly_revealed: only the masked tokens
+    that the next state reveals."""
 
     learning_rate: float = InnerSGD.learning_rate
-    """Learning rate of the inner SGD."""
+    """Learning rate of the inner loop's SGD."""
 
     gradient_clip: float = InnerSGD.clip
-    """Largest norm of an inner gradient; 0 switches clipping off."""
+    """Maximum norm of an inner gradient; 0: no clipping."""
 
     gradient_norm: _one_of(GRADIENT_NORMS) = InnerSGD.gradient_norm  # type: ignore[valid-type]
-    """What is clipped: every fast tensor's gradient by its own norm, or all of a set's by their common norm."""
+    """Norm that gradient_clip limits. per_parameter: the norm of each fast tensor's gradient; global: the common norm
+    of all gradients in a set of fast weights."""
 
     adapter: _one_of(FAST_WEIGHT_TYPES) = "lora"  # type: ignore[valid-type]
-    """Form of the fast weights of a linear: a low-rank pair, or one matrix of the linear's own size, which costs
-    its memory once per set."""
+    """Type of the fast weights of a linear. lora: a low-rank pair of matrices; full: one matrix of the linear's size
+    for each set of fast weights, with the memory cost of that size."""
 
     rank: int = 32
-    """Rank of the low-rank pair."""
+    """Rank of lora fast weights."""
 
     alpha: float = 64.0
-    """The low-rank term is multiplied by alpha / rank."""
+    """Scaling of lora fast weights: their term is multiplied by alpha / rank."""
 
     layer_fraction: float = 0.1
-    """Fast weights go to layers int(n (1 - layer_fraction)) .. n - 1."""
+    """Fraction of the layers, counted from the last, that get fast weights: int(n (1 - layer_fraction)) .. n - 1 of n."""
 
     target_modules: list[str] = field(default_factory=lambda: ["ffn"])
-    """Linears of those layers that get fast weights: ffn (which is gate, up, down), attention (q, k, v, o), or any
-    of these linears by name."""
+    """Linears that get fast weights: ffn (gate, up, down), attention (q, k, v, o), or single linears by name."""
 
     granularity: Literal["sample", "batch"] = "sample"
-    """One set of fast weights per sequence, or one per local micro-batch (as in the published code)."""
+    """Scope of a set of fast weights. sample: one set per row, or per document of a packed row; batch: one set per
+    micro-batch, as in the published code."""
 
 
 @dataclass
 class Training(TitanTraining):
-    """torchtitan's section and a local batch size that follows from the global one."""
+    """torchtitan's [training] section with a local batch size derived from the global one."""
 
     local_batch_size: int = 8
-    """Sequences per rank and forward pass. -1: this data-parallel rank's share of global_batch_size, or its largest
-    divisor that max_local_batch_size allows; the rest is gradient accumulation."""
+    """Rows per data-parallel rank and micro-batch. -1: the rank's share of global_batch_size, or the share's largest
+    divisor up to max_local_batch_size, with gradient accumulation for the rest."""
 
     max_local_batch_size: int = 0
-    """Largest local batch size that -1 chooses; 0: no limit."""
+    """Upper limit of a local batch size that is derived with local_batch_size = -1; 0: no limit."""
 
 
 @dataclass
 class Reliability:
-    """What happens when something goes wrong."""
+    """Reaction to non-finite steps and failed saves."""
 
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What a batch whose loss or gradient is not finite leads to: the run stops, or the batch changes nothing and is
-    counted (reliability/skipped_batches)."""
+    """Reaction to a batch with a non-finite loss or gradient. stop: end the run; skip: leave weights and optimizer
+    state unchanged and count the batch (reliability/skipped_batches)."""
 
     max_consecutive_skips: int = 10
-    """So many batches skipped in a row stop the run all the same: the model itself is not finite then."""
+    """Number of consecutive skipped batches that ends the run even with on_nonfinite = "skip", because the model itself
+    is then not finite."""
 
     on_save_failure: Literal["continue", "stop"] = "continue"
-    """What a checkpoint that cannot be saved leads to (a full disk, say): the next interval tries again, or the run
-    stops. Earlier checkpoints are left as they are."""
+    """Reaction to a checkpoint that cannot be saved (for example on a full disk). continue: try again at the next
+    interval; stop: end the run. Earlier checkpoints stay unchanged."""
 
 
 @dataclass
 class Validation(TitanValidation):
-    """torchtitan's section with two defaults changed; its dataset keys are not used (see [data])."""
+    """torchtitan's [validation] section with two other defaults; [data] replaces its dataset keys."""
 
     local_batch_size: int = 0
-    """Sequences per rank and forward pass; 0 takes training.local_batch_size."""
+    """Rows per data-parallel rank and forward pass; 0: training.local_batch_size."""
 
     seq_len: int = 0
-    """Unused: the held-out shards' own length, which must be training.seq_len."""
+    """Unused key: the held-out shards have rows of training.seq_len tokens."""
 
     def __post_init__(self) -> None:
-        """Leave the check of `steps` to `ranges`, which names the key."""
+        """Skip torchtitan's check of `steps`: `ranges` checks it and names the key."""
 
 
 @dataclass
 class JobConfig(TitanJobConfig):
-    """torchtitan's JobConfig and our sections."""
+    """torchtitan's JobConfig with MemDLM's sections."""
 
     job: Job = field(default_factory=Job)
     diffusion: Diffusion = field(default_factory=Diffusion)

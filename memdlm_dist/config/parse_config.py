@@ -1,7 +1,7 @@
-"""Reading and checking a configuration: flags over TOML file over defaults.
+"""Parsing and checking of a configuration: flags override the TOML file, which overrides defaults.
 
-Everything that a configuration alone can tell to be wrong is found here, before anything is built, and
-named in one sentence.
+All mistakes that the configuration alone reveals are found here, before anything is built, and reported in one
+sentence.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ from memdlm_dist.runtime.rank_0 import one_line
 from memdlm_dist.runtime.storage import is_remote
 
 _CONFIG_FILE_FLAGS = ("--job.config_file", "--job.config-file")
-OPTIMIZERS = ("Adam", "AdamW")  # torchtitan's
-# torchtitan's keys that nothing here reads; accepted in silence they would mislead.
+OPTIMIZERS = ("Adam", "AdamW")  # names in torchtitan
+# torchtitan keys without effect here, with the keys that replace them. Silent acceptance would mislead.
 _UNREAD = {
     "training.dataset": "data.train",
     "training.dataset_path": "data.train",
@@ -38,10 +38,9 @@ _UNREAD = {
 
 
 def parse(argv: Sequence[str]) -> JobConfig:
-    """The merged configuration of a command line: flags over TOML file over defaults.
+    """Return the checked configuration of a command line: flags override the TOML file, which overrides defaults.
 
-    Returns:
-        torchtitan's JobConfig with our sections, checked as far as the configuration alone can tell.
+    The checks cover everything that does not depend on the number of processes, the device or the backbone's sizes.
 
     Raises:
         UserError: naming the key and the remedy.
@@ -51,7 +50,7 @@ def parse(argv: Sequence[str]) -> JobConfig:
         _check_file(manager.config_cls, argv)
         _check_flags(manager.config_cls, argv)
     try:
-        # What tyro prints of a mistake is a drawing for terminals; `_check_flag_values` says it in a sentence.
+        # tyro prints mistakes as boxes for terminals; `_check_flag_values` reports them in one sentence instead.
         with contextlib.redirect_stderr(io.StringIO()):
             config: JobConfig = manager.parse_args(list(argv))
     except SystemExit as exit_request:
@@ -59,13 +58,14 @@ def parse(argv: Sequence[str]) -> JobConfig:
             raise
         _check_flag_values(argv)
         raise UserError("The command line cannot be read (--help lists all keys).") from None
-    except (AssertionError, ValueError) as error:  # from the sections' own __post_init__
+    except (AssertionError, ValueError) as error:  # raised by a section's __post_init__
         raise UserError(f"The configuration is not valid: {str(error).rstrip('.')}.") from None
     _check_values(config)
     return config
 
 
 def _check_file(config_cls: type, argv: Sequence[str]) -> None:
+    """Check that the TOML file is readable and that its keys exist and have values of the right type."""
     path = _config_file(argv)
     if path is None:
         return
@@ -85,6 +85,7 @@ def _check_file(config_cls: type, argv: Sequence[str]) -> None:
 
 
 def _config_file(argv: Sequence[str]) -> str | None:
+    """Return the path of the TOML file; None without --job.config_file."""
     for i, argument in enumerate(argv):
         flag, equals, value = argument.partition("=")
         if flag in _CONFIG_FILE_FLAGS:
@@ -97,6 +98,13 @@ def _config_file(argv: Sequence[str]) -> str | None:
 
 
 def _check_section(cls: type, values: dict[str, Any], path: str, prefix: str) -> None:
+    """Check the keys and the types of a TOML section and its subsections.
+
+    Args:
+        cls: dataclass of the section.
+        path: TOML file, for messages.
+        prefix: dotted name of the section with a final dot, for messages.
+    """
     known = {f.name: f for f in fields(cls)}
     for key, value in values.items():
         name = prefix + key
@@ -113,12 +121,14 @@ def _check_section(cls: type, values: dict[str, Any], path: str, prefix: str) ->
 
 
 def _check_is_read(key: str, written: str) -> None:
-    require(key not in _UNREAD, f"{written} is not read here; name folders of shards in {_UNREAD.get(key)}.")
+    """Raise `UserError` if a key of torchtitan has no effect here."""
+    require(key not in _UNREAD, f"{written} has no effect; name folders of shards in {_UNREAD.get(key)}.")
 
 
 def _has_type(value: Any, expected: Any) -> bool:
+    """Return whether a TOML value has the type of its field."""
     if isinstance(value, bool) and expected in (int, float, int | None, float | None):
-        return False  # to Python a bool is an int, to a user it is not
+        return False  # Python counts a bool as an int
     try:
         typeguard.check_type(value, expected, collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS)
     except typeguard.TypeCheckError:
@@ -127,12 +137,14 @@ def _has_type(value: Any, expected: Any) -> bool:
 
 
 def _type_name(expected: Any) -> str:
+    """Return a field's type, or its choices, for a message."""
     if getattr(expected, "__origin__", None) is Literal:
         return "one of " + ", ".join(map(repr, expected.__args__))
     return expected.__name__ if isinstance(expected, type) else str(expected)
 
 
 def _suggestion(key: str, known: dict[str, Any], prefix: str) -> str:
+    """Return the end of a message: the known name closest to `key`, or all known names."""
     close = difflib.get_close_matches(key, known, n=1)
     if close:
         return f"; did you mean {prefix}{close[0]}"
@@ -140,17 +152,17 @@ def _suggestion(key: str, known: dict[str, Any], prefix: str) -> str:
 
 
 def _check_flags(config_cls: type, argv: Sequence[str]) -> None:
-    """Every --section.key exists."""
+    """Check that the section and the key of every flag exist."""
     for argument in argv:
         if argument.startswith("--") and argument != "--":
             _field_of(config_cls, argument)
 
 
 def _field_of(config_cls: type, argument: str) -> Any:
-    """Return the dataclass field that a flag names.
+    """Return the dataclass field of a flag.
 
     Raises:
-        UserError: if there is none.
+        UserError: if its section or its key does not exist.
     """
     flag = argument[2:].partition("=")[0].replace("-", "_")
     cls: Any = config_cls
@@ -163,17 +175,17 @@ def _field_of(config_cls: type, argument: str) -> Any:
             raise UserError(f"Unknown section {prefix}{section} in {argument}{_suggestion(section, known, prefix)}.")
         cls, prefix = known[section].type, f"{prefix}{section}."
     known = {f.name: f for f in fields(cls)}
-    positive = key.removeprefix("no_") if known.get(key.removeprefix("no_")) else key
-    if positive not in known:
+    name = key.removeprefix("no_") if known.get(key.removeprefix("no_")) else key
+    if name not in known:
         raise UserError(f"Unknown key {argument}{_suggestion(key, known, prefix)}.")
-    return known[positive]
+    return known[name]
 
 
 def _check_flag_values(argv: Sequence[str]) -> None:
-    """Find the flag that cannot be parsed, by parsing each alone.
+    """Parse each flag alone, to find the one with an invalid value.
 
     Raises:
-        UserError: naming it and what its value must be.
+        UserError: naming that flag and the type or the choices of its value.
     """
     groups: list[list[str]] = []
     for argument in argv:
@@ -182,23 +194,23 @@ def _check_flag_values(argv: Sequence[str]) -> None:
         elif groups:
             groups[-1].append(argument)
         else:
-            raise UserError(f"The argument {argument!r} is of no key; write --section.key value.")
+            raise UserError(f"The argument {argument!r} belongs to no key; write --section.key value.")
     for flag, *values in groups:
         if flag.partition("=")[0] in _CONFIG_FILE_FLAGS:
             continue
         try:
-            # A section may refuse a value that goes with another one: that is not this flag's fault.
+            # A section can reject a value that is valid together with another flag: suppress those errors.
             with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(AssertionError, ValueError):
                 ConfigManager(JobConfig).parse_args([flag, *values])
         except SystemExit:
             name, equals, value = flag.partition("=")
             given = " ".join([value] * bool(equals) + values)
-            key = _field_of(JobConfig, name)
-            if key.type is bool:
+            config_field = _field_of(JobConfig, name)
+            if config_field.type is bool:
                 section = name.rpartition(".")[0]
-                on, off = f"{section}.{key.name}", f"{section}.no_{key.name}"
+                on, off = f"{section}.{config_field.name}", f"{section}.no_{config_field.name}"
                 raise UserError(f"{name} takes no value, but is given {given!r}; write {on} or {off}.") from None
-            expected = _type_name(key.type)
+            expected = _type_name(config_field.type)
             raise UserError(
                 f"{name} must be {expected}, but is {given!r} (--help lists all keys)."
                 if given
@@ -207,13 +219,13 @@ def _check_flag_values(argv: Sequence[str]) -> None:
 
 
 def _check_values(config: JobConfig) -> None:
-    """Check what the configuration alone can tell, apart from the backbone's sizes."""
+    """Check all values that do not depend on the launch, the device or the backbone's sizes."""
     ranges.check(config)
     memory, parallel, optimizer = config.parametric_memory, config.parallelism, config.optimizer
     require(
         config.job.format <= FORMAT,
-        f"job.format = {config.job.format} is newer than this version reads ({FORMAT}); install the version that the "
-        "file was written for.",
+        f"job.format = {config.job.format} is newer than the format of this version ({FORMAT}); install the version "
+        "that the file was written for.",
     )
     require(
         optimizer.name in OPTIMIZERS, f"optimizer.name must be {' or '.join(OPTIMIZERS)}, but is {optimizer.name!r}."
@@ -224,8 +236,8 @@ def _check_values(config: JobConfig) -> None:
     )
     require(
         config.training.dtype == "float32" or config.training.mixed_precision_param == config.training.dtype,
-        "training.dtype = 'bfloat16' keeps the weights in bfloat16, and training.mixed_precision_param = 'float32' "
-        "computes in another type; set both alike.",
+        "training.dtype = 'bfloat16' keeps the weights in bfloat16, but training.mixed_precision_param = 'float32' "
+        "computes in another dtype; set both to the same.",
     )
     profiling = config.profiling
     require(
@@ -251,14 +263,14 @@ def _check_values(config: JobConfig) -> None:
         f"checkpoint.keep_best = {best!r} needs parametric_memory.enable; set it, or choose {MEMORY_OFF}.",
     )
     require(
-        # 2 is the default: choosing such a trajectory takes one key.
+        # The default, 2, is allowed, so that choosing such a trajectory takes one key.
         memory.trajectory not in SINGLE_STATE or memory.inner_steps <= 2,
         f"parametric_memory.inner_steps = {memory.inner_steps} cannot be taken along the {memory.trajectory} "
         "trajectory, which has a single state; remove inner_steps, or choose anchor_consistent or progressive.",
     )
     require(
         bool(memory.target_modules),
-        "parametric_memory.target_modules is empty; name ffn, attention or linears of theirs, or "
+        "parametric_memory.target_modules is empty; name ffn, attention or some of their linears, or "
         "set parametric_memory.enable = false.",
     )
     require(
@@ -290,21 +302,23 @@ def _check_values(config: JobConfig) -> None:
     require(
         parallel.pipeline_parallel_degree == 1,
         f"parallelism.pipeline_parallel_degree = {parallel.pipeline_parallel_degree} is not supported: the inner "
-        "loop runs trunk and tail several times a step; use FSDP and tensor parallelism and set it to 1.",
+        "loop runs trunk and tail several times per step; use FSDP and tensor parallelism and set it to 1.",
     )
     require(
         parallel.context_parallel_load_balancer is None,
         f"parallelism.context_parallel_load_balancer = {parallel.context_parallel_load_balancer!r} is for causal "
-        "attention, and ours is not: every rank has the same work; remove it.",
+        "attention, and MemDLM's attention is bidirectional: all ranks have the same work; remove it.",
     )
-    # An empty list is written as an empty name on the command line.
+    # The command line writes an empty list as one empty name.
     config.model.converters = [name for name in config.model.converters if name]
     require(
         config.model.converters in ([], ["lora"]),
-        f'model.converters = {config.model.converters} is not supported but for ["lora"]: fast weights attach to plain '
-        "linears, and the output head computes its losses itself; remove it.",
+        f'model.converters = {config.model.converters} is not supported, only ["lora"] is: fast weights attach to '
+        "plain linears, and the output head computes its losses itself; remove it.",
     )
-    require(bool(config.lora.target_modules), "lora.target_modules is empty; name attention, ffn or linears of theirs.")
+    require(
+        bool(config.lora.target_modules), "lora.target_modules is empty; name attention, ffn or some of their linears."
+    )
     _check_hugging_face(config)
     require(
         config.checkpoint.enable or not config.checkpoint.create_seed_checkpoint,
@@ -313,7 +327,7 @@ def _check_values(config: JobConfig) -> None:
 
 
 def _check_hugging_face(config: JobConfig) -> None:
-    """The exchange of weights: what can be asked of the first load and the last save."""
+    """Check the keys of loading from and saving to Hugging Face folders."""
     checkpoint = config.checkpoint
     require(
         not checkpoint.initial_load_in_hf or checkpoint.enable,
@@ -329,7 +343,7 @@ def _check_hugging_face(config: JobConfig) -> None:
     )
     require(
         not checkpoint.last_save_in_hf or checkpoint.last_save_model_only,
-        "checkpoint.last_save_in_hf saves weights alone, from which the run cannot go on; set "
+        "checkpoint.last_save_in_hf saves weights alone, from which the run cannot continue; set "
         "checkpoint.last_save_model_only = true as well.",
     )
     require(

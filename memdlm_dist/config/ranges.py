@@ -1,4 +1,4 @@
-"""Ranges of a configuration's numbers: one table, by key."""
+"""Valid ranges of the configuration's numbers, in one table by key."""
 
 import math
 from collections.abc import Mapping
@@ -10,24 +10,24 @@ from memdlm_dist.errors import require
 
 @dataclass(frozen=True)
 class Range:
-    """The values that a number may have.
+    """Valid values of a number: an interval and special values outside of it.
 
     Attributes:
-        low: the least one; not itself among them if `above`.
-        high: the greatest one; not itself among them if `below`.
-        besides: values outside of it that mean something, and what.
-        remedy: what to do, as the end of the sentence.
+        low: lower bound, exclusive if `above`.
+        high: upper bound, exclusive if `below`.
+        special: meanings of the special values.
+        remedy: end of the error message.
     """
 
     low: float
     high: float = math.inf
     above: bool = False
     below: bool = False
-    besides: Mapping[float, str] | None = None
+    special: Mapping[float, str] | None = None
     remedy: str = ""
 
     def __contains__(self, value: float) -> bool:
-        if self.besides and value in self.besides:
+        if self.special and value in self.special:
             return True
         low = value > self.low if self.above else value >= self.low
         return low and (value < self.high if self.below else value <= self.high)
@@ -36,7 +36,7 @@ class Range:
         text = f"{'above' if self.above else 'at least'} {self.low:,}"
         if self.high < math.inf:
             text += f" and {'below' if self.below else 'at most'} {self.high:,}"
-        return text + "".join(f", or {value:g} ({meaning})" for value, meaning in (self.besides or {}).items())
+        return text + "".join(f", or {value:g} ({meaning})" for value, meaning in (self.special or {}).items())
 
 
 _COUNT, _OR_NONE, _POSITIVE, _FRACTION = Range(1), Range(0), Range(0, above=True), Range(0, 1)
@@ -59,9 +59,9 @@ RANGES: dict[str, Range] = {
     "lr_scheduler.total_steps": _COUNT,
     "lr_scheduler.decay_ratio": _FRACTION,
     "lr_scheduler.min_lr_factor": _FRACTION,
-    "training.local_batch_size": Range(1, besides={-1: "a rank's share of training.global_batch_size"}),
-    "training.max_local_batch_size": Range(1, besides={0: "no limit"}),
-    "training.global_batch_size": Range(1, besides={-1: "one micro-batch of each rank"}),
+    "training.local_batch_size": Range(1, special={-1: "a rank's share of training.global_batch_size"}),
+    "training.max_local_batch_size": Range(1, special={0: "no limit"}),
+    "training.global_batch_size": Range(1, special={-1: "one micro-batch of each rank"}),
     "training.seq_len": _COUNT,
     "training.max_norm": Range(0, above=True, remedy="inf switches clipping off"),
     "training.steps": _COUNT,
@@ -69,24 +69,24 @@ RANGES: dict[str, Range] = {
     "training.dataloader.num_workers": Range(0, 1024),
     "training.dataloader.prefetch_factor": _COUNT,
     "parallelism.data_parallel_replicate_degree": _COUNT,
-    "parallelism.data_parallel_shard_degree": Range(1, besides={-1: "all that is left"}),
+    "parallelism.data_parallel_shard_degree": Range(1, special={-1: "all ranks that the other degrees leave"}),
     "parallelism.tensor_parallel_degree": _COUNT,
     "parallelism.context_parallel_degree": _COUNT,
     "parallelism.expert_parallel_degree": _COUNT,
     "parallelism.expert_tensor_parallel_degree": _COUNT,
     "checkpoint.interval": _COUNT,
     "checkpoint.keep_latest_k": Range(
-        2, besides={0: "keep all"}, remedy="with 1 the newest may still be in the writing"
+        2, special={0: "keep all"}, remedy="with 1 the only checkpoint may still be incomplete"
     ),
-    "checkpoint.load_step": Range(0, besides={-1: "the newest good one"}),
-    "checkpoint.keep_every": Range(1, besides={0: "off"}),
+    "checkpoint.load_step": Range(0, special={-1: "the newest intact checkpoint"}),
+    "checkpoint.keep_every": Range(1, special={0: "off"}),
     "activation_checkpoint.memory_budget": _FRACTION,
     "comm.init_timeout_seconds": _SECONDS,
     "comm.train_timeout_seconds": _SECONDS,
     "comm.trace_buf_size": _OR_NONE,
-    "validation.local_batch_size": Range(1, besides={0: "training.local_batch_size"}),
+    "validation.local_batch_size": Range(1, special={0: "training.local_batch_size"}),
     "validation.freq": _COUNT,
-    "validation.steps": Range(1, besides={-1: "all held-out sequences"}),
+    "validation.steps": Range(1, special={-1: "all held-out sequences"}),
     "validation.dataloader.num_workers": Range(0, 1024),
     "validation.dataloader.prefetch_factor": _COUNT,
     "debug.seed": _SEED,
@@ -111,15 +111,15 @@ RANGES: dict[str, Range] = {
     "data.download_timeout": Range(0, 10**7, above=True),
     "reliability.max_consecutive_skips": _COUNT,
 }
-# Numbers that may be infinite, which switches a bound off.
+# Numbers that may be infinite, to switch off the bound that they set.
 _INFINITE = ("training.max_norm",)
 
 
 def check(config: Any) -> None:
-    """Check every number of a configuration; a key that is not set (None) is left alone.
+    """Check every number of a configuration; an unset key (None) is valid.
 
     Raises:
-        UserError: naming the first key out of its range, the range and the value.
+        UserError: naming the first key that is out of range, its range and its value.
     """
     for key, allowed in RANGES.items():
         value = config

@@ -1,1 +1,1 @@
-"""The trainer with its bi-level step, the objective, metrics, validation and per-step agreement."""
+"""Trainer with the bi-level step, objective, metrics, validation and the per-step consensus."""

@@ -1,4 +1,4 @@
-"""The backbone that a configuration describes: its sizes, its layout, its names on Hugging Face."""
+"""Backbone of a configuration: model arguments, parallel layout, state-dict adapter, shard requirements."""
 
 import torch
 
@@ -14,10 +14,10 @@ from memdlm_dist.models.state_dict_adapters import BackboneStateDictAdapter
 
 
 def get_model_args(config: JobConfig) -> LLaDAArgs:
-    """Return the backbone's sizes, for the length of the run's context.
+    """Return the model arguments, with the run's seq_len and RoPE scaling.
 
     Raises:
-        UserError: if there is no such backbone.
+        UserError: if model.name or model.flavor does not exist.
     """
     args = backbone_args(config.model.name, config.model.flavor)
     args.update_from_config(config)
@@ -25,12 +25,12 @@ def get_model_args(config: JobConfig) -> LLaDAArgs:
 
 
 def get_lora(config: JobConfig) -> LoRA | None:
-    """Return the adapters that are trained; None if all weights are."""
+    """Return the settings of the outer LoRA adapters; None if all weights are trained."""
     return config.lora if config.model.converters else None
 
 
 def get_recipe(config: JobConfig) -> Recipe:
-    """Return what decides how the backbone is converted and parallelised."""
+    """Return the settings that convert and parallelise the backbone."""
     return Recipe(
         training=config.training,
         parallelism=config.parallelism,
@@ -42,33 +42,33 @@ def get_recipe(config: JobConfig) -> Recipe:
 
 
 def get_layout(config: JobConfig, world_size: int) -> Layout:
-    """Build the meshes of the configuration's parallel degrees; torch.distributed knows the ranks."""
+    """Build the device meshes of the configured parallel degrees; torch.distributed must be initialised."""
     return build_layout(config.parallelism, world_size)
 
 
 def model_on_meta(config: JobConfig, args: LLaDAArgs, dims: Layout) -> LLaDA:
-    """Return the backbone without contents, converted and parallelised as in training.
+    """Build the backbone on the meta device, converted and parallelised as in training.
 
     Args:
-        args: from `get_model_args`, or other sizes for the same backbone.
+        args: from `get_model_args`, or model arguments of another size for the same backbone.
     """
     return parallelized_on_meta(BACKBONES[config.model.name].model, args, dims, get_recipe(config))
 
 
 def get_sd_adapter(config: JobConfig) -> BackboneStateDictAdapter:
-    """Return the state-dict adapter for the backbone's names on Hugging Face.
+    """Return the state-dict adapter between the backbone and its Hugging Face checkpoints.
 
     Raises:
-        UserError: if there is no such backbone.
+        UserError: if model.name or model.flavor does not exist.
     """
     return BACKBONES[config.model.name].sd_adapter(get_model_args(config), config.model.hf_assets_path)
 
 
 def get_conversion(config: JobConfig) -> Run:
-    """Return what the conversion of weights needs to know of the run.
+    """Return the description of the run that the conversion of weights needs.
 
     Raises:
-        UserError: if there is no such backbone.
+        UserError: if model.name or model.flavor does not exist.
     """
     sd_adapter = get_sd_adapter(config)
     with torch.device("meta"):
@@ -79,11 +79,7 @@ def get_conversion(config: JobConfig) -> Run:
 
 
 def get_shard_requirements(config: JobConfig, mask_token_id: int) -> Requirements:
-    """Return what the run asks of its shards.
-
-    Args:
-        mask_token_id: the tokenizer's.
-    """
+    """Return the requirements that the run's shards must meet."""
     parallel = config.parallelism
     return Requirements(
         seq_len=config.training.seq_len,

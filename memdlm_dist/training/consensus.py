@@ -19,26 +19,27 @@ logger = logging.getLogger()
 
 
 class _PendingFlags(NamedTuple):
-    """A step whose flags the host has not read, and what names the cause if they say that it is not finite."""
+    """Flags of a step that the host has not read yet, and the losses and samples that an error message names."""
 
     step: int
-    flags: Tensor  # float32 [2], 0 or 1 over all ranks: not finite, asked to stop
-    arriving: HostCopy | None  # None: they are read at once
+    flags: Tensor  # float32 [2], reduced over all ranks, 1 if set: (non-finite, stop requested)
+    host_copy: HostCopy | None  # the flags on their way to the host; None if the host reads them in the same step
     losses: Sequence[Tensor]
     sample_ids: Sequence[Tensor]
 
 
 class StepConsensus:
-    """What all ranks agree on: whether a step's losses and gradients are finite, and whether any was asked to stop.
+    """Per-step consensus of all ranks: a non-finite flag and a stop flag in one all-reduce.
 
-    Fused optimizers leave a step out on the device if it is not finite; the host reads the flags when the next step
-    reaches its own, or when `settle` is called, and has nothing to wait for then. For other optimizers, and for those
-    of a model that lies elsewhere (offloaded to the CPU), it reads them at once, and waits for the device.
+    A fused optimizer reads the non-finite flag on the device and skips the step there. The host reads both flags one
+    step later, or in `finish`, when their copy has usually arrived. With any other optimizer, or with parameters
+    offloaded to the CPU, the host reads the flags in the same step and waits for the device.
 
     Args:
-        model_parts: whose gradients count.
-        optimizers: which take the step.
-        device: of the collective.
+        model_parts: modules whose gradients are checked.
+        optimizers: optimizers that take or skip the step.
+        config: the [reliability] section.
+        device: device of the all-reduce.
     """
 
     def __init__(
@@ -50,112 +51,115 @@ class StepConsensus:
     ):
         self._parameters = dict(pair for part in model_parts for pair in part.named_parameters())
         self._optimizers, self._config, self._device = optimizers, config, device
-        self.skipped = 0  # batches, of the whole run
-        self.stop = False  # a rank was asked to
-        self.broken_weight = ""  # one that is not finite, so that no step can be taken
-        self._in_a_row = 0
-        self._asked: _PendingFlags | None = None
+        self.skipped = 0  # batches skipped in the whole run
+        self.stop = False  # a rank has received a stop request
+        self.nonfinite_weight = ""  # name of a weight that is not finite: the run cannot continue
+        self._consecutive_skips = 0
+        self._pending: _PendingFlags | None = None
 
     def reduce(self, step: int, losses: Sequence[Tensor], sample_ids: Sequence[Tensor], stop_requested: bool) -> None:
-        """Reduce over all ranks; call when the step's gradients are there. Settles the step before.
+        """All-reduce the flags of this step, after its backward passes; finish the previous step first.
 
         Args:
-            losses: this rank's, of each micro-batch.
-            sample_ids: `[B]` of each micro-batch, on the host.
+            losses: this rank's loss of each micro-batch.
+            sample_ids: sample ids of each micro-batch, `[B]` on the host.
+            stop_requested: this rank has received a stop request.
 
         Raises:
-            UserError: see `settle`.
+            UserError: see `finish`.
         """
         self.finish()
         finite = torch.isfinite(torch.stack(list(losses))).all() & torch.isfinite(self._local_norm())
-        asked_to_stop = torch.full((), float(stop_requested), device=self._device)
-        flags = torch.stack([finite.logical_not().float(), asked_to_stop])
+        stop_flag = torch.full((), float(stop_requested), device=self._device)
+        flags = torch.stack([finite.logical_not().float(), stop_flag])
         dist.all_reduce(flags, dist.ReduceOp.MAX)
-        late = all(skips_if_told(optimizer, flags.device) for optimizer in self._optimizers)
-        self._asked = _PendingFlags(step, flags, HostCopy(flags) if late else None, losses, sample_ids)
+        deferred = all(skips_if_told(optimizer, flags.device) for optimizer in self._optimizers)
+        self._pending = _PendingFlags(step, flags, HostCopy(flags) if deferred else None, losses, sample_ids)
 
     def step_optimizers(self) -> None:
-        """Take the step, which changes neither weights nor optimizer state if it is not finite.
+        """Step the optimizers; a non-finite step changes neither weights nor optimizer state.
 
         Raises:
-            UserError: see `settle`.
+            UserError: see `finish`.
         """
-        assert self._asked is not None, "the ranks have not agreed"
-        if self._asked.arriving is not None:
-            with told_to_skip(self._optimizers, self._asked.flags[0]):
+        assert self._pending is not None, "reduce() must come first"
+        if self._pending.host_copy is not None:
+            with told_to_skip(self._optimizers, self._pending.flags[0]):
                 self._optimizers.step()
             return
         skipped = self.skipped
         self.finish()
         if self.skipped > skipped:
-            # Parameters without a gradient are left alone, and their optimizer state too.
+            # Optimizers leave parameters without a gradient, and their optimizer state, unchanged.
             self._optimizers.zero_grad(set_to_none=True)
         self._optimizers.step()
 
     def finish(self) -> None:
-        """Act on the flags of the last step, if that has not been done: count its batch if it was skipped, set `stop`.
+        """Read the flags of the last step, unless that has been done: count a skipped batch, set `stop`.
 
         Raises:
-            UserError: if its batch is not finite and may not be skipped, if too many were in a row, or if a weight is
-                not finite.
+            UserError: if the step is not finite and skipping is off, if too many steps in a row were skipped, or if a
+                weight is not finite.
         """
-        if (asked := self._asked) is None:
+        if (pending := self._pending) is None:
             return
-        self._asked = None
-        flags = asked.flags if asked.arriving is None else asked.arriving.read()
-        not_finite, stop = flags.tolist()
+        self._pending = None
+        flags = pending.flags if pending.host_copy is None else pending.host_copy.read()
+        nonfinite, stop = flags.tolist()
         self.stop = self.stop or bool(stop)
-        if not_finite:
-            self._skip(asked.step, self._describe(asked.losses, asked.sample_ids))
+        if nonfinite:
+            self._skip(pending.step, self._describe(pending.losses, pending.sample_ids))
         else:
-            self._in_a_row = 0
+            self._consecutive_skips = 0
 
     def _local_norm(self) -> Tensor:
+        """Return the norm of this rank's gradient shards, which is finite only if they all are."""
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         return torch.nn.utils.get_total_norm([_local(g) for g in gradients])
 
     def _describe(self, losses: Sequence[Tensor], sample_ids: Sequence[Tensor]) -> str:
-        """Name the weights that are not finite, of all ranks; or else the losses, and their samples."""
+        """Return the cause as a clause: a non-finite weight of any rank, else a non-finite loss and its samples."""
         pairs = zip(losses, sample_ids, strict=True)
-        ours = [(loss.item(), ids.tolist()) for loss, ids in pairs if not torch.isfinite(loss)]
+        local = [(loss.item(), ids.tolist()) for loss, ids in pairs if not torch.isfinite(loss)]
         weight = next((name for name, p in self._parameters.items() if not _local(p).isfinite().all()), "")
-        theirs: list[tuple[str, list[tuple[float, list[int]]]]] = [("", [])] * dist.get_world_size()
-        dist.all_gather_object(theirs, (weight, ours))
-        self.broken_weight = next((name for name, _ in theirs if name), "")
-        if self.broken_weight:
-            return f"the weights themselves are not finite ({self.broken_weight})"
-        found = [pair for _, pairs in theirs for pair in pairs]
-        if not found:
+        gathered: list[tuple[str, list[tuple[float, list[int]]]]] = [("", [])] * dist.get_world_size()
+        dist.all_gather_object(gathered, (weight, local))
+        self.nonfinite_weight = next((name for name, _ in gathered if name), "")
+        if self.nonfinite_weight:
+            return f"the weights themselves are not finite ({self.nonfinite_weight})"
+        nonfinite = [pair for _, pairs in gathered for pair in pairs]
+        if not nonfinite:
             return "the gradient is not finite, though the loss is"
-        samples = sorted({sample for _, ids in found for sample in ids})
+        samples = sorted({sample for _, ids in nonfinite for sample in ids})
         shown = ", ".join(map(str, samples[:16])) + (", ..." if len(samples) > 16 else "")
-        return f"the loss is {found[0][0]} on samples among {shown}"
+        return f"the loss is {nonfinite[0][0]} on at least one of samples {shown}"
 
-    def _skip(self, step: int, wrong: str) -> None:
-        """Count a batch that must not change anything.
+    def _skip(self, step: int, cause: str) -> None:
+        """Count and log a skipped batch.
 
         Raises:
-            UserError: if the configuration says to stop, or too many came in a row.
+            UserError: if a weight is not finite, if `reliability.on_nonfinite` is 'stop', or after
+                `reliability.max_consecutive_skips` skipped batches in a row.
         """
-        if self.broken_weight:
+        if self.nonfinite_weight:
             raise UserError(
-                f"Step {step} cannot be taken: {wrong}; start from other weights (checkpoint.initial_load_path), or go "
+                f"Step {step} cannot be taken: {cause}; start from other weights (checkpoint.initial_load_path), or go "
                 "back to an earlier checkpoint (checkpoint.load_step)."
             )
         if self._config.on_nonfinite == "stop":
             raise UserError(
-                f"Step {step} cannot be taken: {wrong}; look at the data and the learning rates, or set "
+                f"Step {step} cannot be taken: {cause}; look at the data and the learning rates, or set "
                 "reliability.on_nonfinite = 'skip' to leave such batches out."
             )
-        self.skipped, self._in_a_row = self.skipped + 1, self._in_a_row + 1
-        if self._in_a_row >= self._config.max_consecutive_skips:
+        self.skipped, self._consecutive_skips = self.skipped + 1, self._consecutive_skips + 1
+        if self._consecutive_skips >= self._config.max_consecutive_skips:
             raise UserError(
-                f"Step {step} is the last of {self._in_a_row} in a row that cannot be taken: {wrong}; go back to an "
-                "earlier checkpoint (checkpoint.load_step) and lower the learning rates."
+                f"Step {step} is the last of {self._consecutive_skips} in a row that cannot be taken: {cause}; go back "
+                "to an earlier checkpoint (checkpoint.load_step) and lower the learning rates."
             )
-        logger.warning(f"Skipping the batch of step {step}: {wrong}. Skipped so far: {self.skipped}.")
+        logger.warning(f"Skipping the batch of step {step}: {cause}. Skipped so far: {self.skipped}.")
 
 
 def _local(x: Tensor) -> Tensor:
-    """Return this rank's part of a tensor that may be sharded."""
+    """Return this rank's shard of a DTensor; any other tensor unchanged."""
     return x.to_local() if isinstance(x, DTensor) else x

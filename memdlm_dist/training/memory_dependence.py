@@ -1,20 +1,20 @@
-"""Check that the base model does not come to depend on its memory: validation losses with the memory off and on."""
+"""Warning that the base model depends on its memory, from the validation losses with the memory off and on."""
 
 import math
 
 
 class MemoryDependence:
-    """Detects a base model that comes to depend on fast weights that were just written on its targets.
+    """Detector of a base model that has come to depend on fast weights trained on its own targets.
 
-    The sign is a loss with the memory off that is above its best by more than 1 % while the loss with the memory on
-    is below what it was then.
+    It warns if the memory-off loss exceeds its best value by more than 1 % while the memory-on loss is lower than at
+    that best step.
     """
 
     def __init__(self) -> None:
         self._step, self._off, self._on = 0, math.inf, math.inf
 
     def check(self, step: int, off: float, on: float) -> str:
-        """Return a warning as one sentence; empty if there is nothing to warn of."""
+        """Return the warning, one sentence; empty if the losses (nats per token) give no reason for it."""
         if off <= self._off:
             self._step, self._off, self._on = step, off, on
             return ""
@@ -22,7 +22,7 @@ class MemoryDependence:
             return ""
         return (
             f"The held-out loss with the memory off rose from {self._off:.4f} (step {self._step}) to {off:.4f}, while "
-            f"with the memory on it fell from {self._on:.4f} to {on:.4f}: the model comes to lean on its fast weights, "
-            "and will be worse without them; start from a pre-trained base (checkpoint.initial_load_path), or lower "
-            "parametric_memory.probability, parametric_memory.learning_rate or optimizer.lr."
+            f"with the memory on it fell from {self._on:.4f} to {on:.4f}: the base model comes to depend on its fast "
+            "weights and gets worse without them; start from a pre-trained base (checkpoint.initial_load_path), or "
+            "lower parametric_memory.probability, parametric_memory.learning_rate or optimizer.lr."
         )

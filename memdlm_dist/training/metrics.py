@@ -1,4 +1,4 @@
-"""Scalars of the objective and the memory, beside torchtitan's own, and the console line's share of them."""
+"""Metrics of the objective and the memory, logged with torchtitan's own scalars and step line."""
 
 import math
 
@@ -25,39 +25,41 @@ LOAD_ENTROPY = "experts/load_entropy"
 
 
 class MemDLMMetrics(MetricsProcessor):
-    """torchtitan's processor, which also averages over micro-batches and data-parallel ranks what the
-    trainer records during a step. The ranks of a context-parallel group record the same, but for losses and load.
+    """torchtitan's metrics processor with scalars averaged over micro-batches and data-parallel ranks.
 
-    Recording stays on the device. Only `log_step` reduces and reads, on steps that log.
+    The trainer records the scalars during a step. The ranks of a context-parallel group record the same values, except
+    for the rank loss and the expert load. Recorded values stay on the device: only `log_step` reduces them and waits
+    for the device.
     """
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims, tag: str | None = None):
         super().__init__(job_config, parallel_dims, tag)
-        self.totals: dict[str, float] = {}  # counts of the run, the same on every rank
+        self.totals: dict[str, float] = {}  # counters of the run, equal on every rank
         self.start_step()
 
     def start_step(self) -> None:
-        self._sums: dict[str, Tensor] = {}  # name -> [sum, number]
+        """Discard what the previous step recorded."""
+        self._sums: dict[str, Tensor] = {}  # name -> [sum, count]
         self._rank_loss: Tensor | None = None  # [loss sum, maskable tokens] of this rank
         self._expert_load: Tensor | None = None
 
     def record(self, name: str, values: Tensor, counted: Tensor | None = None) -> None:
-        """Add the entries of `values` for which `counted` holds (all by default) to a scalar's average."""
+        """Add the entries of `values` where `counted` is true (default: all) to a scalar's average."""
         counted = torch.ones_like(values, dtype=torch.bool) if counted is None else counted
         self.record_ratio(name, torch.where(counted, values, 0.0).sum(), counted.sum())
 
-    def record_ratio(self, name: str, total: Tensor, number: Tensor) -> None:
-        """Add to the numerator and the denominator of a scalar."""
-        pair = torch.stack([total.float(), number.float()])
+    def record_ratio(self, name: str, total: Tensor, count: Tensor) -> None:
+        """Add `total` to the numerator and `count` to the denominator of a scalar."""
+        pair = torch.stack([total.float(), count.float()])
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def record_rank_loss(self, loss_sum: Tensor, maskable: Tensor) -> None:
-        """Add a micro-batch's loss sum and its number of maskable tokens, for the largest loss of a rank."""
+        """Add a micro-batch's loss sum and maskable tokens to this rank's loss, for the maximum over ranks."""
         pair = torch.stack([loss_sum.detach().float(), maskable.float()])
         self._rank_loss = pair if self._rank_loss is None else self._rank_loss + pair
 
     def record_inner_loop(self, statistics: InnerStatistics) -> None:
-        """The averages are over sets of fast weights that had a scored token."""
+        """Record losses, gradient norms and updates of the inner loop, averaged over sets with a scored token."""
         for k, counted_G in enumerate(statistics.counted_KG):
             self.record(INNER_LOSS.format(k + 1), statistics.loss_KG[k], counted_G)
             self.record(INNER_GRAD_NORM.format(k + 1), statistics.grad_norm_KG[k], counted_G)
@@ -65,11 +67,15 @@ class MemDLMMetrics(MetricsProcessor):
         self.record(SKIPPED, statistics.skipped_KG.float().sum().unsqueeze(0))
 
     def record_expert_load(self, load_XE: Tensor) -> None:
-        """The tokens of every expert of X layers since they were last logged, on this rank."""
+        """Record the tokens of each expert of X layers `[X, E]` since the last logged step, on this rank."""
         self._expert_load = load_XE
 
     def _load_balance(self) -> dict[str, float]:
-        """How evenly the tokens of all ranks were spread over experts, averaged over layers."""
+        """Return the load balance of the experts over all ranks, averaged over layers.
+
+        The largest load is the maximum over the mean (1 is balanced); unused is the share of experts without a token;
+        the entropy is 1 for a uniform load.
+        """
         if self._expert_load is None:
             return {}
         load_XE = self._expert_load.double()
@@ -85,6 +91,7 @@ class MemDLMMetrics(MetricsProcessor):
         )
 
     def _reduce(self) -> dict[str, float]:
+        """Return the recorded scalars, averaged over data-parallel ranks."""
         if not self._sums:
             return {}
         pairs = torch.stack(list(self._sums.values()))
@@ -92,12 +99,14 @@ class MemDLMMetrics(MetricsProcessor):
         if mesh is not None:
             torch.distributed.all_reduce(pairs, group=mesh.get_group())
         rows = zip(self._sums, pairs.tolist(), strict=True)
-        # A count of skipped updates is a total, everything else an average.
-        return {name: total if name == SKIPPED else total / max(number, 1.0) for name, (total, number) in rows}
+        # Skipped updates are a sum, all other scalars are averages.
+        return {name: total if name == SKIPPED else total / max(count, 1.0) for name, (total, count) in rows}
 
     def _largest_rank_loss(self) -> float | None:
-        """Over the data-parallel ranks with maskable tokens; None if there are none. torchtitan's own divides 0 by 0
-        there."""
+        """Return the largest loss of a data-parallel rank, without ranks that have no maskable token; None if all.
+
+        torchtitan's own maximum divides 0 by 0 on a rank without maskable tokens.
+        """
         if self._rank_loss is None:
             return None
         total, maskable = self._rank_loss
@@ -112,11 +121,12 @@ class MemDLMMetrics(MetricsProcessor):
         return None if largest == -torch.inf else largest.item()
 
     def log_step(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float, tokens_seen: int) -> None:
-        """Reduce over ranks, and write a step to TensorBoard and the console.
+        """Reduce the step's metrics over all ranks and write them to TensorBoard and the console.
 
         Args:
-            loss: this rank's share of the global batch's.
-            tokens_seen: by all ranks.
+            loss: this rank's share of the global batch's loss.
+            grad_norm: before clipping.
+            tokens_seen: tokens that all ranks have read so far.
         """
         dims = self.parallel_dims
         average = dist_sum(loss, dims.get_optional_mesh("loss")) if dims.dp_cp_enabled else loss.item()
@@ -124,14 +134,14 @@ class MemDLMMetrics(MetricsProcessor):
         scalars = self._reduce() | self._load_balance()
         inner = [scalars[name] for k in range(len(scalars)) if (name := INNER_LOSS.format(k + 1)) in scalars]
         suffix = f"  inner loss: {' -> '.join(f'{loss:.4f}' for loss in inner)}" if inner else ""
-        ours = {"n_tokens_seen": tokens_seen, "lr": lr, **scalars, **self.totals}
+        extra_metrics = {"n_tokens_seen": tokens_seen, "lr": lr, **scalars, **self.totals}
         with appending_to_step_line(suffix):
-            super().log(step, average, average if largest is None else largest, grad_norm.item(), ours)
+            super().log(step, average, average if largest is None else largest, grad_norm.item(), extra_metrics)
 
     def exclude(self, seconds: float) -> None:
-        """Leave time that was not spent on training out of the next step line's throughput."""
+        """Exclude seconds that were not spent on training from the next step line's throughput."""
         self.time_last_log += seconds
 
     def log_scalars(self, scalars: dict[str, float], step: int) -> None:
-        """Write scalars to TensorBoard (and whatever else is on)."""
+        """Write scalars to TensorBoard and any other logger of torchtitan that is enabled."""
         self.logger.log(scalars, step)

@@ -1,6 +1,9 @@
-"""From the configuration to the objective: draws the noise of a micro-batch and runs it.
+"""Objective of a configuration: draws the noise of a micro-batch and computes its loss.
 
-The one place where configuration, parallel layout and mathematics meet; training and validation share it.
+The only module that knows the configuration, the parallel layout and the mathematics (`method/`). Training, validation
+and inference share it.
+
+Shapes: B rows, L tokens, U samples (rows, or documents of packed rows).
 """
 
 from dataclasses import dataclass, replace
@@ -24,7 +27,7 @@ from memdlm_dist.models.llada import LLaDA, LLaDAArgs
 
 @dataclass(frozen=True)
 class Objective:
-    """The masked-diffusion objective, with a parametric memory or without (`memory=None`)."""
+    """Masked-diffusion objective on this rank, with a parametric memory or without (`memory=None`)."""
 
     mask_token_id: int
     plan: Plan
@@ -32,11 +35,13 @@ class Objective:
     seed: int
     tp_size: int
     tp_rank: int
-    probability: float = 1.0  # share of the sequences that have a memory
+    probability: float = 1.0  # share of the samples that train with the memory
     shifted: bool = False  # the backbone predicts the next token
     cp_size: int = 1
     cp_rank: int = 0
-    slots: int | None = None  # of packed rows' documents; None: by the micro-batch, see `Documents.from_numbers`
+    slots: int | None = (
+        None  # document slots per packed row; None: chosen per micro-batch, see `Documents.from_numbers`
+    )
 
     def micro_batch(
         self,
@@ -48,24 +53,24 @@ class Objective:
         outer_weight: str | None = None,
         documents_BL: Tensor | None = None,
     ) -> MicroBatch:
-        """Draw the noise of a micro-batch; on the host.
+        """Draw the noise of a micro-batch, on the host.
 
-        Under context parallelism the arguments are of whole rows, and what is returned is this rank's part of them.
+        Under context parallelism the arguments hold whole rows and the result holds this rank's sequence shard.
 
         Args:
             tokens_BL: clean tokens.
-            labels_BL: the same where a token may be masked, -100 elsewhere.
-            sample_ids_B: global ids of the rows, the keys of the noise.
-            step: training step; 0 for noise that stays fixed.
+            labels_BL: the clean token where it may be masked, -100 elsewhere.
+            sample_ids_B: global ids of the rows, which key the noise.
+            step: training step; 0 for noise that never changes.
             t_U: noise levels of the samples; drawn if None.
-            outer_weight: loss weight of the outer loss, if not the plan's own.
-            documents_BL: numbers of the tokens' documents in packed rows (`Documents.number_BL`), which then are the
-                samples.
+            outer_weight: loss weight of the outer loss; the plan's if None.
+            documents_BL: document number of each token of packed rows (`Documents.number_BL`); the documents are then
+                the samples.
         """
         documents = Documents.from_numbers(documents_BL, self.slots) if documents_BL is not None else None
         sample_ids_U = sample_ids_B if documents is None else documents.ids(sample_ids_B)
         maskable_BL = labels_BL != IGNORE_INDEX
-        if self.shifted:  # nothing predicts the first token
+        if self.shifted:  # no position predicts the first token
             first_BL = torch.arange(tokens_BL.shape[1]) == 0 if documents is None else documents.position_BL == 0
             maskable_BL &= ~first_BL
         draw = trajectory.draw(self.seed, step, sample_ids_U, maskable_BL, t_U, documents)
@@ -84,9 +89,10 @@ class Objective:
         ).cp_slice(self.cp_rank, self.cp_size)
 
     def _inner_states(self, draw: Draw, anchor: State, step: int, sample_ids_U: Tensor) -> list[State]:
-        """The plan's, with nothing to score where the sample has no memory: then nothing is written for it.
+        """Return the plan's states, without targets in samples that are drawn to train without the memory.
 
-        Samples that share their fast weights share the draw too, over all ranks.
+        A sample without targets leaves its fast weights unchanged. Samples that share a set of fast weights, on all
+        ranks, share the draw.
         """
         states = self.plan.states(draw, anchor)
         assert self.memory is not None
@@ -94,13 +100,17 @@ class Objective:
             return states
         ids = sample_ids_U if self.memory.per_sample else torch.zeros_like(sample_ids_U)
         u_U1 = keyed_random.uniform(keyed_random.key(self.seed, Stream.MEMORY, step, ids), torch.zeros(1).long())
-        chosen = draw.broadcast(u_U1.squeeze(1) < self.probability)
-        return [replace(state, target_BL=state.target_BL & chosen) for state in states]
+        has_memory = draw.broadcast(u_U1.squeeze(1) < self.probability)
+        return [replace(state, target_BL=state.target_BL & has_memory) for state in states]
 
     def loss_sum(
         self, model: LLaDA, batch: MicroBatch, step: int, use_memory: bool = True
     ) -> tuple[Tensor, InnerStatistics | None]:
-        """Sum of w(t) nll over this rank's masked tokens of a micro-batch (see `bilevel.outer_loss`)."""
+        """Return the outer loss, the sum of w(t) * nll over this rank's masked tokens, and the inner loop's statistics.
+
+        The inner loop runs first, unless `use_memory` is false or the micro-batch has no inner states; the statistics
+        are then None. See `bilevel.outer_loss`.
+        """
         memory = self.memory if use_memory and batch.inner else None
         fast = memory.draw(self.seed, step, batch.sample_ids_U) if memory else None
         return outer_loss(model, batch, memory, fast, self.tp_rank)
@@ -112,15 +122,15 @@ def build_objective(
     mask_token_id: int,
     layout: Layout,
 ) -> Objective:
-    """Build the objective that a configuration describes, on this rank."""
+    """Build the objective of a configuration for this rank."""
     memory = config.parametric_memory
     tp_mesh, cp_mesh = (layout.get_optional_mesh(name) for name in ("tp", "cp"))
     return Objective(
         mask_token_id=mask_token_id,
         plan=get_plan(config),
         memory=_memory(memory, args, layout) if memory.enable else None,
-        # Without a seed torchtitan draws one for the weights; the noise then starts from 0, so that a
-        # resumed run goes on with its own.
+        # Without debug.seed torchtitan draws a random seed for the weights. The noise takes 0 then, so that a resumed
+        # run continues with the same noise.
         seed=config.debug.seed or 0,
         tp_size=tp_mesh.size() if tp_mesh else 1,
         tp_rank=tp_mesh.get_local_rank() if tp_mesh else 0,
@@ -132,7 +142,7 @@ def build_objective(
 
 
 def get_plan(config: JobConfig) -> Plan:
-    """Return the trajectory that the inner loop follows."""
+    """Return the plan of the inner loop: trajectory, scored tokens and loss weights."""
     memory, diffusion = config.parametric_memory, config.diffusion
     return Plan(
         trajectory=memory.trajectory,
@@ -145,12 +155,12 @@ def get_plan(config: JobConfig) -> Plan:
 
 
 def get_inner_loss(memory: ParametricMemory) -> InnerLoss:
-    """Return what an inner step minimises."""
+    """Return the loss that an inner step minimises."""
     return inner_loss(memory.inner_loss, memory.student_hidden, memory.teacher_hidden)
 
 
 def first_adapted_layer(memory: ParametricMemory, args: LLaDAArgs) -> int:
-    """Return the first layer with fast weights: int(n (1 - layer_fraction))."""
+    """Return the index of the first layer with fast weights, int(n_layers * (1 - layer_fraction))."""
     return int(args.n_layers * (1 - memory.layer_fraction))
 
 

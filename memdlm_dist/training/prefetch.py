@@ -1,4 +1,4 @@
-"""The micro-batches of the next step are loaded, and their noise is drawn, while a step runs."""
+"""Prefetch thread: loads the next step's micro-batches and draws their noise while the current step runs."""
 
 import queue
 import threading
@@ -14,36 +14,36 @@ from memdlm_dist.method.trajectory import IGNORE_INDEX
 from memdlm_dist.runtime import device as devices
 from memdlm_dist.runtime.transfer import PinnedTree
 
-# Seconds that closing waits for a loader which does not return; the process then ends without it.
-_PATIENCE = 10.0
+# Seconds that closing waits for the thread. If its loader does not return, the process ends without it (daemon thread).
+_CLOSE_TIMEOUT = 10.0
 
 
 class _Closing(Exception):
-    """Nothing more is to be drawn."""
+    """Signal inside the thread that the prefetcher is closing."""
 
 
-class DrawnBatch(NamedTuple):
+class PrefetchedBatch(NamedTuple):
     """A micro-batch with its noise drawn, on the host."""
 
-    batch: MicroBatch
-    packed: PinnedTree  # the same, ready to be copied to the device
+    on_host: MicroBatch
+    pinned: PinnedTree  # the micro-batch in pinned memory, for the copy to the device
     sample_ids_B: Tensor
-    labelled: int  # tokens with a label
-    tokens: int  # in all
-    position: dict[str, int]  # of the loader behind it
+    labelled: int  # number of tokens with a label
+    tokens: int  # number of all tokens
+    loader_position: dict[str, int]  # the loader's position after this micro-batch
 
 
 class BatchPrefetcher:
-    """A thread that reads the loader, draws and packs: at most one step ahead of the one that is taken.
+    """Thread that loads batches, draws their noise and copies them to pinned memory, at most one step ahead.
 
-    A context manager; leaving it ends the thread. What goes wrong in the thread is raised where its step is taken.
+    A context manager; leaving it ends the thread. `take` raises the errors of the thread.
 
     Args:
-        loader: of batches; read by the thread alone, from the first `take` on.
-        draw: (batch, step) -> its micro-batch.
-        per_step: micro-batches of a step.
-        last_step: nothing is drawn for steps behind it.
-        device: where the micro-batches go.
+        loader: yields batches; only the thread reads it, from the first `take` on.
+        draw: (batch, step) -> micro-batch with its noise.
+        per_step: micro-batches per step.
+        last_step: last step to prefetch.
+        device: device of the micro-batches' later copy.
     """
 
     def __init__(
@@ -56,12 +56,12 @@ class BatchPrefetcher:
     ):
         self._loader, self._draw, self._per_step = loader, draw, per_step
         self._last_step, self._device = last_step, device
-        self._steps: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # to draw; None ends the thread
-        self._drawn: queue.SimpleQueue[list[DrawnBatch] | BaseException] = queue.SimpleQueue()
-        self._asked = 0  # the last step in `_steps`
-        self._awaited = threading.Event()  # `take` waits, or nothing will be taken any more
+        self._steps: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # steps to load; None ends the thread
+        self._loaded: queue.SimpleQueue[list[PrefetchedBatch] | BaseException] = queue.SimpleQueue()
+        self._requested = 0  # the last step put into `_steps`
+        self._needed = threading.Event()  # set while `take` waits, and when the prefetcher closes
         self._closing = False
-        self._thread = threading.Thread(target=self._run, daemon=True, name="draw ahead")
+        self._thread = threading.Thread(target=self._run, daemon=True, name="prefetch")
 
     def __enter__(self) -> "BatchPrefetcher":
         self._thread.start()
@@ -70,35 +70,36 @@ class BatchPrefetcher:
     def __exit__(self, *_: object) -> None:
         self._closing = True
         self._steps.put(None)
-        self._awaited.set()
-        self._thread.join(_PATIENCE)
+        self._needed.set()
+        self._thread.join(_CLOSE_TIMEOUT)
 
     @property
     def thread(self) -> int:
-        """The thread's identifier."""
+        """Identifier of the thread, as in `threading.get_ident`; 0 before it starts."""
         return self._thread.ident or 0
 
-    def take(self, step: int) -> list[DrawnBatch]:
-        """Wait for the micro-batches of a step, and let those of the next be drawn."""
-        self._awaited.set()
-        if self._asked < step:
+    def take(self, step: int) -> list[PrefetchedBatch]:
+        """Return the micro-batches of a step when they are loaded, and request those of the next step."""
+        self._needed.set()
+        if self._requested < step:
             self._steps.put(step)
-        drawn = self._drawn.get()
-        self._awaited.clear()
-        if isinstance(drawn, BaseException):
-            raise drawn
-        self._asked = step
+        loaded = self._loaded.get()
+        self._needed.clear()
+        if isinstance(loaded, BaseException):
+            raise loaded
+        self._requested = step
         if step < self._last_step:
-            self._asked = step + 1
-            self._steps.put(self._asked)
-        return drawn
+            self._requested = step + 1
+            self._steps.put(self._requested)
+        return loaded
 
     def wait_until_needed(self) -> None:
-        """Wait, in the thread, until the main thread waits for it.
+        """Block the prefetch thread until the main thread waits in `take`.
 
-        Worker processes are forked then, when the main thread holds no lock that they would inherit.
+        The loader calls this before it forks worker processes: a waiting main thread holds no lock that they could
+        inherit.
         """
-        self._awaited.wait()
+        self._needed.wait()
         if self._closing:
             raise _Closing
 
@@ -109,25 +110,25 @@ class BatchPrefetcher:
                 if batches is None:
                     devices.use(self._device)
                     batches = iter(self._loader)
-                self._drawn.put(self._load(batches, step))
-            except BaseException as error:  # whatever it is, `take` raises it
-                self._drawn.put(error)
+                self._loaded.put(self._load(batches, step))
+            except BaseException as error:  # raised by `take`
+                self._loaded.put(error)
                 return
 
-    def _load(self, batches: Iterator[Batch], step: int) -> list[DrawnBatch]:
-        drawn: list[DrawnBatch] = []
-        while len(drawn) < self._per_step:
+    def _load(self, batches: Iterator[Batch], step: int) -> list[PrefetchedBatch]:
+        micro_batches: list[PrefetchedBatch] = []
+        while len(micro_batches) < self._per_step:
             if self._closing:
                 raise _Closing
-            drawn.append(self._pack(next(batches), step))
-        return drawn
+            micro_batches.append(self._prepare(next(batches), step))
+        return micro_batches
 
-    def _pack(self, batch: Batch, step: int) -> DrawnBatch:
-        drawn = self._draw(batch, step)
+    def _prepare(self, batch: Batch, step: int) -> PrefetchedBatch:
+        on_host = self._draw(batch, step)
         labelled = int((batch.labels_BL != IGNORE_INDEX).sum())
-        return DrawnBatch(
-            drawn,
-            PinnedTree(drawn, self._device),
+        return PrefetchedBatch(
+            on_host,
+            PinnedTree(on_host, self._device),
             batch.sample_ids_B,
             labelled,
             batch.labels_BL.numel(),

@@ -1,4 +1,4 @@
-"""A training run from its configuration to its exit status."""
+"""Training run: configuration, checks, trainer, exit status."""
 
 import logging
 import os
@@ -34,10 +34,10 @@ logger = logging.getLogger()
 
 
 def check_output(dump_folder: str) -> None:
-    """Check that the output folder can be made and written to.
+    """Create the output folder and check that it is writable.
 
     Raises:
-        UserError: naming it.
+        UserError: if it is not.
     """
     try:
         os.makedirs(dump_folder, exist_ok=True)
@@ -49,20 +49,20 @@ def check_output(dump_folder: str) -> None:
 
 
 def _warn_of_length(config: JobConfig, args: LLaDAArgs) -> None:
-    """Warn if seq_len exceeds the context of pretrained weights."""
-    length, known = config.training.seq_len, args.native_length * config.model.rope_scaling
-    if config.checkpoint.initial_load_in_hf and length > known and is_rank_0():
+    """Warn if training.seq_len exceeds the context length of the pretrained weights, after RoPE scaling."""
+    length, native = config.training.seq_len, args.native_length * config.model.rope_scaling
+    if config.checkpoint.initial_load_in_hf and length > native and is_rank_0():
         logger.warning(
-            f"training.seq_len = {length} is longer than the {known:g} tokens that the weights' rotary positions are "
-            f"for; set model.rope_scaling = {length / args.native_length:g} to extend them."
+            f"training.seq_len = {length} is longer than the {native:g} tokens of the pretrained context; set "
+            f"model.rope_scaling = {length / args.native_length:g} to extend it."
         )
 
 
 def run(argv: Sequence[str]) -> int:
-    """Train as a command line says; returns the exit status.
+    """Train as the command line configures; returns the exit status (docs/reliability.md).
 
     Raises:
-        UserError: for everything a user can get wrong.
+        UserError: if the configuration, the data, a checkpoint or the launch is wrong.
     """
     check_prepared()
     config = launch.resolve(parse_config.parse(argv), *launched_processes())
@@ -80,12 +80,12 @@ def run(argv: Sequence[str]) -> int:
     if not trainer.stopped_early:
         return 0
     saved = f"saved in {trainer.checkpointer.folder}" if config.checkpoint.enable else "not saved (checkpoint.enable)"
-    logger.info(f"Stopped after step {trainer.step}, {saved}; start it again to go on.")
+    logger.info(f"Stopped after step {trainer.step}, {saved}; start the run again to continue.")
     return preemption.exit_status()
 
 
 def _writer(config: JobConfig) -> AbstractContextManager[Claim | None]:
-    """Claim the checkpoints' folder for this run, on the first rank; the others follow it."""
+    """Claim the checkpoint folder for this run; rank 0 holds the claim for all ranks."""
     if not config.checkpoint.enable or config.checkpoint.load_only or not is_rank_0():
         return nullcontext()
     folder = config.checkpoint.folder
@@ -93,7 +93,7 @@ def _writer(config: JobConfig) -> AbstractContextManager[Claim | None]:
 
 
 def _train(config: JobConfig, stop: StopRequest, writer: Claim | None) -> MemDLMTrainer:
-    """Build, load and train; returns the trainer when all is closed."""
+    """Build the trainer, train and close everything; returns the closed trainer."""
     trainer: MemDLMTrainer | None = None
     done = False
     try:
@@ -108,7 +108,7 @@ def _train(config: JobConfig, stop: StopRequest, writer: Claim | None) -> MemDLM
             table = summary_table(config.job.dump_folder) if config.validation.enable else None
             if table and is_rank_0():
                 print(table, flush=True)
-        torch.distributed.barrier()  # rank 0 may hold the store of the rendezvous: it leaves with the others
+        torch.distributed.barrier()  # rank 0 may host the rendezvous store, so it must not leave before the others
         done = True
     except RuntimeError as error:
         if trainer is None or not (reason := connection_loss(error)):
@@ -116,13 +116,13 @@ def _train(config: JobConfig, stop: StopRequest, writer: Claim | None) -> MemDLM
         if "timed out" in reason.lower():
             raise UserError(trainer.watchdog.explain()) from None
         raise UserError(
-            f"Rank {os.environ['RANK']} lost another rank while {trainer.watchdog.doing} ({reason}); see what the rank "
-            "that ended first says, and start again from the last checkpoint."
+            f"Rank {os.environ['RANK']} lost another rank while {trainer.watchdog.doing} ({reason}); see the log of "
+            "the rank that ended first, and start again from the last checkpoint."
         ) from None
     finally:
         if trainer is not None:
             trainer.close()
-        # A rank that fails alone must not wait for its peers: the launcher stops them.
+        # A rank that fails alone must not wait for the others; the launcher stops them.
         if torch.distributed.is_initialized() and (done or torch.distributed.get_world_size() == 1):
             torch.distributed.destroy_process_group()
     return trainer

@@ -1,6 +1,6 @@
-"""Our backbones and components, under the names by which torchtitan's Trainer finds them.
+"""Registration of the backbones and components with torchtitan, whose Trainer looks them up by name.
 
-Everything here has a signature of torchtitan's; what it calls takes values of ours.
+The functions have the signatures that torchtitan prescribes and translate them into our own.
 """
 
 import os
@@ -27,16 +27,17 @@ from memdlm_dist.training.validator import HeldOutValidator
 
 
 class _Converter:
-    """torchtitan's model converter `lora`; see `[lora]` in the configuration."""
+    """torchtitan model converter `lora`: adds the adapters of the [lora] section."""
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims):
         self._recipe = get_recipe(job_config)
 
     def convert(self, model: LLaDA) -> None:
+        """Add adapters to the linears, before the model is parallelised."""
         convert(model, self._recipe)
 
     def post_optimizer_hook(self, model: nn.Module) -> None:
-        """Do nothing after a step."""
+        """Do nothing: adapters need no work after an optimizer step."""
 
 
 def _parallelize(model: LLaDA, parallel_dims: ParallelDims, job_config: JobConfig) -> LLaDA:
@@ -50,7 +51,7 @@ def _build_tokenizer(job_config: JobConfig) -> DiffusionTokenizer:
 def _build_dataloader(
     *, dp_world_size: int, dp_rank: int, tokenizer: DiffusionTokenizer, job_config: JobConfig
 ) -> EpochLoader:
-    del dp_rank  # streaming reads the rank from the environment
+    del dp_rank  # mosaicml-streaming reads the rank from the environment
     training = job_config.training
     workers = training.dataloader
     return training_loader(
@@ -68,7 +69,7 @@ def _build_dataloader(
 
 
 def _build_validator(loss_fn: Any, **arguments: Any) -> HeldOutValidator:
-    del loss_fn  # the validator computes its own
+    del loss_fn  # the validator computes its own loss
     return HeldOutValidator(**arguments)
 
 
@@ -81,12 +82,12 @@ def _build_metrics_processor(
 
 @cache
 def register() -> None:
-    """Make the backbones and their model converter known to torchtitan's Trainer."""
+    """Register all backbones and the model converter `lora` with torchtitan; once per process."""
     register_model_converter(_Converter, "lora")
     for name, backbone in BACKBONES.items():
         spec = TrainSpec(
             model_cls=backbone.model,
-            # The Trainer writes the length of the run's context into what it takes.
+            # Copies, because the Trainer writes the run's seq_len into them.
             model_args={flavour: backbone_args(name, flavour) for flavour in backbone.flavours},
             parallelize_fn=_parallelize,
             pipelining_fn=None,
@@ -94,7 +95,7 @@ def register() -> None:
             build_lr_schedulers_fn=build_lr_schedulers,
             build_dataloader_fn=_build_dataloader,
             build_tokenizer_fn=_build_tokenizer,
-            # torchtitan requires one; the trainer computes its loss itself.
+            # Required by torchtitan but unused: the trainer computes its own loss.
             build_loss_fn=build_cross_entropy_loss,
             build_validator_fn=_build_validator,
             build_metrics_processor_fn=_build_metrics_processor,

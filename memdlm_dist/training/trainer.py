@@ -1,4 +1,4 @@
-"""torchtitan's Trainer with the bi-level step: `train` is the loop, `train_step` one step, each from top to bottom."""
+"""torchtitan's Trainer with the bi-level step: `train` is the loop, `train_step` one optimizer step."""
 
 import logging
 import time
@@ -32,15 +32,16 @@ from memdlm_dist.training.backbone import get_lora
 from memdlm_dist.training.consensus import StepConsensus
 from memdlm_dist.training.metrics import HARDWARE_FLOPS, MASK_RATIO, SKIPPED_BATCHES, MemDLMMetrics
 from memdlm_dist.training.objective import Objective, build_objective
-from memdlm_dist.training.prefetch import BatchPrefetcher, DrawnBatch
+from memdlm_dist.training.prefetch import BatchPrefetcher, PrefetchedBatch
 
 logger = logging.getLogger()
 
 
 class MemDLMTrainer(Trainer):
-    """torchtitan's Trainer, whose set-up, meshes, optimizers, schedules, checkpoints and metrics carry the outer loop.
+    """torchtitan's Trainer with MemDLM's objective.
 
-    The outer loss's denominator is the number of tokens with a label in the global batch.
+    Set-up, meshes, optimizers, schedules, checkpoints and metrics are torchtitan's; `train` and `train_step` replace
+    its loop and its step. The outer loss is divided by the number of labelled tokens in the global batch.
     """
 
     job_config: JobConfig
@@ -75,14 +76,14 @@ class MemDLMTrainer(Trainer):
 
     @record
     def train(self) -> None:
-        """Load the newest checkpoint and take steps, with checkpoints and validations between them, to the last."""
+        """Load the checkpoint of `checkpoint.load_step`, then train, save and validate up to `training.steps`."""
         config = self.job_config
         self.checkpointer.load(step=config.checkpoint.load_step)
         logger.info(f"Training starts at step {self.step + 1}")
         if self.step >= config.training.steps:
             logger.info(
-                f"This run is complete: its checkpoint is at step {self.step} of training.steps = "
-                f"{config.training.steps}; raise that to go on, or change job.dump_folder to start anew."
+                f"This run is complete: its checkpoint is at step {self.step} of {config.training.steps}; raise "
+                "training.steps to continue, or change job.dump_folder to start a new run."
             )
         elif self.step == 0 and config.validation.enable:
             self.validator.validate(self.model_parts, 0)
@@ -91,21 +92,21 @@ class MemDLMTrainer(Trainer):
         with (
             maybe_enable_profiling(config.profiling, **profiling) as profiler,
             maybe_enable_memory_snapshot(config.profiling, **profiling) as snapshots,
-            self.prefetching(self.dataloader) as batches,
+            self.build_prefetcher(self.dataloader) as prefetcher,
         ):
-            self.dataloader.before_workers = batches.wait_until_needed
+            self.dataloader.before_workers = prefetcher.wait_until_needed
             first_step = self.step + 1
             while self.step < config.training.steps and not self.consensus.stop:
                 self.step += 1
                 self.gc_handler.run(self.step)
-                self.train_step(batches)
-                if self.step == first_step:  # what was built lazily is there, and compiled
+                self.train_step(prefetcher)
+                if self.step == first_step:  # the first step does the lazy initialisation and the compilation
                     self._compile_ahead(resumed=first_step > 1)
                     self._shorten_timeouts()
                 last = self.step == config.training.steps
                 validates = config.validation.enable and self.validator.should_validate(self.step)
                 if last or validates or self.consensus.stop or self.checkpointer.is_due(self.step, last):
-                    # Nothing is saved or measured that may yet be found not to be finite. This waits for all ranks.
+                    # Waits for all ranks: a step must be known to be finite before it is saved or validated.
                     self.consensus.finish()
                 self.watchdog.at(f"finishing step {self.step} (checkpoint, validation)", needs_others=False)
                 if self.consensus.stop:
@@ -119,22 +120,25 @@ class MemDLMTrainer(Trainer):
                         observer.step()
         logger.info("Training completed")
 
-    def train_step(self, batches: BatchPrefetcher) -> None:
-        """Take one optimizer step: the bi-level objective over the micro-batches of the global batch."""
+    def train_step(self, prefetcher: BatchPrefetcher) -> None:
+        """Take one optimizer step on the bi-level objective, over all micro-batches of the global batch.
+
+        In a step that is not logged the host does not wait for the device; docs/architecture.md has the exceptions.
+        """
         self.optimizers.zero_grad()
         lr = self.lr_schedulers.schedulers[0].get_last_lr()[0]
         metrics = self.metrics_processor
         metrics.start_step()
 
-        # The micro-batches with their noise, on the host; those of the next step are drawn from here on.
-        drawn = self._take(batches)
-        objective = self._objective_of(self.step)
-        global_tokens = self._count(drawn)
+        # This step's micro-batches, with their noise drawn. The prefetch thread starts on the next step.
+        micro_batches = self._next_micro_batches(prefetcher)
+        objective = self._objective_at(self.step)
+        global_tokens = self._count_labelled(micro_batches)
 
-        # Forward and backward; each loss is this rank's share of the global one.
+        # Inner loop, outer loss and backward pass. A loss is this rank's share of the global batch's loss.
         losses = []
-        for one in drawn:
-            batch = one.packed.to_device()
+        for micro_batch in micro_batches:
+            batch = micro_batch.pinned.to_device()
             with self.train_context():
                 with self.maybe_enable_amp:
                     loss_sum, statistics = objective.loss_sum(self.model, batch, self.step)
@@ -142,10 +146,12 @@ class MemDLMTrainer(Trainer):
                 loss.backward()
             losses.append(loss.detach())
             if metrics.should_log(self.step):
-                self._record(one.batch, batch, loss_sum, statistics)
+                self._record_metrics(micro_batch.on_host, batch, loss_sum, statistics)
 
-        # All ranks agree, before the optimizer moves: are losses and gradients finite, is the run to stop?
-        self.consensus.reduce(self.step, losses, [one.sample_ids_B for one in drawn], self.stop.requested)
+        # Consensus of all ranks: a non-finite loss or gradient skips the step, a stop request ends the run.
+        self.consensus.reduce(
+            self.step, losses, [micro_batch.sample_ids_B for micro_batch in micro_batches], self.stop.requested
+        )
         grad_norm = dist_utils.clip_grad_norm_(
             list(self.model.parameters()),
             self.job_config.training.max_norm,
@@ -163,52 +169,54 @@ class MemDLMTrainer(Trainer):
             metrics.totals[SKIPPED_BATCHES] = self.consensus.skipped
             metrics.log_step(self.step, torch.stack(losses).sum(), grad_norm, lr, self.tokens_seen)
 
-    def prefetching(self, loader: Iterable[Batch]) -> BatchPrefetcher:
-        """Return the source of the steps' micro-batches; a context manager."""
+    def build_prefetcher(self, loader: Iterable[Batch]) -> BatchPrefetcher:
+        """Build the prefetcher of the run's micro-batches, a context manager whose thread runs inside the context."""
         steps, per_step = self.job_config.training.steps, self.gradient_accumulation_steps
         return BatchPrefetcher(loader, self._draw, per_step, steps, self.device)
 
     def _draw(self, batch: Batch, step: int) -> MicroBatch:
-        """Draw the noise of a micro-batch; in the thread that draws ahead."""
-        return self._objective_of(step).micro_batch(
+        """Draw the noise of a micro-batch; runs in the prefetch thread."""
+        return self._objective_at(step).micro_batch(
             batch.tokens_BL, batch.labels_BL, batch.sample_ids_B, step, documents_BL=batch.documents_BL
         )
 
-    def _objective_of(self, step: int) -> Objective:
-        """Return a step's objective: before `start_step` plain masked diffusion."""
+    def _objective_at(self, step: int) -> Objective:
+        """Return the objective of a step; plain masked diffusion before `parametric_memory.start_step`."""
         started = step >= self.job_config.parametric_memory.start_step
         return self.objective if started else replace(self.objective, memory=None)
 
-    def _take(self, batches: BatchPrefetcher) -> list[DrawnBatch]:
-        """Wait for the step's micro-batches, and count what is read."""
-        # A rank whose data do not come holds the others up, and not the other way round.
-        self.watchdog.at(f"loading the data of step {self.step}", needs_others=False, waits_for=batches.thread)
+    def _next_micro_batches(self, prefetcher: BatchPrefetcher) -> list[PrefetchedBatch]:
+        """Wait for the step's micro-batches, count their tokens and advance the loader's position."""
+        # Loading needs no other rank, so a rank that is slow here is the one that blocks the others.
+        self.watchdog.at(f"loading the data of step {self.step}", needs_others=False, waits_for=prefetcher.thread)
         began = time.perf_counter()
-        drawn = batches.take(self.step)
+        micro_batches = prefetcher.take(self.step)
         self.metrics_processor.data_loading_times.append(time.perf_counter() - began)
         self.watchdog.at(f"taking step {self.step}")
-        tokens = sum(one.tokens for one in drawn)
+        tokens = sum(micro_batch.tokens for micro_batch in micro_batches)
         self.ntokens_seen += tokens
         self.metrics_processor.ntokens_since_last_log += tokens
-        self.dataloader.position = drawn[-1].position
-        return drawn
+        self.dataloader.position = micro_batches[-1].loader_position
+        return micro_batches
 
-    def _count(self, drawn: Sequence[DrawnBatch]) -> Tensor:
-        """Return the global batch's tokens with a label, on the device; 1 for a batch without any, whose loss is 0."""
-        # A number is an argument of the kernel that fills: nothing is copied to the device.
-        count = torch.full((), sum(one.labelled for one in drawn), dtype=torch.int64, device=self.device)
+    def _count_labelled(self, micro_batches: Sequence[PrefetchedBatch]) -> Tensor:
+        """Return the number of labelled tokens in the global batch, at least 1, as a float scalar on the device."""
+        # torch.full passes the number as a kernel argument, so there is no host-to-device copy.
+        count = torch.full(
+            (), sum(micro_batch.labelled for micro_batch in micro_batches), dtype=torch.int64, device=self.device
+        )
         if self.parallel_dims.dp_enabled:
             torch.distributed.all_reduce(count, group=self.parallel_dims.get_mesh("batch").get_group())
-        return count.float().clamp(min=1)
+        return count.float().clamp(min=1)  # a global batch without labels has loss 0
 
-    def _record(
+    def _record_metrics(
         self, on_host: MicroBatch, batch: MicroBatch, loss_sum: Tensor, statistics: InnerStatistics | None
     ) -> None:
-        """Note what a logged step shows of one micro-batch.
+        """Record the metrics of one micro-batch of a logged step.
 
         Args:
-            on_host: the micro-batch where its values can be read without a wait.
-            batch: the same on the device.
+            on_host: host copy of the micro-batch, which is read without a device-to-host sync.
+            batch: the micro-batch on the device.
         """
         metrics = self.metrics_processor
         metrics.record_rank_loss(loss_sum, batch.maskable)
@@ -221,9 +229,9 @@ class MemDLMTrainer(Trainer):
             metrics.record_ratio(HARDWARE_FLOPS, both, plain)
 
     def _document_slots(self) -> int | None:
-        """Return the number of slots for a row's documents: a power of two, the same in the whole run.
+        """Return the number of document slots per row: a power of two, constant for the whole run.
 
-        None where a card of the shards does not say how many documents a row holds.
+        None if the card of a data set does not state the largest number of documents in a row.
         """
         most = {"data.train": self.dataloader.most_documents}
         if self.job_config.validation.enable:
@@ -231,26 +239,26 @@ class MemDLMTrainer(Trainer):
         unknown = " and ".join(name for name, number in most.items() if number is None)
         if unknown and is_rank_0():
             logger.warning(
-                f"The cards of the shards in {unknown} do not say how many documents a row holds: tensors will have "
-                "several sizes, for each of which ranks compile at different steps; prepare the data anew."
+                f"The cards of the shards in {unknown} do not say how many documents a row holds, so tensor shapes "
+                "vary and ranks recompile at different steps; prepare the data anew."
             )
         number = max_documents(list(most.values()))
         return None if number is None else power_of_two(max(1, number))
 
     def _compile_ahead(self, resumed: bool) -> None:
-        """Run once, on random tokens, what later steps and validations would be the first to run.
+        """Compile the code that only later steps or validations run, by running it once on random tokens.
 
-        It is then compiled under the timeout of a start, on all ranks at the same time. No state is changed: gradients
-        are discarded, and buffers (the experts' loads) get their values back.
+        Compilation then happens on all ranks at the same time and under the start-up timeout. No state changes:
+        gradients are discarded and buffers (the experts' loads) are restored.
 
         Args:
-            resumed: no validation has come before this start's first step.
+            resumed: the run resumed from a checkpoint, so that no validation has run since its start.
         """
         config = self.job_config
         if not config.compile.enable:
             return
         began = time.perf_counter()
-        self.watchdog.at("compiling what later steps and validations run")
+        self.watchdog.at("compiling later steps and validations")
         before = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         if self.objective.memory is not None and self.step < config.parametric_memory.start_step:
             batch = self._random_batch(config.training.local_batch_size, self.dataloader.most_documents != 0)
@@ -267,7 +275,7 @@ class MemDLMTrainer(Trainer):
         self.metrics_processor.exclude(time.perf_counter() - began)
 
     def _random_batch(self, rows: int, packed: bool) -> MicroBatch:
-        """Return a micro-batch of the run's shapes, the same on every rank; packed rows hold one document."""
+        """Return a random micro-batch of the run's shapes, equal on all ranks; a packed row holds one document."""
         shape = (rows, self.job_config.training.seq_len)
         tokens_BL = torch.randint(0, self.model_args.vocab_size, shape, generator=torch.Generator())
         documents_BL = torch.zeros_like(tokens_BL) if packed else None
@@ -276,35 +284,37 @@ class MemDLMTrainer(Trainer):
         return batch.to(self.device)
 
     def _shorten_timeouts(self) -> None:
-        """Give collectives the time of a step, after the first one of this start."""
+        """Set the timeout of collectives to `comm.train_timeout_seconds`, after the first step."""
         seconds = self.job_config.comm.train_timeout_seconds
         dist_utils.set_pg_timeouts(timedelta(seconds=seconds), self.parallel_dims)
         self.watchdog.timeout = seconds
 
     @property
     def stopped_early(self) -> bool:
-        """Whether the run was asked to stop before its last step."""
+        """True if the run ended before its last step, on a stop request."""
         return self.consensus.stop and self.step < self.job_config.training.steps
 
     @property
     def tokens_seen(self) -> int:
-        """Tokens that all ranks have read."""
-        return int(self.ntokens_seen * self._data_parallel_ranks)
+        """Number of tokens that all ranks have read so far, padding included."""
+        return int(self.ntokens_seen * self._dp_size)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return torchtitan's state, but for the run as a whole: a checkpoint keeps what one rank says."""
+        """Return the step and the counters of all ranks together: a checkpoint keeps the state of one rank alone."""
         return {"step": self.step, "ntokens_seen": self.tokens_seen, "skipped_batches": self.consensus.skipped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.step, self.ntokens_seen = state_dict["step"], state_dict["ntokens_seen"] // self._data_parallel_ranks
+        """Restore the step and the counters; the number of ranks may differ from the saving run's."""
+        self.step, self.ntokens_seen = state_dict["step"], state_dict["ntokens_seen"] // self._dp_size
         self.consensus.skipped = state_dict["skipped_batches"]
 
     @property
-    def _data_parallel_ranks(self) -> int:
+    def _dp_size(self) -> int:
         dims = self.parallel_dims
         return int(dims.dp_replicate * dims.dp_shard)
 
     def close(self) -> None:
+        """Stop the watchdog and close torchtitan's components; call once, also after an error."""
         if hasattr(self, "watchdog"):
             self.watchdog.stop()
         super().close()

@@ -1,10 +1,10 @@
-"""The table that a run ends with: its first and last validation."""
+"""Table of a run's first and last validation, printed when the run ends."""
 
 from memdlm_dist.training.validation_history import LOSSES, history, path_in
 
 
 def summary_table(dump_folder: str) -> str | None:
-    """Return the first and the last validation of a run as a table; None if there is none yet."""
+    """Return the first and the last validation of a run as a table; None without a validation."""
     path = path_in(dump_folder)
     rows = history(path) if path.is_file() else []
     if not rows:

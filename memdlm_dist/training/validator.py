@@ -1,4 +1,4 @@
-"""Held-out loss with the memory off and on, on the same noise every time."""
+"""Validation: held-out loss with the memory off and on, with the same noise at every validation."""
 
 import logging
 import time
@@ -31,22 +31,22 @@ from memdlm_dist.training.validation_history import LOSSES
 logger = logging.getLogger()
 
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
-_ROOT = 2**0.5  # spreads the documents of a row
+_SQRT_2 = 2**0.5
 
 
 class HeldOutValidator:
-    """The likelihood bound of the held-out sequences, in nats per maskable token.
+    """torchtitan validator that measures the likelihood bound of the held-out sequences, in nats per maskable token.
 
-    The noise is keyed by the sample id alone, not by the run's seed, so it is the same at every
-    validation, in every run and on any number of ranks. The noise levels are not random but spread
-    evenly over (0, 1), row i at frac(i phi): the weights 1/t make the bound of a random draw noisy.
-    The weight of the scored loss is the schedule's, whatever `diffusion.loss_weight` says.
+    The noise is keyed by the sample id alone, not by the run's seed, so it is the same at every validation, in every
+    run and on any number of ranks. The noise levels are not random: a random draw with weights 1/t gives a noisy
+    bound, so the levels are spread evenly over (0, 1), with row i at frac((i + 1/2) phi), phi = 0.618... The loss
+    weight is always the schedule's, also with `diffusion.loss_weight = "uniform"`.
 
-    Memory on: the inner loop first runs on the very state that is scored, as in training. That loss
-    is lower by construction; memory off is the one that compares base models.
+    With the memory on, the inner loop first runs on the scored state, as in training. That loss is lower by
+    construction. To compare base models, use the loss with the memory off.
     """
 
-    slots: int | None = None  # the trainer's, see `Objective.slots`
+    slots: int | None = None  # document slots per row, set by the trainer, see `Objective.slots`
 
     def __init__(
         self,
@@ -61,8 +61,8 @@ class HeldOutValidator:
         **pipeline: Any,
     ):
         self.job_config = job_config
-        self.progress: Callable[[str], None] = lambda doing: None  # told of every batch
-        del pipeline  # refused by the configuration's check
+        self.progress: Callable[[str], None] = lambda doing: None  # callback, called once per batch
+        del pipeline  # parse_config rejects pipeline parallelism
         self._dp_size, self._dp_rank = dp_world_size, dp_rank
         self._parallel_dims, self._metrics = parallel_dims, metrics_processor
         self._context, self._amp = validation_context, maybe_enable_amp
@@ -76,18 +76,19 @@ class HeldOutValidator:
         self._dataset = open_dataset(
             data, data.validation, [], batch_size=self.batch_size, documents=self.most_documents != 0, shuffle=False
         )
-        steps, every = job_config.validation.steps, self.batch_size * dp_world_size
-        self._samples = self._dataset.size if steps == -1 else min(self._dataset.size, steps * every)
+        steps, global_batch_size = job_config.validation.steps, self.batch_size * dp_world_size
+        self._samples = self._dataset.size if steps == -1 else min(self._dataset.size, steps * global_batch_size)
         self._dependence = MemoryDependence()
 
     def should_validate(self, step: int) -> bool:
-        """Besides every `validation.freq` steps, after the last one."""
+        """Return whether to validate after a step: every `validation.freq` steps, and after the last one."""
         return step % self.job_config.validation.freq == 0 or step == self.job_config.training.steps
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-        """This rank's rows of each global batch; past the end, rows that count for nothing.
+        """Yield (tokens, labels, sample ids, documents) of this rank's rows of each global batch.
 
-        Every rank makes the same number of passes, whatever the number of samples.
+        Every rank yields the same number of batches. Rows past the last sample repeat it without labels, so they do
+        not count.
         """
         first = self._dp_rank * self.batch_size
         for start in range(first, first + self._samples, self._dp_size * self.batch_size):
@@ -99,13 +100,13 @@ class HeldOutValidator:
             yield torch.stack([row["tokens"] for row in rows]), labels, ids, documents
 
     def validate(self, model_parts: list[torch.nn.Module], step: int) -> dict[str, float]:
-        """Measure, log and append to the history; returns the losses by their TensorBoard names."""
+        """Measure the held-out losses, log them and append them to the history; returns them by TensorBoard tag."""
         model = cast(LLaDA, model_parts[0])
         objective = replace(self._objective, slots=self.slots)
         names = LOSSES if objective.memory else LOSSES[:1]
         sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=device_type())
         began = time.perf_counter()
-        # No model.eval(): the backbone has no dropout, and compiled blocks would be compiled again.
+        # No model.eval(): the backbone has no dropout, and the mode change would recompile the compiled blocks.
         for tokens, labels, ids, documents in self._batches():
             self.progress(f"validating at step {step}")
             slots = 1 if documents is None else self.slots or Documents.from_numbers(documents).slots
@@ -125,7 +126,7 @@ class HeldOutValidator:
         if mesh is not None:
             torch.distributed.all_reduce(sums, group=mesh.get_group())
         *totals, tokens_seen = sums.tolist()
-        tokens_seen /= self._parallel_dims.cp  # each rank of a context-parallel group counted whole rows
+        tokens_seen /= self._parallel_dims.cp  # every context-parallel rank counted whole rows
         losses = {name: total / max(tokens_seen, 1) for name, total in zip(names, totals, strict=True)}
         self._report(losses, step)
         if len(names) == 2 and (warning := self._dependence.check(step, *losses.values())):
@@ -134,14 +135,15 @@ class HeldOutValidator:
         return losses
 
     def losses(self, model: LLaDA, batch: MicroBatch) -> list[Tensor]:
-        """Return the loss sums of a micro-batch, with the memory off and, if there is one, on."""
-        found = []
+        """Return the loss sums of a micro-batch: memory off, and memory on if the objective has a memory."""
+        loss_sums = []
         for use_memory in (False, True) if self._objective.memory else (False,):
             with torch.no_grad(), self._context(), self._amp:
-                found.append(self._objective.loss_sum(model, batch, step=0, use_memory=use_memory)[0])
-        return found
+                loss_sums.append(self._objective.loss_sum(model, batch, step=0, use_memory=use_memory)[0])
+        return loss_sums
 
     def _report(self, losses: dict[str, float], step: int) -> None:
+        """Write the losses to TensorBoard; on rank 0 also to the log and the history."""
         self._metrics.log_scalars(losses, step)
         text = "  ".join(f"{name.removeprefix('validation/')}: {loss:.4f}" for name, loss in losses.items())
         if is_rank_0():
@@ -150,6 +152,10 @@ class HeldOutValidator:
 
 
 def even_levels(row_ids_B: Tensor, slots: int) -> Tensor:
-    """Noise levels of rows' samples, float64 `[B * slots]`: evenly spread, whichever the rows are."""
-    place_BS = (row_ids_B.double() + 0.5).unsqueeze(1) * _GOLDEN_RATIO + torch.arange(slots) * _ROOT
-    return level_from_uniform(place_BS.flatten() % 1)
+    """Return evenly spread noise levels of the rows' samples, float64 `[B * slots]`.
+
+    Steps of the golden ratio along rows and of sqrt(2) along the documents of a row, modulo 1: a low-discrepancy
+    sequence, even for any set of rows.
+    """
+    point_BS = (row_ids_B.double() + 0.5).unsqueeze(1) * _GOLDEN_RATIO + torch.arange(slots) * _SQRT_2
+    return level_from_uniform(point_BS.flatten() % 1)

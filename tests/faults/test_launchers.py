@@ -113,7 +113,7 @@ def test_a_killed_rank_is_started_again_and_a_signal_ends_it(tmp_path):
     assert run.status() == 75, run.text()[-5000:]
     text = run.text()
     assert "failed (exitcode: -9) local_rank: 1" in text and "Traceback" not in text
-    assert re.search(r"lost another rank while taking step 8 \(.*\); see what the rank that ended first says", text)
+    assert re.search(r"lost another rank while taking step 8 \(.*\); see the log of the rank that ended first", text)
     assert re.search(r"Loading the checkpoint \S+step-5\.", text) and re.search(r"Stopped after step 1\d, saved", text)
     assert not re.search(r"step: +12 ", text)
     run_many([(2, debug(out, *COMMON, *NODES)), (2, debug(tmp_path / "straight", *COMMON, *NODES))])

@@ -79,7 +79,7 @@ def batch(config, sizes, number=0, empty_rows=(), packed=False):
 def step(trainer, number, batches):
     """Take training step `number` on `batches`."""
     trainer.step = number
-    with trainer.prefetching(batches) as ahead:
+    with trainer.build_prefetcher(batches) as ahead:
         trainer.train_step(ahead)
 
 

@@ -42,13 +42,13 @@ def test_a_step_is_drawn_ahead_and_no_more():
     with prefetcher(loader) as ahead:
         for step in (1, 2, 3):
             drawn = ahead.take(step)
-            assert [micro.batch[0] for micro in drawn] == [step, step], "drawn with their own step's noise"
-            assert [micro.position["samples"] for micro in drawn] == [2 * step - 1, 2 * step]
+            assert [micro.on_host[0] for micro in drawn] == [step, step], "drawn with their own step's noise"
+            assert [micro.loader_position["samples"] for micro in drawn] == [2 * step - 1, 2 * step]
             assert [(micro.labelled, micro.tokens) for micro in drawn] == [(4, 6)] * 2
-            assert drawn[0].packed.to_device() is drawn[0].batch
+            assert drawn[0].pinned.to_device() is drawn[0].on_host
             assert loader.read <= 2 * step + 2
     assert loader.read == 6, "nothing is drawn after the last step"
-    assert "draw ahead" not in [thread.name for thread in threading.enumerate()]
+    assert "prefetch" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_a_checkpoint_has_the_position_of_what_was_trained_on():
@@ -71,7 +71,7 @@ def test_a_checkpoint_has_the_position_of_what_was_trained_on():
 
     with BatchPrefetcher(loader, draw, 2, 30, torch.device("cpu")) as ahead:
         for trainer.step in range(1, 28):  # past the end of the epoch of 25 steps
-            trainer._take(ahead)
+            trainer._next_micro_batches(ahead)
             while drawn.get() <= trainer.step:
                 pass
             drawn.get()  # the next step's second micro-batch: the whole step is drawn
@@ -108,7 +108,7 @@ def test_worker_processes_are_started_while_the_main_thread_waits():
 def test_what_is_left_of_a_step_is_not_drawn_when_training_ends():
     def load_until_shutdown():
         begun.set()
-        ahead._awaited.wait()
+        ahead._needed.wait()
 
     loader, begun = Loader(3, load_until_shutdown), threading.Event()
     with prefetcher(loader, per_step=3) as ahead:
@@ -121,7 +121,7 @@ def test_a_loader_that_waits_to_start_workers_or_for_ever_can_be_left(monkeypatc
     with prefetcher(Loader(2, lambda: ahead.wait_until_needed())) as ahead:
         ahead.take(1)
     assert not ahead._thread.is_alive()
-    monkeypatch.setattr(prefetch, "_PATIENCE", 0.0)
+    monkeypatch.setattr(prefetch, "_CLOSE_TIMEOUT", 0.0)
     for_ever = threading.Event()
     with pytest.raises(KeyError), prefetcher(Loader(2, for_ever.wait)) as ahead:
         ahead.take(1)

@@ -35,7 +35,7 @@ def values_outside(key: str) -> list[float]:
     limits = RANGES[key]
     values = [limits.low if limits.above else limits.low - 1]
     values += [] if limits.high == float("inf") else [limits.high if limits.below else limits.high * 2]
-    return [value for value in values if value not in (limits.besides or {})] + [float("nan")]
+    return [value for value in values if value not in (limits.special or {})] + [float("nan")]
 
 
 @pytest.mark.parametrize("key", RANGES)

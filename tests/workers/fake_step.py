@@ -62,7 +62,7 @@ VARLEN = ("packed",)  # variable-length attention, as on CUDA in bfloat16; other
 CONSENSUS = {"training.consensus:finish"}
 LOG_READS = {f"training.metrics:{name}" for name in ("log_step", "_reduce", "_largest_rank_loss", "_load_balance")}
 # Intended copies: with a wait in steps that log; without a wait in every step.
-LOG_COPIES = {"training.trainer:_record"}
+LOG_COPIES = {"training.trainer:_record_metrics"}
 TO_DEVICE, TO_HOST = "runtime.transfer:to_device", "runtime.transfer:__init__"
 VALIDATION = {"training.validator:validate"}
 # Intended reads and copies of decoding, which chooses tokens on the host.
