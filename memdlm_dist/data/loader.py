@@ -66,7 +66,7 @@ class EpochLoader(Stateful):
         self.global_batch_size, self.most_documents = global_batch_size, most_documents
         self.fingerprint = dataset.fingerprint()
         # Of all ranks together; the number of nodes is that of the first start (streaming's elasticity asks for it).
-        self.position = {"epoch": 0, "samples": 0, "nodes": streaming.nodes(dataset)}
+        self.position = {"epoch": 0, "samples": 0, "nodes": streaming.num_nodes(dataset)}
         self.before_workers: Callable[[], None] = lambda: None  # called before worker processes are forked
 
     def __iter__(self) -> Iterator[Batch]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchtitan.components.optimizer import OptimizersContainer
 
-from memdlm_dist.compat.torch import skips_if_told, told_to_skip
+from memdlm_dist.compat.torch import skip_if_flagged, supports_skip_flag
 from memdlm_dist.config.job_config import Reliability
 from memdlm_dist.errors import UserError
 from memdlm_dist.runtime.transfer import HostCopy
@@ -71,7 +71,7 @@ class StepConsensus:
         asked_to_stop = torch.full((), float(stop_requested), device=self._device)
         flags = torch.stack([finite.logical_not().float(), asked_to_stop])
         dist.all_reduce(flags, dist.ReduceOp.MAX)
-        late = all(skips_if_told(optimizer, flags.device) for optimizer in self._optimizers)
+        late = all(supports_skip_flag(optimizer, flags.device) for optimizer in self._optimizers)
         self._asked = _PendingFlags(step, flags, HostCopy(flags) if late else None, losses, sample_ids)
 
     def step_optimizers(self) -> None:
@@ -82,7 +82,7 @@ class StepConsensus:
         """
         assert self._asked is not None, "the ranks have not agreed"
         if self._asked.arriving is not None:
-            with told_to_skip(self._optimizers, self._asked.flags[0]):
+            with skip_if_flagged(self._optimizers, self._asked.flags[0]):
                 self._optimizers.step()
             return
         skipped = self.skipped
