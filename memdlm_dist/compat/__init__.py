@@ -1,5 +1,5 @@
-"""Seams: every private name, patch and parsed message of another project, a file for each project.
+"""Private names, patches and parsed messages of other projects, one file per project.
 
-Each entry says why it is needed and with which version. `tests/unit/test_compat.py` asserts what each assumes, so that
-an upgrade fails there by name instead of in a run.
+Each entry states why it is needed, and for which version. `tests/unit/test_compat.py` asserts its assumptions, so that
+an incompatible upgrade fails in a named test instead of in a run.
 """

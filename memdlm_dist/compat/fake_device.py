@@ -1,6 +1,6 @@
-"""torch 2.11 to 2.13 and torchtitan 0.2.2: an accelerator that is not there, for tests of what a real one would refuse.
+"""torch 2.11 to 2.13 and torchtitan 0.2.2: a fake accelerator, for tests of operations that a real one would reject.
 
-Its tensors are FakeTensors, which have a shape, a dtype and a device and no values.
+Its tensors are FakeTensors, with shape, dtype and device, but without values.
 """
 
 import contextlib
@@ -18,18 +18,18 @@ from torch.utils import backend_registration
 from torch.utils._pytree import tree_map_only
 from torchtitan.models.moe import kernels, utils
 
-__all__ = ["DEVICE", "FakeTensor", "FakeTensorMode", "OpOverload", "register", "through_the_host"]
+__all__ = ["DEVICE", "FakeTensor", "FakeTensorMode", "OpOverload", "build_on_host", "register"]
 
 DEVICE = "fake"
 
 
 class _Module(backend_registration._DummyBackendModule):
-    """`torch.fake`: what activation checkpointing and the package ask of a device's module."""
+    """The device module `torch.fake`, as far as activation checkpointing and this package use it."""
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]
 
-    # No values are drawn, so that there is no state to keep.
+    # A fake device draws no values, so the state is empty.
     def get_rng_state(self, device: Any = None) -> Tensor:
         return torch.zeros(0, dtype=torch.uint8)
 
@@ -40,7 +40,7 @@ class _Module(backend_registration._DummyBackendModule):
         pass
 
     class Event:
-        """An event of a device that does everything at once."""
+        """Event of a device without asynchronous work."""
 
         def record(self) -> None:
             pass
@@ -53,10 +53,10 @@ class _Module(backend_registration._DummyBackendModule):
 
 
 def register() -> None:
-    """Make `DEVICE`, torch's PrivateUse1, the accelerator of this process, for as long as it lives.
+    """Make `DEVICE` (torch's PrivateUse1) the accelerator of this process, until it ends.
 
-    What knows real devices by name is made to accept it: flex attention's check, torchtitan's Triton kernel for the
-    order of grouped tokens, whose result is one of its shape, and the fake process group.
+    Patches three places that accept only known device types: flex attention's device check, torchtitan's Triton kernel
+    for the order of grouped tokens (replaced by an empty result of the same shape), and the fake process group.
     """
     backend_registration._setup_privateuseone_for_python_backend(DEVICE, _Module())
     dist.Backend.default_device_backend_map[DEVICE] = "fake"
@@ -67,17 +67,20 @@ def register() -> None:
 
 
 _AUTOCAST = "AutocastPrivateUse1"
-_registrations: list[torch.library.Library] = []  # which end with these
-# Of the operators that autocast runs in lower precision on CUDA, those that a backbone calls.
+_registrations: list[torch.library.Library] = []  # keeps them alive: a registration ends with its Library
+# Operators of the backbones that autocast runs in lower precision on CUDA.
 _LOWER_PRECISION = ("linear", "matmul", "mm", "bmm", "scaled_dot_product_attention")
 
 
 def _register_autocast() -> None:
-    """Give the device autocast, which torch leaves to a backend's own kernels."""
-    _registrations[:] = everything, some = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
-    everything.fallback(torch.library.fallthrough_kernel, _AUTOCAST)
+    """Register autocast for the device; torch expects it from the kernels of a PrivateUse1 backend."""
+    _registrations[:] = fallback_library, aten_library = (
+        torch.library.Library("_", "IMPL"),
+        torch.library.Library("aten", "IMPL"),
+    )
+    fallback_library.fallback(torch.library.fallthrough_kernel, _AUTOCAST)
     for name in _LOWER_PRECISION:
-        some.impl(name, partial(_in_lower_precision, getattr(torch.ops.aten, name)), _AUTOCAST)
+        aten_library.impl(name, partial(_in_lower_precision, getattr(torch.ops.aten, name)), _AUTOCAST)
 
 
 def _in_lower_precision(operator: Any, *args: Any, **kwargs: Any) -> Any:
@@ -93,8 +96,8 @@ def _slot_order(counts: Tensor, starts: Tensor, offsets: Tensor, experts: int, r
 
 
 @contextlib.contextmanager
-def through_the_host() -> Iterator[None]:
-    """Make `torch.tensor` build on the host and copy to its device, which a dispatch mode sees, in this context."""
+def build_on_host() -> Iterator[None]:
+    """Make `torch.tensor` build on the host and copy to the device in this context; dispatch modes see the copy."""
     before = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)
     try:

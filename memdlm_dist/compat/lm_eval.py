@@ -1,4 +1,4 @@
-"""lm-evaluation-harness 0.4.13: its command line is a private module, its method to override a private name."""
+"""lm-evaluation-harness 0.4.13: the private module of its command line, and a private method to override."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -9,21 +9,21 @@ from lm_eval.api.model import TemplateLM
 
 
 def command_line() -> Any:
-    """Return the harness's own command line, which reads `sys.argv`."""
+    """Return the harness's command line, which parses `sys.argv`."""
     return HarnessCLI()
 
 
 class TokenLM(TemplateLM):
-    """The harness's template for models that score token ids."""
+    """The harness's `TemplateLM` for models that score token ids, with a public method to override."""
 
     @abstractmethod
     def loglikelihoods(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]]
     ) -> list[tuple[float, bool]]:
-        """Return the log-likelihood of each text given its context, and whether greedy decoding gives it.
+        """Return the log-likelihood of each continuation given its context, and whether it is the greedy continuation.
 
         Args:
-            requests: (the two texts, context's token ids, text's token ids) each.
+            requests: ((context, continuation), context token ids, continuation token ids) each.
         """
 
     def _loglikelihood_tokens(

@@ -1,4 +1,4 @@
-"""mosaicml-streaming 0.13: private names and patches. Importing this file imports streaming."""
+"""mosaicml-streaming 0.13: private names and patches; importing this module imports streaming."""
 
 import itertools
 import tempfile
@@ -15,61 +15,62 @@ from streaming.base.shared import prefix
 from streaming.base.storage.download import DOWNLOADER_MAPPINGS, CloudDownloader
 from streaming.base.util import bytes_to_int
 
-# How the shared memory that names a job's folders ends; a number stands before it.
+# Suffix of the shared-memory name, after its numeric prefix, where streaming registers a job's folders.
 REGISTRATION = LOCALS
 
 
 def checksum(name: str, data: bytes) -> str:
-    """Return a checksum as an index.json has it; streaming exports the function from no public module."""
-    found: str = get_hash(name, data)
-    return found
+    """Compute a checksum as in index.json; streaming has no public function for it."""
+    digest: str = get_hash(name, data)
+    return digest
 
 
-def number_from(first: int) -> None:
-    """Number this process's shared memory from `first` on.
+def start_prefixes_at(first: int) -> None:
+    """Let this process try shared-memory prefixes from `first` on.
 
-    streaming takes the first free number on each node; two agents on one machine would take the same one.
+    streaming takes the first free prefix of a node, so that two agents on one machine would take the same one.
     """
     prefix._each_prefix_int = lambda: itertools.count(first)
 
 
 def registered_folders(registration: bytes) -> list[str]:
-    """Return the folders that a registration in shared memory names.
+    """Return the folders in a shared-memory registration.
 
     Raises:
-        ValueError, IndexError: if it is not a registration.
+        ValueError: `registration` is not a registration.
+        IndexError: as for ValueError.
     """
     folders: list[str] = prefix._unpack_locals(registration)[0]
     return folders
 
 
-def locks(number: str) -> list[Path]:
-    """Return the lock files of the shared memory of a number."""
+def lock_files(number: str) -> list[Path]:
+    """Return the lock files that belong to a shared-memory prefix."""
     return [Path(tempfile.gettempdir(), f"{number}{lock}") for lock in (BARRIER_FILELOCK, CACHE_FILELOCK)]
 
 
-def nodes(dataset: StreamingDataset) -> int:
-    """Return the number of nodes that a dataset is read on, which its state dict must name."""
+def num_nodes(dataset: StreamingDataset) -> int:
+    """Return the number of nodes that read a dataset; its state dict must contain it."""
     count: int = dataset._unique_rank_world.num_nodes
     return count
 
 
 def stop_threads(dataset: StreamingDataset) -> None:
-    """End the download threads of a running iteration: they would keep the process alive after an error."""
+    """Stop the download threads of a running iteration, which would keep the process alive after an error."""
     if hasattr(dataset, "_event"):
         dataset._event.set()
 
 
 def can_download(scheme: str) -> bool:
-    """Return whether streaming can download from a URL's scheme."""
+    """Return whether streaming supports downloads from a URL scheme."""
     return scheme in DOWNLOADER_MAPPINGS
 
 
 class CacheOnlyEviction(StreamingDataset):
-    """A StreamingDataset whose cache limit concerns copies of remote streams alone.
+    """StreamingDataset whose cache limit applies only to copies of remote streams.
 
-    streaming counts the shards of local streams and all indices as cached, and deletes such shards to make room; where
-    nothing is left to delete, it waits for ever (0.13).
+    streaming 0.13 also counts the shards of local streams and all index files, and evicts local shards to make room. If
+    nothing is left to evict, it waits forever.
     """
 
     def __init__(self, **options: Any):
@@ -83,42 +84,42 @@ class CacheOnlyEviction(StreamingDataset):
         cached = np.array([bool(self.streams[i].remote) for i in self.stream_per_shard])
         candidates = np.flatnonzero(cached & (self._shard_states.numpy() == _ShardState.LOCAL))
         if not len(candidates):
-            raise ValueError("there is no copy to delete: data.cache_limit is too low")
+            raise ValueError("no cached copy is left to delete: data.cache_limit is too low")
         self._evict_shard(int(candidates[np.argmin(self._shard_access_times.numpy()[candidates])]))
 
 
 def size_in_bytes(text: str) -> int:
-    """Return a size such as 200gb in bytes.
+    """Parse a size such as 200gb into bytes.
 
     Raises:
-        ValueError: if it is not one.
+        ValueError: `text` is not a size.
     """
     return int(bytes_to_int(text))
 
 
 class Downloader(CloudDownloader):
-    """A way to download; streaming's own methods to override are private."""
+    """Base class for downloads of a URL scheme; streaming's methods to override are private."""
 
     @abstractmethod
     def fetch(self, remote: str, local: str) -> None:
-        """Copy a file from a URL to a path."""
+        """Download a file from a URL to a local path."""
 
     def clean_up(self) -> None:
-        """Keep the connections."""
+        """Do nothing, so that connections stay open."""
 
     @staticmethod
     def _client_identifier() -> str:
         return "fetch"
 
     def _validate_remote_path(self, remote: str) -> None:
-        """Accept every path: `register` chose the scheme."""
+        """Accept every path; `register` has selected the scheme."""
 
     def _download_file_impl(self, remote: str, local: str, timeout: float) -> None:
-        del timeout  # each file system has its own
+        del timeout  # each file system has its own timeout
         self.fetch(remote, local)
 
 
 def register(scheme: str, downloader: type[Downloader]) -> None:
-    """Let streaming download a scheme's URLs; it has no public way to add one."""
+    """Register a downloader for a URL scheme; streaming has no public way to add one."""
     mappings: dict[str, Any] = DOWNLOADER_MAPPINGS
     mappings[scheme] = downloader

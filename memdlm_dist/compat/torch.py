@@ -1,6 +1,7 @@
-"""torch 2.11 to 2.13: private names, patches, and messages that carry no data of their own.
+"""torch 2.11 to 2.13: private names, patches, and error messages that must be parsed.
 
-Shapes: S slots, n groups of slots.
+Shapes: S rows of a grouped matrix product, n groups of rows, i and o input and output features; T tokens of all
+sequences, H heads, d head dim.
 """
 
 import contextlib
@@ -41,20 +42,24 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 
 __all__ = [
     "EntryReader", "FsspecEntryReader", "SaverProcess", "TorchDispatchMode", "add_product_", "all_to_all",
-    "checkpointed", "collectives", "completed", "connection_loss", "construct_savers", "end_saver", "grouped_mm",
-    "leave_ring_unbalanced", "local_block", "mark_dynamic", "operator_name", "raise_recompile_limit",
-    "rendezvous_store", "skips_if_told", "storage_error", "told_to_skip", "tree_flatten", "tree_leaves",
-    "tree_map_only", "tree_unflatten", "use_cpu", "varlen_attention",
+    "checkpointed", "collectives", "configure_ring_attention", "connection_loss", "construct_savers",
+    "end_saver", "grouped_mm", "local_block", "mark_dynamic", "operator_name", "raise_recompile_limit",
+    "rendezvous_store", "skip_if_flagged", "storage_error", "supports_skip_flag", "tree_flatten",
+    "tree_leaves", "tree_map_only", "tree_unflatten", "use_cpu", "varlen_attention", "wait_if_pending",
 ]  # fmt: skip
 
-# The trees (`tree_flatten` and the like) and `TorchDispatchMode` are what torch's own documentation uses, under
-# modules with an underscore (2.13).
+# torch's documentation uses `TorchDispatchMode` and the pytree functions, such as `tree_flatten`, but their modules are
+# private by name (2.13).
 
 
 def use_cpu(memory_stats: Callable[[], dict[str, int]], total_memory: int) -> None:
-    """Make the CPU the available device, and give `torch.cpu` what torchtitan 0.2 asks of a device module.
+    """Make the CPU the available device, and add the functions to `torch.cpu` that torchtitan 0.2 calls.
 
-    torchtitan takes "cuda" where `_get_available_device_type` finds no accelerator (2.13).
+    torchtitan selects "cuda" if `_get_available_device_type` finds no accelerator (2.13).
+
+    Args:
+        memory_stats: returns the memory statistics in bytes, under the keys of `torch.cuda.memory_stats`.
+        total_memory: bytes.
     """
     torch._utils._get_available_device_type = lambda: "cpu"
     cpu: Any = torch.cpu
@@ -69,45 +74,50 @@ def use_cpu(memory_stats: Callable[[], dict[str, int]], total_memory: int) -> No
 
 
 def _histc_of_integers(histc: Any) -> Any:
-    """`torch.histc`, which on a CPU takes no integers (2.13); torchtitan counts the tokens of experts with it."""
+    """Extend `torch.histc` to integers on the CPU (2.13 has floats only): torchtitan counts experts' tokens with it."""
 
-    def counted(x: Tensor, bins: int, min: int = 0, max: int = 0, **rest: Any) -> Tensor:
+    def histc_with_integers(x: Tensor, bins: int, min: int = 0, max: int = 0, **rest: Any) -> Tensor:
         if x.device.type != "cpu" or x.is_floating_point() or (min, max) != (0, bins):
-            found: Tensor = histc(x, bins, min, max, **rest)
-            return found
-        # Not bincount, of whose result's size a compiler knows nothing.
+            result: Tensor = histc(x, bins, min, max, **rest)
+            return result
+        # Not bincount: the compiler cannot infer the size of its result.
         return torch.zeros(bins, dtype=x.dtype).scatter_add(0, x, torch.ones_like(x))
 
-    counted.of_integers = True  # type: ignore[attr-defined]
-    return counted
+    histc_with_integers.of_integers = True  # type: ignore[attr-defined]
+    return histc_with_integers
 
 
-def completed(x: Tensor) -> Tensor:
-    """Wait for a collective's pending result; other tensors are returned as they are.
+def wait_if_pending(x: Tensor) -> Tensor:
+    """Wait for the pending result of an asynchronous collective; other tensors are returned unchanged.
 
-    A compiled block returns no gradient for a pending input (2.13), and the embedding would not train.
+    A compiled block returns no gradient for a pending input (2.13), so that the embedding would not train.
     """
     return x.clone() if isinstance(x, AsyncCollectiveTensor) else x
 
 
 def all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Send part c of `[C, ...]` to rank c, with a gradient. torch.distributed's public one has none (2.13)."""
-    exchanged: Tensor = all_to_all_single_autograd(x, None, None, group)
-    return exchanged
+    """Exchange equal splits of dimension 0 over the group, with a gradient; torch's public function has none (2.13)."""
+    received: Tensor = all_to_all_single_autograd(x, None, None, group)
+    return received
 
 
-def leave_ring_unbalanced(rotation: Any) -> None:
-    """Set how ring attention rotates keys and values, and switch off its load balancing, which is for causal
-    attention and has no public switch (2.13)."""
+def configure_ring_attention(rotation: Any) -> None:
+    """Set the rotation method of ring attention, and disable its load balancing.
+
+    Load balancing is for causal attention and has no public option (2.13).
+
+    Args:
+        rotation: "allgather" or "alltoall".
+    """
     ring_attention._cp_options.enable_load_balance = False
     ring_attention.set_rotate_method(rotation)
 
 
 def local_block(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """Return the block of a tensor that this rank holds, and the indices in the whole of its first element.
+    """Return the local block of a tensor, and the index of its first element in the full tensor.
 
-    By DCP's protocol for sharded tensors, which knows a DTensor that tensor parallelism and FSDP2 shard on the same
-    dimension too (2.13).
+    Uses DCP's protocol for sharded tensors, which is also correct if tensor parallelism and FSDP2 shard the same
+    dimension (2.13).
     """
     if not isinstance(x, DTensor):
         return x, (0,) * x.ndim
@@ -117,53 +127,62 @@ def local_block(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return local, tuple(chunk.offsets)
 
 
-# CUDA's grouped product takes fewer than 1,024 groups (2.13).
+# CUDA's grouped product supports fewer than 1,024 groups (2.13).
 MAX_GROUPS = 1023
 
 
 def grouped_mm(x_Si: Tensor, weight_noi: Tensor, ends_n: Tensor) -> Tensor:
-    """Multiply each group of slots by its own matrix, `[S, o]`; `torch.nn.functional.grouped_mm` is newer than 2.11.
+    """Multiply each group of rows by its own matrix, `[S, o]`; `torch.nn.functional.grouped_mm` is newer than 2.11.
 
-    Slots behind the last group get undefined values or zeros, and so does their gradient; the gradient of the matrix of
-    a group without slots is undefined too (pytorch/pytorch#172439).
+    Rows after the last group get undefined values or zeros, and so do their gradients. The gradient of an empty group's
+    matrix is undefined too (pytorch/pytorch#172439).
 
-    More than `MAX_GROUPS` groups are multiplied in parts. Where a part's slots begin is known to the device alone, so
-    each part takes all slots: those before it and behind it are two groups more, whose matrices are zero.
+    More than `MAX_GROUPS` groups are multiplied in chunks of groups. Only the device knows where a chunk's rows begin,
+    so every chunk multiplies all rows: the rows before it and after it form two more groups, with zero matrices.
+
+    Args:
+        x_Si: rows, group by group.
+        weight_noi: one matrix per group.
+        ends_n: int32, end of each group.
     """
     if len(weight_noi) <= MAX_GROUPS:
         return torch._grouped_mm(x_Si, weight_noi.transpose(-2, -1), offs=ends_n)
     zero_1oi = weight_noi.new_zeros(1, *weight_noi.shape[1:])
-    begins_n, all_1 = F.pad(ends_n, (1, 0)), ends_n.new_full((1,), len(x_Si))
-    most = MAX_GROUPS - 2
+    starts_n, total_1 = F.pad(ends_n, (1, 0)), ends_n.new_full((1,), len(x_Si))
+    chunk_size = MAX_GROUPS - 2
     y_So, first = None, 0
-    for part_noi in weight_noi.split(most):
-        # The first end is the one of the slots before this part.
-        ends = torch.cat([begins_n[first : first + len(part_noi) + 1], all_1])
-        part_So = grouped_mm(x_Si, torch.cat([zero_1oi, part_noi, zero_1oi]), ends)
-        y_So = part_So if y_So is None else y_So + part_So
-        first += most
+    for chunk_noi in weight_noi.split(chunk_size):
+        # The first end closes the group of the rows before this chunk.
+        ends = torch.cat([starts_n[first : first + len(chunk_noi) + 1], total_1])
+        chunk_So = grouped_mm(x_Si, torch.cat([zero_1oi, chunk_noi, zero_1oi]), ends)
+        y_So = chunk_So if y_So is None else y_So + chunk_So
+        first += chunk_size
     assert y_So is not None
     return y_So
 
 
-# torch 2.11 takes fewer heads of keys than of queries as they are, 2.13 only where it is told.
+# torch 2.11 accepts grouped-query attention implicitly; 2.13 needs a flag.
 _GROUPED_QUERIES = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
-def varlen_attention(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, end_n: Tensor, longest: int) -> Tensor:
-    """Attend within sequences that stand end to end, `[T, H, d]`; `end_n` begins with 0.
+def varlen_attention(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """Compute bidirectional attention within each of several concatenated sequences, `[T, H, d]`.
 
-    Each version has another argument for causal attention; without it all attend in both directions.
+    The argument for causal attention differs between versions. Without it, attention is bidirectional in all of them.
+
+    Args:
+        cu_seqlens: int32 `[n + 1]`, cumulative lengths of the n sequences; starts with 0.
+        max_seqlen: length of the longest sequence.
     """
     options: dict[str, Any] = _GROUPED_QUERIES if k_THd.shape[1] != q_THd.shape[1] else {}
-    y_THd: Any = varlen_attn(q_THd, k_THd, v_THd, end_n, end_n, longest, longest, **options)
+    y_THd: Any = varlen_attn(q_THd, k_THd, v_THd, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
     return cast(Tensor, y_THd)
 
 
 def add_product_(sum_ij: Tensor, a_ik: Tensor, b_kj: Tensor) -> None:
-    """Add a product to a sum that may be of a wider type, in which it is not rounded before.
+    """Add a @ b to a sum in place; a sum of a wider dtype gets the product without rounding to the factors' dtype.
 
-    Products that keep their float32 sums are CUDA's (2.8 to 2.13); elsewhere the factors are cast.
+    Only CUDA can return the product in a wider dtype (2.8 to 2.13). Other devices cast the factors.
     """
     if sum_ij.dtype == a_ik.dtype:
         sum_ij.addmm_(a_ik, b_kj)
@@ -174,25 +193,26 @@ def add_product_(sum_ij: Tensor, a_ik: Tensor, b_kj: Tensor) -> None:
 
 
 def mark_dynamic(x: Tensor, dim: int) -> None:
-    """Let what is compiled take every size of a dimension; the function's module is private by name (2.13)."""
+    """Mark a dimension as dynamic for torch.compile; the function's module is private by name (2.13)."""
     torch._dynamo.mark_dynamic(x, dim)
 
 
 def checkpointed(block: nn.Module) -> nn.Module | None:
-    """Return the module inside an activation checkpoint, None if `block` is not wrapped in one (2.13)."""
+    """Return the module inside an activation-checkpoint wrapper, None if `block` is not wrapped (2.13)."""
     return block._checkpoint_wrapped_module if isinstance(block, CheckpointWrapper) else None
 
 
 def raise_recompile_limit(limit: int) -> None:
-    """Let a function be compiled at least `limit` times; torch fails at the ninth by default (2.13)."""
+    """Allow at least `limit` compilations of a function; by default torch fails at the ninth (2.13)."""
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, limit)
 
 
-def skips_if_told(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
-    """Return whether an optimizer's step honours `told_to_skip` with a flag on `device`: fused Adam and AdamW do.
+def supports_skip_flag(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
+    """Return whether an optimizer supports `skip_if_flagged` with a flag on `device`, as fused Adam and AdamW do.
 
-    The flag's own copy to another device would be in flight when a CPU's kernel reads it (2.11 to 2.13).
+    Flag and parameters must be on the same device. Otherwise the optimizer copies the flag asynchronously, and a CPU
+    kernel would read it before the copy has finished (2.11 to 2.13).
     """
     fused = getattr(optimizer, "_step_supports_amp_scaling", False)
     groups = optimizer.param_groups
@@ -200,29 +220,31 @@ def skips_if_told(optimizer: torch.optim.Optimizer, device: torch.device) -> boo
 
 
 @contextlib.contextmanager
-def told_to_skip(optimizers: Iterable[torch.optim.Optimizer], flag: Tensor) -> Iterator[None]:
-    """Let steps in this context change neither weights nor optimizer state if `flag` is 1; the host need not know.
+def skip_if_flagged(optimizers: Iterable[torch.optim.Optimizer], flag: Tensor) -> Iterator[None]:
+    """Make optimizer steps in this context a no-op if `flag` is 1, without a device-to-host sync.
 
-    `torch.amp.GradScaler`'s protocol with fused optimizers: their kernels read `found_inf` (2.11 to 2.13).
+    Neither weights nor optimizer state change. Uses `torch.amp.GradScaler`'s protocol with fused optimizers, whose
+    kernels read `found_inf` (2.11 to 2.13).
 
     Args:
+        optimizers: optimizers with `supports_skip_flag`.
         flag: float32 scalar, 0 or 1.
     """
-    told: list[Any] = list(optimizers)
-    for optimizer in told:
+    flagged_optimizers: list[Any] = list(optimizers)
+    for optimizer in flagged_optimizers:
         optimizer.found_inf = flag
     try:
         yield
     finally:
-        for optimizer in told:
+        for optimizer in flagged_optimizers:
             del optimizer.found_inf
 
 
 def collectives() -> list[tuple[int, int]]:
-    """Return (last enqueued, last completed) of the collectives of each process group, in the order of the groups.
+    """Return (last enqueued, last completed) collective of each process group, in the order of the groups.
 
-    Read off torch's flight recorders, NCCL's and the other backends', which have no public reader (2.13); empty if the
-    backend records nothing.
+    Read from torch's flight recorders, of NCCL and of the other backends, which have no public reader (2.13). Empty if
+    the backend records nothing.
     """
     keys = ("last_enqueued_collective", "last_completed_collective")
     for recorder in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):
@@ -233,7 +255,7 @@ def collectives() -> list[tuple[int, int]]:
 
 
 def rendezvous_store() -> Any:
-    """Return a connection of its own to the store of the process group's rendezvous (2.13)."""
+    """Open a separate connection to the rendezvous store of the process group (2.13)."""
     store: Any = _get_default_store()
     return store.clone()
 
@@ -242,11 +264,11 @@ _SaverProcess: Any = _async_process_executor._AsyncCheckpointProcess
 
 
 class SaverProcess(_SaverProcess):
-    """DCP's process for background saves, whose body has a public name here; a subclass overrides it (2.13)."""
+    """DCP's process for background saves, with a public name for its main function, to override (2.13)."""
 
     @staticmethod
     def serve(group: Any, pipe: Any) -> None:
-        """Save what comes through the pipe, until it closes; the process's body."""
+        """Save the states that arrive through the pipe, until it closes; main function of the process."""
         _SaverProcess._checkpointing_subprocess(group, pipe)
 
     @property
@@ -254,18 +276,21 @@ class SaverProcess(_SaverProcess):
         return self.serve
 
     def end(self) -> None:
-        """End the process, whatever it is at."""
+        """Terminate the process at once and wait for its exit."""
         self._save_process.terminate()
         self._save_process.join()
 
 
 def construct_savers(saver: type[SaverProcess]) -> None:
-    """Let DCP construct `saver` for background saves: it has no builder for it (2.13)."""
+    """Make DCP construct `saver` for background saves, for which it has no builder (2.13)."""
     vars(_async_process_executor)["_AsyncCheckpointProcess"] = saver
 
 
 def end_saver() -> None:
-    """End this rank's process for background saves; the next save starts another. DCP would keep a dead one (2.13)."""
+    """Terminate this rank's process for background saves; the next save starts a new one.
+
+    DCP would keep using a dead process (2.13).
+    """
     saver, _async_process_executor._CHECKPOINT_PROCESS = _async_process_executor._CHECKPOINT_PROCESS, None
     if isinstance(saver, SaverProcess):
         saver.end()
@@ -291,37 +316,43 @@ _BUILT = (
 
 
 class MetadataUnpickler(pickle._Unpickler):
-    """Unpickler of DCP's metadata that admits only the classes DCP writes; DCP's own admits every one (2.13).
+    """Unpickler for DCP's metadata that accepts only the classes that DCP writes; DCP's own accepts any class (2.13).
 
-    Python's own in Python, for it lets `BUILD` be refused: on a class or a function that opcode sets attributes, and so
-    replaces code. A third of the speed of the one in C: 14 s for the 220,000 chunks of 8 B parameters on 256 ranks.
+    Subclasses Python's pure-Python unpickler, because only that can reject the `BUILD` opcode. On a class or a function
+    `BUILD` sets attributes, and can thus replace code. It has a third of the speed of the C unpickler: 14 s for the
+    220,000 chunks of 8 B parameters on 256 ranks.
     """
 
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
+        """Return an allowed class; raise UnpicklingError for any other name."""
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not dtype and name not in _METADATA_CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint of ours does")
         return super().find_class(module, name)
 
     def load_build(self) -> None:
-        *_, built, state = self.stack  # type: ignore[attr-defined]
-        if type(built) not in _BUILT or not (isinstance(state, dict) or hasattr(built, "__setstate__")):
-            raise pickle.UnpicklingError(f"it changes a {type(built).__name__}, which no checkpoint of ours does")
+        """Run the `BUILD` opcode on instances of DCP's classes; raise UnpicklingError for anything else."""
+        *_, instance, state = self.stack  # type: ignore[attr-defined]
+        if type(instance) not in _BUILT or not (isinstance(state, dict) or hasattr(instance, "__setstate__")):
+            raise pickle.UnpicklingError(f"it changes a {type(instance).__name__}, which no checkpoint of ours does")
         super().load_build()  # type: ignore[misc]
 
     dispatch[pickle.BUILD[0]] = load_build
 
 
-class _Entries:
-    """Reads DCP's metadata with `MetadataUnpickler`, and hands every entry's bytes to `check_entry` before DCP
-    deserialises them; its readers have no hook for either (2.13)."""
+class _CheckedEntries:
+    """Mixin for DCP's readers: `MetadataUnpickler` for the metadata, and a check of entries before deserialisation.
+
+    DCP's readers have no hook for either (2.13).
+    """
 
     fs: Any
     load_id: Any
 
     def read_metadata(self, *args: Any, **options: Any) -> Metadata:
+        """Read the metadata; raise UnpicklingError if it holds other classes, or files outside the checkpoint."""
         path = self._get_metadata_path(options.get("rank"))  # type: ignore[attr-defined]
         with self.fs.create_stream(path, "rb") as file:
             metadata = MetadataUnpickler(file).load()
@@ -339,32 +370,39 @@ class _Entries:
 
     @abstractmethod
     def check_entry(self, file: Any, offset: int, length: int, name: str) -> Any:
-        """Return the entry as an open file of bytes."""
+        """Check an entry's bytes and return them as an open file.
+
+        Args:
+            file: open file that contains the entry.
+            offset: first byte of the entry.
+            length: bytes.
+            name: path of the file in the checkpoint folder.
+        """
 
 
-class EntryReader(_Entries, FileSystemReader):
-    """DCP's reader of a folder on disk, entry by entry."""
+class EntryReader(_CheckedEntries, FileSystemReader):
+    """DCP's reader for a folder on disk, with checks of metadata and entries."""
 
 
-class FsspecEntryReader(_Entries, FsspecReader):
-    """DCP's reader of a folder at a URL, entry by entry; DCP keeps it private (2.13)."""
+class FsspecEntryReader(_CheckedEntries, FsspecReader):
+    """DCP's reader for a folder at a URL, with checks of metadata and entries; private in DCP (2.13)."""
 
 
 def operator_name(operator: Any) -> str:
-    """Return an operator's name, such as `c10d::allreduce_`, as a `TorchDispatchMode` gets it (2.13)."""
+    """Return the name, such as `c10d::allreduce_`, of an operator in a `TorchDispatchMode` (2.13)."""
     name: str = operator.overloadpacket._qualified_op_name
     return name
 
 
 def storage_error(message: str) -> str:
-    """Say in words what `torch.save` makes of any error of the file it writes to, a full disk for one (2.13)."""
+    """Translate `torch.save`'s message for any error of the output file, such as a full disk (2.13)."""
     return "a file could not be written to its end" if "inline_container.cc" in message else message
 
 
 def connection_loss(error: RuntimeError) -> str:
-    """Return why a collective failed, if another rank is gone or did not come in time; else an empty text.
+    """Return the reason if a collective failed because another rank died or timed out, else an empty string.
 
-    gloo raises plain RuntimeErrors that name its source files (2.13).
+    gloo raises plain RuntimeErrors, recognisable by the names of its source files (2.13).
     """
     if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
         return ""

@@ -1,6 +1,6 @@
-"""torchrun 2.11 to 2.13: a flag that not every version has, and what its agent says in its log alone.
+"""torchrun 2.11 to 2.13: a flag that some versions lack, and events that only the agent's log reports.
 
-Light to import: the launcher must soon be ready for signals.
+Imports no heavy modules: the launcher must handle signals soon after its start.
 """
 
 import argparse
@@ -8,18 +8,18 @@ import logging
 
 
 def shutdown_flags(parser: argparse.ArgumentParser, seconds: int) -> list[str]:
-    """Return the flag for how long workers may take to end when another one has failed; torchrun 2.11 has none."""
+    """Return the flag that limits how long workers may take to exit after another worker failed; 2.11 has none."""
     flag = "--shutdown-timeout"
     return [f"{flag}={seconds}"] if flag in parser.format_help() else []
 
 
 class AgentLog(logging.Filter):
-    """Reads the log of torchrun's agent, which has no other word on whom it killed (2.13).
+    """Filter of the log of torchrun's agent, the only place that names the workers it killed (2.13).
 
-    Drops its report of a process that ended with `explained`, a status that the process has explained itself.
+    Drops the agent's report of a worker with the exit status `explained`: the worker has explained that status itself.
 
     Attributes:
-        killed: process ids of the workers that the agent ended.
+        killed: process ids of the workers that the agent killed.
     """
 
     NAME = "torch.distributed.elastic.multiprocessing.api"
@@ -30,6 +30,7 @@ class AgentLog(logging.Filter):
         self._dropped = f"exitcode: {explained})"
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Record killed workers; return False for a report that is dropped."""
         if str(record.msg).startswith("Unable to shutdown process") and isinstance(record.args, tuple):
             self.killed |= {pid for pid in record.args if isinstance(pid, int)}
         return self._dropped not in record.getMessage()

@@ -1,6 +1,6 @@
-"""torchtitan 0.2.2: private names, patches, and the step line that it composes itself.
+"""torchtitan 0.2.2: private names, patches, and an addition to its console line per step.
 
-Imported after `runtime.cpu.prepare()`, since torchtitan decides on the device type when it is first imported.
+Import it after `runtime.cpu.prepare()`, since torchtitan selects the device type when it is first imported.
 """
 
 import contextlib
@@ -20,50 +20,67 @@ from torchtitan.models.moe import kernels, utils
 from torchtitan.models.moe.utils import _permute, _unpermute
 from torchtitan.models.qwen3.model.state_dict_adapter import Qwen3StateDictAdapter
 
-from memdlm_dist.compat.torch import leave_ring_unbalanced
+from memdlm_dist.compat.torch import configure_ring_attention
 
-# Operators whose results selective activation checkpointing keeps, as torchtitan's own recipes have it.
+# Operators whose results selective activation checkpointing saves, from torchtitan's recipes.
 SAVED_OPERATORS = _op_sac_save_list
 
 
 def use_cpu_permutation() -> None:
-    """Sort tokens by expert without the Triton kernel, which torchtitan gives no choice about."""
+    """Sort tokens by expert without torchtitan's Triton kernel, for which there is no option."""
     utils.generate_permute_indices = partial(kernels.generate_permute_indices, use_cpu=True)
 
 
-def permuted(run: Callable[[Tensor, Tensor], Tensor], x_SD: Tensor, counts: Tensor, ranks: int, experts: int) -> Tensor:
-    """Call `run(x, counts)` on slots padded to the multiples that grouped products need; returns its rows unpadded."""
-    shape, x_filled, places, counts = _permute(x_SD, counts, ranks, experts)
-    out: Tensor = _unpermute(run(x_filled, counts), shape, places)
+def run_padded(
+    run: Callable[[Tensor, Tensor], Tensor], x_SD: Tensor, counts: Tensor, ranks: int, experts: int
+) -> Tensor:
+    """Pad routed tokens to the group sizes that grouped products need, call `run(x, counts)`, and unpad its result.
+
+    Args:
+        x_SD: routed tokens `[S, D]`.
+        counts: tokens per expert.
+        ranks: expert-parallel degree.
+        experts: local experts.
+    """
+    shape, x_padded, indices, counts = _permute(x_SD, counts, ranks, experts)
+    out: Tensor = _unpermute(run(x_padded, counts), shape, indices)
     return out
 
 
 def ring_attention(kernels: list[nn.Module], mesh: Any, rotation: Any) -> None:
-    """Give attention kernels torch's ring attention. torchtitan's recipe for it reads a causal model's settings."""
+    """Apply torch's ring attention to attention kernels.
+
+    torchtitan's recipe for it reads the settings of a causal model.
+
+    Args:
+        kernels: attention modules.
+        mesh: context-parallel mesh.
+        rotation: `parallelism.context_parallel_rotate_method`, "allgather" or "alltoall".
+    """
     apply_cp_to_attention_module(kernels, mesh, "sdpa")
-    leave_ring_unbalanced(rotation)
+    configure_ring_attention(rotation)
 
 
 def special_token(tokenizer: HuggingFaceTokenizer, name: str) -> str | None:
-    """Return the text of a special token, such as `mask_token`, from tokenizer_config.json; None if it has none."""
+    """Return a special token, such as `mask_token`, from tokenizer_config.json; None if there is none."""
     token: str | None = tokenizer._get_token_from_config(tokenizer.config or {}, name)
     return token
 
 
 class HookedCheckpoints(CheckpointManager):
-    """torchtitan's checkpoint manager, whose decisions have public names here; a subclass overrides those."""
+    """torchtitan's checkpoint manager with public names for its private hooks, for subclasses to override."""
 
     def is_due(self, step: int, last_step: bool = False) -> bool:
-        """Return whether to save after a step."""
+        """Return whether to save a checkpoint after a step."""
         due: bool = super()._should_save(step, last_step)
         return due
 
     def purge(self) -> None:
-        """Remove what retention does not keep; called after each save."""
+        """Delete the checkpoints that retention does not keep; called after each save."""
         super()._purge_stale_checkpoints()
 
     def states_to_load(self, model_only: bool) -> dict[str, Any]:
-        """Return the states that a checkpoint is loaded into, the model's tensors at the top level."""
+        """Return the states to load from a checkpoint, with the model's tensors at the top level."""
         states: dict[str, Any] = super()._states_to_load(model_only)
         return states
 
@@ -75,13 +92,16 @@ class HookedCheckpoints(CheckpointManager):
 
 
 def construct_checkpoints(manager: type[CheckpointManager]) -> None:
-    """Let torchtitan's Trainer construct `manager`: it has builders for all its components but this one."""
+    """Make torchtitan's Trainer construct `manager`, the only component for which it has no builder."""
     train.CheckpointManager = manager
 
 
 @contextlib.contextmanager
 def appending_to_step_line(suffix: str) -> Iterator[None]:
-    """Append to the console line that `MetricsProcessor.log` composes and logs in one go; rank 0 alone prints it."""
+    """Append `suffix` to the console line of `MetricsProcessor.log` in this context; only rank 0 prints it.
+
+    `MetricsProcessor.log` formats and logs the line in one call, without a hook.
+    """
 
     def append(record: logging.LogRecord) -> bool:
         if "tflops:" not in str(record.msg):
@@ -89,7 +109,7 @@ def appending_to_step_line(suffix: str) -> Iterator[None]:
         record.msg = f"{record.msg}{suffix}"
         return torch.distributed.get_rank() == 0
 
-    logger = logging.getLogger()  # torchtitan's is the root
+    logger = logging.getLogger()  # torchtitan logs to the root logger
     logger.addFilter(append)
     try:
         yield
@@ -98,20 +118,20 @@ def appending_to_step_line(suffix: str) -> Iterator[None]:
 
 
 class ReplicatedExpertsAdapter(Qwen3StateDictAdapter):
-    """torchtitan's adapter of mixtures of experts, for HSDP too.
+    """torchtitan's state-dict adapter for mixtures of experts, extended to HSDP.
 
-    0.2.2 asks every placement of an expert's weights which dimension it shards, and `Replicate` has none.
+    torchtitan 0.2.2 reads the sharded dimension of every placement of the experts' weights. `Replicate` has none.
     """
 
     def _caculate_indices_from_placements(
         self, dim: int, dim_size: int, dtensor_placements: tuple[Any, ...], device_mesh: Any
     ) -> tuple[int, int]:
-        sharding = [i for i, placement in enumerate(dtensor_placements) if not placement.is_replicate()]
-        if not sharding:
+        sharded_dims = [i for i, placement in enumerate(dtensor_placements) if not placement.is_replicate()]
+        if not sharded_dims:
             return 0, dim_size
-        names = tuple(device_mesh.mesh_dim_names[i] for i in sharding)
-        placements = tuple(dtensor_placements[i] for i in sharding)
-        found: tuple[int, int] = super()._caculate_indices_from_placements(
+        names = tuple(device_mesh.mesh_dim_names[i] for i in sharded_dims)
+        placements = tuple(dtensor_placements[i] for i in sharded_dims)
+        bounds: tuple[int, int] = super()._caculate_indices_from_placements(
             dim, dim_size, placements, device_mesh[names]
         )
-        return found
+        return bounds

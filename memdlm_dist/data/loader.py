@@ -69,7 +69,7 @@ class EpochLoader(Stateful):
         self.fingerprint = dataset.fingerprint()
         # Samples are counted over all ranks. "nodes" is the number of nodes at the run's first start, which streaming
         # needs in order to keep the sample order on another number of nodes.
-        self.position = {"epoch": 0, "samples": 0, "nodes": streaming.nodes(dataset)}
+        self.position = {"epoch": 0, "samples": 0, "nodes": streaming.num_nodes(dataset)}
         self.before_workers: Callable[[], None] = lambda: None  # hook, called before worker processes are forked
 
     def __iter__(self) -> Iterator[Batch]:

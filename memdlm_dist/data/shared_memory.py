@@ -50,7 +50,7 @@ def remove_leftovers(folders: Collection[str], cached: Collection[str]) -> None:
             )
         if not users:
             logger.info(f"Removing shared memory of an earlier run that was killed ({registration}).")
-            for path in (*map(Path, glob.glob(f"{SHARED_MEMORY}/{prefix}*")), *streaming.locks(prefix)):
+            for path in (*map(Path, glob.glob(f"{SHARED_MEMORY}/{prefix}*")), *streaming.lock_files(prefix)):
                 path.unlink(missing_ok=True)
 
 
@@ -61,7 +61,7 @@ def choose_prefix_by_run() -> None:
     same one.
     """
     run = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "GROUP_RANK"))
-    streaming.number_from(zlib.crc32(run.encode()) % 10_000 * 100_000)
+    streaming.start_prefixes_at(zlib.crc32(run.encode()) % 10_000 * 100_000)
 
 
 def _folders(registration: str) -> set[str]:

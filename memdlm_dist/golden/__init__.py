@@ -1,1 +1,1 @@
-"""Checks against numbers of the published implementation."""
+"""Golden checks: our results against those of the published implementation."""

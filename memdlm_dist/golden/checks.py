@@ -1,4 +1,7 @@
-"""Our numbers against fixtures of the published reference implementation."""
+"""Golden checks of training: our results against fixtures of the published reference implementation.
+
+Shapes: B rows, L tokens, K inner steps.
+"""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -26,17 +29,19 @@ from memdlm_dist.method.trajectory import IGNORE_INDEX, PROGRESSIVE_RATIOS, Draw
 from memdlm_dist.models.llada import LLaDA
 from memdlm_dist.models.state_dict_adapters import BackboneStateDictAdapter
 
-# Losses agree to float32 rounding of sums; gradients, fast weights and logits to what an independent
-# float32 recomputation of the fixtures differed by, with a margin (logits reach 15). A norm may differ
-# by what a gradient may. A cosine distance near 0 is the difference of two numbers near 1.
+# Tolerances. Losses: float32 rounding of sums; the absolute tolerance is for cosine distances near 0, which are
+# differences of two numbers near 1. Gradients, fast weights and logits: the differences of an independent float32
+# recomputation of the fixtures, with a margin (logits reach 15). Norms: the tolerance of gradients.
 LOSS_RTOL, LOSS_ATOL, NORM_RTOL, GRADIENT_ATOL, FAST_ATOL, LOGITS_ATOL = 2e-6, 1e-6, 2e-6, 1e-5, 1e-6, 5e-5
 
 
 @dataclass(frozen=True)
-class Line:
+class Comparison:
+    """Result of comparing one quantity; its text is one line of the report."""
+
     quantity: str
-    absolute: float
-    relative: float
+    absolute: float  # largest absolute difference
+    relative: float  # largest absolute difference over the largest absolute value
     ok: bool
 
     def __str__(self) -> str:
@@ -44,83 +49,91 @@ class Line:
         return f"  {self.quantity:<34} abs {self.absolute:9.2e}  rel {self.relative:9.2e}  {verdict}"
 
 
-def compare(quantity: str, ours, theirs, atol: float = 0.0, rtol: float = 0.0) -> Line:
-    """Largest absolute and relative difference; ok where |ours - theirs| <= atol + rtol |theirs|."""
+def compare(quantity: str, ours, theirs, atol: float = 0.0, rtol: float = 0.0) -> Comparison:
+    """Compare a quantity with its published value; ok if |ours - theirs| <= atol + rtol |theirs| everywhere."""
     ours, theirs = (torch.as_tensor(x).detach().cpu().double() for x in (ours, theirs))
     if ours.shape != theirs.shape:
-        return Line(f"{quantity} (shape {tuple(ours.shape)})", float("inf"), float("inf"), False)
+        return Comparison(f"{quantity} (shape {tuple(ours.shape)})", float("inf"), float("inf"), False)
     if not theirs.numel():
-        return Line(quantity, 0.0, 0.0, True)
+        return Comparison(quantity, 0.0, 0.0, True)
     difference = (ours - theirs).abs()
     relative = difference.max() / theirs.abs().max().clamp(min=1e-30)
     ok = bool((difference <= atol + rtol * theirs.abs()).all())
-    return Line(quantity, difference.max().item(), relative.item(), ok)
+    return Comparison(quantity, difference.max().item(), relative.item(), ok)
 
 
-def worst(quantity: str, pairs: dict[str, tuple[Tensor, Tensor]], atol: float) -> Line:
-    """One line for many tensors: the one that differs most."""
+def worst(quantity: str, pairs: dict[str, tuple[Tensor, Tensor]], atol: float) -> Comparison:
+    """Compare many tensors and return the comparison with the largest difference.
+
+    Args:
+        pairs: name -> (our tensor, published tensor).
+    """
     lines = [compare(f"{quantity} ({name})", *pair, atol=atol) for name, pair in pairs.items()]
     return max(lines, key=lambda line: (not line.ok, line.absolute))
 
 
 def compare_trajectory(
     settings: Settings, inputs: dict[str, Tensor], maskable_BL: Tensor, anchor: State, published: list[State]
-) -> Iterator[Line]:
-    """Our trajectory against the fixture's: masks, targets and weights.
+) -> Iterator[Comparison]:
+    """Compare our trajectory with the fixture's: masks, scored tokens and loss weights.
 
-    The numbers behind the masks are chosen so that tokens masked longest have the smallest: then ours are
-    the same if their counts are.
+    Tokens that are masked in more of the fixture's states get smaller random numbers. Our masks then equal the
+    fixture's if the numbers of masked tokens are equal.
+
+    Args:
+        published: the fixture's inner states.
     """
     if settings.plan.trajectory == "progressive" and settings.last_ratio != PROGRESSIVE_RATIOS[1]:
         return
-    times_BL = torch.stack([anchor.mask_BL, *(state.mask_BL for state in published)]).sum(0)
-    u_BL = torch.where(times_BL > 0, 0.1 / times_BL.clamp(min=1), 0.9).double()
-    # The progressive trajectory does not know the anchor.
-    times_BL = times_BL - anchor.mask_BL.long()
-    v_BL = torch.where(times_BL > 0, 0.1 / times_BL.clamp(min=1), 0.9).double()
+    n_masked_BL = torch.stack([anchor.mask_BL, *(state.mask_BL for state in published)]).sum(0)
+    u_BL = torch.where(n_masked_BL > 0, 0.1 / n_masked_BL.clamp(min=1), 0.9).double()
+    # The progressive trajectory is independent of the anchor.
+    n_masked_BL = n_masked_BL - anchor.mask_BL.long()
+    v_BL = torch.where(n_masked_BL > 0, 0.1 / n_masked_BL.clamp(min=1), 0.9).double()
     t_B = inputs.get("t", torch.ones(len(maskable_BL))).double()
     ours = settings.plan.states(Draw(maskable_BL, t_B, u_BL, v_BL), anchor)
 
-    def clean(mask_BL: Tensor | None) -> Tensor:
+    def zeros_if_clean(mask_BL: Tensor | None) -> Tensor:
         return torch.zeros_like(maskable_BL) if mask_BL is None else mask_BL
 
-    for what, of in {
+    for quantity, select in {
         "masks": lambda state: state.mask_BL,
         "targets": lambda state: state.target_BL,
-        "teacher's masks": lambda state: clean(state.next_BL),
-        # A row's weight is read where it has a target.
+        "teacher's masks": lambda state: zeros_if_clean(state.next_BL),
+        # The weight of a row without scored tokens is never read.
         "weights": lambda state: torch.where(state.target_BL.any(1), state.weight_U, 0.0),
     }.items():
-        if what == "teacher's masks" and settings.loss.teacher is None:
+        if quantity == "teacher's masks" and settings.loss.teacher is None:
             continue
-        mine, theirs = (torch.stack([of(state) for state in states]) for states in (ours, published))
-        yield compare(f"trajectory: {what}", mine, theirs, rtol=LOSS_RTOL if what == "weights" else 0.0)
+        mine, theirs = (torch.stack([select(state) for state in states]) for states in (ours, published))
+        yield compare(f"trajectory: {quantity}", mine, theirs, rtol=LOSS_RTOL if quantity == "weights" else 0.0)
 
 
-def check(folder: Path, device: str = "cpu") -> Iterator[Line]:
-    """Compare one fixture; yields a line per quantity. What the fixture does not hold is not checked.
+def check(folder: Path, device: str = "cpu") -> Iterator[Comparison]:
+    """Check one fixture and yield a comparison per quantity; quantities that the fixture lacks are skipped.
 
     Args:
-        device: on which the model computes; a sampler's fixture is checked on the CPU.
+        folder: fixture directory.
+        device: device of the model; fixtures of the sampler always run on the CPU.
 
     Raises:
-        Unsupported: the fixture is of a kind that this version does not cover.
+        Unsupported: the fixture uses an option that is not supported.
     """
     manifest = json.loads((folder / "manifest.json").read_text())
     if "sampler" in manifest:
         for quantity, differing in sampler_differences(folder, manifest):
-            yield Line(quantity, float(differing), float(differing > 0), not differing)
+            yield Comparison(quantity, float(differing), float(differing > 0), not differing)
         return
     settings = Settings.read(manifest["memory"]) if "memory" in manifest else None
     files = manifest.get("files") or {path.stem: path.name for path in folder.glob("*.safetensors")}
-    part = {name: load_file(folder / path) for name, path in files.items()}
-    inputs, results = part["inputs"], manifest.get("results", {})
+    tensors = {name: load_file(folder / path) for name, path in files.items()}
+    inputs, results = tensors["inputs"], manifest.get("results", {})
     tokens_BL = inputs["input_ids"]
     sd_adapter = get_sd_adapter(manifest["arch"], tokens_BL.shape[1])
     model = load_model(sd_adapter, folder / files["weights"]).to(device)
     parameters = dict(model.named_parameters())
     if "anchor_mask" not in inputs and "memory" not in manifest:
-        yield from compare_forward(model, inputs, part["outputs"])
+        yield from compare_forward(model, inputs, tensors["outputs"])
         return
     maskable_BL = inputs.get("labels", tokens_BL) != IGNORE_INDEX
     n_maskable = maskable_BL.sum().clamp(min=1)
@@ -137,17 +150,17 @@ def check(folder: Path, device: str = "cpu") -> Iterator[Line]:
         manifest["mask_token_id"],
         with_teacher,
     ).to(device)
-    if "plain" in part:
+    if "plain" in tensors:
         loss = outer_loss(model, batch, memory=None)[0] / n_maskable
         loss.backward()
-        yield from compare_outer("plain", loss, model, sd_adapter, batch, part["plain"], results, "plain_loss")
+        yield from compare_outer("plain", loss, model, sd_adapter, batch, tensors["plain"], results, "plain_loss")
         yield from compare_norm("plain", parameters.values(), results, "plain_grad_norm")
     if settings is None:
         return
 
     if "anchor_mask" in inputs and ("t" in inputs or plan.trajectory != "anchor_only"):
         yield from compare_trajectory(settings, inputs, maskable_BL, anchor, states)
-    fast = settings.start(manifest["adapters"], part["weights"], inputs)
+    fast = settings.start(manifest["adapters"], tensors["weights"], inputs)
     fast = map_leaves(lambda x: x.to(device), fast)
     memory = Memory(
         first_layer=min(map(int, fast)),
@@ -166,7 +179,7 @@ def check(folder: Path, device: str = "cpu") -> Iterator[Line]:
     loss = loss_sum / n_maskable
     loss.backward()
 
-    outputs = part["outputs"]
+    outputs = tensors["outputs"]
     yield compare("inner losses", statistics.loss_KG[:, 0], results["inner_losses"], LOSS_ATOL, LOSS_RTOL)
     norms = statistics.grad_norm_KG[:, 0]
     yield compare("inner gradient norms", norms, results["inner_grad_norms"], GRADIENT_ATOL, NORM_RTOL)
@@ -182,24 +195,24 @@ def check(folder: Path, device: str = "cpu") -> Iterator[Line]:
     yield from compare_norm("outer", parameters.values(), results, "outer_grad_norm_base")
 
 
-def compare_forward(model: LLaDA, inputs: dict[str, Tensor], theirs: dict[str, Tensor]) -> Iterator[Line]:
-    """Logits at every position of a fixture of an architecture alone; where some are not attended to, at the others."""
+def compare_forward(model: LLaDA, inputs: dict[str, Tensor], theirs: dict[str, Tensor]) -> Iterator[Comparison]:
+    """Compare the logits of a forward pass at every position; with a padding mask, at the attended positions only."""
     tokens_BL = inputs["input_ids"]
     device = model.tok_embeddings.weight.device
     tokens_BL = tokens_BL.to(device)
-    everywhere = torch.arange(tokens_BL.numel(), device=device)
+    all_positions = torch.arange(tokens_BL.numel(), device=device)
     for name, mask in (("logits", None), ("logits_padded", "attention_mask_padded")):
         if name in theirs:
             attended_BL = inputs[mask].bool().to(device) if mask else None
             context = model.context(tokens_BL.shape[1], attended_BL=attended_BL)
             with torch.no_grad():
-                logits = model(tokens_BL, everywhere, context=context).view_as(theirs[name])
+                logits = model(tokens_BL, all_positions, context=context).view_as(theirs[name])
             chosen = attended_BL if attended_BL is not None else torch.ones_like(tokens_BL).bool()
             yield compare(name, logits[chosen], theirs[name][chosen.cpu()], LOGITS_ATOL)
 
 
-def compare_norm(label: str, parameters: Iterable[Tensor], results: dict, key: str) -> Iterator[Line]:
-    """The 2-norm of the gradient of all base parameters."""
+def compare_norm(label: str, parameters: Iterable[Tensor], results: dict, key: str) -> Iterator[Comparison]:
+    """Compare the 2-norm of the gradient over all base parameters."""
     if key in results:
         norm = torch.stack([p.grad.double().norm() for p in parameters if p.grad is not None]).norm()
         yield compare(f"{label} gradient norm", norm, results[key], GRADIENT_ATOL, NORM_RTOL)
@@ -215,15 +228,15 @@ def compare_outer(
     results: dict[str, Any],
     loss_key: str,
     fast: FastWeights | None = None,
-) -> Iterator[Line]:
-    """The loss, the logits at every position and every base gradient of an outer pass."""
+) -> Iterator[Comparison]:
+    """Compare loss, logits at every position and all base gradients of an outer pass."""
     if loss_key in results:
         yield compare(f"{label} loss", loss, results[loss_key], LOSS_ATOL, LOSS_RTOL)
     if "logits" in theirs:
         with torch.no_grad():
-            everywhere = torch.arange(batch.inputs[0].numel(), device=batch.inputs[0].device)
-            plain = map_leaves(lambda x: x.detach(), fast) if fast else None
-            logits = model(batch.inputs[0], everywhere, plain)
+            all_positions = torch.arange(batch.inputs[0].numel(), device=batch.inputs[0].device)
+            detached = map_leaves(lambda x: x.detach(), fast) if fast else None
+            logits = model(batch.inputs[0], all_positions, detached)
         yield compare(f"{label} logits", logits.view_as(theirs["logits"]), theirs["logits"], LOGITS_ATOL)
     gradients = sd_adapter.to_hf(
         {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}

@@ -1,6 +1,6 @@
-"""The format of the published implementation's fixtures, in our words: names, settings, model, states.
+"""Fixture format of the published implementation: maps its names, settings, model and states to ours.
 
-Shapes: B sequences, L tokens, S inner steps, R rank.
+Shapes: B rows, L tokens, G experts of a linear (1 without experts), R rank, i and o input and output features.
 """
 
 import re
@@ -27,8 +27,8 @@ from memdlm_dist.models.state_dict_adapters import (
     LLaDAStateDictAdapter,
 )
 
-# A manifest's words -> ours. A value that is not here is of a kind that this version does not cover.
-WORDS: dict[str, dict[Any, Any]] = {
+# Key of a manifest -> {published value: our value}. Other values are not supported.
+CONFIG_VALUES: dict[str, dict[Any, Any]] = {
     "masking": {
         "pmc": "anchor_consistent",
         "progressive_memory_consistent": "anchor_consistent",
@@ -52,19 +52,23 @@ WORDS: dict[str, dict[Any, Any]] = {
 
 
 class Unsupported(Exception):
-    """The fixture is of a kind that this version does not cover."""
+    """Error for a fixture with an option that is not supported."""
 
 
 def get_sd_adapter(arch: dict[str, Any], length: int) -> BackboneStateDictAdapter:
-    """The architecture of a manifest as one of our backbones under its published names.
+    """Return the state-dict adapter of a manifest's architecture: our backbone, and its published tensor names.
+
+    Args:
+        arch: `arch` section of the manifest.
+        length: seq_len.
 
     Raises:
-        Unsupported: if it is none of ours.
+        Unsupported: no backbone has this architecture.
     """
     kind = arch["kind"]
     if kind not in ("dense", "moe", "llada8b") or arch.get("tied"):
         raise Unsupported(
-            f"architecture {kind!r}{' with tied embeddings' if arch.get('tied') else ''} is not supported yet"
+            f"architecture {kind!r}{' with tied embeddings' if arch.get('tied') else ''} is not supported yet."
         )
     sizes = {
         "dim": arch["hidden"],
@@ -80,9 +84,9 @@ def get_sd_adapter(arch: dict[str, Any], length: int) -> BackboneStateDictAdapte
     if kind == "llada8b":
         return LLaDAStateDictAdapter(LLaDAArgs(**sizes))
     if kind == "dense":
-        return PlainAdapter(LLaDAArgs(**sizes))
+        return DenseStateDictAdapter(LLaDAArgs(**sizes))
     if arch.get("renormalise_top_k") or arch.get("shared_experts"):
-        raise Unsupported("experts whose weights are normalised again, or that are shared, are not supported yet")
+        raise Unsupported("shared experts and renormalised expert weights are not supported yet.")
     return LLaDAMoEStateDictAdapter(
         LLaDAMoEArgs(
             **sizes, n_experts=arch["experts"], experts_per_token=arch["top_k"], qk_norm=arch.get("qk_norm", True)
@@ -90,17 +94,17 @@ def get_sd_adapter(arch: dict[str, Any], length: int) -> BackboneStateDictAdapte
     )
 
 
-class PlainAdapter(LLaDAMoEStateDictAdapter):
-    """The names of the fixtures' dense backbone: those of LLaDA-MoE, with one FFN for all tokens."""
+class DenseStateDictAdapter(LLaDAMoEStateDictAdapter):
+    """State-dict adapter of the fixtures' dense backbone: LLaDA-MoE's tensor names, with a dense FFN."""
 
     model_cls = LLaDA
 
 
 def load_model(sd_adapter: BackboneStateDictAdapter, weights: Path) -> LLaDA:
-    """The backbone with a file of weights, through the import that `checkpoint.initial_load_in_hf` takes.
+    """Load the backbone from a safetensors file, through the same import as `checkpoint.initial_load_in_hf`.
 
     Raises:
-        UserError: if they do not fit.
+        UserError: the weights do not fit the backbone.
     """
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "model.safetensors").symlink_to(weights.resolve())
@@ -110,25 +114,31 @@ def load_model(sd_adapter: BackboneStateDictAdapter, weights: Path) -> LLaDA:
     return model
 
 
-def split_adapter(name: str) -> tuple[str, str, int | None]:
-    """`model.layers.3.mlp.gate_proj` -> ("3", "gate", None); `...mlp.experts.5.gate_proj` -> ("3", "gate", 5)."""
+def parse_linear_name(name: str) -> tuple[str, str, int | None]:
+    """Split a published linear's name into (layer, target, expert).
+
+    `model.layers.3.mlp.gate_proj` -> ("3", "gate", None); `model.layers.3.mlp.experts.5.gate_proj` -> ("3", "gate", 5).
+
+    Raises:
+        Unsupported: fast weights cannot attach to this linear.
+    """
     layer, linear = name.removeprefix("model.layers.").split(".", 1)
     target = linear.split(".")[-1].removesuffix("_proj")
     if target not in LINEARS:
-        raise Unsupported(f"fast weights on {linear!r} are not supported yet")
+        raise Unsupported(f"fast weights on {linear!r} are not supported yet.")
     expert = re.search(r"experts\.(\d+)\.", linear)
     return layer, target, int(expert[1]) if expert else None
 
 
 def find_leaf(fast: FastWeights, name: str) -> tuple[FastLinear, int]:
-    """The fast weights of one adapted linear: which of the tree's, and which entry of its tensors."""
-    layer, target, expert = split_adapter(name)
+    """Return the fast weights of a published linear, and the index of its entry in their tensors."""
+    layer, target, expert = parse_linear_name(name)
     return fast[layer][target], expert or 0
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A manifest's `memory` section in our words."""
+    """A manifest's `memory` section, in our names."""
 
     plan: Plan
     loss: InnerLoss
@@ -140,56 +150,67 @@ class Settings:
 
     @classmethod
     def read(cls, section: dict[str, Any]) -> "Settings":
-        """Raises Unsupported, naming the key, for a value without a word of ours."""
+        """Parse a manifest's `memory` section.
 
-        def word(key: str) -> Any:
-            words = WORDS[key]
-            value = section.get(key, next(iter(words)))
+        Raises:
+            Unsupported: a value is not supported; the message names its key.
+        """
+
+        def config_value(key: str) -> Any:
+            known_values = CONFIG_VALUES[key]
+            value = section.get(key, next(iter(known_values)))
             if key == "loss_weight":
-                value = value.partition(":")[0]  # the formula follows the name
-            if value not in words:
-                raise Unsupported(f"memory.{key} = {section[key]!r} is not supported yet")
-            return words[value]
+                value = value.partition(":")[0]  # the manifest has the formula after the name
+            if value not in known_values:
+                raise Unsupported(f"memory.{key} = {section[key]!r} is not supported yet.")
+            return known_values[value]
 
-        for key in WORDS:
-            word(key)
-        loss = word("loss")
+        for key in CONFIG_VALUES:
+            config_value(key)
+        loss = config_value("loss")
         return cls(
             plan=Plan(
-                trajectory=word("masking"),
+                trajectory=config_value("masking"),
                 inner_steps=section["steps"],
                 pre_anchor_scale=section.get("start_scale", Plan.pre_anchor_scale),
-                supervision=word("loss_mask_mode"),
-                loss_weight=word("loss_weight"),
+                supervision=config_value("loss_mask_mode"),
+                loss_weight=config_value("loss_weight"),
             ),
             loss=inner_loss(
-                word("hidden_type") if loss == "hidden" else loss, word("student_hidden"), word("teacher_hidden")
+                config_value("hidden_type") if loss == "hidden" else loss,
+                config_value("student_hidden"),
+                config_value("teacher_hidden"),
             ),
-            fast_weight_type=word("adapter_type"),
-            optimiser=InnerSGD(section["lr"], section["grad_clip"], word("grad_clip_scope")),
+            fast_weight_type=config_value("adapter_type"),
+            optimiser=InnerSGD(section["lr"], section["grad_clip"], config_value("grad_clip_scope")),
             rank=section.get("rank", 1),  # full-matrix fast weights have none
             alpha=section.get("alpha", 1.0),
             last_ratio=section.get("prompt_mask_ratio", PROGRESSIVE_RATIOS[1]),
         )
 
     def start(self, names: Sequence[str], weights: dict[str, Tensor], inputs: dict[str, Tensor]) -> FastWeights:
-        """The fast weights before the first step: the fixture's draw of A, zeros otherwise.
+        """Build the initial fast weights: A as drawn in the fixture, zeros for all other tensors.
 
-        Experts are entries of one tensor, in their order.
+        The experts of a linear are the entries of one tensor, in order.
+
+        Args:
+            names: published names of the adapted linears.
+            weights: published base weights, by name.
+            inputs: tensors of the fixture's inputs, among them `A_init.{name}`.
         """
-        found: dict[tuple[str, str], list[str]] = {}
+        experts: dict[tuple[str, str], list[str]] = {}
         for name in names:
-            layer, target, expert = split_adapter(name)
-            same = found.setdefault((layer, target), [])
-            assert expert in (None, len(same)), name
-            same.append(name)
+            layer, target, expert = parse_linear_name(name)
+            entries = experts.setdefault((layer, target), [])
+            assert expert in (None, len(entries)), name
+            entries.append(name)
         fast: FastWeights = {}
-        for (layer, target), same in found.items():
-            weight_Goi = torch.stack([weights[f"{name}.weight"] for name in same])
+        for (layer, target), entries in experts.items():
+            weight_Goi = torch.stack([weights[f"{name}.weight"] for name in entries])
             if self.fast_weight_type == "full":
                 new: FastLinear = Full(torch.zeros_like(weight_Goi))
             else:
-                A_GRi = torch.stack([inputs[f"A_init.{name}"] for name in same])
+                A_GRi = torch.stack([inputs[f"A_init.{name}"] for name in entries])
                 B_GoR = torch.zeros(*weight_Goi.shape[:2], A_GRi.shape[1])
                 new = LowRank(A_GRi, B_GoR, self.alpha / self.rank)
             fast.setdefault(layer, {})[target] = new
@@ -197,38 +218,38 @@ class Settings:
 
 
 def published_anchor(plan: Plan, inputs: dict[str, Tensor]) -> State:
-    """The fixture's outer state; where it has none (adaptation at inference), the last inner one."""
+    """Return the fixture's anchor; the last inner state if there is none (adaptation at inference)."""
     mask_BL = inputs["anchor_mask"] if "anchor_mask" in inputs else inputs["step_masks"][-1]
     t_B = inputs.get("t", torch.ones(len(mask_BL)))
     return State(mask_BL, mask_BL, plan.weight(t_B.double()))
 
 
 def published_states(plan: Plan, with_teacher: bool, inputs: dict[str, Tensor], anchor: State) -> list[State]:
-    """The fixture's masks, targets and noise levels of every inner step."""
+    """Return the fixture's K inner states."""
     masks = [anchor.mask_BL]
 
-    def number(mask_BL: Tensor) -> int:
-        # States that are the same share their pass of the trunk.
-        for known, other_BL in enumerate(masks):
+    def input_number(mask_BL: Tensor) -> int:
+        # Equal states share a trunk pass.
+        for index, other_BL in enumerate(masks):
             if torch.equal(other_BL, mask_BL):
-                return known
+                return index
         masks.append(mask_BL)
         return len(masks) - 1
 
     step_masks = list(inputs["step_masks"])
-    following: list[Tensor | None] = [*step_masks[1:], None]
+    next_masks: list[Tensor | None] = [*step_masks[1:], None]
     if with_teacher and "teacher_input_ids" in inputs:
-        following = [teacher_BL != inputs["input_ids"] for teacher_BL in inputs["teacher_input_ids"]]
+        next_masks = [teacher_BL != inputs["input_ids"] for teacher_BL in inputs["teacher_input_ids"]]
     return [
         State(
             mask_BL,
             target_BL,
             plan.weight(t_B.double()),
             next_BL,
-            number(mask_BL),
-            None if next_BL is None else number(next_BL),
+            input_number(mask_BL),
+            None if next_BL is None else input_number(next_BL),
         )
         for mask_BL, target_BL, t_B, next_BL in zip(
-            step_masks, inputs["step_loss_masks"], inputs["step_t"], following, strict=True
+            step_masks, inputs["step_loss_masks"], inputs["step_t"], next_masks, strict=True
         )
     ]

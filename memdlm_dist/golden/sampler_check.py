@@ -1,4 +1,4 @@
-"""The published sampler's fixtures: token ids, which must be the same."""
+"""Golden checks of the sampler: its token ids must equal those of the published sampler."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,25 +13,29 @@ from memdlm_dist.inference import sampler
 from memdlm_dist.inference.sampler import Canvas, Decoding
 from memdlm_dist.models.llada import LLaDA
 
-# What the fixtures' keys must be, where we have only one way.
+# Settings of which only one value is supported.
 _FIXED = {"stochastic_transfer": False, "cfg_scale": 0.0, "temperature": 0.0}
 
 
 def sampler_differences(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, int]]:
-    """For each number of steps: (quantity, how many tokens differ) of the canvas after every step, and at the end.
+    """Yield (quantity, number of differing tokens), for the final sequences and the canvases after every step.
+
+    Both are compared for each of the fixture's numbers of steps.
 
     Raises:
-        Unsupported: for a setting that we do not have.
+        Unsupported: the fixture has a setting that is not supported.
     """
     settings = manifest["sampler"]
     for key, value in _FIXED.items():
         if settings.get(key, value) != value:
-            raise Unsupported(f"sampler.{key} = {settings[key]!r} is not supported")
+            raise Unsupported(f"sampler.{key} = {settings[key]!r} is not supported.")
     if settings["remasking"] != "low_confidence":
-        raise Unsupported(f"sampler.remasking = {settings['remasking']!r} draws numbers of its own")
-    part = {name: load_file(folder / path) for name, path in manifest["files"].items()}
+        raise Unsupported(f"sampler.remasking = {settings['remasking']!r} is not supported: it draws random numbers.")
+    tensors = {name: load_file(folder / path) for name, path in manifest["files"].items()}
     prompts = [
-        part["inputs"][f"prompt{i}"].tolist() for i in range(len(part["inputs"])) if f"prompt{i}" in part["inputs"]
+        tensors["inputs"][f"prompt{i}"].tolist()
+        for i in range(len(tensors["inputs"]))
+        if f"prompt{i}" in tensors["inputs"]
     ]
     new_tokens, block = settings["max_new_tokens"], settings["block_size"]
     start = sampler.canvas(prompts, new_tokens, manifest["mask_token_id"], manifest["eos_token_id"])
@@ -41,20 +45,23 @@ def sampler_differences(folder: Path, manifest: dict[str, Any]) -> Iterator[tupl
         decoding = Decoding(block_size=block, steps=-(-steps // -(-new_tokens // block)), stop_at_eos=False)
         canvases = [start.tokens_BL]
         for step in sampler.denoise(
-            _reader(model, start), start, decoding, manifest["mask_token_id"], manifest["eos_token_id"]
+            _make_predict(model, start), start, decoding, manifest["mask_token_id"], manifest["eos_token_id"]
         ):
             canvases.append(step.tokens_BL)
-        outputs = part["outputs"]
-        yield f"sequences in {steps} steps", _differing(canvases[-1], outputs[f"sequences_steps{steps}"])
+        outputs = tensors["outputs"]
+        yield f"sequences in {steps} steps", _count_differing(canvases[-1], outputs[f"sequences_steps{steps}"])
         if f"histories_steps{steps}" in outputs:
-            yield f"canvases of {steps} steps", _differing(torch.stack(canvases), outputs[f"histories_steps{steps}"])
+            yield (
+                f"canvases of {steps} steps",
+                _count_differing(torch.stack(canvases), outputs[f"histories_steps{steps}"]),
+            )
 
 
-def _differing(ours: Tensor, theirs: Tensor) -> int:
+def _count_differing(ours: Tensor, theirs: Tensor) -> int:
     return int((ours != theirs).sum()) if ours.shape == theirs.shape else theirs.numel()
 
 
-def _reader(model: LLaDA, start: Canvas) -> sampler.Predict:
+def _make_predict(model: LLaDA, start: Canvas) -> sampler.Predict:
     @torch.no_grad()
     def predict(tokens_BL: Tensor, target_BL: Tensor) -> Tensor:
         index_M = target_BL.flatten().nonzero().squeeze(1)

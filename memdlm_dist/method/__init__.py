@@ -1,1 +1,1 @@
-"""The mathematics of MemDLM: plain tensors in, new values out. Knows no torchtitan, no streaming, no configuration."""
+"""The mathematics of MemDLM, as functions of plain tensors; independent of torchtitan, streaming and configuration."""

@@ -1,6 +1,15 @@
-"""One micro-batch through the bi-level objective: trunk, inner loop, outer loss.
+"""The bi-level objective on one micro-batch: shared trunk, inner loop, outer loss.
 
-Training, validation and the golden checks all go through `outer_loss`.
+Inner loop, k = 0 .. K-1:  phi_{k+1} = phi_k - lr * clip(d L_inner(theta, phi_k; x_k) / d phi_k)
+Outer loss:                sum over the anchor's masked tokens of -w(t) log p(x_0 | x_t; theta, phi_K)
+
+theta are the base weights, phi the fast weights, x_k the state that inner step k reads, x_t the anchor. The outer loss
+treats phi_K as a constant (first order), so gradients reach theta alone. Training, validation and the golden checks
+all call `outer_loss`.
+
+Source: MemDLM, arXiv 2603.22241.
+
+Shapes: B rows, L tokens, D model width, M scored tokens of one sequence shard, G sets of fast weights.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,15 +33,17 @@ from memdlm_dist.method.micro_batch import MicroBatch, Scored
 
 
 class FSDPSchedule(Protocol):
-    """When the parameters of a backbone are gathered; see `models.fsdp_schedule`."""
+    """FSDP2 unshard and reshard schedule of a backbone; see `models.fsdp_schedule`."""
 
-    def tail(self, first_layer: int) -> AbstractContextManager[None]: ...
+    def tail(self, first_layer: int) -> AbstractContextManager[None]:
+        """Keep the tail's parameters unsharded until the outer backward pass has used them."""
+        ...
 
 
 class Backbone(Protocol):
-    """What the bi-level step asks of a backbone; see `models.llada.LLaDA` for what each does.
+    """Backbone interface of the bi-level step; implemented by `models.llada.LLaDA`.
 
-    A context is the backbone's own description of a micro-batch's tokens: opaque here.
+    `context` is an opaque value: only the backbone reads it.
     """
 
     fsdp_schedule: FSDPSchedule
@@ -45,13 +56,31 @@ class Backbone(Protocol):
         documents: Documents | None = None,
         per_document_sets: bool = False,
         sequence_shard: tuple[int, int] = (0, 1),
-    ) -> Any: ...
+    ) -> Any:
+        """Build what the layers need to know about a micro-batch's tokens: positions, attention mask, set assignment.
+
+        Args:
+            length: L, tokens per row on this context-parallel rank.
+            first: position in the full row of this rank's first token.
+            attended_BL: bool, tokens of the full rows that attention may read; None for all.
+            documents: documents of the full packed rows.
+            per_document_sets: each document has its own set of fast weights.
+            sequence_shard: (tp_rank, tp_size).
+        """
+        ...
 
     def __call__(
         self, tokens_BL: Tensor, index_M: Tensor, fast: FastWeights | None, readout: Any, context: Any
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Run the full model, and the head at positions `index_M` of this rank's flattened activations; see `tail`."""
+        ...
 
-    def trunk(self, inputs: Sequence[Tensor], stop: int, context: Any) -> list[Tensor]: ...
+    def trunk(self, inputs: Sequence[Tensor], stop: int, context: Any) -> list[Tensor]:
+        """Run the embedding and layers `0 .. stop - 1` on several inputs; return activations `[B, L, D]` of each.
+
+        Only the first input's activations carry a gradient.
+        """
+        ...
 
     def tail(
         self,
@@ -62,14 +91,23 @@ class Backbone(Protocol):
         readout: Any,
         context: Any,
         outer: bool = False,
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Run layers `start .. n - 1` on the trunk's activations, then the head at positions `index_M`.
 
-    def inner_steps(self, start: int) -> AbstractContextManager[None]: ...
+        Args:
+            readout: a `HeadLoss`, for losses `[G]`; or "logits"; or a `Hidden`, for hidden states.
+            outer: whether this is the pass of the outer loss.
+        """
+        ...
+
+    def inner_steps(self, start: int) -> AbstractContextManager[None]:
+        """Freeze layers `start .. n - 1` and the head in this context: only fast weights get gradients."""
+        ...
 
 
 @dataclass(frozen=True)
 class Memory:
-    """How the parametric memory is written: what is fast, what the inner loop minimises, and how."""
+    """Settings of the parametric memory: adapted linears, inner loss and optimiser, and the ranks that share sets."""
 
     first_layer: int
     linears: Sequence[AdaptedLinear]
@@ -78,26 +116,26 @@ class Memory:
     alpha: float
     loss: InnerLoss
     optimiser: InnerSGD
-    per_sample: bool
+    per_sample: bool  # one set of fast weights per sample; False: one for the micro-batch
     tp_mesh: DeviceMesh | None = None
-    # Expert parallelism: the ranks of a group have one set together, of which each keeps its own experts' terms.
+    # The ranks of an expert-parallel group share one set. Each rank stores the fast weights of its local experts.
     ep_mesh: DeviceMesh | None = None
-    # Context parallelism: the ranks of a group have the sets of their rows together, each the whole of them.
+    # The ranks of a context-parallel group hold slices of the same rows. Each rank stores all sets of these rows.
     cp_mesh: DeviceMesh | None = None
 
     @property
     def group(self) -> FastWeightGroup | None:
-        """The ranks that have their sets together."""
+        """Ranks that share sets of fast weights with this rank, None if it shares none."""
         if self.cp_mesh is not None:
-            return FastWeightGroup(self.cp_mesh.get_group(), whole_sets=True)
-        return FastWeightGroup(self.ep_mesh.get_group(), whole_sets=False) if self.ep_mesh is not None else None
+            return FastWeightGroup(self.cp_mesh.get_group(), replicated=True)
+        return FastWeightGroup(self.ep_mesh.get_group(), replicated=False) if self.ep_mesh is not None else None
 
     def sets(self, batch: MicroBatch) -> int:
-        """The number of a micro-batch's sets of fast weights."""
+        """Return G, the number of sets of fast weights of a micro-batch."""
         return len(batch.sample_ids_U) if self.per_sample else 1
 
     def draw(self, seed: int, step: int, sample_ids_U: Tensor) -> FastWeights:
-        """The fast weights with which a micro-batch starts."""
+        """Draw the initial fast weights of a micro-batch."""
         keys_G = fast_weights.keys(seed, step, sample_ids_U, self.per_sample)
         return fast_weights.draw(
             self.fast_weight_type, self.linears, self.rank, self.alpha, keys_G, self.tp_mesh, self.ep_mesh
@@ -112,54 +150,59 @@ def outer_loss(
     tp_rank: int = 0,
     on_adapted: Callable[[FastWeights], None] | None = None,
 ) -> tuple[Tensor, InnerStatistics | None]:
-    """Sum of w(t) nll over the anchor's masked tokens, conditioned on the memory if there is one.
+    """Compute the outer loss sum of a micro-batch, after the inner loop has adapted the fast weights.
 
-    Under context parallelism it is the sum over this rank's tokens, whose gradients add up over the group. The caller
-    divides by the maskable tokens of the global batch. Gradients reach the base weights
-    alone: the fast weights are constants to the outer loss (first order).
+    sum over the anchor's masked tokens of -w(t) log p(x_0 | x_t; theta, phi_K). The caller divides by the number of
+    maskable tokens of the global batch. Gradients reach the base weights alone: phi_K is a constant (first order).
+    Under context parallelism the sum covers this rank's tokens, and gradients add up over the group.
 
     Args:
-        batch: on the model's device.
+        batch: micro-batch on the model's device.
         memory: None for plain masked diffusion.
-        fast: the initial fast weights, required with `memory`.
-        shard: this rank's place in the tensor-parallel group, whose sequence shard it holds.
+        fast: initial fast weights, required with `memory`.
+        tp_rank: this rank's tensor-parallel rank, which selects its sequence shard.
         on_adapted: called with the fast weights after the last inner step.
 
     Returns:
-        The loss sum, a scalar, and the inner loop's statistics.
+        The loss sum (scalar), and the statistics of the inner loop (None without memory).
     """
     anchor, index_M, context = batch.anchor, batch.anchor.index_SM[tp_rank], token_context(model, batch, memory)
     if memory is None:
         return model(batch.inputs[0], index_M, None, _outer_head(anchor), context).sum(), None
 
     assert fast is not None
-    cut = memory.first_layer
-    h_anchor, *others = model.trunk(batch.inputs, cut, context)
-    # Inner steps that read the anchor take the same activations, without their graph.
+    first_layer = memory.first_layer
+    h_anchor, *others = model.trunk(batch.inputs, first_layer, context)
+    # Inner steps that read the anchor reuse its activations, without the autograd graph.
     hidden = [h_anchor.detach(), *others]
-    with model.fsdp_schedule.tail(cut):
-        fast, statistics = _write(model, batch, memory, fast, hidden, tp_rank, context)
-        # The activations of the other states are not needed again: free them before the outer tail.
+    with model.fsdp_schedule.tail(first_layer):
+        fast, statistics = _adapt(model, batch, memory, fast, hidden, tp_rank, context)
+        # Free the other states' activations before the outer tail.
         hidden.clear()
         others.clear()
         if on_adapted is not None:
             on_adapted(fast)
-        return model.tail(h_anchor, cut, index_M, fast, _outer_head(anchor), context, outer=True).sum(), statistics
+        return model.tail(
+            h_anchor, first_layer, index_M, fast, _outer_head(anchor), context, outer=True
+        ).sum(), statistics
 
 
 @torch.no_grad()
 def adapt_fast_weights(
     model: Backbone, batch: MicroBatch, memory: Memory, fast: FastWeights, tp_rank: int = 0
 ) -> tuple[FastWeights, InnerStatistics]:
-    """The inner loop alone: what a micro-batch's trajectory writes, to read with; the arguments are `outer_loss`'s."""
+    """Run the inner loop alone and return the adapted fast weights and the statistics; for inference.
+
+    The arguments are those of `outer_loss`.
+    """
     context = token_context(model, batch, memory)
     hidden = model.trunk(batch.inputs, memory.first_layer, context)
     with model.fsdp_schedule.tail(memory.first_layer):
-        return _write(model, batch, memory, fast, hidden, tp_rank, context)
+        return _adapt(model, batch, memory, fast, hidden, tp_rank, context)
 
 
 def token_context(model: Backbone, batch: MicroBatch, memory: Memory | None) -> Any:
-    """What the layers are told of a micro-batch's tokens, made once for all passes."""
+    """Build the backbone's context of a micro-batch, once for all passes."""
     mesh = memory.tp_mesh if memory is not None else None
     return model.context(
         batch.inputs[0].shape[1],
@@ -171,7 +214,7 @@ def token_context(model: Backbone, batch: MicroBatch, memory: Memory | None) -> 
     )
 
 
-def _write(
+def _adapt(
     model: Backbone,
     batch: MicroBatch,
     memory: Memory,
@@ -192,7 +235,7 @@ def _write(
 
 
 def _outer_head(anchor: Scored) -> HeadLoss:
-    """Sum of w(t) nll over the anchor's masked tokens."""
+    """Build the readout of the outer loss: the w(t)-weighted sum of the masked tokens' cross-entropies."""
     weight_N = torch.where(anchor.valid_N, anchor.weight_N, 0.0)
     return HeadLoss(cross_entropy, anchor.label_N, SetSum(weight_N, torch.zeros_like(anchor.sample_N), n_sets=1))
 
@@ -200,8 +243,8 @@ def _outer_head(anchor: Scored) -> HeadLoss:
 def _state_loss(
     model: Backbone, batch: MicroBatch, memory: Memory, hidden: Sequence[Tensor], tp_rank: int, context: Any
 ) -> Callable[[int, FastWeights, SetSum], Tensor]:
-    """The inner loop's loss as a function of the step and the fast weights, on the trunk's activations."""
-    loss, cut = memory.loss, memory.first_layer
+    """Build the inner loop's loss function of (inner step, fast weights, sums), given the trunk's activations."""
+    loss, first_layer = memory.loss, memory.first_layer
 
     def state_loss(k: int, current: FastWeights, sums: SetSum) -> Tensor:
         step = batch.inner[k]
@@ -211,12 +254,12 @@ def _state_loss(
         else:
             assert step.teacher is not None
             with _no_gradient():
-                target = model.tail(hidden[step.teacher], cut, index_M, current, loss.teacher, context)
+                target = model.tail(hidden[step.teacher], first_layer, index_M, current, loss.teacher, context)
         if loss.of_logits is not None:
             head = HeadLoss(loss.of_logits, full_tensor(target), sums)
-            return model.tail(hidden[step.student], cut, index_M, current, head, context)
+            return model.tail(hidden[step.student], first_layer, index_M, current, head, context)
         assert loss.of_hidden is not None
-        student = model.tail(hidden[step.student], cut, index_M, current, loss.student, context)
+        student = model.tail(hidden[step.student], first_layer, index_M, current, loss.student, context)
         return sums(loss.of_hidden(student, target))
 
     return state_loss
@@ -224,10 +267,10 @@ def _state_loss(
 
 @contextmanager
 def _no_gradient() -> Iterator[None]:
-    """no_grad that leaves nothing in autocast's cache.
+    """Disable gradients, and autocast's cache with them.
 
-    Some versions of torch keep there the casts that are made under no_grad, and a later pass that takes
-    them has no gradient.
+    Some versions of torch cache the casts of parameters that run under no_grad. A later pass with gradients would reuse
+    these casts and get no gradient.
     """
     enabled = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)

@@ -1,9 +1,9 @@
-"""Masked diffusion: noise schedules, loss weights, and how tokens' losses add up in inner and outer loop.
+"""Masked diffusion: noise schedules, loss weights, and the weighted sums of token losses.
 
-Shapes: B sequences, L tokens, N scored tokens, G sets of fast weights.
-The forward process is absorbing: at level t every maskable token is `[MASK]` with probability
-1 - alpha(t). The training objective is the negative ELBO of that process (MDLM), a weighted
-cross-entropy of the masked tokens.
+The forward process is absorbing: at noise level t every maskable token is `[MASK]` with probability 1 - alpha(t). The
+training objective is the negative ELBO of that process (MDLM): a weighted cross-entropy over the masked tokens.
+
+Shapes: N scored tokens, G sets of fast weights.
 """
 
 import math
@@ -17,9 +17,9 @@ _EPSILON = 1e-6
 
 
 class Noise(NamedTuple):
-    """Mask probability `1 - alpha(t)` and loss weight `-alpha'(t) / (1 - alpha(t) + 1e-6)` at one t.
+    """Mask probability `1 - alpha(t)` and loss weight `-alpha'(t) / (1 - alpha(t) + 1e-6)` at noise level t.
 
-    Both come from one call, so that a schedule cannot corrupt by one curve and weigh by another.
+    One function returns both, so that corruption and loss weight always follow the same schedule.
     """
 
     mask_probability: Tensor
@@ -40,21 +40,20 @@ WEIGHTS = ("schedule", "uniform")
 
 
 def noise_at(t: Tensor, schedule: str = "linear", weight: str = "schedule") -> Noise:
-    """Mask probability and loss weight at noise level `t` (any shape, values in (0, 1])."""
+    """Compute mask probability and loss weight at noise level `t` (any shape, values in (0, 1])."""
     noise = SCHEDULES[schedule](t)
     return noise if weight == "schedule" else noise._replace(weight=torch.ones_like(t))
 
 
 def level_from_uniform(u: Tensor) -> Tensor:
-    """Noise level t = eps + (1 - eps) u with eps = 1e-3: never so small that nothing can be masked."""
+    """Compute the noise level t = eps + (1 - eps) u, eps = 1e-3, which bounds the mask probability away from 0."""
     return SMALLEST_LEVEL + (1 - SMALLEST_LEVEL) * u
 
 
 class SetSum(NamedTuple):
-    """Adds tokens' losses up to one loss for every set: sum over the set's tokens of c_i l_i.
+    """Weighted sum of token losses for every set of fast weights: sum over the set's tokens of c_i l_i.
 
-    Both loops' losses are such sums. The outer one has one set and c = w; the inner one divides by the
-    set's number of scored tokens.
+    The outer loss has one set and c = w. The inner loss has c = w / (number of the set's scored tokens).
     """
 
     coefficient_N: Tensor  # 0 on padding
@@ -62,7 +61,7 @@ class SetSum(NamedTuple):
     n_sets: int
 
     def __call__(self, loss_N: Tensor) -> Tensor:
-        """`[G]`. Padding counts for nothing, also where its loss is not finite."""
+        """Return the sums `[G]`. Padding adds nothing, even if its loss is not finite."""
         term_N = torch.where(self.coefficient_N != 0, self.coefficient_N * loss_N, 0.0)
         if self.n_sets == 1:
             return term_N.sum(0, keepdim=True)

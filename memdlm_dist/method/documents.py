@@ -1,10 +1,13 @@
-"""The documents of packed rows. Each is a sample: it attends to itself alone, its positions start from 0, and its
-noise level, mask ratios and fast weights are its own.
+"""Documents of packed rows.
 
-Every row has the same number of slots for documents, some of them empty, so that a micro-batch has B S samples in
-a fixed order: slot s of row b is number b S + s.
+Each document is a sample: its tokens attend to each other alone, its positions start at 0, and it has its own noise
+level, mask ratios and fast weights.
 
-Shapes: B rows, L tokens of a row, T = B L tokens, S slots of a row, U = B S samples, P places.
+Every row has S document slots, some of them empty. So a micro-batch has B S samples in a fixed order: slot s of row b
+is sample b S + s.
+
+Shapes: B rows, L tokens per row, T = B L tokens, S document slots per row, U = B S samples,
+P rows of the buffer of a grouped matrix product.
 """
 
 from typing import NamedTuple
@@ -14,94 +17,103 @@ from torch import Tensor
 
 from memdlm_dist.errors import require
 
-# The number that a row's fill has in place of a document's.
+# Document number of padding tokens.
 PADDING = -1
 
-# Between the ids of two documents of one row; the first has the row's own. Rows are fewer than this.
+# Step between the sample ids of consecutive documents of a row. The first document has the row's id, and a data set
+# has fewer rows than this step, so that no two ids are equal.
 _ID_STRIDE = 2**40
 
-# Grouped products take groups of a multiple of so many rows, for the gradients of their matrices. Groups without rows
-# are none of them: some accelerators leave the gradients of their matrices undefined (pytorch/pytorch#172439).
+# Grouped products need group sizes that are a multiple of 8 rows, for the gradients of their matrices. No group may be
+# empty: some accelerators leave the gradient of an empty group's matrix undefined (pytorch/pytorch#172439).
 GROUP_ROWS = 8
 
 
 class GroupedTokens(NamedTuple):
-    """Tokens laid out for grouped products, sample after sample.
+    """Layout of a micro-batch's tokens in a `[P, i]` buffer for grouped matrix products: one group per sample.
 
-    Each sample, one without a token too, has a positive multiple of 8 places, of which those behind its tokens are
-    empty. The number of places is a function of the shapes alone.
+    Every group, also that of an empty sample, is padded to a positive multiple of `GROUP_ROWS` buffer rows. P depends
+    on the shapes alone, never on the lengths of the documents.
     """
 
-    row_T: Tensor  # int64: of every token
-    offsets_U: Tensor  # int32: where each sample's places end; the last sample's are all that are left
+    row_T: Tensor  # int64: buffer row of every token
+    offsets_U: Tensor  # int32: end of every sample's group; the last group takes all remaining buffer rows
     n_rows: int  # P
 
     def scatter(self, x_BLi: Tensor) -> Tensor:
-        """Return the tokens at their places `[P, i]`, and zeros at the empty ones."""
+        """Copy the tokens into the buffer, `[P, i]`; padding is zero."""
         x_Ti = x_BLi.flatten(0, 1)
         return x_Ti.new_zeros(self.n_rows, x_Ti.shape[1]).index_copy(0, self.row_T, x_Ti)
 
     def gather(self, y_Po: Tensor, rows: int) -> Tensor:
-        """Return the tokens `[B, L, o]` from their places."""
+        """Copy the tokens back from the buffer, `[B, L, o]`.
+
+        Args:
+            rows: B.
+        """
         return y_Po.index_select(0, self.row_T).unflatten(0, (rows, -1))
 
 
 class SetAssignment(NamedTuple):
-    """Which of its row's sets of fast weights, one for each document, is a token's."""
+    """Assignment of tokens to the sets of fast weights of their row, one set per document slot."""
 
     slot_BL: Tensor  # int64
     slots: int  # S
-    # The tokens, and those of this tensor-parallel rank's sequence shard; None where there are no grouped products.
+    # Layout for grouped products of all tokens, and of this tensor-parallel rank's sequence shard. None: no grouped
+    # products.
     grouped: GroupedTokens | None = None
     grouped_shard: GroupedTokens | None = None
 
     def mask(self) -> Tensor:
-        """Return whether a set is the token's, bool `[B, L, S]`."""
+        """Return the one-hot assignment, bool `[B, L, S]`: True at the slot of the token's document."""
         return self.slot_BL.unsqueeze(-1) == torch.arange(self.slots, device=self.slot_BL.device)
 
 
 class Documents(NamedTuple):
-    """The document that each token of a packed row belongs to."""
+    """Document number and position of every token of packed rows."""
 
-    number_BL: Tensor  # int64: 0, 1, ... along the row, `PADDING` behind the last
+    number_BL: Tensor  # int64: 0, 1, ... along the row, `PADDING` after the last document
     position_BL: Tensor  # int64: position within the document
-    slots: int  # S, the number of documents that a row can hold
+    slots: int  # S, the largest number of documents in a row
 
     @classmethod
     def from_numbers(cls, number_BL: Tensor, slots: int | None = None) -> "Documents":
         """Build from the tokens' document numbers.
 
         Args:
-            slots: S; None for the smallest power of two that these rows fit in.
+            slots: S; None for the smallest power of two that is enough for these rows.
 
         Raises:
             UserError: if a row holds more documents than `slots`.
         """
-        most = int(number_BL.max().clamp(min=0)) + 1
+        n_documents = int(number_BL.max().clamp(min=0)) + 1
         require(
-            slots is None or most <= slots,
-            f"A row of the shards holds {most} documents, more than their card says (most_documents); prepare the data "
-            "anew.",
+            slots is None or n_documents <= slots,
+            f"A row of the shards holds {n_documents} documents, more than their card says (most_documents); "
+            "prepare the data again.",
         )
         column_L = torch.arange(number_BL.shape[1])
-        begins_BL = torch.ones_like(number_BL, dtype=torch.bool)
-        begins_BL[:, 1:] = number_BL[:, 1:] != number_BL[:, :-1]
-        start_BL = torch.where(begins_BL, column_L, 0).cummax(1).values
-        return cls(number_BL, column_L - start_BL, slots or power_of_two(most))
+        is_first_BL = torch.ones_like(number_BL, dtype=torch.bool)
+        is_first_BL[:, 1:] = number_BL[:, 1:] != number_BL[:, :-1]
+        start_BL = torch.where(is_first_BL, column_L, 0).cummax(1).values
+        return cls(number_BL, column_L - start_BL, slots or power_of_two(n_documents))
 
     @property
     def slot_BL(self) -> Tensor:
-        """Each token's slot; the fill is with the last one, where it changes nothing: it is never masked."""
+        """Slot of every token, int64 `[B, L]`.
+
+        Padding gets the last slot. It has no effect there, since padding is never masked.
+        """
         return torch.where(self.number_BL == PADDING, self.slots - 1, self.number_BL)
 
     @property
     def sample_BL(self) -> Tensor:
-        """Each token's sample."""
+        """Sample of every token, int64 `[B, L]`."""
         first_B1 = self.slots * torch.arange(len(self.number_BL), device=self.number_BL.device).unsqueeze(1)
         return first_B1 + self.slot_BL
 
     def ids(self, row_ids_B: Tensor) -> Tensor:
-        """Return the global ids of the samples, `[U]`."""
+        """Return the global sample ids, int64 `[U]`."""
         return (row_ids_B.unsqueeze(1) + _ID_STRIDE * torch.arange(self.slots)).flatten()
 
     def count_per_sample(self, chosen_BL: Tensor) -> Tensor:
@@ -114,20 +126,20 @@ class Documents(NamedTuple):
         return value_U[self.sample_BL]
 
     def rank_within_sample(self, u_BL: Tensor) -> Tensor:
-        """Count the tokens of the same sample with a smaller u, int64 `[B, L]`."""
+        """Rank every token by u among the tokens of its sample, int64 `[B, L]`; 0 is the smallest u."""
         sample_T = self.sample_BL.flatten()
         order_T = u_BL.flatten().argsort()
-        order_T = order_T[sample_T[order_T].argsort(stable=True)]  # sample after sample, in each by u
+        order_T = order_T[sample_T[order_T].argsort(stable=True)]  # by sample, then by u
         size_U = self.count_per_sample(torch.ones_like(self.number_BL))
-        first_U = size_U.cumsum(0) - size_U
+        offset_U = size_U.cumsum(0) - size_U
         rank_T = torch.empty_like(order_T)
-        rank_T[order_T] = torch.arange(len(order_T)) - first_U[sample_T[order_T]]
+        rank_T[order_T] = torch.arange(len(order_T)) - offset_U[sample_T[order_T]]
         return rank_T.view_as(u_BL)
 
     def cu_seqlens(self) -> Tensor:
-        """Return where the sequences of all rows end, laid end to end, behind a 0: int32 `[B (S + 1) + 1]`.
+        """Return the cumulative sequence lengths for variable-length attention, int32 `[B (S + 1) + 1]`; starts with 0.
 
-        A row's are its slots, empty ones too, and its padding. Nothing waits for the device.
+        Each row contributes S + 1 sequences: its slots, empty ones included, and its padding. No device-to-host sync.
         """
         number_BL = torch.where(self.number_BL == PADDING, self.slots, self.number_BL)
         first_B1 = (self.slots + 1) * torch.arange(len(number_BL), device=number_BL.device).unsqueeze(1)
@@ -136,55 +148,56 @@ class Documents(NamedTuple):
         return end_n.index_add(0, sequence_T + 1, torch.ones_like(sequence_T)).cumsum(0).int()
 
     def mean_attended(self) -> float:
-        """Return how many tokens a token attends to, on average; padding attends to itself.
+        """Return the mean number of tokens that a token attends to; a row's padding counts as one document.
 
-        Waits for the device that holds the documents.
+        Needs a device-to-host sync if the documents are on a device.
         """
-        at_end_BL = torch.ones_like(self.number_BL, dtype=torch.bool)
-        at_end_BL[:, :-1] = self.number_BL[:, :-1] != self.number_BL[:, 1:]
-        sizes = (self.position_BL[at_end_BL] + 1).double()
+        is_last_BL = torch.ones_like(self.number_BL, dtype=torch.bool)
+        is_last_BL[:, :-1] = self.number_BL[:, :-1] != self.number_BL[:, 1:]
+        sizes = (self.position_BL[is_last_BL] + 1).double()
         return float(sizes.square().sum()) / self.number_BL.numel()
 
     def slice(self, first: int, length: int) -> "Documents":
-        """Return the part of some columns, as they lie in the whole rows."""
+        """Return the documents of tokens `first .. first + length - 1` of each row; positions are kept."""
         columns = slice(first, first + length)
         return self._replace(number_BL=self.number_BL[:, columns], position_BL=self.position_BL[:, columns])
 
     def assign_sets(self, grouped: bool = False, tp_rank: int = 0, tp_size: int = 1) -> SetAssignment:
-        """Describe which set of fast weights is each token's; nothing waits for the device.
+        """Assign every token to the set of fast weights of its document, without a device-to-host sync.
 
         Args:
-            grouped: for grouped products.
-            shard, shards: this tensor-parallel rank's part of the columns.
+            grouped: include the layouts for grouped products.
+            tp_rank: tensor-parallel rank, which selects the sequence shard.
+            tp_size: tensor-parallel degree.
         """
         if not grouped:
             return SetAssignment(self.slot_BL, self.slots)
-        whole, width = self.grouped(), self.number_BL.shape[1] // tp_size
-        part = whole if tp_size == 1 else self.slice(tp_rank * width, width).grouped()
-        return SetAssignment(self.slot_BL, self.slots, whole, part)
+        all_tokens, width = self.grouped(), self.number_BL.shape[1] // tp_size
+        sequence_shard = all_tokens if tp_size == 1 else self.slice(tp_rank * width, width).grouped()
+        return SetAssignment(self.slot_BL, self.slots, all_tokens, sequence_shard)
 
     def grouped(self) -> GroupedTokens:
-        """Lay the tokens out; those of a sample follow each other already."""
+        """Compute the layout of the tokens for grouped products; a sample's tokens are contiguous already."""
         sample_T = self.sample_BL.flatten()
         tokens, samples = len(sample_T), len(self.number_BL) * self.slots
         size_U = torch.zeros(samples, dtype=torch.int64, device=sample_T.device)
         size_U = size_U.index_add(0, sample_T, torch.ones_like(sample_T))
-        places_U = (size_U + GROUP_ROWS - 1).clamp(min=GROUP_ROWS) // GROUP_ROWS * GROUP_ROWS
-        offsets_U = places_U.cumsum(0)
-        shift_U = (offsets_U - places_U) - (size_U.cumsum(0) - size_U)
+        rows_U = (size_U + GROUP_ROWS - 1).clamp(min=GROUP_ROWS) // GROUP_ROWS * GROUP_ROWS
+        offsets_U = rows_U.cumsum(0)
+        shift_U = (offsets_U - rows_U) - (size_U.cumsum(0) - size_U)
         row_T = torch.arange(tokens, device=sample_T.device) + shift_U[sample_T]
-        places = -(-tokens // GROUP_ROWS) * GROUP_ROWS + GROUP_ROWS * samples
-        offsets_U[-1:] = places
-        return GroupedTokens(row_T, offsets_U.int(), places)
+        n_rows = -(-tokens // GROUP_ROWS) * GROUP_ROWS + GROUP_ROWS * samples
+        offsets_U[-1:] = n_rows
+        return GroupedTokens(row_T, offsets_U.int(), n_rows)
 
 
 def power_of_two(number: int) -> int:
-    """Return the smallest power of two that is not below `number`, which is at least 1."""
+    """Return the smallest power of two >= `number`, for `number` >= 1."""
     return 1 << (number - 1).bit_length()
 
 
 def count_per_sample(chosen_BL: Tensor, documents: Documents | None) -> Tensor:
-    """Number of chosen tokens of every sample, int64 `[U]`: of every row, if these are not packed."""
+    """Count the chosen tokens of every sample, int64 `[U]`; a sample is a row if rows are not packed."""
     return chosen_BL.sum(1) if documents is None else documents.count_per_sample(chosen_BL)
 
 

@@ -1,4 +1,6 @@
-"""The inner loop: write a trajectory into fast weights. A pure function of its arguments.
+"""Inner loop: K steps of SGD on the fast weights along a trajectory.
+
+`adapt` is a pure function of its arguments.
 
 Shapes: G sets of fast weights, N scored tokens, K inner steps.
 """
@@ -18,13 +20,13 @@ from memdlm_dist.method.micro_batch import Scored
 
 @dataclass(frozen=True)
 class InnerStatistics:
-    """What happened in the inner loop, for the logs; sets without a scored token are not `counted`."""
+    """Statistics of the inner loop per step and set, for metrics."""
 
     loss_KG: Tensor  # before the step's update
-    grad_norm_KG: Tensor  # over all fast tensors of the set, before clipping
-    counted_KG: Tensor  # bool
-    skipped_KG: Tensor  # bool: a non-finite loss or gradient, so no update
-    written_norm_G: Tensor  # 2-norm of what the loop added to the set
+    grad_norm_KG: Tensor  # 2-norm over all tensors of the set, before clipping
+    counted_KG: Tensor  # bool: the set has a scored token, and its loss and gradient are finite
+    skipped_KG: Tensor  # bool: loss or gradient is not finite, so the set is not updated
+    written_norm_G: Tensor  # 2-norm of the set's total change
 
 
 def adapt(
@@ -35,20 +37,22 @@ def adapt(
     optimiser: InnerSGD,
     group: FastWeightGroup | None = None,
 ) -> tuple[FastWeights, InnerStatistics]:
-    """K steps of SGD on the fast weights, first order, along K states of a trajectory.
+    """Adapt the fast weights to K states of a trajectory, with one first-order SGD step per state.
 
-    A set's loss at a state is sum w l / (number of its scored tokens): unlike the outer loss, which
-    divides by the maskable ones. The sets are independent of each other, so one backward pass through
-    the sum of their losses gives every set its own gradient. A set whose loss or gradient is not
-    finite skips that update; the trajectory goes on.
+    phi_{k+1} = phi_k - lr * clip(d L_k / d phi_k), for each set of fast weights, with
+    L_k = sum over the set's scored tokens of w l / (number of the set's scored tokens).
+    The outer loss divides by the number of maskable tokens instead.
+
+    Sets are independent of each other: one backward pass through the sum of their losses gives each set its own
+    gradient. A set whose loss or gradient is not finite skips the update, and continues with the next state.
 
     Args:
-        state_loss: (k, fast weights, sums) -> `[G]`, the losses of state k's scored tokens, as `sums` adds them up.
-        scored: the K states' scored tokens.
+        state_loss: (k, fast weights, sums) -> losses `[G]` of state k: its token losses, added up by `sums`.
+        scored: scored tokens of the K states.
         fast: initial fast weights with `n_sets` sets; not modified.
-        n_sets: G; 1 pools all samples, otherwise sample g belongs to set g.
-        optimiser: of the fast weights.
-        pool: ranks that have the sets together, each with other tokens: losses, gradients and norms are theirs all.
+        n_sets: G. 1: all samples share one set; otherwise sample g belongs to set g.
+        optimiser: clipped SGD.
+        group: ranks that share the sets, each with its own tokens. Losses, gradients and norms are sums over the group.
 
     Returns:
         The fast weights after the last step, detached, and the statistics.
@@ -79,11 +83,11 @@ def adapt(
 
 
 def _set_means(tokens: Scored, n_sets: int, dtype: torch.dtype, group: FastWeightGroup | None) -> tuple[SetSum, Tensor]:
-    """The mean weighted loss of every set's scored tokens, as a sum; and the number `[G]` of these tokens."""
+    """Build the sum that gives every set's mean weighted token loss; also return its token counts `[G]`."""
     set_N, count_G = tokens.sample_N, tokens.count_U
     if n_sets == 1:
         set_N, count_G = torch.zeros_like(set_N), count_G.sum(0, keepdim=True)
-    if group is not None and not group.whole_sets:
-        count_G = group.sum(count_G)  # the others' rows are not known here
+    if group is not None and not group.replicated:
+        count_G = group.sum(count_G)  # the other ranks hold different rows
     coefficient_N = tokens.valid_N.to(dtype) * tokens.weight_N / count_G.clamp(min=1)[set_N]
     return SetSum(coefficient_N, set_N, n_sets), count_G

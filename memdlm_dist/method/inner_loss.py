@@ -1,11 +1,13 @@
-"""What the inner loop minimises at a scored token: a distance between a prediction and its target.
+"""Inner losses: the distance between a scored token's prediction and its target.
 
-The target is the clean token, or what a teacher predicts there: the same model with the current fast
-weights, without gradient, reading the next state of the trajectory (the clean sequence at the last).
+The target is the clean token, or a teacher's prediction. The teacher is the same model with the current fast weights,
+without gradient. It reads the next state of the trajectory (at the last state, the clean sequence).
 
-Shapes: N scored tokens, D model. Under tensor parallelism hidden states are DTensors sharded on their
-last dimension, or replicated local tensors; the distances between them take both and return local tensors
-that are equal on all ranks. Losses of logits are computed by the output head; see logit_loss.py.
+The output head computes losses of logits (logit_loss.py). Losses of hidden states are computed here. Under tensor
+parallelism hidden states are DTensors sharded on their last dimension, or replicated local tensors. The distances
+accept both and return local tensors that are equal on all tensor-parallel ranks.
+
+Shapes: N scored tokens, D model width.
 """
 
 from collections.abc import Callable
@@ -17,31 +19,31 @@ from torch.distributed.tensor import DTensor
 
 from memdlm_dist.method.logit_loss import LogitLoss, cross_entropy, kl, reverse_kl
 
-# The last layer's output [N, D] before or after the final norm.
+# The last layer's output `[N, D]`, before or after the final norm.
 Hidden = Literal["pre_final_norm", "post_final_norm"]
 
-# (student's hidden state, teacher's) -> distance [N], in float32 at least.
+# (student's hidden state, teacher's hidden state) -> distance `[N]`, float32 or wider.
 HiddenDistance = Callable[[Tensor, Tensor], Tensor]
 
 
 class InnerLoss(NamedTuple):
-    """An inner loss: of logits, or of hidden states of the student and the teacher."""
+    """An inner loss, either of logits or of hidden states; exactly one of the first two fields is set."""
 
     of_logits: LogitLoss | None = None
     of_hidden: HiddenDistance | None = None
     student: Hidden = "post_final_norm"
-    # None: the target is the clean token. For a loss of logits the head makes those of what it reads, the
-    # final-normed states.
+    # None: no teacher, the target is the clean token. For a loss of logits the head computes the teacher's logits from
+    # its hidden states after the final norm.
     teacher: Hidden | None = None
 
 
 def hidden_mse(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
-    """Mean squared difference over the D hidden units."""
+    """Compute the mean squared difference over the D hidden units, `[N]`."""
     return _sum((_float(student_ND) - _float(teacher_ND)).square()) / student_ND.shape[-1]
 
 
 def hidden_cosine(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
-    """1 - cosine of the angle between the two hidden states."""
+    """Compute 1 - cosine similarity of the two hidden states, `[N]`."""
     s, t = _float(student_ND), _float(teacher_ND)
     s_inverse, t_inverse = (_sum(x.square()).clamp(min=1e-24).rsqrt() for x in (s, t))
     return 1 - _sum(s * t) * s_inverse * t_inverse
@@ -57,12 +59,12 @@ INNER_LOSSES = (*LOGIT_LOSSES, *HIDDEN_LOSSES)
 
 
 def inner_loss(name: str, student_hidden: Hidden, teacher_hidden: Hidden) -> InnerLoss:
-    """An inner loss by name.
+    """Return an inner loss by name.
 
     Args:
         name: one of `INNER_LOSSES`.
-        student_hidden: which hidden state a hidden loss takes of the student.
-        teacher_hidden: and of the teacher.
+        student_hidden: hidden state of the student in a loss of hidden states.
+        teacher_hidden: hidden state of the teacher in a loss of hidden states.
     """
     if name in HIDDEN_LOSSES:
         return InnerLoss(of_hidden=HIDDEN_LOSSES[name], student=student_hidden, teacher=teacher_hidden)
@@ -70,7 +72,7 @@ def inner_loss(name: str, student_hidden: Hidden, teacher_hidden: Hidden) -> Inn
 
 
 def full_tensor(x: Tensor) -> Tensor:
-    """A tensor on every rank, if it is spread over some."""
+    """All-gather a DTensor into a plain tensor; plain tensors are returned unchanged."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
@@ -79,5 +81,5 @@ def _float(x: Tensor) -> Tensor:
 
 
 def _sum(x: Tensor) -> Tensor:
-    """Sum over the last dimension, on every rank."""
+    """Sum over the last dimension, also across its shards; plain on every rank."""
     return full_tensor(x.sum(-1))

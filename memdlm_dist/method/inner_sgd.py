@@ -1,6 +1,6 @@
-"""The optimiser of the inner loop: SGD on fast weights, each set's gradient clipped; over the ranks that share sets.
+"""Optimiser of the inner loop: SGD with per-set gradient clipping, also for sets that several ranks share.
 
-Shapes: G sets of fast weights, E experts of this rank.
+Shapes: G sets of fast weights, E local experts, n entries of a tensor: G, or E G in a mixture of experts.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,10 +15,10 @@ from memdlm_dist.method.fast_weights import FastWeights, leaves, map_leaves
 
 
 def squared_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Squared 2-norm of every set of every tensor, and of every expert, `[G]` or `[E G]` each, plain and equal on
-    all tensor-parallel ranks.
+    """Compute the squared 2-norm of every entry of every tensor, `[n]` each.
 
-    DTensors must be replicated or sharded, not partial. All sharded ones are reduced in one collective.
+    The results are plain tensors, equal on all tensor-parallel ranks. DTensors must be replicated or sharded, not
+    partial. One collective reduces all sharded ones.
     """
 
     def local(x: Tensor) -> Tensor:
@@ -29,34 +29,36 @@ def squared_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     sharded = [i for i, x in enumerate(tensors) if isinstance(x, DTensor) and x.placements[0].is_shard()]
     if sharded:
         mesh = tensors[sharded[0]].device_mesh  # type: ignore[attr-defined]
-        part = DTensor.from_local(torch.cat([squares[i] for i in sharded]), mesh, [Partial()], run_check=False)
-        whole = part.full_tensor().split([len(squares[i]) for i in sharded])
-        for i, reduced in zip(sharded, whole, strict=True):
+        partial = DTensor.from_local(torch.cat([squares[i] for i in sharded]), mesh, [Partial()], run_check=False)
+        totals = partial.full_tensor().split([len(squares[i]) for i in sharded])
+        for i, reduced in zip(sharded, totals, strict=True):
             squares[i] = reduced
     return squares
 
 
 @dataclass(frozen=True)
 class FastWeightGroup:
-    """Ranks that have their sets of fast weights together.
+    """Ranks that share sets of fast weights.
 
-    Those of a context-parallel group have other tokens of the same rows each, and the whole sets: their
-    gradients add up. Those of an expert-parallel group have other rows each and share one set, of which
-    they keep their own experts' terms: these get the gradients of all tokens, and their norms add up.
+    Context-parallel group: each rank holds other tokens of the same rows, and all terms of their sets. Gradients add up
+    over the group.
+
+    Expert-parallel group: each rank holds other rows. All ranks share one set, and each stores the terms of its local
+    experts. The all-to-all has brought the gradients of all tokens to these terms; squared norms add up over the group.
     """
 
     process_group: ProcessGroup
-    whole_sets: bool
+    replicated: bool  # each rank stores all terms of the sets
 
     def sum(self, x: Tensor) -> Tensor:
-        """Over the ranks."""
+        """All-reduce a copy of `x` over the group."""
         x = x.clone()
         all_reduce(x, group=self.process_group)
         return x
 
     def gradients(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients of the sum of all ranks' losses; DTensors must not be partial."""
-        if not self.whole_sets:
+        """Return the gradients of the sum of all ranks' losses; DTensors must not be partial."""
+        if not self.replicated:
             return list(grads)
         grads = [g.clone(memory_format=torch.contiguous_format) for g in grads]
         works = [
@@ -69,35 +71,35 @@ class FastWeightGroup:
 
 
 def set_totals(squares: Sequence[Tensor], n_sets: int, group: FastWeightGroup | None = None) -> Tensor:
-    """Squared 2-norm of every set `[G]`, all its tensors and experts together.
+    """Compute the squared 2-norm of every set, over all its tensors and experts, `[G]`.
 
     Args:
-        squares: from `squared_norms`.
+        squares: result of `squared_norms`.
         n_sets: G.
-        pool: the ranks that have the sets together.
+        group: ranks that share the sets.
     """
     total_G = torch.stack([x.view(-1, n_sets).sum(0) for x in squares]).sum(0)
-    return total_G if group is None or group.whole_sets else group.sum(total_G)
+    return total_G if group is None or group.replicated else group.sum(total_G)
 
 
-def _of_experts(value_G: Tensor, like_n: Tensor) -> Tensor:
-    """What holds of each set, for every expert's entry of it."""
+def _repeat_for_experts(value_G: Tensor, like_n: Tensor) -> Tensor:
+    """Repeat a per-set value `[G]` for every expert's entry, `[n]` as in `like_n`."""
     return value_G.repeat(len(like_n) // len(value_G))
 
 
-# What a tensor's clipping goes by, of squared norms: its own `[n]`, or that of all the set's tensors together `[G]`.
+# (a tensor's squared norms `[n]`, squared norms of the sets `[G]`) -> squared norms `[n]` that decide on clipping.
 GRADIENT_NORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "per_parameter": lambda own_n, set_G: own_n,
-    "global": lambda own_n, set_G: _of_experts(set_G, own_n),
+    "per_parameter": lambda square_n, set_G: square_n,
+    "global": lambda square_n, set_G: _repeat_for_experts(set_G, square_n),
 }
 
 
 @dataclass(frozen=True)
 class InnerSGD:
-    """The optimiser of the inner loop."""
+    """Settings of the inner loop's SGD."""
 
     learning_rate: float = 0.1
-    clip: float = 1.0  # largest norm; 0 switches clipping off
+    clip: float = 1.0  # maximum gradient norm; 0 disables clipping
     gradient_norm: str = "per_parameter"  # a key of `GRADIENT_NORMS`
 
 
@@ -108,16 +110,17 @@ def sgd_update(
     keep_G: Tensor,
     group: FastWeightGroup | None = None,
 ) -> tuple[FastWeights, Tensor]:
-    """One SGD step, every set's every tensor clipped by its norm: g *= clip / (norm + 1e-12) above it.
+    """Take one clipped SGD step: phi -= lr * g * clip / (norm + 1e-12) where norm > clip, else phi -= lr * g.
+
+    `norm` is computed per set, of each tensor or of all tensors (`InnerSGD.gradient_norm`).
 
     Args:
         grads: gradients of `leaves(fast)`.
-        keep_G: bool; sets where it is False are left as they are, and so are those whose gradient is
-            not finite.
-        pool: the ranks that have the sets together.
+        keep_G: bool; sets with False are not updated. Neither are sets whose gradient is not finite.
+        group: ranks that share the sets.
 
     Returns:
-        The new fast weights, and the 2-norm `[G]` of each set's whole gradient before clipping.
+        The new fast weights, and the 2-norm `[G]` of each set's full gradient before clipping.
     """
     # Under tensor parallelism the gradient of a replicated tensor arrives as a partial sum.
     grads = [
@@ -130,11 +133,11 @@ def sgd_update(
     keep_G = keep_G & total_G.isfinite()
     clip = optimiser.clip
 
-    def step(x: Tensor, g: Tensor, own_n: Tensor) -> Tensor:
-        norm_n = GRADIENT_NORMS[optimiser.gradient_norm](own_n, total_G).sqrt()
+    def step(x: Tensor, g: Tensor, square_n: Tensor) -> Tensor:
+        norm_n = GRADIENT_NORMS[optimiser.gradient_norm](square_n, total_G).sqrt()
         factor_n = torch.where(norm_n > clip, clip / (norm_n + 1e-12), 1.0) if clip > 0 else torch.ones_like(norm_n)
-        keep_n = _of_experts(keep_G, factor_n)
-        # Local arithmetic: the factor is one number per set, the same on every tensor-parallel rank.
+        keep_n = _repeat_for_experts(keep_G, factor_n)
+        # Compute on local tensors: the factor is one number per entry, equal on every tensor-parallel rank.
         placements = (x.device_mesh, x.placements) if isinstance(x, DTensor) else None
         x, g = (y.to_local() if isinstance(y, DTensor) else y for y in (x, g))
         moved = x - optimiser.learning_rate * factor_n[:, None, None] * g

@@ -1,14 +1,14 @@
-"""Uniform numbers that are a function of their key alone.
+"""Counter-based uniform random numbers: each number is a function of its key and index alone.
 
-Every random quantity of a training step (noise level, masks, the draw of the fast weights) is keyed by
-(seed, stream, step, global sample id). So it is the same on every tensor-parallel rank, the same for
-any number of ranks and any order of the rows, there is no generator state to save, and a slice can be
-computed without the rest. A stateful generator per row would need a Python loop over the batch.
+Every random quantity of a training step (noise level, masks, initial fast weights) is keyed by (seed, stream, step,
+global sample id). So it is equal on every tensor-parallel rank and independent of the number of ranks and the order
+of the rows. There is no generator state to save, and a rank can compute a slice without the rest. A stateful generator
+per row would need a Python loop over the batch.
 
-Initial weights are keyed by (seed, stream, parameter, row), so that a rank draws its shard alone.
+Initial weights are keyed by (seed, stream, parameter, row), so that each rank draws its shard only.
 
-The generator is SplitMix64 (Steele, Lea and Flood 2014) read at random positions: number `j` of a key
-`k` is `mix(k + (j + 1) * GAMMA)`. It is integer arithmetic, hence the same on CPU and GPU.
+The generator is SplitMix64 (Steele, Lea and Flood 2014) with random access: number `j` of key `k` is
+`mix(k + (j + 1) * GAMMA)`. It uses integer arithmetic only, so CPU and GPU give the same bits.
 """
 
 from enum import IntEnum
@@ -21,7 +21,7 @@ _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
 class Stream(IntEnum):
-    """Independent families of numbers under one seed."""
+    """Independent random streams of one seed."""
 
     LEVEL = 1
     MASK = 2
@@ -34,33 +34,33 @@ class Stream(IntEnum):
 
 
 def _signed(value: int) -> int:
-    """The int64 whose 64 bits are those of `value`."""
+    """Reinterpret the low 64 bits of `value` as an int64."""
     value &= 2**64 - 1
     return value - 2**64 if value >= 2**63 else value
 
 
 def _xor_shift(x: Tensor, bits: int) -> Tensor:
-    # int64 shifts arithmetically; the mask makes it the logical shift that the generator needs.
+    # The generator needs a logical shift. int64 shifts are arithmetic, so the mask clears the sign bits.
     shifted = (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
     return x.bitwise_xor_(shifted)
 
 
 def _mix(x: Tensor) -> Tensor:
-    """Mix in place, in memory that is read again at once: weights are drawn at the speed of torch's generator."""
+    """Mix in place, which reuses cached memory: initial weights are then drawn as fast as with torch's generator."""
     x = _xor_shift(x, 30).mul_(_signed(_MULTIPLIERS[0]))
     x = _xor_shift(x, 27).mul_(_signed(_MULTIPLIERS[1]))
     return _xor_shift(x, 31)
 
 
 def key(seed: int, stream: Stream, step: int | Tensor, ids: Tensor) -> Tensor:
-    """One 64-bit key for each entry of `ids`.
+    """Compute a 64-bit key for each entry of `ids`.
 
     Args:
-        seed: the run's seed.
-        stream: which family of numbers.
-        step: training step, 0 for numbers that stay fixed; one for each entry of `ids`, or one for all. Of initial
-            weights, the parameter's number.
-        ids: int64 tensor of any shape, for instance the global sample ids `[B]`, or rows of a parameter.
+        seed: seed of the run.
+        stream: random stream.
+        step: training step, or 0 for numbers that are the same in every step; a scalar, or one per entry of `ids`.
+            For initial weights, the parameter's number.
+        ids: int64 of any shape, such as global sample ids `[B]` or rows of a parameter.
 
     Returns:
         int64 tensor of the shape and on the device of `ids`.
@@ -73,12 +73,12 @@ def key(seed: int, stream: Stream, step: int | Tensor, ids: Tensor) -> Tensor:
 
 
 def uniform(keys: Tensor, index: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Numbers `index` of every key, uniform on [0, 1).
+    """Compute the numbers `index` of every key, uniform on [0, 1).
 
     Args:
         keys: int64 `[...]`.
-        index: int64 `[n]`, which numbers of each key's sequence.
-        dtype: float64 takes 53 random bits, float32 takes 24.
+        index: int64 `[n]`, positions in each key's sequence.
+        dtype: float64 uses 53 random bits, float32 uses 24.
 
     Returns:
         `[..., n]` of `dtype` on the device of `keys`.
@@ -89,9 +89,9 @@ def uniform(keys: Tensor, index: Tensor, dtype: torch.dtype = torch.float64) -> 
 
 
 def symmetric(keys: Tensor, pair: Tensor) -> Tensor:
-    """Numbers `2 pair` and `2 pair + 1` of every key, uniform on (-1, 1) and symmetric about 0.
+    """Compute the numbers `2 pair` and `2 pair + 1` of every key, uniform on (-1, 1) and symmetric about 0.
 
-    The two halves of one 64-bit number, hence half the mixing of `uniform`. Neither 0 nor an end occurs.
+    Both come from one 64-bit number, which halves the cost of `uniform`. The values 0, -1 and 1 never occur.
 
     Args:
         keys: int64 `[...]`.

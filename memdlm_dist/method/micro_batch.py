@@ -1,10 +1,10 @@
-"""A micro-batch as the model gets it: what it reads in every state, and which of its predictions are scored.
+"""A micro-batch as model input: the corrupted tokens of every state, and the scored tokens.
 
-Made on the host, before the micro-batch goes to the device: the number of masked tokens is then known to Python, and
-only masked positions need ever reach the output head, without a host-device synchronisation.
+Built on the host, before the copy to the device. So Python knows the number of masked tokens, and only scored
+positions reach the output head, without a device-to-host sync.
 
-Shapes: B rows, L tokens, U samples (rows, or documents of packed rows), S sequence shards (context-parallel ranks, and
-tensor-parallel ones within them), M scored tokens of one shard, N = S * M scored tokens in all, K inner steps.
+Shapes: B rows, L tokens, U samples (rows, or documents of packed rows), S sequence shards (all TP ranks of all CP
+ranks), M scored tokens of one sequence shard, N = S * M scored tokens, K inner steps.
 """
 
 from collections.abc import Sequence
@@ -17,82 +17,83 @@ from memdlm_dist.method.documents import Documents, count_per_sample
 from memdlm_dist.method.trajectory import ANCHOR_INPUT, State
 from memdlm_dist.runtime.transfer import PinnedTree
 
-# Into how many sizes the number of scored positions is rounded.
+# Number of different values of M: M is rounded up to a multiple of 1/16 of a sequence shard's tokens.
 _HEAD_SHAPES = 16
 
 
 class Scored(NamedTuple):
-    """The scored tokens of a state, gathered for the output head.
+    """Scored tokens of a state, gathered for the output head.
 
-    Shard s holds the activations of tokens [s L/S, (s+1) L/S) of every row. Each tensor-parallel rank picks
-    its own masked positions, M of them with padding, and the head sees the concatenation over these
-    ranks; labels, weights and samples are those of the concatenation and equal on all of them.
+    Sequence shard s holds the activations of tokens [s L/S, (s+1) L/S) of every row. Each tensor-parallel rank selects
+    M positions of its sequence shard, padding included. The head sees these positions of all tensor-parallel ranks,
+    concatenated. Labels, weights and samples follow that concatenation and are equal on all these ranks.
     """
 
-    index_SM: Tensor  # int64: position in the rank's flattened [B * L/S] activations
+    index_SM: Tensor  # int64: position in the sequence shard's flattened [B * L/S] activations
     label_N: Tensor  # int64
-    weight_N: Tensor  # float32: the sample's weight
+    weight_N: Tensor  # float32: the sample's loss weight
     sample_N: Tensor  # int64
     valid_N: Tensor  # bool: False on padding
-    count_U: Tensor  # int64: scored tokens of each sample, on all context-parallel ranks
+    count_U: Tensor  # int64: scored tokens of each sample, summed over all context-parallel ranks
 
     def cp_slice(self, cp_rank: int, cp_size: int) -> "Scored":
-        """Of so many consecutive parts of the shards, the tokens of one."""
+        """Return the scored tokens of a context-parallel rank's slice."""
         rows = slice(cp_rank * (size := len(self.index_SM) // cp_size), (cp_rank + 1) * size)
 
-        def own(x_N: Tensor) -> Tensor:
+        def select(x_N: Tensor) -> Tensor:
             return x_N.view_as(self.index_SM)[rows].flatten()
 
         return Scored(
             self.index_SM[rows],
-            own(self.label_N),
-            own(self.weight_N),
-            own(self.sample_N),
-            own(self.valid_N),
+            select(self.label_N),
+            select(self.weight_N),
+            select(self.sample_N),
+            select(self.valid_N),
             self.count_U,
         )
 
 
 class InnerStep(NamedTuple):
-    """One step of the inner loop: which of the micro-batch's inputs are read, and what is scored."""
+    """One step of the inner loop: the inputs of student and teacher, and the scored tokens."""
 
-    student: int
-    teacher: int | None  # None where the inner loss has no teacher
+    student: int  # index into `MicroBatch.inputs`
+    teacher: int | None  # index into `MicroBatch.inputs`; None if the inner loss has no teacher
     scored: Scored
 
 
 class MicroBatch(NamedTuple):
-    """A micro-batch with its noise drawn: the outer loss's view and the K inner ones.
+    """A micro-batch after noising: the outer loss's input and scored tokens, and those of the K inner steps.
 
-    States that are the same share one entry of `inputs`, so that one pass of the trunk serves them.
+    Equal states share one entry of `inputs`, so that one trunk pass serves them. Under context parallelism, `inputs`
+    and the scored tokens cover this rank's slice; the other fields describe the full rows.
     """
 
-    inputs: tuple[Tensor, ...]  # int64 [B, L] each: what the model may read; the anchor comes first
+    inputs: tuple[Tensor, ...]  # int64 [B, L] each: corrupted tokens of a state; the anchor comes first
     anchor: Scored
     inner: tuple[InnerStep, ...]
     sample_ids_U: Tensor
-    masked: Tensor  # number of tokens that the anchor masks, scalar: of the whole rows
-    maskable: Tensor  # and of those that may be masked
-    length: int  # of the whole rows
-    attended_BL: Tensor | None = None  # bool, the tokens that are attended to; None: all
-    documents: Documents | None = None  # of the whole rows, where these are packed
-    first: int = 0  # which token of the whole rows comes first here
+    masked: Tensor  # number of tokens masked in the anchor, scalar
+    maskable: Tensor  # number of maskable tokens, scalar
+    length: int  # of the full rows
+    attended_BL: Tensor | None = None  # bool, tokens that attention may read; None: all
+    documents: Documents | None = None  # documents of packed rows
+    first: int = 0  # position in the full rows of the first token of `inputs`
 
     def cp_slice(self, cp_rank: int, cp_size: int) -> "MicroBatch":
-        """What a context-parallel rank has of it: one of so many consecutive parts of every row."""
+        """Return a context-parallel rank's slice: the rank's L / cp_size consecutive tokens of every row."""
         if cp_size == 1:
             return self
         width = self.length // cp_size
-        columns = slice(cp_rank * width, (cp_rank + 1) * width)
+        positions = slice(cp_rank * width, (cp_rank + 1) * width)
         return self._replace(
-            inputs=tuple(x_BL[:, columns] for x_BL in self.inputs),
+            inputs=tuple(x_BL[:, positions] for x_BL in self.inputs),
             anchor=self.anchor.cp_slice(cp_rank, cp_size),
             inner=tuple(step._replace(scored=step.scored.cp_slice(cp_rank, cp_size)) for step in self.inner),
-            first=columns.start,
+            first=positions.start,
         )
 
     def to(self, device: torch.device | str) -> "MicroBatch":
-        """Copy to the device, in one copy that the host does not wait for."""
+        """Copy to the device in a single copy; the host does not wait for it."""
         moved: MicroBatch = PinnedTree(self, torch.device(device)).to_device()
         return moved
 
@@ -109,31 +110,31 @@ def micro_batch(
     shifted: bool = False,
     documents: Documents | None = None,
 ) -> MicroBatch:
-    """Corrupt the clean tokens by every state and gather what is scored.
+    """Corrupt the clean tokens with the mask of every state, and gather the scored tokens.
 
     Args:
-        tokens_BL: clean tokens.
-        maskable_BL: bool, the tokens that may be masked.
+        tokens_BL: clean tokens x_0.
+        maskable_BL: bool, tokens that may be masked.
         sample_ids_U: global sample ids.
-        anchor: the state of the outer loss.
-        states: those of the inner loop.
-        mask_token_id: what a masked token is shown as.
-        with_teacher: the inner loss compares with a prediction from the next state.
-        shards: number of sequence shards S, by which L must be divisible.
+        anchor: state of the outer loss.
+        states: states of the inner loop.
+        mask_token_id: id of `[MASK]`.
+        with_teacher: the inner loss has a teacher, which reads the next state.
+        sequence_shards: S; L must be divisible by it.
         shifted: the backbone predicts the next token; see `gather_scored`.
-        documents: of packed rows.
+        documents: documents of packed rows.
     """
-    # State's number of an input -> its mask, in the order of their first use; None, the clean sequence, has no mask.
+    # Input number -> mask, in the order of first use. The clean sequence has the number None and no mask.
     masks: dict[int | None, Tensor | None] = {ANCHOR_INPUT: anchor.mask_BL}
     for state in states:
-        masks.setdefault(state.reads, state.mask_BL)
+        masks.setdefault(state.input_number, state.mask_BL)
         if with_teacher:
-            masks.setdefault(state.next_reads, state.next_BL)
-    place = {number: i for i, number in enumerate(masks)}
+            masks.setdefault(state.next_input_number, state.next_BL)
+    index = {number: i for i, number in enumerate(masks)}
     inner = tuple(
         InnerStep(
-            student=place[state.reads],
-            teacher=place[state.next_reads] if with_teacher else None,
+            student=index[state.input_number],
+            teacher=index[state.next_input_number] if with_teacher else None,
             scored=gather_scored(state, tokens_BL, sequence_shards, shifted, documents),
         )
         for state in states
@@ -160,14 +161,16 @@ def gather_scored(
     shifted: bool = False,
     documents: Documents | None = None,
 ) -> Scored:
-    """Positions, labels and weights of a state's targets; see `Scored`.
+    """Gather positions, labels and weights of a state's scored tokens; see `Scored`.
 
-    A backbone that was converted from an autoregressive one predicts a token at the position before it
-    (`shifted`): that position is picked. The first token of a sample, which has none before it, cannot be a
-    target then.
+    M is the largest number of scored tokens in a sequence shard, rounded up to a multiple of 1/16 of the shard's
+    tokens, and at least 1/16. The head then sees few different shapes, for which DTensor and compilers cache their
+    work, and never an empty input.
 
-    M is the largest number of targets in one shard, rounded up to a sixteenth of its tokens: the head then
-    sees few different shapes, which DTensor and compilers keep the preparation of; and never runs on nothing.
+    Args:
+        shifted: the backbone predicts a token at the position before it, as backbones converted from autoregressive
+            ones do. The gathered position is the one before the scored token. The first token of a sample has no
+            position before it and must not be scored.
     """
     batch, length = tokens_BL.shape
     assert length % sequence_shards == 0, "the sequence length must be divisible by the number of shards"
@@ -177,20 +180,20 @@ def gather_scored(
     if shifted:
         target_BL, tokens_BL, sample_BL = (x.roll(-1, dims=1) for x in (target_BL, tokens_BL, sample_BL))
 
-    def by_shard(x_BL: Tensor) -> Tensor:
+    def group_by_shard(x_BL: Tensor) -> Tensor:
         return x_BL.reshape(batch, sequence_shards, width).transpose(0, 1).reshape(sequence_shards, batch * width)
 
-    target_SP = by_shard(target_BL)
+    target_SP = group_by_shard(target_BL)
     count_S = target_SP.sum(1)
     quantum = -(-batch * width // _HEAD_SHAPES)
-    slots = quantum * max(1, -(-int(count_S.max()) // quantum))
-    slots = min(slots, batch * width)
-    index_SM = target_SP.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :slots]
-    valid_SM = torch.arange(slots) < count_S.unsqueeze(1)
-    sample_N = by_shard(sample_BL).gather(1, index_SM).flatten()
+    n_positions = quantum * max(1, -(-int(count_S.max()) // quantum))
+    n_positions = min(n_positions, batch * width)
+    index_SM = target_SP.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :n_positions]
+    valid_SM = torch.arange(n_positions) < count_S.unsqueeze(1)
+    sample_N = group_by_shard(sample_BL).gather(1, index_SM).flatten()
     return Scored(
         index_SM=index_SM,
-        label_N=by_shard(tokens_BL).gather(1, index_SM).flatten(),
+        label_N=group_by_shard(tokens_BL).gather(1, index_SM).flatten(),
         weight_N=state.weight_U[sample_N],
         sample_N=sample_N,
         valid_N=valid_SM.flatten(),

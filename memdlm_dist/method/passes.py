@@ -1,4 +1,4 @@
-"""The passes of a bi-level step, counted on a plan's own states: for FLOPs, traffic and memory estimates."""
+"""Number of forward and backward passes of a bi-level step, for estimates of FLOPs, traffic and memory."""
 
 from typing import NamedTuple
 
@@ -8,22 +8,24 @@ from memdlm_dist.method import trajectory
 from memdlm_dist.method.micro_batch import MicroBatch, micro_batch
 from memdlm_dist.method.trajectory import Plan
 
-_TOKENS = 8  # of the row on which a plan is counted; any length makes the same passes
+_TOKENS = 8  # length of the row that counts a plan's passes; any length gives the same counts
 
 
 class Passes(NamedTuple):
-    """Passes of one micro-batch: the outer one, and those of the inner loop."""
+    """Passes of one micro-batch: the outer pass and the inner steps."""
 
-    inputs: int  # different inputs, which the trunk reads once each; the outer pass's is one of them
-    inner_steps: int  # each a forward and a backward pass of the tail
-    teacher: int  # further forward passes of the tail, which distil
+    inputs: int  # distinct inputs, the outer pass's included; the trunk reads each once
+    inner_steps: int  # K; each is a forward and a backward pass of the tail
+    teacher: int  # additional forward passes of the tail, by the teacher
 
     @property
     def tail_forward(self) -> int:
+        """Forward passes of the tail: outer, inner and teacher."""
         return 1 + self.inner_steps + self.teacher
 
     @property
     def tail_backward(self) -> int:
+        """Backward passes of the tail: outer and inner."""
         return 1 + self.inner_steps
 
 
@@ -34,7 +36,7 @@ def count_passes(batch: MicroBatch) -> Passes:
 
 
 def planned_passes(plan: Plan, with_teacher: bool) -> Passes:
-    """Count the passes of any micro-batch of a plan; they depend on no value in it."""
+    """Count the passes of a plan's micro-batches; the counts are equal for all of them."""
     ids_B = torch.zeros(1, dtype=torch.int64)
     maskable_BL = torch.ones(1, _TOKENS, dtype=torch.bool)
     draw = trajectory.draw(0, 0, ids_B, maskable_BL)

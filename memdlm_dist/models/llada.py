@@ -22,7 +22,7 @@ from torchtitan.models.qwen3.model.model import FeedForward
 from torchtitan.models.utils import get_dense_model_nparams_and_flops
 from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 
-from memdlm_dist.compat.torch import completed
+from memdlm_dist.compat.torch import wait_if_pending
 from memdlm_dist.method.documents import Documents, SetAssignment
 from memdlm_dist.method.fast_weights import AdaptedLinear, FastLinear, FastWeights, adapted
 from memdlm_dist.method.logit_loss import HeadLoss
@@ -323,7 +323,7 @@ class LLaDA(ModelProtocol):
 
     def _embed(self, tokens_BL: Tensor) -> Tensor:
         # Under tensor parallelism this is a collective's pending result.
-        return completed(self.tok_embeddings(tokens_BL))
+        return wait_if_pending(self.tok_embeddings(tokens_BL))
 
     def _layers(self, h_BLD: Tensor, start: int, fast: FastWeights | None, context: TokenContext) -> Tensor:
         for layer in range(start, self.model_args.n_layers):

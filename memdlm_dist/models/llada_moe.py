@@ -22,7 +22,7 @@ from torchtitan.models.moe.moe import GroupedExperts
 from torchtitan.models.utils import get_moe_model_nparams_and_flops
 
 from memdlm_dist.compat.torch import grouped_mm
-from memdlm_dist.compat.torchtitan import permuted
+from memdlm_dist.compat.torchtitan import run_padded
 from memdlm_dist.method.documents import SetAssignment
 from memdlm_dist.method.fast_weights import AdaptedLinear, ExpertProduct, FastLinear, adapted_experts
 from memdlm_dist.models.linears import GROUPS, LINEARS
@@ -120,7 +120,7 @@ class AdaptableExperts(GroupedExperts):
         filled = isinstance(self.w1, DTensor) and "ep" in (self.w1.device_mesh.mesh_dim_names or ())
         if not self.use_grouped_mm or filled:
             return self._run(own, x, counts, fast or {})
-        return permuted(lambda x, counts: self._run(own, x, counts, fast or {}), x, counts, 1, len(counts))
+        return run_padded(lambda x, counts: self._run(own, x, counts, fast or {}), x, counts, 1, len(counts))
 
     def _run(self, own: dict[str, Tensor], x_SD: Tensor, counts: Tensor, fast: dict[str, FastLinear]) -> Tensor:
         product = (_grouped if self.use_grouped_mm else _loop)(counts)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchtitan.components.optimizer import OptimizersContainer
 
-from memdlm_dist.compat.torch import skips_if_told, told_to_skip
+from memdlm_dist.compat.torch import skip_if_flagged, supports_skip_flag
 from memdlm_dist.config.job_config import Reliability
 from memdlm_dist.errors import UserError
 from memdlm_dist.runtime.transfer import HostCopy
@@ -73,7 +73,7 @@ class StepConsensus:
         stop_flag = torch.full((), float(stop_requested), device=self._device)
         flags = torch.stack([finite.logical_not().float(), stop_flag])
         dist.all_reduce(flags, dist.ReduceOp.MAX)
-        deferred = all(skips_if_told(optimizer, flags.device) for optimizer in self._optimizers)
+        deferred = all(supports_skip_flag(optimizer, flags.device) for optimizer in self._optimizers)
         self._pending = _PendingFlags(step, flags, HostCopy(flags) if deferred else None, losses, sample_ids)
 
     def step_optimizers(self) -> None:
@@ -84,7 +84,7 @@ class StepConsensus:
         """
         assert self._pending is not None, "reduce() must come first"
         if self._pending.host_copy is not None:
-            with told_to_skip(self._optimizers, self._pending.flags[0]):
+            with skip_if_flagged(self._optimizers, self._pending.flags[0]):
                 self._optimizers.step()
             return
         skipped = self.skipped

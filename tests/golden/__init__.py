@@ -1,1 +1,1 @@
-"""Numbers of the published implementation."""
+"""Fixtures of the published implementation, and their tests."""

@@ -1,6 +1,6 @@
-"""The published implementation's numbers, through the tool that users run.
+"""Check our results against the published implementation's, through tools/check_golden.py.
 
-tests/golden holds them without the inner gradients of each step, which the tool does not compare.
+The fixtures in tests/golden do not contain the inner gradients of each step, which the tool does not compare.
 """
 
 import json
@@ -18,13 +18,21 @@ CASES = (
 
 
 def copy(root, tmp_path, case, change=None, **tensors):
-    """A case with its manifest changed by a function, and with functions applied to whole files of tensors."""
+    """Copy a case with changes, and return the folder of the copy.
+
+    Args:
+        root: root of the repository.
+        tmp_path: folder of the copy.
+        case: name of the case.
+        change: function that changes the manifest in place.
+        tensors: file name in the manifest -> function that changes its tensors in place, or returns new ones.
+    """
     source = root / "tests/golden" / case
     manifest = json.loads((source / "manifest.json").read_text())
     for name, path in manifest["files"].items():
         if name in tensors:
-            found = load_file(source / path)
-            save_file(tensors[name](found) or found, tmp_path / f"{name}.safetensors")
+            changed = load_file(source / path)
+            save_file(tensors[name](changed) or changed, tmp_path / f"{name}.safetensors")
             manifest["files"][name] = f"{name}.safetensors"
         else:
             manifest["files"][name] = str((source / path).resolve())
@@ -34,16 +42,16 @@ def copy(root, tmp_path, case, change=None, **tensors):
     return str(tmp_path)
 
 
-def lines_of(capsys):
+def report_lines(capsys):
     return capsys.readouterr().out.splitlines()[1:]
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_fixture_passes(root, capsys, case):
     assert check_golden.main([str(root / "tests/golden" / case)]) == 0
-    lines = lines_of(capsys)
-    found = {line[2:36].split(" (")[0].strip() for line in lines}
-    assert found >= {
+    lines = report_lines(capsys)
+    quantities = {line[2:36].split(" (")[0].strip() for line in lines}
+    assert quantities >= {
         "plain loss", "plain logits", "plain base gradients", "trajectory: masks", "trajectory: targets",
         "trajectory: weights", "inner losses", "inner gradient norms", "fast weights", "outer loss", "outer logits",
         "outer base gradients", "outer gradient norm",
@@ -53,12 +61,12 @@ def test_fixture_passes(root, capsys, case):
 
 def test_a_fixture_without_a_memory_is_checked_for_what_it_has(root, capsys):
     assert check_golden.main([str(root / "tests/golden/dense_base")]) == 0
-    assert [line.split()[1] for line in lines_of(capsys)] == ["loss", "logits", "base", "gradient"]
+    assert [line.split()[1] for line in report_lines(capsys)] == ["loss", "logits", "base", "gradient"]
 
 
 def test_the_architecture_of_llada_8b(root, tmp_path, capsys):
     assert check_golden.main([str(root / "tests/golden/llada8b_forward")]) == 0
-    assert [line.split()[0] for line in lines_of(capsys)] == ["logits", "logits_padded"]
+    assert [line.split()[0] for line in report_lines(capsys)] == ["logits", "logits_padded"]
 
     def change(manifest):
         manifest["arch"]["rope_theta"] = 10_000.0
@@ -95,7 +103,7 @@ def scale(name):
 )
 def test_a_wrong_number_fails(root, tmp_path, capsys, case, file, tensor, line):
     assert check_golden.main([copy(root, tmp_path, case, **{file: scale(tensor)})]) == 1
-    assert any(line in found and found.endswith("NOT OK") for found in lines_of(capsys))
+    assert any(line in reported and reported.endswith("NOT OK") for reported in report_lines(capsys))
 
 
 @pytest.mark.parametrize("result", ["inner_losses", "inner_grad_norms", "outer_loss", "outer_grad_norm_base"])
@@ -116,7 +124,7 @@ def test_a_wrong_scalar_fails(root, tmp_path, capsys, result):
     ],
 )  # fmt: skip
 def test_the_manifest_is_what_is_computed(root, tmp_path, capsys, key, value):
-    """The fixture's numbers are wrong for any other setting than its own, so each is read and matters."""
+    """Any other setting than the fixture's own gives wrong numbers, so every setting is read and has an effect."""
 
     def change(manifest):
         manifest["memory"][key] = value
@@ -125,7 +133,7 @@ def test_the_manifest_is_what_is_computed(root, tmp_path, capsys, key, value):
 
 
 def test_what_a_fixture_lacks_is_not_checked(root, tmp_path, capsys):
-    """As in a fixture of adaptation at inference: no outer results, no noise level, no labels."""
+    """Fixtures of adaptation at inference have no outer results, no noise level and no labels."""
 
     def change(manifest):
         del manifest["files"]["plain"]
@@ -139,7 +147,7 @@ def test_what_a_fixture_lacks_is_not_checked(root, tmp_path, capsys):
         outputs=lambda tensors: {name: x for name, x in tensors.items() if "_final." in name},
     )  # fmt: skip
     assert check_golden.main([folder]) == 0
-    assert [line.split(" (")[0].split("  ")[1] for line in lines_of(capsys)] == [
+    assert [line.split(" (")[0].split("  ")[1] for line in report_lines(capsys)] == [
         "inner losses", "inner gradient norms", "fast weights",
     ]  # fmt: skip
 
@@ -166,8 +174,8 @@ def test_what_is_not_supported_says_so(root, tmp_path, capsys):
     assert "architecture 'gpt' is not supported yet" in out and out.count("cannot read the fixture") == 3
 
 
-# Fixtures in the published format, computed by the oracle, for what the published ones leave out:
-# (memory section, targets, batch shape, which parts are left out).
+# Fixtures in the published format, computed by the oracle, for options without a published fixture:
+# (memory section, targets, batch shape, omitted tensors).
 COMPUTED = {
     "one step, attention, odd sizes": (
         {"masking": "no_progressive", "steps": 2, "loss": "ce"},
@@ -216,6 +224,6 @@ def test_other_fixtures_of_the_format(name, tmp_path, capsys):
     memory, targets, shape, absent = COMPUTED[name]
     write_fixture(tmp_path, memory, targets, shape, absent)
     assert check_golden.main([str(tmp_path)]) == 0, capsys.readouterr().out
-    lines = lines_of(capsys)
+    lines = report_lines(capsys)
     assert any("inner losses" in line for line in lines) and any("trajectory: masks" in line for line in lines)
     assert any("outer base gradients" in line for line in lines) is ("outer" not in absent)

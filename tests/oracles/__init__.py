@@ -1,1 +1,1 @@
-"""Slow, obvious implementations that the package is compared with."""
+"""Slow reference implementations that tests compare the package with."""

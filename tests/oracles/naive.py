@@ -1,4 +1,4 @@
-"""Oracles: the method written a second time, plainly, with loops and Python numbers. Slow on purpose."""
+"""Second, independent implementation of the method, with loops and Python numbers; slow but simple."""
 
 import math
 from dataclasses import dataclass
@@ -11,13 +11,14 @@ MASK64 = 2**64 - 1
 
 
 def splitmix(state: int) -> int:
-    """SplitMix64's output function on Python integers."""
+    """Compute SplitMix64's output function on Python integers."""
     state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & MASK64
     state = (state ^ (state >> 27)) * 0x94D049BB133111EB & MASK64
     return state ^ (state >> 31)
 
 
 def keyed_uniform(seed: int, stream: int, step: int, sample_id: int, index: int) -> float:
+    """Compute one keyed uniform number on [0, 1), from 53 random bits."""
     gamma = 0x9E3779B97F4A7C15
     state = 0
     for word in (seed, stream, step):
@@ -27,6 +28,7 @@ def keyed_uniform(seed: int, stream: int, step: int, sample_id: int, index: int)
 
 
 def weight(t: float, schedule: str) -> float:
+    """Compute the loss weight w(t)."""
     if schedule == "linear":
         return 1 / (t + 1e-6)
     angle = math.pi / 2 * (1 - t)
@@ -34,11 +36,15 @@ def weight(t: float, schedule: str) -> float:
 
 
 def mask_probability(t: float, schedule: str) -> float:
+    """Compute the mask probability 1 - alpha(t)."""
     return t if schedule == "linear" else math.cos(math.pi / 2 * (1 - t))
 
 
 def pre_anchor_count(n: int, anchor: int, scale: float) -> int:
-    """The published rounding: ratio and scaled ratio in float32, their product with n truncated in double."""
+    """Compute the pre-anchor's number of masked tokens, of n maskable ones, with the published rounding.
+
+    The ratio and the scaled ratio are rounded to float32; the product with n is truncated in double precision.
+    """
     if n == 0:
         return 0
     ratio = np.float32(anchor) / np.float32(n)
@@ -46,7 +52,7 @@ def pre_anchor_count(n: int, anchor: int, scale: float) -> int:
 
 
 class DenseModel:
-    """LLaDA's forward pass from a state dict, one row at a time, in the dtype of the weights."""
+    """LLaDA's forward pass on one row, from a state dict, in the dtype of the weights."""
 
     def __init__(self, state: dict, args):
         self.state, self.args = state, args
@@ -65,9 +71,11 @@ class DenseModel:
         return out
 
     def __call__(self, tokens_L, fast=None):
-        """Logits, and the last layer's output before and after the final norm.
+        """Compute the logits, and the last layer's output before and after the final norm.
 
-        fast: {layer: {target: (A [R, in], B [out, R], scale) or (delta [out, in],)}} of this row.
+        Args:
+            tokens_L: token ids of the row.
+            fast: {layer: {target: (A `[R, in]`, B `[out, R]`, scale) or (delta `[out, in]`,)}} of the row.
         """
         args, s = self.args, self.state
         d = args.dim // args.n_heads
@@ -78,10 +86,10 @@ class DenseModel:
 
             def linear(y, name, target, p=p, layer=layer):
                 out = y @ s[p + name + ".weight"].T
-                extra = (fast or {}).get(str(layer), {}).get(target)
-                if extra is None:
+                phi = (fast or {}).get(str(layer), {}).get(target)
+                if phi is None:
                     return out
-                return out + (y @ extra[0].T if len(extra) == 1 else extra[2] * (y @ extra[0].T) @ extra[1].T)
+                return out + (y @ phi[0].T if len(phi) == 1 else phi[2] * (y @ phi[0].T) @ phi[1].T)
 
             y = self._norm(x, p + "attention_norm.weight")
             q, k, v = (
@@ -104,7 +112,7 @@ class DenseModel:
 
 @dataclass
 class Options:
-    """The method's options, under the names of the configuration."""
+    """Options of the method, under the names of the TOML configuration."""
 
     trajectory: str = "anchor_consistent"
     inner_steps: int = 2
@@ -121,11 +129,21 @@ class Options:
 
 
 def anchor_positions(u, maskable, t, options):
+    """Return the set of positions that the anchor masks."""
     return {i for i in maskable if u[i] < mask_probability(t, options.schedule)}
 
 
 def inner_states(u, v, maskable, anchor, t, options):
-    """[(masked positions, loss weight, positions masked in the next state or None)] of one row."""
+    """Return the inner states of one row as (masked positions, loss weight, next state's masked positions or None).
+
+    Args:
+        u: uniform numbers of the anchor and of the states nested around it.
+        v: uniform numbers of states that do not depend on the anchor.
+        maskable: list of maskable positions.
+        anchor: set of the anchor's masked positions.
+        t: noise level of the outer loss.
+        options: an `Options`.
+    """
     n, steps = len(maskable), options.inner_steps
 
     def w(level):
@@ -154,7 +172,15 @@ def inner_states(u, v, maskable, anchor, t, options):
 
 
 def distance(student, teacher, label, i, options):
-    """The inner loss of position i."""
+    """Compute the inner loss at position i.
+
+    Args:
+        student: outputs of `DenseModel` on the state.
+        teacher: outputs of `DenseModel` on the next state.
+        label: clean token at position i.
+        i: position.
+        options: an `Options`.
+    """
     name = options.inner_loss
     if name == "cross_entropy":
         return F.cross_entropy(student["logits"][i], label)
@@ -168,10 +194,22 @@ def distance(student, teacher, label, i, options):
 
 
 def bilevel(model, tokens_BL, maskable_BL, u_BL, v_BL, t_B, sets, fast_of_set, options, mask_id):
-    """The whole step, obviously: every state of every row through the whole model, one row at a time.
+    """Compute a full bi-level step: every state of every row passes through the full model, one row at a time.
 
-    sets: lists of rows that share fast weights. fast_of_set: those, as `DenseModel` takes them.
-    Returns the outer loss sum, and per set: inner losses, inner gradient norms, final fast weights.
+    Args:
+        model: a `DenseModel`.
+        tokens_BL: clean tokens.
+        maskable_BL: bool, maskable tokens.
+        u_BL: uniform numbers of the anchor and of the states nested around it.
+        v_BL: uniform numbers of states that do not depend on the anchor.
+        t_B: noise levels of the outer loss.
+        sets: lists of rows that share a set of fast weights.
+        fast_of_set: initial fast weights of each set, in `DenseModel`'s format.
+        options: an `Options`.
+        mask_id: id of `[MASK]`.
+
+    Returns:
+        The outer loss sum, and for each set (inner losses, inner gradient norms, final fast weights).
     """
     rows = []
     for tokens, maskable, u, v, t in zip(
@@ -217,10 +255,10 @@ def bilevel(model, tokens_BL, maskable_BL, u_BL, v_BL, t_B, sets, fast_of_set, o
                 if options.gradient_clip and norm > options.gradient_clip:
                     g = g * options.gradient_clip / (norm + 1e-12)
                 moved.append((x - options.learning_rate * g).detach())
-            rest = iter(moved)
+            updated = iter(moved)
             fast = {
                 layer: {
-                    name: tuple(next(rest) if torch.is_tensor(x) else x for x in linear)
+                    name: tuple(next(updated) if torch.is_tensor(x) else x for x in linear)
                     for name, linear in linears.items()
                 }
                 for layer, linears in fast.items()

@@ -43,7 +43,7 @@ def write_fixture(folder, memory, targets, shape, absent):
     loss_weight = "uniform" if memory.get("loss_weight", "").startswith("uniform") else "schedule"
     hidden = f"hidden_{memory.get('hidden_type')}"
     options = naive.Options(
-        trajectory=golden_fixture.WORDS["masking"][memory["masking"]],
+        trajectory=golden_fixture.CONFIG_VALUES["masking"][memory["masking"]],
         inner_steps=memory["steps"],
         pre_anchor_scale=settings["start_scale"],
         inner_loss=OURS.get(memory["loss"], hidden),
@@ -53,7 +53,7 @@ def write_fixture(folder, memory, targets, shape, absent):
         gradient_clip=settings["grad_clip"],
         loss_weight=loss_weight,
     )
-    published = golden_fixture.PlainAdapter(args)
+    published = golden_fixture.DenseStateDictAdapter(args)
     our_names = {theirs: name for name in state for theirs in published.to_hf({name: state[name]})}
 
     def published_name(name):
@@ -111,7 +111,7 @@ def write_fixture(folder, memory, targets, shape, absent):
     }  # fmt: skip
     outputs = {}
     for name in adapters:
-        layer, target, _ = golden_fixture.split_adapter(name)
+        layer, target, _ = golden_fixture.parse_linear_name(name)
         letters = ("delta",) if len(final[layer][target]) == 1 else ("A", "B")
         outputs |= {f"{letter}_final.{name}": x for letter, x in zip(letters, final[layer][target], strict=False)}
     results = {"inner_losses": losses, "inner_grad_norms": norms}

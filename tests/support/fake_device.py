@@ -17,7 +17,7 @@ from torch import Tensor
 from torchgen.gen import parse_native_yaml
 from torchgen.model import DispatchKey
 
-from memdlm_dist.compat.fake_device import DEVICE, FakeTensor, FakeTensorMode, OpOverload, through_the_host
+from memdlm_dist.compat.fake_device import DEVICE, FakeTensor, FakeTensorMode, OpOverload, build_on_host
 from memdlm_dist.compat.torch import TorchDispatchMode, tree_leaves, tree_map_only
 from memdlm_dist.runtime import device
 
@@ -69,7 +69,7 @@ class FakeDevice(TorchDispatchMode):
         self._contexts = ExitStack()
 
     def __enter__(self) -> "FakeDevice":
-        self._contexts.enter_context(through_the_host())
+        self._contexts.enter_context(build_on_host())
         self._contexts.enter_context(patch.object(device, "pinned", self._pin))
         super().__enter__()
         return self

@@ -36,7 +36,7 @@ from memdlm_dist.compat import streaming as streaming_seam
 from memdlm_dist.compat import torch as torch_seam
 from memdlm_dist.compat import torchrun
 from memdlm_dist.compat import torchtitan as titan_seam
-from memdlm_dist.compat.torch import skips_if_told, told_to_skip
+from memdlm_dist.compat.torch import skip_if_flagged, supports_skip_flag
 from memdlm_dist.models.attention import BidirectionalAttentionKernel
 from memdlm_dist.runtime import device
 
@@ -79,13 +79,13 @@ def test_experts_are_permuted_by_a_function_of_the_module():
         seen.append((len(padded), sizes.tolist()))
         return 2 * padded
 
-    assert torch.equal(titan_seam.permuted(run, x, counts, 1, 2), 2 * x)
+    assert torch.equal(titan_seam.run_padded(run, x, counts, 1, 2), 2 * x)
     assert seen[0][1] == [8, 8] and seen[0][0] >= 16
 
 
 def test_pending_results_are_a_class_of_their_own():
     x = torch.ones(2)
-    assert torch_seam.completed(x) is x
+    assert torch_seam.wait_if_pending(x) is x
     assert issubclass(torch_seam.AsyncCollectiveTensor, torch.Tensor)
     assert parameters(torch_seam.all_to_all_single_autograd)[:4] == [
         "self", "output_split_sizes", "input_split_sizes", "group",
@@ -191,13 +191,13 @@ def test_a_fused_optimizer_told_to_skip_changes_nothing(kind):
     weight = torch.nn.Parameter(torch.ones(3))
     weight.grad = torch.full((3,), torch.nan)
     optimizer = kind([weight], fused=True, weight_decay=0.5)
-    assert skips_if_told(optimizer, cpu) and not skips_if_told(kind([weight], foreach=True), cpu)
-    assert not skips_if_told(optimizer, torch.device("cuda"))
-    with told_to_skip([optimizer], torch.tensor(1.0)):
+    assert supports_skip_flag(optimizer, cpu) and not supports_skip_flag(kind([weight], foreach=True), cpu)
+    assert not supports_skip_flag(optimizer, torch.device("cuda"))
+    with skip_if_flagged([optimizer], torch.tensor(1.0)):
         optimizer.step()
     assert torch.equal(weight, torch.ones(3)) and not any(x.any() for x in optimizer.state[weight].values())
     weight.grad = torch.ones(3)
-    with told_to_skip([optimizer], torch.tensor(0.0)):
+    with skip_if_flagged([optimizer], torch.tensor(0.0)):
         optimizer.step()
     assert (weight < 1).all() and optimizer.state[weight]["step"] == 1
 
@@ -222,7 +222,7 @@ def test_streaming_numbers_its_shared_memory_by_a_function():
     assert "_each_prefix_int()" in inspect.getsource(shared_prefix._check_and_find)
     packed = shared_prefix._pack_locals(["/a", "/b"], 3)
     assert streaming_seam.registered_folders(packed) == ["/a", "/b"]
-    assert streaming_seam.REGISTRATION == "locals" and len(streaming_seam.locks("000001_")) == 2
+    assert streaming_seam.REGISTRATION == "locals" and len(streaming_seam.lock_files("000001_")) == 2
 
 
 def test_streaming_downloads_by_a_table_of_classes():
