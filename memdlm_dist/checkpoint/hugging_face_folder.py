@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import lora
-from memdlm_dist.models.state_dict_adapters import BackboneStateDictAdapter, file_of_each
+from memdlm_dist.models.state_dict_adapters import BackboneStateDictAdapter, fqn_to_index_mapping
 from memdlm_dist.runtime.rank_0 import failure_reason, from_rank_0
 from memdlm_dist.runtime.storage import is_remote
 
@@ -169,7 +169,7 @@ def write(tensors: Mapping[str, Tensor], folder: str) -> None:
     Raises:
         UserError: if the folder cannot be written to.
     """
-    writer = HuggingFaceStorageWriter(folder, fqn_to_index_mapping=file_of_each(tensors))
+    writer = HuggingFaceStorageWriter(folder, fqn_to_index_mapping=fqn_to_index_mapping(tensors))
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")

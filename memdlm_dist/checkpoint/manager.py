@@ -33,7 +33,7 @@ from memdlm_dist.compat.torchtitan import HookedCheckpoints
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import lora
 from memdlm_dist.models.lora import LoRA
-from memdlm_dist.models.state_dict_adapters import file_of_each
+from memdlm_dist.models.state_dict_adapters import fqn_to_index_mapping
 from memdlm_dist.runtime import storage
 from memdlm_dist.runtime.rank_0 import failure_reason, first_reason, from_rank_0, is_rank_0, one_line
 from memdlm_dist.runtime.storage import Storage, is_remote
@@ -268,7 +268,7 @@ class ResumableCheckpoints(HookedCheckpoints):
         if self.lora is not None:
             state_dict = lora.merged(state_dict, self.lora.scale)
         assert self.sd_adapter is not None
-        self.sd_adapter.fqn_to_index_mapping = file_of_each(self.sd_adapter.expected(), self.export_dtype)
+        self.sd_adapter.fqn_to_index_mapping = fqn_to_index_mapping(self.sd_adapter.expected(), self.export_dtype)
         return super().dcp_save(state_dict, checkpoint_id, *rest, **options)
 
     def _write_adapters(self, adapters: dict[str, torch.Tensor], folder: str) -> None:

@@ -16,7 +16,7 @@ from memdlm_dist.models.state_dict_adapters import (
 
 
 class BackboneSpec(NamedTuple):
-    """A kind of model, its sizes by name, and its names on Hugging Face."""
+    """A backbone: its model class, its flavours and its state-dict adapter."""
 
     model: type[LLaDA]
     flavours: Mapping[str, LLaDAArgs]
@@ -30,10 +30,10 @@ BACKBONES = {
 
 
 def backbone_args(name: str, flavour: str) -> LLaDAArgs:
-    """Return the sizes of a backbone, by `model.name` and `model.flavor`: a copy, which may be changed.
+    """Return a copy of a backbone's sizes by `model.name` and `model.flavor`; the caller may change it.
 
     Raises:
-        UserError: if one of them does not exist.
+        UserError: if the backbone or the flavour does not exist.
     """
     if name not in BACKBONES:
         raise UserError(f"model.name {name!r} is not a diffusion backbone; choose among {', '.join(BACKBONES)}.")

@@ -1,6 +1,6 @@
-"""Bidirectional attention with rotary positions, which every backbone has.
+"""Bidirectional attention with RoPE, shared by all backbones.
 
-Shapes: B rows, L tokens, S slots for a row's documents, H heads, d head, j pairs of a head's dimensions.
+Shapes: B rows, L tokens, H heads, d head dim, j = d / 2 RoPE pairs of a head.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -24,32 +24,33 @@ from memdlm_dist.runtime.device import has_flash_attention
 
 
 class VarlenSequences(NamedTuple):
-    """Sequences that all rows, laid end to end, consist of; a token attends to its own."""
+    """Sequence boundaries in the concatenated rows of a batch; a token attends to its own sequence."""
 
-    cu_seqlens: Tensor  # int32: where each ends, behind a 0
-    max_seqlen: int  # no sequence is longer
+    cu_seqlens: Tensor  # int32, cumulative sequence lengths, starting with 0
+    max_seqlen: int  # upper bound of a sequence's length
 
 
-# What attention is restricted to: bool, True where a token attends, that broadcasts to [B, H, L, L]; blocks of it; or
-# sequences.
+# Restriction of attention: a dense bool mask that broadcasts to [B, H, L, L] (True: attend), a block mask, or sequence
+# boundaries.
 Mask = Tensor | BlockMask | VarlenSequences
 Method = Literal["varlen", "blocks", "dense"]
 
 
 class TokenContext(NamedTuple):
-    """What the layers are told of the tokens besides their states; the same for all passes of a micro-batch."""
+    """Per-token arguments of the layers, shared by all passes of a micro-batch."""
 
-    frequencies: Tensor  # complex64 [L, j], or [B, L, j] for packed rows: rotary positions of this rank's tokens
+    frequencies: Tensor  # RoPE table for this rank's tokens: complex64 [L, j], or [B, L, j] for packed rows
     mask: Mask | None = None  # over whole rows; None: every token attends to its whole row
-    set_assignment: SetAssignment | None = None  # None where a row has one set of fast weights
-    trains: bool = False  # this pass is the training loss's, not one of the inner loop or of validation
+    set_assignment: SetAssignment | None = None  # None: one set of fast weights per row or per micro-batch
+    trains: bool = False  # True in passes of the training loss, False in the inner loop and in validation
 
 
 def attention_method(device_type: str, head_dim: int, dtype: torch.dtype) -> Method:
-    """Return how attention within documents is computed: the first of these that runs.
+    """Choose the implementation of attention within documents: the first in this list that the device supports.
 
-    - "varlen": torch's variable-length attention, flash kernels that CUDA has for 16 bits and some widths of a head.
-    - "blocks": flex attention, which has no backward pass on a CPU, and no kernel for narrower heads.
+    - "varlen": torch's variable-length attention. CUDA only: flash kernels for 16-bit dtypes, with a head dim that is a
+      multiple of 8 and at most 256.
+    - "blocks": flex attention. It has no backward pass on CPU and no kernel for a head dim below 16.
     - "dense": scaled dot-product attention with a mask.
     """
     fits = dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
@@ -59,10 +60,10 @@ def attention_method(device_type: str, head_dim: int, dtype: torch.dtype) -> Met
 
 
 def document_mask(documents: Documents, method: Method) -> Mask:
-    """Restrict attention to documents; a row's padding is one more.
+    """Build the mask that restricts attention to documents; the padding of a row counts as one more document.
 
     Args:
-        documents: of whole rows.
+        documents: documents of whole rows, not of a context-parallel slice.
     """
     number_BL = documents.number_BL
     batch, length = number_BL.shape
@@ -79,10 +80,11 @@ def document_mask(documents: Documents, method: Method) -> Mask:
 
 
 class BidirectionalAttentionKernel(ScaledDotProductAttentionWrapper):
-    """torchtitan's wrapper around scaled dot-product attention, which is causal unless told otherwise.
+    """Attention kernel without causal masking, which dispatches on the type of the mask.
 
-    It takes no mask either: a dense one goes to torch's function directly, blocks to torchtitan's wrapper around flex
-    attention, sequences to torch's variable-length attention.
+    torchtitan's wrapper around scaled dot-product attention is causal by default and takes no mask. Dense masks
+    therefore go to torch's function directly, block masks to torchtitan's wrapper around flex attention, and sequence
+    boundaries to torch's variable-length attention.
     """
 
     def __init__(self) -> None:
@@ -90,24 +92,25 @@ class BidirectionalAttentionKernel(ScaledDotProductAttentionWrapper):
         self.flex = FlexAttentionWrapper()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, enable_gqa: bool = False, mask: Mask | None = None) -> Tensor:
+        """Return the attention output `[B, H, L, d]`; `k` and `v` may have fewer heads with `enable_gqa`."""
         if mask is None:
             return super().forward(q, k, v, enable_gqa=enable_gqa, is_causal=False)
         if isinstance(mask, BlockMask):
             return self.flex(q, k, v, block_mask=mask, enable_gqa=enable_gqa)
         if isinstance(mask, VarlenSequences):
-            # Autocast does not know it: what follows a norm may be in float32.
+            # Autocast does not cover this operator, and queries and keys from a norm may be in float32.
             q, k, v = (x.to(v.dtype).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
             return varlen_attention(q, k, v, *mask).unflatten(0, (-1, mask.max_seqlen)).transpose(1, 2)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=enable_gqa)
 
 
 class BidirectionalAttention(Attention):
-    """Every token attends to every token of its sequence or document. The projections are llama3's.
+    """llama3's attention without causal mask: a token attends to all tokens of its row or document.
 
-    Each projection has fast weights if it is given any: "q", "k", "v", "o".
+    Fast weights can attach to the projections "q", "k", "v" and "o".
 
     Args:
-        args: a `LLaDAArgs`; with `qk_norm`, queries and keys are RMS-normalised per head before they are rotated.
+        args: a `LLaDAArgs`. With `qk_norm`, queries and keys are RMS-normalised per head before RoPE.
     """
 
     def __init__(self, args: Any):
@@ -127,12 +130,19 @@ class BidirectionalAttention(Attention):
         fast: dict[str, FastLinear] | None = None,
         set_assignment: SetAssignment | None = None,
     ) -> Tensor:
-        """`freqs_cis`, `attention_masks` and `set_assignment` are the fields of `TokenContext`."""
-        # The signature is that of llama3's tensor-parallel plan; see `TransformerBlock.forward`.
+        """Return the attention output `[B, L, D]`.
+
+        Args:
+            freqs_cis: `TokenContext.frequencies`.
+            attention_masks: `TokenContext.mask`.
+            fast: fast weights by projection.
+            set_assignment: `TokenContext.set_assignment`.
+        """
+        # llama3's tensor-parallel plan fixes the order of the arguments; see `TransformerBlock.attend`.
         fast = fast or {}
         batch, length, _ = x.shape
         projections = (("q", self.wq), ("k", self.wk), ("v", self.wv))
-        # -1 heads: tensor parallelism leaves each rank a part of them.
+        # -1 heads: under tensor parallelism a rank has only some of them.
         q, k, v = (
             adapted(linear, x, fast.get(name), set_assignment).view(batch, length, -1, self.head_dim)
             for name, linear in projections

@@ -1,4 +1,4 @@
-"""Expert parallelism, and tensor parallelism of experts: torchtitan's recipe and what our mixtures must know of it."""
+"""Expert parallelism and tensor parallelism of experts, with torchtitan's recipe."""
 
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.llama4.infra.parallelize import apply_moe_ep_tp
@@ -7,7 +7,7 @@ from memdlm_dist.models.llada_moe import LLaDAMoE
 
 
 def parallelize_experts(model: LLaDAMoE, dims: ParallelDims) -> None:
-    """Distribute the experts of all layers over the expert- and tensor-parallel ranks, if there are any."""
+    """Shard the experts of all layers over the expert- and tensor-parallel ranks; a no-op without both."""
     if not (dims.tp_enabled or dims.ep_enabled):
         return
     tp_mesh = dims.get_optional_mesh("tp")
@@ -19,5 +19,5 @@ def parallelize_experts(model: LLaDAMoE, dims: ParallelDims) -> None:
         ep_etp_mesh=dims.get_optional_mesh(["ep", "etp"]),
     )
     for mixture in model.mixtures():
-        mixture.tp_mesh = tp_mesh  # over which its output is a partial sum
+        mixture.tp_mesh = tp_mesh  # the mixture's output is a partial sum over this mesh
         mixture.local_experts = model.model_args.n_experts // dims.ep

@@ -1,15 +1,16 @@
-"""Floating-point operations of a training step: plain masked diffusion's, and what the memory adds.
+"""Floating-point operations (FLOPs) of a training step: plain masked diffusion, and the memory's share on top.
 
-Counted are the matrix products (an addition and a multiplication each) that the hardware runs for one
-micro-batch, all tensor-parallel ranks together, and of a context-parallel rank its part: unlike model FLOPs, by
-which MFU goes, with what is computed again in the backward pass, and with the head on the scored tokens alone.
+The count covers the matrix products that the hardware runs for one micro-batch, with one addition and one
+multiplication per term. It is a total over all tensor-parallel ranks, for the tokens of one context-parallel rank.
+Unlike model FLOPs, on which MFU is based, it includes recomputation in the backward pass, and it counts the output head
+only for scored tokens.
 
-With F for the trunk's and tail's forward pass, plain training is F forward and 2 F backward. The inner loop
-adds a forward pass of the trunk for every state that is not the anchor, and for every inner step a forward
-pass of the tail and that part of its backward pass which leads to the fast weights.
+Let F be the FLOPs of a forward pass through trunk and tail. Plain training costs F forward and 2 F backward. The inner
+loop adds a forward pass of the trunk for every state other than the anchor. Every inner step adds a forward pass of the
+tail and the part of its backward pass that leads to the fast weights.
 
-Compiled blocks run the same products, except under activation checkpointing: they run nothing again that the
-backward pass does not need, such as a block's last product.
+Compiled blocks run the same products, except under activation checkpointing: they skip recomputation that the backward
+pass does not need, such as a block's last product.
 """
 
 from dataclasses import dataclass
@@ -22,48 +23,51 @@ from memdlm_dist.method.passes import count_passes
 from memdlm_dist.models.linears import GROUPS, LINEARS
 from memdlm_dist.models.llada import LLaDAArgs
 
-# In the order in which a layer runs them.
-_IN_ORDER = sorted(LINEARS, key=lambda name: LINEARS[name].stage)
-# Flash attention's backward pass: 5 products for the forward pass's 2, one of them computed again.
+# Names of the linears in the order in which a layer runs them.
+_EXECUTION_ORDER = sorted(LINEARS, key=lambda name: LINEARS[name].stage)
+# Flash attention runs 2 products forward and 5 backward, one of which is recomputation.
 _ATTENTION_BACKWARD = 2.5
 
 
 class StepFlops(NamedTuple):
-    outer: float  # plain masked diffusion's
-    inner: float  # what the memory adds to them
+    """FLOPs of one micro-batch."""
+
+    outer: float  # plain masked diffusion
+    inner: float  # additional FLOPs of the memory
 
     @property
     def ratio(self) -> float:
-        """By what factor the memory multiplies the step's operations."""
+        """Factor by which the memory multiplies the step's FLOPs."""
         return (self.outer + self.inner) / self.outer
 
 
 @dataclass(frozen=True)
 class Recomputation:
-    """What activation checkpointing runs again in a block's backward pass, as torchtitan's modes do."""
+    """Activation-checkpointing mode, which decides what a block's backward pass recomputes."""
 
     mode: str = "none"  # `activation_checkpoint.mode`
     option: str = "op"  # `activation_checkpoint.selective_ac_option`
 
-    def of_layer(self, layer: int, linears: dict[str, float], attention: float) -> float:
-        """FLOPs run again.
+    def layer_flops(self, layer: int, linears: dict[str, float], attention: float) -> float:
+        """Return the FLOPs that a layer's backward pass recomputes.
 
         Args:
-            linears: of the forward pass, by linear, in the order in which they run.
-            attention: of the attention's forward pass.
+            layer: the layer's number; selective checkpointing picks every n-th layer.
+            linears: forward FLOPs by linear, in execution order.
+            attention: forward FLOPs of the attention.
         """
-        if self.mode in ("none", "memory_budget"):  # of the latter only the compiler knows
+        if self.mode in ("none", "memory_budget"):  # the compiler decides what "memory_budget" recomputes
             return 0.0
         if self.mode == "full" or (self.option != "op" and layer % int(self.option) == int(self.option) - 1):
             return sum(linears.values()) + attention
         if self.option != "op":
             return 0.0
-        # Every second matrix product is run again; attention is kept.
+        # torchtitan's operator-level checkpointing recomputes every second matrix product and saves attention.
         return sum(list(linears.values())[1::2])
 
 
 class _Layer:
-    """One block on one state: FLOPs of its passes."""
+    """FLOPs of one block's passes over one state."""
 
     def __init__(
         self,
@@ -76,18 +80,18 @@ class _Layer:
         frozen: bool,
         sets: int,
     ):
-        # The layers are alike; the last one's linears are all that is listed from there on.
+        # All layers have the same sizes; listing from the last layer on gives one layer's linears.
         sizes = {linear.target: linear for linear in args.adapted_linears(args.n_layers - 1, list(GROUPS))}
         self.linears = {
             name: 2.0 * tokens * x.experts_per_token * x.in_features * x.out_features
-            for name, x in ((name, sizes[name]) for name in _IN_ORDER)
+            for name, x in ((name, sizes[name]) for name in _EXECUTION_ORDER)
         }
         self.attention = 4.0 * tokens * attended * args.dim
         self.forward = sum(self.linears.values()) + self.attention
-        self.again = recomputation.of_layer(layer, self.linears, self.attention)
-        # To the linears' inputs and, if they are trained, to their weights.
+        self.recomputed = recomputation.layer_flops(layer, self.linears, self.attention)
+        # Gradients of the linears' inputs and, if the weights are trained, of the weights.
         gradients = (1 if frozen else 2) * sum(self.linears.values())
-        self.backward = gradients + _ATTENTION_BACKWARD * self.attention + self.again
+        self.backward = gradients + _ATTENTION_BACKWARD * self.attention + self.recomputed
         adapted = [x for x in memory.linears if x.layer == str(layer)] if memory is not None else []
         self.fast = (
             {x.target: _fast_products(x, memory, tokens, sets, args.grouped) for x in adapted}
@@ -95,24 +99,28 @@ class _Layer:
             else {}
         )
         self.fast_forward = sum(sum(pair) for pair in self.fast.values())
-        # The fast terms are run again where anything of the block is.
-        self.fast_again = self.fast_forward if self.again else 0.0
+        # If a block recomputes anything, it recomputes the fast-weight terms too.
+        self.fast_recomputed = self.fast_forward if self.recomputed else 0.0
 
     def inner_backward(self, lowest: bool) -> float:
-        """To the fast weights, through what lies between; below the lowest layer's first ones nothing is needed."""
-        first = min(LINEARS[target].stage for target in self.fast) if lowest else -1
-        between = sum(flops for name, flops in self.linears.items() if LINEARS[name].stage > first)
-        between += _ATTENTION_BACKWARD * self.attention if first < 1 else 0.0
-        for target, (reads, writes) in self.fast.items():
-            # Gradients of the fast tensors, of what lies between two of them, and of the linear's input.
-            between += reads + writes + writes + (reads if LINEARS[target].stage > first else 0.0)
-        return between + self.again + self.fast_again
+        """Return the FLOPs of an inner step's backward pass, which computes no gradients of the base weights.
+
+        Args:
+            lowest: this is the lowest adapted layer, whose backward pass ends at its first adapted linears.
+        """
+        first_stage = min(LINEARS[target].stage for target in self.fast) if lowest else -1
+        total = sum(flops for name, flops in self.linears.items() if LINEARS[name].stage > first_stage)
+        total += _ATTENTION_BACKWARD * self.attention if first_stage < 1 else 0.0
+        for target, (first, second) in self.fast.items():
+            # Gradients of the fast weights, of the low-rank intermediate, and of the linear's input.
+            total += first + second + second + (first if LINEARS[target].stage > first_stage else 0.0)
+        return total + self.recomputed + self.fast_recomputed
 
 
 def _fast_products(linear: AdaptedLinear, memory: Memory, tokens: int, sets: int, grouped: bool) -> tuple[float, float]:
-    """FLOPs of the fast term's products: the one that reads the linear's input, and the one after it if there is."""
-    # Experts take the slots of each set apart, grouped products the tokens of each document; elsewhere all tokens of
-    # a row go through all of its sets.
+    """Return the forward FLOPs of a fast-weight term's products: A x and B (A x), or delta x and 0."""
+    # Experts process each set's slots separately, and grouped products each document's tokens. Otherwise all tokens of
+    # a row pass through all sets of that row.
     grouped = grouped and can_group(memory.fast_weight_type, linear, memory.rank, memory.tp_mesh)
     tokens *= linear.experts_per_token if linear.experts else 1 if grouped else sets
     if memory.fast_weight_type == "full":
@@ -127,22 +135,22 @@ def step_flops(
     recomputation: Recomputation | None = None,
     frozen: bool = False,
 ) -> StepFlops:
-    """FLOPs of one micro-batch's step; routers and outer adapters, which are small, are not counted.
+    """Compute the FLOPs of one micro-batch; routers and outer adapters are small and not counted.
 
     Args:
         args: the backbone's sizes.
-        batch: with the inner states, if there is a memory.
+        batch: the micro-batch, which needs its inner states if `memory` is given.
         memory: None for plain masked diffusion.
-        recomputation: by activation checkpointing; none by default.
-        frozen: the base is, as outer LoRA has it: no gradients of its weights.
+        recomputation: activation-checkpointing mode; none by default.
+        frozen: the base weights are frozen (outer LoRA) and have no gradients.
     """
     tokens, documents = batch.inputs[0].numel(), batch.documents
-    # Of packed rows what blocks of documents have; a dense mask, as on a CPU, computes everything.
+    # Packed rows are counted as kernels that skip other documents run them; a dense mask (on CPU) computes whole rows.
     attended = float(batch.length) if documents is None else documents.mean_attended()
-    # The empty places between documents, which grouped products have, are not counted.
+    # Grouped products pad each document's tokens; these empty places are not counted.
     sets = documents.slots if documents is not None and memory is not None and memory.per_sample else 1
-    again = recomputation or Recomputation()
-    layers = [_Layer(args, i, tokens, attended, memory, again, frozen, sets) for i in range(args.n_layers)]
+    recomputation = recomputation or Recomputation()
+    layers = [_Layer(args, i, tokens, attended, memory, recomputation, frozen, sets) for i in range(args.n_layers)]
 
     def head(scored: Any) -> float:
         return 2.0 * len(scored.label_N) * args.dim * args.vocab_size
@@ -153,13 +161,13 @@ def step_flops(
     trunk, tail = layers[: memory.first_layer], layers[memory.first_layer :]
     tail_forward = sum(layer.forward + layer.fast_forward for layer in tail)
     inner = (count_passes(batch).inputs - 1) * sum(layer.forward for layer in trunk)
-    # The adapted tail has a forward and a backward pass of the fast terms besides; the terms are constants.
-    inner += sum(2 * layer.fast_forward + layer.fast_again for layer in tail)
+    # The outer pass runs the fast-weight terms forward and backward; they are constants, without weight gradients.
+    inner += sum(2 * layer.fast_forward + layer.fast_recomputed for layer in tail)
     for step in batch.inner:
         inner += tail_forward + sum(layer.inner_backward(lowest=layer is tail[0]) for layer in tail)
         distilled = step.teacher is not None
         if memory.loss.of_logits is not None:
-            # Logits, and their gradient's way back; the teacher's logits.
+            # The student's logits, their backward pass to the hidden states, and the teacher's logits.
             inner += (3 if distilled else 2) * head(step.scored)
         if distilled:
             inner += tail_forward

@@ -1,6 +1,6 @@
-"""The output head, which returns logits, the losses of its logits, or the hidden states that it gets.
+"""Output head: returns logits, losses of its logits, or its input hidden states.
 
-Shapes: N scored tokens of all tensor-parallel ranks, D model, V vocabulary, G sets of fast weights.
+Shapes: N scored tokens of all tensor-parallel ranks, D model dim, V vocabulary, G sets of fast weights.
 """
 
 from collections.abc import Callable
@@ -13,27 +13,27 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from memdlm_dist.method.inner_loss import Hidden
 from memdlm_dist.method.logit_loss import HeadLoss, set_losses
 
-# What is read off the model: the output head's logits, or a hidden state that it gets.
+# Output of the model: logits, or the hidden states before or after the final norm.
 Readout = Literal["logits"] | Hidden
 
 
 class OutputHead(nn.Linear):
-    """The output head, which can return the losses of its logits, or hand on the hidden states that it gets.
+    """Output head that returns logits, losses of its logits, or its unchanged input.
 
-    All pass through its `forward` because FSDP2 gathers it in one group with the final norm, which has to
-    run whole, and because tensor parallelism gathers the tokens of the sequence shards at its input. What
-    it returns is then laid out by torchtitan's plan as logits are, on the last dimension.
+    All three outputs go through `forward`, for two reasons. FSDP2 gathers the head in one group with the final norm,
+    and the group must run as a unit. Tensor parallelism all-gathers the sequence shards at the head's input.
+    torchtitan's plan then treats every output as logits and lays it out on the last dimension.
     """
 
-    placement: Placement = Shard(-1)  # of the logits under tensor parallelism
-    backend: str | Callable[..., Any] | None = None  # torch.compile's for the losses; None leaves them eager
+    placement: Placement = Shard(-1)  # placement of the logits under tensor parallelism
+    backend: str | Callable[..., Any] | None = None  # torch.compile backend of the losses; None: eager
 
     def follow_plan(self, loss_parallel: bool) -> None:
-        """Lay out the losses as torchtitan's tensor-parallel plan lays out what leaves the head."""
+        """Set the placement that torchtitan's tensor-parallel plan expects of the head's output."""
         self.placement = Shard(-1) if loss_parallel else Replicate()
 
     def forward(self, x_1ND: Tensor, readout: Readout | HeadLoss = "logits") -> Tensor:
-        """Logits `[1, N, V]`, the input itself, or losses `[G]`."""
+        """Return logits `[1, N, V]` or, depending on `readout`, the input `[1, N, D]` or losses `[G]`."""
         if isinstance(readout, HeadLoss):
             return self._losses(x_1ND, readout)
         return super().forward(x_1ND) if readout == "logits" else x_1ND
@@ -42,7 +42,7 @@ class OutputHead(nn.Linear):
         x_1ND, weight = self._autocast(x_1ND, self.weight)
         if not isinstance(weight, DTensor):
             return set_losses(x_1ND.squeeze(0), weight, head, backend=self.backend)
-        # Every rank computes all sets' losses, so that "as logits are" each holds its own copy of them.
+        # Every rank computes the losses of all sets. They get the placement of the logits, since the plan expects it.
         mesh = weight.device_mesh
         h_ND = cast(DTensor, x_1ND).to_local(grad_placements=[Partial()]).squeeze(0)
         loss_G = set_losses(h_ND, weight.to_local(), head, mesh.get_group())
@@ -50,7 +50,7 @@ class OutputHead(nn.Linear):
 
     @staticmethod
     def _autocast(*tensors: Tensor) -> list[Tensor]:
-        """What autocast would do to a matrix product's arguments; it does not look into `set_losses`."""
+        """Cast a matrix product's arguments as autocast would; autocast does not reach into `set_losses`."""
         device = tensors[0].device.type
         if not torch.is_autocast_enabled(device):
             return list(tensors)

@@ -1,9 +1,10 @@
-"""Initial weights: every number is a function of (seed, name of the parameter, row, column).
+"""Initial weights: every element is a function of (seed, parameter name, row, column).
 
-So each rank draws its own shard, and every layout starts with the same weights. The distributions are those of
-torchtitan's llama3 and of its experts, scaled: it cuts the linears off at 100 standard deviations, which is not at all.
+Each rank draws its local part of a parameter, and all layouts start with the same weights. The distributions are those
+of torchtitan's llama3 and of its experts, with a configurable scale. torchtitan truncates the linears at 100 standard
+deviations, which has no effect; here they are not truncated.
 
-Shapes: a parameter is `[..., C]`, of which this rank has R rows of c columns.
+Shapes: a parameter is `[..., C]`; this rank holds R rows of c columns.
 """
 
 import hashlib
@@ -20,17 +21,17 @@ from memdlm_dist.method import keyed_random
 from memdlm_dist.method.keyed_random import Stream
 from memdlm_dist.models.lora import A, is_adapter
 
-# Numbers that are drawn together: what a CPU's cache holds, and what keeps a GPU busy.
-_TOGETHER = {"cpu": 1 << 16}
-_TOGETHER_ON_GPU = 1 << 22
+# Elements drawn at once: they fit a CPU's cache, or keep a GPU busy.
+_CHUNK_ELEMENTS = {"cpu": 1 << 16}
+_CHUNK_ELEMENTS_ON_GPU = 1 << 22
 
 EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
-# Linears of a block: does their standard deviation fall with the layer, as 1 / sqrt(2 (layer + 1))?
-_FALLS = {"wq": False, "wk": False, "wv": False, "wo": True, "w1": False, "w2": True, "w3": True, "gate": True}
+# Linears of a block: True if the standard deviation is scaled with depth, by 1 / sqrt(2 (layer + 1)).
+_DEPTH_SCALED = {"wq": False, "wk": False, "wv": False, "wo": True, "w1": False, "w2": True, "w3": True, "gate": True}
 
 
 class Sizes(Protocol):
-    """What the distributions depend on; see `LLaDAArgs`."""
+    """Sizes that determine the distributions; see `LLaDAArgs`."""
 
     dim: int
     init_std: float
@@ -45,7 +46,7 @@ class Normal:
     cut: float = math.inf
 
     def transform(self, u: Tensor) -> Tensor:
-        """Map numbers that are uniform on (-1, 1), in place: the inverse of the distribution function."""
+        """Map uniform numbers on (-1, 1) in place, by the inverse of the cumulative distribution function."""
         return u.mul_(math.erf(self.cut / math.sqrt(2))).erfinv_().mul_(math.sqrt(2) * self.std)
 
 
@@ -56,7 +57,7 @@ class Uniform:
     bound: float
 
     def transform(self, u: Tensor) -> Tensor:
-        """Map numbers that are uniform on (-1, 1), in place."""
+        """Map uniform numbers on (-1, 1) in place."""
         return u.mul_(self.bound)
 
 
@@ -64,7 +65,7 @@ Distribution = Normal | Uniform | float  # float: a constant
 
 
 def distribution(name: str, shape: torch.Size, sizes: Sizes) -> Distribution:
-    """Return the distribution of a backbone's parameter."""
+    """Return the initial distribution of a backbone's parameter, by its name in the state dict."""
     if is_adapter(name):
         return adapter_distribution(name, shape)
     if name == EMBEDDING:
@@ -76,58 +77,62 @@ def distribution(name: str, shape: torch.Size, sizes: Sizes) -> Distribution:
     if linear.endswith("norm"):
         return 1.0
     layer = int(name.split(".")[1])
-    return Normal(sizes.init_std / math.sqrt(2 * (layer + 1)) if _FALLS[linear] else sizes.init_std)
+    return Normal(sizes.init_std / math.sqrt(2 * (layer + 1)) if _DEPTH_SCALED[linear] else sizes.init_std)
 
 
 def adapter_distribution(name: str, shape: torch.Size) -> Distribution:
-    """Return the distribution of an adapter: A ~ kaiming_uniform(a = sqrt 5), that is U(-1/sqrt(in), 1/sqrt(in));
-    B = 0, so that the model starts as the base."""
+    """Return the initial distribution of an adapter's parameter.
+
+    A ~ kaiming_uniform(a = sqrt 5), that is U(-1/sqrt(in), 1/sqrt(in)). B = 0, so the model starts as the base model.
+    """
     return Uniform(shape[-1] ** -0.5) if name.endswith(A) else 0.0
 
 
 @torch.no_grad()
 def draw(model: nn.Module, sizes: Sizes) -> None:
-    """Draw all parameters, each rank its shards, by torch's seed: torchtitan gives all ranks the same one."""
+    """Draw this rank's part of all parameters from torch's seed, which torchtitan sets equally on all ranks."""
     for name, parameter in _parameters(model).items():
-        # A head that starts as the embedding has its numbers, at another scale.
-        numbers = EMBEDDING if name == HEAD and sizes.head_from_embedding else name
-        _fill(parameter, numbers, distribution(name, parameter.shape, sizes))
+        # A head that starts from the embedding uses the embedding's random numbers, with its own scale.
+        key_name = EMBEDDING if name == HEAD and sizes.head_from_embedding else name
+        _fill(parameter, key_name, distribution(name, parameter.shape, sizes))
 
 
 @torch.no_grad()
 def draw_adapters(model: nn.Module) -> None:
-    """Draw the adapters alone, as `draw` does."""
+    """Draw this rank's part of the adapters only; the other parameters keep their values."""
     for name, parameter in _parameters(model).items():
         if is_adapter(name):
             _fill(parameter, name, adapter_distribution(name, parameter.shape))
 
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
-    # A state dict's names are free of what activation checkpointing and compilation wrap the modules in.
+    # State-dict names, unlike those of `named_parameters`, have no prefixes of checkpointing or compilation wrappers.
     return cast(dict[str, Tensor], get_model_state_dict(model))
 
 
-def _fill(parameter: Tensor, numbers: str, chosen: Distribution) -> None:
-    """Fill this rank's shard of a parameter.
+def _fill(parameter: Tensor, key_name: str, initial: Distribution) -> None:
+    """Fill this rank's part of a parameter.
 
     Args:
-        numbers: the name that its random numbers are keyed by.
+        parameter: a plain tensor or a DTensor.
+        key_name: parameter name that the random numbers are keyed by.
+        initial: distribution of the elements.
     """
     local, first = local_block(parameter)
-    if isinstance(chosen, float):
-        local.fill_(chosen)
+    if isinstance(initial, float):
+        local.fill_(initial)
         return
     if local.numel() == 0:
         return
-    row_R = torch.zeros((), dtype=torch.int64, device=local.device)  # the rows' numbers in the whole parameter
-    for start, count, whole in zip(first[:-1], local.shape[:-1], parameter.shape[:-1], strict=True):
-        row_R = row_R.unsqueeze(-1) * whole + torch.arange(start, start + count, device=local.device)
+    row_R = torch.zeros((), dtype=torch.int64, device=local.device)  # row numbers in the full parameter
+    for start, count, size in zip(first[:-1], local.shape[:-1], parameter.shape[:-1], strict=True):
+        row_R = row_R.unsqueeze(-1) * size + torch.arange(start, start + count, device=local.device)
     start, columns = first[-1], local.shape[-1]
-    # Numbers come in pairs, of which a shard may begin or end with a half.
+    # Random numbers come in pairs of columns; the local columns may begin or end in the middle of a pair.
     pair = torch.arange(start // 2, (start + columns + 1) // 2, device=local.device)
-    own = slice(start % 2, start % 2 + columns)
-    number = int.from_bytes(hashlib.blake2b(numbers.encode(), digest_size=8).digest())
-    keys_R = keyed_random.key(torch.initial_seed(), Stream.WEIGHTS, number, row_R.flatten())
-    rows = max(1, _TOGETHER.get(local.device.type, _TOGETHER_ON_GPU) // columns)
+    local_columns = slice(start % 2, start % 2 + columns)
+    name_hash = int.from_bytes(hashlib.blake2b(key_name.encode(), digest_size=8).digest())
+    keys_R = keyed_random.key(torch.initial_seed(), Stream.WEIGHTS, name_hash, row_R.flatten())
+    rows = max(1, _CHUNK_ELEMENTS.get(local.device.type, _CHUNK_ELEMENTS_ON_GPU) // columns)
     for keys_r, out_rc in zip(keys_R.split(rows), local.view(-1, columns).split(rows), strict=True):
-        out_rc.copy_(chosen.transform(keyed_random.symmetric(keys_r, pair))[:, own])
+        out_rc.copy_(initial.transform(keyed_random.symmetric(keys_r, pair))[:, local_columns])

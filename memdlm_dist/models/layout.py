@@ -1,4 +1,4 @@
-"""The parallel layout of a run: the degrees and the meshes of its ranks."""
+"""Parallel layout of a run: degrees and device meshes."""
 
 from dataclasses import dataclass
 from typing import Literal, Protocol, cast
@@ -12,24 +12,27 @@ from memdlm_dist.models.context_parallel import Method
 
 @dataclass
 class Parallelism(TitanParallelism):
-    """torchtitan's section with one default changed and two keys more."""
+    """torchtitan's `[parallelism]` section with two more keys; the load balancer of context parallelism is off."""
 
     data_parallel_shard_within: Literal["world", "node"] = "world"
-    """Ranks that data_parallel_shard_degree = -1 shards parameters over. world: all that the other degrees leave; node:
-    those of one node, so that only gradients cross nodes, with data_parallel_replicate_degree the number of nodes.
-    Without effect on a single node, or if one of the two degrees is set."""
+    """Scope of sharding for data_parallel_shard_degree = -1.
+
+    world: shard over all ranks that the other degrees leave. node: shard within a node and set
+    data_parallel_replicate_degree to the number of nodes, so that only gradients cross nodes. No effect on a single
+    node, or if one of the two degrees is set."""
 
     context_parallel_method: Method = "ulysses"
-    """How tokens attend to those of other ranks with context_parallel_degree > 1. ulysses exchanges tokens for heads,
-    which the degree times tensor_parallel_degree must divide; ring is torch's ring attention, for CUDA and whole rows
-    without documents."""
+    """Attention across ranks with context_parallel_degree > 1.
+
+    ulysses: exchange tokens for heads; the degree times tensor_parallel_degree must divide the number of heads. ring:
+    torch's ring attention, for CUDA only and for whole rows without documents."""
 
     context_parallel_load_balancer: str | None = None
-    """Unused: attention is not causal, so that every rank has the same work."""
+    """Unused: attention is not causal, so every rank has the same work."""
 
 
 class Layout(Protocol):
-    """What the package reads of torchtitan's `ParallelDims`; its degrees are at least 1."""
+    """Typed subset of torchtitan's `ParallelDims` that this package uses; all degrees are at least 1."""
 
     dp_replicate: int
     dp_shard: int
@@ -38,21 +41,31 @@ class Layout(Protocol):
     ep: int
 
     @property
-    def dp_enabled(self) -> bool: ...
+    def dp_enabled(self) -> bool:
+        """True with more than one data-parallel rank."""
+        ...
 
     @property
-    def dp_cp_enabled(self) -> bool: ...
+    def dp_cp_enabled(self) -> bool:
+        """True if data or context parallelism is on."""
+        ...
 
     @property
-    def fsdp_enabled(self) -> bool: ...
+    def fsdp_enabled(self) -> bool:
+        """True if FSDP2 shards parameters, over data- or context-parallel ranks."""
+        ...
 
-    def get_mesh(self, dims: str | list[str]) -> DeviceMesh: ...
+    def get_mesh(self, dims: str | list[str]) -> DeviceMesh:
+        """Return the mesh of one or several dimensions, and raise if it does not exist."""
+        ...
 
-    def get_optional_mesh(self, dims: str | list[str]) -> DeviceMesh | None: ...
+    def get_optional_mesh(self, dims: str | list[str]) -> DeviceMesh | None:
+        """Return the mesh of one or several dimensions; None if it is not enabled."""
+        ...
 
 
 def build_layout(parallelism: Parallelism, world_size: int) -> Layout:
-    """Build the meshes of the parallel degrees; torch.distributed knows the ranks."""
+    """Build the device meshes of all parallel degrees; torch.distributed must be initialised."""
     dims = ParallelDims(
         dp_replicate=parallelism.data_parallel_replicate_degree,
         dp_shard=parallelism.data_parallel_shard_degree,

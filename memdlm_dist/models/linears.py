@@ -1,4 +1,4 @@
-"""The linears of a transformer layer, listed once: for fast weights, adapters, their checks and the FLOPs of a step."""
+"""Table of a transformer layer's linears, shared by fast weights, adapters, their checks and FLOP counts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,21 +10,21 @@ class LayerLinear:
 
     Attributes:
         group: "ffn" or "attention".
-        weight: its name in torchtitan's modules.
-        reads, writes: the attributes of `LLaDAArgs` that are its input's and its output's width.
-        row_wise: tensor parallelism shards its input, not its output.
-        stage: when it runs; a gradient of one stage's outputs reaches the inputs of the stages before it.
+        weight: name in torchtitan's modules.
+        in_size, out_size: names of the `LLaDAArgs` attributes with its input and output width.
+        row_wise: tensor parallelism shards the input dimension; otherwise it shards the output dimension.
+        stage: position in execution order; gradients flow from one stage's outputs to earlier stages.
     """
 
     group: str
     weight: str
-    reads: str
-    writes: str
+    in_size: str
+    out_size: str
     row_wise: bool
     stage: int
 
 
-# The order numbers the keys of the fast weights' draws: new ones go to the end.
+# The position in this table is part of the key of the fast weights' random draw: append new linears at the end.
 LINEARS = {
     "gate": LayerLinear("ffn", "w1", "dim", "hidden_dim", False, 2),
     "up": LayerLinear("ffn", "w3", "dim", "hidden_dim", False, 2),
@@ -40,11 +40,11 @@ GROUPS = {
 
 
 def linear_names(targets: Sequence[str]) -> list[str]:
-    """Return the names of linears, with the groups among `targets` spelt out."""
+    """Return the names of the target linears, with group names replaced by their members."""
     return [name for target in targets for name in GROUPS.get(target, (target,))]
 
 
 def linear_weight_names(targets: Sequence[str], group: str) -> list[str]:
-    """Return torchtitan's names of the linears of one group that are among `targets`."""
+    """Return the torchtitan names of those target linears that belong to `group`."""
     names = dict.fromkeys(linear_names(targets))
     return [LINEARS[name].weight for name in names if LINEARS[name].group == group]

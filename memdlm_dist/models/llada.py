@@ -1,12 +1,12 @@
 """`llada`: the dense bidirectional transformer of LLaDA.
 
-Pre-norm blocks with RMSNorm, rotary positions (half-rotation form), SwiGLU, optional grouped-query
-attention, an untied output head, no biases, no causal mask and no time embedding. Module names are
-those of torchtitan's llama3, whose parallelisation then applies as it is.
+Pre-norm blocks with RMSNorm, RoPE (half-rotation form), SwiGLU, optional grouped-query attention, an untied output
+head, no biases, no causal mask and no time embedding. Module names follow torchtitan's llama3, so that its parallelism
+plans apply unchanged.
 
-Shapes: B rows, L tokens of them on this context-parallel rank, D model, V vocabulary, M scored tokens of this
-rank, N of all tensor-parallel ranks. Under tensor parallelism the activations between blocks are
-sharded on the sequence, [B, L / tp, D].
+Shapes: B rows, L tokens per row on this context-parallel rank, D model dim, V vocabulary, M scored tokens of this rank,
+N scored tokens of all tensor-parallel ranks. Under tensor parallelism the activations between blocks are sharded on the
+sequence dimension, [B, L / tp_size, D].
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -45,7 +45,7 @@ from memdlm_dist.runtime.device import has_grouped_mm
 class LLaDAArgs(BaseModelArgs):
     """Sizes of a `llada` backbone; the defaults are LLaDA-8B's."""
 
-    enable_weight_tying: ClassVar[bool] = False  # torchtitan's adapters of Hugging Face names ask
+    enable_weight_tying: ClassVar[bool] = False  # read by torchtitan's state-dict adapters
 
     dim: int = 4096
     n_layers: int = 32
@@ -55,26 +55,27 @@ class LLaDAArgs(BaseModelArgs):
     vocab_size: int = 126464
     norm_eps: float = 1e-5
     rope_theta: float = 500_000.0
-    native_length: int = 4096  # of the context that the published weights were trained on
-    rope_scaling: float = 1.0  # by which factor the context is longer, and how `rotary_base` goes by it
-    rope_scaling_method: RopeScaling = "diffusion_ntk"
+    native_length: int = 4096  # context length on which the published weights were trained
+    rope_scaling: float = 1.0  # context length over native length; 1 keeps the native RoPE base
+    rope_scaling_method: RopeScaling = "diffusion_ntk"  # how `rotary_base` is rescaled
     max_seq_len: int = 4096
     attn_type: str = "sdpa"
-    # Standard deviation of the blocks' linears at the start. llama3's suits widths of thousands; a narrow model's
-    # attention stays flat for long with it, where 1 / sqrt(dim) lets it begin to look things up.
+    # Initial standard deviation of the blocks' linears. llama3's 0.02 suits widths in the thousands. With it, attention
+    # in a narrow model stays near uniform for long; with 1 / sqrt(dim) it becomes selective early.
     init_std: float = 0.02
-    # The output head starts as the embedding (they are not tied): copying a token then needs no learning of each one.
+    # Initialise the output head from the embedding (they are not tied), so that the model need not learn separately for
+    # each token how to copy it.
     head_from_embedding: bool = False
-    # Queries and keys are RMS-normalised per head.
+    # RMS-normalise queries and keys per head.
     qk_norm: bool = False
-    # It predicts the token after each position, as backbones that were converted from autoregressive ones do.
+    # Predict the token after each position, as backbones converted from autoregressive models do.
     shifted: bool = False
-    # Products of groups of rows with a matrix each are one, in bfloat16, as devices have it that can: of packed
-    # documents' fast weights, and of experts.
+    # Use grouped matrix products for experts and for the fast weights of packed documents: bfloat16, on devices that
+    # support them.
     grouped: bool = False
 
     def update_from_config(self, job_config: Any, **kwargs: Any) -> None:
-        """Take the length of the context from a configuration; torchtitan's hook."""
+        """Take context length and RoPE scaling from a configuration, and detect grouped products; torchtitan's hook."""
         self.max_seq_len = job_config.training.seq_len
         self.rope_scaling = job_config.model.rope_scaling
         self.rope_scaling_method = job_config.model.rope_scaling_method
@@ -82,36 +83,39 @@ class LLaDAArgs(BaseModelArgs):
 
     @property
     def head_dim(self) -> int:
+        """Width of one attention head."""
         return self.dim // self.n_heads
 
     @property
     def kv_dim(self) -> int:
-        """Width of keys, and of values."""
+        """Width of the keys, and of the values, of all key-value heads."""
         return self.head_dim * (self.n_kv_heads or self.n_heads)
 
     @property
     def rotary_base(self) -> float:
-        """Base theta of the rotary positions for this context."""
+        """RoPE base theta for this context length."""
         return rescaled_base(
             self.rope_theta, self.head_dim, self.native_length, self.rope_scaling, self.rope_scaling_method
         )
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
+        """Return the number of parameters and the training FLOPs per token, as torchtitan counts them for MFU."""
         return get_dense_model_nparams_and_flops(self, model, 2 * self.head_dim, seq_len)
 
     def adapted_linears(self, first_layer: int, targets: Sequence[str]) -> list[AdaptedLinear]:
-        """Return the `targets` linears of layers `first_layer .. n_layers - 1`, where fast weights attach.
+        """Return the linears of layers `first_layer .. n_layers - 1` that get fast weights.
 
         Args:
-            targets: names of linears and of their groups.
+            first_layer: lowest adapted layer.
+            targets: names of linears ("gate", "q", ...) or of groups ("ffn", "attention").
         """
         numbers = {name: number for number, name in enumerate(LINEARS)}
         return [
             AdaptedLinear(
                 str(layer),
                 name,
-                getattr(self, LINEARS[name].reads),
-                getattr(self, LINEARS[name].writes),
+                getattr(self, LINEARS[name].in_size),
+                getattr(self, LINEARS[name].out_size),
                 LINEARS[name].row_wise,
                 number=layer * len(LINEARS) + numbers[name],
             )
@@ -121,11 +125,12 @@ class LLaDAArgs(BaseModelArgs):
 
 
 class AdaptableFeedForward(FeedForward):
-    """SwiGLU, W_down(silu(W_gate x) * W_up x). Each linear has fast weights if it is given any."""
+    """SwiGLU FFN, W_down(silu(W_gate x) * W_up x), with optional fast weights for each linear."""
 
     def forward(
         self, x: Tensor, fast: dict[str, FastLinear] | None = None, set_assignment: SetAssignment | None = None
     ) -> Tensor:
+        """Return the FFN's output `[B, L, D]`; `fast` maps "gate", "up" and "down" to fast weights."""
         fast = fast or {}
         h = F.silu(adapted(self.w1, x, fast.get("gate"), set_assignment)) * adapted(
             self.w3, x, fast.get("up"), set_assignment
@@ -134,9 +139,9 @@ class AdaptableFeedForward(FeedForward):
 
 
 class TransformerBlock(nn.Module):
-    """Attention and FFN; a backbone with another FFN replaces `_build_ffn` and `ffn`."""
+    """Pre-norm block of attention and FFN; a backbone with another FFN overrides `_build_ffn` and `ffn`."""
 
-    moe_enabled = False  # by which torchtitan's recipes tell the kinds of blocks apart
+    moe_enabled = False  # read by torchtitan's recipes
 
     def __init__(self, args: LLaDAArgs):
         super().__init__()
@@ -156,8 +161,8 @@ class TransformerBlock(nn.Module):
         set_assignment: SetAssignment | None,
         fast: dict[str, FastLinear],
     ) -> tuple[Tensor, Tensor]:
-        """Return the residual stream after the attention, and what the FFN reads of it."""
-        # Four positional arguments, as llama3's tensor-parallel plan describes the attention's inputs.
+        """Return the residual stream after the attention, and its normalised copy, the input of the FFN."""
+        # llama3's tensor-parallel plan describes four positional arguments of the attention.
         h_BLD = x_BLD + self.attention(
             self.attention_norm(x_BLD), frequencies, mask, None, fast=fast, set_assignment=set_assignment
         )
@@ -166,30 +171,32 @@ class TransformerBlock(nn.Module):
     def ffn(
         self, x_BLD: Tensor, fast: dict[str, FastLinear], set_assignment: SetAssignment | None, trains: bool
     ) -> Tensor:
+        """Return the FFN's output `[B, L, D]` for normalised input; `trains` matters to mixtures of experts only."""
         return self.feed_forward(x_BLD, fast=fast, set_assignment=set_assignment)
 
     def forward(self, x_BLD: Tensor, context: TokenContext, fast: dict[str, FastLinear] | None = None) -> Tensor:
+        """Return the residual stream after the block, `[B, L, D]`; `fast` has this layer's fast weights by linear."""
         frequencies, mask, set_assignment, trains = context
-        h_BLD, normed_BLD = self.attend(x_BLD, frequencies, mask, set_assignment, _of_group("attention", fast))
-        return h_BLD + self.ffn(normed_BLD, _of_group("ffn", fast), set_assignment, trains)
+        h_BLD, normed_BLD = self.attend(x_BLD, frequencies, mask, set_assignment, _select_group("attention", fast))
+        return h_BLD + self.ffn(normed_BLD, _select_group("ffn", fast), set_assignment, trains)
 
 
-def _of_group(group: str, fast: dict[str, FastLinear] | None) -> dict[str, FastLinear]:
+def _select_group(group: str, fast: dict[str, FastLinear] | None) -> dict[str, FastLinear]:
     return {name: linear for name, linear in (fast or {}).items() if name in GROUPS[group]}
 
 
 class LLaDA(ModelProtocol):
-    """The backbone. `forward` is the whole of it; `trunk` and `tail` are its two parts.
+    """The dense backbone: `forward` runs the whole model, `trunk` and `tail` its two parts.
 
-    The trunk is everything below the first layer with fast weights, so its activations serve an inner
-    step and the outer step alike.
+    The trunk consists of the embedding and the layers below the first adapted one. Its activations do not depend on
+    fast weights, so inner steps and the outer step share them.
     """
 
     block: ClassVar[type[TransformerBlock]] = TransformerBlock
     freqs_cis: Tensor
     layers: nn.ModuleDict
-    fsdp_schedule = FSDPSchedule()  # its own where FSDP2 shards the backbone
-    mixed_precision: torch.dtype | None = None  # which FSDP2 computes in
+    fsdp_schedule = FSDPSchedule()  # without effect; `parallelize` replaces it if FSDP2 shards the backbone
+    mixed_precision: torch.dtype | None = None  # FSDP2's compute dtype; None without FSDP2
 
     def __init__(self, args: LLaDAArgs):
         super().__init__(args)
@@ -213,42 +220,44 @@ class LLaDA(ModelProtocol):
         per_document_sets: bool = False,
         sequence_shard: tuple[int, int] = (0, 1),
     ) -> TokenContext:
-        """What the layers are told of a micro-batch's tokens.
+        """Build the per-token arguments of the layers for a micro-batch.
 
         Args:
-            length: L, of this context-parallel rank.
-            first: where these tokens begin in the whole rows.
-            attended_BL: bool, of whole rows: the tokens that are attended to; None for all.
-            documents: of whole packed rows, on the model's device.
-            sets_of_documents: every document has a set of fast weights.
-            sequence_shard: this tensor-parallel rank's number, and that of all.
+            length: L, tokens per row on this context-parallel rank.
+            first: position of this rank's first token in the whole row.
+            attended_BL: bool, over whole rows: True for tokens that may be attended to; None for all.
+            documents: documents of whole packed rows, on the model's device; excludes `attended_BL`.
+            per_document_sets: every document has its own set of fast weights.
+            sequence_shard: (tp_rank, tp_size).
         """
         if documents is None:
             attended_B11L = attended_BL[:, None, None, :] if attended_BL is not None else None
             return TokenContext(self.freqs_cis[first : first + length], attended_B11L)
         assert attended_BL is None
-        here = documents.slice(first, length)
-        several = per_document_sets and documents.slots > 1
-        set_assignment = here.assign_sets(self.model_args.grouped, *sequence_shard) if several else None
+        local_documents = documents.slice(first, length)
+        assigns = per_document_sets and documents.slots > 1
+        set_assignment = local_documents.assign_sets(self.model_args.grouped, *sequence_shard) if assigns else None
         device = documents.number_BL.device.type
         method = attention_method(device, self.model_args.head_dim, self._dtype(device))
-        return TokenContext(self.freqs_cis[here.position_BL], document_mask(documents, method), set_assignment)
+        return TokenContext(
+            self.freqs_cis[local_documents.position_BL], document_mask(documents, method), set_assignment
+        )
 
     def _dtype(self, device_type: str) -> torch.dtype:
-        """Return the type that the blocks compute in."""
+        """Return the compute dtype of the blocks."""
         if torch.is_autocast_enabled(device_type):
             return torch.get_autocast_dtype(device_type)
         return self.mixed_precision or next(self.parameters()).dtype
 
     def extend_rope(self, length: int) -> None:
-        """Make the table of rotary positions long enough; beyond the length of training the model extrapolates."""
+        """Extend the RoPE table to at least `length` positions; beyond the training length the model extrapolates."""
         if length > len(self.freqs_cis):
             self.model_args = replace(self.model_args, max_seq_len=length)
             with torch.device(self.freqs_cis.device):
                 self.freqs_cis = self._rotary()
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
-        """Draw all weights by torch's seed, and compute the RoPE table; torchtitan's hook."""
+        """Draw all weights from torch's seed, and compute the RoPE table; torchtitan's hook."""
         with torch.device(buffer_device or self.freqs_cis.device):
             self.freqs_cis = self._rotary()
         initial_weights.draw(self, self.model_args)
@@ -261,28 +270,36 @@ class LLaDA(ModelProtocol):
         readout: Readout | HeadLoss = "logits",
         context: TokenContext | None = None,
     ) -> Tensor:
-        """Pass through the whole model, the head at positions `index_M` of this rank's flattened activations.
+        """Run the whole model, and the output head at `index_M`.
 
-        With a gradient it is the training loss's pass. Returns as `tail` does.
+        With gradients enabled, the pass counts as the training loss's.
 
         Args:
-            context: None for rows of their own, whole and attended to.
+            tokens_BL: token ids, int64.
+            index_M: positions of the scored tokens in this rank's flattened activations.
+            fast: fast weights by layer and linear; None without memory.
+            readout: kind of output.
+            context: None for whole rows without documents, with all tokens attended to.
+
+        Returns:
+            The same as `tail`.
         """
         context = (context or self.context(tokens_BL.shape[1]))._replace(trains=torch.is_grad_enabled())
         return self._head(self._layers(self._embed(tokens_BL), 0, fast, context), index_M, readout)
 
     def trunk(self, inputs: Sequence[Tensor], stop: int, context: TokenContext) -> list[Tensor]:
-        """Pass several inputs through embedding and layers `0 .. stop - 1`; returns what layer `stop` reads.
+        """Run several inputs through embedding and layers `0 .. stop - 1`, and return the inputs of layer `stop`.
 
-        The inputs go through each layer together, while its parameters are gathered. The first is the outer loss's
-        and has a gradient (if that is enabled at all), the others have none.
+        All inputs pass through a layer while its parameters are gathered. The first input is the anchor, which the
+        outer loss reads; it has a gradient if gradients are enabled. The other inputs never have one.
 
         Args:
-            inputs: tokens `[B, L]` each.
-            context: of the tokens.
+            inputs: token ids, `[B, L]` each.
+            stop: number of layers in the trunk.
+            context: per-token arguments, shared by all inputs.
         """
-        # The first goes first in every layer. Some versions of torch leave the casts of a no_grad pass in
-        # autocast's cache, and a pass that takes those has no gradient.
+        # In every layer the first input runs before the others. Some versions of torch keep the casts of a no_grad pass
+        # in autocast's cache, and a later pass that reuses them has no gradient.
         with self.fsdp_schedule.unsharded(0):
             first, others = self._embed(inputs[0]), without_gradient(self._embed, inputs[1:])
         training = context._replace(trains=torch.is_grad_enabled())
@@ -302,27 +319,33 @@ class LLaDA(ModelProtocol):
         context: TokenContext,
         outer: bool = False,
     ) -> Tensor:
-        """Pass the trunk's activations through layers `start .. n - 1`, then the head at `index_M`.
+        """Run the trunk's activations through layers `start .. n - 1`, and the output head at `index_M`.
 
         Args:
+            h_BLD: output of `trunk`.
+            start: first layer of the tail.
+            index_M: positions of the scored tokens in this rank's flattened activations.
+            fast: fast weights by layer and linear; None without memory.
+            readout: kind of output.
+            context: per-token arguments.
             outer: this is the outer loss's pass, not one of the inner loop.
 
         Returns:
-            Losses `[G]` if `readout` describes them; logits `[N, V]`; or the last layer's output `[N, D]`
-            before or after the final norm.
+            Losses `[G]` if `readout` is a `HeadLoss`; else logits `[N, V]`, or the last layer's output `[N, D]` before
+            or after the final norm.
         """
         context = context._replace(trains=outer and torch.is_grad_enabled())
         return self._head(self._layers(h_BLD, start, fast, context), index_M, readout)
 
     @contextmanager
     def inner_steps(self, start: int) -> Iterator[None]:
-        """The inner loop's passes through layers `start .. n - 1` and head: their parameters are constants to it."""
+        """Run the inner loop's passes in this context: parameters of layers `start .. n - 1` and head are constants."""
         layers = list(self.layers.values())[start:]
         with self.fsdp_schedule.inner_steps(start), frozen([*layers, self.norm, self.output]):
             yield
 
     def _embed(self, tokens_BL: Tensor) -> Tensor:
-        # Under tensor parallelism this is a collective's pending result.
+        # Under tensor parallelism the embedding returns the pending result of a collective.
         return wait_if_pending(self.tok_embeddings(tokens_BL))
 
     def _layers(self, h_BLD: Tensor, start: int, fast: FastWeights | None, context: TokenContext) -> Tensor:
@@ -332,20 +355,20 @@ class LLaDA(ModelProtocol):
         return h_BLD
 
     def _head(self, h_BLD: Tensor, index_M: Tensor, readout: Readout | HeadLoss) -> Tensor:
-        # Pick the scored tokens first: the final norm and, under tensor parallelism, the gathering of
-        # the sequence shards then touch those alone.
+        # Select the scored tokens first, so that the final norm and, under tensor parallelism, the all-gather of the
+        # sequence shards process only these.
         h_1MD = h_BLD.flatten(0, 1).index_select(0, index_M).unsqueeze(0)
         normed_1MD = self.norm(h_1MD)
-        # By keyword: the hook of tensor parallelism replaces all positional arguments by the first.
+        # `readout` by keyword: tensor parallelism's input hook keeps only the first positional argument.
         out = self.output(h_1MD if readout == "pre_final_norm" else normed_1MD, readout=readout)
         if isinstance(readout, HeadLoss):
             return out.to_local() if isinstance(out, DTensor) else out
-        # FSDP2 warns of views that leave it with a gradient, which do no harm here: hidden states are small enough
-        # to copy, logits are for tests and tools.
+        # FSDP2 warns about returned views that require gradients. Hidden states are small enough to copy; logits, which
+        # only tests and tools read, keep the harmless view.
         return out.flatten(0, 1) if readout == "logits" else out.flatten(0, 1).clone()
 
 
 @torch.no_grad()
 def without_gradient(function: Callable[..., Tensor], inputs: Sequence[Tensor], *rest: Any) -> list[Tensor]:
-    """Return the function's value of each input."""
+    """Apply a function to each input under no_grad."""
     return [function(x, *rest) for x in inputs]

@@ -1,11 +1,11 @@
 """`llada_moe`: LLaDA with a mixture of experts in place of every FFN, on torchtitan's components.
 
-The router's softmax is over all experts, in float32; the weights of the chosen ones are not normalised again,
-and there is no shared expert. Queries and keys are RMS-normalised per head. Each expert's gate, up and down
-linear has fast weights of its own.
+The router applies a float32 softmax over all experts and does not renormalise the weights of the selected ones. There
+is no shared expert. Queries and keys are RMS-normalised per head. Fast weights are separate for each expert's gate, up
+and down linear.
 
-Shapes: B rows, L tokens, G sets of fast weights, D model, F width of an expert, N = B L tokens, k experts of a
-token, E experts of this rank, S slots: the N k pairs of a token and an expert, sorted by expert.
+Shapes: B rows, L tokens, N = B L, G sets of fast weights, D model dim, F expert width, k experts per token, E experts
+of this rank, S = N k slots: the pairs of a token and one of its experts, sorted by expert.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ from memdlm_dist.models.llada import LLaDA, LLaDAArgs, TransformerBlock
 
 @dataclass
 class LLaDAMoEArgs(LLaDAArgs):
-    """Sizes of a `llada_moe` backbone; the defaults are LLaDA-MoE-7B-A1B's. `hidden_dim` is an expert's width."""
+    """Sizes of a `llada_moe` backbone; the defaults are LLaDA-MoE-7B-A1B's, `hidden_dim` is the expert width."""
 
     dim: int = 2048
     n_layers: int = 16
@@ -46,7 +46,7 @@ class LLaDAMoEArgs(LLaDAArgs):
 
     @property
     def moe_args(self) -> MoEArgs:
-        """What torchtitan's components are told."""
+        """Arguments of torchtitan's MoE components."""
         return MoEArgs(
             num_experts=self.n_experts,
             num_shared_experts=0,
@@ -55,18 +55,20 @@ class LLaDAMoEArgs(LLaDAArgs):
             score_before_experts=False,
             top_k=self.experts_per_token,
             use_grouped_mm=self.grouped,
-            load_balance_coeff=None,  # a bias of the routing, which the published model does not have
+            load_balance_coeff=None,  # no routing bias: the published model has none
         )
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
+        """Return the number of parameters and the training FLOPs per token, as torchtitan counts them for MFU."""
         return get_moe_model_nparams_and_flops(self, model, 2 * self.head_dim, seq_len)
 
     def adapted_linears(self, first_layer: int, targets: Sequence[str]) -> list[AdaptedLinear]:
+        """Return the adapted linears as `LLaDAArgs` does, with the FFN linears once per expert."""
         dense = super().adapted_linears(first_layer, targets)
-        return [self._of_experts(linear) if linear.target in GROUPS["ffn"] else linear for linear in dense]
+        return [self._expert_linear(linear) if linear.target in GROUPS["ffn"] else linear for linear in dense]
 
-    def _of_experts(self, linear: AdaptedLinear) -> AdaptedLinear:
-        # Numbers beyond those of the dense linears, as many for each linear as there are experts.
+    def _expert_linear(self, linear: AdaptedLinear) -> AdaptedLinear:
+        # Numbers follow those of the dense linears; each linear takes `n_experts` consecutive numbers.
         first = (linear.number + self.n_layers * len(LINEARS)) * self.n_experts
         return AdaptedLinear(
             linear.layer, linear.target, linear.in_features, linear.out_features, linear.row_wise, first,
@@ -75,9 +77,9 @@ class LLaDAMoEArgs(LLaDAArgs):
 
 
 class AdaptableExperts(GroupedExperts):
-    """torchtitan's experts, W_down(silu(W_gate x) * W_up x) each, with fast weights where they are given any.
+    """torchtitan's experts, W_down(silu(W_gate x) * W_up x), with optional fast weights and outer LoRA adapters.
 
-    Outer LoRA gives each expert's linears adapters of their own, A `[E, R, in]` and B `[E, out, R]`.
+    Each expert's linears have separate adapters, A `[E, R, in]` and B `[E, out, R]`.
     """
 
     w1: nn.Parameter  # gate [E, F, D]
@@ -86,7 +88,7 @@ class AdaptableExperts(GroupedExperts):
     adapter_scale: float = 0.0  # alpha / R; 0 without adapters
 
     def add_adapters(self, weights: Sequence[str], rank: int, scale: float, dtype: torch.dtype) -> None:
-        """Give these of "w1", "w2", "w3" adapters, whose terms are multiplied by `scale`."""
+        """Add adapters to the named weights, of "w1", "w2" and "w3"; `scale` multiplies the adapter terms."""
         for name in weights:
             experts, out_features, in_features = (weight := self.get_parameter(name)).shape
             A_ERi = torch.empty(experts, rank, in_features, dtype=dtype, device=weight.device)
@@ -102,34 +104,37 @@ class AdaptableExperts(GroupedExperts):
         fast: dict[str, FastLinear] | None = None,
         counts_EG: Tensor | None = None,
     ) -> Tensor:
-        """Output `[S, D]` of the slots `x`, of which each expert has `num_tokens_per_expert` in turn.
-
-        Under tensor parallelism it is the part that this rank's share of F adds.
+        """Return the experts' outputs `[S, D]`; under tensor parallelism a partial sum over this rank's share of F.
 
         Args:
-            fast: with one set, or with one for each sample.
-            counts_EG: each expert's number of slots of each sample, which come in turn; needed with several sets.
+            x: inputs of the slots `[S, D]`, sorted by expert.
+            num_tokens_per_expert: number of slots by expert, `[E]`.
+            fast: fast weights by linear, with one set or one set per sample.
+            counts_EG: number of slots by expert and sample; slots of an expert are sorted by sample. Required with
+                several sets.
         """
-        # The signature is that of torchtitan's expert parallelism, whose hooks replace the first two arguments.
+        # torchtitan's expert parallelism fixes the first two arguments: its hooks replace them.
         if fast is None and not self.adapter_scale:
             return cast(Tensor, super().forward(x, num_tokens_per_expert))
-        own = {name: w.to_local() if isinstance(w, DTensor) else w for name, w in self.named_parameters(recurse=False)}
+        weights = {
+            name: w.to_local() if isinstance(w, DTensor) else w for name, w in self.named_parameters(recurse=False)
+        }
         counts = num_tokens_per_expert if counts_EG is None else counts_EG.flatten()
-        # A grouped product needs every group's number of slots to be a multiple of 8; with expert parallelism the
-        # exchange of tokens has filled them up.
-        filled = isinstance(self.w1, DTensor) and "ep" in (self.w1.device_mesh.mesh_dim_names or ())
-        if not self.use_grouped_mm or filled:
-            return self._run(own, x, counts, fast or {})
-        return run_padded(lambda x, counts: self._run(own, x, counts, fast or {}), x, counts, 1, len(counts))
+        # A grouped product needs a multiple of 8 slots in every group. Expert parallelism's token exchange has already
+        # padded the groups.
+        padded = isinstance(self.w1, DTensor) and "ep" in (self.w1.device_mesh.mesh_dim_names or ())
+        if not self.use_grouped_mm or padded:
+            return self._run(weights, x, counts, fast or {})
+        return run_padded(lambda x, counts: self._run(weights, x, counts, fast or {}), x, counts, 1, len(counts))
 
-    def _run(self, own: dict[str, Tensor], x_SD: Tensor, counts: Tensor, fast: dict[str, FastLinear]) -> Tensor:
+    def _run(self, weights: dict[str, Tensor], x_SD: Tensor, counts: Tensor, fast: dict[str, FastLinear]) -> Tensor:
         product = (_grouped if self.use_grouped_mm else _loop)(counts)
 
         def linear(name: str, x_Si: Tensor, target: str) -> Tensor:
-            y_So = adapted_experts(own[name], x_Si, fast.get(target), product)
-            if f"{name}_lora_A" not in own:
+            y_So = adapted_experts(weights[name], x_Si, fast.get(target), product)
+            if f"{name}_lora_A" not in weights:
                 return y_So
-            term_So = product(product(x_Si, own[f"{name}_lora_A"]), own[f"{name}_lora_B"])
+            term_So = product(product(x_Si, weights[f"{name}_lora_A"]), weights[f"{name}_lora_B"])
             return y_So + (self.adapter_scale * term_So).type_as(y_So)
 
         h_SF = F.silu(linear("w1", x_SD, "gate")) * linear("w3", x_SD, "up")
@@ -145,33 +150,33 @@ def _grouped(counts: Tensor) -> ExpertProduct:
 
 
 def _loop(counts: Tensor) -> ExpertProduct:
-    numbers = counts.tolist()
+    group_sizes = counts.tolist()
 
     def product(x_Si: Tensor, weight_noi: Tensor) -> Tensor:
-        several = len(numbers) // len(weight_noi)  # groups that one matrix is for
-        sizes = [sum(numbers[i : i + several]) for i in range(0, len(numbers), several)]
-        # What lies behind the last group's slots fills up, and is of no expert.
-        parts = x_Si.split([*sizes, len(x_Si) - sum(sizes)])
-        outputs = [F.linear(part, weight) for part, weight in zip(parts, weight_noi.unbind(), strict=False)]
-        rest = parts[-1].new_zeros(len(parts[-1]), weight_noi.shape[1], dtype=outputs[0].dtype)
-        return torch.cat([*outputs, rest])
+        n_groups = len(group_sizes) // len(weight_noi)  # groups per matrix
+        sizes = [sum(group_sizes[i : i + n_groups]) for i in range(0, len(group_sizes), n_groups)]
+        # Slots after the last group are padding and belong to no expert.
+        chunks = x_Si.split([*sizes, len(x_Si) - sum(sizes)])
+        outputs = [F.linear(chunk, weight) for chunk, weight in zip(chunks, weight_noi.unbind(), strict=False)]
+        padding = chunks[-1].new_zeros(len(chunks[-1]), weight_noi.shape[1], dtype=outputs[0].dtype)
+        return torch.cat([*outputs, padding])
 
     return product
 
 
 class Routed(NamedTuple):
-    """Where the tokens go, and what the experts read."""
+    """Routing of a micro-batch: the experts' inputs, and the indices and scores that combine their outputs."""
 
-    x_SD: Tensor  # the slots' tokens
-    slot_S: Tensor  # int64: the slots' places among the pairs (N, k)
-    score_Nk: Tensor
-    load_E: Tensor  # tokens of every expert, which may be on other ranks
-    counts_E: Tensor  # slots of every expert, as they are sorted
-    counts_EG: Tensor | None  # and of each sample, if every sample has a set of fast weights
+    x_SD: Tensor  # inputs of the slots
+    slot_S: Tensor  # int64: index of each slot in the flattened (N, k) pairs
+    score_Nk: Tensor  # router weights
+    load_E: Tensor  # tokens by expert, over all experts of the layer, also those on other ranks
+    counts_E: Tensor  # slots by expert, in the order of the slots
+    counts_EG: Tensor | None  # slots by expert and sample; None with one set of fast weights
 
 
 class MixtureOfExperts(MoE):
-    """torchtitan's router, reorderer and experts; the experts take fast weights."""
+    """torchtitan's mixture of experts, with experts that take fast weights."""
 
     experts: AdaptableExperts
     tokens_per_expert: Tensor
@@ -179,7 +184,7 @@ class MixtureOfExperts(MoE):
     def __init__(self, args: LLaDAMoEArgs):
         super().__init__(args.moe_args, args.dim, args.hidden_dim)
         self.experts = AdaptableExperts(args.dim, args.hidden_dim, args.n_experts, args.grouped)
-        # Set where tensor and expert parallelism apply: `expert_parallel.py`.
+        # Set in `expert_parallel.py` under tensor and expert parallelism.
         self.tp_mesh: DeviceMesh | None = None
         self.local_experts = args.n_experts
 
@@ -190,13 +195,15 @@ class MixtureOfExperts(MoE):
         set_assignment: SetAssignment | None = None,
         trains: bool = False,
     ) -> Tensor:
-        """Return the sum over a token's experts of router weight times the expert's output, `[B, L, D]`.
+        """Return the sum of the experts' outputs, weighted by the router, `[B, L, D]`.
 
-        Under tensor parallelism the input is whole and the output a partial sum.
+        Under tensor parallelism the input is replicated and the output is a partial sum.
 
         Args:
-            fast: of the experts; None, or none of them, without.
-            trains: count the experts' tokens, as of a pass of the training loss.
+            x: tokens, `[B, L, D]`.
+            fast: the experts' fast weights by linear; None or empty without memory.
+            set_assignment: see `TokenContext`.
+            trains: this is a pass of the training loss: add its tokens to the expert load.
         """
         sets = len(next(iter(fast.values()))[0]) // self.local_experts if fast else 1
         routed = self.route(x, sets, set_assignment)
@@ -207,16 +214,17 @@ class MixtureOfExperts(MoE):
         return self.combine(out_SD, routed.slot_S, routed.score_Nk).view_as(x)
 
     def route(self, x_BLD: Tensor, sets: int, set_assignment: SetAssignment | None) -> Routed:
-        """Choose the tokens' experts, and sort the slots by expert.
+        """Select each token's experts, and sort the slots by expert.
 
         Args:
-            sets: of the experts' fast weights: one, or one of each sample.
-            own_set: see `TokenContext`.
+            x_BLD: tokens.
+            sets: number of sets of fast weights: 1, or one per sample.
+            set_assignment: see `TokenContext`.
         """
         x_ND = x_BLD.flatten(0, 1)
         score_Nk, expert_Nk, load_E = self.router(x_ND)
         if self.tp_mesh is not None:
-            # Each rank weights what it has of the experts' outputs, so that the score's gradient is a partial sum.
+            # Each rank weights its partial outputs of the experts, so the gradient of the scores is a partial sum.
             score = DTensor.from_local(score_Nk, self.tp_mesh, [Replicate()], run_check=False)
             score_Nk = score.to_local(grad_placements=[Partial()])
         _, slot_S, counts_E = self.reorderer(score_Nk, expert_Nk)
@@ -224,8 +232,8 @@ class MixtureOfExperts(MoE):
         return Routed(x_ND[slot_S // self.router.top_k], slot_S, score_Nk, load_E, counts_E, counts_EG)
 
     def combine(self, out_SD: Tensor, slot_S: Tensor, score_Nk: Tensor) -> Tensor:
-        """Return the weighted sums of the experts' outputs, `[N, 1, D]`."""
-        # Back in the tokens' order, which unlike adding them up at their places gives the same sums every time.
+        """Return the router-weighted sums of the experts' outputs, `[N, 1, D]`."""
+        # Reorder and then sum: scattering additions into the tokens would not be deterministic.
         out_NkD = out_SD.new_zeros(score_Nk.numel(), out_SD.shape[-1]).index_copy(0, slot_S, out_SD)
         out_NkD = out_NkD.unflatten(0, score_Nk.shape)
         return torch.bmm(score_Nk.unsqueeze(1), out_NkD.float()).type_as(out_SD)
@@ -233,9 +241,9 @@ class MixtureOfExperts(MoE):
     def _counts_of_sets(
         self, expert_Nk: Tensor, shape: torch.Size, sets: int, set_assignment: SetAssignment | None
     ) -> Tensor:
-        """Each expert's number of slots of each sample, `[E, G]`.
+        """Count the slots of each expert by sample, `[E, G]`.
 
-        The slots of an expert are in the tokens' order, so those of a sample follow each other already.
+        The slots of an expert keep the order of the tokens, so they are sorted by sample already.
         """
         rows, length = shape
         set_BL = torch.arange(rows, device=expert_Nk.device).unsqueeze(1).expand(rows, length)
@@ -257,37 +265,39 @@ class MoEBlock(TransformerBlock):
     def ffn(
         self, x_BLD: Tensor, fast: dict[str, FastLinear], set_assignment: SetAssignment | None, trains: bool
     ) -> Tensor:
+        """Return the mixture's output `[B, L, D]` for normalised input."""
         return cast(Tensor, self.moe(x_BLD, fast=fast, set_assignment=set_assignment, trains=trains))
 
     def compile_around_experts(self, backend: str | Callable[..., Any]) -> None:
-        """Compile what runs before the experts and after them, in three functions.
+        """Compile the attention, the routing and the combination of the outputs, as three functions.
 
-        The experts themselves stay eager: the number of an expert's tokens changes with every batch, and FSDP2 and
-        expert parallelism have hooks on them.
+        The experts stay eager: the number of tokens per expert changes with every batch, and FSDP2 and expert
+        parallelism install hooks on the experts.
         """
         for owner, name in ((self, "attend"), (self.moe, "route"), (self.moe, "combine")):
             setattr(owner, name, torch.compile(getattr(owner, name), backend=backend, fullgraph=True))
 
 
 class LLaDAMoE(LLaDA):
-    """The backbone; everything but its blocks is LLaDA's."""
+    """The mixture-of-experts backbone: LLaDA with `MoEBlock`s."""
 
     block = MoEBlock
     model_args: LLaDAMoEArgs
 
     def mixtures(self) -> list[MixtureOfExperts]:
-        """Those of all layers, in order."""
+        """Return the mixtures of all layers, in order."""
         return [cast(MoEBlock, block).moe for block in self.layers.values()]
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
+        """Draw all weights from torch's seed, and reset the RoPE table and the expert load; torchtitan's hook."""
         super().init_weights(buffer_device)
         for mixture in self.mixtures():
             mixture.tokens_per_expert = torch.zeros_like(mixture.tokens_per_expert, device=buffer_device)
 
     def take_load(self) -> Tensor:
-        """Tokens of every expert `[X, E]` of X layers in the training passes since the last call, on this rank.
+        """Return this rank's tokens per expert since the last call, `[X, E]` for X layers, and reset the counts.
 
-        Activation checkpointing counts its layers twice, evenly.
+        Only passes of the training loss count. Activation checkpointing counts every token of its layers twice.
         """
         load_XE = torch.stack([mixture.tokens_per_expert for mixture in self.mixtures()])
         for mixture in self.mixtures():

@@ -1,11 +1,9 @@
-"""Outer LoRA: the base model is frozen, and low-rank adapters of its linears are trained in its place.
+"""Outer LoRA: trains low-rank adapters of the linears, with a frozen base model.
 
-y = W x + (alpha / R) B A x. As a torchtitan model converter it acts before the model is spread over ranks, so that
-tensor parallelism and FSDP2 shard the adapters as they shard the linears. The fast weights of the inner loop add
-their term to what an adapted linear returns. The frozen weights are kept in the type in which they are computed with:
-half the memory of a trained model's, and no gathering in float32.
-
-Shapes: R rank.
+y = W x + (alpha / R) B A x with rank R. The conversion is a torchtitan model converter and runs before the model is
+parallelised, so tensor parallelism and FSDP2 shard the adapters like the linears. Fast weights add their term to the
+output of a linear with its adapter. Frozen weights are stored in the compute dtype: that takes half the memory of
+trained weights, and all-gathers need no float32.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +16,7 @@ from torch import Tensor, nn
 
 from memdlm_dist.models.linears import linear_weight_names
 
-# How the names of an adapter's two parameters end: those of a linear, and those of a linear of each expert.
+# Name suffixes of an adapter's parameters: "<linear>.lora_A" for linears, "w1_lora_A" for experts.
 A, B = "lora_A", "lora_B"
 
 
@@ -34,39 +32,45 @@ class LoRALinear(nn.Linear):
         self.scale = scale  # alpha / R
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return W x + (alpha / R) B A x."""
         return F.linear(x, self.weight) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
 
 
 @dataclass
 class LoRA:
-    """Outer LoRA, with model.converters = ["lora"]: the base is frozen and adapters of its linears are trained."""
+    """Outer LoRA, enabled by model.converters = ["lora"]: freezes the base and trains adapters of its linears."""
 
     rank: int = 32
     """Rank of the adapters."""
 
     alpha: float = 64.0
-    """The adapter's term is multiplied by alpha / rank."""
+    """Numerator of the adapter's scale, alpha / rank."""
 
     target_modules: list[str] = field(default_factory=lambda: ["attention", "ffn"])
-    """Linears of all layers that get an adapter: ffn (which is gate, up, down), attention (q, k, v, o), or any of
-    these linears by name. In llada_moe ffn gives each expert's linears adapters of their own."""
+    """Linears of every layer that get an adapter.
+
+    ffn (gate, up, down), attention (q, k, v, o), or linears by name. In llada_moe every expert's linears get separate
+    adapters."""
 
     export: Literal["merged", "adapter"] = "merged"
-    """What the last save writes with checkpoint.last_save_in_hf: the whole model with the adapters merged into it, or
-    the adapters alone in PEFT's layout."""
+    """Contents of the last save with checkpoint.last_save_in_hf.
+
+    merged: the whole model with the adapters merged into it. adapter: only the adapters, in PEFT's format."""
 
     @property
     def scale(self) -> float:
-        """alpha / R."""
+        """Scale of the adapter's term, alpha / rank."""
         return self.alpha / self.rank
 
 
 def add_adapters(model: nn.Module, lora: LoRA, frozen_dtype: torch.dtype, dtype: torch.dtype) -> None:
-    """Freeze a backbone and give the linears of all its layers adapters.
+    """Freeze a backbone and add adapters to the target linears of all layers.
 
     Args:
-        frozen_dtype: of the base, from here on.
-        dtype: of the adapters.
+        model: the backbone, before it is parallelised.
+        lora: targets, rank and alpha.
+        frozen_dtype: dtype that the base weights are cast to.
+        dtype: dtype of the adapters.
     """
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -89,33 +93,36 @@ def _adapt(parent: nn.Module, linears: Sequence[str], lora: LoRA, dtype: torch.d
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter of that name is an adapter's."""
+    """Return True if the name is that of an adapter's parameter."""
     return name.endswith((A, B))
 
 
 def without_adapters(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict's base model."""
+    """Return the entries of a state dict that belong to the base model."""
     return {name: value for name, value in state.items() if not is_adapter(name)}
 
 
 def base_weight_name(name: str) -> str:
-    """The name of the weight that an adapter's parameter belongs to."""
+    """Return the name of the base weight that an adapter's parameter belongs to."""
     linear = name[: -len(A)]
-    # A linear's parameters are below its name, an expert's beside its weight's.
+    # "wq.lora_A" belongs to "wq.weight", and the experts' "w1_lora_A" to "w1".
     return f"{linear}weight" if linear.endswith(".") else linear.removesuffix("_")
 
 
 def merged(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """The state dict of the plain model that computes the same: W + (alpha / R) B A, computed in float32.
+    """Merge the adapters into the base weights: W + (alpha / R) B A, computed in float32.
 
     Args:
-        state: tensors, sharded or not.
+        state: state dict of plain tensors or DTensors.
         scale: alpha / R.
+
+    Returns:
+        The state dict of an equivalent model without adapters.
     """
-    found = without_adapters(state)
+    merged_state = without_adapters(state)
     for name in state:
         if name.endswith(A):
-            weight = found[base_weight_name(name)]
+            weight = merged_state[base_weight_name(name)]
             term = state[name[: -len(A)] + B].float() @ state[name].float()
-            found[base_weight_name(name)] = (weight.float() + scale * term).to(weight.dtype)
-    return found
+            merged_state[base_weight_name(name)] = (weight.float() + scale * term).to(weight.dtype)
+    return merged_state

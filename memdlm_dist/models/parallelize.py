@@ -1,4 +1,4 @@
-"""How a backbone is parallelised: the steps of torchtitan's recipes, and what ours needs besides."""
+"""Parallelisation of a backbone: torchtitan's recipes and the additions of the bi-level step."""
 
 from dataclasses import dataclass
 from typing import Any, cast
@@ -29,33 +29,35 @@ from memdlm_dist.models.lora import LoRA, add_adapters
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides how a backbone is converted and parallelised: sections of a configuration."""
+    """Configuration sections that determine how a backbone is converted and parallelised."""
 
     training: Training
     parallelism: Parallelism
     activation_checkpoint: ActivationCheckpoint
     compile: Compile
-    lora: LoRA | None  # None: all weights are trained
+    lora: LoRA | None  # None: train all weights
     dump_folder: str
 
     @property
     def compiles(self) -> bool:
+        """True if torch.compile applies to the blocks."""
         return self.compile.enable and "model" in self.compile.components
 
     @property
     def compiles_losses(self) -> bool:
+        """True if torch.compile applies to the losses in the output head."""
         return self.compile.enable and "loss" in self.compile.components
 
 
 def convert(model: LLaDA, recipe: Recipe) -> None:
-    """Give a backbone the adapters that are trained in its place, if any are."""
+    """Add outer LoRA adapters to a backbone if the recipe has them, and freeze the base."""
     if recipe.lora is not None:
         frozen = TORCH_DTYPE_MAP[recipe.training.mixed_precision_param]
         add_adapters(model, recipe.lora, frozen, TORCH_DTYPE_MAP[recipe.training.dtype])
 
 
 def parallelized_on_meta(model_cls: type[LLaDA], args: LLaDAArgs, dims: ParallelDims, recipe: Recipe) -> LLaDA:
-    """Return a backbone without contents, converted and parallelised as torchtitan's trainer does it."""
+    """Build a backbone on the meta device, convert and parallelise it, as torchtitan's trainer does."""
     with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[recipe.training.dtype]):
         model = model_cls(args)
     convert(model, recipe)
@@ -65,9 +67,10 @@ def parallelized_on_meta(model_cls: type[LLaDA], args: LLaDAArgs, dims: Parallel
 def parallelize(model: LLaDA, dims: ParallelDims, recipe: Recipe) -> LLaDA:
     """Apply tensor, expert and context parallelism, activation checkpointing, compilation and FSDP2, in that order.
 
-    TP goes first, since the others wrap what it shards; checkpointing inside compilation, so that the
-    compiler sees both (but around it with TP, see `_compile_below_checkpoints`, and with experts); FSDP
-    outermost, one group per block. The ranks of a context-parallel group are among those over which FSDP shards.
+    Tensor parallelism comes first, since the others wrap the modules that it shards. Checkpointing is inside
+    compilation, so that the compiler sees both; with tensor parallelism and with experts it is outside (see
+    `_compile_below_checkpoints` and `_compile_around_experts`). FSDP2 is outermost, with one group per block. It shards
+    over context-parallel ranks too.
     """
     parallelism, training = recipe.parallelism, recipe.training
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
@@ -84,7 +87,7 @@ def parallelize(model: LLaDA, dims: ParallelDims, recipe: Recipe) -> LLaDA:
             parallelism.context_parallel_rotate_method,
         )
 
-    # The styles above make new parameters, some of which forget that they are not trained.
+    # The parallel styles above create new parameters, some without the requires_grad flag of the old ones.
     for name in frozen:
         model.get_parameter(name).requires_grad_(False)
 
@@ -97,8 +100,8 @@ def parallelize(model: LLaDA, dims: ParallelDims, recipe: Recipe) -> LLaDA:
             base_folder=recipe.dump_folder,
         )
     if recipe.compiles:
-        # A block is compiled once for every way of passing through it: with and without gradient, of the activations
-        # or the fast weights or both, for every batch size.
+        # A block is compiled once per kind of pass (without gradients, or with gradients of activations, fast weights
+        # or both) and per batch size.
         raise_recompile_limit(64)
         if isinstance(model, LLaDAMoE):
             _compile_around_experts(model, recipe.compile)
@@ -123,54 +126,55 @@ def parallelize(model: LLaDA, dims: ParallelDims, recipe: Recipe) -> LLaDA:
             ep_degree=dims.ep,
             edp_mesh=dims.get_optional_mesh(["dp_replicate", "efsdp"] if dims.dp_replicate_enabled else ["efsdp"]),
         )
-        # The bi-level step enters through `trunk` and `tail` as well as `forward`; FSDP's root has to see
-        # each entry, to set itself up on the first and to order its streams on all.
+        # The bi-level step calls `trunk` and `tail` as well as `forward`. FSDP2's root must see every such call: it
+        # initialises on the first one and synchronises its streams on each.
         for method in ("trunk", "tail"):
             register_fsdp_forward_method(model, method)
         model.fsdp_schedule = FSDPSchedule.from_model(model, parallelism.fsdp_reshard_after_forward)
         model.mixed_precision = TORCH_DTYPE_MAP[training.mixed_precision_param]
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                # FSDP2 asks for a sum multiplied by torchtitan's factor of 1, which neither gloo nor NCCL's NVLS has.
+                # Otherwise FSDP2 requests a sum that is premultiplied by torchtitan's factor of 1; neither gloo nor
+                # NCCL's NVLS supports such sums.
                 module.set_force_sum_reduction_for_comms(True)
     return model
 
 
 def _apply_tp(model: LLaDA, mesh: DeviceMesh, recipe: Recipe) -> None:
-    """Apply llama3's tensor-parallel plan, and what it lacks for this backbone."""
+    """Apply llama3's tensor-parallel plan, and plans for the norms of queries and keys and for the losses."""
     loss_parallel = not recipe.parallelism.disable_loss_parallel
-    # The converter for float8, which the plan could gather in, is refused.
+    # The configuration check rejects float8, so the plan never all-gathers in it.
     apply_non_moe_tp(model, mesh, loss_parallel=loss_parallel, enable_float8_tensorwise_tp=False)
     if model.model_args.qk_norm:
-        # One weight for all heads, of which each rank has some.
+        # The heads are sharded, and all share one norm weight.
         for block in model.layers.values():
             for name in ("attention.q_norm", "attention.k_norm"):
                 style = SequenceParallel(sequence_dim=2, use_local_output=True)
                 parallelize_module(block.get_submodule(name), mesh, style)
-    maybe_enable_async_tp(cast(Any, recipe), mesh)  # which reads two sections of a configuration
+    maybe_enable_async_tp(cast(Any, recipe), mesh)  # it reads only two configuration sections
     model.output.follow_plan(loss_parallel)
 
 
 def _compile_around_experts(model: LLaDAMoE, config: Compile) -> None:
-    """Compile every block within its checkpoint, but for its experts.
+    """Compile every block inside its activation checkpoint, except for its experts.
 
-    torchtitan's recipe compiles each module around them: more graphs, eager products of scores between them, and
-    wrappers that show in the names of the parameters.
+    torchtitan's recipe compiles each module around the experts separately. That makes more graphs, leaves the products
+    with the router's scores eager between them, and adds wrappers that appear in parameter names.
     """
     for block in model.layers.values():
         cast(MoEBlock, checkpointed(block) or block).compile_around_experts(config.backend)
 
 
 def _compile_below_checkpoints(model: LLaDA, config: Compile) -> None:
-    """Compile every block, as torchtitan does, but within its checkpoint.
+    """Compile every block inside its activation checkpoint; torchtitan compiles outside it.
 
-    torch 2.13 fails on a compiled block that holds both DTensors and a checkpoint: its backward pass would
-    save the device mesh as if it were a tensor.
+    torch 2.13 fails on a compiled block that contains both DTensors and a checkpoint: it would save the device mesh for
+    the backward pass as if it were a tensor.
     """
     for name, block in model.layers.named_children():
-        if (inside := checkpointed(block)) is not None:
-            # In place: a wrapper below the checkpoint's would show in the names of the parameters.
-            inside.compile(backend=config.backend, fullgraph=True)
+        if (inner := checkpointed(block)) is not None:
+            # In place: a compilation wrapper below the checkpoint's would appear in parameter names.
+            inner.compile(backend=config.backend, fullgraph=True)
         else:
             compiled: Any = torch.compile(block, backend=config.backend, fullgraph=True)
             model.layers.register_module(name, compiled)

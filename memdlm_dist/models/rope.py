@@ -1,6 +1,6 @@
-"""Rotary position embeddings (RoPE), and their base for a context longer than the pretrained one.
+"""Rotary position embeddings (RoPE), and the base for a context beyond the pretrained one.
 
-Shapes: B rows, L tokens, H heads, d head, j = d / 2 pairs of a head's dimensions.
+Shapes: B rows, L tokens, H heads, d head dim, j = d / 2 pairs of a head's dimensions.
 """
 
 import math
@@ -9,18 +9,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-# How the RoPE base is rescaled for a longer context: `rescaled_base`.
+# Method of rescaling the RoPE base for a longer context; see `rescaled_base`.
 RopeScaling = Literal["ntk", "diffusion_ntk"]
 
 
 def rescaled_base(theta: float, head_dim: int, native_length: int, factor: float, method: RopeScaling) -> float:
-    """Return the RoPE base for a context of s = `factor` times the native one, with d dimensions a head.
+    """Return the RoPE base for a context of s = `factor` times the native length T, with head dim d.
 
-    ntk: theta s^(d / (d - 2)). The slowest pair turns over the longer context as far as it did over the native one.
+    ntk: theta s^(d / (d - 2)). Over the longer context, the slowest pair rotates by the same angle as over the native
+    one.
 
-    diffusion_ntk (UltraLLaDA, arXiv 2510.10481): (2 s T / 2 pi)^(d / c). The native context T has taught a
-    bidirectional model distances from -T to T, over which the first c / 2 = ceil(d / 2 log_theta(2 T / 2 pi)) pairs
-    turn at least once; the next one then turns once over the longer context's distances.
+    diffusion_ntk (UltraLLaDA, arXiv 2510.10481): (2 s T / 2 pi)^(d / c). A bidirectional model was trained on relative
+    positions from -T to T. Over this range the first c / 2 = ceil(d / 2 log_theta(2 T / 2 pi)) pairs make at least one
+    full turn. The new base lets the next pair make one full turn over the longer context's range.
     """
     if factor == 1:
         return theta
@@ -33,9 +34,9 @@ def rescaled_base(theta: float, head_dim: int, native_length: int, factor: float
 
 
 def rotary_frequencies(head_dim: int, length: int, theta: float) -> Tensor:
-    """Return exp(i p theta^(-2j/d)) for position p and pair j, complex64 `[L, d/2]`.
+    """Return the RoPE table exp(i p theta^(-2j/d)) for position p and pair j, complex64 `[L, d/2]`.
 
-    Complex, as in torchtitan's llama3, so that mixed precision leaves it in float32.
+    The table is complex, as in torchtitan's llama3, so that mixed precision does not cast it below float32.
     """
     inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
     angle = torch.outer(torch.arange(length).float(), inverse)
@@ -43,8 +44,8 @@ def rotary_frequencies(head_dim: int, length: int, theta: float) -> Tensor:
 
 
 def rotate(x_BLHd: Tensor, frequencies_Lj: Tensor) -> Tensor:
-    """Rotate by position in the half-rotation form, pairs (x_j, x_{j + d/2}); in float32 at least."""
-    cos, sin = (part.unsqueeze(-2) for part in torch.view_as_real(frequencies_Lj).unbind(-1))
+    """Apply RoPE in half-rotation form, on pairs (x_j, x_{j + d/2}), in float32 or higher precision."""
+    cos, sin = (component.unsqueeze(-2) for component in torch.view_as_real(frequencies_Lj).unbind(-1))
     x = x_BLHd.to(torch.promote_types(x_BLHd.dtype, torch.float32))
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x_BLHd)

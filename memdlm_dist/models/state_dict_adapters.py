@@ -1,7 +1,7 @@
-"""How the backbones' weights are named and described on Hugging Face.
+"""State-dict adapters: Hugging Face tensor names and `config.json` of the backbones.
 
-torchtitan's state-dict adapters translate names in both directions; what `config.json` says is compared with a
-backbone's sizes, since a wrong rotary base or norm epsilon does not show in the tensors' shapes.
+The adapters translate tensor names in both directions. They also compare `config.json` with the backbone's sizes, since
+tensor shapes do not reveal a wrong RoPE base or norm epsilon.
 """
 
 import json
@@ -19,10 +19,10 @@ from memdlm_dist.compat.torchtitan import ReplicatedExpertsAdapter
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs
 from memdlm_dist.models.llada_moe import LLaDAMoE, LLaDAMoEArgs
 
-# Bytes of one file of an export, of the kind of size that the hub's own checkpoints have.
+# Maximum size in bytes of one file of an export, as is usual for checkpoints on the Hugging Face hub.
 FILE_BYTES = 5 * 10**9
 
-# LLaDA-8B's name -> ours; {} is the layer. Its gate projection is ff_proj, its down projection ff_out.
+# LLaDA-8B's names -> our names; {} is the layer. ff_proj is the gate projection, ff_out the down projection.
 _LLADA_NAMES = {
     "model.transformer.wte": "tok_embeddings",
     "model.transformer.blocks.{}.attn_norm": "layers.{}.attention_norm",
@@ -40,19 +40,19 @@ _LLADA_NAMES = {
 _FROM_LLADA = {f"{theirs}.weight": f"{ours}.weight" for theirs, ours in _LLADA_NAMES.items()}
 _TO_LLADA = {ours: theirs for theirs, ours in _FROM_LLADA.items()}
 
-# Keys of config.json with which the backbone computes nothing.
-_FREE = ("architectures", "model_type", "max_sequence_length", "max_position_embeddings")
-# And those that follow from the length of the context.
-_OF_CONTEXT = ("rope_theta", "max_sequence_length", "max_position_embeddings")
+# config.json keys that do not affect the forward pass.
+_IGNORED_KEYS = ("architectures", "model_type", "max_sequence_length", "max_position_embeddings")
+# config.json keys that depend on the context length.
+_CONTEXT_KEYS = ("rope_theta", "max_sequence_length", "max_position_embeddings")
 
 
 class BackboneStateDictAdapter(StateDictAdapter):
-    """torchtitan's adapter, which also knows all of its backbone's tensors and what config.json says of it.
+    """torchtitan's state-dict adapter, extended by the backbone's list of tensors and its `config.json`.
 
     Args:
         model_args: sizes of the backbone.
-        hf_assets_path: folder of the tokenizer, and of the weights that a run starts from if no other is named. The
-            files of an export follow from the tensors' sizes (`file_of_each`).
+        hf_assets_path: folder of the tokenizer, and of the initial weights if no other folder is given. Files of an
+            export do not follow the index in this folder; see `fqn_to_index_mapping`.
     """
 
     model_cls: ClassVar[type[LLaDA]]
@@ -63,50 +63,55 @@ class BackboneStateDictAdapter(StateDictAdapter):
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """What config.json says of the backbone."""
+        """Return the backbone's config.json as a dict."""
 
     def expected(self) -> dict[str, Tensor]:
-        """Every tensor under its name on Hugging Face, without contents."""
+        """Return all tensors of the backbone by Hugging Face name, on the meta device."""
         with torch.device("meta"):
             return self.to_hf(dict(self.model_cls(self.args).state_dict()))
 
     def differences(self, config_json: str) -> list[str]:
-        """What a config.json says otherwise than the backbone is; keys that it lacks or leaves null are not compared.
+        """List the differences between a config.json and the backbone, one phrase per key.
+
+        Keys that are absent or null in `config_json` are not compared.
 
         Raises:
-            ValueError: if it is not a JSON object.
+            ValueError: if `config_json` is not a JSON object.
         """
-        theirs = json.loads(config_json)
-        if not isinstance(theirs, dict):
+        found = json.loads(config_json)
+        if not isinstance(found, dict):
             raise ValueError("it is not a JSON object")
-        # A longer context starts from weights of the backbone's own one.
-        own = {**self.config(), "rope_theta": self.args.rope_theta}
+        # A run with a longer context may start from weights for the native one.
+        native = {**self.config(), "rope_theta": self.args.rope_theta}
         return [
-            f"{key} is {theirs[key]!r} there and {own[key]!r} here"
-            for key, ours in self.config().items()
-            if key not in _FREE and theirs.get(key) is not None and theirs[key] not in (ours, own[key])
+            f"{key} is {found[key]!r} there and {native[key]!r} here"
+            for key, expected in self.config().items()
+            if key not in _IGNORED_KEYS and found.get(key) is not None and found[key] not in (expected, native[key])
         ]
 
     def extended(self, config_json: str) -> str:
-        """A config.json of the backbone's own context as it is to be for this run's, if that is longer."""
+        """Return a native config.json with RoPE base and context length updated to this run's context."""
         if self.args.rope_scaling == 1:
             return config_json
-        ours = {key: value for key, value in self.config().items() if key in _OF_CONTEXT}
-        return json.dumps({**json.loads(config_json), **ours}, indent=2) + "\n"
+        changed = {key: value for key, value in self.config().items() if key in _CONTEXT_KEYS}
+        return json.dumps({**json.loads(config_json), **changed}, indent=2) + "\n"
 
 
 class LLaDAStateDictAdapter(BackboneStateDictAdapter):
-    """LLaDA-8B's names. Tensors are the same on both sides, sharded or not."""
+    """State-dict adapter for LLaDA-8B: only names differ, tensors (sharded or not) stay the same."""
 
     model_cls = LLaDA
 
     def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        return {_translated(name, _TO_LLADA): tensor for name, tensor in state_dict.items()}
+        """Rename a state dict's entries to Hugging Face names; raises KeyError for unknown names."""
+        return {_translate(name, _TO_LLADA): tensor for name, tensor in state_dict.items()}
 
     def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
-        return {_translated(name, _FROM_LLADA): tensor for name, tensor in hf_state_dict.items()}
+        """Rename a state dict's entries from Hugging Face names; raises KeyError for unknown names."""
+        return {_translate(name, _FROM_LLADA): tensor for name, tensor in hf_state_dict.items()}
 
     def config(self) -> dict[str, Any]:
+        """Return LLaDA-8B's config.json with this backbone's sizes."""
         args: LLaDAArgs = self.args
         heads = args.n_kv_heads or args.n_heads
         return {
@@ -121,20 +126,23 @@ class LLaDAStateDictAdapter(BackboneStateDictAdapter):
 
 
 class LLaDAMoEStateDictAdapter(BackboneStateDictAdapter, ReplicatedExpertsAdapter):
-    """LLaDA-MoE's names, which are those of Qwen3's mixtures of experts.
+    """State-dict adapter for LLaDA-MoE, which uses the tensor names of Qwen3's MoE models.
 
-    torchtitan's adapter keeps an expert's matrix on the rank that has it, so that each rank reads and writes its own.
+    torchtitan's adapter leaves each expert's matrix on the rank that holds it, so each rank reads and writes its own.
     """
 
     model_cls = LLaDAMoE
 
     def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Split the experts' tensors into one matrix per expert, under Hugging Face names."""
         return ReplicatedExpertsAdapter.to_hf(self, state_dict)
 
     def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Stack the experts' matrices into one tensor per linear, under our names."""
         return ReplicatedExpertsAdapter.from_hf(self, hf_state_dict)
 
     def config(self) -> dict[str, Any]:
+        """Return LLaDA-MoE's config.json with this backbone's sizes."""
         args: LLaDAMoEArgs = self.args
         return {
             "architectures": ["LLaDAMoEModelLM"], "model_type": "llada", "hidden_size": args.dim,
@@ -150,27 +158,31 @@ class LLaDAMoEStateDictAdapter(BackboneStateDictAdapter, ReplicatedExpertsAdapte
         }  # fmt: skip
 
 
-def _translated(name: str, names: Mapping[str, str]) -> str:
-    """Raises KeyError for a name that is not the backbone's."""
+def _translate(name: str, names: Mapping[str, str]) -> str:
+    """Translate a tensor name by a table with {} for the layer; raises KeyError for unknown names."""
     layer = re.search(r"\d+", name)
     if layer is None:
         return names[name]
     return names[name.replace(layer[0], "{}", 1)].format(layer[0])
 
 
-def file_of_each(
+def fqn_to_index_mapping(
     tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None, limit: int = FILE_BYTES
 ) -> dict[str, int]:
-    """The number, from 1, of the file that each tensor goes to, in order, none larger than `limit` bytes if it can be.
+    """Assign the tensors of an export to files, in order: return the file number of each tensor, from 1.
+
+    A file holds at most `limit` bytes, or one tensor that is larger.
 
     Args:
-        dtype: that they are written in; their own if None.
+        tensors: tensors by name; only their shapes and dtypes are read.
+        dtype: dtype of the export; None for the tensors' dtypes.
+        limit: maximum size of a file in bytes.
     """
-    number, filled, numbers = 1, 0, {}
+    index, filled, mapping = 1, 0, {}
     for name, tensor in tensors.items():
         size = math.prod(tensor.shape) * (dtype or tensor.dtype).itemsize
         if filled and filled + size > limit:
-            number, filled = number + 1, 0
+            index, filled = index + 1, 0
         filled += size
-        numbers[name] = number
-    return numbers
+        mapping[name] = index
+    return mapping

@@ -124,7 +124,7 @@ def test_a_block_is_the_block_of_the_whole(monkeypatch, chosen, threads):
     torch.set_num_threads(threads)
     full = torch.empty(3, 101, 257)
     initial_weights._fill(full, "some.name", chosen)
-    monkeypatch.setitem(initial_weights._TOGETHER, "cpu", 1000)
+    monkeypatch.setitem(initial_weights._CHUNK_ELEMENTS, "cpu", 1000)
     for first, sizes in (((0, 0, 0), (3, 101, 257)), ((1, 40, 33), (2, 3, 7)), ((0, 99, 128), (3, 2, 1))):
         block = torch.empty(sizes)
         monkeypatch.setattr(initial_weights, "local_block", lambda x, first=first, block=block: (block, first))

@@ -38,7 +38,11 @@ def weights(recipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("published") / "weights"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(names, "FILE_BYTES", 2**17)
-        patch.setattr(hugging_face_folder, "file_of_each", lambda tensors: names.file_of_each(tensors, limit=2**17))
+        patch.setattr(
+            hugging_face_folder,
+            "fqn_to_index_mapping",
+            lambda tensors: names.fqn_to_index_mapping(tensors, limit=2**17),
+        )
         assert random_weights.main([recipe, "--output", str(folder), *PLAIN]) == 0
     assert len(list(folder.glob("*.safetensors"))) > 2
     return folder
@@ -163,8 +167,8 @@ def test_files_that_are_missing_or_broken_are_named(weights, sd_adapter, tmp_pat
 
 def test_files_of_an_export():
     tensors = {name: torch.empty(size, device="meta") for name, size in (("a", 10), ("b", 20), ("c", 90), ("d", 5))}
-    assert names.file_of_each(tensors, torch.bfloat16, limit=60) == {"a": 1, "b": 1, "c": 2, "d": 3}
-    assert names.file_of_each(tensors) == dict.fromkeys("abcd", 1)
+    assert names.fqn_to_index_mapping(tensors, torch.bfloat16, limit=60) == {"a": 1, "b": 1, "c": 2, "d": 3}
+    assert names.fqn_to_index_mapping(tensors) == dict.fromkeys("abcd", 1)
 
 
 def test_conversion_refuses_what_it_cannot_convert(recipe, weights, tmp_path, capsys):
