@@ -131,7 +131,7 @@ class ParametricMemory:
     """Scaling of lora fast weights: their term is multiplied by alpha / rank."""
 
     layer_fraction: float = 0.1
-    """Fraction of the n layers, counted from the last, that get fast weights: layers int(n (1 - layer_fraction)) to n - 1."""
+    """Fraction of the n layers, counted from the last, with fast weights: int(n (1 - layer_fraction)) to n - 1."""
 
     target_modules: list[str] = field(default_factory=lambda: ["ffn"])
     """Linears that get fast weights: ffn (gate, up, down), attention (q, k, v, o), or single linears by name."""
