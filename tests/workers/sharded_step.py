@@ -205,7 +205,7 @@ def fsdp_schedule(bench):
     def broken(*_):
         raise ArithmeticError("on purpose")
 
-    broken_loss = memory.loss._replace(of_logits=broken)
+    broken_loss = memory.loss._replace(logit_loss=broken)
     for name, where in {
         "inner loop": lambda: bilevel.outer_loss(
             bench.model, batch, replace(memory, loss=broken_loss), fast, bench.objective.tp_rank
