@@ -37,8 +37,7 @@ def registered_folders(registration: bytes) -> list[str]:
     """Return the folders in a shared-memory registration.
 
     Raises:
-        ValueError: `registration` is not a registration.
-        IndexError: as for ValueError.
+        ValueError, IndexError: `registration` is not a registration.
     """
     folders: list[str] = prefix._unpack_locals(registration)[0]
     return folders

@@ -160,7 +160,7 @@ def check(folder: Path, device: str = "cpu") -> Iterator[Comparison]:
 
     if "anchor_mask" in inputs and ("t" in inputs or plan.trajectory != "anchor_only"):
         yield from compare_trajectory(settings, inputs, maskable_BL, anchor, states)
-    fast = settings.start(manifest["adapters"], tensors["weights"], inputs)
+    fast = settings.initial_fast_weights(manifest["adapters"], tensors["weights"], inputs)
     fast = map_leaves(lambda x: x.to(device), fast)
     memory = Memory(
         first_layer=min(map(int, fast)),

@@ -188,7 +188,9 @@ class Settings:
             last_ratio=section.get("prompt_mask_ratio", PROGRESSIVE_RATIOS[1]),
         )
 
-    def start(self, names: Sequence[str], weights: dict[str, Tensor], inputs: dict[str, Tensor]) -> FastWeights:
+    def initial_fast_weights(
+        self, names: Sequence[str], weights: dict[str, Tensor], inputs: dict[str, Tensor]
+    ) -> FastWeights:
         """Build the initial fast weights: A as drawn in the fixture, zeros for all other tensors.
 
         The experts of a linear are the entries of one tensor, in order.

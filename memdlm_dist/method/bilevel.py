@@ -4,7 +4,7 @@ Inner loop, k = 0 .. K-1:  phi_{k+1} = phi_k - lr * clip(d L_inner(theta, phi_k;
 Outer loss:                sum over the anchor's masked tokens of -w(t) log p(x_0 | x_t; theta, phi_K)
 
 theta are the base weights, phi the fast weights, x_k the state that inner step k reads, x_t the anchor. The outer loss
-treats phi_K as a constant (first order), so gradients reach theta alone. Training, validation and the golden checks
+treats phi_K as a constant (first order), so only theta receives gradients. Training, validation and the golden checks
 all call `outer_loss`.
 
 Source: MemDLM, arXiv 2603.22241.
@@ -130,7 +130,7 @@ class Memory:
             return FastWeightGroup(self.cp_mesh.get_group(), replicated=True)
         return FastWeightGroup(self.ep_mesh.get_group(), replicated=False) if self.ep_mesh is not None else None
 
-    def sets(self, batch: MicroBatch) -> int:
+    def count_sets(self, batch: MicroBatch) -> int:
         """Return G, the number of sets of fast weights of a micro-batch."""
         return len(batch.sample_ids_U) if self.per_sample else 1
 
@@ -153,7 +153,7 @@ def outer_loss(
     """Compute the outer loss sum of a micro-batch, after the inner loop has adapted the fast weights.
 
     sum over the anchor's masked tokens of -w(t) log p(x_0 | x_t; theta, phi_K). The caller divides by the number of
-    maskable tokens of the global batch. Gradients reach the base weights alone: phi_K is a constant (first order).
+    maskable tokens of the global batch. Only the base weights receive gradients: phi_K is a constant (first order).
     Under context parallelism the sum covers this rank's tokens, and gradients add up over the group.
 
     Args:
@@ -191,9 +191,10 @@ def outer_loss(
 def adapt_fast_weights(
     model: Backbone, batch: MicroBatch, memory: Memory, fast: FastWeights, tp_rank: int = 0
 ) -> tuple[FastWeights, InnerStatistics]:
-    """Run the inner loop alone and return the adapted fast weights and the statistics; for inference.
+    """Run the inner loop without the outer loss, for inference; the arguments are those of `outer_loss`.
 
-    The arguments are those of `outer_loss`.
+    Returns:
+        The adapted fast weights, and the statistics of the inner loop.
     """
     context = token_context(model, batch, memory)
     hidden = model.trunk(batch.inputs, memory.first_layer, context)
@@ -228,7 +229,7 @@ def _adapt(
             _state_loss(model, batch, memory, hidden, tp_rank, context),
             [step.scored for step in batch.inner],
             fast,
-            n_sets=memory.sets(batch),
+            n_sets=memory.count_sets(batch),
             optimiser=memory.optimiser,
             group=memory.group,
         )
@@ -255,12 +256,12 @@ def _state_loss(
             assert step.teacher is not None
             with _no_gradient():
                 target = model.tail(hidden[step.teacher], first_layer, index_M, current, loss.teacher, context)
-        if loss.of_logits is not None:
-            head = HeadLoss(loss.of_logits, full_tensor(target), sums)
+        if loss.logit_loss is not None:
+            head = HeadLoss(loss.logit_loss, full_tensor(target), sums)
             return model.tail(hidden[step.student], first_layer, index_M, current, head, context)
-        assert loss.of_hidden is not None
+        assert loss.hidden_distance is not None
         student = model.tail(hidden[step.student], first_layer, index_M, current, loss.student, context)
-        return sums(loss.of_hidden(student, target))
+        return sums(loss.hidden_distance(student, target))
 
     return state_loss
 

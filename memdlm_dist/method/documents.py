@@ -1,6 +1,6 @@
 """Documents of packed rows.
 
-Each document is a sample: its tokens attend to each other alone, its positions start at 0, and it has its own noise
+Each document is a sample: its tokens attend only to each other, its positions start at 0, and it has its own noise
 level, mask ratios and fast weights.
 
 Every row has S document slots, some of them empty. So a micro-batch has B S samples in a fixed order: slot s of row b
@@ -33,7 +33,7 @@ class GroupedTokens(NamedTuple):
     """Layout of a micro-batch's tokens in a `[P, i]` buffer for grouped matrix products: one group per sample.
 
     Every group, also that of an empty sample, is padded to a positive multiple of `GROUP_ROWS` buffer rows. P depends
-    on the shapes alone, never on the lengths of the documents.
+    on the shapes only, never on the lengths of the documents.
     """
 
     row_T: Tensor  # int64: buffer row of every token

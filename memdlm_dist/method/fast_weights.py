@@ -7,8 +7,8 @@ Mixture of experts: every set has one term per expert. The leading dimension of 
 with the expert as the slower index.
 
 Packed rows: every document slot of a row has a set, and a token gets the term of its document's set. With grouped
-matrix products a token is multiplied by that set alone. Without them it is multiplied by all sets of its row, and a
-mask selects its own.
+matrix products a token is multiplied by that set only. Without them it is multiplied by all sets of its row, and a
+mask selects its own set.
 
 Shapes: G sets of fast weights (one per sample, or one per micro-batch), B rows, L tokens, s sets per row, R rank of
 the low-rank term, E local experts, S routed tokens (a token once per expert that sees it), sorted by expert,
@@ -78,8 +78,8 @@ class LowRank(NamedTuple):
         column = torch.arange(first, first + columns, device=keys_G.device)
         element_Ri = torch.arange(rank, device=keys_G.device).unsqueeze(1) * linear.in_features + column
         u_Gn = keyed_random.uniform(keys_G, element_Ri.flatten(), torch.float32)
-        # As a tensor, so that CUDA divides. It multiplies by the rounded reciprocal of a Python number, which differs
-        # from the CPU's result in the last bit.
+        # A tensor, so that CUDA divides by it. It would multiply by the rounded reciprocal of a Python number, and the
+        # result would differ from the CPU's in the last bit.
         root = u_Gn.new_full((), math.sqrt(linear.in_features))
         A_GRi = ((2 * u_Gn - 1) / root).unflatten(1, (rank, columns))
         B_GoR = torch.zeros(len(keys_G), rows, rank, device=keys_G.device)
@@ -111,7 +111,7 @@ class LowRank(NamedTuple):
         return _local_output(self.scale * _project(z_BLR, B_GoR), row_wise)
 
     def _grouped(self, x_BLi: Tensor, assignment: SetAssignment, row_wise: bool) -> Tensor:
-        """Compute B (A x) as grouped products: each token is multiplied by its own set alone."""
+        """Compute B (A x) as grouped products: each token is multiplied by its own set only."""
         assert assignment.grouped is not None and assignment.grouped_shard is not None
         A_GRi, B_GoR = _to_local(self.A_GRi), _to_local(self.B_GoR)
         x_BLi = _to_local(_input_dtensor(x_BLi, self.A_GRi, row_wise))

@@ -29,8 +29,8 @@ HiddenDistance = Callable[[Tensor, Tensor], Tensor]
 class InnerLoss(NamedTuple):
     """An inner loss, either of logits or of hidden states; exactly one of the first two fields is set."""
 
-    of_logits: LogitLoss | None = None
-    of_hidden: HiddenDistance | None = None
+    logit_loss: LogitLoss | None = None
+    hidden_distance: HiddenDistance | None = None
     student: Hidden = "post_final_norm"
     # None: no teacher, the target is the clean token. For a loss of logits the head computes the teacher's logits from
     # its hidden states after the final norm.
@@ -67,7 +67,7 @@ def inner_loss(name: str, student_hidden: Hidden, teacher_hidden: Hidden) -> Inn
         teacher_hidden: hidden state of the teacher in a loss of hidden states.
     """
     if name in HIDDEN_LOSSES:
-        return InnerLoss(of_hidden=HIDDEN_LOSSES[name], student=student_hidden, teacher=teacher_hidden)
+        return InnerLoss(hidden_distance=HIDDEN_LOSSES[name], student=student_hidden, teacher=teacher_hidden)
     return LOGIT_LOSSES[name]
 
 

@@ -107,16 +107,16 @@ def sgd_update(
     fast: FastWeights,
     grads: Sequence[Tensor],
     optimiser: InnerSGD,
-    keep_G: Tensor,
+    update_G: Tensor,
     group: FastWeightGroup | None = None,
 ) -> tuple[FastWeights, Tensor]:
     """Take one clipped SGD step: phi -= lr * g * clip / (norm + 1e-12) where norm > clip, else phi -= lr * g.
 
-    `norm` is computed per set, of each tensor or of all tensors (`InnerSGD.gradient_norm`).
+    `norm` is the norm of one tensor's gradient, per set and expert ("per_parameter"), or of the full set ("global").
 
     Args:
         grads: gradients of `leaves(fast)`.
-        keep_G: bool; sets with False are not updated. Neither are sets whose gradient is not finite.
+        update_G: bool; sets with False are not updated. Neither are sets whose gradient is not finite.
         group: ranks that share the sets.
 
     Returns:
@@ -129,19 +129,19 @@ def sgd_update(
     ]
     grads = group.gradients(grads) if group is not None else grads
     squares = squared_norms(grads)
-    total_G = set_totals(squares, len(keep_G), group)
-    keep_G = keep_G & total_G.isfinite()
+    total_G = set_totals(squares, len(update_G), group)
+    update_G = update_G & total_G.isfinite()
     clip = optimiser.clip
 
     def step(x: Tensor, g: Tensor, square_n: Tensor) -> Tensor:
         norm_n = GRADIENT_NORMS[optimiser.gradient_norm](square_n, total_G).sqrt()
         factor_n = torch.where(norm_n > clip, clip / (norm_n + 1e-12), 1.0) if clip > 0 else torch.ones_like(norm_n)
-        keep_n = _repeat_for_experts(keep_G, factor_n)
+        update_n = _repeat_for_experts(update_G, factor_n)
         # Compute on local tensors: the factor is one number per entry, equal on every tensor-parallel rank.
         placements = (x.device_mesh, x.placements) if isinstance(x, DTensor) else None
         x, g = (y.to_local() if isinstance(y, DTensor) else y for y in (x, g))
-        moved = x - optimiser.learning_rate * factor_n[:, None, None] * g
-        new = torch.where(keep_n[:, None, None], moved, x)
+        updated = x - optimiser.learning_rate * factor_n[:, None, None] * g
+        new = torch.where(update_n[:, None, None], updated, x)
         return DTensor.from_local(new, *placements, run_check=False) if placements else new
 
     return map_leaves(step, fast, grads, squares), total_G.sqrt()

@@ -2,9 +2,8 @@
 
 The head's matrix product, the loss and the loss gradient run on one chunk of tokens at a time. With a vocabulary of
 126 k, the logits of one long sequence would otherwise be the largest tensor in memory. The gradient of a chunk is
-computed as soon as its logits are, so no logits are kept or computed twice. The operations between the logits' matrix
-product and the gradients' matrix products can be compiled. The compiled result reuses the memory of the logits, in
-their dtype.
+computed as soon as its logits are, so no logits are kept or computed twice. The gradient replaces the logits, in their
+dtype. The operations between the matrix product of the logits and those of the gradients can be compiled.
 
 `torch.nn.functional.linear_cross_entropy` computes the logits twice if tokens are weighted individually, and supports
 neither a sharded vocabulary nor a teacher. The tests compare with it.
@@ -25,8 +24,8 @@ from torch.distributed import ProcessGroup, ReduceOp, all_reduce, get_rank
 from memdlm_dist.compat.torch import add_product_, mark_dynamic
 from memdlm_dist.method.diffusion import SetSum
 
-# Largest size of a chunk's float32 logits. At LLaDA's vocabulary of 126,464 this is 512 tokens, enough for efficient
-# matrix products.
+# Maximum size of a chunk's float32 logits. With LLaDA's vocabulary of 126,464 it allows 512 tokens, enough for
+# efficient matrix products.
 CHUNK_BYTES = 2**28
 # A chunk's number of rows is a multiple of this, to fill the tiles of matrix products. The last chunk may be smaller.
 CHUNK_ROWS = 128

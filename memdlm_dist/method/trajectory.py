@@ -25,7 +25,7 @@ PROGRESSIVE_RATIOS = (0.8, 0.2)
 
 
 class Draw(NamedTuple):
-    """Random numbers from which a micro-batch's masks are computed, and its maskable tokens."""
+    """Random numbers that determine a micro-batch's masks, and its maskable tokens."""
 
     maskable_BL: Tensor  # bool
     t_U: Tensor  # float64: noise level of the outer loss
@@ -46,7 +46,7 @@ class Draw(NamedTuple):
         return smallest(u_BL, self.maskable_BL, count_U, self.documents)
 
 
-# Number of the input that the outer loss reads.
+# Input number of the anchor, which the outer loss reads.
 ANCHOR_INPUT = 0
 
 
@@ -55,7 +55,7 @@ class State:
     """One state of a trajectory: masked tokens, scored tokens, loss weights, and the state that follows.
 
     States with the same mask have the same input number, so that one trunk pass serves them all. Input numbers depend
-    on the kind of trajectory alone, never on the values of the masks. Otherwise ranks would run different passes and
+    on the kind of trajectory only, never on the values of the masks. Otherwise ranks would run different passes and
     collectives.
     """
 
@@ -167,12 +167,12 @@ def _anchor_consistent(draw: Draw, anchor: State, plan: Plan) -> list[State]:
 
 
 def _pre_anchor_only(draw: Draw, anchor: State, plan: Plan) -> list[State]:
-    """Return the pre-anchor alone; its next state, for a teacher, is still the anchor."""
+    """Return the pre-anchor as the only state; its next state, which a teacher reads, is still the anchor."""
     return _anchor_consistent(draw, anchor, replace(plan, inner_steps=2))[:1]
 
 
 def _anchor_only(draw: Draw, anchor: State, plan: Plan) -> list[State]:
-    """Return the anchor alone, with the outer loss's weight w(t): at the sampled t, not at the realised mask ratio."""
+    """Return the anchor as the only state, with the outer loss's w(t): t is sampled, not the realised mask ratio."""
     return [replace(anchor, weight_U=plan.weight(draw.t_U))]
 
 

@@ -166,7 +166,7 @@ def step_flops(
     for step in batch.inner:
         inner += tail_forward + sum(layer.inner_backward(lowest=layer is tail[0]) for layer in tail)
         distilled = step.teacher is not None
-        if memory.loss.of_logits is not None:
+        if memory.loss.logit_loss is not None:
             # The student's logits, their backward pass to the hidden states, and the teacher's logits.
             inner += (3 if distilled else 2) * head(step.scored)
         if distilled:

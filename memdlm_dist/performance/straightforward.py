@@ -62,13 +62,13 @@ def outer_loss(model, batch, memory, fast=None, tp_rank=0):
 
     def state_loss(k, current, sums):
         step = batch.inner[k]
-        of_logits = loss.of_logits is not None
+        of_logits = loss.logit_loss is not None
         student = run(step.student, step.scored, current, "logits" if of_logits else loss.student)
         target = step.scored.label_N
         if loss.teacher is not None:
             with torch.no_grad():
                 target = run(step.teacher, step.scored, current, "logits" if of_logits else loss.teacher)
-        return sums(DISTANCES[loss.of_logits or loss.of_hidden](student, target))
+        return sums(DISTANCES[loss.logit_loss or loss.hidden_distance](student, target))
 
     fast, statistics = inner_loop.adapt(
         state_loss,

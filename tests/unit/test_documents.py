@@ -384,7 +384,7 @@ def test_packed_rows_cost_their_documents_attention_and_every_sets_terms():
     assert unpacked_flops.outer - packed_flops.outer + heads == pytest.approx(saved)
     one_set = step_flops(ARGS, batch, memory(per_sample=False))
     assert step_flops(ARGS, batch, settings).inner > one_set.inner
-    assert settings.sets(batch) == 16
+    assert settings.count_sets(batch) == 16
 
 
 def test_tokens_are_laid_out_document_after_document():

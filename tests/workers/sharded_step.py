@@ -205,7 +205,7 @@ def fsdp_schedule(bench):
     def raise_error(*_):
         raise ArithmeticError("on purpose")
 
-    broken_loss = memory.loss._replace(of_logits=raise_error)
+    broken_loss = memory.loss._replace(logit_loss=raise_error)
     for name, fail in {
         "inner loop": lambda: bilevel.outer_loss(
             bench.model, batch, replace(memory, loss=broken_loss), fast, bench.objective.tp_rank
