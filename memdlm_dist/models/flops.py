@@ -1,4 +1,4 @@
-"""Floating-point operations (FLOPs) of a training step: plain masked diffusion, and the memory's share on top.
+"""Floating-point operations (FLOPs) of a training step: plain masked diffusion, and the additional FLOPs of the memory.
 
 The count covers the matrix products that the hardware runs for one micro-batch, with one addition and one
 multiplication per term. It is a total over all tensor-parallel ranks, for the tokens of one context-parallel rank.

@@ -41,8 +41,8 @@ class FSDPSchedule:
         layers = [[block, *_expert_modules(block)] for block in model.layers.values()]
         groups = [[model.tok_embeddings], *layers, [model.output]]
         reshard = [policy != "never"] * (len(groups) - 1) + [policy == "always"]
-        # By default FSDP2 prefetches in the order of past forward passes, of which the inner loop has many. The first
-        # group has no predecessor and names itself, because an empty list restores the default.
+        # By default FSDP2 prefetches in the order of past forward passes, and the inner loop runs many of these. The
+        # first group has no predecessor and names itself, because an empty list restores the default.
         previous_groups = [groups[0], *groups]
         if not any(p.requires_grad for p in model.tok_embeddings.parameters()):
             previous_groups[1] = groups[1]  # a frozen embedding has no backward pass

@@ -1,7 +1,7 @@
 """Initial weights: every element is a function of (seed, parameter name, row, column).
 
-Each rank draws its local part of a parameter, and all layouts start with the same weights. The distributions are those
-of torchtitan's llama3 and of its experts, with a configurable scale. torchtitan truncates the linears at 100 standard
+Each rank draws its local part of a parameter, and all layouts start with the same weights. The distributions follow
+torchtitan's llama3 and its experts, with a configurable scale. torchtitan truncates the linears at 100 standard
 deviations, which has no effect; here they are not truncated.
 
 Shapes: a parameter is `[..., C]`; this rank holds R rows of c columns.

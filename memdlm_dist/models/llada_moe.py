@@ -63,12 +63,12 @@ class LLaDAMoEArgs(LLaDAArgs):
         return get_moe_model_nparams_and_flops(self, model, 2 * self.head_dim, seq_len)
 
     def adapted_linears(self, first_layer: int, targets: Sequence[str]) -> list[AdaptedLinear]:
-        """Return the adapted linears as `LLaDAArgs` does, with the FFN linears once per expert."""
+        """Return the adapted linears as `LLaDAArgs` does; an FFN entry stands for that linear in all experts."""
         dense = super().adapted_linears(first_layer, targets)
         return [self._expert_linear(linear) if linear.target in GROUPS["ffn"] else linear for linear in dense]
 
     def _expert_linear(self, linear: AdaptedLinear) -> AdaptedLinear:
-        # Numbers follow those of the dense linears; each linear takes `n_experts` consecutive numbers.
+        # The numbers start after all dense linears; each linear takes `n_experts` consecutive numbers.
         first = (linear.number + self.n_layers * len(LINEARS)) * self.n_experts
         return AdaptedLinear(
             linear.layer, linear.target, linear.in_features, linear.out_features, linear.row_wise, first,
@@ -142,6 +142,8 @@ class AdaptableExperts(GroupedExperts):
 
 
 def _grouped(counts: Tensor) -> ExpertProduct:
+    """Return the experts' matrix product as one grouped product in bfloat16."""
+
     def product(x_Si: Tensor, weight_noi: Tensor) -> Tensor:
         ends_n = counts.view(len(weight_noi), -1).sum(1).cumsum(0, dtype=torch.int32)
         return grouped_mm(x_Si.bfloat16(), weight_noi.bfloat16(), ends_n)
@@ -150,6 +152,7 @@ def _grouped(counts: Tensor) -> ExpertProduct:
 
 
 def _loop(counts: Tensor) -> ExpertProduct:
+    """Return the experts' matrix product as a loop over experts; reading the counts is a device-to-host sync."""
     group_sizes = counts.tolist()
 
     def product(x_Si: Tensor, weight_noi: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ def _adapt(parent: nn.Module, linears: Sequence[str], lora: LoRA, dtype: torch.d
 
 
 def is_adapter(name: str) -> bool:
-    """Return True if the name is that of an adapter's parameter."""
+    """Return True if `name` belongs to an adapter's parameter."""
     return name.endswith((A, B))
 
 

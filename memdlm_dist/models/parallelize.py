@@ -151,7 +151,7 @@ def _apply_tp(model: LLaDA, mesh: DeviceMesh, recipe: Recipe) -> None:
             for name in ("attention.q_norm", "attention.k_norm"):
                 style = SequenceParallel(sequence_dim=2, use_local_output=True)
                 parallelize_module(block.get_submodule(name), mesh, style)
-    maybe_enable_async_tp(cast(Any, recipe), mesh)  # it reads only two configuration sections
+    maybe_enable_async_tp(cast(Any, recipe), mesh)  # it reads two sections, which a recipe has too
     model.output.follow_plan(loss_parallel)
 
 

@@ -90,7 +90,7 @@ class BackboneStateDictAdapter(StateDictAdapter):
         ]
 
     def extended(self, config_json: str) -> str:
-        """Return a native config.json with RoPE base and context length updated to this run's context."""
+        """Set the RoPE base and context length of a native config.json to those of this run's context."""
         if self.args.rope_scaling == 1:
             return config_json
         changed = {key: value for key, value in self.config().items() if key in _CONTEXT_KEYS}

@@ -1,1 +1,1 @@
-"""Memory and traffic of a step before it runs, and the bench's measured steps."""
+"""Estimates of a step's memory, communication and time, and benchmarks of real steps."""

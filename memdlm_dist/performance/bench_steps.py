@@ -1,4 +1,4 @@
-"""A sharded backbone on random tokens, on which bench.py and the tests take plain, straightforward and our steps."""
+"""Benchmark steps: plain, straightforward and ours, on a sharded backbone with random tokens."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,25 +21,30 @@ from memdlm_dist.training.backbone import get_layout, model_on_meta
 from memdlm_dist.training.objective import Objective, build_objective
 
 KINDS = ("plain", "straightforward", "ours")
-DATA_PARALLEL = ("dp_replicate", "fsdp")  # dimensions of the mesh over which FSDP2 communicates
+DATA_PARALLEL = ("dp_replicate", "fsdp")  # mesh dimensions over which FSDP2 communicates
 _SEED = 0
 
 
 @dataclass
 class Bench:
-    """A sharded backbone with everything a step needs, of which three kinds can be taken."""
+    """A sharded backbone with everything that the three `KINDS` of step need."""
 
     config: JobConfig
     args: LLaDAArgs
     dims: Layout
     model: LLaDA
     objective: Objective
-    flops_per_token: float  # of plain training, as torchtitan counts them
-    autocast: Any  # as torchtitan's trainer has it
+    flops_per_token: float  # plain training, as torchtitan counts it
+    autocast: Any  # autocast context, as in torchtitan's trainer
 
     @classmethod
     def build(cls, config: JobConfig, layers: int | None = None) -> "Bench":
-        """On all processes, which torch.distributed knows."""
+        """Build the model and the objective; all ranks of torch.distributed must call this.
+
+        Args:
+            config: a resolved configuration.
+            layers: number of layers; None for the flavour's.
+        """
         dims = get_layout(config, dist.get_world_size())
         args = backbone_args(config.model.name, config.model.flavor)
         args = replace(args, n_layers=layers or args.n_layers)
@@ -51,11 +56,11 @@ class Bench:
         with torch.no_grad():
             model.init_weights()
         objective = build_objective(config, args, args.vocab_size - 1, dims)
-        casting = autocast(dims, config.training.mixed_precision_param, device_type())
-        return cls(config, args, dims, model, objective, flops, casting)
+        autocast_context = autocast(dims, config.training.mixed_precision_param, device_type())
+        return cls(config, args, dims, model, objective, flops, autocast_context)
 
     def batch(self, number: int) -> MicroBatch:
-        """Random tokens with their noise; the same on the ranks of a tensor-parallel group."""
+        """Draw a micro-batch of random tokens with noise; it is the same on all ranks of a tensor-parallel group."""
         training = self.config.training
         mesh = self.dims.get_optional_mesh("batch")
         ids = torch.arange(training.local_batch_size) + training.local_batch_size * (
@@ -67,33 +72,36 @@ class Bench:
         return self.objective.micro_batch(tokens, tokens, ids, step=number).to(device_type())
 
     def loss_sum(self, kind: str, batch: MicroBatch, step: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Any]:
-        """The outer loss by one of the three `KINDS` of step, and the inner loop's statistics.
+        """Compute the outer loss sum by one of the three `KINDS` of step, and the inner loop's statistics.
 
         Args:
-            dtype: of the fast weights, if not as drawn.
+            kind: kind of step.
+            batch: a batch of this bench.
+            step: step number, part of the key of the fast weights' draw.
+            dtype: dtype of the fast weights; None keeps the dtype in which they are drawn.
         """
         memory = self.objective.memory
         assert memory is not None
         run = straightforward.outer_loss if kind == "straightforward" else bilevel.outer_loss
-        shard = self.objective.tp_rank
+        tp_rank = self.objective.tp_rank
         with self.autocast:
             if kind == "plain":
-                return run(self.model, batch, None, None, shard)
+                return run(self.model, batch, None, None, tp_rank)
             fast = memory.draw(_SEED, step, batch.sample_ids_U)
             if dtype is not None:
                 fast = fast_weights.map_leaves(lambda x: x.to(dtype), fast)
-            return run(self.model, batch, memory, fast, shard)
+            return run(self.model, batch, memory, fast, tp_rank)
 
     def groups(self, *names: str) -> list[dist.ProcessGroup]:
-        """Process groups of the mesh's dimensions, as far as they exist."""
+        """Return the process groups of the named mesh dimensions; dimensions of degree 1 have none."""
         meshes = (self.dims.get_optional_mesh(name) for name in names)
         return [mesh.get_group() for mesh in meshes if mesh is not None]
 
     def collectives(self, kind: str, number: int = 0) -> Collectives:
-        """Those of one forward and backward pass."""
+        """Record the collectives of one forward and backward pass."""
         batch = self.batch(number)
-        # A compiled block would hide its collectives.
-        with torch.compiler.set_stance("force_eager"), Collectives() as counted:
+        # Collectives inside compiled blocks would not be recorded.
+        with torch.compiler.set_stance("force_eager"), Collectives() as recorded:
             self.loss_sum(kind, batch, number)[0].backward()
         self.model.zero_grad()
-        return counted
+        return recorded

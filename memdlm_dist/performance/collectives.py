@@ -1,4 +1,4 @@
-"""The collectives of a piece of code, by kind and process group. A helper of bench.py and of the tests."""
+"""Recorder of collectives, by kind and process group, for bench.py and the tests."""
 
 from collections import Counter
 from typing import Any
@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 
 from memdlm_dist.compat.torch import TorchDispatchMode, operator_name, tree_leaves
 
-# Operators by which torch.distributed, FSDP2 and DTensor communicate.
+# Communication operators of torch.distributed, FSDP2 and DTensor.
 _KINDS = {
     "c10d::_allgather_base_": "all_gather",
     "c10d::allgather_": "all_gather",
@@ -37,35 +37,35 @@ _LOCAL = ("_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_autog
 
 
 class Collectives(TorchDispatchMode):
-    """While active, lists (kind, name of the process group, largest argument's number of elements).
+    """Context that records each collective as (kind, process group name, elements of the largest argument).
 
-    A compiled region is not looked into; run it uncompiled. (torch's CommDebugMode breaks around
+    It does not see collectives inside compiled regions; run them uncompiled. (torch's CommDebugMode breaks around
     `torch.autograd.grad`.)
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[tuple[str, str, int]] = []
+        self.issued: list[tuple[str, str, int]] = []
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = operator_name(operator)
         if name in _KINDS:
             leaves = tree_leaves((args, kwargs or {}))
             elements = max((x.numel() for x in leaves if isinstance(x, Tensor)), default=0)
-            self.found.append((_KINDS[name], _group_name(leaves), elements))
+            self.issued.append((_KINDS[name], _group_name(leaves), elements))
         elif name.startswith(("c10d::", "_c10d_functional::")) and name not in _LOCAL:
-            raise RuntimeError(f"an operator of torch.distributed that is not known here: {name}")
+            raise RuntimeError(f"{name} is an unknown operator of torch.distributed; add it to collectives.py.")
         return operator(*args, **(kwargs or {}))
 
     def on(self, *groups: ProcessGroup) -> list[tuple[str, int]]:
-        """(kind, elements) of the collectives on some groups, in the order in which they were issued."""
+        """Return (kind, elements) of the collectives on the given process groups, in the order of their issue."""
         names = {group.group_name for group in groups}
-        return [(kind, elements) for kind, group, elements in self.found if group in names]
+        return [(kind, elements) for kind, group, elements in self.issued if group in names]
 
 
-def by_kind(found: list[tuple[str, int]]) -> Counter[str]:
-    """The number of collectives of each kind."""
-    return Counter(kind for kind, _ in found)
+def by_kind(collectives: list[tuple[str, int]]) -> Counter[str]:
+    """Count the collectives by kind."""
+    return Counter(kind for kind, _ in collectives)
 
 
 def _group_name(leaves: list[Any]) -> str:
@@ -73,6 +73,6 @@ def _group_name(leaves: list[Any]) -> str:
         if isinstance(x, torch.ScriptObject):
             try:
                 return ProcessGroup.unbox(x).group_name
-            except RuntimeError:  # a reduction operator, say
+            except RuntimeError:  # not a process group, but for example a reduction operator
                 continue
     return next(x for x in leaves if isinstance(x, str) and x not in ("sum", "avg", "max", "min"))

@@ -1,9 +1,9 @@
-"""What a step needs on one rank, before anything runs: bytes that are held and sent, and what is computed.
+"""Estimate of a step's memory, communication and FLOPs on one rank, before anything runs.
 
-From a backbone on the meta device, spread over a layout as for training, the sharded sizes are read off; activations
-and communication follow from the sizes and from the order in which the bi-level step passes through the layers. Peak
-memory is estimated as the sum of what is held when the outer backward pass is in the deepest layer, which is where all
-of this is there at once. Not in it: the allocator's fragmentation, the libraries' workspaces, validation.
+Sharded sizes come from a backbone on the meta device, parallelised as for training. Activations and communication
+follow from these sizes and from the passes of the bi-level step. Peak memory is the sum of everything that is in memory
+when the outer backward pass is in the last layer, where all of these tensors coexist. The estimate leaves out the
+allocator's fragmentation, library workspaces and validation.
 """
 
 import math
@@ -28,68 +28,72 @@ from memdlm_dist.models.llada_moe import LLaDAMoEArgs
 from memdlm_dist.training.backbone import get_lora
 from memdlm_dist.training.objective import build_objective, first_adapted_layer, get_inner_loss, get_plan
 
-# The mesh dimensions over which FSDP2 shards a parameter that it gathers to compute with.
+# Mesh dimensions of FSDP2 and HSDP: a gathered parameter is not sharded over these.
 _DATA_PARALLEL = ("dp_replicate", "fsdp", "efsdp")
-_LEVELS = 8  # noise levels over which the FLOPs of a row are averaged
+_NOISE_LEVELS = 8  # a row's FLOPs are averaged over this number of noise levels
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes on one rank at the step's peak."""
 
-    weights: float  # sharded, in the type in which they are kept
+    weights: float  # sharded, in their storage dtype
     gradients: float
     optimizer: float  # AdamW's two moments
-    gathered: float  # tail and head, which stay, and two layers of the trunk; all that is never freed
-    gathered_gradients: float  # of the layer whose gradients are being reduced
+    gathered: float  # all-gathered parameters: tail and head, and two layers of the trunk; all if none are resharded
+    gathered_gradients: float  # gradients of the layer that is being reduced
     activations: float
-    head: float  # one chunk of logits with what the loss makes of it, and the sum of the weight's gradient
-    fast_weights: float  # with their gradients and the next ones
+    head: float  # one chunk of logits with the loss's temporaries, and the sum of the head weight's gradient
+    fast_weights: float  # current fast weights, their gradients and the updated fast weights
 
     @property
     def total(self) -> float:
+        """Sum of all parts, in bytes."""
         return sum(vars(self).values())
 
 
 @dataclass(frozen=True)
 class Communication:
-    """Bytes that one rank sends in an optimizer step, by ring algorithms."""
+    """Bytes that one rank sends in an optimizer step, with ring algorithms; field names are keys of the JSON output."""
 
-    gather: float  # FSDP2's all-gathers
-    reduce: float  # its reduce-scatters
-    replicate: float  # HSDP's all-reduces
-    tensor: float  # tensor parallelism's
-    context: float  # context parallelism's: tokens for heads, and the fast weights' gradients
-    experts: float  # the exchange of tokens
+    gather: float  # FSDP2 all-gathers
+    reduce: float  # FSDP2 reduce-scatters
+    replicate: float  # HSDP all-reduces
+    tensor: float  # tensor parallelism
+    context: float  # context parallelism: exchange of tokens for heads, and all-reduces of the fast weights' gradients
+    experts: float  # expert parallelism: exchange of tokens
 
     @property
     def total(self) -> float:
+        """Sum of all parts, in bytes."""
         return sum(vars(self).values())
 
 
 @dataclass(frozen=True)
 class Estimate:
+    """Estimate of a configuration at one number of ranks; field names are keys of the JSON output."""
+
     parameters: int
-    trained: int
-    active: int  # that a token passes through
-    replicas: int  # of the parameters, which HSDP keeps
-    sequences: int  # of a micro-batch
-    micro_batches: int  # of an optimizer step
+    trained: int  # trained parameters
+    active: int  # parameters that one token passes through
+    replicas: int  # HSDP replicas of the parameters
+    sequences: int  # rows per micro-batch
+    micro_batches: int  # per optimizer step
     memory: MemoryEstimate
     communication: Communication
-    across_nodes: list[str]  # parts of the communication whose process groups are not within a node
-    flops: float  # of the matrix products of an optimizer step on one rank
+    across_nodes: list[str]  # fields of `communication` whose process groups span nodes
+    flops: float  # matrix products of an optimizer step on one rank
 
 
 @dataclass(frozen=True)
-class _Passes:
-    """How often a micro-batch passes through a layer."""
+class _LayerPasses:
+    """Number of passes of a micro-batch through one layer."""
 
     forward: int
     backward: int
 
-    def of_collectives(self, recomputed: bool) -> int:
-        """Passes that communicate; a checkpointed layer runs forward again before each backward pass."""
+    def communicating(self, recomputed: bool) -> int:
+        """Count the passes that communicate; a checkpointed layer repeats the forward pass before each backward."""
         return self.forward + self.backward * (2 if recomputed else 1)
 
 
@@ -101,14 +105,15 @@ def estimate(
     node_size: int | None = None,
     documents: int = 1,
 ) -> Estimate:
-    """Estimate what a configuration needs.
+    """Estimate the memory, communication and FLOPs of a configuration.
 
     Args:
-        model: on the meta device, spread over `dims` by `parallelize_llada`.
-        args: its sizes.
-        config: from `launch.resolve`.
-        node_size: ranks of a node; all of them if None.
-        documents: in the fullest row of packed ones.
+        model: the backbone on the meta device, parallelised over `dims`.
+        args: the backbone's sizes.
+        dims: the parallel layout.
+        config: a configuration from `launch.resolve`.
+        node_size: ranks per node; None for a single node.
+        documents: maximum number of documents in a packed row.
     """
     training, slots = config.training, power_of_two(documents)
     micro_batches = training.global_batch_size // (training.local_batch_size * dims.dp_replicate * dims.dp_shard)
@@ -118,18 +123,18 @@ def estimate(
     return Estimate(
         parameters=sum(p.numel() for p in parameters),
         trained=sum(p.numel() for p in trained),
-        active=_active(model, args),
+        active=_active_parameters(model, args),
         replicas=dims.dp_replicate,
         sequences=training.local_batch_size,
         micro_batches=micro_batches,
-        memory=_footprint(model, args, dims, config, first, slots),
+        memory=_memory(model, args, dims, config, first, slots),
         communication=_communication(model, args, dims, config, first, micro_batches, slots),
         across_nodes=_across_nodes(dims, node_size) if node_size else [],
         flops=micro_batches * training.local_batch_size * _row_flops(args, dims, config),
     )
 
 
-def _active(model: LLaDA, args: LLaDAArgs) -> int:
+def _active_parameters(model: LLaDA, args: LLaDAArgs) -> int:
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     share = args.experts_per_token / args.n_experts if isinstance(args, LLaDAMoEArgs) else 1.0
     return int(sum(p.numel() for p in model.parameters()) - experts * (1 - share))
@@ -140,42 +145,41 @@ def _local(p: Tensor) -> Tensor:
 
 
 def _gathered_elements(parameters: Iterable[Tensor]) -> int:
-    """When FSDP2 has gathered them: sharded by tensor and expert parallelism alone."""
+    """Count this rank's elements of all-gathered parameters, which only tensor and expert parallelism shard."""
     total = 0
     for p in parameters:
-        parts = 1
+        degree = 1
         if isinstance(p, DTensor):
             names = p.device_mesh.mesh_dim_names or ()
             for name, size, placement in zip(names, p.device_mesh.shape, p.placements, strict=True):
-                parts *= size if name not in _DATA_PARALLEL and placement.is_shard() else 1
-        total += p.numel() // parts
+                degree *= size if name not in _DATA_PARALLEL and placement.is_shard() else 1
+        total += p.numel() // degree
     return total
 
 
 def _groups(model: LLaDA) -> Sequence[Sequence[Tensor]]:
-    """Parameters that FSDP2 gathers together: the embedding, each layer, norm and head."""
+    """Return the parameters by FSDP2 group: embedding, each layer, final norm with head."""
     first, last = list(model.tok_embeddings.parameters()), [*model.norm.parameters(), *model.output.parameters()]
     return [first, *(list(layer.parameters()) for layer in model.layers.values()), last]
 
 
-def _footprint(
-    model: LLaDA, args: LLaDAArgs, dims: Layout, config: JobConfig, first: int, slots: int
-) -> MemoryEstimate:
+def _memory(model: LLaDA, args: LLaDAArgs, dims: Layout, config: JobConfig, first: int, slots: int) -> MemoryEstimate:
     training = config.training
     compute = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize
     parameters = list(model.parameters())
     trained = [_local(p) for p in parameters if p.requires_grad]
     groups = _groups(model)
     if dims.fsdp_enabled:
-        freed = 0 if config.parallelism.fsdp_reshard_after_forward == "never" else 1 + first
-        resident = groups[freed:]
-        passing = sorted((_gathered_elements(group) for group in groups[:freed]), reverse=True)[:2]
-        gathered = compute * (sum(map(_gathered_elements, resident)) + sum(passing))
+        resharded = 0 if config.parallelism.fsdp_reshard_after_forward == "never" else 1 + first
+        resident = groups[resharded:]
+        transient = sorted((_gathered_elements(group) for group in groups[:resharded]), reverse=True)[:2]
+        gathered = compute * (sum(map(_gathered_elements, resident)) + sum(transient))
         largest = max(_gathered_elements(p for p in group if p.requires_grad) for group in groups)
-        # As autograd makes them, and as they are reduced: now and, while that is under way, before.
+        # Autograd's gradients, and two copies in the reduction dtype: this group's and the previous group's, whose
+        # reduction is still in progress.
         reducing = largest * (compute + 2 * TORCH_DTYPE_MAP[training.mixed_precision_reduce].itemsize)
     else:
-        # One rank computes with its own weights; autocast keeps their casts.
+        # Without FSDP2 nothing is gathered, but autocast caches the casts of the weights.
         gathered = compute * sum(_local(p).numel() for p in parameters if p.itemsize != compute)
         reducing = 0.0
     return MemoryEstimate(
@@ -184,30 +188,30 @@ def _footprint(
         optimizer=2.0 * sum(p.numel() * p.itemsize for p in trained),
         gathered=gathered,
         gathered_gradients=reducing,
-        activations=_activations(args, dims, config, first) + _laid_out(args, dims, config, first, slots),
+        activations=_activations(args, dims, config, first) + _grouped_copies(args, dims, config, first, slots),
         head=_head(args, dims, config, trained=any(p.requires_grad for p in model.output.parameters())),
-        # With their gradients, and what the update makes of them.
+        # Current fast weights, gradients, and updated fast weights.
         fast_weights=3.0 * _fast_bytes(args, dims, config, first, slots),
     )
 
 
-# Tensors of the logits' size, in float32, that an eager loss makes besides the logits and the teacher's.
+# Float32 temporaries of the logits' size in an eager loss, apart from the logits of student and teacher.
 _TEMPORARIES = {"cross_entropy": 0, "kl": 3, "reverse_kl": 2}
 
 
 def chunk_bytes(loss: str, dtype: torch.dtype, fused: bool) -> int:
-    """Return the bytes that a chunk's loss holds for each element of its logits.
+    """Return the memory of a chunk's loss, in bytes per element of the chunk's logits.
 
     Args:
-        loss: a loss of logits, by name.
-        dtype: of the logits' product; they are read in float32.
-        fused: the loss is compiled: it keeps nothing of this size but the gradient.
+        loss: name of a loss of logits.
+        dtype: dtype of the head's matrix product; the loss reads the logits in float32.
+        fused: the loss is compiled and has no temporaries of this size but the gradient.
     """
-    with_teacher = 1 if loss == "cross_entropy" else 2
+    n_logits = 1 if loss == "cross_entropy" else 2
     if fused:
-        return (with_teacher + 1) * dtype.itemsize
+        return (n_logits + 1) * dtype.itemsize
     copy = 4 if dtype.itemsize < 4 else 0
-    return with_teacher * (dtype.itemsize + copy) + 4 * _TEMPORARIES[loss]
+    return n_logits * (dtype.itemsize + copy) + 4 * _TEMPORARIES[loss]
 
 
 def _head(args: LLaDAArgs, dims: Layout, config: JobConfig, trained: bool) -> float:
@@ -219,56 +223,58 @@ def _head(args: LLaDAArgs, dims: Layout, config: JobConfig, trained: bool) -> fl
     losses = {"cross_entropy": vocabulary * args.dim * 4 if trained and rows < tokens and dtype.itemsize < 4 else 0}
     if memory.enable and memory.inner_loss in _TEMPORARIES:
         losses.setdefault(memory.inner_loss, 0)
-    # Of several chunks the outer loss sums the weight's gradient in float32 before it is rounded.
+    # With several chunks, the outer loss accumulates the gradient of the head's weight in float32.
     return max(rows * vocabulary * chunk_bytes(loss, dtype, fused) + summed for loss, summed in losses.items())
 
 
 def _tokens(training: Training, dims: Layout) -> float:
-    """Of a micro-batch, those of one context-parallel rank."""
+    """Return the tokens of a micro-batch on one context-parallel rank."""
     tokens: float = training.local_batch_size * training.seq_len / dims.cp
     return tokens
 
 
-def saved_elements(args: LLaDAArgs, tp: int = 1) -> tuple[float, float]:
-    """Elements for each token that autograd keeps of a layer: its input alone, and everything.
+def saved_elements(args: LLaDAArgs, tp_size: int = 1) -> tuple[float, float]:
+    """Return the elements per token that autograd saves for a layer: with full checkpointing, and without.
 
-    Norms keep their input and attention and FFN theirs; attention keeps queries, keys and values as it gets them, its
-    output, and that output as the last projection reads it; the FFN its gate, its up, silu(gate) and the product.
+    Full checkpointing saves only the layer's input. Without it, the norms, the attention and the FFN save their inputs.
+    The attention also saves queries, keys, values, its output, and the copy of the output that the last projection
+    reads. The FFN also saves gate, up, silu(gate) and the product.
     """
     heads, kv = args.dim, (args.dim // args.n_heads) * (args.n_kv_heads or args.n_heads)
-    attention = 2 * args.dim / tp + args.dim + (3 * heads + 2 * kv) / tp
+    attention = 2 * args.dim / tp_size + args.dim + (3 * heads + 2 * kv) / tp_size
     if args.qk_norm:
-        attention += (heads + kv) / tp
+        attention += (heads + kv) / tp_size
     if isinstance(args, LLaDAMoEArgs):
-        # Each expert's part, and its output in the tokens' order, in float32 for the weighted sum.
+        # Input, intermediates and output of each expert, and the reordered output in float32 for the weighted sum.
         k = args.experts_per_token
-        ffn = args.dim + k * (args.dim + 4 * args.hidden_dim / tp + 3 * args.dim)
+        ffn = args.dim + k * (args.dim + 4 * args.hidden_dim / tp_size + 3 * args.dim)
     else:
-        ffn = args.dim + 4 * args.hidden_dim / tp
-    return args.dim / tp, attention + ffn
+        ffn = args.dim + 4 * args.hidden_dim / tp_size
+    return args.dim / tp_size, attention + ffn
 
 
 def _activations(args: LLaDAArgs, dims: Layout, config: JobConfig, first: int) -> float:
-    """Of the anchor's outer pass, and the trunk's output for the other states, which the inner loop reads before it."""
+    """Return the bytes of the outer pass's activations, and of the trunk's outputs for the other states."""
     training, checkpointing = config.training, config.activation_checkpoint
     size = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize * _tokens(training, dims)
-    kept, everything = saved_elements(args, dims.tp)
+    checkpointed, full = saved_elements(args, dims.tp)
     if checkpointing.mode == "full":
-        layers = args.n_layers * kept + everything  # of the layer that is run again
+        layers = args.n_layers * checkpointed + full  # `full`: the layer that is being recomputed
     elif checkpointing.mode == "selective" and checkpointing.selective_ac_option.isdigit():
         every = int(checkpointing.selective_ac_option)
-        layers = (args.n_layers - args.n_layers // every) * everything + args.n_layers // every * kept + everything
+        layers = (args.n_layers - args.n_layers // every) * full + args.n_layers // every * checkpointed + full
     else:
-        layers = args.n_layers * everything
+        layers = args.n_layers * full
     others = (_planned(config).inputs - 1) * args.dim / dims.tp if config.parametric_memory.enable else 0.0
-    # A layer's backward pass makes a gradient of everything that its forward pass made.
-    return size * (layers + everything + others + 2 * args.dim / dims.tp)
+    # The backward pass of a layer makes a gradient for each of its activations.
+    return size * (layers + full + others + 2 * args.dim / dims.tp)
 
 
-def _laid_out(args: LLaDAArgs, dims: Layout, config: JobConfig, first: int, slots: int) -> float:
-    """Return the bytes of the copies of the adapted linears' inputs that grouped products read in an inner step.
+def _grouped_copies(args: LLaDAArgs, dims: Layout, config: JobConfig, first: int, slots: int) -> float:
+    """Return the bytes of the padded copies of the adapted linears' inputs, which grouped products read.
 
-    Its gradients need them until its backward pass: of all layers, or of the one that is run again.
+    An inner step's backward pass needs the copies of all layers; with full checkpointing, those of the layer that it
+    recomputes.
     """
     memory, training = config.parametric_memory, config.training
     if not memory.enable or memory.granularity != "sample" or slots == 1:
@@ -288,22 +294,24 @@ def _fast_bytes(args: LLaDAArgs, dims: Layout, config: JobConfig, first: int, sl
     sets = config.training.local_batch_size * slots if memory.granularity == "sample" else 1
 
     def elements(linear: AdaptedLinear) -> float:
-        wide, narrow = linear.in_features, linear.out_features
+        unsharded, sharded = linear.in_features, linear.out_features
         if linear.row_wise:
-            wide, narrow = narrow, wide
-        # Tensor parallelism shards `narrow`; a low-rank pair's other half is on every rank.
-        one = wide * narrow / dims.tp if memory.adapter == "full" else memory.rank * (wide + narrow / dims.tp)
-        return one * (linear.experts / dims.ep if linear.experts else 1)
+            unsharded, sharded = sharded, unsharded
+        # Tensor parallelism shards one dimension; the low-rank matrix of the other dimension is replicated.
+        count = (
+            unsharded * sharded / dims.tp if memory.adapter == "full" else memory.rank * (unsharded + sharded / dims.tp)
+        )
+        return count * (linear.experts / dims.ep if linear.experts else 1)
 
     return 4.0 * sets * sum(map(elements, args.adapted_linears(first, memory.target_modules)))  # in float32
 
 
-def _passes(args: LLaDAArgs, config: JobConfig, first: int) -> list[_Passes]:
-    """Return the passes through every layer, for one micro-batch."""
+def _layer_passes(args: LLaDAArgs, config: JobConfig, first: int) -> list[_LayerPasses]:
+    """Return the passes of one micro-batch through every layer."""
     if not config.parametric_memory.enable:
-        return [_Passes(1, 1)] * args.n_layers
-    found = _planned(config)
-    trunk, tail = _Passes(found.inputs, 1), _Passes(found.tail_forward, found.tail_backward)
+        return [_LayerPasses(1, 1)] * args.n_layers
+    passes = _planned(config)
+    trunk, tail = _LayerPasses(passes.inputs, 1), _LayerPasses(passes.tail_forward, passes.tail_backward)
     return [trunk] * first + [tail] * (args.n_layers - first)
 
 
@@ -321,49 +329,50 @@ def _communication(
     gather = reduced = replicated = 0.0
     groups = _groups(model)
     for number, group in enumerate(groups):
-        # What was freed behind the forward pass is gathered again for the backward pass: tail and head were not.
+        # Groups that are resharded after the forward pass are all-gathered again for the backward pass; tail and head
+        # are not resharded.
         resident = number > first or (number == len(groups) - 1 and policy != "always")
-        reached = number > 0 or any(p.requires_grad for p in group)
-        again = policy != "never" and not resident and reached
-        for shards, elements in _by_shards(group):
-            gather += (2 if again else 1) * compute * elements * (shards - 1) / shards
-        for shards, elements in _by_shards(p for p in group if p.requires_grad):
-            reduced += reduce * elements * (shards - 1) / shards
-            # HSDP reduces the shards over the replicas.
-            replicated += 2 * reduce * elements / shards * (dims.dp_replicate - 1) / dims.dp_replicate
+        has_backward = number > 0 or any(p.requires_grad for p in group)
+        twice = policy != "never" and not resident and has_backward
+        for degree, elements in _fsdp_sizes(group):
+            gather += (2 if twice else 1) * compute * elements * (degree - 1) / degree
+        for degree, elements in _fsdp_sizes(p for p in group if p.requires_grad):
+            reduced += reduce * elements * (degree - 1) / degree
+            # HSDP all-reduces each rank's sharded gradients over the replicas.
+            replicated += 2 * reduce * elements / degree * (dims.dp_replicate - 1) / dims.dp_replicate
     tokens = _tokens(training, dims)
-    passes = _passes(args, config, first)
+    passes = _layer_passes(args, config, first)
     recomputed = config.activation_checkpoint.mode == "full"
-    layer_passes = sum(x.of_collectives(recomputed) for x in passes)
-    # A pass gathers the input of attention and FFN and scatters their outputs.
-    tensor = layer_passes * 4 * compute * tokens * args.dim * (dims.tp - 1) / dims.tp
-    experts = 0.0
+    n_passes = sum(x.communicating(recomputed) for x in passes)
+    # A pass all-gathers the inputs of attention and FFN, and reduce-scatters their outputs.
+    tp_sent = n_passes * 4 * compute * tokens * args.dim * (dims.tp - 1) / dims.tp
+    ep_sent = 0.0
     if isinstance(args, LLaDAMoEArgs):
         routed = tokens * args.experts_per_token
-        experts = layer_passes * 2 * compute * routed * args.dim * (dims.ep - 1) / dims.ep
-    context = 0.0
+        ep_sent = n_passes * 2 * compute * routed * args.dim * (dims.ep - 1) / dims.ep
+    cp_sent = 0.0
     if dims.cp > 1:
         heads, kv = args.dim, (args.dim // args.n_heads) * (args.n_kv_heads or args.n_heads)
-        # Queries, keys, values and the output; ring attention's rotation of keys and values is not told apart.
-        context = layer_passes * compute * tokens * 2 * (heads + kv) / dims.tp * (dims.cp - 1) / dims.cp
+        # Ulysses: queries, keys, values and the output. Ring attention, which rotates keys and values, counts the same.
+        cp_sent = n_passes * compute * tokens * 2 * (heads + kv) / dims.tp * (dims.cp - 1) / dims.cp
         if config.parametric_memory.enable:
             sums = _planned(config).inner_steps * _fast_bytes(args, dims, config, first, slots)
-            context += 2 * sums * (dims.cp - 1) / dims.cp
-    return Communication(*(micro_batches * x for x in (gather, reduced, replicated, tensor, context, experts)))
+            cp_sent += 2 * sums * (dims.cp - 1) / dims.cp
+    return Communication(*(micro_batches * x for x in (gather, reduced, replicated, tp_sent, cp_sent, ep_sent)))
 
 
 def _across_nodes(dims: Layout, node_size: int) -> list[str]:
-    """Return the parts of the communication whose groups are not within a node.
+    """Return the fields of `Communication` whose process groups span nodes.
 
-    Ranks are numbered with tensor parallelism innermost, then context parallelism, the shards and the replicas;
-    expert parallelism takes neighbours among the shards. A group lies among consecutive ranks, and blocks of so many
-    are within a node if they divide it.
+    Ranks are numbered with tensor parallelism innermost, then context parallelism, FSDP sharding and replicas. Expert
+    parallelism uses neighbouring ranks of the sharding dimension. Each group is therefore within a block of consecutive
+    ranks, and stays within a node if the block's size divides the node's.
     """
-    shards = dims.dp_shard * dims.cp * dims.tp
+    sharding = dims.dp_shard * dims.cp * dims.tp
     spans = {
-        "gather": shards,
-        "reduce": shards,
-        "replicate": dims.dp_replicate * shards,
+        "gather": sharding,
+        "reduce": sharding,
+        "replicate": dims.dp_replicate * sharding,
         "tensor": dims.tp,
         "context": dims.cp * dims.tp,
         "experts": dims.ep * dims.tp,
@@ -372,30 +381,30 @@ def _across_nodes(dims: Layout, node_size: int) -> list[str]:
 
 
 def _row_flops(args: LLaDAArgs, dims: Layout, config: JobConfig) -> float:
-    """Return the FLOPs of one sequence on one rank, as the mean over evenly spread noise levels.
+    """Return the FLOPs of one row on one rank, averaged over evenly spaced noise levels.
 
-    Rows are taken as one document each: how long those of packed rows are the configuration does not tell.
+    Each row counts as one document, since a configuration does not contain the document lengths of packed rows.
     """
     checkpointing, objective = config.activation_checkpoint, build_objective(config, args, args.vocab_size - 1, dims)
     recomputation = Recomputation(checkpointing.mode, checkpointing.selective_ac_option)
     row_1L, id_1 = torch.zeros(1, config.training.seq_len, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     total = 0.0
-    for number in range(_LEVELS):
-        level_1 = torch.full((1,), (number + 0.5) / _LEVELS, dtype=torch.float64)
+    for number in range(_NOISE_LEVELS):
+        level_1 = torch.full((1,), (number + 0.5) / _NOISE_LEVELS, dtype=torch.float64)
         batch = objective.micro_batch(row_1L, row_1L, id_1, step=0, t_U=level_1)
         frozen = get_lora(config) is not None
         total += sum(step_flops(args, batch, objective.memory, recomputation, frozen))
-    return total / _LEVELS / dims.tp
+    return total / _NOISE_LEVELS / dims.tp
 
 
-def _by_shards(parameters: Iterable[Tensor]) -> list[tuple[int, int]]:
-    """(ranks that FSDP2 shards it over, elements when gathered) of each parameter."""
-    found = []
+def _fsdp_sizes(parameters: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """Return (degree of FSDP2 sharding, elements when all-gathered) of each parameter."""
+    result = []
     for p in parameters:
-        shards = 1
+        degree = 1
         if isinstance(p, DTensor):
             names = p.device_mesh.mesh_dim_names or ()
             sizes = dict(zip(names, p.device_mesh.shape, strict=True))
-            shards = math.prod(sizes.get(name, 1) for name in ("fsdp", "efsdp"))
-        found.append((shards, _gathered_elements([p])))
-    return found
+            degree = math.prod(sizes.get(name, 1) for name in ("fsdp", "efsdp"))
+        result.append((degree, _gathered_elements([p])))
+    return result

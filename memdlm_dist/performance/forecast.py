@@ -1,4 +1,4 @@
-"""Forecasts of a configuration on many ranks, made by one process: the estimates, side by side, and what would help."""
+"""Forecast of a configuration on many ranks by one process: a table of estimates, with remedies."""
 
 import torch.distributed as dist
 
@@ -10,8 +10,9 @@ from memdlm_dist.performance.step_time import Speeds, step_time, warning
 from memdlm_dist.runtime.process_group import init_fake_process_group
 from memdlm_dist.training.backbone import get_layout, get_model_args, model_on_meta
 
-# Of a device's memory, what is left to the allocator's fragmentation, the libraries and the collectives' buffers.
+# Share of a device's memory for the allocator's fragmentation, libraries and the buffers of collectives.
 _RESERVE = 0.1
+# Table labels of the fields of `MemoryEstimate`.
 _MEMORY = {
     "weights": "weights",
     "gradients": "gradients",
@@ -22,6 +23,7 @@ _MEMORY = {
     "head": "logits and gradient of the head",
     "fast_weights": "fast weights",
 }
+# Table labels of the fields of `Communication`.
 _COMMUNICATION = {
     "gather": "FSDP all-gathers",
     "reduce": "FSDP reductions",
@@ -39,15 +41,17 @@ def forecast(
     node_size: int | None = None,
     documents: int = 1,
 ) -> Estimate:
-    """Estimate what a configuration needs on so many ranks.
+    """Estimate the memory, communication and FLOPs of a configuration on `world_size` ranks.
 
     Args:
-        layers: if not as many as the flavour has.
-        node_size: ranks of a node; all of them if None.
-        documents: in the fullest row of packed ones.
+        config: the user's configuration, before `launch.resolve`.
+        world_size: number of ranks.
+        layers: number of layers; None for the flavour's.
+        node_size: ranks per node; None for a single node.
+        documents: maximum number of documents in a packed row.
 
     Raises:
-        UserError: if it does not fit that number.
+        UserError: if the configuration is invalid for this number of ranks.
     """
     config = launch.resolve(config, world_size, node_size)
     args = get_model_args(config)
@@ -62,42 +66,46 @@ def forecast(
         dist.destroy_process_group()
 
 
-def table(config: JobConfig, found: dict[int, Estimate | UserError], device_memory: float, speeds: Speeds) -> str:
-    """Lay out the estimates side by side, and below them what does not fit or is slow.
+def table(config: JobConfig, results: dict[int, Estimate | UserError], device_memory: float, speeds: Speeds) -> str:
+    """Format the estimates side by side, followed by errors and warnings (slow communication, too little memory).
 
     Args:
-        config: before `launch.resolve`, as the user knows it.
-        found: estimates by number of ranks.
-        device_memory: GiB.
+        config: the user's configuration, before `launch.resolve`.
+        results: estimate or error by number of ranks.
+        device_memory: memory of a device in GiB.
+        speeds: speeds of the machine.
     """
-    good = {size: x for size, x in found.items() if isinstance(x, Estimate)}
+    estimates = {size: x for size, x in results.items() if isinstance(x, Estimate)}
     lines = []
-    if good:
-        one = next(iter(good.values()))
+    if estimates:
+        one = next(iter(estimates.values()))
         trained = f", {one.trained:,} trained" if one.trained != one.parameters else ""
         active = f", {one.active:,} for each token" if one.active != one.parameters else ""
         lines.append(f"{config.model.name} {config.model.flavor}: {one.parameters:,} parameters{active}{trained}")
-        rows: list[tuple[str, list[str]]] = [("ranks", [f"{size}" for size in good])]
-        if any(x.replicas > 1 for x in good.values()):
-            rows.append(("replicas of the parameters", [f"{x.replicas}" for x in good.values()]))
-        rows.append(("sequences of a micro-batch", [f"{x.sequences}" for x in good.values()]))
-        rows.append(("micro-batches of a step", [f"{x.micro_batches}" for x in good.values()]))
+        rows: list[tuple[str, list[str]]] = [("ranks", [f"{size}" for size in estimates])]
+        if any(x.replicas > 1 for x in estimates.values()):
+            rows.append(("replicas of the parameters", [f"{x.replicas}" for x in estimates.values()]))
+        rows.append(("sequences of a micro-batch", [f"{x.sequences}" for x in estimates.values()]))
+        rows.append(("micro-batches of a step", [f"{x.micro_batches}" for x in estimates.values()]))
         rows += [
-            (label, [f"{getattr(x.memory, key) / 2**30:.2f}" for x in good.values()]) for key, label in _MEMORY.items()
+            (label, [f"{getattr(x.memory, key) / 2**30:.2f}" for x in estimates.values()])
+            for key, label in _MEMORY.items()
         ]
-        rows.append(("memory of a rank (GiB)", [f"{x.memory.total / 2**30:.1f}" for x in good.values()]))
+        rows.append(("memory of a rank (GiB)", [f"{x.memory.total / 2**30:.1f}" for x in estimates.values()]))
         rows += [
-            (label, [f"{getattr(x.communication, key) / 1e9:.2f}" for x in good.values()])
+            (label, [f"{getattr(x.communication, key) / 1e9:.2f}" for x in estimates.values()])
             for key, label in _COMMUNICATION.items()
-            if any(getattr(x.communication, key) for x in good.values())
+            if any(getattr(x.communication, key) for x in estimates.values())
         ]
-        rows.append(("sent by a rank in a step (GB)", [f"{x.communication.total / 1e9:.1f}" for x in good.values()]))
-        times = [step_time(x, speeds) for x in good.values()]
+        rows.append(
+            ("sent by a rank in a step (GB)", [f"{x.communication.total / 1e9:.1f}" for x in estimates.values()])
+        )
+        times = [step_time(x, speeds) for x in estimates.values()]
         rows.append(("compute of a step (s)", [f"{time.compute:.2f}" for time in times]))
         rows.append(("sending within nodes (s)", [f"{time.within_nodes:.2f}" for time in times]))
         rows.append(("sending across nodes (s)", [f"{time.across_nodes:.2f}" for time in times]))
         lines += [f"{label:<34}{''.join(f'{value:>10}' for value in values)}" for label, values in rows]
-    for size, x in found.items():
+    for size, x in results.items():
         if isinstance(x, UserError):
             lines.append(f"{size} ranks: {x}")
             continue
@@ -105,21 +113,21 @@ def table(config: JobConfig, found: dict[int, Estimate | UserError], device_memo
             lines.append(f"{size} ranks: {slow}")
         if not fits(x, device_memory):
             lines.append(
-                f"{size} ranks: {x.memory.total / 2**30:.1f} GiB will not fit on devices of {device_memory:g} GiB, of "
-                f"which a tenth is left to the allocator and the libraries; {_remedy(config, x)}."
+                f"{size} ranks: {x.memory.total / 2**30:.1f} GiB will not fit on devices of {device_memory:g} GiB, "
+                f"with a tenth reserved for the allocator and libraries; {_remedy(config, x)}."
             )
     return "\n".join(lines)
 
 
 def fits(x: Estimate, device_memory: float) -> bool:
-    """Return whether a rank's memory fits on a device (GiB), with a reserve."""
+    """Return True if a rank's peak memory fits on a device of `device_memory` GiB, with a reserve of a tenth."""
     return x.memory.total <= (1 - _RESERVE) * device_memory * 2**30
 
 
 def _remedy(config: JobConfig, x: Estimate) -> str:
-    """Say what would help most against the largest part."""
-    parts = vars(x.memory)
-    largest = max(parts, key=lambda key: parts[key])
+    """Return the most effective remedy for the largest part of the memory."""
+    memory = vars(x.memory)
+    largest = max(memory, key=lambda key: memory[key])
     if largest == "activations":
         if config.activation_checkpoint.mode != "full":
             return 'set activation_checkpoint.mode = "full"'
@@ -137,5 +145,5 @@ def _remedy(config: JobConfig, x: Estimate) -> str:
 
 
 def _local_batch_size(config: JobConfig) -> str:
-    """Return the key that bounds the sequences of a micro-batch."""
+    """Return the key of `[training]` that determines the rows per micro-batch."""
     return "max_local_batch_size" if config.training.local_batch_size == -1 else "local_batch_size"

@@ -1,4 +1,4 @@
-"""Rounds of plain, straightforward and our steps in turn: time, memory and communication, and their tables."""
+"""Benchmark of plain, straightforward and our steps, in alternating rounds: time, memory, communication, tables."""
 
 import gc
 import statistics
@@ -25,13 +25,21 @@ from memdlm_dist.runtime.device import device_module, device_type
 from memdlm_dist.runtime.rank_0 import is_rank_0
 from memdlm_dist.training.backbone import get_lora
 
-_A100_PEAK = 312e12  # FLOP/s, which torchtitan also takes for a device that it does not know
+_A100_PEAK = 312e12  # FLOP/s; torchtitan's `get_peak_flops` also returns it for unknown devices
 
 
 def measure(
     bench: Bench, rounds: int, warm_up: int, profile: str | None = None, kinds: Sequence[str] = KINDS
 ) -> dict[str, Any]:
-    """Take the rounds; returns everything that is reported, on every rank."""
+    """Run the rounds and return the results of the report; all ranks must call this.
+
+    Args:
+        bench: the sharded backbone.
+        rounds: measured rounds, of one step of each kind.
+        warm_up: earlier rounds, which are not measured.
+        profile: file for a profile of one of our steps; None for no profile.
+        kinds: kinds of step.
+    """
     config = bench.config
     optimizer = build_optimizers([bench.model], config.optimizer, bench.dims)
     parameters = list(bench.model.parameters())
@@ -49,32 +57,32 @@ def measure(
     frozen = get_lora(config) is not None
     for number in range(warm_up + rounds):
         batch = bench.batch(number)
-        for place in range(len(kinds)):
-            kind = kinds[(place + number) % len(kinds)]
-            taken = _timed(partial(step, kind, number, batch))
+        for offset in range(len(kinds)):
+            kind = kinds[(offset + number) % len(kinds)]
+            duration = _timed(partial(step, kind, number, batch))
             if number >= warm_up:
-                seconds[kind].append(taken)
+                seconds[kind].append(duration)
         if number >= warm_up:
-            of_step = step_flops(bench.args, batch, bench.objective.memory, recomputation, frozen)
-            flops["outer"].append(of_step.outer * bench.dims.cp)
-            flops["inner"].append(of_step.inner * bench.dims.cp)
+            micro_batch_flops = step_flops(bench.args, batch, bench.objective.memory, recomputation, frozen)
+            flops["outer"].append(micro_batch_flops.outer * bench.dims.cp)
+            flops["inner"].append(micro_batch_flops.inner * bench.dims.cp)
         say(f"round {number + 1} of {warm_up + rounds}" + (" (warm-up)" if number < warm_up else ""))
 
-    counted = {kind: bench.collectives(kind) for kind in kinds}
-    data_parallel = {kind: by_kind(found.on(*bench.groups(*DATA_PARALLEL))) for kind, found in counted.items()}
-    tensor_parallel = {kind: by_kind(found.on(*bench.groups("tp"))) for kind, found in counted.items()}
+    recorded = {kind: bench.collectives(kind) for kind in kinds}
+    data_parallel = {kind: by_kind(calls.on(*bench.groups(*DATA_PARALLEL))) for kind, calls in recorded.items()}
+    tensor_parallel = {kind: by_kind(calls.on(*bench.groups("tp"))) for kind, calls in recorded.items()}
     memory = {kind: _largest(peak_memory(partial(step, kind, 0, bench.batch(0)))) for kind in kinds}
     if profile is not None:
         _profile(lambda: step("ours", 0, bench.batch(0)), profile)
 
-    def by_kind_of_step(value: Callable[[str], Any]) -> dict[str, Any]:
+    def per_kind(value: Callable[[str], Any]) -> dict[str, Any]:
         return {kind: value(kind) for kind in kinds}
 
     def ratio(above: str, below: str) -> float:
         return statistics.median(a / b for a, b in zip(seconds[above], seconds[below], strict=True))
 
     median = {kind: statistics.median(times) for kind, times in seconds.items()}
-    tokens = config.training.local_batch_size * config.training.seq_len  # of a data-parallel rank
+    tokens = config.training.local_batch_size * config.training.seq_len  # per data-parallel rank
     replicas = bench.dims.dp_replicate * bench.dims.dp_shard
     peak = peak_flops(device_module().get_device_name()) if device_type() != "cpu" else None
     model_flops = bench.flops_per_token * tokens
@@ -84,19 +92,19 @@ def measure(
         "torch": torch.__version__,
         "rounds": rounds,
         "step_seconds": median,
-        "step_seconds_range": by_kind_of_step(lambda kind: [min(seconds[kind]), max(seconds[kind])]),
+        "step_seconds_range": per_kind(lambda kind: [min(seconds[kind]), max(seconds[kind])]),
         "ratio": {
             f"{above}_over_{below}": ratio(above, below)
             for above, below in (("ours", "plain"), ("straightforward", "plain"), ("ours", "straightforward"))
             if {above, below} <= set(kinds)
         },
-        "tokens_per_second": by_kind_of_step(lambda kind: tokens * replicas / median[kind]),
-        "all_gathers": by_kind_of_step(lambda kind: data_parallel[kind]["all_gather"]),
-        "reduce_scatters": by_kind_of_step(lambda kind: data_parallel[kind]["reduce_scatter"]),
-        "all_reduces": by_kind_of_step(lambda kind: data_parallel[kind]["all_reduce"]),
-        "tensor_parallel_collectives": by_kind_of_step(lambda kind: dict(tensor_parallel[kind])),
-        "peak_bytes": by_kind_of_step(lambda kind: memory[kind][0]),
-        "peak_bytes_within_step": by_kind_of_step(lambda kind: memory[kind][1]),
+        "tokens_per_second": per_kind(lambda kind: tokens * replicas / median[kind]),
+        "all_gathers": per_kind(lambda kind: data_parallel[kind]["all_gather"]),
+        "reduce_scatters": per_kind(lambda kind: data_parallel[kind]["reduce_scatter"]),
+        "all_reduces": per_kind(lambda kind: data_parallel[kind]["all_reduce"]),
+        "tensor_parallel_collectives": per_kind(lambda kind: dict(tensor_parallel[kind])),
+        "peak_bytes": per_kind(lambda kind: memory[kind][0]),
+        "peak_bytes_within_step": per_kind(lambda kind: memory[kind][1]),
         "flops": {
             "model": model_flops,
             "hardware_outer": statistics.median(flops["outer"]),
@@ -105,14 +113,14 @@ def measure(
         "hardware_flops_ratio": statistics.median(
             (a + b) / a for a, b in zip(flops["outer"], flops["inner"], strict=True)
         ),
-        "mfu": by_kind_of_step(
+        "mfu": per_kind(
             lambda kind: None if peak is None else model_flops / (bench.dims.tp * bench.dims.cp) / median[kind] / peak
         ),
     }
 
 
 def peak_flops(device: str) -> float | None:
-    """Return a device's peak FLOP/s by its name; None for a MIG slice and for what torchtitan does not know."""
+    """Return a device's peak FLOP/s by its name; None for a MIG slice or a device unknown to torchtitan."""
     peak: float = get_peak_flops(device)
     unknown = peak == _A100_PEAK and "A100" not in device
     return None if unknown or "MIG" in device else peak
@@ -134,14 +142,14 @@ def _synchronise() -> None:
 
 
 def _largest(values: tuple[int, ...]) -> list[int]:
-    """Return the largest of any rank, of each value."""
+    """Return the maximum of each value over all ranks."""
     tensor = torch.tensor(values, device=device_type())
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor.tolist()
 
 
 def _profile(run: Callable[[], None], path: str) -> None:
-    """Write a table of one step's operators, or kernels, by the time they take."""
+    """Write a table of one step's operators or kernels, sorted by time; on rank 0 only."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device_type() == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -154,7 +162,7 @@ def _profile(run: Callable[[], None], path: str) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Lay out the results for people."""
+    """Format the results of `measure` as a table."""
     seconds, spread = result["step_seconds"], result["step_seconds_range"]
     shares = {"plain": 1.0} | {kind: result["ratio"][f"{kind}_over_plain"] for kind in KINDS[1:]}
     rows: list[tuple[str, Callable[[str], str]]] = [
@@ -185,37 +193,49 @@ def table(result: dict[str, Any]) -> str:
 def sweep(
     config: JobConfig, lengths: Sequence[int], rounds: int, warm_up: int, layers: int | None = None
 ) -> list[dict[str, Any]]:
-    """Measure plain and our steps on rows of several lengths, on every rank."""
+    """Measure plain and our steps at several sequence lengths; all ranks must call this.
+
+    Args:
+        config: a resolved configuration; its `training.seq_len` is changed.
+        lengths: values of seq_len.
+        rounds: measured rounds for each length.
+        warm_up: earlier rounds, which are not measured.
+        layers: number of layers; None for the flavour's.
+
+    Returns:
+        The results of `measure` for each length, with the key "length".
+    """
     results = []
     for length in lengths:
         say(f"rows of {length} tokens")
         config.training.seq_len = length
         bench = Bench.build(config, layers)
-        found = measure(bench, rounds, warm_up, kinds=("plain", "ours"))
-        results.append({"length": length, **found})
+        result = measure(bench, rounds, warm_up, kinds=("plain", "ours"))
+        results.append({"length": length, **result})
         del bench
         gc.collect()
     return results
 
 
 def table_of_lengths(results: Sequence[dict[str, Any]]) -> str:
-    """Lay out the results of a sweep for people."""
+    """Format the results of `sweep` as a table."""
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        "tokens of a row": lambda found: f"{found['length']:,}",
-        "plain (s)": lambda found: f"{found['step_seconds']['plain']:.2f}",
-        "ours (s)": lambda found: f"{found['step_seconds']['ours']:.2f}",
-        "ours/plain": lambda found: f"{found['ratio']['ours_over_plain']:.3f}",
-        "by FLOPs": lambda found: f"{found['hardware_flops_ratio']:.3f}",
-        "plain (MiB)": lambda found: f"{found['peak_bytes']['plain'] / 2**20:,.0f}",
-        "ours (MiB)": lambda found: f"{found['peak_bytes']['ours'] / 2**20:,.0f}",
-        "within step": lambda found: f"{found['peak_bytes_within_step']['plain'] / 2**20:,.0f}",
-        "of ours": lambda found: f"{found['peak_bytes_within_step']['ours'] / 2**20:,.0f}",
+        "tokens of a row": lambda result: f"{result['length']:,}",
+        "plain (s)": lambda result: f"{result['step_seconds']['plain']:.2f}",
+        "ours (s)": lambda result: f"{result['step_seconds']['ours']:.2f}",
+        "ours/plain": lambda result: f"{result['ratio']['ours_over_plain']:.3f}",
+        "by FLOPs": lambda result: f"{result['hardware_flops_ratio']:.3f}",
+        "plain (MiB)": lambda result: f"{result['peak_bytes']['plain'] / 2**20:,.0f}",
+        "ours (MiB)": lambda result: f"{result['peak_bytes']['ours'] / 2**20:,.0f}",
+        "within step": lambda result: f"{result['peak_bytes_within_step']['plain'] / 2**20:,.0f}",
+        "of ours": lambda result: f"{result['peak_bytes_within_step']['ours'] / 2**20:,.0f}",
     }
     lines = ["".join(f"{name:>17}" for name in columns)]
-    lines += ["".join(f"{value(found):>17}" for value in columns.values()) for found in results]
+    lines += ["".join(f"{value(result):>17}" for value in columns.values()) for result in results]
     return "\n".join(lines)
 
 
 def say(text: str) -> None:
+    """Print progress to stderr, on rank 0 only."""
     if is_rank_0():
         print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The peak memory of a piece of code: the allocator's on an accelerator, the resident set's on a CPU."""
+"""Peak memory of a function call: the allocator's on an accelerator, the resident set's on CPU."""
 
 import ctypes
 import gc
@@ -9,7 +9,7 @@ from memdlm_dist.runtime.device import device_module, device_type
 
 
 def peak_memory(run: Callable[[], None]) -> tuple[int, int]:
-    """Bytes: the most in use while `run` ran, and how much of that came on top of what was in use before."""
+    """Measure the peak memory of `run()`: the peak in bytes, and its increase over the memory in use before."""
     gc.collect()
     before = _start()
     run()
@@ -21,14 +21,14 @@ def peak_memory(run: Callable[[], None]) -> tuple[int, int]:
 
 
 def _start() -> int:
-    """Forget the peak so far; returns what is in use."""
+    """Reset the peak, and return the bytes in use."""
     if device_type() != "cpu":
         device_module().empty_cache()
         device_module().reset_peak_memory_stats()
         return device_module().memory_allocated()
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        # glibc: give every freed block of 64 KiB or more back at once, so that what is resident is what is used.
+        # glibc: return freed blocks of 64 KiB or more to the system at once, so that resident memory is memory in use.
         libc.mallopt(ctypes.c_int(-3), ctypes.c_int(2**16))
         libc.malloc_trim(ctypes.c_size_t(0))
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM

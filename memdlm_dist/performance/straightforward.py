@@ -1,8 +1,8 @@
-"""Straightforward MemDLM, as the published code has it: every state goes through the whole model.
+"""Straightforward MemDLM, as in the published code: every state passes through the whole model.
 
-No pass is shared, no parameter is kept, and the logits of the scored tokens exist whole. On any layout; the
-oracle of the shared passes, and the slow side of tools/bench.py. What it computes by hand is compared with
-tests/oracles/naive.py and the published numbers elsewhere.
+No passes are shared, no parameters stay gathered, and the full logits of all scored tokens are in memory at once. It
+runs on any layout. Tests use it as the reference for shared passes, and tools/bench.py as the slow baseline. The
+distances in this file are tested against tests/oracles/naive.py and the published numbers.
 """
 
 import torch
@@ -43,8 +43,7 @@ DISTANCES = {
 
 
 def outer_loss(model, batch, memory, fast=None, tp_rank=0):
-    """As `bilevel.outer_loss`."""
-
+    """Compute the outer loss sum and the inner statistics; arguments and results are those of `bilevel.outer_loss`."""
     context = token_context(model, batch, memory)
 
     def run(number, scored, fast, readout="logits"):

@@ -51,11 +51,11 @@ class LocalCollectives(Collectives):
         self.calls = []  # (operator, group, elements, dtypes, other arguments)
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        before = len(self.found)
+        before = len(self.issued)
         out = super().__torch_dispatch__(operator, types, args, kwargs)
         name = operator_name(operator)
-        if len(self.found) > before:
-            _, group, elements = self.found[-1]
+        if len(self.issued) > before:
+            _, group, elements = self.issued[-1]
             leaves = tree_leaves((args, kwargs or {}))
             dtypes = [str(x.dtype) for x in leaves if isinstance(x, Tensor)]
             others = [x for x in leaves if isinstance(x, int | str) and x != group]  # a c10d ReduceOp cannot be read
