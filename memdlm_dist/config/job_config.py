@@ -27,7 +27,7 @@ from memdlm_dist.models.rope import RopeScaling
 
 
 def _one_of(names: Iterable[str]) -> Any:
-    """Return a Literal of the names in a table, so that a new entry of the table is a valid value at once."""
+    """Return a Literal of the names in a table, so that a new entry of the table is a valid value."""
     return Literal[tuple(names)]
 
 
@@ -131,7 +131,7 @@ class ParametricMemory:
     """Scaling of lora fast weights: their term is multiplied by alpha / rank."""
 
     layer_fraction: float = 0.1
-    """Fraction of the layers, counted from the last, that get fast weights: int(n (1 - layer_fraction)) .. n - 1 of n."""
+    """Fraction of the layers, the last ones, that get fast weights: int(n (1 - layer_fraction)) .. n - 1."""
 
     target_modules: list[str] = field(default_factory=lambda: ["ffn"])
     """Linears that get fast weights: ffn (gate, up, down), attention (q, k, v, o), or single linears by name."""

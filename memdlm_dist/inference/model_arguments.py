@@ -1,4 +1,4 @@
-"""The arguments by which commands find a trained model and are told how it decodes."""
+"""Command-line arguments for loading a trained model and for decoding."""
 
 import argparse
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ from memdlm_dist.runtime.entry_point import positive, quiet
 
 
 def add_model_arguments(p: argparse.ArgumentParser, several_checkpoints: bool = False) -> None:
-    """CONFIG and --checkpoint. Other keys of the configuration follow as --section.key value."""
+    """Add CONFIG, --checkpoint and --anchor-ratio; --section.key value may follow for keys of the configuration."""
     p.add_argument("config", metavar="CONFIG", help="TOML file of the run that trained the model")
     p.add_argument(
         "--checkpoint",
         nargs="+" if several_checkpoints else None,
         metavar="DIR",
-        help="checkpoint step-N, a folder or URL of them (the newest good one), or a folder of Hugging Face weights; "
-        "default: the run's own. Checkpoints of one's own alone: their metadata is a pickle",
+        help="checkpoint step-N, a folder or URL of checkpoints (the newest intact one is loaded), or a folder of "
+        "Hugging Face weights (default: the run's own). Load only trusted checkpoints: their metadata is a pickle",
     )
     p.add_argument(
         "--anchor-ratio",
@@ -30,25 +30,27 @@ def add_model_arguments(p: argparse.ArgumentParser, several_checkpoints: bool = 
 
 
 def add_decoding_arguments(p: argparse.ArgumentParser, new_tokens: int | None) -> None:
-    """How the model fills in; `new_tokens` is the default of --new-tokens."""
+    """Add the decoding arguments; `new_tokens` is the default of --new-tokens."""
     g = p.add_argument_group("decoding")
-    default = "the prompt's [MASK]s alone if it has any, else 64" if new_tokens is None else str(new_tokens)
+    default = "0 if the prompt has [MASK]s, else 64" if new_tokens is None else str(new_tokens)
     g.add_argument("--new-tokens", type=int, default=new_tokens, metavar="N",
-                   help=f"[MASK] positions behind the prompt (default: {default})")  # fmt: skip
-    g.add_argument("--block-size", type=positive, default=32, metavar="N", help="tokens of a block (default: 32)")
+                   help=f"[MASK] positions appended to the prompt (default: {default})")  # fmt: skip
+    g.add_argument("--block-size", type=positive, default=32, metavar="N", help="tokens per block (default: 32)")
     g.add_argument("--steps", type=positive, metavar="N", help="steps per block (default: one per token)")
-    g.add_argument("--temperature", type=float, default=0.0, metavar="T", help="of the Gumbel noise; 0 is greedy")
+    g.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="temperature of the Gumbel noise; 0 is greedy"
+    )
     g.add_argument("--remasking", choices=("low_confidence", "random"), default="low_confidence",
-                   help="which predictions of a step are kept (default: low_confidence)")  # fmt: skip
-    g.add_argument("--no-eos-stop", action="store_true", help="go on behind end-of-text")
-    g.add_argument("--decoding-seed", type=int, default=0, metavar="N", help="of temperature and random remasking")
+                   help="predictions that a step keeps (default: low_confidence)")  # fmt: skip
+    g.add_argument("--no-eos-stop", action="store_true", help="continue after end-of-text")
+    g.add_argument("--decoding-seed", type=int, default=0, metavar="N", help="seed of temperature and random remasking")
 
 
 def get_decoding(options: argparse.Namespace) -> Decoding:
-    """The decoding that the arguments describe.
+    """Return the decoding settings of the parsed arguments.
 
     Raises:
-        UserError: if a value makes no sense.
+        UserError: if a value is out of range.
     """
     if options.temperature < 0:
         raise UserError(f"--temperature must not be negative, but is {options.temperature}.")
@@ -65,7 +67,11 @@ def get_decoding(options: argparse.Namespace) -> Decoding:
 
 
 def load_model(options: argparse.Namespace, overrides: Sequence[str], checkpoint: str | None = None) -> TrainedModel:
-    """The model that the arguments describe; torchtitan's log lines are left out."""
+    """Load the model of the parsed arguments, without torchtitan's log lines.
+
+    Raises:
+        UserError: if a value is out of range, or if the configuration or the checkpoint does not fit.
+    """
     if not 0 < options.anchor_ratio <= 1:
         raise UserError(f"--anchor-ratio must be above 0, at most 1, but is {options.anchor_ratio}.")
     quiet()
