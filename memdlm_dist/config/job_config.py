@@ -27,7 +27,7 @@ from memdlm_dist.models.rope import RopeScaling
 
 
 def _one_of(names: Iterable[str]) -> Any:
-    """Return a Literal of the names in a table, so that a new entry of the table is a valid value at once."""
+    """Return a Literal of the names in a table, so that a new entry of the table is a valid value."""
     return Literal[tuple(names)]
 
 

@@ -1,1 +1,1 @@
-"""A trained model: loading on any layout, memory on prompts, decoding, likelihood."""
+"""Inference with a trained model: loading on any layout, memory on prompts, decoding, likelihood."""

@@ -1,4 +1,4 @@
-"""Data-parallel ranks: a map of batches over them, and the maximum that they agree on."""
+"""Data-parallel inference: batches divided among ranks, and a maximum over ranks."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class DataParallel:
-    """The data-parallel ranks, of which this process is one.
+    """Data-parallel rank of this process, with the process group.
 
     Attributes:
-        group: None for a single rank.
-        device: of the tensors that the group reduces.
+        group: process group of the data-parallel ranks; None for a single rank.
+        device: device of the tensors that the group reduces.
     """
 
     dp_rank: int = 0
@@ -29,17 +29,17 @@ class DataParallel:
 
     @classmethod
     def from_layout(cls, layout: Layout, device: torch.device) -> "DataParallel":
-        """Return the data-parallel ranks of a layout."""
+        """Build from the batch mesh of a layout; a single rank if the layout has none."""
         mesh = layout.get_optional_mesh("batch")
         return cls(mesh.get_local_rank(), mesh.size(), mesh.get_group(), device) if mesh else cls()
 
     def maximum(self, number: int) -> int:
-        """Return the largest of the ranks' numbers."""
+        """Return the maximum of `number` over all data-parallel ranks."""
         if self.group is None:
             return number
-        found = torch.tensor(number, device=self.device)
-        dist.all_reduce(found, dist.ReduceOp.MAX, self.group)
-        return int(found)
+        largest = torch.tensor(number, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, self.group)
+        return int(largest)
 
     def map_batches(
         self,
@@ -48,26 +48,27 @@ class DataParallel:
         work: Callable[[list[T], list[int]], list[R]],
         progress: Callable[[int], object] = lambda count: None,
     ) -> list[R]:
-        """Map `work` over all items, in batches of a size, each rank its share; returns all results on all ranks.
+        """Map `work` over all items in batches divided among ranks; returns all results, in order, on all ranks.
 
-        Every rank has the same number of batches of the same size: the last items are done again to pad them.
+        Several ranks all get the same number of full batches: the last item is repeated as padding.
 
         Args:
-            items: the same on all ranks.
-            work: (items, their numbers) -> a result for each.
-            progress: callback, with the number of items done since.
+            items: all items, equal on all ranks.
+            work: (items of a batch, their indices) -> one result per item.
+            progress: callback after each batch, with the number of items that all ranks have completed since the last
+                call.
         """
         results: list[tuple[int, R]] = []
         for first in range(0, len(items), batch_size * self.dp_size):
-            numbers = range(first + self.dp_rank * batch_size, first + (self.dp_rank + 1) * batch_size)
-            mine = [min(number, len(items) - 1) for number in numbers]
+            indices = range(first + self.dp_rank * batch_size, first + (self.dp_rank + 1) * batch_size)
+            mine = [min(index, len(items) - 1) for index in indices]
             if self.dp_size == 1:
                 mine = list(dict.fromkeys(mine))
-            results += zip(mine, work([items[number] for number in mine], mine), strict=True)
+            results += zip(mine, work([items[index] for index in mine], mine), strict=True)
             progress(min(batch_size * self.dp_size, len(items) - first))
         gathered: list[list[tuple[int, R]]] = [results]
         if self.group is not None:
             gathered = [[] for _ in range(self.dp_size)]
             dist.all_gather_object(gathered, results, group=self.group)
-        found = dict(pair for of_rank in gathered for pair in of_rank)
-        return [found[number] for number in range(len(items))]
+        result_of = dict(pair for of_rank in gathered for pair in of_rank)
+        return [result_of[index] for index in range(len(items))]

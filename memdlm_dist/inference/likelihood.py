@@ -1,10 +1,10 @@
-"""Likelihood of a text under a masked diffusion model: the any-order bound, by Monte Carlo or exactly.
+"""Likelihood bound of a text under a masked diffusion model, by Monte Carlo or exactly.
 
     log p(x | c) >= - sum_{k=1..l} E_{M, |M| = k} [ 1/k sum_{i in M} -log p(x_i | c, x without M) ]
 
-over the sets M of k of the l tokens that are masked together (LLaDA, arXiv 2502.09992, its equation for evaluation);
-an equality for a model whose conditionals are those of one joint distribution. A short text has few such sets, which
-are then all computed.
+M is the set of the k masked tokens out of l (LLaDA, arXiv 2502.09992, its equation for evaluation). The bound is an
+equality if the model's conditionals belong to one joint distribution. A short text has few sets M; all of them are then
+computed, which makes the bound exact.
 """
 
 from itertools import combinations
@@ -18,11 +18,12 @@ from memdlm_dist.method.keyed_random import Stream
 
 
 class Pass(NamedTuple):
-    """One forward pass of one text.
+    """Forward pass of one text with one set of masked tokens.
 
     Attributes:
-        masked: places of the text that are masked.
-        weight: by which its sum of NLL counts; the weighted sums of all passes add up to the bound.
+        text: number of the text.
+        masked: positions of the masked tokens in the text.
+        weight: weight of the pass's summed NLL; the weighted sums of all passes add up to the negative bound.
     """
 
     text: int
@@ -31,10 +32,11 @@ class Pass(NamedTuple):
 
 
 def passes(text: int, length: int, samples: int, seed: int) -> list[Pass]:
-    """The forward passes by which a text of `length` tokens is scored.
+    """Return the forward passes that score a text of `length` tokens.
 
-    All sets of masked tokens if there are at most `samples` of them. Otherwise so many: their sizes are spread evenly
-    over 1 .. length, which leaves less to chance than drawing them would; the tokens are drawn, keyed by (seed, text).
+    These are all sets of masked tokens if at most `samples` exist. Otherwise `samples` sets are drawn, keyed by
+    (seed, text): their sizes are spread evenly over 1 .. length, for less variance than random sizes, and their tokens
+    are random.
     """
     if length <= 20 and 2**length - 1 <= samples:
         sizes = range(1, length + 1)
@@ -43,9 +45,9 @@ def passes(text: int, length: int, samples: int, seed: int) -> list[Pass]:
         ]
     keys = keyed_random.key(seed, Stream.LIKELIHOOD, text, torch.arange(samples))
     u_SL = keyed_random.uniform(keys, torch.arange(1 + length))
-    # One offset for all sizes, below 1 / samples of the range.
-    place_S = (torch.arange(samples) + u_SL[0, 0]) / samples
-    size_S = (place_S * length).long().clamp(max=length - 1) + 1
+    # All sizes share one random offset, below 1 / samples of the range.
+    fraction_S = (torch.arange(samples) + u_SL[0, 0]) / samples
+    size_S = (fraction_S * length).long().clamp(max=length - 1) + 1
     order_SL = u_SL[:, 1:].argsort(1)
     return [
         Pass(text, tuple(order[: int(k)].tolist()), length / (int(k) * samples))

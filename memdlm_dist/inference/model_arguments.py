@@ -1,4 +1,4 @@
-"""The arguments by which commands find a trained model and are told how it decodes."""
+"""Command-line arguments for loading a trained model and for decoding."""
 
 import argparse
 from collections.abc import Sequence
@@ -51,10 +51,10 @@ def add_decoding_arguments(p: argparse.ArgumentParser, new_tokens: int | None) -
 
 
 def get_decoding(options: argparse.Namespace) -> Decoding:
-    """The decoding that the arguments describe.
+    """Return the decoding settings of the parsed arguments.
 
     Raises:
-        UserError: if a value makes no sense.
+        UserError: if a value is out of range.
     """
     if options.temperature < 0:
         raise UserError(f"--temperature must not be negative, but is {options.temperature}.")
@@ -71,7 +71,11 @@ def get_decoding(options: argparse.Namespace) -> Decoding:
 
 
 def load_model(options: argparse.Namespace, overrides: Sequence[str], checkpoint: str | None = None) -> TrainedModel:
-    """The model that the arguments describe; torchtitan's log lines are left out."""
+    """Load the model of the parsed arguments, without torchtitan's log lines.
+
+    Raises:
+        UserError: if a value is out of range, or if the configuration or the checkpoint does not fit.
+    """
     if not 0 < options.anchor_ratio <= 1:
         raise UserError(f"--anchor-ratio must be above 0, at most 1, but is {options.anchor_ratio}.")
     quiet()

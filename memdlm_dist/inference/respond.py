@@ -1,4 +1,4 @@
-"""One prompt answered, or its [MASK]s filled in, as text."""
+"""Response to one prompt, or its [MASK]s filled in, as text."""
 
 import sys
 import time
@@ -27,22 +27,23 @@ def respond(
     chat_template: str | None,
     watch: bool,
 ) -> dict[str, Any]:
-    """Respond to a prompt; returns the texts, the times and the checkpoint.
+    """Respond to a prompt; returns the texts, the times in seconds and the checkpoint.
 
     Args:
-        memory: write the prompt into fast weights first.
-        new_tokens: [MASK]s behind the prompt; None for 64, or none if the prompt has its own.
-        chat_template: one of `chat.TEMPLATES`.
-        watch: show the text filling in.
+        memory: adapt fast weights to the prompt first.
+        anchor_ratio: share of the prompt's tokens that the memory's anchor masks.
+        new_tokens: [MASK]s to append to the prompt; None for 64, or 0 if the prompt has [MASK]s.
+        chat_template: one of `chat.TEMPLATES`; None for the plain prompt.
+        watch: draw the text in the terminal after every step.
 
     Raises:
-        UserError: if there is nothing to fill in, or the template refuses the prompt.
+        UserError: if there is no [MASK] to fill in, or if the template rejects the prompt.
     """
-    written = text.replace(MASK, model.tokenizer.mask_token)
+    prompt_text = text.replace(MASK, model.tokenizer.mask_token)
     if chat_template:
         template = chat.chat_template(chat_template, model.tokenizer)
-        written = chat.prompt(template, written)
-    (prompt,) = model.tokenizer.encode_plain([written])
+        prompt_text = chat.prompt(template, prompt_text)
+    (prompt,) = model.tokenizer.encode_plain([prompt_text])
     masks = prompt.count(model.mask_id)
     if new_tokens is None:
         new_tokens = 0 if masks else _NEW_TOKENS
@@ -50,7 +51,7 @@ def respond(
         raise UserError(f"There is nothing to fill in: the prompt has no {MASK} and --new-tokens is 0.")
     length = len(prompt) + new_tokens
     if length > model.trained_length and is_rank_0():
-        print(f"warning: {length} tokens, more than the {model.trained_length} of training.", file=sys.stderr)
+        print(f"warning: {length} tokens exceed training.seq_len = {model.trained_length}.", file=sys.stderr)
     adapted = model.adapt([prompt], anchor_ratio) if memory else None
     start = model.canvas([prompt], new_tokens)
     screen = Screen(model) if watch else None

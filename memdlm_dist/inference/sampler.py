@@ -1,4 +1,4 @@
-"""Denoising: fills the [MASK] positions of a canvas, block by block, the most confident ones first (LLaDA).
+"""Denoising as in LLaDA: fills the [MASK] positions of a canvas block by block, the most confident first.
 
 Shapes: B sequences, L tokens, N predicted positions, V vocabulary.
 """
@@ -14,26 +14,25 @@ from memdlm_dist.errors import UserError
 from memdlm_dist.method import keyed_random
 from memdlm_dist.method.keyed_random import Stream
 
-# (tokens [B, L], targets [B, L] bool) -> logits [N, V] of the targets, in the order of the flattened canvas; on the
-# host.
+# (tokens [B, L], targets bool [B, L]) -> logits [N, V] of the targets in flattened order; all on the host.
 Predict = Callable[[Tensor, Tensor], Tensor]
 Remasking = Literal["low_confidence", "random"]
 
-# No canvas is so long: keys of tokens are made of the sequence's id and the position.
-_LONGEST = 2**24
+# Upper limit of a canvas's length: the random key of a token is its row's id times this plus its position.
+_MAX_LENGTH = 2**24
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a canvas is filled.
+    """Settings of decoding.
 
     Attributes:
-        block_size: open positions of a block; blocks are filled from left to right.
-        steps: predictions per block; a near-equal number of tokens is kept at each. None: one token a step.
-        temperature: 0 is greedy; above it the choice is of logits plus Gumbel noise times the temperature.
-        remasking: which predictions of a step are kept: those with the highest probability, or random ones.
-        stop_at_eos: once a block of the response holds end-of-text, nothing after that is predicted.
-        seed: of temperature and random remasking.
+        block_size: open positions per block; blocks are decoded from left to right.
+        steps: steps per block; each step keeps a near-equal number of tokens. None: one token per step.
+        temperature: factor of the Gumbel noise that is added to the logits; 0 is greedy.
+        remasking: predictions that a step keeps: those with the highest probability, or random ones.
+        stop_at_eos: end a row after the block in which its response contains end-of-text.
+        seed: seed of temperature and random remasking.
     """
 
     block_size: int = 32
@@ -54,13 +53,13 @@ class Decoding:
 
 
 class Canvas(NamedTuple):
-    """Prompts with room for their responses, on the host."""
+    """Rows of prompts, [MASK]s for their responses and padding, on the host."""
 
     tokens_BL: Tensor  # int64
-    attended_BL: Tensor  # bool: False on the fill behind shorter rows
-    open_BL: Tensor  # bool: [MASK] positions to be filled
-    response_BL: Tensor  # bool: those of them that follow the prompt
-    ids_B: Tensor  # int64, the keys of each row's random numbers
+    attended_BL: Tensor  # bool: False on padding
+    open_BL: Tensor  # bool: [MASK] positions to fill in
+    response_BL: Tensor  # bool: positions of the response
+    ids_B: Tensor  # int64: row ids, which key each row's random numbers
 
 
 def canvas(
@@ -71,14 +70,15 @@ def canvas(
     ids: Sequence[int] | None = None,
     multiple: int = 1,
 ) -> Canvas:
-    """Lay out prompts of any length.
+    """Build a canvas of prompts of any length.
 
     Args:
-        prompts: token ids; [MASK] among them is to be filled too.
-        new_tokens: [MASK] positions to append, for all or for each.
-        mask_id, eos_id: end-of-text fills the shorter rows, and is not attended to.
-        ids: of the rows; their numbers if None.
-        multiple: of which the length shall be, the number of sequence shards.
+        prompts: token ids; [MASK]s in a prompt are filled in too.
+        new_tokens: number of [MASK] positions to append, one for all prompts or one per prompt.
+        mask_id: token id of [MASK].
+        eos_id: token id of end-of-text, which pads the shorter rows and is not attended to there.
+        ids: ids of the rows; 0, 1, ... if None.
+        multiple: divisor of the canvas's length, the number of sequence shards.
     """
     counts = [new_tokens] * len(prompts) if isinstance(new_tokens, int) else list(new_tokens)
     ends = torch.tensor([len(prompt) + count for prompt, count in zip(prompts, counts, strict=True)])
@@ -88,9 +88,9 @@ def canvas(
     tokens_BL = torch.full((len(prompts), length), eos_id)
     for row, prompt in enumerate(prompts):
         tokens_BL[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
-    place_L = torch.arange(length)
-    attended_BL = place_L < ends[:, None]
-    response_BL = attended_BL & (place_L >= starts[:, None])
+    position_L = torch.arange(length)
+    attended_BL = position_L < ends[:, None]
+    response_BL = attended_BL & (position_L >= starts[:, None])
     tokens_BL[response_BL] = mask_id
     return Canvas(
         tokens_BL,
@@ -102,11 +102,11 @@ def canvas(
 
 
 class Step(NamedTuple):
-    """The canvas after a step."""
+    """Canvas after a step."""
 
     tokens_BL: Tensor
     open_BL: Tensor  # bool: still [MASK]
-    kept_BL: Tensor  # bool: decided at this step
+    kept_BL: Tensor  # bool: filled in at this step
 
 
 def denoise(
@@ -117,30 +117,31 @@ def denoise(
     eos_id: int,
     agree: Callable[[int], int] = lambda count: count,
 ) -> Iterator[Step]:
-    """Fill a canvas; yields it after every step, and once more if end-of-text fills the rest.
+    """Decode a canvas; yields it after every step, and again when end-of-text replaces the rest of a row.
 
-    A block is `block_size` of a row's open positions in their order, wherever they lie. Positions that are not open
-    never change. What a row becomes does not depend on the rows beside it.
+    A block consists of `block_size` consecutive open positions of a row, which may have other tokens between them.
+    Tokens at other positions never change. The result of a row does not depend on the other rows.
 
     Args:
         predict: the model.
-        start: is not modified.
-        mask_id: is never chosen.
-        agree: the largest of a number over all ranks that have to call `predict` together.
+        start: canvas to decode; not modified.
+        mask_id: token id of [MASK], which is never predicted.
+        eos_id: token id of end-of-text.
+        agree: maximum of a number over all ranks that must call `predict` together.
     """
     tokens_BL, open_BL = start.tokens_BL.clone(), start.open_BL.clone()
     per_block = decoding.steps or decoding.block_size
     block_BL = torch.where(open_BL, (open_BL.cumsum(1) - 1) // decoding.block_size, -1)
     for block in range(agree(int(block_BL.max()) + 1)):
         block_open_BL = open_BL & (block_BL == block)
-        # More steps than open positions would repeat predictions of an unchanged canvas.
+        # More steps than open positions would predict from an unchanged canvas.
         for left in range(min(per_block, agree(int(block_open_BL.sum(1).max()))), 0, -1):
             target_BL = block_open_BL & open_BL
-            # As the published sampler does: the nearest to an equal share of what is left, halves to the even number.
+            # Equal share of the remaining positions, rounded half to even as in the published sampler.
             share_B = (target_BL.sum(1).double() / left).round().long()
             logits_NV = predict(tokens_BL, target_BL)
             logits_NV[:, mask_id] = -torch.inf
-            # By how much of its row is decided, not by the step: rows beside it change the number of steps.
+            # Key of the random numbers. Not the step: the number of steps depends on the other rows.
             decided_B = (start.open_BL & ~open_BL).sum(1)
             chosen_N, confidence_N = _choose(logits_NV, decoding, target_BL, start.ids_B, decided_B)
             kept_BL = _most_confident(confidence_N, target_BL, share_B)
@@ -159,9 +160,9 @@ def denoise(
 def _choose(
     logits_NV: Tensor, decoding: Decoding, target_BL: Tensor, ids_B: Tensor, decided_B: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The token of each target, and how sure it is: the token's probability, or a random number."""
-    row_N, place_N = target_BL.nonzero(as_tuple=True)
-    keys_N = keyed_random.key(decoding.seed, Stream.DECODING, decided_B[row_N], ids_B[row_N] * _LONGEST + place_N)
+    """Return the predicted token of each target and its confidence: its probability, or a random number."""
+    row_N, position_N = target_BL.nonzero(as_tuple=True)
+    keys_N = keyed_random.key(decoding.seed, Stream.DECODING, decided_B[row_N], ids_B[row_N] * _MAX_LENGTH + position_N)
     noisy_NV = logits_NV
     if decoding.temperature > 0:
         u_NV = keyed_random.uniform(keys_N, torch.arange(1, 1 + logits_NV.shape[1]))
@@ -173,7 +174,7 @@ def _choose(
 
 
 def _most_confident(confidence_N: Tensor, target_BL: Tensor, share_B: Tensor) -> Tensor:
-    """Mask of every row's `share_B` targets with the highest confidence."""
+    """Return the mask of the `share_B` most confident targets of each row, bool `[B, L]`."""
     confidence_BL = torch.full(target_BL.shape, -torch.inf, dtype=confidence_N.dtype)
     confidence_BL = confidence_BL.masked_scatter(target_BL, confidence_N)
     rank_BL = confidence_BL.argsort(dim=1, descending=True, stable=True).argsort(1)
@@ -181,7 +182,7 @@ def _most_confident(confidence_N: Tensor, target_BL: Tensor, share_B: Tensor) ->
 
 
 def finished(steps: Iterator[Step], start: Canvas) -> Tensor:
-    """The tokens after the last step, `[B, L]`."""
+    """Run all steps; returns the final tokens, `[B, L]`."""
     tokens_BL = start.tokens_BL
     for step in steps:
         tokens_BL = step.tokens_BL
@@ -189,6 +190,6 @@ def finished(steps: Iterator[Step], start: Canvas) -> Tensor:
 
 
 def responses(tokens_BL: Tensor, start: Canvas, eos_id: int) -> list[list[int]]:
-    """Token ids of every row's response, up to end-of-text."""
+    """Return the token ids of each row's response, up to end-of-text."""
     rows = [tokens[response].tolist() for tokens, response in zip(tokens_BL, start.response_BL, strict=True)]
     return [row[: row.index(eos_id)] if eos_id in row else row for row in rows]

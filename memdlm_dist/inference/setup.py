@@ -1,4 +1,4 @@
-"""Set-up for inference: a training configuration changed for reading, the process group and this rank's device."""
+"""Set-up of inference: configuration, process group and this rank's device."""
 
 import copy
 import os
@@ -16,31 +16,31 @@ from memdlm_dist.training.backbone import get_layout
 
 
 def checkpoint_folder(config: JobConfig) -> str:
-    """Return the folder or URL where a run keeps its checkpoints."""
+    """Return the folder or URL of a run's checkpoints."""
     folder: str = config.checkpoint.folder
     return folder if is_remote(folder) else os.path.join(config.job.dump_folder, folder)
 
 
 def inference_config(config: JobConfig) -> JobConfig:
-    """Return a copy of a training configuration, changed for inference."""
+    """Return a copy of a training configuration with memory on and training-only features off."""
     config = copy.deepcopy(config)
-    # The memory is there for who asks for it, also of a model that was trained without.
+    # Any model can be used with the memory, also one that was trained without it.
     config.parametric_memory.enable = True
     config.activation_checkpoint.mode = "none"
     config.compile.enable = False
-    # Each rank's prompts have memories of their own, so every rank has all experts; and prompts are not split.
+    # Each rank adapts fast weights to its own prompts, so it needs all experts and whole prompts.
     config.parallelism.expert_parallel_degree = config.parallelism.expert_tensor_parallel_degree = 1
     config.parallelism.context_parallel_degree = 1
-    config.comm.trace_buf_size = 0  # its folder would be made wherever one happens to be
-    # Prompts come in batches of the caller's.
+    config.comm.trace_buf_size = 0  # a trace would create its folder in the current directory
+    # Unused, because the caller chooses the batches of prompts; valid for any number of ranks.
     config.training.local_batch_size, config.training.global_batch_size = 1, -1
-    # What a training step gathers once would stay gathered through all of decoding.
+    # "never" would keep all parameters gathered for the whole of decoding.
     config.parallelism.fsdp_reshard_after_forward = "default"
     return config
 
 
 def join(config: JobConfig) -> tuple[torch.device, Layout]:
-    """Join the process group; returns this rank's device and the layout."""
+    """Join the process group; returns this rank's device and the parallel layout."""
     check_prepared()
     single_process_environment()
     device = torch.device(f"{device_type()}:{os.environ['LOCAL_RANK']}")

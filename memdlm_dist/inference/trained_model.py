@@ -1,6 +1,7 @@
-"""A trained model: loaded on any layout, its fast weights adapted to prompts, its denoising and its likelihoods.
+"""Trained model: loads on any layout, adapts fast weights to prompts, decodes and computes likelihoods.
 
-Shapes: B sequences, L tokens, N predicted positions, V vocabulary. Arguments and results are on the host.
+Shapes: B sequences, L tokens, N predicted positions, V vocabulary, M scored tokens of one shard, S sequence shards.
+Arguments and results are on the host.
 """
 
 import time
@@ -40,7 +41,7 @@ ANCHOR_RATIO = 0.2
 
 @dataclass(frozen=True)
 class AdaptedMemory:
-    """Fast weights adapted to prompts, a set for each, and the seconds that it took."""
+    """Fast weights adapted to prompts, one set per prompt, and the time of adapting in seconds."""
 
     fast: FastWeights
     seconds: float
@@ -48,22 +49,23 @@ class AdaptedMemory:
 
 @dataclass(frozen=True)
 class Generated:
-    """Responses to a batch of prompts, as token ids up to end-of-text."""
+    """Responses to a batch of prompts, as token ids up to end-of-text, with times in seconds."""
 
     responses: list[list[int]]
-    fast: FastWeights | None  # of the prompts
+    fast: FastWeights | None  # adapted to the prompts; None without memory
     memory_seconds: float
     decoding_seconds: float
 
 
 class TrainedModel:
-    """A backbone with the weights of a checkpoint, sharded as the configuration says.
+    """Backbone with the weights of a checkpoint, parallelised as configured.
 
-    Call every method on all ranks. Data-parallel ranks have batches of their own, as many each.
+    Call every method on all ranks. Each data-parallel rank has its own batches; all must have the same number.
 
     Args:
-        config: of the run that trained it, from `parse_config.parse`; not modified.
-        checkpoint: a checkpoint `step-N` or a folder of them, whose newest good one is taken; the run's own if None.
+        config: configuration of the run that trained the model, from `parse_config.parse`; not modified.
+        checkpoint: checkpoint `step-N`, a folder or URL of checkpoints (the newest intact one is loaded), or a folder
+            of Hugging Face weights; the run's own checkpoints if None.
 
     Raises:
         UserError: if the launch, the tokenizer or the checkpoint does not fit.
@@ -86,44 +88,47 @@ class TrainedModel:
         self.load(checkpoint or setup.checkpoint_folder(config))
         self.trained_length: int = config.training.seq_len
         dtype = config.training.mixed_precision_param
-        # torch warns of an autocast that changes nothing.
+        # torch warns about an autocast to the dtype of the weights.
         self._amp: Any = nullcontext()
         if dtype != config.training.dtype:
             self._amp = process_group.autocast(parallel_dims, dtype, device_type())
         objective = build_objective(config, args, self.tokenizer.mask_id, parallel_dims)
         assert objective.memory is not None
         self._memory = replace(objective.memory, per_sample=True)
-        # The prompt is no random corruption whose weight would make a likelihood bound: uniform weights.
+        # Uniform weights: the anchor ratio is fixed, so the schedule's weights would not give a likelihood bound.
         self._objective = replace(objective, plan=replace(objective.plan, loss_weight="uniform"))
         self.data_parallel = DataParallel.from_layout(parallel_dims, self.device)
 
     def load(self, checkpoint: str) -> None:
-        """Replace the weights by another checkpoint's."""
+        """Load the weights of a checkpoint, for the constructor's argument `checkpoint`."""
         self.checkpoint = weights.load(self.model, checkpoint, self._sd_adapter)
 
     @property
     def mask_id(self) -> int:
+        """Token id of [MASK]."""
         return self.tokenizer.mask_id
 
     @property
     def eos_id(self) -> int:
+        """Token id of end-of-text."""
         return self.tokenizer.eos_id
 
     def canvas(
         self, prompts: Sequence[Sequence[int]], new_tokens: int | Sequence[int], ids: Sequence[int] | None = None
     ) -> Canvas:
-        """Lay out prompts with this model's tokens and sharding: `sampler.canvas`."""
+        """Build a canvas with this model's token ids and sequence sharding; see `sampler.canvas`."""
         return sampler.canvas(prompts, new_tokens, self.mask_id, self.eos_id, ids, self._objective.tp_size)
 
     def adapt(
         self, prompts: Sequence[Sequence[int]], anchor_ratio: float = ANCHOR_RATIO, ids: Sequence[int] | None = None
     ) -> AdaptedMemory:
-        """Run the inner loop on prompts: the trajectory ends at an anchor that masks a share of each prompt's tokens.
+        """Adapt fast weights to prompts with the inner loop, one set per prompt.
 
-        [MASK] tokens that a prompt holds are not scored. An empty prompt writes nothing.
+        [MASK]s in a prompt are not scored. An empty prompt leaves its fast weights at their initial values.
 
         Args:
-            ids: keys of the rows' masks and initial fast weights; their numbers if None.
+            anchor_ratio: share of each prompt's tokens that the anchor masks.
+            ids: row ids, which key the masks and the initial fast weights; 0, 1, ... if None.
         """
         began = time.perf_counter()
         start = self.canvas(prompts, 0, ids)
@@ -158,10 +163,10 @@ class TrainedModel:
     def logits(
         self, tokens_BL: Tensor, target_BL: Tensor, attended_BL: Tensor, fast: FastWeights | None = None
     ) -> Tensor:
-        """Return the target positions' logits `[N, V]` in float32, in the order of the flattened canvas."""
-        scored, place_N = self._gather(tokens_BL, target_BL)
+        """Return the logits of the target positions, float32 `[N, V]`, in the order of the flattened canvas."""
+        scored, index_N = self._gather(tokens_BL, target_BL)
         out = self._forward(tokens_BL, scored, attended_BL, fast, "logits")
-        return full_tensor(out)[place_N.to(self.device)].float().cpu()
+        return full_tensor(out)[index_N.to(self.device)].float().cpu()
 
     @torch.no_grad()
     def nll(
@@ -172,22 +177,26 @@ class TrainedModel:
         attended_BL: Tensor,
         fast: FastWeights | None = None,
     ) -> Tensor:
-        """Return each row's sum of -log p(clean token) over its targets, in nats, float64 `[B]`."""
+        """Return the sum of -log p(clean token) over each row's targets, in nats, float64 `[B]`."""
         scored, _ = self._gather(clean_BL, target_BL)
         sums = SetSum(scored.valid_N.float().to(self.device), scored.sample_N.to(self.device), len(tokens_BL))
         head = HeadLoss(cross_entropy, scored.label_N.to(self.device), sums)
         return self._forward(tokens_BL, scored, attended_BL, fast, head).double().cpu()
 
     def _gather(self, tokens_BL: Tensor, target_BL: Tensor) -> tuple[Scored, Tensor]:
-        """Return the targets as the head gets them, and each one's index among them."""
-        shards, shifted = self._objective.tp_size, self._objective.shifted
+        """Return the targets as input of the output head, and the index of each target in the head's output, `[N]`.
+
+        Raises:
+            UserError: if a backbone that predicts the next token is to predict a row's first token.
+        """
+        tp_size, shifted = self._objective.tp_size, self._objective.shifted
         if shifted and target_BL[:, 0].any():
-            raise UserError("This backbone predicts the next token, so that the first one cannot be [MASK].")
+            raise UserError("This backbone predicts the next token, so the first token cannot be [MASK].")
         ones_B = torch.ones(len(tokens_BL))
-        scored = gather_scored(State(target_BL, target_BL, ones_B), tokens_BL, shards, shifted)
+        scored = gather_scored(State(target_BL, target_BL, ones_B), tokens_BL, tp_size, shifted)
         length = tokens_BL.shape[1]
-        width = length // shards
-        shard_S1 = torch.arange(shards).unsqueeze(1)
+        width = length // tp_size
+        shard_S1 = torch.arange(tp_size).unsqueeze(1)
         flat_N = (scored.index_SM // width * length + shard_S1 * width + scored.index_SM % width).flatten()
         flat_N = torch.where(scored.valid_N, flat_N, target_BL.numel())
         return scored, flat_N.argsort()[: int(target_BL.sum())]
@@ -195,16 +204,17 @@ class TrainedModel:
     def _forward(
         self, tokens_BL: Tensor, scored: Scored, attended_BL: Tensor, fast: FastWeights | None, readout: Any
     ) -> Tensor:
+        """Run the model and return the `readout` of the scored positions."""
         self.model.extend_rope(tokens_BL.shape[1])
         index_M = scored.index_SM[self._objective.tp_rank].to(self.device)
-        # Where everything is attended to no mask is given, so that the fastest kernels run.
+        # Without padding pass no mask, so that the fastest attention kernels run.
         attended = None if bool(attended_BL.all()) else attended_BL.to(self.device)
         context = self.model.context(tokens_BL.shape[1], attended_BL=attended)
         with self._amp:
             return self.model(tokens_BL.to(self.device), index_M, fast, readout, context)
 
     def denoise(self, start: Canvas, decoding: Decoding, fast: FastWeights | None = None) -> Iterator[Step]:
-        """Fill a canvas with this model: `sampler.denoise`."""
+        """Decode a canvas with this model, with fast weights if given; see `sampler.denoise`."""
         return sampler.denoise(
             lambda tokens_BL, target_BL: self.logits(tokens_BL, target_BL, start.attended_BL, fast),
             start, decoding, self.mask_id, self.eos_id, self.data_parallel.maximum,
@@ -219,7 +229,7 @@ class TrainedModel:
         anchor_ratio: float = ANCHOR_RATIO,
         ids: Sequence[int] | None = None,
     ) -> Generated:
-        """Respond to prompts, with fast weights adapted to each prompt first or not."""
+        """Respond to prompts; with `memory`, adapt fast weights to each prompt first. See `canvas` and `adapt`."""
         adapted = self.adapt(prompts, anchor_ratio, ids) if memory else None
         began = time.perf_counter()
         start = self.canvas(prompts, new_tokens, ids)

@@ -79,7 +79,7 @@ class BatchPrefetcher:
         return self._thread.ident or 0
 
     def take(self, step: int) -> list[PrefetchedBatch]:
-        """Return the micro-batches of a step when they are loaded, and request those of the next step."""
+        """Return the micro-batches of a step as soon as they are loaded, and request the next step's."""
         self._needed.set()
         if self._requested < step:
             self._steps.put(step)

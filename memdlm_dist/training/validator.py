@@ -38,9 +38,9 @@ class HeldOutValidator:
     """torchtitan validator that measures the likelihood bound of the held-out sequences, in nats per maskable token.
 
     The noise is keyed by the sample id alone, not by the run's seed, so it is the same at every validation, in every
-    run and on any number of ranks. The noise levels are not random: a random draw with weights 1/t gives a noisy
-    bound, so the levels are spread evenly over (0, 1), with row i at frac((i + 1/2) phi), phi = 0.618... The loss
-    weight is always the schedule's, also with `diffusion.loss_weight = "uniform"`.
+    run and on any number of ranks. The noise levels are not random but spread evenly over (0, 1), see `even_levels`:
+    with loss weights 1/t, random levels give a noisy bound. The loss weight is always the schedule's, regardless of
+    `diffusion.loss_weight`.
 
     With the memory on, the inner loop first runs on the scored state, as in training. That loss is lower by
     construction. To compare base models, use the loss with the memory off.
@@ -154,8 +154,7 @@ class HeldOutValidator:
 def even_levels(row_ids_B: Tensor, slots: int) -> Tensor:
     """Return evenly spread noise levels of the rows' samples, float64 `[B * slots]`.
 
-    Steps of the golden ratio along rows and of sqrt(2) along the documents of a row, modulo 1: a low-discrepancy
-    sequence, even for any set of rows.
+    Document s of row i is at frac((i + 1/2) phi + s sqrt(2)) of the range, phi = 0.618...: a low-discrepancy sequence.
     """
     point_BS = (row_ids_B.double() + 0.5).unsqueeze(1) * _GOLDEN_RATIO + torch.arange(slots) * _SQRT_2
     return level_from_uniform(point_BS.flatten() % 1)

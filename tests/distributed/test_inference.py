@@ -145,7 +145,7 @@ def test_a_backbone_that_predicts_the_next_token(model, folder):
     logits = shifted.logits(start.tokens_BL, target_BL, start.attended_BL)
     assert torch.equal(logits, model.logits(start.tokens_BL, earlier_BL, start.attended_BL))
     assert shifted.adapt(prompts).seconds > 0
-    with pytest.raises(UserError, match="first one cannot be"):
+    with pytest.raises(UserError, match="first token cannot be"):
         shifted.logits(start.tokens_BL, torch.ones_like(target_BL), start.attended_BL)
 
 
