@@ -59,14 +59,13 @@ class Checkpoint(TitanCheckpoint):
     """Save only the model at the last step. False, unlike in torchtitan, so that a finished run can be continued."""
 
     keep_every: int = 0
-    """In addition to the latest checkpoints, keep those whose step is a multiple of this; 0 for none."""
+    """Apart from the latest checkpoints, keep those whose step is a multiple of this; 0: none."""
 
     keep_best: KeepBest = ""
-    """In addition to the latest checkpoints, keep the one with the lowest value of this validation loss; empty for none."""
+    """Apart from the latest checkpoints, keep the one with the lowest value of this validation loss; empty: none."""
 
     accept_changes: list[str] = field(default_factory=list)
     """Keys whose change since the checkpoint is accepted, such as training.global_batch_size or data.train.
-
     Another change of the data or the noise stops the run, because it would not continue the interrupted one."""
 
 
