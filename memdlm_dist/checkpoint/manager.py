@@ -59,14 +59,13 @@ class Checkpoint(TitanCheckpoint):
     """Save only the model at the last step. False, unlike in torchtitan, so that a finished run can be continued."""
 
     keep_every: int = 0
-    """In addition to the latest checkpoints, keep those whose step is a multiple of this; 0 for none."""
+    """Apart from the latest checkpoints, keep those whose step is a multiple of this; 0: none."""
 
     keep_best: KeepBest = ""
-    """In addition to the latest checkpoints, keep the one with the lowest value of this loss; empty for none."""
+    """Apart from the latest checkpoints, keep the one with the lowest value of this validation loss; empty: none."""
 
     accept_changes: list[str] = field(default_factory=list)
     """Keys whose change since the checkpoint is accepted, such as training.global_batch_size or data.train.
-
     Another change of the data or the noise stops the run, because it would not continue the interrupted one."""
 
 
@@ -357,7 +356,7 @@ class ResumableCheckpoints(HookedCheckpoints):
             raise failure
 
     def is_due(self, step: int, last_step: bool = False) -> bool:
-        """Return whether to save after a step: by torchtitan's rules, or because of `save_now`."""
+        """Return True after a step at which torchtitan saves, or if `save_now` is set."""
         if self.enable and not self.load_only and self.save_now:
             return True
         return super().is_due(step, last_step)

@@ -61,7 +61,7 @@ class TokenDataset(streaming.CacheOnlyEviction):
         return state.hexdigest()[:16]
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
-        """Read one sample by its global id; check its shard if it is the shard's first.
+        """Read one sample by its global id; on the first access to a shard, also check the shard.
 
         Raises:
             UserError: naming the shard, if it is missing or corrupt or the sample cannot be read.
@@ -201,7 +201,7 @@ def check_cards(locations: Sequence[str], run: Requirements) -> int | None:
 
 
 def max_documents(most_documents: Sequence[int | None]) -> int | None:
-    """Return the maximum of several numbers of documents in a row; None if any of them is None, i.e. unknown."""
+    """Return the maximum of several numbers of documents in a row; None (unknown) if any of them is None."""
     known = [number for number in most_documents if number is not None]
     return max(known) if len(known) == len(most_documents) else None
 

@@ -55,7 +55,7 @@ class EpochLoader(Stateful):
     ):
         if not options.get("num_workers"):
             options = {k: v for k, v in options.items() if k not in ("persistent_workers", "prefetch_factor")}
-        # Shapes stay fixed on every rank.
+        # drop_last keeps the shapes of batches fixed on every rank.
         self._loader = StreamingDataLoader(
             dataset,
             batch_size=batch_size,

@@ -208,9 +208,9 @@ def _good_rows(
 def _bad_row(
     config: PrepareConfig, summary: Summary, report: Callable[[str], None], location: str, problem: str
 ) -> None:
-    problem = problem[:_PROBLEM_LENGTH].encode(errors="backslashreplace").decode()  # may end in half a surrogate pair
+    problem = problem[:_PROBLEM_LENGTH].encode(errors="backslashreplace").decode()  # may contain half a surrogate pair
     if config.strict:
-        raise UserError(f"Bad row at {location}: {problem}; correct it, or leave out --strict to skip bad rows.")
+        raise UserError(f"Bad row at {location}: {problem}; correct the row, or omit --strict to skip bad rows.")
     summary.bad_rows += 1
     if summary.bad_rows <= _SHOWN_PROBLEMS:
         report(f"Skipped a bad row at {location}: {problem}.")
@@ -270,7 +270,7 @@ class _SequenceBuilder:
         texts: list[tuple[Row, str]] = []
         for row in batch:
             try:
-                row_format = self._form(row)
+                row_format = self._row_format(row)
                 if row_format == "text":
                     texts.append((row, sequences.document(row.values, self._config.fields)))
                     continue
@@ -291,7 +291,7 @@ class _SequenceBuilder:
             for sequence in completed:
                 yield split, sequence
 
-    def _form(self, row: Row) -> Format:
+    def _row_format(self, row: Row) -> Format:
         row_format = self._config.row_format or sequences.detect_format(row.values, self._config.fields)
         if row_format is None:
             raise BadRow(f"none of the known formats; the row's fields are {', '.join(map(repr, row.values))}")

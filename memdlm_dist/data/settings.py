@@ -8,7 +8,7 @@ class Data:
     """Streams of tokenised shards, written by tools/prepare_data.py."""
 
     train: list[str] = field(default_factory=list)
-    """Folders or URLs of training shards; several are mixed. Shards at a URL are cached in cache_folder."""
+    """Folders or URLs (s3://, gs://, ...) of training shards; several are mixed. URLs are cached in cache_folder."""
 
     proportions: list[float] = field(default_factory=list)
     """Share of each training stream in an epoch, in the order of `train`; empty: read each stream once per epoch."""
@@ -29,7 +29,7 @@ class Data:
     """Seed of the shuffle."""
 
     num_canonical_nodes: int = 1
-    """Number of canonical nodes in streaming's sample order; 1 makes the order independent of the number of ranks."""
+    """Canonical nodes of streaming (independent paths through the shards); 1: same order on any number of ranks."""
 
     validate_hash: str = "xxh64"
     """Checksum that is verified when a shard is first read; empty to skip the check."""
