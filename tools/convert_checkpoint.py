@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 r"""Convert checkpoints from and to Hugging Face weights (safetensors), offline.
 
-Examples:
+Examples, after bash launch/quickstart.sh:
   python tools/convert_checkpoint.py to-hf train_configs/quickstart.toml --output exports/quickstart
   python tools/convert_checkpoint.py from-hf train_configs/quickstart.toml --input exports/quickstart \
       --output checkpoints/quickstart

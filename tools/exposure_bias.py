@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 r"""Measure the exposure bias of one or several checkpoints on the same samples.
 
-Examples:
+Examples, after bash launch/quickstart.sh:
   python tools/exposure_bias.py train_configs/quickstart.toml --output outputs/exposure
   python tools/exposure_bias.py train_configs/quickstart.toml --output outputs/exposure-steps --samples 32 \
       --checkpoint outputs/quickstart/checkpoint/step-160 outputs/quickstart/checkpoint/step-240 --names early late
