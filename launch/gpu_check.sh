@@ -10,7 +10,7 @@
 #
 # Selection:
 #   --only SECTION ...  sections to run (default: all)
-#   --quick             fewer rounds and sizes, at most 10 minutes in all; without --only just the sections
+#   --quick             fewer rounds and sizes, at most 10 minutes in all; unless --only is given, only the sections
 #                       environment, bench_8b, lora_8b, run_dense and decoding
 #   --list              list the sections and exit
 # Hardware:

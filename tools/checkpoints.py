@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """List the checkpoints of a run, verify their content, or remove those that are not needed.
 
-Examples:
+Examples, after bash launch/quickstart.sh:
   python tools/checkpoints.py list outputs/quickstart/checkpoint
   python tools/checkpoints.py verify outputs/quickstart/checkpoint --step 240
   python tools/checkpoints.py prune outputs/quickstart/checkpoint --keep-latest 1 --dry-run

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 r"""Convert checkpoints from and to Hugging Face weights (safetensors), offline.
 
-Examples:
+Examples, after bash launch/quickstart.sh:
   python tools/convert_checkpoint.py to-hf train_configs/quickstart.toml --output exports/quickstart
   python tools/convert_checkpoint.py from-hf train_configs/quickstart.toml --input exports/quickstart \
       --output checkpoints/quickstart
@@ -43,7 +43,9 @@ with checkpoint.initial_load_in_hf. The command copies config.json and the token
 _TO_HF = """Convert a checkpoint to a folder of Hugging Face weights.
 
 Examples:
+  # After bash launch/quickstart.sh
   python tools/convert_checkpoint.py to-hf train_configs/quickstart.toml --output exports/quickstart
+  # After a run that trained LoRA adapters
   python tools/convert_checkpoint.py to-hf train_configs/llada_8b_longalpaca.toml --output exports/lora --adapter
 
 The export merges the adapters of a LoRA run into the weights; --adapter writes the adapters alone, in PEFT's layout.

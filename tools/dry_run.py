@@ -2,7 +2,7 @@
 r"""Estimate memory, communication and step time of a configuration on many ranks, without weights, GPUs or data.
 
 Examples:
-  python tools/dry_run.py train_configs/llada_8b_longalpaca.toml --world-size 8 32 256
+  python tools/dry_run.py train_configs/llada_8b_longalpaca.toml --world-size 8 32
   python tools/dry_run.py train_configs/llada_8b_128k.toml --world-size 64 --device-memory 141 \
       --parallelism.tensor_parallel_degree 2
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""Evaluate trained models on needle tasks, without and with memory, and compare results of several runs.
+r"""Evaluate trained models on needle tasks, without and with memory, and compare results of several runs.
 
-Examples:
-  python tools/evaluate.py needle train_configs/quickstart.toml --lengths 512 --samples 10 --output outputs/needles
+Examples, after bash launch/quickstart.sh:
+  python tools/evaluate.py needle train_configs/quickstart.toml --tasks facts_1 --lengths 256 --samples 10 \
+      --new-tokens 16 --output outputs/needles
   python tools/evaluate.py compare quickstart=outputs/needles --output outputs/comparison
   python tools/evaluate.py losses quickstart=outputs/quickstart --output outputs/losses
 
@@ -35,9 +36,10 @@ from memdlm_dist.runtime.rank_0 import is_rank_0
 _NEEDLE = """Measure the accuracy of a trained model on needle tasks, by task and length.
 
 Examples:
-  python tools/evaluate.py needle train_configs/quickstart.toml --lengths 512 --samples 10 --output outputs/needles
-  python tools/evaluate.py needle train_configs/quickstart.toml --lengths 512,1024 --tasks facts_1,facts_2 \\
-      --memory on --samples 10 --output outputs/facts
+  python tools/evaluate.py needle train_configs/quickstart.toml --tasks facts_1 --lengths 256 --samples 10 \\
+      --new-tokens 16 --output outputs/needles
+  python tools/evaluate.py needle train_configs/quickstart.toml --tasks facts_1,facts_2 --lengths 192,256 \\
+      --samples 4 --new-tokens 16 --memory on --output outputs/facts
 
 The tasks ask about facts hidden in real text (tools/needle_data.py). The held-out part uses keys, names and passages
 that the training part never contains. Writes needle.json and needle.png. Also runs under torchrun. Override

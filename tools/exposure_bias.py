@@ -1,16 +1,16 @@
 #!/usr/bin/env python
 r"""Measure the exposure bias of one or several checkpoints on the same samples.
 
-Examples:
-  python tools/exposure_bias.py train_configs/quickstart.toml --output outputs/exposure
-  python tools/exposure_bias.py train_configs/quickstart.toml --output outputs/exposure-steps --samples 32 \
+Examples, after bash launch/quickstart.sh:
+  python tools/exposure_bias.py train_configs/quickstart.toml --samples 16 --output outputs/exposure
+  python tools/exposure_bias.py train_configs/quickstart.toml --samples 16 --output outputs/exposure-steps \
       --checkpoint outputs/quickstart/checkpoint/step-160 outputs/quickstart/checkpoint/step-240 --names early late
 
 For each mask ratio the table shows two losses of the response tokens. Static: the other response tokens are the true
 ones. Sequential: the model has filled in the other response tokens itself, most confident first, and the loss covers
-the tokens that are still masked. The exposure bias R_EB is sequential over static loss. The last column compares true
-tokens and the model's own at the same masked positions. Writes exposure_bias.json and exposure_bias.png. Also runs
-under torchrun. Override configuration keys with --section.key value.
+the tokens that are still masked. The exposure bias R_EB is sequential over static loss. The last column divides the
+sequential loss by the static loss at the same masked positions. Writes exposure_bias.json and exposure_bias.png. Also
+runs under torchrun. Override configuration keys with --section.key value.
 """
 
 import argparse

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Generate text with a trained model: respond to a prompt, or fill in its [MASK]s.
 
-Examples:
+Examples, after bash launch/quickstart.sh:
   python tools/generate.py train_configs/quickstart.toml --prompt "def read(self"
   python tools/generate.py train_configs/quickstart.toml --prompt "for [MASK] in [MASK][MASK][MASK]:"
-  python tools/generate.py train_configs/quickstart.toml --file README.md --memory on --new-tokens 32
+  python tools/generate.py train_configs/quickstart.toml --file LICENSE --memory on --new-tokens 32
   echo "import" | python tools/generate.py train_configs/quickstart.toml --json
   python tools/generate.py train_configs/quickstart.toml --interactive
 

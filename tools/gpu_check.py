@@ -41,8 +41,8 @@ def parser() -> argparse.ArgumentParser:
     )
     selection.add_argument(
         "--quick", action="store_true",
-        help=f"run fewer rounds and sizes, at most {QUICK_LIMIT:.0f} s a section instead of {LIMIT:.0f}, and without "
-             f"--only just the sections {', '.join(QUICK)}",
+        help=f"run fewer rounds and sizes, at most {QUICK_LIMIT:.0f} s a section instead of {LIMIT:.0f}; unless --only "
+             f"is given, run only the sections {', '.join(QUICK)}",
     )  # fmt: skip
     selection.add_argument("--list", action="store_true", help="list the sections and exit")
     hardware = p.add_argument_group("hardware")

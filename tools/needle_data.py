@@ -2,7 +2,7 @@
 r"""Write a training corpus of needle tasks, which ask about facts hidden in real text, as JSONL for prepare_data.py.
 
 Example, after launch/quickstart.sh:
-  python tools/needle_data.py --tokenizer data/quickstart/tokenizer --lengths 512,1024 --samples 100 \
+  python tools/needle_data.py --tokenizer data/quickstart/tokenizer --lengths 1024 --samples 100 \
       --output data/needles.jsonl
 
 Tasks: multi_value, variable_tracking and common_words follow RULER; facts_1 and facts_2 follow BABILong; repeat asks

@@ -20,21 +20,21 @@ def test_bench_writes_what_it_measures(tmp_path):
         "--layers", "3", "--json", str(result), "--profile", str(profile), "--training.local_batch_size", "2",
     )  # fmt: skip
     assert "step, median (s)" in out and "data-parallel all-gathers" in out and str(result) in out
-    found = json.loads(result.read_text())
+    measured = json.loads(result.read_text())
     for key in ("step_seconds", "tokens_per_second", "all_gathers", "reduce_scatters", "peak_bytes"):
-        assert set(found[key]) == {"plain", "straightforward", "ours"} and min(found[key].values()) > 0
+        assert set(measured[key]) == {"plain", "straightforward", "ours"} and min(measured[key].values()) > 0
     # Embedding, three layers and head are gathered in the forward pass. The backward pass gathers all but the head
     # again; ours all but the tail.
-    assert found["all_gathers"]["plain"] == 5 + 4 and found["all_gathers"]["ours"] == 5 + 3
-    assert set(found["reduce_scatters"].values()) == {5}
-    assert found["ratio"]["ours_over_plain"] > 0 and found["ratio"]["straightforward_over_plain"] > 0
-    fastest, slowest = found["step_seconds_range"]["ours"]
-    assert fastest <= found["step_seconds"]["ours"] <= slowest
-    flops = found["flops"]
-    assert found["hardware_flops_ratio"] == pytest.approx(
+    assert measured["all_gathers"]["plain"] == 5 + 4 and measured["all_gathers"]["ours"] == 5 + 3
+    assert set(measured["reduce_scatters"].values()) == {5}
+    assert measured["ratio"]["ours_over_plain"] > 0 and measured["ratio"]["straightforward_over_plain"] > 0
+    fastest, slowest = measured["step_seconds_range"]["ours"]
+    assert fastest <= measured["step_seconds"]["ours"] <= slowest
+    flops = measured["flops"]
+    assert measured["hardware_flops_ratio"] == pytest.approx(
         1 + flops["hardware_inner"] / flops["hardware_outer"], rel=0.1
     )
-    assert found["mfu"]["plain"] is None, "a CPU has no peak FLOP/s to compare with"
+    assert measured["mfu"]["plain"] is None, "a CPU has no peak FLOP/s to compare with"
     assert "aten::mm" in profile.read_text()
 
 
@@ -46,10 +46,10 @@ def test_bench_sweeps_over_lengths(tmp_path):
         "--lengths", "64", "128", "--json", str(result), "--parallelism.context_parallel_degree", "2",
     )  # fmt: skip
     assert "tokens of a row" in out
-    found = json.loads(result.read_text())["lengths"]
-    assert [x["length"] for x in found] == [64, 128] and found[0]["ranks"] == 2
-    assert all(set(x["step_seconds"]) == {"plain", "ours"} and x["ratio"]["ours_over_plain"] > 0 for x in found)
-    assert found[1]["flops"]["hardware_outer"] > 1.9 * found[0]["flops"]["hardware_outer"]
+    measured = json.loads(result.read_text())["lengths"]
+    assert [x["length"] for x in measured] == [64, 128] and measured[0]["ranks"] == 2
+    assert all(set(x["step_seconds"]) == {"plain", "ours"} and x["ratio"]["ours_over_plain"] > 0 for x in measured)
+    assert measured[1]["flops"]["hardware_outer"] > 1.9 * measured[0]["flops"]["hardware_outer"]
 
 
 def test_an_error_reaches_torchrun(tmp_path, monkeypatch, root):

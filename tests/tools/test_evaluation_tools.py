@@ -94,12 +94,12 @@ def test_needle_evaluation_and_comparison(call, tmp_path, capsys):
             "--batch-size", "2", "--output", folder, "--seed", seed, *SIZES, command=["needle"],
         )  # fmt: skip
         assert status == 0 and "memory on: decoding" in text and "writing the memory" in text
-    found = json.loads((tmp_path / "a/needle.json").read_text())
-    assert [(s["task"], s["length"], s["memory"], s["samples"]) for s in found["scores"]] == [
+    results = json.loads((tmp_path / "a/needle.json").read_text())
+    assert [(s["task"], s["length"], s["memory"], s["samples"]) for s in results["scores"]] == [
         (task, length, memory, 3)
         for task in ("facts_1", "repeat") for length in (250, 300) for memory in ("off", "on")
     ]  # fmt: skip
-    assert len(found["answers"]) == 24 and all(0 <= answer["accuracy"] <= 1 for answer in found["answers"])
+    assert len(results["answers"]) == 24 and all(0 <= answer["accuracy"] <= 1 for answer in results["answers"])
     assert (tmp_path / "a/needle.png").read_bytes().startswith(PICTURE)
     status, _, err = call(evaluate.main, "--lengths", "250", "--output", out[0], *SIZES, command=["needle"])
     assert status == 2 and "--overwrite" in err
@@ -113,8 +113,8 @@ def test_needle_evaluation_and_comparison(call, tmp_path, capsys):
     table = capsys.readouterr().out
     assert "one, memory off (1)" in table and "two, memory on (2)" in table and "repeat 300" in table
     assert (tmp_path / "report/comparison.png").read_bytes().startswith(PICTURE)
-    found["settings"]["seed"] = 5
-    (tmp_path / "b/needle.json").write_text(json.dumps(found))
+    results["settings"]["seed"] = 5
+    (tmp_path / "b/needle.json").write_text(json.dumps(results))
     assert evaluate.main(["compare", f"one={out[0]}", f"two={out[1]}", "--output", report, "--overwrite"]) == 2
     assert "asked other questions" in capsys.readouterr().err
 
@@ -142,8 +142,8 @@ def test_exposure_bias_tool(call, trained, tmp_path):
         "--ratios", "0.5,0.9", "--prompt-share", "0.9", "--output", str(tmp_path),
     )  # fmt: skip
     assert status == 0 and "R_EB" in out
-    found = json.loads((tmp_path / "exposure_bias.json").read_text())
-    points = {(result["name"], result["memory"]): result["points"] for result in found["results"]}
+    results = json.loads((tmp_path / "exposure_bias.json").read_text())
+    points = {(result["name"], result["memory"]): result["points"] for result in results["results"]}
     assert len(points) == 4 and points["a", "off"] == points["b", "off"] != points["a", "on"]
     assert [point["ratio"] for point in points["a", "off"]] == [0.5, 0.9]
     assert (tmp_path / "exposure_bias.png").read_bytes().startswith(PICTURE)

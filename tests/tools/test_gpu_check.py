@@ -401,7 +401,7 @@ def test_a_model_is_measured_as_deep_as_it_fits(repository):
         folder = repository(fits, runs)
         assert run(folder, BENCHES[:1], H100) == 0
         result = kept(folder, "bench_8b", "1-x-nvidia-h100-80gb-hbm3")
-        assert [found["layers"] for found in result["numbers"]["benches"]] == depths
+        assert [bench["layers"] for bench in result["numbers"]["benches"]] == depths
         assert len(result["numbers"]["kernels"]) == 18
         report = (folder / "report.md").read_text()
         cell = f"{', '.join(map(str, sorted(depths)))} of 32 layers" + (", extrapolated" if len(depths) > 1 else "")
@@ -446,7 +446,7 @@ def test_what_will_not_fit_does_not_start(repository):
     folder = repository(8192, 32)
     assert run(folder, lengths, H100) == 0
     numbers = kept(folder, "lengths", machine)["numbers"]
-    assert [found["length"] for found in numbers["lengths"]] == [4096, 8192]
+    assert [row["length"] for row in numbers["lengths"]] == [4096, 8192]
     assert numbers["stopped"].startswith("rows of 16,384 tokens do not fit, by the estimate")
 
 
@@ -482,13 +482,13 @@ def test_everything_with_debug_sizes(tmp_path, root):
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    found = {section.name: kept(tmp_path, section.name) for section in SECTIONS}
-    assert {name: result["status"] for name, result in found.items()} == {
+    kept_results = {section.name: kept(tmp_path, section.name) for section in SECTIONS}
+    assert {name: result["status"] for name, result in kept_results.items()} == {
         section.name: "skipped" if section.name == "tests" else "ok" for section in SECTIONS
     }
-    full, lora = (found[name]["numbers"]["benches"][0] for name in ("bench_8b", "lora_8b"))
+    full, lora = (kept_results[name]["numbers"]["benches"][0] for name in ("bench_8b", "lora_8b"))
     assert lora["flops"]["hardware_outer"] < 0.8 * full["flops"]["hardware_outer"], "no gradients of frozen weights"
-    runs = [run["name"] for run in found["run_dense"]["numbers"]["runs"]]
+    runs = [run["name"] for run in kept_results["run_dense"]["numbers"]["runs"]]
     assert runs == ["run_dense, steps 1 to 2", "run_dense, steps 3 to 3"]
     said = (tmp_path / "report.md").read_text()
     for cell in (

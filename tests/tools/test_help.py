@@ -57,9 +57,9 @@ def test_help_has_purpose_examples_and_groups(parser_of, capsys, name):
         assert len(parser.format_usage().splitlines()) <= 3, where
         assert not hasattr(parser, "prog") or parser.format_help().startswith(f"usage: {name}."), where
 
-        found = examples(parser.description)
-        assert found, f"{where} has no example"
-        for _, tool, *arguments in found:
+        command_lines = examples(parser.description)
+        assert command_lines, f"{where} has no example"
+        for _, tool, *arguments in command_lines:
             assert tool == script and (not command or arguments[0] == command), where
             for path in (word for word in arguments if word.endswith(".toml")):
                 assert (ROOT / path).is_file(), f"{where}: {path}"
