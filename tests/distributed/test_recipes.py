@@ -85,7 +85,7 @@ def test_training_changes_the_adapters_alone(run):
     model = read(root, name, root / "run/checkpoint")
     state = model.model.state_dict()
     adapters = {key: x for key, x in state.items() if "lora_" in key}
-    frozen = model._adapter.to_hf({key: x for key, x in state.items() if "lora_" not in key})
+    frozen = model._sd_adapter.to_hf({key: x for key, x in state.items() if "lora_" not in key})
     assert frozen.keys() == base.keys() and all(torch.equal(x, base[key]) for key, x in frozen.items())
     # B starts at zero.
     assert adapters and all(x.abs().max() > 0 for x in adapters.values())
