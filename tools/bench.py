@@ -102,15 +102,12 @@ def _configuration(path: Path, overrides: Sequence[str], processes: Processes, l
     return config
 
 
-def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Parse the command line; returns the bench's options and the configuration's overrides."""
-    parser = new_parser("bench.py", __doc__)
-    parser.usage, parser.allow_abbrev = "bench.py [CONFIG.toml] [options] [--section.key value ...]", False
-    # Only the first argument can be the file: a later word may be the value of a configuration key.
-    leading = [Path(argument) for argument in argv[:1] if not argument.startswith("-")]
-    parser.set_defaults(config=leading[0] if leading else DEFAULT_CONFIG)
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the bench's options; CONFIG.toml comes before them."""
+    p = new_parser("bench.py", __doc__)
+    p.usage, p.allow_abbrev = "bench.py [CONFIG.toml] [options] [--section.key value ...]", False
 
-    sampling = parser.add_argument_group("sampling")
+    sampling = p.add_argument_group("sampling")
     sampling.add_argument("--rounds", type=positive, default=7, metavar="N", help="measured rounds (default: 7)")
     sampling.add_argument(
         "--warm-up", type=positive, default=2, metavar="N", help="rounds before the measured ones (default: 2)"
@@ -119,13 +116,13 @@ def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "--lengths", type=positive, nargs="+", metavar="N",
         help="row lengths in tokens; measures plain and ours on each (default: all three kinds at training.seq_len)",
     )  # fmt: skip
-    model = parser.add_argument_group("model")
+    model = p.add_argument_group("model")
     model.add_argument("--layers", type=positive, metavar="N", help="number of layers (default: the flavour's)")
-    hardware = parser.add_argument_group("hardware")
+    hardware = p.add_argument_group("hardware")
     hardware.add_argument(
         "--processes", type=positive, metavar="N", help="number of processes (default: all accelerators, or 2 on a CPU)"
     )
-    output = parser.add_argument_group("output")
+    output = p.add_argument_group("output")
     output.add_argument(
         "--json", default="outputs/bench.json", metavar="FILE",
         help="file for the numbers; '' writes none (default: outputs/bench.json)",
@@ -133,7 +130,16 @@ def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     output.add_argument(
         "--profile", metavar="FILE", help="file for a table of one step's operators or kernels (default: none)"
     )
-    return parser.parse_known_args(argv[len(leading) :])
+    return p
+
+
+def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Parse the command line; returns the bench's options and the configuration's overrides."""
+    # Only the first argument can be the file: a later word may be the value of a configuration key.
+    leading = [Path(argument) for argument in argv[:1] if not argument.startswith("-")]
+    options, overrides = parser().parse_known_args(argv[len(leading) :])
+    options.config = leading[0] if leading else DEFAULT_CONFIG
+    return options, overrides
 
 
 def start(options: argparse.Namespace, argv: Sequence[str], overrides: Sequence[str]) -> int:

@@ -9,6 +9,7 @@ fixture; our model, inner loop and outer loss compute the rest. The command prin
 0 if all are within tolerance, 1 if any is not, 2 if a fixture cannot be read or its kind is not supported.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -25,20 +26,25 @@ from memdlm_dist.runtime.device import device_type
 from memdlm_dist.runtime.entry_point import new_parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    parser = new_parser("check_golden.py", __doc__)
-    parser.usage = "check_golden.py DIR [DIR ...] [options]"
-    data = parser.add_argument_group("data")
+def parser() -> argparse.ArgumentParser:
+    """Return the command's parser."""
+    p = new_parser("check_golden.py", __doc__)
+    p.usage = "check_golden.py DIR [DIR ...] [options]"
+    data = p.add_argument_group("data")
     data.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folder of a fixture")
-    hardware = parser.add_argument_group("hardware")
+    hardware = p.add_argument_group("hardware")
     hardware.add_argument(
         "--device",
         default="cpu",
         choices=sorted({"cpu", device_type()}),
         help="device that runs the model (default: cpu)",
     )
-    options = parser.parse_args(argv)
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    options = parser().parse_args(argv)
     status = 0
     for folder in options.folders:
         print(folder)

@@ -76,7 +76,7 @@ def use_cpu(memory_stats: Callable[[], dict[str, int]], total_memory: int) -> No
 def _histc_of_integers(histc: Any) -> Any:
     """Extend `torch.histc` to integers on the CPU (2.13 has floats only): torchtitan counts experts' tokens with it."""
 
-    def histc_with_integers(x: Tensor, bins: int, min: int = 0, max: int = 0, **rest: Any) -> Tensor:
+    def histc_with_integers(x: Tensor, bins: int, min: int = 0, max: int = 0, **rest: Any) -> Tensor:  # noqa: A002 (torch's signature)
         if x.device.type != "cpu" or x.is_floating_point() or (min, max) != (0, bins):
             result: Tensor = histc(x, bins, min, max, **rest)
             return result

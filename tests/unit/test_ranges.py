@@ -57,5 +57,5 @@ def test_what_means_something_besides():
     ranges.check(config)
     for one in (-1, -2, 1):
         config.checkpoint.keep_latest_k = one
-        with pytest.raises(UserError, match=rf"must be at least 2, or 0 \(keep all\), but is {one}; with 1 the newest"):
+        with pytest.raises(UserError, match=rf"must be at least 2, or 0 \(keep all\), but is {one}; with 1 the only"):
             ranges.check(config)
