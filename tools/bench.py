@@ -6,7 +6,7 @@ Examples:
   # Another training configuration, with a changed key
   python tools/bench.py train_configs/debug.toml --rounds 3 --training.local_batch_size 2
   # Plain and ours against the row length
-  python tools/bench.py train_configs/debug.toml --lengths 512 1024 2048
+  python tools/bench.py train_configs/debug.toml --rounds 2 --lengths 128 256 512
 
 CONFIG.toml is a training configuration (default: train_configs/bench_cpu.toml). The bench takes its backbone, batch,
 layout, precision, activation checkpointing and compilation; weights and tokens are random. A step is forward pass,

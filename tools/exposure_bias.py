@@ -2,8 +2,8 @@
 r"""Measure the exposure bias of one or several checkpoints on the same samples.
 
 Examples, after bash launch/quickstart.sh:
-  python tools/exposure_bias.py train_configs/quickstart.toml --samples 16 --output outputs/exposure
-  python tools/exposure_bias.py train_configs/quickstart.toml --samples 16 --output outputs/exposure-steps \
+  python tools/exposure_bias.py train_configs/quickstart.toml --samples 4 --output outputs/exposure
+  python tools/exposure_bias.py train_configs/quickstart.toml --samples 4 --output outputs/exposure-steps \
       --checkpoint outputs/quickstart/checkpoint/step-160 outputs/quickstart/checkpoint/step-240 --names early late
 
 For each mask ratio the table shows two losses of the response tokens. Static: the other response tokens are the true
