@@ -128,7 +128,9 @@ def list_all(catalogue: Catalogue, as_json: bool) -> None:
         identity = run.get("identity")
         batch = identity.get("training.global_batch_size", "-") if isinstance(identity, dict) else "-"
         if as_json:
-            values = {"step": saved.step, "bytes": saved.size, "good": saved.intact, "state": state(saved), "run": run}
+            # Scripts read this format, whose word for an intact checkpoint is "good".
+            word = "good" if state(saved) == "intact" else state(saved)
+            values = {"step": saved.step, "bytes": saved.size, "good": saved.intact, "state": word, "run": run}
             print(json.dumps(values))
         else:
             size = f"{saved.size / 2**20:,.1f} MiB"
