@@ -73,7 +73,7 @@ def outer_loss(model, batch, memory, fast=None, tp_rank=0):
         state_loss,
         [step.scored for step in batch.inner],
         fast,
-        memory.sets(batch),
+        memory.count_sets(batch),
         memory.optimiser,
         memory.group,
     )
