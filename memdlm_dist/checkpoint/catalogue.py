@@ -18,7 +18,7 @@ from memdlm_dist.runtime.storage import Storage
 
 METADATA = ".metadata"
 RUN = "run.json"
-SCORES = "scores.json"  # step -> validation loss; next to the checkpoints, so that a resumed run finds it
+SCORES = "scores.json"  # step -> validation loss; stored next to the checkpoints for resumed runs
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -29,7 +29,7 @@ class SavedCheckpoint:
     Attributes:
         complete: saving was not interrupted.
         exported: the folder holds only weights, in safetensors; runs do not resume from it, and it is never pruned.
-        problem: what is wrong, as a predicate such as "lacks the file x"; empty if nothing is.
+        problem: predicate such as "lacks the file x"; empty if there is no problem.
         size: in bytes.
     """
 
@@ -174,8 +174,8 @@ def read_run(checkpoint: Storage) -> dict[str, Any]:
         return {}
     except ValueError as error:
         raise UserError(
-            f"{checkpoint.url(RUN)} is damaged ({one_line(error)}); restore the file, or remove it to go on without "
-            "comparing this run with it."
+            f"{checkpoint.url(RUN)} is damaged ({one_line(error)}); restore the file, or remove it to skip the "
+            "comparison with the saved run."
         ) from None
     return dict(run)
 

@@ -116,7 +116,7 @@ def _run_section(checkpoint: str, run: Mapping[str, Any], name: str) -> dict[str
     if not isinstance(section, dict):
         raise UserError(
             f"{checkpoint}/run.json is damaged ({name} is {type(section).__name__}, not an object); restore the file, "
-            "or remove it to go on without comparing this run with it."
+            "or remove it to skip the comparison with the saved run."
         )
     return section
 

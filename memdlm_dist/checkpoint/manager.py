@@ -53,24 +53,27 @@ KeepBest = Literal["", "validation/loss_memory_off", "validation/loss_memory_on"
 
 @dataclass
 class Checkpoint(TitanCheckpoint):
-    """torchtitan's section with one changed default and three more keys; `folder` may be a URL (s3://bucket/run)."""
+    """torchtitan's section with one changed default and three new keys.
+
+    `folder` may be a URL, such as s3://bucket/run.
+    """
 
     last_save_model_only: bool = False
     """Save only the model at the last step. False, unlike in torchtitan, so that a finished run can be continued."""
 
     keep_every: int = 0
-    """Apart from the latest checkpoints, keep those whose step is a multiple of this; 0: none."""
+    """Interval, in steps, of the checkpoints that are kept in addition to the latest ones; 0: none."""
 
     keep_best: KeepBest = ""
-    """Apart from the latest checkpoints, keep the one with the lowest value of this validation loss; empty: none."""
+    """Validation loss whose best checkpoint (lowest loss) is kept in addition to the latest ones; empty: none."""
 
     accept_changes: list[str] = field(default_factory=list)
     """Keys whose change since the checkpoint is accepted, such as training.global_batch_size or data.train.
-    Another change of the data or the noise stops the run, because it would not continue the interrupted one."""
+    Any other change of the data or the noise stops the run, because it would not continue the interrupted run."""
 
 
 class ResumableCheckpoints(HookedCheckpoints):
-    """Checkpoint manager for a path or URL that resumes from the newest intact checkpoint and names skipped ones.
+    """Checkpoint manager for a path or URL that resumes from the newest intact checkpoint and logs skipped ones.
 
     Rank 0 alone inspects the folder and broadcasts the result, so that all ranks act alike. DCP reads and writes; a
     failure on one rank is a failure on all ranks.
@@ -164,7 +167,7 @@ class ResumableCheckpoints(HookedCheckpoints):
         return True
 
     def _load_from(self, location: str, model_only: bool, base: bool = False) -> str:
-        """Load one checkpoint; return what is wrong with it, as a predicate, or an empty string.
+        """Load one checkpoint; return its problem as a predicate, such as "cannot be read (...)", or an empty string.
 
         Args:
             base: the checkpoint may lack adapters, which then keep their initial values.
@@ -199,7 +202,7 @@ class ResumableCheckpoints(HookedCheckpoints):
         """Save if a checkpoint is due; a failed save leaves earlier checkpoints unchanged.
 
         Raises:
-            UserError: if saving fails and no later save can follow, or `reliability.on_save_failure` is "stop".
+            UserError: if the save fails, and if no later save can follow or `reliability.on_save_failure` is "stop".
         """
         if not self.is_due(curr_step, last_step):
             return
@@ -226,7 +229,7 @@ class ResumableCheckpoints(HookedCheckpoints):
             pause *= 2
 
     def _try_to_save(self, step: int, last_step: bool) -> str:
-        """Save, or start an asynchronous save; return the reason of a failure, or an empty string."""
+        """Save, or start an asynchronous save; return the reason for a failure, or an empty string."""
         try:
             self._prepare_folder(step)
             super().save(step, last_step)
@@ -240,7 +243,7 @@ class ResumableCheckpoints(HookedCheckpoints):
                     self._finish_save()
         except UserError:
             raise
-        except (CheckpointException, Exception) as failure:  # DCP's is a BaseException
+        except (CheckpointException, Exception) as failure:  # CheckpointException is a BaseException
             self._drop_failed_save()  # at once, because savers of other ranks may wait for this rank's saver
             reason = failure_reason(failure)
             if not isinstance(failure, CheckpointException | OSError):
@@ -250,14 +253,14 @@ class ResumableCheckpoints(HookedCheckpoints):
         return ""
 
     def maybe_wait_for_staging(self) -> None:
-        """Wait until the parameters have been copied for the save and may change."""
+        """Wait until an asynchronous save has copied the parameters, so that the optimizer may change them."""
         try:
             super().maybe_wait_for_staging()
         except Exception:  # the save fails for the same reason, and `wait` reports it
             self.staging = False
 
     def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str, *rest: Any, **options: Any) -> Any:
-        """Save with DCP; an export to Hugging Face holds the merged model, or only the adapters."""
+        """Save with DCP, or export to Hugging Face: the model, with its adapters merged, or only the adapters."""
         if not options.get("to_hf"):
             return super().dcp_save(state_dict, checkpoint_id, *rest, **options)
         if self.lora is not None and self.lora.export == "adapter":
@@ -348,7 +351,7 @@ class ResumableCheckpoints(HookedCheckpoints):
                 raise
             except OSError as error:
                 return error
-            except Exception as error:  # remote file systems raise their own
+            except Exception as error:  # each remote file system has different error classes
                 return OSError(f"{type(error).__name__}: {error}")
             return None
 
@@ -356,13 +359,13 @@ class ResumableCheckpoints(HookedCheckpoints):
             raise failure
 
     def is_due(self, step: int, last_step: bool = False) -> bool:
-        """Return True after a step at which torchtitan saves, or if `save_now` is set."""
+        """Return whether to save after this step: if torchtitan would, or if `save_now` is set."""
         if self.enable and not self.load_only and self.save_now:
             return True
         return super().is_due(step, last_step)
 
     def note_validation(self, step: int, losses: Mapping[str, float]) -> None:
-        """Record the loss that `checkpoint.keep_best` names in scores.json, if it is finite."""
+        """Record the validation loss of `checkpoint.keep_best` in scores.json, if the loss is finite."""
         best = self._config.keep_best
         if self.enable and not self.load_only and is_rank_0() and math.isfinite(losses.get(best, math.nan)):
             _try_housekeeping(
@@ -370,8 +373,8 @@ class ResumableCheckpoints(HookedCheckpoints):
             )
 
     def purge(self) -> None:
-        """Remove complete checkpoints that retention does not keep, in the background."""
-        # torchtitan calls this right after the start of an asynchronous save, which is then still incomplete.
+        """Remove the complete checkpoints that retention does not keep, in a background thread."""
+        # torchtitan calls `purge` right after it has started an asynchronous save; that checkpoint is still incomplete.
         if is_rank_0():
             self._remover.submit(_try_housekeeping, self._prune)
 
@@ -400,7 +403,7 @@ class ResumableCheckpoints(HookedCheckpoints):
 
 
 def check_model(location: str, tensors: Mapping[str, torch.Tensor], base: bool = False) -> str:
-    """Return what is wrong with a checkpoint's metadata, as a predicate; empty if nothing is.
+    """Return the problem of a checkpoint's metadata as a predicate; an empty string if there is none.
 
     Args:
         tensors: the model's tensors by parameter name.

@@ -39,8 +39,8 @@ def find(location: str) -> str:
         f"{saved.name} {saved.problem or 'holds only exported weights, in safetensors'}" for saved in checkpoints
     )
     raise UserError(
-        f"There is no checkpoint that can be used in {location}{f' ({problems})' if problems else ''}; name a folder "
-        "step-N, or one that holds such folders."
+        f"There is no checkpoint that can be used in {location}{f' ({problems})' if problems else ''}; name a "
+        "step-N folder, or a folder that contains step-N folders."
     )
 
 
@@ -54,11 +54,11 @@ def load(model: nn.Module, location: str, sd_adapter: BackboneStateDictAdapter) 
         location: a checkpoint, a folder of checkpoints, or a folder of Hugging Face weights.
 
     Raises:
-        UserError: if there is no checkpoint at `location`, or it is damaged or of another model.
+        UserError: if there is no checkpoint at `location`, or the checkpoint is damaged or of another model.
     """
     path: str = from_rank_0(lambda: find(location))
     weights = ModelWrapper(model)
-    initial_weights.draw_adapters(model)  # they stay as drawn if the weights have none
+    initial_weights.draw_adapters(model)  # initial values, kept if the checkpoint has no adapters
     if from_rank_0(lambda: is_export(Storage(path).sizes())):
         hugging_face_folder.load(weights, sd_adapter, path)
         return path

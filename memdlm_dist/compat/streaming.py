@@ -15,7 +15,7 @@ from streaming.base.shared import prefix
 from streaming.base.storage.download import DOWNLOADER_MAPPINGS, CloudDownloader
 from streaming.base.util import bytes_to_int
 
-# Suffix of the shared-memory name, after its numeric prefix, where streaming registers a job's folders.
+# streaming registers a job's folders in shared memory named `<prefix>_<REGISTRATION>`; the prefix is a number.
 REGISTRATION = LOCALS
 
 
@@ -28,34 +28,35 @@ def checksum(name: str, data: bytes) -> str:
 def start_prefixes_at(first: int) -> None:
     """Let this process try shared-memory prefixes from `first` on.
 
-    streaming takes the first free prefix of a node, so that two agents on one machine would take the same one.
+    By default streaming takes the first free prefix from 0 on. Two torchrun agents on one machine could then take the
+    same one.
     """
     prefix._each_prefix_int = lambda: itertools.count(first)
 
 
 def registered_folders(registration: bytes) -> list[str]:
-    """Return the folders in a shared-memory registration.
+    """Return the folders that the content of a shared-memory registration lists.
 
     Raises:
-        ValueError, IndexError: `registration` is not a registration.
+        ValueError, IndexError: if `registration` is malformed.
     """
     folders: list[str] = prefix._unpack_locals(registration)[0]
     return folders
 
 
-def lock_files(number: str) -> list[Path]:
-    """Return the lock files that belong to a shared-memory prefix."""
-    return [Path(tempfile.gettempdir(), f"{number}{lock}") for lock in (BARRIER_FILELOCK, CACHE_FILELOCK)]
+def lock_files(name_prefix: str) -> list[Path]:
+    """Return the lock files of a shared-memory prefix, such as "000003_"."""
+    return [Path(tempfile.gettempdir(), f"{name_prefix}{lock}") for lock in (BARRIER_FILELOCK, CACHE_FILELOCK)]
 
 
 def num_nodes(dataset: StreamingDataset) -> int:
-    """Return the number of nodes that read a dataset; its state dict must contain it."""
+    """Return the number of nodes that read a dataset; a state dict of the dataset must contain this number."""
     count: int = dataset._unique_rank_world.num_nodes
     return count
 
 
 def stop_threads(dataset: StreamingDataset) -> None:
-    """Stop the download threads of a running iteration, which would keep the process alive after an error."""
+    """Stop the threads of a running iteration; otherwise they keep the process alive after an error."""
     if hasattr(dataset, "_event"):
         dataset._event.set()
 
@@ -91,13 +92,13 @@ def size_in_bytes(text: str) -> int:
     """Parse a size such as 200gb into bytes.
 
     Raises:
-        ValueError: `text` is not a size.
+        ValueError: if `text` is not a size.
     """
     return int(bytes_to_int(text))
 
 
 class Downloader(CloudDownloader):
-    """Base class for downloads of a URL scheme; streaming's methods to override are private."""
+    """Base class of a downloader for one URL scheme, with a public method to override; streaming's are private."""
 
     @abstractmethod
     def fetch(self, remote: str, local: str) -> None:
@@ -111,7 +112,7 @@ class Downloader(CloudDownloader):
         return "fetch"
 
     def _validate_remote_path(self, remote: str) -> None:
-        """Accept every path; `register` has selected the scheme."""
+        """Accept every path: streaming has already chosen the downloader by the scheme."""
 
     def _download_file_impl(self, remote: str, local: str, timeout: float) -> None:
         del timeout  # each file system has its own timeout

@@ -27,7 +27,7 @@ SAVED_OPERATORS = _op_sac_save_list
 
 
 def use_cpu_permutation() -> None:
-    """Sort tokens by expert without torchtitan's Triton kernel, for which there is no option."""
+    """Sort tokens by expert without torchtitan's Triton kernel; torchtitan has no option for this."""
     utils.generate_permute_indices = partial(kernels.generate_permute_indices, use_cpu=True)
 
 
@@ -50,7 +50,7 @@ def run_padded(
 def ring_attention(kernels: list[nn.Module], mesh: Any, rotation: Any) -> None:
     """Apply torch's ring attention to attention kernels.
 
-    torchtitan's recipe for it reads the settings of a causal model.
+    torchtitan's recipe for ring attention reads the settings of a causal model.
 
     Args:
         kernels: attention modules.

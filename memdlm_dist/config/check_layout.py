@@ -17,7 +17,7 @@ def check_device(config: JobConfig, device_type: str) -> None:
     parallel = config.parallelism
     require(
         parallel.context_parallel_degree == 1 or parallel.context_parallel_method != "ring" or device_type == "cuda",
-        "parallelism.context_parallel_method = 'ring' needs CUDA devices, and this machine has "
+        "parallelism.context_parallel_method = 'ring' needs CUDA devices, but this machine has "
         f"{device_type}; set it to 'ulysses'.",
     )
 
@@ -26,7 +26,7 @@ def check_backbone(config: JobConfig, args: LLaDAArgs) -> None:
     """Check that the parallel degrees divide the backbone's sizes and that all target modules exist.
 
     Args:
-        config: from `launch.resolve`.
+        config: resolved configuration, from `launch.resolve`.
 
     Raises:
         UserError: naming the size, the degree or the module that does not fit.
@@ -60,10 +60,10 @@ def check_backbone(config: JobConfig, args: LLaDAArgs) -> None:
     flavour = f"model.flavor {config.model.flavor}"
     sizes = {
         "training.seq_len": config.training.seq_len,
-        f"the attention heads of {flavour}": args.n_heads,
-        f"the key-value heads of {flavour}": args.n_kv_heads or args.n_heads,
-        f"the FFN width of {flavour}": args.hidden_dim,
-        f"the vocabulary of {flavour}": args.vocab_size,
+        f"The number of attention heads of {flavour}": args.n_heads,
+        f"The number of key-value heads of {flavour}": args.n_kv_heads or args.n_heads,
+        f"The FFN width of {flavour}": args.hidden_dim,
+        f"The vocabulary size of {flavour}": args.vocab_size,
     }
     for name, size in sizes.items():
         require(
@@ -120,8 +120,8 @@ def _check_experts(config: JobConfig, args: LLaDAMoEArgs) -> None:
     expert_adapters = set(linear_names(config.lora.target_modules)) & set(GROUPS["ffn"])
     require(
         not config.model.converters or not expert_adapters or tp_size == 1,
-        f"lora.target_modules names linears of the experts of {name} ({', '.join(sorted(expert_adapters))}), whose "
-        'adapters tensor parallelism cannot shard; set it to ["attention"], or tensor_parallel_degree to 1.',
+        f"lora.target_modules names linears of the experts of {name} ({', '.join(sorted(expert_adapters))}), but "
+        'tensor parallelism cannot shard adapters of experts; set it to ["attention"], or tensor_parallel_degree to 1.',
     )
     grouped_adapters = config.model.converters and expert_adapters and has_grouped_mm()
     require(
@@ -142,7 +142,7 @@ def _check_experts(config: JobConfig, args: LLaDAMoEArgs) -> None:
     require(
         dp_shard % ep_size == 0,
         f"parallelism.expert_parallel_degree ({ep_size}) must divide data_parallel_shard_degree ({dp_shard}), because "
-        "expert-parallel groups are made of those ranks; change one of them.",
+        "an expert-parallel group consists of data-parallel shard ranks; change one of them.",
     )
     require(
         ep_size > 1 or args.n_experts % (dp_shard * parallel.context_parallel_degree) == 0,
@@ -153,8 +153,8 @@ def _check_experts(config: JobConfig, args: LLaDAMoEArgs) -> None:
             if parallel.context_parallel_degree > 1
             else ""
         )
-        + "; raise parallelism.expert_parallel_degree, or let fewer ranks share them with "
-        "parallelism.data_parallel_shard_within = 'node' or data_parallel_replicate_degree.",
+        + "; raise parallelism.expert_parallel_degree, or shard over fewer ranks (set "
+        "parallelism.data_parallel_shard_within = 'node' or raise data_parallel_replicate_degree).",
     )
     require(
         parallel.expert_parallel_comm_backend == "standard",

@@ -296,7 +296,7 @@ def _check_values(config: JobConfig) -> None:
     )
     require(
         config.reliability.on_nonfinite == "stop" or not config.optimizer.early_step_in_backward,
-        "reliability.on_nonfinite = 'skip' needs all gradients before the optimizer moves; unset "
+        "reliability.on_nonfinite = 'skip' needs all gradients before the optimizer step; unset "
         "optimizer.early_step_in_backward.",
     )
     require(

@@ -71,7 +71,7 @@ def sources(patterns: Sequence[str]) -> list[Source]:
                 names = sorted(filesystem.glob(path)) if any(c in path for c in "*?[") else [path]
                 names = [name for name in names if filesystem.isfile(name)]
             sizes = [filesystem.size(name) or 0 for name in names]
-        except Exception as error:  # each remote file system raises its own
+        except Exception as error:  # each remote file system has different error classes
             raise UserError(f"The input {pattern} cannot be accessed ({one_line(error)}); correct --input.") from None
         if not names:
             raise UserError(

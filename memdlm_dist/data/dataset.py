@@ -41,7 +41,7 @@ class TokenDataset(streaming.CacheOnlyEviction):
 
     Args:
         check_hash: name of the checksum; empty for no check.
-        documents: whether any stream has packed documents; a row of a stream without them is then one document.
+        documents: True if any stream has packed documents; each row of the other streams is then one document.
     """
 
     def __init__(self, *, check_hash: str, documents: bool = False, **kwargs: Any):
@@ -116,7 +116,7 @@ class TokenDataset(streaming.CacheOnlyEviction):
         """Check that the shards of all streams without a remote exist and have the size in the index.
 
         Raises:
-            UserError: naming the first shard that does not.
+            UserError: if a shard is missing or has another size; names the first.
         """
         for shard_id, stream_id in enumerate(self.stream_per_shard):
             if self.streams[stream_id].remote is None:
@@ -142,7 +142,7 @@ class TokenDataset(streaming.CacheOnlyEviction):
             if expected is None:
                 raise UserError(
                     f"The shard {path} has no {self._check_hash} checksum (it has {', '.join(info.hashes) or 'none'}); "
-                    "choose one that it has in data.validate_hash, or empty the key."
+                    "set data.validate_hash to one that it has, or to '' for no check."
                 )
             if streaming.checksum(self._check_hash, Path(path).read_bytes()) != expected:
                 raise UserError(f"The shard {path} is corrupt: its {self._check_hash} checksum is wrong; {_REMEDY}.")
@@ -150,7 +150,7 @@ class TokenDataset(streaming.CacheOnlyEviction):
 
 @dataclass(frozen=True)
 class Requirements:
-    """Requirements that a run has of its shards."""
+    """Requirements of a run on its shards."""
 
     seq_len: int
     vocab_size: int  # the backbone's

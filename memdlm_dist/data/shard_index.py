@@ -42,7 +42,7 @@ def prepare(location: str, folder: str, remote: bool) -> list[dict[str, Any]]:
         content = Storage(location).read(INDEX) if download else path.read_bytes()
         shards = json.loads(content)["shards"]
         problem = next(filter(None, (_problem(shard, folder, remote) for shard in shards)), "")
-    except Exception as error:  # each remote file system raises its own
+    except Exception as error:  # each remote file system has different error classes
         detail = f"{type(error).__name__}: {error}".rstrip(".")
         raise UserError(f"The index {location}/{INDEX} cannot be read ({detail}); prepare the data anew.") from None
     if problem:

@@ -30,18 +30,18 @@ class Card:
     eos_token_id: int
     sequences: int = 0
     documents: bool = False  # the rows record document boundaries
-    most_documents: int = 0  # largest number in one row; 0 without document boundaries and in format 1
+    most_documents: int = 0  # largest number of documents in a row; 0 without document boundaries and in format 1
     format: int = FORMAT
 
 
 class ShardWriter:
-    """Writer of rows to MDS shards; the folder is complete once the context is left without an error.
+    """Writer of rows to MDS shards; the folder is complete when the context exits without an error.
 
-    A token takes 2 bytes if the vocabulary has at most 65,536 tokens, else 4; a maskable flag takes 1 bit; the length
-    of a document, if the rows record them, takes 4 bytes.
+    A token takes 2 bytes if the vocabulary has at most 65,536 tokens, else 4. A maskable flag takes 1 bit. With
+    `card.documents`, the length of each document takes 4 bytes.
 
     Args:
-        folder: must be empty or new.
+        folder: new or empty folder.
         card: description of the shards; the writer updates `sequences` and `most_documents`.
         size_limit: maximum number of bytes of one shard.
     """
@@ -79,7 +79,7 @@ def read_card(location: str) -> Card:
     """Read the card of a folder or URL of shards.
 
     Raises:
-        UserError: if the card is missing, or this version cannot read it.
+        UserError: if the card is missing, damaged, or of a format that this version cannot read.
     """
     storage = Storage(location)
     try:
@@ -89,7 +89,7 @@ def read_card(location: str) -> Card:
             f"There are no shards in {location} ({CARD} is missing); prepare them with tools/prepare_data.py "
             "or correct data.train and data.validation."
         ) from None
-    except Exception as error:  # each remote file system raises its own
+    except Exception as error:  # each remote file system has different error classes
         raise UserError(
             f"The shards' card {storage.url(CARD)} cannot be read ({one_line(error)}); restore it, or prepare the data "
             "anew."
@@ -100,7 +100,7 @@ def read_card(location: str) -> Card:
 
 
 def _problem(values: Any) -> str:
-    """Return why a card cannot be read and the remedy, as a predicate; empty if the card is valid."""
+    """Return the problem of a card and its remedy, as a predicate; an empty string if the card is valid."""
     if not isinstance(values, dict):
         return "is not a JSON object; prepare the data anew"
     format_number = values.get("format", 1)

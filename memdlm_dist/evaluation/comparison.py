@@ -161,7 +161,7 @@ def compare_scores(arms: Sequence[str], output: Path, overwrite: bool) -> None:
         for folder, result in zip(folders, results, strict=True):
             if settings.setdefault("first", result["settings"]) != result["settings"]:
                 raise UserError(
-                    f"The model of {folder} was asked other questions than the first model; evaluate all with "
+                    f"The model of {folder} was asked different questions from the first; evaluate all with "
                     "the same settings."
                 )
         for memory in MEMORY:

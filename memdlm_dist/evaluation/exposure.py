@@ -3,7 +3,7 @@
 R_EB = L_seq / L_static at each mask ratio (arXiv 2603.22241). Both losses are the NLL of masked response tokens:
 
 - L_static: random positions are masked, all others hold the true tokens.
-- L_seq: the model decodes the response, one token a step, the most confident first, until the remaining share of masked
+- L_seq: the model decodes the response, one token per step, most confident first, until the remaining share of masked
   tokens is the mask ratio. The decoded positions hold the model's predictions.
 
 Decoding leaves the hardest tokens for last, which alone increases L_seq. A third loss separates this effect: the same
@@ -67,10 +67,9 @@ def split_response(tokens_L: Tensor, labels_L: Tensor, eos_id: int, prompt_share
 
     Args:
         tokens_L: token ids.
-        labels_L: -100 on prompt tokens. A sample without prompt tokens is packed text: its first `prompt_share` of the
-            tokens is the prompt, the rest is the response.
+        labels_L: -100 on prompt tokens. A sample without prompt tokens is packed text; `prompt_share` splits it.
         eos_id: the end-of-text token.
-        prompt_share: fraction of packed text to use as the prompt.
+        prompt_share: fraction of the tokens of packed text to use as the prompt; the rest is the response.
 
     Returns:
         The row; None if the sample has no response.

@@ -15,7 +15,7 @@ Part = Literal["train", "heldout"]
 # Fraction of passages, words and names that only the held-out part uses.
 HELD_OUT = 0.2
 
-# Length of a sentence in characters, at least and at most.
+# Minimum and maximum length of a sentence, in characters.
 _SENTENCE_CHARACTERS = (20, 240)
 _WORD = re.compile(r"\b[a-z]{4,9}\b")
 _MIN_WORDS = 40
@@ -73,7 +73,7 @@ def _read(path: str) -> str:
 
 
 def _passages(text: str) -> list[str]:
-    """Split text into passages: groups of consecutive paragraphs with 2,000 characters or more."""
+    """Split text into passages: paragraphs of at least 2,000 characters together; the last may be shorter."""
     passages, current = [], ""
     for paragraph in text.split("\n\n"):
         current += paragraph + "\n\n"

@@ -21,20 +21,20 @@ from memdlm_dist.evaluation.haystack import Haystack, Part, belongs
 class Sizes:
     """Sizes of the tasks. The defaults are RULER's; short contexts need smaller sizes."""
 
-    values: int = 4  # multi_value: numbers of the key in the question
-    distractors: int = 0  # multi_value: numbers of other keys, one each
+    values: int = 4  # multi_value: magic numbers of the key that the question asks for
+    distractors: int = 0  # multi_value: other keys, with one magic number each
     digits: int = 7  # digits of a number
     hops: int = 4  # variable_tracking: assignments of one variable to another
     letters: int = 5  # letters of a variable's name
     common: int = 10  # common_words: number of common words
     repeats: int = 30  # common_words: occurrences of each common word
     rare_repeats: int = 3  # common_words: occurrences of each other word
-    facts: int = 6  # facts_1, facts_2: statements about people and things
+    facts: int = 6  # facts_1, facts_2: statements about people's places; facts_2 adds one about a thing
     words: int = 20  # repeat: words to repeat
 
 
 class QuestionSpec(NamedTuple):
-    """Question of a task, with its needles and answers, before the prompt is filled to its length."""
+    """Question of a task, with its needles and answers, before filler is added to the prompt."""
 
     instruction: str
     needles: Sequence[str]  # their order is kept if scattered
@@ -63,31 +63,31 @@ class Sample:
     answers: tuple[str, ...]
 
     def accuracy(self, response: str) -> float:
-        """Return the fraction of the answers that occur in a response as whole words: RULER's string match."""
+        """Return the fraction of the answers that occur in a response; RULER's string match, but of whole words."""
         words = "".join(c if c.isalnum() else " " for c in response.lower()).split()
         return sum(answer.lower() in words for answer in self.answers) / len(self.answers)
 
 
-def _names(text: str) -> tuple[str, ...]:
+def _split(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-PEOPLE = _names(
+PEOPLE = _split(
     "Mary John Daniel Sandra Julie Fred Bill Jeff Anna Peter Laura Simon Carol Frank Helen Oscar Nora Victor Alice "
     "Henry Clara Martin Rosa Hugo Emma Walter Lucy Edgar Irene Felix Grace Ralph Diana Arthur Vera Bruno"
 )
-PLACES = _names(
+PLACES = _split(
     "kitchen garden office bedroom hallway bathroom cellar attic library garage school cinema park station market "
     "museum harbour tower chapel bakery stable theatre factory hospital"
 )
-THINGS = _names(
+THINGS = _split(
     "apple football milk lamp letter hammer basket bottle mirror guitar candle blanket umbrella compass kettle ladder "
     "camera pillow wallet needle ribbon whistle anchor feather"
 )
 
-# Pieces of filler that may be too long for the remaining space before a prompt counts as full.
+# A prompt counts as full after this many pieces of filler were too long for the remaining space.
 _MAX_MISFITS = 12
-# Questions that are drawn before a length counts as too short.
+# A length counts as too short after this many drawn questions did not fit.
 _MAX_DRAWS = 20
 
 
@@ -191,7 +191,7 @@ TASKS: dict[str, Callable[[random.Random, Sizes, Haystack, Part], QuestionSpec]]
     "common_words": _common_words,
     "facts_1": lambda rng, sizes, hay, part: _facts(rng, sizes, part, about_thing=False),
     "facts_2": lambda rng, sizes, hay, part: _facts(rng, sizes, part, about_thing=True),
-    # The simplest use of a context, with the most information per token: the response is a copy of the prompt's words.
+    # The simplest use of a context: the response copies the prompt's words, and there is no filler.
     "repeat": _repeat,
 }
 
@@ -215,9 +215,9 @@ class NeedleGenerator:
     seed: int = 0
 
     def sample(self, task: str, length: int, index: int) -> Sample:
-        """Generate sample `index` of a task, with at most and nearly `length` tokens.
+        """Generate sample `index` of a task, with at most `length` tokens of prompt, response and end-of-text.
 
-        The length counts prompt, response and end-of-text.
+        Filler extends the prompt until little space is left; the task "repeat" has no filler.
 
         Raises:
             UserError: if `length` is too short for the task's needles.
@@ -259,7 +259,7 @@ class NeedleGenerator:
         )
 
     def _collect_filler(self, filler: Iterator[str], spare: int) -> list[str]:
-        """Collect pieces of filler with at most and nearly `spare` tokens; pieces that do not fit are skipped."""
+        """Collect pieces of filler, at most `spare` tokens in total; skip pieces that do not fit into the rest."""
         pieces: list[str] = []
         misfits = 0
         for piece in filler:
@@ -274,7 +274,7 @@ class NeedleGenerator:
         return pieces
 
     def _sentences(self, rng: random.Random) -> Iterator[str]:
-        """Yield the haystack's sentences from a random one on, endlessly."""
+        """Yield the haystack's sentences endlessly, starting at a random one."""
         position = rng.randrange(len(self.hay.sentences))
         while True:
             yield self.hay.sentences[position]
@@ -282,7 +282,7 @@ class NeedleGenerator:
 
     @staticmethod
     def _draw_order(rng: random.Random, spec: QuestionSpec, fillers: int) -> list[int]:
-        """Draw the order of needles and filler: the index of a piece of filler, or -1 for the next needle."""
+        """Draw the order of needles and filler; an entry is the index of a filler piece, or -1 for the next needle."""
         needles = [-1] * len(spec.needles)
         if spec.scattered:
             order = list(range(fillers))
@@ -299,7 +299,7 @@ class NeedleGenerator:
 
 
 def _merge(needles: Sequence[str], pieces: Sequence[str], order: Sequence[int]) -> list[str]:
-    """Return needles and pieces of filler in the order of `_draw_order`."""
+    """Return needles and pieces of filler in an order drawn by `_draw_order`."""
     remaining = iter(needles)
     return [next(remaining) if number < 0 else pieces[number] for number in order]
 

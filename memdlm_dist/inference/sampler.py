@@ -30,7 +30,7 @@ class Decoding:
         block_size: open positions per block; blocks are decoded from left to right.
         steps: steps per block; each step keeps a near-equal number of tokens. None: one token per step.
         temperature: factor of the Gumbel noise that is added to the logits; 0 is greedy.
-        remasking: predictions that a step keeps: those with the highest probability, or random ones.
+        remasking: choice of the predictions that a step keeps: the most probable ("low_confidence") or random ones.
         stop_at_eos: end a row after the block in which its response contains end-of-text.
         seed: seed of temperature and random remasking.
     """
@@ -78,7 +78,7 @@ def canvas(
         mask_id: token id of [MASK].
         eos_id: token id of end-of-text, which pads the shorter rows and is not attended to there.
         ids: ids of the rows; 0, 1, ... if None.
-        multiple: divisor of the canvas's length, the number of sequence shards.
+        multiple: the canvas's length is rounded up to a multiple of this, the number of sequence shards.
     """
     counts = [new_tokens] * len(prompts) if isinstance(new_tokens, int) else list(new_tokens)
     ends = torch.tensor([len(prompt) + count for prompt, count in zip(prompts, counts, strict=True)])
@@ -117,17 +117,17 @@ def denoise(
     eos_id: int,
     agree: Callable[[int], int] = lambda count: count,
 ) -> Iterator[Step]:
-    """Decode a canvas; yields it after every step, and again when end-of-text replaces the rest of a row.
+    """Decode a canvas; yield it after every step, and again when end-of-text replaces the rest of a row.
 
-    A block consists of `block_size` consecutive open positions of a row, which may have other tokens between them.
-    Tokens at other positions never change. The result of a row does not depend on the other rows.
+    A block is the next `block_size` open positions of a row; other tokens between them are not counted.
+    Tokens at positions that are not open never change. The result of a row does not depend on the other rows.
 
     Args:
         predict: the model.
         start: canvas to decode; not modified.
         mask_id: token id of [MASK], which is never predicted.
         eos_id: token id of end-of-text.
-        agree: maximum of a number over all ranks that must call `predict` together.
+        agree: returns the maximum of a number over all ranks that must call `predict` together.
     """
     tokens_BL, open_BL = start.tokens_BL.clone(), start.open_BL.clone()
     per_block = decoding.steps or decoding.block_size
@@ -182,7 +182,7 @@ def _most_confident(confidence_N: Tensor, target_BL: Tensor, share_B: Tensor) ->
 
 
 def finished(steps: Iterator[Step], start: Canvas) -> Tensor:
-    """Run all steps; returns the final tokens, `[B, L]`."""
+    """Run all steps and return the final tokens, `[B, L]`."""
     tokens_BL = start.tokens_BL
     for step in steps:
         tokens_BL = step.tokens_BL

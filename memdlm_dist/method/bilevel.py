@@ -57,11 +57,11 @@ class Backbone(Protocol):
         per_document_sets: bool = False,
         sequence_shard: tuple[int, int] = (0, 1),
     ) -> Any:
-        """Build what the layers need to know about a micro-batch's tokens: positions, attention mask, set assignment.
+        """Build the per-token arguments of the layers for a micro-batch: positions, attention mask, set assignment.
 
         Args:
             length: L, tokens per row on this context-parallel rank.
-            first: position in the full row of this rank's first token.
+            first: position of this rank's first token in the full row.
             attended_BL: bool, tokens of the full rows that attention may read; None for all.
             documents: documents of the full packed rows.
             per_document_sets: each document has its own set of fast weights.
@@ -96,7 +96,7 @@ class Backbone(Protocol):
 
         Args:
             readout: a `HeadLoss`, for losses `[G]`; or "logits"; or a `Hidden`, for hidden states.
-            outer: whether this is the pass of the outer loss.
+            outer: True in the pass of the outer loss, False in passes of the inner loop.
         """
         ...
 
@@ -125,7 +125,7 @@ class Memory:
 
     @property
     def group(self) -> FastWeightGroup | None:
-        """Ranks that share sets of fast weights with this rank, None if it shares none."""
+        """Ranks that share sets of fast weights, this rank included; None without sharing."""
         if self.cp_mesh is not None:
             return FastWeightGroup(self.cp_mesh.get_group(), replicated=True)
         return FastWeightGroup(self.ep_mesh.get_group(), replicated=False) if self.ep_mesh is not None else None
@@ -152,9 +152,10 @@ def outer_loss(
 ) -> tuple[Tensor, InnerStatistics | None]:
     """Compute the outer loss sum of a micro-batch, after the inner loop has adapted the fast weights.
 
-    sum over the anchor's masked tokens of -w(t) log p(x_0 | x_t; theta, phi_K). The caller divides by the number of
-    maskable tokens of the global batch. Only the base weights receive gradients: phi_K is a constant (first order).
-    Under context parallelism the sum covers this rank's tokens, and gradients add up over the group.
+    sum over the anchor's masked tokens of -w(t) log p(x_0 | x_t; theta, phi_K). The caller divides the sum; in
+    training, by the number of labelled tokens in the global batch. Only the base weights receive gradients: phi_K is a
+    constant (first order). Under context parallelism the sum covers this rank's tokens, and gradients add up over the
+    group.
 
     Args:
         batch: micro-batch on the model's device.
@@ -191,7 +192,7 @@ def outer_loss(
 def adapt_fast_weights(
     model: Backbone, batch: MicroBatch, memory: Memory, fast: FastWeights, tp_rank: int = 0
 ) -> tuple[FastWeights, InnerStatistics]:
-    """Run the inner loop without the outer loss, for inference; the arguments are those of `outer_loss`.
+    """Run the inner loop without the outer loss, for inference; for the arguments see `outer_loss`.
 
     Returns:
         The adapted fast weights, and the statistics of the inner loop.

@@ -24,16 +24,16 @@ PADDING = -1
 # has fewer rows than this step, so that no two ids are equal.
 _ID_STRIDE = 2**40
 
-# Grouped products need group sizes that are a multiple of 8 rows, for the gradients of their matrices. No group may be
-# empty: some accelerators leave the gradient of an empty group's matrix undefined (pytorch/pytorch#172439).
+# The weight gradients of grouped matrix products need group sizes that are a multiple of 8 rows. No group may be empty:
+# some accelerators leave the weight gradient of an empty group undefined (pytorch/pytorch#172439).
 GROUP_ROWS = 8
 
 
 class GroupedTokens(NamedTuple):
     """Layout of a micro-batch's tokens in a `[P, i]` buffer for grouped matrix products: one group per sample.
 
-    Every group, also that of an empty sample, is padded to a positive multiple of `GROUP_ROWS` buffer rows. P depends
-    on the shapes only, never on the lengths of the documents.
+    Each group is padded to a positive multiple of `GROUP_ROWS` buffer rows, even if its sample is empty. P depends on
+    the shapes only, never on the lengths of the documents.
     """
 
     row_T: Tensor  # int64: buffer row of every token
@@ -74,7 +74,7 @@ class Documents(NamedTuple):
 
     number_BL: Tensor  # int64: 0, 1, ... along the row, `PADDING` after the last document
     position_BL: Tensor  # int64: position within the document
-    slots: int  # S, the largest number of documents in a row
+    slots: int  # S, at least the number of documents in any row
 
     @classmethod
     def from_numbers(cls, number_BL: Tensor, slots: int | None = None) -> "Documents":
@@ -89,7 +89,7 @@ class Documents(NamedTuple):
         n_documents = int(number_BL.max().clamp(min=0)) + 1
         require(
             slots is None or n_documents <= slots,
-            f"A row of the shards holds {n_documents} documents, more than their card says (most_documents); "
+            f"A row of the shards holds {n_documents} documents, more than the card states (most_documents); "
             "prepare the data again.",
         )
         column_L = torch.arange(number_BL.shape[1])
@@ -102,7 +102,7 @@ class Documents(NamedTuple):
     def slot_BL(self) -> Tensor:
         """Slot of every token, int64 `[B, L]`.
 
-        Padding gets the last slot. It has no effect there, since padding is never masked.
+        Padding tokens get the last slot. They do not affect its fast weights, because they are never scored.
         """
         return torch.where(self.number_BL == PADDING, self.slots - 1, self.number_BL)
 

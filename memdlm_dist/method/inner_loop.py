@@ -40,19 +40,19 @@ def adapt(
     """Adapt the fast weights to K states of a trajectory, with one first-order SGD step per state.
 
     phi_{k+1} = phi_k - lr * clip(d L_k / d phi_k), for each set of fast weights, with
-    L_k = sum over the set's scored tokens of w l / (number of the set's scored tokens).
-    The outer loss divides by the number of maskable tokens instead.
+    L_k = sum over the set's scored tokens of (weight * token loss) / (number of the set's scored tokens).
+    The outer loss is divided by the number of labelled tokens of the global batch instead.
 
     Sets are independent of each other: one backward pass through the sum of their losses gives each set its own
-    gradient. A set whose loss or gradient is not finite skips the update, and continues with the next state.
+    gradient. A set whose loss or gradient is not finite is not updated at that state; the trajectory still advances.
 
     Args:
-        state_loss: (k, fast weights, sums) -> losses `[G]` of state k: its token losses, added up by `sums`.
+        state_loss: (k, fast weights, sums) -> losses `[G]` of state k; `sums` adds up the token losses of each set.
         scored: scored tokens of the K states.
         fast: initial fast weights with `n_sets` sets; not modified.
         n_sets: G. 1: all samples share one set; otherwise sample g belongs to set g.
         optimiser: clipped SGD.
-        group: ranks that share the sets, each with its own tokens. Losses, gradients and norms are sums over the group.
+        group: ranks that share the sets, each with other tokens. Losses, gradients and squared norms cover all of them.
 
     Returns:
         The fast weights after the last step, detached, and the statistics.
@@ -83,7 +83,7 @@ def adapt(
 
 
 def _set_means(tokens: Scored, n_sets: int, dtype: torch.dtype, group: FastWeightGroup | None) -> tuple[SetSum, Tensor]:
-    """Build the sum that gives every set's mean weighted token loss; also return its token counts `[G]`."""
+    """Build the sum that gives each set's mean weighted token loss; also return the sets' token counts `[G]`."""
     set_N, count_G = tokens.sample_N, tokens.count_U
     if n_sets == 1:
         set_N, count_G = torch.zeros_like(set_N), count_G.sum(0, keepdim=True)

@@ -128,7 +128,7 @@ def anchor_state(draw: Draw, schedule: str, weight: str) -> State:
 
 
 def prompt_anchor(draw: Draw, ratio: float) -> State:
-    """Return the anchor of prompts to adapt to: it masks int(n * ratio) of n maskable tokens, and at least one."""
+    """Return the anchor for adapting to prompts: it masks int(n * ratio) of n maskable tokens, and at least one."""
     n_U = draw.count_per_sample(draw.maskable_BL)
     count_U = torch.maximum((n_U.double() * ratio).long(), n_U.clamp(max=1))
     mask_BL = draw.smallest(draw.u_BL, count_U)

@@ -28,7 +28,7 @@ class FSDPSchedule:
 
     root: FSDPModule | None = None
     groups: Sequence[Sequence[FSDPModule]] = ()
-    reshard_after_forward: Sequence[bool] = ()  # by group: plain training reshards it after the forward pass
+    reshard_after_forward: Sequence[bool] = ()  # for each group: resharded after the forward pass in plain training
 
     @classmethod
     def from_model(cls, model: Any, policy: str) -> "FSDPSchedule":
@@ -72,8 +72,8 @@ class FSDPSchedule:
     def tail(self, first_layer: int) -> Iterator[None]:
         """Keep the groups from layer `first_layer` on gathered until their backward pass has used them.
 
-        If gradients are enabled, the groups stay gathered beyond the end of this context, and the backward pass of
-        what was computed in it reshards them. Otherwise they are resharded at the end of the context.
+        If gradients are enabled, the groups stay gathered after the context, and the outer backward pass reshards them.
+        Otherwise they are resharded at the end of the context.
         """
         groups, policies = self.groups[first_layer + 1 :], self.reshard_after_forward[first_layer + 1 :]
         modules = [(module, reshard) for group, reshard in zip(groups, policies, strict=True) for module in group]
@@ -108,7 +108,7 @@ class FSDPSchedule:
         assert self.root is not None
         self.root.set_reshard_after_backward(outer)
         self.root.set_requires_gradient_sync(outer)
-        # Otherwise the end of each inner backward pass waits for reductions and drops state of the outer one.
+        # Otherwise each inner backward pass waits for reductions at its end, and drops the outer pass's state.
         self.root.set_is_last_backward(outer)
 
 
@@ -134,7 +134,7 @@ def frozen(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module, name, parameter in trained:
             parameter.requires_grad_(True)
-            # A different tensor if FSDP2 has gathered or resharded the group in between.
+            # FSDP2 has replaced the parameter if it gathered or resharded the group in this context.
             module.get_parameter(name).requires_grad_(True)
 
 

@@ -22,7 +22,7 @@ class OutputHead(nn.Linear):
 
     All three outputs go through `forward`, for two reasons. FSDP2 gathers the head in one group with the final norm,
     and the group must run as a unit. Tensor parallelism all-gathers the sequence shards at the head's input.
-    torchtitan's plan then treats every output as logits and lays it out on the last dimension.
+    torchtitan's plan treats every output as logits and redistributes it to their placement.
     """
 
     placement: Placement = Shard(-1)  # placement of the logits under tensor parallelism
@@ -42,7 +42,7 @@ class OutputHead(nn.Linear):
         x_1ND, weight = self._autocast(x_1ND, self.weight)
         if not isinstance(weight, DTensor):
             return set_losses(x_1ND.squeeze(0), weight, head, backend=self.backend)
-        # Every rank computes the losses of all sets. They get the placement of the logits, since the plan expects it.
+        # Every rank computes the losses of all sets. The plan expects the placement of logits.
         mesh = weight.device_mesh
         h_ND = cast(DTensor, x_1ND).to_local(grad_placements=[Partial()]).squeeze(0)
         loss_G = set_losses(h_ND, weight.to_local(), head, mesh.get_group())
@@ -50,7 +50,7 @@ class OutputHead(nn.Linear):
 
     @staticmethod
     def _autocast(*tensors: Tensor) -> list[Tensor]:
-        """Cast a matrix product's arguments as autocast would; autocast does not reach into `set_losses`."""
+        """Cast a matrix product's arguments as autocast would; autocast does not apply inside `set_losses`."""
         device = tensors[0].device.type
         if not torch.is_autocast_enabled(device):
             return list(tensors)

@@ -60,15 +60,15 @@ class LLaDAArgs(BaseModelArgs):
     rope_scaling_method: RopeScaling = "diffusion_ntk"  # how `rotary_base` is rescaled
     max_seq_len: int = 4096
     attn_type: str = "sdpa"
-    # Initial standard deviation of the blocks' linears. llama3's 0.02 suits widths in the thousands. With it, attention
-    # in a narrow model stays near uniform for long; with 1 / sqrt(dim) it becomes selective early.
+    # Initial standard deviation of the blocks' linears. llama3's 0.02 suits widths in the thousands. In a narrow model
+    # it keeps attention nearly uniform for many steps; with 1 / sqrt(dim) attention becomes selective early.
     init_std: float = 0.02
     # Initialise the output head from the embedding (they are not tied), so that the model need not learn separately for
     # each token how to copy it.
     head_from_embedding: bool = False
     # RMS-normalise queries and keys per head.
     qk_norm: bool = False
-    # Predict the token after each position, as backbones converted from autoregressive models do.
+    # The output at a position predicts the next token, as in backbones converted from autoregressive models.
     shifted: bool = False
     # Use grouped matrix products for experts and for the fast weights of packed documents: bfloat16, on devices that
     # support them.
@@ -88,7 +88,7 @@ class LLaDAArgs(BaseModelArgs):
 
     @property
     def kv_dim(self) -> int:
-        """Width of the keys, and of the values, of all key-value heads."""
+        """Total width of all key heads, which is also the width of all value heads."""
         return self.head_dim * (self.n_kv_heads or self.n_heads)
 
     @property
@@ -162,7 +162,7 @@ class TransformerBlock(nn.Module):
         fast: dict[str, FastLinear],
     ) -> tuple[Tensor, Tensor]:
         """Return the residual stream after the attention, and its normalised copy, the input of the FFN."""
-        # llama3's tensor-parallel plan describes four positional arguments of the attention.
+        # llama3's tensor-parallel plan expects four positional arguments of the attention.
         h_BLD = x_BLD + self.attention(
             self.attention_norm(x_BLD), frequencies, mask, None, fast=fast, set_assignment=set_assignment
         )
@@ -226,7 +226,7 @@ class LLaDA(ModelProtocol):
             length: L, tokens per row on this context-parallel rank.
             first: position of this rank's first token in the whole row.
             attended_BL: bool, over whole rows: True for tokens that may be attended to; None for all.
-            documents: documents of whole packed rows, on the model's device; excludes `attended_BL`.
+            documents: documents of whole packed rows, on the model's device; `attended_BL` must then be None.
             per_document_sets: every document has its own set of fast weights.
             sequence_shard: (tp_rank, tp_size).
         """
@@ -272,17 +272,17 @@ class LLaDA(ModelProtocol):
     ) -> Tensor:
         """Run the whole model, and the output head at `index_M`.
 
-        With gradients enabled, the pass counts as the training loss's.
+        With gradients enabled, this is a pass of the training loss (`TokenContext.trains`).
 
         Args:
             tokens_BL: token ids, int64.
             index_M: positions of the scored tokens in this rank's flattened activations.
             fast: fast weights by layer and linear; None without memory.
             readout: kind of output.
-            context: None for whole rows without documents, with all tokens attended to.
+            context: per-token arguments; None for whole rows without documents in which all tokens are attended to.
 
         Returns:
-            The same as `tail`.
+            See `tail`.
         """
         context = (context or self.context(tokens_BL.shape[1]))._replace(trains=torch.is_grad_enabled())
         return self._head(self._layers(self._embed(tokens_BL), 0, fast, context), index_M, readout)
@@ -291,7 +291,7 @@ class LLaDA(ModelProtocol):
         """Run several inputs through embedding and layers `0 .. stop - 1`, and return the inputs of layer `stop`.
 
         All inputs pass through a layer while its parameters are gathered. The first input is the anchor, which the
-        outer loss reads; it has a gradient if gradients are enabled. The other inputs never have one.
+        outer loss reads; its activations carry gradients if these are enabled. The other inputs' never do.
 
         Args:
             inputs: token ids, `[B, L]` each.
@@ -328,7 +328,7 @@ class LLaDA(ModelProtocol):
             fast: fast weights by layer and linear; None without memory.
             readout: kind of output.
             context: per-token arguments.
-            outer: this is the outer loss's pass, not one of the inner loop.
+            outer: True in the pass of the outer loss, False in passes of the inner loop.
 
         Returns:
             Losses `[G]` if `readout` is a `HeadLoss`; else logits `[N, V]`, or the last layer's output `[N, D]` before
@@ -339,7 +339,7 @@ class LLaDA(ModelProtocol):
 
     @contextmanager
     def inner_steps(self, start: int) -> Iterator[None]:
-        """Run the inner loop's passes in this context: parameters of layers `start .. n - 1` and head are constants."""
+        """Freeze layers `start .. n - 1`, the final norm and the head in this context, for the inner loop's passes."""
         layers = list(self.layers.values())[start:]
         with self.fsdp_schedule.inner_steps(start), frozen([*layers, self.norm, self.output]):
             yield
@@ -363,8 +363,8 @@ class LLaDA(ModelProtocol):
         out = self.output(h_1MD if readout == "pre_final_norm" else normed_1MD, readout=readout)
         if isinstance(readout, HeadLoss):
             return out.to_local() if isinstance(out, DTensor) else out
-        # FSDP2 warns about returned views that require gradients. Hidden states are small enough to copy; logits, which
-        # only tests and tools read, keep the harmless view.
+        # FSDP2 warns about returned views that require gradients. Hidden states are small enough to copy. Logits stay a
+        # view, which is harmless: only tests and tools read them.
         return out.flatten(0, 1) if readout == "logits" else out.flatten(0, 1).clone()
 
 

@@ -80,7 +80,7 @@ def ignore_outside_of_training() -> None:
 
 @contextlib.contextmanager
 def exiting_on_sigterm() -> Iterator[None]:
-    """Raise SystemExit at SIGTERM, so that a command removes its unfinished output as after an error."""
+    """Raise SystemExit at SIGTERM, so that a command removes its unfinished output, as it does after an error."""
     received: list[int] = []
 
     def end(number: int, frame: object) -> None:
@@ -141,14 +141,14 @@ def outlive_first_sigterm() -> None:
         if len(received) > 1:
             os._exit(128 + number)
 
-    signal.set_wakeup_fd(-1)  # inherited: signals of this process would reach the rank's `StopRequest`
+    signal.set_wakeup_fd(-1)  # the inherited one would report this worker's signals to the rank's `StopRequest`
     signal.signal(signal.SIGTERM, handle)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 @contextlib.contextmanager
 def starting_waiters() -> Iterator[None]:
-    """Block `SIGNALS` in processes that this thread starts in this context; they call `outlive_stop_request`."""
+    """Block `SIGNALS` in processes that this thread starts in this context; each must call `outlive_stop_request`."""
     resource_tracker.ensure_running()  # multiprocessing unblocks SIGTERM when it starts its resource tracker
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
@@ -158,7 +158,7 @@ def starting_waiters() -> Iterator[None]:
 
 
 def outlive_stop_request() -> None:
-    """Ignore the first stop request; call in a process that its rank waits for.
+    """Ignore the first stop request; call in a process whose rank waits for its end.
 
     The process exits at a signal from its rank, or at a second signal later than `ONE_REQUEST_SECONDS`. `SIGNALS` stay
     blocked in all threads; the thread started here waits for them.

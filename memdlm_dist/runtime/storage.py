@@ -16,9 +16,9 @@ logger = logging.getLogger()
 T = TypeVar("T")
 
 # Seconds for which an operation on a remote store is retried. File systems also retry by themselves (s3fs for about
-# half a minute). The other ranks wait during that time, for comm.train_timeout_seconds at most.
+# half a minute). The other ranks wait in a collective, which times out after comm.train_timeout_seconds.
 PATIENCE = 30.0
-FIRST_WAIT = 1.0
+FIRST_WAIT = 1.0  # seconds before the first retry
 # Errors that a retry does not fix.
 _PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError, ImportError)
 
@@ -32,7 +32,7 @@ def retrying(action: Callable[[], T], description: str) -> T:
     """Return the result of `action`; retry for `PATIENCE` seconds, with waits of 1, 2, 4, ... s between the attempts.
 
     Args:
-        action: raises while the store does not answer.
+        action: raises an error if the store does not answer.
         description: the action for the log, such as "Reading s3://...".
 
     Raises:
@@ -56,7 +56,7 @@ def retrying(action: Callable[[], T], description: str) -> T:
 class Storage:
     """Files under one location. Names are relative to the location, with "/" as separator.
 
-    On a URL all operations are retried: see `retrying`.
+    All operations on a URL are retried: see `retrying`.
 
     Args:
         location: a path or a URL.
@@ -117,13 +117,13 @@ class Storage:
         return self._try(lambda: self._fs.open(self._path(name), "rb"), name)
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write a small JSON file atomically; creates its parent folders."""
+        """Write a small JSON file atomically; create its parent folders."""
         data = (json.dumps(value, indent=2) + "\n").encode()
 
         def write() -> None:
             path = self._path(name)
             self._fs.makedirs(os.path.dirname(path), exist_ok=True)
-            if "file" in self._fs.protocol:  # a store writes each object atomically
+            if "file" in self._fs.protocol:  # object stores write each object atomically
                 self._fs.pipe_file(f"{path}.tmp", data)
                 os.replace(f"{path}.tmp", path)
             else:
@@ -156,7 +156,7 @@ class Storage:
         return json.loads(self.read(name))
 
     def remove(self, name: str, first: str = "") -> None:
-        """Remove a folder with its content, its file `first` before all others; no effect if the folder is missing."""
+        """Remove a file or a folder, if it exists; in a folder, remove the file `first` before all others."""
 
         def remove() -> None:
             self._fs.invalidate_cache()

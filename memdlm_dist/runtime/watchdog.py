@@ -41,7 +41,7 @@ class RankStatus:
         rank: global rank.
         node: host name.
         process: process id.
-        progress: number of phases entered. All ranks enter the same phases, so a lower number means behind.
+        progress: number of phases entered. All ranks enter the same phases, so a rank with a lower number is behind.
         doing: current phase, in words.
         line: file, line and function that the main thread executes, or the thread that the main thread waits for.
         in_collective: True if this line is in torch.distributed or called from it.
@@ -98,7 +98,7 @@ class Watchdog:
         Args:
             doing: the phase, in words.
             needs_others: True if the phase has collectives, so that a missing rank blocks this one.
-            waits_for: identifier of the thread that the main thread waits for; its line is published then.
+            waits_for: identifier of the thread that the main thread waits for; that thread's line is published instead.
         """
         self._progress, self._doing, self._needs_others = self._progress + 1, doing, needs_others
         self._working_thread = waits_for or self._main_thread
@@ -201,8 +201,8 @@ def missing(statuses: Sequence[RankStatus], silence: float) -> list[RankStatus]:
         silence: seconds without a new beat after which a rank counts as stopped or lost.
 
     Returns:
-        The silent ranks; if there are none, the ranks in an earlier phase; if there are none either, the ranks that
-        rest outside of the collective in which the waiting rank rests.
+        The silent ranks; else the ranks in an earlier phase; else the ranks that have been still for about as long as
+        the waiting rank, and have not reached the collective in which it waits.
     """
     waiting, *others = statuses
     silent = [status for status in others if status.silent > silence]
@@ -228,15 +228,15 @@ def explanation(statuses: Sequence[RankStatus], unknown: Sequence[int], silence:
     """Return one sentence on why the waiting rank makes no progress.
 
     Args:
-        statuses: as for `missing`.
+        statuses: see `missing`.
         unknown: ranks that have never published a status.
-        silence: as for `missing`.
+        silence: see `missing`.
     """
     waiting = statuses[0]
     head = f"No progress for {waiting.still:.0f} s while {waiting.doing}: "
     remedy = "see that rank's log and node (comm.train_timeout_seconds sets how long the others wait)."
     if unknown:
-        return f"{head}{_ranks(unknown)} never came; {remedy}"
+        return f"{head}{_ranks(unknown)} never reported a status; {remedy}"
     absent, others = missing(statuses, silence), []
     if not absent:
         return f"{head}all ranks wait in {waiting.doing} ({waiting.line}): the network or a device may be at fault."

@@ -41,7 +41,7 @@ class Writer:
 
     Attributes:
         job: name of the job, the same for all of its attempts.
-        attempt: number of requeues by the batch system, number of restarts by the launcher.
+        attempt: (requeues by the batch system, restarts by the launcher).
         node: host name.
         process: process id.
         since: start time, ISO 8601 in UTC.
@@ -95,7 +95,7 @@ class Claim(Protocol):
 
 
 def claim(location: str, writer: Writer) -> Claim:
-    """Claim a folder or URL for a run: with a lock on disk, with a lease at a URL or without file-system locks.
+    """Claim a folder or URL for a run: by a lock on disk, by a lease at a URL or on disks without locks.
 
     Raises:
         UserError: if another run has claimed the location, or if the location is not accessible.
@@ -113,7 +113,7 @@ def claim(location: str, writer: Writer) -> Claim:
     except Exception as error:  # each remote file system has different error classes
         reason = (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {one_line(error)}"
         raise UserError(
-            f"{location} cannot be written to ({reason}); see the file system or the store, or choose another folder."
+            f"{location} cannot be written to ({reason}); check the file system or the store, or choose another folder."
         ) from None
 
 
@@ -156,7 +156,7 @@ class Lock:
         self._descriptor = self._acquire()
 
     def _acquire(self) -> int:
-        """Lock the file, waiting for `PATIENCE` seconds; returns its descriptor.
+        """Lock the file, waiting for at most `PATIENCE` seconds; return its descriptor.
 
         Raises:
             UserError: if another process still holds the lock.
@@ -261,7 +261,7 @@ class Lease:
             UserError: if the lease changes: the other run is alive.
         """
         holder = parse(lease) or f"a run whose {LEASE} cannot be read"
-        logger.info(f"{self._storage.url()} is held by {holder}; waiting {EXPIRY:g} s for a sign of life.")
+        logger.info(f"{self._storage.url()} is held by {holder}; waiting {EXPIRY:g} s for a renewal.")
         deadline = time.monotonic() + EXPIRY
         while time.monotonic() < deadline:
             time.sleep(min(1.0, PERIOD / 2))

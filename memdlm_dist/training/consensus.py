@@ -1,4 +1,4 @@
-"""Per-step consensus: non-finite check and stop request in one all-reduce, before the optimizer moves."""
+"""Per-step consensus: non-finite check and stop request in one all-reduce, before the optimizer step."""
 
 import logging
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ class _PendingFlags(NamedTuple):
 
     step: int
     flags: Tensor  # float32 [2], reduced over all ranks, 1 if set: (non-finite, stop requested)
-    host_copy: HostCopy | None  # the flags on their way to the host; None if the host reads them in the same step
+    host_copy: HostCopy | None  # asynchronous copy of the flags; None if the host reads them in the same step
     losses: Sequence[Tensor]
     sample_ids: Sequence[Tensor]
 
@@ -31,9 +31,9 @@ class _PendingFlags(NamedTuple):
 class StepConsensus:
     """Per-step consensus of all ranks: a non-finite flag and a stop flag in one all-reduce.
 
-    A fused optimizer reads the non-finite flag on the device and skips the step there. The host reads both flags one
-    step later, or in `finish`, when their copy has usually arrived. With any other optimizer, or with parameters
-    offloaded to the CPU, the host reads the flags in the same step and waits for the device.
+    A fused optimizer reads the non-finite flag on the device and skips the step there. The host reads both flags in
+    the next step's `reduce`, when their copy has usually arrived, or earlier in `finish`. With any other optimizer, or
+    with parameters offloaded to the CPU, the host reads the flags in the same step and waits for the device.
 
     Args:
         model_parts: modules whose gradients are checked.
@@ -58,7 +58,7 @@ class StepConsensus:
         self._pending: _PendingFlags | None = None
 
     def reduce(self, step: int, losses: Sequence[Tensor], sample_ids: Sequence[Tensor], stop_requested: bool) -> None:
-        """All-reduce the flags of this step, after its backward passes; finish the previous step first.
+        """Finish the previous step, then all-reduce the flags of this one; call after its backward passes.
 
         Args:
             losses: this rank's loss of each micro-batch.
@@ -90,12 +90,12 @@ class StepConsensus:
         skipped = self.skipped
         self.finish()
         if self.skipped > skipped:
-            # Optimizers leave parameters without a gradient, and their optimizer state, unchanged.
+            # An optimizer changes neither a parameter that has no gradient nor its optimizer state.
             self._optimizers.zero_grad(set_to_none=True)
         self._optimizers.step()
 
     def finish(self) -> None:
-        """Read the flags of the last step, unless that has been done: count a skipped batch, set `stop`.
+        """Read the flags of the last step if they are still unread: count a skipped batch, set `stop`.
 
         Raises:
             UserError: if the step is not finite and skipping is off, if too many steps in a row were skipped, or if a
@@ -113,7 +113,7 @@ class StepConsensus:
             self._consecutive_skips = 0
 
     def _local_norm(self) -> Tensor:
-        """Return the norm of this rank's gradient shards, which is finite only if they all are."""
+        """Return the norm of this rank's gradient shards; it is finite only if all of them are."""
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         return torch.nn.utils.get_total_norm([_local(g) for g in gradients])
 
@@ -154,12 +154,12 @@ class StepConsensus:
         self.skipped, self._consecutive_skips = self.skipped + 1, self._consecutive_skips + 1
         if self._consecutive_skips >= self._config.max_consecutive_skips:
             raise UserError(
-                f"Step {step} is the last of {self._consecutive_skips} in a row that cannot be taken: {cause}; go back "
-                "to an earlier checkpoint (checkpoint.load_step) and lower the learning rates."
+                f"Step {step} is the last of {self._consecutive_skips} steps in a row that cannot be taken: {cause}; "
+                "go back to an earlier checkpoint (checkpoint.load_step) and lower the learning rates."
             )
         logger.warning(f"Skipping the batch of step {step}: {cause}. Skipped so far: {self.skipped}.")
 
 
 def _local(x: Tensor) -> Tensor:
-    """Return this rank's shard of a DTensor; any other tensor unchanged."""
+    """Return this rank's shard of a DTensor; return any other tensor unchanged."""
     return x.to_local() if isinstance(x, DTensor) else x

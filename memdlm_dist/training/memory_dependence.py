@@ -4,17 +4,19 @@ import math
 
 
 class MemoryDependence:
-    """Detector of a base model that has come to depend on fast weights trained on its own targets.
+    """Detector of a base model that has come to depend on its fast weights.
 
-    It warns if the memory-off loss exceeds its best value by more than 1 % while the memory-on loss is lower than at
-    that best step.
+    Fast weights train on the same targets as the loss, so a base model can learn to rely on them.
+
+    Warns if the memory-off loss exceeds its lowest value by more than 1 %, while the memory-on loss is below its value
+    at the step of that lowest memory-off loss.
     """
 
     def __init__(self) -> None:
         self._step, self._off, self._on = 0, math.inf, math.inf
 
     def check(self, step: int, off: float, on: float) -> str:
-        """Return the warning, one sentence; empty if the losses (nats per token) give no reason for it."""
+        """Return the warning as one sentence, or an empty string; losses in nats per token."""
         if off <= self._off:
             self._step, self._off, self._on = step, off, on
             return ""

@@ -1,7 +1,7 @@
 """Objective of a configuration: draws the noise of a micro-batch and computes its loss.
 
-The only module that knows the configuration, the parallel layout and the mathematics (`method/`). Training, validation
-and inference share it.
+This is the only module that knows all three: configuration, parallel layout and mathematics (`method/`). Training,
+validation and inference share it.
 
 Shapes: B rows, L tokens, U samples (rows, or documents of packed rows).
 """
@@ -89,7 +89,7 @@ class Objective:
         ).cp_slice(self.cp_rank, self.cp_size)
 
     def _inner_states(self, draw: Draw, anchor: State, step: int, sample_ids_U: Tensor) -> list[State]:
-        """Return the plan's states, without targets in samples that are drawn to train without the memory.
+        """Return the plan's states; samples drawn to train without the memory have no targets.
 
         A sample without targets leaves its fast weights unchanged. Samples that share a set of fast weights, on all
         ranks, share the draw.
@@ -129,7 +129,7 @@ def build_objective(
         mask_token_id=mask_token_id,
         plan=get_plan(config),
         memory=_memory(memory, args, layout) if memory.enable else None,
-        # Without debug.seed torchtitan draws a random seed for the weights. The noise takes 0 then, so that a resumed
+        # Without debug.seed torchtitan draws a random seed for the weights. The noise then uses seed 0, so a resumed
         # run continues with the same noise.
         seed=config.debug.seed or 0,
         tp_size=tp_mesh.size() if tp_mesh else 1,

@@ -41,7 +41,8 @@ class MemDLMTrainer(Trainer):
     """torchtitan's Trainer with MemDLM's objective.
 
     Set-up, meshes, optimizers, schedules, checkpoints and metrics are torchtitan's; `train` and `train_step` replace
-    its loop and its step. The outer loss is divided by the number of labelled tokens in the global batch.
+    its loop and its step. The outer loss is divided by the number of labelled tokens in the global batch; the label of
+    any other token is -100.
     """
 
     job_config: JobConfig
@@ -106,7 +107,7 @@ class MemDLMTrainer(Trainer):
                 last = self.step == config.training.steps
                 validates = config.validation.enable and self.validator.should_validate(self.step)
                 if last or validates or self.consensus.stop or self.checkpointer.is_due(self.step, last):
-                    # Waits for all ranks: a step must be known to be finite before it is saved or validated.
+                    # Wait for this step's flags: only a step known to be finite may be saved or validated.
                     self.consensus.finish()
                 self.watchdog.at(f"finishing step {self.step} (checkpoint, validation)", needs_others=False)
                 if self.consensus.stop:
@@ -170,7 +171,7 @@ class MemDLMTrainer(Trainer):
             metrics.log_step(self.step, torch.stack(losses).sum(), grad_norm, lr, self.tokens_seen)
 
     def build_prefetcher(self, loader: Iterable[Batch]) -> BatchPrefetcher:
-        """Build the prefetcher of the run's micro-batches, a context manager whose thread runs inside the context."""
+        """Build the prefetcher of the run's micro-batches, a context manager; its thread ends with the context."""
         steps, per_step = self.job_config.training.steps, self.gradient_accumulation_steps
         return BatchPrefetcher(loader, self._draw, per_step, steps, self.device)
 
@@ -300,11 +301,11 @@ class MemDLMTrainer(Trainer):
         return int(self.ntokens_seen * self._dp_size)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the step and the counters of all ranks together: a checkpoint keeps the state of one rank alone."""
+        """Return the step and the counters over all ranks, since a checkpoint stores this state of one rank only."""
         return {"step": self.step, "ntokens_seen": self.tokens_seen, "skipped_batches": self.consensus.skipped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the step and the counters; the number of ranks may differ from the saving run's."""
+        """Restore the step and the counters; the number of ranks may have changed since the save."""
         self.step, self.ntokens_seen = state_dict["step"], state_dict["ntokens_seen"] // self._dp_size
         self.consensus.skipped = state_dict["skipped_batches"]
 

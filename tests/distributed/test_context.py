@@ -107,7 +107,7 @@ def test_ring_attention_is_torchs_without_load_balancing(many_ranks):
     assert not _cp_options.enable_load_balance and _cp_options.rotate_method.name == "ALL_TO_ALL"
     check_layout.check_backbone(config, args)
     check_layout.check_device(config, "cuda")
-    with pytest.raises(UserError, match="'ring' needs CUDA devices, and this machine has cpu; set it to 'ulysses'"):
+    with pytest.raises(UserError, match="'ring' needs CUDA devices, but this machine has cpu; set it to 'ulysses'"):
         check_layout.check_device(config, "cpu")
 
 

@@ -14,4 +14,4 @@ def test_fused_optimizers_skip_before_the_host_knows(pools):
     assert ranks == [expected, expected]
     (error,) = errors
     samples = re.escape(", ".join(map(str, (2 * (2 * 8 + 1), 2 * (2 * 8 + 1) + 1))))
-    assert re.match(rf"Step 8 is the last of 2 in a row .*: the loss is nan on at least .* {samples};", error), error
+    assert re.match(rf"Step 8 is the last of 2 steps .*: the loss is nan on at least .* {samples};", error), error

@@ -219,7 +219,7 @@ def test_a_loss_that_is_not_a_number(finished):
     assert [curves[LOSS][step] for step in (1, 2)] == [straight[step] for step in (1, 2)]
     assert curves[LOSS][3] != curves[LOSS][3] and 0 < abs(curves[LOSS][4] - straight[4]) < 1
     assert "Loading the checkpoint" in resumed
-    assert "Step 4 is the last of 3 in a row that cannot be taken" in always
+    assert "Step 4 is the last of 3 steps in a row that cannot be taken" in always
 
 
 def test_flags_that_are_read_late(finished):
@@ -295,7 +295,7 @@ def test_a_keyboard_interrupt_in_a_save_ends_the_run(finished):
 
 
 def test_clocks_are_not_compared(finished):
-    """Late clocks and a long step on one rank are no hang."""
+    """A late clock and a long step on one rank do not count as a hang."""
     (output,) = finished[1]["skewed"]
     assert "No progress" not in output and "Training completed" in output
 

@@ -73,7 +73,7 @@ MISTAKES = [
     Mistake("experts over shards", "The 8 experts of model.flavor debug cannot be sharded evenly over data_parallel_shard_degree 16", MOE, env={"WORLD_SIZE": "16"}),
     Mistake("experts of too few ranks", "expert_parallel_degree (4) must divide data_parallel_shard_degree (2)", (*MOE, *POOLED, "--parallelism.expert_parallel_degree", "4"), env={"WORLD_SIZE": "2"}),
     Mistake("experts and TP", "expert_tensor_parallel_degree (1) must be tensor_parallel_degree (2)", (*MOE, *POOLED, "--parallelism.expert_parallel_degree", "2", "--parallelism.tensor_parallel_degree", "2"), env={"WORLD_SIZE": "4"}),
-    Mistake("adapters of experts and TP", "whose adapters tensor parallelism cannot shard", (*MOE, "--model.converters", "lora", "--parallelism.tensor_parallel_degree", "2"), env={"WORLD_SIZE": "2"}),
+    Mistake("adapters of experts and TP", "but tensor parallelism cannot shard adapters of experts", (*MOE, "--model.converters", "lora", "--parallelism.tensor_parallel_degree", "2"), env={"WORLD_SIZE": "2"}),
     Mistake("weights without checkpoints", "checkpoint.initial_load_in_hf needs checkpoint.enable", ("--checkpoint.initial_load_in_hf",)),
     Mistake("weights and more", "set checkpoint.initial_load_model_only = true", ("--checkpoint.enable", "--checkpoint.initial_load_in_hf", "--checkpoint.no-initial_load_model_only")),
     Mistake("quantised weights", "initial_load_in_hf_quantized is not supported", ("--checkpoint.initial_load_in_hf_quantized",)),

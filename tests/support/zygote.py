@@ -62,7 +62,7 @@ class RunRequest:
 
 @dataclass(frozen=True)
 class PoolRequest:
-    """Request for ranks that stay; the reply to each call is (all ranks succeeded, rank 0's result or the error)."""
+    """Request for a pool of ranks; the reply to each call is (all ranks succeeded, rank 0's result or the error)."""
 
     processes: int
     environment: dict[str, str] = field(default_factory=dict)
@@ -114,7 +114,7 @@ def receive(connection: Connection) -> Any:
 
 
 def run(processes: int, function: str, *arguments: Any, environment: dict[str, str] | None = None) -> tuple[int, str]:
-    """Run new ranks; returns the exit status and the output."""
+    """Run new ranks; return the exit status and the output."""
     with connect() as connection:
         connection.send(RunRequest(processes, function, arguments, {**os.environ, **(environment or {})}))
         reply: tuple[int, str] = receive(connection)
@@ -122,14 +122,14 @@ def run(processes: int, function: str, *arguments: Any, environment: dict[str, s
 
 
 class RankPool:
-    """Pool of gloo ranks that stay between calls; a failed call ends them, and the next call starts new ranks."""
+    """Pool of gloo ranks that stay alive between calls; a failed call ends them, and the next call starts new ranks."""
 
     def __init__(self, processes: int) -> None:
         self.processes = processes
         self._connection: Connection | None = None
 
     def call(self, function: str, *arguments: Any) -> Any:
-        """Call a function on all ranks; returns rank 0's result.
+        """Call a function on all ranks; return rank 0's result.
 
         Raises:
             AssertionError: with the traceback, if a rank fails.

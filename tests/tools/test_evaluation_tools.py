@@ -116,7 +116,7 @@ def test_needle_evaluation_and_comparison(call, tmp_path, capsys):
     results["settings"]["seed"] = 5
     (tmp_path / "b/needle.json").write_text(json.dumps(results))
     assert evaluate.main(["compare", f"one={out[0]}", f"two={out[1]}", "--output", report, "--overwrite"]) == 2
-    assert "asked other questions" in capsys.readouterr().err
+    assert "asked different questions" in capsys.readouterr().err
 
 
 def test_losses_of_several_runs(tmp_path, capsys):

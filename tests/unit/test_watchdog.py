@@ -43,7 +43,7 @@ def test_what_is_said():
     assert "(reader.py:7 in read), while ranks 0, 1 waited in taking step 5 (all_reduce); see that rank's log" in text
     assert "silent for 20 s) was last seen" in explanation([status(0), status(1, silent=20.0)], [], SILENCE)
     assert "all ranks wait in taking step 5 (all_reduce)" in explanation([status(0), status(1)], [], SILENCE)
-    assert "ranks 3, 4 never came" in explanation([status(0)], [3, 4], SILENCE)
+    assert "ranks 3, 4 never reported a status" in explanation([status(0)], [3, 4], SILENCE)
 
 
 class Store(dict):
@@ -83,4 +83,4 @@ def test_a_rank_that_never_came_is_named():
     waiting.start()
     waiting.at("waiting for it")
     waiting._thread.join(5)
-    assert len(reports) == 1 and "while waiting for it: rank 1 never came" in reports[0]
+    assert len(reports) == 1 and "while waiting for it: rank 1 never reported a status" in reports[0]

@@ -165,7 +165,7 @@ def ask_every_process(run: Run, rng: random.Random) -> None:
 
 
 def start_a_second_run(run: Run, rng: random.Random) -> None:
-    """Start a second run on the folder of a suspended one: it must end with the writer's error; then kill the first."""
+    """Suspend the run and start a second one on its folder, which must end with the writer's error; kill the first."""
     suspended = run.ranks()
     for rank in suspended:
         kill(rank, signal.SIGSTOP)
@@ -251,7 +251,7 @@ def soak(minutes: float, ranks: int, seed: int, root: Path) -> int:
         measured, drawn = losses(run.observed), draws(run.observed)
         compared += len(measured)
         if not measured or min(measured) != newest + 1:
-            mismatches.append(f"start {starts}: went on at step {min(measured, default=None)}, not {newest + 1}")
+            mismatches.append(f"start {starts}: continued at step {min(measured, default=None)}, not {newest + 1}")
         wrong = [step for step in measured if measured[step] != expected_losses[step]]
         wrong_draws = [key for key in drawn if drawn[key] != expected_draws.get(key)]
         if wrong or wrong_draws:
