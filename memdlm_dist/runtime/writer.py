@@ -113,7 +113,7 @@ def claim(location: str, writer: Writer) -> Claim:
     except Exception as error:  # each remote file system has different error classes
         reason = (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {one_line(error)}"
         raise UserError(
-            f"{location} cannot be written to ({reason}); see the file system or the store, or choose another folder."
+            f"{location} cannot be written to ({reason}); check the file system or the store, or choose another folder."
         ) from None
 
 

@@ -112,7 +112,7 @@ MISTAKES = [
     Mistake("not a number", "error: optimizer.eps must be above 0, but is nan.", ("--optimizer.eps", "nan")),
     Mistake("seed", "error: debug.seed must be at least 0 and at most 9,223,372,036,854,775,807, but is -3.", ("--debug.seed", "-3")),
     Mistake("optimizer", "error: optimizer.name must be Adam or AdamW, but is 'SGD'.", ("--optimizer.name", "SGD")),
-    Mistake("types", "training.dtype = 'bfloat16' keeps the weights in bfloat16, and training.mixed_precision_param = 'float32'", ("--training.dtype", "bfloat16")),
+    Mistake("types", "training.dtype = 'bfloat16' keeps the weights in bfloat16, but training.mixed_precision_param = 'float32'", ("--training.dtype", "bfloat16")),
     Mistake("torchtitan's data", "--training.dataset has no effect; name folders of shards in data.train.", ("--training.dataset", "c4")),
     Mistake("best without validation", "keep_best = 'validation/loss_memory_off' needs validation.enable; set it.", ("--checkpoint.enable", "--checkpoint.keep_best", "validation/loss_memory_off")),
     Mistake("best of rare validations", "needs a validation at every checkpoint; set checkpoint.interval (5) to a multiple of validation.freq (2)", ("--checkpoint.enable", "--validation.enable", "--validation.freq", "2", "--checkpoint.keep_best", "validation/loss_memory_off")),
@@ -179,7 +179,7 @@ def test_types_and_names_in_the_file(toml, message, tmp_path, capsys):
     "content, message",
     [
         ("\ufeff[job]\n".encode(), "begins with a byte order mark; save it as UTF-8 without one."),
-        ("[job]\n".encode("utf-16"), "cannot be read: "),
+        ("[job]\n".encode("utf-16"), "cannot be read ("),
         (b"[job]\nformat = 2\n", "job.format = 2 is newer than the format of this version (1); install the version"),
     ],
 )

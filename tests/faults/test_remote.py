@@ -136,7 +136,7 @@ def test_a_store_that_is_gone_is_named(runs):
     # The run could not release its lease, which expires.
     assert {name.split("/")[1] for name in objects if name.startswith("gone/")} == {"step-2", "writer.json"}
     sentence = (
-        rf"error: s3://{BUCKET}/still-gone cannot be written to \(.*connect.*\); see the file system or the store, or"
+        rf"error: s3://{BUCKET}/still-gone cannot be written to \(.*connect.*\); check the file system or the store, or"
     )
     assert re.search(sentence, outputs["still-gone"]) and "Traceback" not in outputs["gone"] + outputs["still-gone"]
 
