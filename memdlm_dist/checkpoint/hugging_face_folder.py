@@ -123,7 +123,7 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_into(state: dict[str, Any], sd_adapter: BackboneStateDictAdapter, folder: str) -> dict[str, Any]:
-    """Read a checked folder into a state dict of the backbone; each rank reads only its part of the sharded tensors.
+    """Read a checked folder into a state dict of the backbone; each rank reads only its own shards.
 
     Args:
         state: tensors under the backbone's parameter names, sharded or not; not all of them are filled in place.
