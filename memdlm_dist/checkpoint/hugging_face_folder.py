@@ -1,7 +1,7 @@
 """Hugging Face folders: safetensors under Hugging Face's names, with config.json and the tokenizer.
 
-DCP's reader and writer for Hugging Face folders do the I/O, and each rank reads and writes only its part of the sharded
-tensors. The functions here check a folder before it is read, and add the remaining files to an export.
+DCP's reader and writer for Hugging Face folders do the I/O, and each rank reads and writes only its own shards. The
+functions here check a folder before it is read, and add the remaining files to an export.
 """
 
 import contextlib
