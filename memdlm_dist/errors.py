@@ -1,12 +1,12 @@
-"""Exception for mistakes of the user, printed as one sentence without a traceback."""
+"""Exception for user errors, printed as one sentence without a traceback."""
 
 import re
 
 
 class UserError(ValueError):
-    """Mistake of the user in a configuration, a path, a shard, a checkpoint or a launch.
+    """User error: a mistake in a configuration, a path, a shard, a checkpoint or a launch.
 
-    The message is one sentence that names the mistake and the remedy. Entry points print it and exit with
+    The message is one sentence that names the problem and the remedy. Entry points print it and exit with
     `EXIT_STATUS`; all other exceptions keep their traceback. A message may end with another library's text, which can
     have line breaks and a full stop: the constructor reduces it to one line with one full stop.
     """

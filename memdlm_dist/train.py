@@ -26,14 +26,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     start_logging()
     try:
         return run(sys.argv[1:] if argv is None else argv)
-    except UserError as mistake:
+    except UserError as error:
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            print(f"error: {mistake}", file=sys.stderr, flush=True)
+            print(f"error: {error}", file=sys.stderr, flush=True)
         else:
-            # Most mistakes occur on all ranks. Rank 0 prints them, and the launcher stops the other ranks while they
-            # sleep. A mistake of this rank alone reaches the launcher through torchrun's error file.
+            # Most user errors occur on all ranks. Rank 0 prints them, and the launcher stops the other ranks while they
+            # sleep. An error of this rank alone reaches the launcher through torchrun's error file.
             time.sleep(3)
-            get_error_handler().record_exception(mistake)
+            get_error_handler().record_exception(error)
         return EXIT_STATUS
     except KeyboardInterrupt:
         if is_rank_0():

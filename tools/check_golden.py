@@ -56,8 +56,8 @@ def main(argv: list[str] | None = None) -> int:
         except Unsupported as reason:
             print(f"  {reason}")
             status = 2
-        except UserError as mistake:
-            print(f"  {mistake}")
+        except UserError as error:
+            print(f"  {error}")
             status = 2
         except (OSError, KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
             print(

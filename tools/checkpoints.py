@@ -97,11 +97,11 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def state(saved: SavedCheckpoint) -> str:
-    """Return a checkpoint's state in words: its problem, if it has one."""
+def state(saved: SavedCheckpoint, intact: str = "intact") -> str:
+    """Return a checkpoint's state in words: its problem, or `intact` if it has none."""
     if saved.exported:
         return "weights alone (safetensors)"
-    return saved.problem or "intact"
+    return saved.problem or intact
 
 
 def existing_checkpoints(catalogue: Catalogue) -> list[SavedCheckpoint]:
@@ -128,10 +128,9 @@ def list_all(catalogue: Catalogue, as_json: bool) -> None:
         identity = run.get("identity")
         batch = identity.get("training.global_batch_size", "-") if isinstance(identity, dict) else "-"
         if as_json:
-            # Scripts read this format, whose word for an intact checkpoint is "good".
-            word = "good" if state(saved) == "intact" else state(saved)
-            values = {"step": saved.step, "bytes": saved.size, "good": saved.intact, "state": word, "run": run}
-            print(json.dumps(values))
+            # Programs read these lines, so an intact checkpoint keeps the word "good" in them.
+            values = {"step": saved.step, "bytes": saved.size, "good": saved.intact, "state": state(saved, "good")}
+            print(json.dumps(values | {"run": run}))
         else:
             size = f"{saved.size / 2**20:,.1f} MiB"
             print(f"{saved.name:<14}{size:>12}{run.get('ranks', '-'):>7}{batch:>14}  {state(saved)}")

@@ -93,8 +93,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         try:
             ranks_per_node = min(size, options.ranks_per_node)
             estimates[size] = forecast(config, size, options.layers, ranks_per_node, options.documents)
-        except UserError as mistake:
-            estimates[size] = mistake
+        except UserError as error:
+            estimates[size] = error
     speeds = Speeds(options.tflops, options.intra, options.inter)
     print(table(config, estimates, options.device_memory, speeds))
     if options.json:

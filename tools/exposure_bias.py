@@ -93,7 +93,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     checkpoints = options.checkpoint or [checkpoint_folder(config)]
     names = options.names or [path.rstrip("/") for path in checkpoints]
     if len(names) != len(checkpoints):
-        raise UserError(f"--names gives {len(names)} names for {len(checkpoints)} checkpoints.")
+        raise UserError(f"--names gives {len(names)} names for {len(checkpoints)} checkpoints; give one for each.")
     model = load_model(options, overrides, checkpoints[0])
     try:
         rows = load_rows(config, model, options.data, options.samples, options.prompt_share)

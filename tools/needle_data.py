@@ -97,7 +97,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         rows = write(options)
     except OSError as error:
-        raise UserError(f"{options.output} cannot be written: {error}.") from None
+        raise UserError(f"{options.output} cannot be written ({error}); choose another --output.") from None
     print(f"{options.output}: {rows:,} rows of the {options.part} part")
     return 0
 

@@ -1,7 +1,7 @@
 """Hugging Face folders: safetensors under Hugging Face's names, with config.json and the tokenizer.
 
-DCP's reader and writer for Hugging Face folders do the I/O, and each rank reads and writes only its part of the sharded
-tensors. The functions here check a folder before it is read, and add the remaining files to an export.
+DCP's reader and writer for Hugging Face folders do the I/O, and each rank reads and writes only its own shards. The
+functions here check a folder before it is read, and add the remaining files to an export.
 """
 
 import contextlib
@@ -123,7 +123,7 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_into(state: dict[str, Any], sd_adapter: BackboneStateDictAdapter, folder: str) -> dict[str, Any]:
-    """Read a checked folder into a state dict of the backbone; each rank reads only its part of the sharded tensors.
+    """Read a checked folder into a state dict of the backbone; each rank reads only its own shards.
 
     Args:
         state: tensors under the backbone's parameter names, sharded or not; not all of them are filled in place.

@@ -77,7 +77,7 @@ def read_metadata(location: str) -> Metadata:
 
 
 def load_states(states: dict[str, Any], location: str, no_dist: bool = False) -> None:
-    """Load a checkpoint into `states` in place; each rank reads only its part of the sharded tensors.
+    """Load a checkpoint into `states` in place; each rank reads only its own shards.
 
     Raises:
         CheckpointException: on every rank, with the failures of all ranks.

@@ -48,7 +48,7 @@ def find(location: str) -> str:
 def load(model: nn.Module, location: str, sd_adapter: BackboneStateDictAdapter) -> str:
     """Load weights into a model with any parallel layout and return their location; call on all ranks.
 
-    Each rank reads only its part of the sharded tensors.
+    Each rank reads only its own shards.
 
     Args:
         location: a checkpoint, a folder of checkpoints, or a folder of Hugging Face weights.

@@ -1,6 +1,6 @@
 """Parsing and checking of a configuration: flags override the TOML file, which overrides defaults.
 
-All mistakes that the configuration alone reveals are found here, before anything is built, and reported in one
+All user errors that the configuration alone reveals are found here, before anything is built, and reported in one
 sentence.
 """
 
@@ -50,7 +50,7 @@ def parse(argv: Sequence[str]) -> JobConfig:
         _check_file(manager.config_cls, argv)
         _check_flags(manager.config_cls, argv)
     try:
-        # tyro prints mistakes as boxes for terminals; `_check_flag_values` reports them in one sentence instead.
+        # tyro prints errors as boxes for terminals; `_check_flag_values` reports them in one sentence instead.
         with contextlib.redirect_stderr(io.StringIO()):
             config: JobConfig = manager.parse_args(list(argv))
     except SystemExit as exit_request:
@@ -78,9 +78,11 @@ def _check_file(config_cls: type, argv: Sequence[str]) -> None:
     except FileNotFoundError:
         raise UserError(f"The configuration file {path} does not exist; check --job.config_file.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The configuration file {path} cannot be read: {one_line(error)}.") from None
+        raise UserError(
+            f"The configuration file {path} cannot be read ({one_line(error)}); save it as readable UTF-8."
+        ) from None
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"The configuration file {path} is not valid TOML: {one_line(error)}.") from None
+        raise UserError(f"The configuration file {path} is not valid TOML ({one_line(error)}); correct it.") from None
     _check_section(config_cls, values, path, "")
 
 

@@ -69,7 +69,7 @@ def _read(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The haystack {path} cannot be read as UTF-8 text: {error}.") from None
+        raise UserError(f"The haystack {path} cannot be read as UTF-8 text ({error}); correct --haystack.") from None
 
 
 def _passages(text: str) -> list[str]:

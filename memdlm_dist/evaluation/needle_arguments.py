@@ -80,6 +80,6 @@ def get_sizes(options: argparse.Namespace) -> Sizes:
     sizes = Sizes(**{field.name: getattr(options, field.name) for field in fields(Sizes)})
     for field in fields(Sizes):
         minimum = 0 if field.name == "distractors" else 1
-        if getattr(sizes, field.name) < minimum:
-            raise UserError(f"--{field.name.replace('_', '-')} must be at least {minimum}.")
+        if (value := getattr(sizes, field.name)) < minimum:
+            raise UserError(f"--{field.name.replace('_', '-')} must be at least {minimum}, but is {value}.")
     return sizes

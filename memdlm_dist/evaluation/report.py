@@ -34,7 +34,7 @@ def check_output(folder: Path, *names: str, overwrite: bool) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"The output folder {folder} cannot be created: {error}.") from None
+        raise UserError(f"The output folder {folder} cannot be created ({error}); choose another --output.") from None
     for name in names:
         if (folder / name).exists() and not overwrite:
             raise UserError(f"{folder / name} exists; choose another --output, or pass --overwrite to replace it.")
@@ -58,7 +58,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"There is no {path}; run that evaluation first.") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from None
+        raise UserError(f"{path} cannot be read ({error}); run that evaluation again.") from None
 
 
 def pyplot() -> Any:

@@ -115,7 +115,7 @@ def denoise(
     decoding: Decoding,
     mask_id: int,
     eos_id: int,
-    agree: Callable[[int], int] = lambda count: count,
+    max_over_ranks: Callable[[int], int] = lambda count: count,
 ) -> Iterator[Step]:
     """Decode a canvas; yield it after every step, and again when end-of-text replaces the rest of a row.
 
@@ -127,15 +127,15 @@ def denoise(
         start: canvas to decode; not modified.
         mask_id: token id of [MASK], which is never predicted.
         eos_id: token id of end-of-text.
-        agree: returns the maximum of a number over all ranks that must call `predict` together.
+        max_over_ranks: maximum of a number over all ranks that must call `predict` together.
     """
     tokens_BL, open_BL = start.tokens_BL.clone(), start.open_BL.clone()
     per_block = decoding.steps or decoding.block_size
     block_BL = torch.where(open_BL, (open_BL.cumsum(1) - 1) // decoding.block_size, -1)
-    for block in range(agree(int(block_BL.max()) + 1)):
+    for block in range(max_over_ranks(int(block_BL.max()) + 1)):
         block_open_BL = open_BL & (block_BL == block)
         # More steps than open positions would predict from an unchanged canvas.
-        for left in range(min(per_block, agree(int(block_open_BL.sum(1).max()))), 0, -1):
+        for left in range(min(per_block, max_over_ranks(int(block_open_BL.sum(1).max()))), 0, -1):
             target_BL = block_open_BL & open_BL
             # Equal share of the remaining positions, rounded half to even as in the published sampler.
             share_B = (target_BL.sum(1).double() / left).round().long()

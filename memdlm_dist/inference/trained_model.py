@@ -191,7 +191,9 @@ class TrainedModel:
         """
         tp_size, shifted = self._objective.tp_size, self._objective.shifted
         if shifted and target_BL[:, 0].any():
-            raise UserError("This backbone predicts the next token, so the first token cannot be [MASK].")
+            raise UserError(
+                "This backbone predicts the next token, so the first token cannot be [MASK]; begin with text."
+            )
         ones_B = torch.ones(len(tokens_BL))
         scored = gather_scored(State(target_BL, target_BL, ones_B), tokens_BL, tp_size, shifted)
         length = tokens_BL.shape[1]

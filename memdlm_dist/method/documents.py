@@ -144,8 +144,8 @@ class Documents(NamedTuple):
         number_BL = torch.where(self.number_BL == PADDING, self.slots, self.number_BL)
         first_B1 = (self.slots + 1) * torch.arange(len(number_BL), device=number_BL.device).unsqueeze(1)
         sequence_T = (first_B1 + number_BL).flatten()
-        end_n = torch.zeros(len(number_BL) * (self.slots + 1) + 1, dtype=torch.int64, device=number_BL.device)
-        return end_n.index_add(0, sequence_T + 1, torch.ones_like(sequence_T)).cumsum(0).int()
+        length_n = torch.zeros(len(number_BL) * (self.slots + 1) + 1, dtype=torch.int64, device=number_BL.device)
+        return length_n.index_add(0, sequence_T + 1, torch.ones_like(sequence_T)).cumsum(0).int()
 
     def mean_attended(self) -> float:
         """Return the mean number of tokens that a token attends to; a row's padding counts as one document.

@@ -1,6 +1,6 @@
 """Initial weights: every element is a function of (seed, parameter name, row, column).
 
-Each rank draws its local part of a parameter, and all layouts start with the same weights. The distributions follow
+Each rank draws its shard of a parameter, and all layouts start with the same weights. The distributions follow
 torchtitan's llama3 and its experts, with a configurable scale. torchtitan truncates the linears at 100 standard
 deviations, which has no effect; here they are not truncated.
 
@@ -90,7 +90,7 @@ def adapter_distribution(name: str, shape: torch.Size) -> Distribution:
 
 @torch.no_grad()
 def draw(model: nn.Module, sizes: Sizes) -> None:
-    """Draw this rank's part of all parameters from torch's seed, which torchtitan sets equally on all ranks."""
+    """Draw this rank's shards of all parameters from torch's seed, which torchtitan sets equally on all ranks."""
     for name, parameter in _parameters(model).items():
         # A head that starts from the embedding uses the embedding's random numbers, with its own scale.
         key_name = EMBEDDING if name == HEAD and sizes.head_from_embedding else name
@@ -99,7 +99,7 @@ def draw(model: nn.Module, sizes: Sizes) -> None:
 
 @torch.no_grad()
 def draw_adapters(model: nn.Module) -> None:
-    """Draw this rank's part of the adapters only; the other parameters keep their values."""
+    """Draw this rank's shards of the adapters only; the other parameters keep their values."""
     for name, parameter in _parameters(model).items():
         if is_adapter(name):
             _fill(parameter, name, adapter_distribution(name, parameter.shape))
@@ -111,7 +111,7 @@ def _parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _fill(parameter: Tensor, key_name: str, initial: Distribution) -> None:
-    """Fill this rank's part of a parameter.
+    """Draw this rank's shard of a parameter in place.
 
     Args:
         parameter: a plain tensor or a DTensor.

@@ -163,11 +163,11 @@ def _profile(run: Callable[[], None], path: str) -> None:
 
 def table(result: dict[str, Any]) -> str:
     """Format the results of `measure` as a table."""
-    seconds, spread = result["step_seconds"], result["step_seconds_range"]
+    seconds, ranges = result["step_seconds"], result["step_seconds_range"]
     shares = {"plain": 1.0} | {kind: result["ratio"][f"{kind}_over_plain"] for kind in KINDS[1:]}
     rows: list[tuple[str, Callable[[str], str]]] = [
         ("step, median (s)", lambda kind: f"{seconds[kind]:.3f}"),
-        ("  fastest to slowest", lambda kind: f"{spread[kind][0]:.3f} to {spread[kind][1]:.3f}"),
+        ("  fastest to slowest", lambda kind: f"{ranges[kind][0]:.3f} to {ranges[kind][1]:.3f}"),
         ("  over plain", lambda kind: f"{shares[kind]:.3f}"),
         ("tokens/s", lambda kind: f"{result['tokens_per_second'][kind]:,.0f}"),
         ("peak memory of a rank (MiB)", lambda kind: f"{result['peak_bytes'][kind] / 2**20:,.0f}"),

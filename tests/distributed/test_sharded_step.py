@@ -69,17 +69,17 @@ def test_the_backward_pass_prefetches(results):
 
 
 def test_the_tail_is_resident_from_the_inner_loop_to_the_backward_pass(results):
-    residency = results["fsdp2"]["residency"]
+    gathered = results["fsdp2"]["gathered"]
     nothing, tail = [0] * 7, [0, 0, 0, 0, 1, 1, 1]
-    assert residency["before"] == nothing
-    assert residency["after the inner steps"] == residency["before the backward pass"] == tail
-    assert residency["after the backward pass"] == residency["after validation"] == nothing
+    assert gathered["before"] == nothing
+    assert gathered["after the inner steps"] == gathered["before the backward pass"] == tail
+    assert gathered["after the backward pass"] == gathered["after validation"] == nothing
 
 
 def test_a_failure_in_the_step_leaves_nothing_gathered_and_the_next_step_sound(results):
-    residency = results["fsdp2"]["residency"]
-    assert residency["after a failure in inner loop"] == residency["after a failure in between the loops"] == [0] * 7
-    assert residency["difference after a failure"] == 0.0
+    gathered = results["fsdp2"]["gathered"]
+    assert gathered["after a failure in inner loop"] == gathered["after a failure in between the loops"] == [0] * 7
+    assert gathered["difference after a failure"] == 0.0
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,7 @@ def test_types_and_names_in_the_file(toml, message, tmp_path, capsys):
     "content, message",
     [
         ("\ufeff[job]\n".encode(), "begins with a byte order mark; save it as UTF-8 without one."),
-        ("[job]\n".encode("utf-16"), "cannot be read: "),
+        ("[job]\n".encode("utf-16"), "cannot be read ("),
         (b"[job]\nformat = 2\n", "job.format = 2 is newer than the format of this version (1); install the version"),
     ],
 )

@@ -51,7 +51,8 @@ def test_list(saved, capsys):
     assert "has a truncated file __0_0.distcp: " in rows[2] and rows[0].split()[3:5] == ["1", "4"]
     checkpoints.main(["list", str(saved), "--json"])
     first = json.loads(capsys.readouterr().out.splitlines()[0])
-    assert first["good"] and first["run"]["identity"]["training.global_batch_size"] == 4 and first["bytes"] > 1e6
+    assert first["good"] and first["state"] == "good"
+    assert first["run"]["identity"]["training.global_batch_size"] == 4 and first["bytes"] > 1e6
 
 
 def test_verify(saved, capsys):

@@ -49,7 +49,7 @@ def commands(root: Path) -> list[tuple[str, list[str]]]:
 
 def check_keys(root: Path, words: list[str], overrides: list[str]) -> None:
     """Parse a command's configuration, or the debug one in place of CONFIG.toml, with its overrides."""
-    named = [root / word for word in words if word.endswith(".toml") and (root / word).exists()]
+    named = [root / word for word in words if word.endswith(".toml") and word.startswith("train_configs/")]
     parse_config.parse(["--job.config_file", str((named or [root / "train_configs/debug.toml"])[0]), *overrides])
 
 

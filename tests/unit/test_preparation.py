@@ -353,9 +353,9 @@ def test_ways_to_write_json(tmp_path, content, rows):
 )
 def test_json_that_is_none(tmp_path, content, message):
     (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(UserError) as mistake:
+    with pytest.raises(UserError) as error:
         run(tmp_path, str(tmp_path / "a.json"))
-    assert str(mistake.value) == f"The input {tmp_path / 'a.json'} {message}"
+    assert str(error.value) == f"The input {tmp_path / 'a.json'} {message}"
 
 
 @pytest.mark.parametrize(
@@ -415,9 +415,9 @@ def test_shards_of_an_earlier_release_are_read(split):
 def test_cards_of_another_release(tmp_path, change, message):
     folder = shutil.copytree(f"{DEBUG}/train", tmp_path / "train")
     (folder / "memdlm.json").write_text(json.dumps(json.loads((folder / "memdlm.json").read_text()) | change))
-    with pytest.raises(UserError) as mistake:
+    with pytest.raises(UserError) as error:
         shards.read_card(str(folder))
-    assert str(mistake.value).startswith(f"The shards' card {folder}/memdlm.json {message}")
+    assert str(error.value).startswith(f"The shards' card {folder}/memdlm.json {message}")
 
 
 # Killed preparations and concurrent ones.

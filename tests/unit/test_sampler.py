@@ -114,7 +114,11 @@ def test_ranks_that_have_less_to_do_keep_up():
     """Ranks without open positions run as many predictions as the others, because each one is a collective."""
     start = canvas([[1, MASK]], 0, MASK, EOS)
     log = []
-    list(denoise(toy_or_nothing(start, log), start, Decoding(4, 3), MASK, EOS, agree=lambda count: max(count, 3)))
+    list(
+        denoise(
+            toy_or_nothing(start, log), start, Decoding(4, 3), MASK, EOS, max_over_ranks=lambda count: max(count, 3)
+        )
+    )
     assert len(log) == 9
 
 

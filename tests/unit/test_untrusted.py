@@ -176,9 +176,9 @@ def test_an_index_names_files_of_its_own_folder(tmp_path, remote, changes, messa
     (cached if remote else folder).joinpath("link").symlink_to(outside)
     edit_index(folder, **json.loads(json.dumps(changes).replace("{root}", str(tmp_path))))
     before = {path for path in tmp_path.rglob("*") if cache not in path.parents}
-    with pytest.raises(UserError) as mistake:
+    with pytest.raises(UserError) as error:
         next(iter(open_dataset(data, [location], [], batch_size=1)))
-    assert message in str(mistake.value) and str(mistake.value).endswith("use shards whose origin you know.")
+    assert message in str(error.value) and str(error.value).endswith("use shards whose origin you know.")
     assert {path for path in tmp_path.rglob("*") if cache not in path.parents} == before
 
 

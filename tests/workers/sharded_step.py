@@ -181,7 +181,7 @@ def compare(bench, dtype, count):
     }
 
 
-def fsdp_schedule(bench):
+def gathered_groups(bench):
     """Return the gathered groups at points of a step, of validation and after failures."""
     bench.model.zero_grad()
     states = {"before": gathered(bench)}
@@ -253,7 +253,7 @@ def find(part):
                     torch._dynamo.reset()  # start without compiled graphs, as a fresh run does
                     result["compilations"][kind] = compilations(bench, kind)
             if name == "float32" and layout == "fsdp2":
-                result["residency"] = fsdp_schedule(bench)
+                result["gathered"] = gathered_groups(bench)
         # Options differ only in tensor-parallel collectives, so FSDP's are counted for all of them on one layout.
         count = layout == "fsdp2" or options == "default"
         result["steps"][step_name] = compare(with_options(bench, options), dtype, count)
