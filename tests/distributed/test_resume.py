@@ -234,7 +234,7 @@ def test_a_damaged_or_later_run_file(tmp_path):
     for content, message in (("{", "Expecting property name"), ("[1]", "it is a list, not an object")):
         (tmp_path / "run.json").write_text(content)
         with pytest.raises(
-            UserError, match=rf"run.json is damaged \({message}.*\); restore the file, or remove it to go on"
+            UserError, match=rf"run.json is damaged \({message}.*\); restore the file, or remove it to skip"
         ):
             read_run(Storage(str(tmp_path)))
     with pytest.raises(UserError, match=r"debug.seed = \[7\] \(now 1\)"):
