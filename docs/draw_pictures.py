@@ -54,7 +54,7 @@ ROOMS = {
     "data": "corpus, shards, micro-batches",
     "checkpoint": "saving, loading, Hugging Face",
     "models": "backbones, parallel layout, FLOPs",
-    "method": "trajectory, inner loop, bi-level step: plain tensors",
+    "method": "trajectory, inner loop, bi-level step",
     "runtime": "device, signals, hangs, storage, launcher",
     "compat": "private names and patches of other projects",
     "errors": "the error that is one sentence to the user",

@@ -5,13 +5,13 @@ Examples:
   python tools/bench.py
   # Another training configuration, with a changed key
   python tools/bench.py train_configs/debug.toml --rounds 3 --training.local_batch_size 2
-  # Plain and ours against the row length
+  # Plain and ours at several row lengths
   python tools/bench.py train_configs/debug.toml --rounds 2 --lengths 128 256 512
 
-CONFIG.toml is a training configuration (default: train_configs/bench_cpu.toml). The bench takes its backbone, batch,
-layout, precision, activation checkpointing and compilation; weights and tokens are random. A step is forward pass,
-backward pass, clipping and optimizer. Each round takes one step of each kind on the same batch. A ratio is computed
-within each round; the table shows its median over the rounds. The straightforward step is implemented in
+CONFIG.toml is a training configuration (default: train_configs/bench_cpu.toml). The bench uses the configured
+backbone, batch, layout, precision, activation checkpointing and compilation; weights and tokens are random. A step is
+forward pass, backward pass, clipping and optimizer. Each round takes one step of each kind on the same batch. A ratio
+is computed within each round; the table shows its median over the rounds. The straightforward step is implemented in
 memdlm_dist/performance/straightforward.py.
 
 The command starts its own processes; under torchrun it runs as one rank. Override configuration keys with
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace, argv: Sequence[str], overrides: Sequence[st
     """Run the bench on this rank and return its exit status; rank 0 prints the table and writes the JSON file.
 
     Raises:
-        UserError: If the configuration cannot be measured.
+        UserError: if the configuration cannot be measured.
     """
     config = _configuration(options.config, overrides, launched_processes())
     device_module().set_device(int(os.environ["LOCAL_RANK"]))
@@ -114,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
     )
     sampling.add_argument(
         "--lengths", type=positive, nargs="+", metavar="N",
-        help="row lengths in tokens; measures plain and ours on each (default: all three kinds at training.seq_len)",
+        help="row lengths in tokens; measures plain and ours at each (default: all three kinds at training.seq_len)",
     )  # fmt: skip
     model = p.add_argument_group("model")
     model.add_argument("--layers", type=positive, metavar="N", help="number of layers (default: the flavour's)")
@@ -134,7 +134,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Parse the command line; returns the bench's options and the configuration's overrides."""
+    """Parse the command line into the bench's options and the configuration's overrides."""
     # Only the first argument can be the file: a later word may be the value of a configuration key.
     leading = [Path(argument) for argument in argv[:1] if not argument.startswith("-")]
     options, overrides = parser().parse_known_args(argv[len(leading) :])

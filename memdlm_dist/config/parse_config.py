@@ -43,7 +43,7 @@ def parse(argv: Sequence[str]) -> JobConfig:
     The checks cover everything that does not depend on the number of processes, the device or the backbone's sizes.
 
     Raises:
-        UserError: naming the key and the remedy.
+        UserError: on the first mistake; the message names the key or the file, and the remedy.
     """
     manager = ConfigManager(JobConfig)
     if not {"-h", "--help"} & set(argv):
@@ -123,7 +123,11 @@ def _check_section(cls: type, values: dict[str, Any], path: str, prefix: str) ->
 
 
 def _check_is_read(key: str, written: str) -> None:
-    """Raise `UserError` if a key of torchtitan has no effect here."""
+    """Raise `UserError` if a key of torchtitan has no effect here.
+
+    Args:
+        written: the key as the user wrote it, for the message.
+    """
     require(key not in _UNREAD, f"{written} has no effect; name folders of shards in {_UNREAD.get(key)}.")
 
 
@@ -187,7 +191,7 @@ def _check_flag_values(argv: Sequence[str]) -> None:
     """Parse each flag alone, to find the one with an invalid value.
 
     Raises:
-        UserError: naming that flag and the type or the choices of its value.
+        UserError: for the first such flag; the message names the type or the choices of its value.
     """
     groups: list[list[str]] = []
     for argument in argv:
@@ -234,7 +238,8 @@ def _check_values(config: JobConfig) -> None:
     )
     require(
         config.training.local_batch_size != -1 or config.training.global_batch_size != -1,
-        "training.local_batch_size = -1 is a share of training.global_batch_size, which is not set; set one of them.",
+        "training.local_batch_size = -1 takes a share of training.global_batch_size, which is not set; set one of "
+        "them.",
     )
     require(
         config.training.dtype == "float32" or config.training.mixed_precision_param == config.training.dtype,
@@ -258,7 +263,7 @@ def _check_values(config: JobConfig) -> None:
     option = config.activation_checkpoint.selective_ac_option
     require(
         option == "op" or (option.isdigit() and int(option) > 0),
-        f"activation_checkpoint.selective_ac_option must be 'op' or a number of layers, but is {option!r}.",
+        f"activation_checkpoint.selective_ac_option must be 'op' or a positive integer, but is {option!r}.",
     )
     require(
         best != MEMORY_ON or memory.enable,
@@ -311,7 +316,7 @@ def _check_values(config: JobConfig) -> None:
         f"parallelism.context_parallel_load_balancer = {parallel.context_parallel_load_balancer!r} is for causal "
         "attention, and MemDLM's attention is bidirectional: all ranks have the same work; remove it.",
     )
-    # The command line writes an empty list as one empty name.
+    # torchtitan parses an empty list on the command line as a list of one empty name.
     config.model.converters = [name for name in config.model.converters if name]
     require(
         config.model.converters in ([], ["lora"]),

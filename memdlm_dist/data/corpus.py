@@ -21,24 +21,24 @@ from memdlm_dist.data.sequences import MAX_ROW
 from memdlm_dist.errors import UserError
 from memdlm_dist.runtime.rank_0 import one_line
 
-# Errors of a file that is damaged, or is not of the type that its suffix says.
+# Errors from reading a file that is damaged or does not match its suffix.
 _UNREADABLE = (
     OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, zstandard.ZstdError,
     pyarrow.ArrowException,
 )  # fmt: skip
 _BOM = b"\xef\xbb\xbf"
-# The delimiters in a JSON array, and strings, which may contain the same characters. An unterminated string matches as
-# a whole: otherwise the search would start again at each quote in it.
+# Matches the delimiters in a JSON array, and each string as a whole, so that delimiters within strings are skipped.
+# An unterminated string matches up to the end of the content: otherwise the search would restart at each quote in it.
 _STRUCTURE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[\]{},]', re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the corpus and its location, `file:line` or `file:element`; `problem` says why it cannot be read."""
+    """One row of the corpus, or the reason why it cannot be read."""
 
-    location: str
+    location: str  # `file:number`, counted in lines, array elements or Parquet rows; the file alone if it is one row
     values: dict[str, Any]
-    problem: str | None = None
+    problem: str | None = None  # reason why the row cannot be read; `values` is then empty
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def sources(patterns: Sequence[str]) -> list[Source]:
     A folder matches the JSONL, JSON and Parquet files below it.
 
     Raises:
-        UserError: if a pattern matches no file or cannot be accessed.
+        UserError: if a pattern matches no file or cannot be accessed, or a file has another format.
     """
     matches: list[Source] = []
     for pattern in patterns:
@@ -232,5 +232,5 @@ def builtin_rows(source: Source) -> Iterator[Row]:
 
 
 def is_held_out(key: str, fraction: float) -> bool:
-    """Return whether the row with this key belongs to the held-out split; the decision depends on the key alone."""
+    """Return whether the row with this key belongs to the held-out split; equal keys give equal answers."""
     return zlib.crc32(key.encode()) / 2**32 < fraction

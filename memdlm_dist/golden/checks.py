@@ -15,7 +15,7 @@ from torch import Tensor
 
 from memdlm_dist.golden.fixture import (
     Settings,
-    find_leaf,
+    find_fast_linear,
     get_sd_adapter,
     load_model,
     published_anchor,
@@ -185,7 +185,7 @@ def check(folder: Path, device: str = "cpu") -> Iterator[Comparison]:
     yield compare("inner gradient norms", norms, results["inner_grad_norms"], GRADIENT_ATOL, NORM_RTOL)
     pairs = {}
     for name in manifest["adapters"]:
-        final, entry = find_leaf(adapted[0], name)
+        final, entry = find_fast_linear(adapted[0], name)
         for field, tensor in zip(final._fields, final, strict=True):
             if isinstance(tensor, Tensor):
                 letter = field.split("_")[0]  # A, B or delta

@@ -27,7 +27,7 @@ from memdlm_dist.models.state_dict_adapters import (
     LLaDAStateDictAdapter,
 )
 
-# Key of a manifest -> {published value: our value}. Other values are not supported.
+# Key of a manifest's `memory` section -> {published value: our value}. Other values are not supported.
 CONFIG_VALUES: dict[str, dict[Any, Any]] = {
     "masking": {
         "pmc": "anchor_consistent",
@@ -56,7 +56,7 @@ class Unsupported(Exception):
 
 
 def get_sd_adapter(arch: dict[str, Any], length: int) -> BackboneStateDictAdapter:
-    """Return the state-dict adapter of a manifest's architecture: our backbone, and its published tensor names.
+    """Return the state-dict adapter between our backbone and the tensor names of a manifest's architecture.
 
     Args:
         arch: `arch` section of the manifest.
@@ -101,7 +101,7 @@ class DenseStateDictAdapter(LLaDAMoEStateDictAdapter):
 
 
 def load_model(sd_adapter: BackboneStateDictAdapter, weights: Path) -> LLaDA:
-    """Load the backbone from a safetensors file, through the same import as `checkpoint.initial_load_in_hf`.
+    """Load the backbone from a safetensors file, through the same code as `checkpoint.initial_load_in_hf`.
 
     Raises:
         UserError: the weights do not fit the backbone.
@@ -130,8 +130,8 @@ def parse_linear_name(name: str) -> tuple[str, str, int | None]:
     return layer, target, int(expert[1]) if expert else None
 
 
-def find_leaf(fast: FastWeights, name: str) -> tuple[FastLinear, int]:
-    """Return the fast weights of a published linear, and the index of its entry in their tensors."""
+def find_fast_linear(fast: FastWeights, name: str) -> tuple[FastLinear, int]:
+    """Return the fast weights of a published linear, and its index in their leading dimension: its expert, or 0."""
     layer, target, expert = parse_linear_name(name)
     return fast[layer][target], expert or 0
 

@@ -1,1 +1,1 @@
-"""The mathematics of MemDLM, as functions of plain tensors; independent of torchtitan, streaming and configuration."""
+"""The mathematics of MemDLM, as functions of tensors; independent of torchtitan, streaming and configuration."""

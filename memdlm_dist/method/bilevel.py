@@ -101,7 +101,7 @@ class Backbone(Protocol):
         ...
 
     def inner_steps(self, start: int) -> AbstractContextManager[None]:
-        """Freeze layers `start .. n - 1` and the head in this context: only fast weights get gradients."""
+        """Freeze layers `start .. n - 1`, final norm and head in this context: only fast weights get gradients."""
         ...
 
 
@@ -154,8 +154,8 @@ def outer_loss(
 
     sum over the anchor's masked tokens of -w(t) log p(x_0 | x_t; theta, phi_K). The caller divides the sum; in
     training, by the number of labelled tokens in the global batch. Only the base weights receive gradients: phi_K is a
-    constant (first order). Under context parallelism the sum covers this rank's tokens, and gradients add up over the
-    group.
+    constant (first order). Under context parallelism the sum covers this rank's tokens; the caller adds up losses and
+    gradients over the group.
 
     Args:
         batch: micro-batch on the model's device.
@@ -178,7 +178,7 @@ def outer_loss(
     hidden = [h_anchor.detach(), *others]
     with model.fsdp_schedule.tail(first_layer):
         fast, statistics = _adapt(model, batch, memory, fast, hidden, tp_rank, context)
-        # Free the other states' activations before the outer tail.
+        # Free the other states' activations before the outer pass.
         hidden.clear()
         others.clear()
         if on_adapted is not None:
@@ -271,8 +271,8 @@ def _state_loss(
 def _no_gradient() -> Iterator[None]:
     """Disable gradients, and autocast's cache with them.
 
-    Some versions of torch cache the casts of parameters that run under no_grad. A later pass with gradients would reuse
-    these casts and get no gradient.
+    Some versions of torch cache the casts of parameters that autocast makes under no_grad. A later pass with gradients
+    would reuse these casts, and the parameters would get no gradient.
     """
     enabled = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)

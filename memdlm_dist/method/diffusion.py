@@ -53,7 +53,7 @@ def level_from_uniform(u: Tensor) -> Tensor:
 class SetSum(NamedTuple):
     """Weighted sum of token losses for every set of fast weights: sum over the set's tokens of c_i l_i.
 
-    The outer loss has one set and c = w. The inner loss has c = w / (number of the set's scored tokens).
+    The outer loss is a single sum, with c = w. The inner loss has c = w / (number of the set's scored tokens).
     """
 
     coefficient_N: Tensor  # 0 on padding

@@ -7,7 +7,7 @@ Every row has S document slots, some of them empty. So a micro-batch has B S sam
 is sample b S + s.
 
 Shapes: B rows, L tokens per row, T = B L tokens, S document slots per row, U = B S samples,
-P rows of the buffer of a grouped matrix product.
+P rows of the buffer of a grouped matrix product, i and o input and output features.
 """
 
 from typing import NamedTuple
@@ -78,7 +78,7 @@ class Documents(NamedTuple):
 
     @classmethod
     def from_numbers(cls, number_BL: Tensor, slots: int | None = None) -> "Documents":
-        """Build from the tokens' document numbers.
+        """Build the documents of packed rows from the tokens' document numbers.
 
         Args:
             slots: S; None for the smallest power of two that is enough for these rows.
@@ -89,7 +89,7 @@ class Documents(NamedTuple):
         n_documents = int(number_BL.max().clamp(min=0)) + 1
         require(
             slots is None or n_documents <= slots,
-            f"A row of the shards holds {n_documents} documents, more than the card states (most_documents); "
+            f"A row of the shards holds {n_documents} documents, more than most_documents in their memdlm.json; "
             "prepare the data again.",
         )
         column_L = torch.arange(number_BL.shape[1])
@@ -108,7 +108,7 @@ class Documents(NamedTuple):
 
     @property
     def sample_BL(self) -> Tensor:
-        """Sample of every token, int64 `[B, L]`."""
+        """Sample number of every token, int64 `[B, L]`."""
         first_B1 = self.slots * torch.arange(len(self.number_BL), device=self.number_BL.device).unsqueeze(1)
         return first_B1 + self.slot_BL
 

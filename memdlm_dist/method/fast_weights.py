@@ -1,4 +1,4 @@
-"""Fast weights: the parametric memory, a tree of plain tensors that the inner loop updates.
+"""Fast weights: the parametric memory, a tree of tensors that the inner loop updates.
 
 Fast weights are arguments of the forward pass, never parameters or module state. So the optimizer, FSDP2, checkpoints
 and `state_dict` do not see them, and they are freed at the end of the step.
@@ -11,7 +11,7 @@ matrix products a token is multiplied by that set only. Without them it is multi
 mask selects its own set.
 
 Shapes: G sets of fast weights (one per sample, or one per micro-batch), B rows, L tokens, s sets per row, R rank of
-the low-rank term, E local experts, S routed tokens (a token once per expert that sees it), sorted by expert,
+the low-rank term, E local experts, S routed tokens (each token once per selected expert), sorted by expert,
 P rows of the buffer of a grouped matrix product.
 """
 
@@ -42,9 +42,9 @@ class AdaptedLinear:
     in_features: int
     out_features: int
     row_wise: bool  # tensor-parallel style: row-wise shards `in`, column-wise shards `out`
-    number: int  # index among all linears of the backbone, adapted or not; keys the initial draw
+    number: int  # unique among all linears of the backbone, adapted or not; keys the initial draw
     # Number of experts that have this linear; 0 for a linear outside a mixture of experts. Each expert has its own
-    # term, and expert e draws with the key `number + e`.
+    # term; `number + e` keys the draw of expert e.
     experts: int = 0
     experts_per_token: int = 1  # experts that a token passes through
 
@@ -173,8 +173,8 @@ class Full(NamedTuple):
         return product(x_Si, _to_local(self.delta_Goi))
 
 
-# A fast-weight type is a named tuple of tensors with `start`, their initial value, and `term`, which a linear adds to
-# its output.
+# A fast-weight type is a named tuple of tensors. `start` builds their initial values; `term` (in a mixture of experts,
+# `expert_term`) computes what they add to the output of the linear.
 FastLinear = LowRank | Full
 FAST_WEIGHT_TYPES: dict[str, type[LowRank] | type[Full]] = {"lora": LowRank, "full": Full}
 
@@ -197,7 +197,7 @@ def draw(
         fast_weight_type: a key of `FAST_WEIGHT_TYPES`.
         linears: linears to adapt.
         rank: R of the low-rank term.
-        alpha: scale of the low-rank term.
+        alpha: the low-rank term is multiplied by alpha / R.
         keys_G: one key per set, from `keys`; its device is the device of the fast weights.
         tp_mesh: one-dimensional mesh; the fast weights become DTensors on it.
         ep_mesh: one-dimensional mesh; its ranks share the keys of its rank 0, and each draws its local experts' terms.
@@ -218,9 +218,9 @@ def draw(
     return fast
 
 
-def keys(seed: int, step: int, sample_ids_B: Tensor, per_sample: bool) -> Tensor:
+def keys(seed: int, step: int, sample_ids_U: Tensor, per_sample: bool) -> Tensor:
     """Return the keys of the draw, int64 `[G]`: one per sample, or the first sample's for the whole micro-batch."""
-    return keyed_random.key(seed, Stream.FAST_WEIGHTS, step, sample_ids_B if per_sample else sample_ids_B[:1])
+    return keyed_random.key(seed, Stream.FAST_WEIGHTS, step, sample_ids_U if per_sample else sample_ids_U[:1])
 
 
 def adapted(
@@ -261,7 +261,7 @@ def _to_local(x: Tensor) -> Tensor:
 def _grouped_dtype(assignment: SetAssignment, x_BLi: Tensor, *weights: Tensor) -> torch.dtype | None:
     """Return the dtype in which grouped products compute the term; None if they cannot.
 
-    Accelerators support them in bfloat16 only, with rows of a multiple of 16 bytes.
+    Accelerators support grouped products in bfloat16 only, with rows of a multiple of 16 bytes.
     """
     if assignment.grouped is None:
         return None
@@ -347,7 +347,7 @@ def leaves(fast: FastWeights) -> list[Tensor]:
 
 
 def map_leaves(function: Callable[..., Tensor], fast: FastWeights, *others: Sequence[Tensor]) -> FastWeights:
-    """Replace every leaf of the tree by `function(leaf, *entries)`.
+    """Build a tree with `function(leaf, *entries)` in place of every leaf.
 
     Args:
         others: sequences in the order of `leaves`; each gives one entry per leaf.

@@ -52,7 +52,8 @@ def adapt(
         fast: initial fast weights with `n_sets` sets; not modified.
         n_sets: G. 1: all samples share one set; otherwise sample g belongs to set g.
         optimiser: clipped SGD.
-        group: ranks that share the sets, each with other tokens. Losses, gradients and squared norms cover all of them.
+        group: ranks that share the sets, each with other tokens. Losses, gradients and squared norms cover the
+            tokens of all ranks.
 
     Returns:
         The fast weights after the last step, detached, and the statistics.

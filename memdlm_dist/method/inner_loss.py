@@ -1,7 +1,8 @@
 """Inner losses: the distance between a scored token's prediction and its target.
 
 The target is the clean token, or a teacher's prediction. The teacher is the same model with the current fast weights,
-without gradient. It reads the next state of the trajectory (at the last state, the clean sequence).
+without gradient. It reads the next state: after the last state, the clean sequence; in the `pre_anchor_only`
+trajectory, the anchor.
 
 The output head computes losses of logits (logit_loss.py). Losses of hidden states are computed here. Under tensor
 parallelism hidden states are DTensors sharded on their last dimension, or replicated local tensors. The distances
@@ -32,8 +33,8 @@ class InnerLoss(NamedTuple):
     logit_loss: LogitLoss | None = None
     hidden_distance: HiddenDistance | None = None
     student: Hidden = "post_final_norm"
-    # None: no teacher, the target is the clean token. For a loss of logits the head computes the teacher's logits from
-    # its hidden states after the final norm.
+    # None: no teacher, the target is the clean token. In a loss of logits the head computes the teacher's logits from
+    # the teacher's hidden states after the final norm.
     teacher: Hidden | None = None
 
 
@@ -81,5 +82,5 @@ def _float(x: Tensor) -> Tensor:
 
 
 def _sum(x: Tensor) -> Tensor:
-    """Sum over the last dimension, also across its shards; plain on every rank."""
+    """Sum over the last dimension, across all ranks if it is sharded; returns a plain tensor."""
     return full_tensor(x.sum(-1))

@@ -1,6 +1,6 @@
 """Optimiser of the inner loop: SGD with per-set gradient clipping, also for sets that several ranks share.
 
-Shapes: G sets of fast weights, E local experts, n entries of a tensor: G, or E G in a mixture of experts.
+Shapes: G sets of fast weights, E local experts, n matrices of a fast tensor: G, or E G in a mixture of experts.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from memdlm_dist.method.fast_weights import FastWeights, leaves, map_leaves
 
 
 def squared_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Compute the squared 2-norm of every entry of every tensor, `[n]` each.
+    """Compute the squared 2-norm of every matrix of every tensor `[n, ...]`, `[n]` each.
 
     The results are plain tensors, equal on all tensor-parallel ranks. DTensors must be replicated or sharded, not
     partial. One collective reduces all sharded ones.
@@ -44,7 +44,8 @@ class FastWeightGroup:
     over the group.
 
     Expert-parallel group: each rank holds other rows. All ranks share one set, and each stores the terms of its local
-    experts. The all-to-all has brought the gradients of all tokens to these terms; squared norms add up over the group.
+    experts. The experts' all-to-all has brought the gradients of all tokens to these terms. Squared norms add up over
+    the group.
     """
 
     process_group: ProcessGroup
@@ -83,7 +84,7 @@ def set_totals(squares: Sequence[Tensor], n_sets: int, group: FastWeightGroup | 
 
 
 def _repeat_for_experts(value_G: Tensor, like_n: Tensor) -> Tensor:
-    """Repeat a per-set value `[G]` for every expert's entry, `[n]` as in `like_n`."""
+    """Repeat a per-set value `[G]` for every expert, to the length n of `like_n`."""
     return value_G.repeat(len(like_n) // len(value_G))
 
 
@@ -137,7 +138,7 @@ def sgd_update(
         norm_n = GRADIENT_NORMS[optimiser.gradient_norm](square_n, total_G).sqrt()
         factor_n = torch.where(norm_n > clip, clip / (norm_n + 1e-12), 1.0) if clip > 0 else torch.ones_like(norm_n)
         update_n = _repeat_for_experts(update_G, factor_n)
-        # Compute on local tensors: the factor is one number per entry, equal on every tensor-parallel rank.
+        # Compute on local tensors: the factor is one number per matrix, equal on every tensor-parallel rank.
         placements = (x.device_mesh, x.placements) if isinstance(x, DTensor) else None
         x, g = (y.to_local() if isinstance(y, DTensor) else y for y in (x, g))
         updated = x - optimiser.learning_rate * factor_n[:, None, None] * g

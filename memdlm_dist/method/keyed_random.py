@@ -2,8 +2,9 @@
 
 Every random quantity of a training step (noise level, masks, initial fast weights) is keyed by (seed, stream, step,
 global sample id). So it is equal on every tensor-parallel rank and independent of the number of ranks and the order
-of the rows. There is no generator state to save, and a rank can compute a slice without the rest. A stateful generator
-per row would need a Python loop over the batch.
+of the rows. One exception: fast weights that all samples of a micro-batch share are keyed by its first sample. There is
+no generator state to save, and a rank can compute a slice without the rest. A stateful generator per row would need a
+Python loop over the batch.
 
 Initial weights are keyed by (seed, stream, parameter, row), so that each rank draws its shard only.
 
@@ -46,7 +47,10 @@ def _xor_shift(x: Tensor, bits: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """Mix in place, which reuses cached memory: initial weights are then drawn as fast as with torch's generator."""
+    """Mix the bits of `x` in place.
+
+    Working in place reuses cached memory: initial weights are then drawn as fast as with torch's generator.
+    """
     x = _xor_shift(x, 30).mul_(_signed(_MULTIPLIERS[0]))
     x = _xor_shift(x, 27).mul_(_signed(_MULTIPLIERS[1]))
     return _xor_shift(x, 31)
@@ -77,7 +81,7 @@ def uniform(keys: Tensor, index: Tensor, dtype: torch.dtype = torch.float64) -> 
 
     Args:
         keys: int64 `[...]`.
-        index: int64 `[n]`, positions in each key's sequence.
+        index: int64 `[n]`, positions in the sequence of each key; `[..., n]` if they differ between keys.
         dtype: float64 uses 53 random bits, float32 uses 24.
 
     Returns:

@@ -2,8 +2,8 @@
 
 The head's matrix product, the loss and the loss gradient run on one chunk of tokens at a time. With a vocabulary of
 126 k, the logits of one long sequence would otherwise be the largest tensor in memory. The gradient of a chunk is
-computed as soon as its logits are, so no logits are kept or computed twice. The gradient replaces the logits, in their
-dtype. The operations between the matrix product of the logits and those of the gradients can be compiled.
+computed as soon as its logits are, so no logits are kept or computed twice. In eager mode the gradient overwrites the
+logits, in their dtype. `_loss_and_gradient` can be compiled; the matrix products before and after it stay eager.
 
 `torch.nn.functional.linear_cross_entropy` computes the logits twice if tokens are weighted individually, and supports
 neither a sharded vocabulary nor a teacher. The tests compare with it.
@@ -46,7 +46,7 @@ class Vocabulary(NamedTuple):
         return self._reduce(x, ReduceOp.MAX)
 
     def local_index(self, label_C: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the labels' indices in the local vocabulary, clamped to it, and whether it contains them, `[C]`."""
+        """Return the labels' local indices, clamped to valid ones, and True where the label is local, `[C]` each."""
         first = self.size * get_rank(self.group) if self.group is not None else 0
         index_C = label_C - first
         return index_C.clamp(0, self.size - 1), (index_C >= 0) & (index_C < self.size)
@@ -115,7 +115,7 @@ def _loss_and_gradient(
 
     Args:
         logits_CV: result of the head's matrix product; overwritten unless compiled.
-        target: labels `[C]`, or the teacher's logits `[C, V]`; the latter are overwritten unless compiled.
+        target: labels `[C]`, or the teacher's logits `[C, V]`, which may be overwritten unless compiled.
         coefficient_C: weights of the gradient; the returned losses are not weighted.
     """
     precision = torch.promote_types(logits_CV.dtype, torch.float32)
@@ -251,12 +251,12 @@ class _SetLosses(torch.autograd.Function):
 def chunk_length(tokens: int, vocabulary: int, dtype: torch.dtype) -> int:
     """Return the number of rows per chunk: equal chunks, as few as `CHUNK_BYTES` allows.
 
-    It is a multiple of `CHUNK_ROWS` if that many rows fit into `CHUNK_BYTES`.
+    The number is a multiple of `CHUNK_ROWS`, unless `CHUNK_BYTES` has no room for `CHUNK_ROWS` rows.
 
     Args:
         tokens: N.
         vocabulary: V.
-        dtype: dtype of the logits; float32 if that is wider.
+        dtype: dtype of the logits; narrower ones count as float32.
     """
     most = max(1, CHUNK_BYTES // (vocabulary * torch.promote_types(dtype, torch.float32).itemsize))
     multiple = CHUNK_ROWS if most >= CHUNK_ROWS else 1

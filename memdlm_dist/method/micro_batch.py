@@ -3,8 +3,9 @@
 Built on the host, before the copy to the device. So Python knows the number of masked tokens, and only scored
 positions reach the output head, without a device-to-host sync.
 
-Shapes: B rows, L tokens, U samples (rows, or documents of packed rows), S sequence shards (all TP ranks of all CP
-ranks), M scored tokens of one sequence shard, N = S * M scored tokens, K inner steps.
+Shapes: B rows, L tokens, U samples (rows, or documents of packed rows), S = cp_size * tp_size sequence shards,
+P = B L/S tokens of one sequence shard, M scored tokens of one sequence shard (with padding), N = S M scored tokens,
+K inner steps.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from memdlm_dist.method.documents import Documents, count_per_sample
 from memdlm_dist.method.trajectory import ANCHOR_INPUT, State
 from memdlm_dist.runtime.transfer import PinnedTree
 
-# Number of different values of M: M is rounded up to a multiple of 1/16 of a sequence shard's tokens.
+# Largest number of different values of M, see `gather_scored`.
 _HEAD_SHAPES = 16
 
 
@@ -64,8 +65,8 @@ class InnerStep(NamedTuple):
 class MicroBatch(NamedTuple):
     """A micro-batch after noising: the outer loss's input and scored tokens, and those of the K inner steps.
 
-    Equal states share one entry of `inputs`, so that one trunk pass serves them. Under context parallelism, `inputs`
-    and the scored tokens cover this rank's slice; the other fields describe the full rows.
+    States with the same input number share one entry of `inputs`, and one trunk pass serves them. Under context
+    parallelism, `inputs` and the scored tokens cover this rank's slice; the other fields describe the full rows.
     """
 
     inputs: tuple[Tensor, ...]  # int64 [B, L] each: corrupted tokens of a state; the anchor comes first
@@ -93,7 +94,7 @@ class MicroBatch(NamedTuple):
         )
 
     def to(self, device: torch.device | str) -> "MicroBatch":
-        """Copy to the device in a single copy; the host does not wait for it."""
+        """Move the tensors to the device in a single copy; the host does not wait for it."""
         moved: MicroBatch = PinnedTree(self, torch.device(device)).to_device()
         return moved
 
@@ -163,9 +164,9 @@ def gather_scored(
 ) -> Scored:
     """Gather positions, labels and weights of a state's scored tokens; see `Scored`.
 
-    M is the largest number of scored tokens in a sequence shard, rounded up to a multiple of 1/16 of the shard's
-    tokens, and at least 1/16. The head then sees few different shapes, for which DTensor and compilers cache their
-    work, and never an empty input.
+    M is the largest number of scored tokens in a sequence shard, rounded up to a positive multiple of P/16. The
+    head's input then has one of at most 16 shapes, for which DTensor and compilers cache their work, and is never
+    empty.
 
     Args:
         shifted: the backbone predicts a token at the position before it, as backbones converted from autoregressive
@@ -173,7 +174,7 @@ def gather_scored(
             position before it and must not be scored.
     """
     batch, length = tokens_BL.shape
-    assert length % sequence_shards == 0, "the sequence length must be divisible by the number of shards"
+    assert length % sequence_shards == 0, "the sequence length must be divisible by the number of sequence shards"
     width = length // sequence_shards
     target_BL, count_U = state.target_BL, count_per_sample(state.target_BL, documents)
     sample_BL = torch.arange(batch).unsqueeze(1).expand(batch, length) if documents is None else documents.sample_BL

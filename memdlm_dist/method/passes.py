@@ -8,7 +8,7 @@ from memdlm_dist.method import trajectory
 from memdlm_dist.method.micro_batch import MicroBatch, micro_batch
 from memdlm_dist.method.trajectory import Plan
 
-_TOKENS = 8  # length of the row that counts a plan's passes; any length gives the same counts
+_TOKENS = 8  # length of the dummy row in `planned_passes`; any length gives the same counts
 
 
 class Passes(NamedTuple):

@@ -42,7 +42,7 @@ class Draw(NamedTuple):
         return broadcast_to_tokens(value_U, self.documents)
 
     def smallest(self, u_BL: Tensor, count_U: Tensor) -> Tensor:
-        """Return the mask of every sample's `count_U` maskable tokens with the smallest u."""
+        """Return the mask, bool `[B, L]`, of the `count_U` maskable tokens with the smallest u in every sample."""
         return smallest(u_BL, self.maskable_BL, count_U, self.documents)
 
 
@@ -54,8 +54,8 @@ ANCHOR_INPUT = 0
 class State:
     """One state of a trajectory: masked tokens, scored tokens, loss weights, and the state that follows.
 
-    States with the same mask have the same input number, so that one trunk pass serves them all. Input numbers depend
-    on the kind of trajectory only, never on the values of the masks. Otherwise ranks would run different passes and
+    States with the same input number have the same mask, and one trunk pass serves them all. The plan alone
+    determines the input numbers, not the values of the masks: otherwise ranks would run different passes and
     collectives.
     """
 
@@ -172,15 +172,15 @@ def _pre_anchor_only(draw: Draw, anchor: State, plan: Plan) -> list[State]:
 
 
 def _anchor_only(draw: Draw, anchor: State, plan: Plan) -> list[State]:
-    """Return the anchor as the only state, with the outer loss's w(t): t is sampled, not the realised mask ratio."""
+    """Return the anchor as the only state, weighted by w(t) at its noise level t, not at its realised mask ratio."""
     return [replace(anchor, weight_U=plan.weight(draw.t_U))]
 
 
 def _progressive(draw: Draw, anchor: State, plan: Plan) -> list[State]:
     """Return K states with mask ratios from 0.8 to 0.2, independent of the anchor (the paper's "inconsistent").
 
-    The first state masks every maskable token with probability 0.8. Each further state keeps int(n * ratio) of the
-    tokens still masked. With K = 1 the only state has ratio 0.2. The loss weight is w(nominal ratio), not w(realised
+    The first state masks every maskable token with probability 0.8. Each further state keeps at most int(n * ratio) of
+    these tokens masked. With K = 1 the only state has ratio 0.2. The loss weight is w(nominal ratio), not w(realised
     ratio).
     """
     first, last = PROGRESSIVE_RATIOS
@@ -214,7 +214,7 @@ SUPERVISION: dict[str, Callable[[State], Tensor]] = {
 
 
 def smallest(u_BL: Tensor, maskable_BL: Tensor, count_U: Tensor, documents: Documents | None = None) -> Tensor:
-    """Return the mask of every sample's `count_U` maskable tokens with the smallest u, bool `[B, L]`."""
+    """Return the mask, bool `[B, L]`, of the `count_U` maskable tokens with the smallest u in every sample."""
     u_BL = torch.where(maskable_BL, u_BL, 2.0)
     rank_BL = u_BL.argsort(1).argsort(1) if documents is None else documents.rank_within_sample(u_BL)
     return maskable_BL & (rank_BL < broadcast_to_tokens(count_U, documents))

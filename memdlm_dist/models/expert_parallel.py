@@ -7,7 +7,7 @@ from memdlm_dist.models.llada_moe import LLaDAMoE
 
 
 def parallelize_experts(model: LLaDAMoE, dims: ParallelDims) -> None:
-    """Shard the experts of all layers over the expert- and tensor-parallel ranks; a no-op without both."""
+    """Shard the experts of all layers over the expert- and tensor-parallel ranks; a no-op if both are disabled."""
     if not (dims.tp_enabled or dims.ep_enabled):
         return
     tp_mesh = dims.get_optional_mesh("tp")

@@ -50,7 +50,7 @@ def model_on_meta(config: JobConfig, args: LLaDAArgs, dims: Layout) -> LLaDA:
     """Build the backbone on the meta device, converted and parallelised as in training.
 
     Args:
-        args: from `get_model_args`, or model arguments of another size for the same backbone.
+        args: model arguments from `get_model_args`, or of another size of the same backbone.
     """
     return parallelized_on_meta(BACKBONES[config.model.name].model, args, dims, get_recipe(config))
 
@@ -65,7 +65,7 @@ def get_sd_adapter(config: JobConfig) -> BackboneStateDictAdapter:
 
 
 def get_conversion(config: JobConfig) -> Run:
-    """Return the description of the run that the conversion of weights needs.
+    """Return the run's description for the conversion of its weights.
 
     Raises:
         UserError: if model.name or model.flavor does not exist.

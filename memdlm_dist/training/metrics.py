@@ -14,8 +14,8 @@ from memdlm_dist.method.inner_loop import InnerStatistics
 
 INNER_LOSS = "parametric_memory/inner_loss_step_{}"
 INNER_GRAD_NORM = "parametric_memory/inner_grad_norm_step_{}"
-WRITTEN = "parametric_memory/fast_weight_norm"
-SKIPPED = "parametric_memory/skipped_updates"
+FAST_WEIGHT_NORM = "parametric_memory/fast_weight_norm"
+SKIPPED_UPDATES = "parametric_memory/skipped_updates"
 HARDWARE_FLOPS = "parametric_memory/hardware_flops_ratio"
 MASK_RATIO = "diffusion/mask_ratio"
 SKIPPED_BATCHES = "reliability/skipped_batches"
@@ -38,7 +38,7 @@ class MemDLMMetrics(MetricsProcessor):
         self.start_step()
 
     def start_step(self) -> None:
-        """Discard what the previous step recorded."""
+        """Discard the records of the previous step."""
         self._sums: dict[str, Tensor] = {}  # name -> [sum, count]
         self._rank_loss: Tensor | None = None  # [loss sum, maskable tokens] of this rank
         self._expert_load: Tensor | None = None
@@ -59,22 +59,25 @@ class MemDLMMetrics(MetricsProcessor):
         self._rank_loss = pair if self._rank_loss is None else self._rank_loss + pair
 
     def record_inner_loop(self, statistics: InnerStatistics) -> None:
-        """Record losses, gradient norms and updates of the inner loop, averaged over sets with a scored token."""
+        """Record the inner loop's losses, gradient norms, total changes and skipped updates.
+
+        The number of skipped updates is a sum. The others are averages over sets with a scored token and finite values.
+        """
         for k, counted_G in enumerate(statistics.counted_KG):
             self.record(INNER_LOSS.format(k + 1), statistics.loss_KG[k], counted_G)
             self.record(INNER_GRAD_NORM.format(k + 1), statistics.grad_norm_KG[k], counted_G)
-        self.record(WRITTEN, statistics.written_norm_G, statistics.counted_KG.any(0))
-        self.record(SKIPPED, statistics.skipped_KG.float().sum().unsqueeze(0))
+        self.record(FAST_WEIGHT_NORM, statistics.written_norm_G, statistics.counted_KG.any(0))
+        self.record(SKIPPED_UPDATES, statistics.skipped_KG.float().sum().unsqueeze(0))
 
     def record_expert_load(self, load_XE: Tensor) -> None:
-        """Record the tokens of each expert of X layers `[X, E]` since the last logged step, on this rank."""
+        """Record this rank's tokens per layer and expert, `[X, E]`, since the last logged step."""
         self._expert_load = load_XE
 
     def _load_balance(self) -> dict[str, float]:
         """Return the load balance of the experts over all ranks, averaged over layers.
 
-        The largest load is the maximum over the mean (1 is balanced); unused is the share of experts without a token;
-        the entropy is 1 for a uniform load.
+        Largest load: the maximum divided by the mean of a layer's experts (1 is balanced). Unused: share of experts
+        without a token. Load entropy: 1 for a uniform load.
         """
         if self._expert_load is None:
             return {}
@@ -100,10 +103,12 @@ class MemDLMMetrics(MetricsProcessor):
             torch.distributed.all_reduce(pairs, group=mesh.get_group())
         rows = zip(self._sums, pairs.tolist(), strict=True)
         # Skipped updates are a sum, all other scalars are averages.
-        return {name: total if name == SKIPPED else total / max(count, 1.0) for name, (total, count) in rows}
+        return {name: total if name == SKIPPED_UPDATES else total / max(count, 1.0) for name, (total, count) in rows}
 
     def _largest_rank_loss(self) -> float | None:
-        """Return the largest loss of a data-parallel rank, without ranks that have no maskable token; None if all.
+        """Return the largest loss among the data-parallel ranks with maskable tokens.
+
+        None if there is no such rank, or if no loss was recorded.
 
         torchtitan's own maximum divides 0 by 0 on a rank without maskable tokens.
         """

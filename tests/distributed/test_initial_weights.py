@@ -17,17 +17,17 @@ from tests.workers.sharded_weights import BACKBONES, LAYOUTS
 
 @pytest.fixture(scope="module")
 def single(pools):
-    return {name: pools(1).call("tests.workers.sharded_weights:find", name, []) for name in BACKBONES}
+    return {name: pools(1).call("tests.workers.sharded_weights:digests", name, []) for name in BACKBONES}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_starts_with_the_single_process_weights(pools, single, layout):
     processes, backbone, arguments = LAYOUTS[layout]
-    assert pools(processes).call("tests.workers.sharded_weights:find", backbone, arguments) == single[backbone]
+    assert pools(processes).call("tests.workers.sharded_weights:digests", backbone, arguments) == single[backbone]
 
 
 def test_parameters_and_seeds_have_numbers_of_their_own(pools, single):
-    other = pools(1).call("tests.workers.sharded_weights:find", "llada", [], 8)
+    other = pools(1).call("tests.workers.sharded_weights:digests", "llada", [], 8)
     drawn = {name for name in other if "norm" not in name and "lora_B" not in name}
     assert len(drawn) == 2 + 2 * 2 * 7  # embedding, head; seven linears and their lora_A in each of two layers
     assert len({digests[name] for digests in (other, single["llada"]) for name in drawn}) == 2 * len(drawn)

@@ -48,7 +48,7 @@ MISTAKES = [
     Mistake("sequence length", "hold sequences of 128 tokens, but training.seq_len is 64", ("--training.seq_len", "64")),
     Mistake("unwritable output", "cannot be written to", ("--job.dump_folder", "pyproject.toml/out")),
     Mistake("batch size", "must be a multiple of training.local_batch_size 4", ("--training.global_batch_size", "6")),
-    Mistake("share of no batch", "training.local_batch_size = -1 is a share of training.global_batch_size, which is not set; set one of them.", ("--training.local_batch_size", "-1")),
+    Mistake("share of no batch", "training.local_batch_size = -1 takes a share of training.global_batch_size, which is not set; set one of them.", ("--training.local_batch_size", "-1")),
     Mistake("share of a rank", "training.global_batch_size = 16 cannot be divided among 3 data-parallel ranks; set it to a multiple of 3 (the nearest is 15), or change NGPU", ("--training.local_batch_size", "-1", "--training.global_batch_size", "16"), env={"WORLD_SIZE": "3"}),
     Mistake("uneven nodes", "needs the same number of processes on every node, but this one has 8 of the 12 on 2 nodes", ("--parallelism.data_parallel_shard_within", "node"), env={"WORLD_SIZE": "12", "LOCAL_WORLD_SIZE": "8"}),
     Mistake("ranks over TP and CP", "which needs a multiple of 8; change NGPU or the degrees under [parallelism].", ("--parallelism.context_parallel_degree", "4", "--parallelism.tensor_parallel_degree", "2"), env={"WORLD_SIZE": "4"}),
@@ -116,7 +116,7 @@ MISTAKES = [
     Mistake("torchtitan's data", "--training.dataset has no effect; name folders of shards in data.train.", ("--training.dataset", "c4")),
     Mistake("best without validation", "keep_best = 'validation/loss_memory_off' needs validation.enable; set it.", ("--checkpoint.enable", "--checkpoint.keep_best", "validation/loss_memory_off")),
     Mistake("best of rare validations", "needs a validation at every checkpoint; set checkpoint.interval (5) to a multiple of validation.freq (2)", ("--checkpoint.enable", "--validation.enable", "--validation.freq", "2", "--checkpoint.keep_best", "validation/loss_memory_off")),
-    Mistake("layers to checkpoint", "selective_ac_option must be 'op' or a number of layers, but is '0'", ("--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "0")),
+    Mistake("layers to checkpoint", "selective_ac_option must be 'op' or a positive integer, but is '0'", ("--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "0")),
     Mistake("best of a memory", "needs parametric_memory.enable; set it, or choose validation/loss_memory_off", ("--checkpoint.enable", "--validation.enable", "--parametric_memory.no_enable", "--checkpoint.keep_best", "validation/loss_memory_on")),
     Mistake("seed checkpoint on two", "needs a single process", ("--checkpoint.enable", "--checkpoint.create_seed_checkpoint"), env={"WORLD_SIZE": "2"}),
 ]  # fmt: skip

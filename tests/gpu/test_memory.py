@@ -16,10 +16,10 @@ from tests.workers.sharded_step import gathered
 MIB = 2**20
 
 
-class OneShard(Layout):
-    """FSDP2 layout of a single rank, where gathered parameters are still copies that resharding frees.
+class OneRankFSDP(Layout):
+    """Layout that applies FSDP2 on a single rank; torchtitan does not.
 
-    torchtitan applies no FSDP on one rank.
+    On one rank, too, gathered parameters are copies, and resharding frees them.
     """
 
     dp_replicate = dp_shard = cp = tp = ep = 1
@@ -48,12 +48,12 @@ def n_bytes(module: torch.nn.Module) -> int:
 
 
 def test_the_tail_is_resident_until_the_backward_pass_has_freed_it(device, build):
-    """Live bytes of five layers of 3.3 MiB each, of which the last is the tail.
+    """Live bytes with five layers of 3.3 MiB each; the tail is the last layer, the final norm and the output head.
 
     One row of 64 tokens keeps activations below half a layer.
     """
     bench = build("--model.flavor", "quickstart", "--training.local_batch_size", "1", "--training.seq_len", "64")
-    model = model_on_meta(bench.config, bench.args, OneShard(device))
+    model = model_on_meta(bench.config, bench.args, OneRankFSDP(device))
     model.to_empty(device=device)
     with torch.no_grad():
         model.init_weights()
@@ -63,7 +63,7 @@ def test_the_tail_is_resident_until_the_backward_pass_has_freed_it(device, build
     tail = n_bytes(layers[-1]) + n_bytes(model.norm) + n_bytes(model.output)
     assert memory.first_layer == 4 and layer > 3 * MIB
     bench = replace(bench, model=model)
-    nothing, resident = [0] * 7, [0] * 5 + [1] * 2
+    none_gathered, tail_gathered = [0] * 7, [0] * 5 + [1] * 2
 
     def step(at_adapted=lambda fast: None):
         fast = memory.draw(0, 1, batch.sample_ids_U)
@@ -73,21 +73,21 @@ def test_the_tail_is_resident_until_the_backward_pass_has_freed_it(device, build
     model.zero_grad()
     before = allocated()
 
-    # Without gradient: the trunk is freed layer by layer, the tail after the pass that follows the inner steps.
-    within = []
+    # Without gradients: each trunk layer is freed after its passes, the tail after the outer pass.
+    after_inner_steps = []
     with torch.no_grad():
-        loss = step(lambda fast: within.append((allocated() - before, gathered(bench))))
-    ((during, groups),) = within
-    assert groups == resident and gathered(bench) == nothing
-    assert tail <= during < tail + layer / 2
+        loss = step(lambda fast: after_inner_steps.append((allocated() - before, gathered(bench))))
+    ((live, groups),) = after_inner_steps
+    assert groups == tail_gathered and gathered(bench) == none_gathered
+    assert tail <= live < tail + layer / 2
     del loss
     assert abs(allocated() - before) < layer / 8
 
-    # With gradient: the tail is freed after the backward pass.
+    # With gradients: the tail is freed after the backward pass.
     loss = step()
-    assert gathered(bench) == resident and allocated() - before > tail
+    assert gathered(bench) == tail_gathered and allocated() - before > tail
     loss.backward()
-    assert gathered(bench) == nothing
+    assert gathered(bench) == none_gathered
     gradients = sum(p.grad.to_local().numel() * p.grad.itemsize for p in model.parameters())
     del loss
     assert abs(allocated() - before - gradients) < layer / 8
@@ -96,10 +96,10 @@ def test_the_tail_is_resident_until_the_backward_pass_has_freed_it(device, build
 
 
 def test_a_step_takes_no_more_memory_than_plain_training(device, build):
-    """Four layers of the 1B flavour with full checkpointing, two rows of 1,024 tokens, everything in bfloat16.
+    """Four layers of the 1B flavour with full activation checkpointing, two rows of 1,024 tokens, all in bfloat16.
 
-    The peak excludes the weights. 1.1 is the target of docs/performance.md, for a peak at the end of the backward
-    pass, when all gradients exist.
+    The peak excludes the weights. The limit, 1.1 times plain training, is the target in docs/performance.md. It applies
+    to a peak at the end of the backward pass, when all gradients exist.
     """
     bench = build(
         "--model.flavor", "1B", "--training.seq_len", "1024", "--training.local_batch_size", "2",

@@ -8,7 +8,7 @@ from memdlm_dist.method import fast_weights, inner_sgd, trajectory
 from memdlm_dist.method.bilevel import outer_loss
 from memdlm_dist.method.inner_sgd import InnerSGD
 from memdlm_dist.method.trajectory import IGNORE_INDEX
-from memdlm_dist.training.metrics import SKIPPED
+from memdlm_dist.training.metrics import SKIPPED_UPDATES
 from tests.support.bilevel import (
     MASK_ID,
     build,
@@ -155,7 +155,7 @@ def test_a_state_that_is_not_finite_skips_one_rows_update_and_is_counted():
 
     assert skipped.skipped_KG.tolist() == [[False] * 4, [False, False, True, False]]
     assert not skipped.loss_KG[1, 2].isfinite() and (skipped.skipped_KG == ~skipped.counted_KG).all()
-    assert clean_scalars[SKIPPED] == 0 and scalars[SKIPPED] == 1
+    assert clean_scalars[SKIPPED_UPDATES] == 0 and scalars[SKIPPED_UPDATES] == 1
     assert all(value == value for value in scalars.values()), "averages exclude the row"
     others = [0, 1, 3]
     torch.testing.assert_close(skipped.loss_KG[:, others], clean.loss_KG[:, others], rtol=1e-12, atol=0)

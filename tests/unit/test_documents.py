@@ -339,7 +339,7 @@ def test_documents_know_their_places():
     assert documents.assign_sets().mask().sum(-1).eq(1).all()
     assert [Documents.from_numbers(numbers()[rows]).slots for rows in ([0], [1], [2])] == [4, 1, 2], "powers of two"
     assert Documents.from_numbers(numbers(), slots=8).slots == 8
-    with pytest.raises(UserError, match="A row of the shards holds 4 documents, more than the card states"):
+    with pytest.raises(UserError, match="A row of the shards holds 4 documents, more than most_documents in their"):
         Documents.from_numbers(numbers(), slots=2)
 
 

@@ -1,6 +1,6 @@
-"""torch's ring attention with the CPU's kernel, so that CPU tests can run it.
+"""torch's ring attention with the CPU's attention kernel, so that CPU tests can run it.
 
-torch registers its ring only for the attention kernels of CUDA.
+torch registers ring attention for CUDA's attention kernels only.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from torch.distributed.tensor.experimental._context_parallel import _attention a
 
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-_SEQUENCE = 2
+_SEQUENCE_DIM = 2
 
 
 @contextlib.contextmanager
@@ -30,20 +30,22 @@ def ring_on_cpu() -> Iterator[None]:
 def _forward(operator: Any, args: Any, kwargs: Any) -> Any:
     mesh = args[0].device_mesh
     q, k, v = (x.to_local() for x in args[:3])
-    out, lse = ring._templated_ring_attention(mesh.get_group(), _SEQUENCE, operator, q, k, v, is_causal=False, **kwargs)
+    out, lse = ring._templated_ring_attention(
+        mesh.get_group(), _SEQUENCE_DIM, operator, q, k, v, is_causal=False, **kwargs
+    )
     return _sharded(mesh, out, lse)
 
 
 def _backward(operator: Any, args: Any, kwargs: Any) -> Any:
     mesh = args[1].device_mesh
     grad_out, q, k, v, out, lse = (x.to_local().contiguous() for x in args[:6])
-    assert not args[7], "bidirectional"
+    assert not args[7], "causal attention is not expected"
     gradients = ring._templated_ring_attention_backward(
-        mesh.get_group(), _SEQUENCE, operator, grad_out, "grad_out", q, k, v, out, lse, is_causal=False,
+        mesh.get_group(), _SEQUENCE_DIM, operator, grad_out, "grad_out", q, k, v, out, lse, is_causal=False,
         dropout_p=args[6], **kwargs,
     )  # fmt: skip
     return _sharded(mesh, *gradients)
 
 
 def _sharded(mesh: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tuple(DTensor.from_local(x, mesh, [Shard(_SEQUENCE)], run_check=False) for x in tensors)
+    return tuple(DTensor.from_local(x, mesh, [Shard(_SEQUENCE_DIM)], run_check=False) for x in tensors)

@@ -20,7 +20,8 @@ REPLICATE, SHARD = "--parallelism.data_parallel_replicate_degree", "--parallelis
 TP = "--parallelism.tensor_parallel_degree"
 EP, ETP = "--parallelism.expert_parallel_degree", "--parallelism.expert_tensor_parallel_degree"
 WRAPPED = ["--activation_checkpoint.mode", "full", "--compile.enable"]
-# Sizes with odd halves: FSDP2 shards unevenly, and a rank's slice starts in the middle of a pair of random numbers.
+# Half of hidden_dim and of vocab_size is odd: FSDP2 then shards unevenly, and a rank's slice can start in the middle of
+# a pair of random numbers.
 BACKBONES = {
     "llada": replace(LLADA["tiny"], dim=36, n_heads=2, n_kv_heads=2, hidden_dim=42, vocab_size=62),
     "llada_moe": replace(LLADA_MOE["tiny"], dim=36, n_heads=2, hidden_dim=18, vocab_size=62, n_experts=6),
@@ -41,8 +42,8 @@ LAYOUTS = {
 }
 
 
-def find(backbone, arguments, seed=7):
-    """Return a digest of every full parameter; the ranks of this process group each draw their slice."""
+def digests(backbone, arguments, seed=7):
+    """Return a digest of every full parameter; each rank draws its slice only."""
     sizes = BACKBONES[backbone]
     config = parse_config.parse([
         "--job.config_file", "train_configs/debug.toml",
