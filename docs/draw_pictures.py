@@ -176,7 +176,7 @@ PICTURES = {"training_step.svg": training_step, "rooms.svg": rooms}
 
 
 def main() -> int:
-    """Write the pictures; returns the exit status."""
+    """Write the pictures; return the exit status."""
     folder = ROOT / "docs" / "pictures"
     folder.mkdir(exist_ok=True)
     for name, draw in PICTURES.items():

@@ -22,7 +22,7 @@ from memdlm_dist.training.run import run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train as the command line configures; returns the exit status (docs/reliability.md)."""
+    """Train as the command line configures; return the exit status (docs/reliability.md)."""
     start_logging()
     try:
         return run(sys.argv[1:] if argv is None else argv)

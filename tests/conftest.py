@@ -118,7 +118,7 @@ def pools():
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """Train a small model for two steps and run workers/reading.py on every layout; returns the folder."""
+    """Train a small model for two steps and run workers/reading.py on every layout; return the folder."""
     from tests.support.launching import run_many
     from tests.workers import reading
 

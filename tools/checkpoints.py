@@ -108,7 +108,7 @@ def existing_checkpoints(catalogue: Catalogue) -> list[SavedCheckpoint]:
     """Return all checkpoints of the folder, damaged and incomplete ones too.
 
     Raises:
-        UserError: If the folder has no checkpoint.
+        UserError: if the folder has no checkpoint.
     """
     checkpoints = catalogue.all()
     if not checkpoints:
@@ -137,7 +137,7 @@ def list_all(catalogue: Catalogue, as_json: bool) -> None:
 
 
 def verify_all(catalogue: Catalogue, step: int | None) -> int:
-    """Verify the checksums of all checkpoints or of one step; returns exit status 1 if any has a problem, else 0."""
+    """Verify the checksums of all checkpoints or of one step; return exit status 1 if any has a problem, else 0."""
     steps = [saved.step for saved in existing_checkpoints(catalogue)] if step is None else [step]
     damaged = 0
     for number in steps:
@@ -155,7 +155,7 @@ def prune(catalogue: Catalogue, options: argparse.Namespace) -> None:
     """Remove the checkpoints that no retention rule keeps.
 
     Raises:
-        UserError: If an option is out of range, scores.json is damaged, or --incomplete meets a run that saves here.
+        UserError: if an option is out of range, scores.json is damaged, or --incomplete meets a run that saves here.
     """
     if options.keep_latest < 1:
         raise UserError(

@@ -83,7 +83,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Print the table and return the exit status: 1 if a layout fails or does not fit.
 
     Raises:
-        UserError: If the JSON file cannot be written.
+        UserError: if the JSON file cannot be written.
     """
     quiet()
     warnings.filterwarnings("ignore")  # torch warns about the ranks that do not exist

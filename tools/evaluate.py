@@ -107,7 +107,7 @@ def run_needle(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Ask the needle questions, write needle.json and needle.png, and return the exit status.
 
     Raises:
-        UserError: If an option is out of range or the output folder has results already.
+        UserError: if an option is out of range or the output folder has results already.
     """
     memories = options.memory.split(",")
     if unknown := [memory for memory in memories if memory not in MEMORY]:

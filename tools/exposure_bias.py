@@ -80,7 +80,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Measure every checkpoint, write the JSON file and the plot, and return the exit status.
 
     Raises:
-        UserError: If an option is out of range or the output folder has results already.
+        UserError: if an option is out of range or the output folder has results already.
     """
     memories = options.memory.split(",")
     if unknown := [memory for memory in memories if memory not in MEMORY]:

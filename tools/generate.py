@@ -86,7 +86,7 @@ def _read_prompt(options: argparse.Namespace) -> str:
     """Return the prompt of --prompt, --file or standard input.
 
     Raises:
-        UserError: If it cannot be read or is not UTF-8.
+        UserError: if it cannot be read or is not UTF-8.
     """
     try:
         if options.prompt is not None:

@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """List the sections or run the check; returns the exit status."""
+    """List the sections or run the check; return the exit status."""
     if options.list:
         for section in SECTIONS:
             print(f"{section.name:<12} {section.purpose}")

@@ -55,8 +55,8 @@ def write(options: argparse.Namespace) -> int:
     """Write the corpus and return its number of rows.
 
     Raises:
-        UserError: If the file exists, or a task or a size is not possible.
-        OSError: If the file cannot be written.
+        UserError: if the file exists, or a task or a size is not possible.
+        OSError: if the file cannot be written.
     """
     if options.output.exists() and not options.overwrite:
         raise UserError(f"{options.output} exists; choose another --output, or pass --overwrite to replace it.")

@@ -137,7 +137,7 @@ def get_request(options: argparse.Namespace) -> PrepareConfig:
     """Return the preparation that the options describe.
 
     Raises:
-        UserError: If --output is empty.
+        UserError: if --output is empty.
     """
     require(bool(options.output.strip()), "--output is empty; name a folder to write to.")
     return PrepareConfig(

@@ -45,7 +45,7 @@ def make(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Write the folder and return the exit status.
 
     Raises:
-        UserError: If the output folder exists and is not empty.
+        UserError: if the output folder exists and is not empty.
     """
     quiet()
     config = parse_config.parse(["--job.config_file", options.config, *overrides])

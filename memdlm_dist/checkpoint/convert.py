@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from memdlm_dist.checkpoint import hugging_face_folder, weights
 from memdlm_dist.checkpoint.catalogue import is_export
-from memdlm_dist.checkpoint.manager import check_model
+from memdlm_dist.checkpoint.model_check import check_model
 from memdlm_dist.checkpoint.reading import load_states, read_metadata
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import lora

@@ -7,7 +7,7 @@ from torchtitan.components.checkpoint import ModelWrapper
 
 from memdlm_dist.checkpoint import hugging_face_folder
 from memdlm_dist.checkpoint.catalogue import METADATA, Catalogue, folder_name, is_export
-from memdlm_dist.checkpoint.manager import check_model, matching_states
+from memdlm_dist.checkpoint.model_check import check_model, matching_states
 from memdlm_dist.checkpoint.reading import load_states
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import initial_weights

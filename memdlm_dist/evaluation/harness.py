@@ -17,7 +17,7 @@ from memdlm_dist.runtime.entry_point import guarded
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the harness; returns the exit status.
+    """Run the harness; return the exit status.
 
     Args:
         argv: the harness's command line; `sys.argv` if None.

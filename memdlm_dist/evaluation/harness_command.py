@@ -19,7 +19,7 @@ _OUTPUTS = ("output_path", "log_samples", "wandb_args", "hf_hub_log_args")
 
 
 def run(argv: Sequence[str]) -> int:
-    """Parse the harness's flags, complete them and run the harness; returns the exit status.
+    """Parse the harness's flags, complete them and run the harness; return the exit status.
 
     Raises:
         UserError: if lm-evaluation-harness is not installed, or --model_args names no configuration.

@@ -34,7 +34,7 @@ _SIZES_HELP = {
 
 
 def add_needle_arguments(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Add the groups "tasks" and "sizes" to a parser; returns "tasks"."""
+    """Add the groups "tasks" and "sizes" to a parser; return "tasks"."""
     tasks = p.add_argument_group("tasks")
     tasks.add_argument(
         "--tasks", default=",".join(TASKS), metavar="A,B", help=f"comma-separated tasks (default: {','.join(TASKS)})"

@@ -48,7 +48,7 @@ class DataParallel:
         work: Callable[[list[T], list[int]], list[R]],
         progress: Callable[[int], object] = lambda count: None,
     ) -> list[R]:
-        """Map `work` over all items in batches divided among ranks; returns all results, in order, on all ranks.
+        """Map `work` over all items in batches divided among ranks; return all results, in order, on all ranks.
 
         Several ranks all get the same number of full batches: the last item is repeated as padding.
 

@@ -11,7 +11,7 @@ from memdlm_dist.runtime.entry_point import positive, quiet
 
 
 def add_model_arguments(p: argparse.ArgumentParser, several_checkpoints: bool = False) -> argparse._ArgumentGroup:
-    """Add the group "model" (CONFIG, --checkpoint, --anchor-ratio) to a parser; returns the group."""
+    """Add the group "model" (CONFIG, --checkpoint, --anchor-ratio) to a parser; return the group."""
     g = p.add_argument_group("model")
     g.add_argument("config", metavar="CONFIG", help="TOML file of the run that trained the model")
     g.add_argument(
@@ -33,7 +33,7 @@ def add_model_arguments(p: argparse.ArgumentParser, several_checkpoints: bool = 
 
 
 def add_decoding_arguments(p: argparse.ArgumentParser, new_tokens: int | None) -> argparse._ArgumentGroup:
-    """Add the group "decoding" to a parser; returns the group. `new_tokens` is the default of --new-tokens."""
+    """Add the group "decoding" to a parser; return the group. `new_tokens` is the default of --new-tokens."""
     g = p.add_argument_group("decoding")
     default = "0 if the prompt has [MASK]s, else 64" if new_tokens is None else str(new_tokens)
     g.add_argument("--new-tokens", type=int, default=new_tokens, metavar="N",

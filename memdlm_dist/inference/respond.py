@@ -27,7 +27,7 @@ def respond(
     chat_template: str | None,
     watch: bool,
 ) -> dict[str, Any]:
-    """Respond to a prompt; returns the texts, the times in seconds and the checkpoint.
+    """Respond to a prompt; return the texts, the times in seconds and the checkpoint.
 
     Args:
         memory: adapt fast weights to the prompt first.

@@ -40,7 +40,7 @@ def inference_config(config: JobConfig) -> JobConfig:
 
 
 def join(config: JobConfig) -> tuple[torch.device, Layout]:
-    """Join the process group; returns this rank's device and the parallel layout."""
+    """Join the process group; return this rank's device and the parallel layout."""
     check_prepared()
     single_process_environment()
     device = torch.device(f"{device_type()}:{os.environ['LOCAL_RANK']}")

@@ -82,5 +82,5 @@ def _float(x: Tensor) -> Tensor:
 
 
 def _sum(x: Tensor) -> Tensor:
-    """Sum over the last dimension, across all ranks if it is sharded; returns a plain tensor."""
+    """Sum over the last dimension, across all ranks if it is sharded; return a plain tensor."""
     return full_tensor(x.sum(-1))

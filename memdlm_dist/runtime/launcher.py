@@ -139,7 +139,7 @@ def _explain(failures: list[ProcessFailure], by_agent: set[int]) -> int | None:
 
 
 def main() -> int:
-    """Launch the workers as torchrun does; returns the exit status."""
+    """Launch the workers as torchrun does; return the exit status."""
     agent = AgentLog(explained=USER_ERROR)
     logging.getLogger(AgentLog.NAME).addFilter(agent)
     # torchrun handles the keyboard's and the terminal's signals only. Workers that remain after a failure wait for the

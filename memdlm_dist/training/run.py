@@ -59,7 +59,7 @@ def _warn_of_length(config: JobConfig, args: LLaDAArgs) -> None:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Train as the command line configures; returns the exit status (docs/reliability.md).
+    """Train as the command line configures; return the exit status (docs/reliability.md).
 
     Raises:
         UserError: if the configuration, the data, a checkpoint or the launch is wrong.
@@ -93,7 +93,7 @@ def _writer(config: JobConfig) -> AbstractContextManager[Claim | None]:
 
 
 def _train(config: JobConfig, stop: StopRequest, writer: Claim | None) -> MemDLMTrainer:
-    """Build the trainer, train and close everything; returns the closed trainer."""
+    """Build the trainer, train and close everything; return the closed trainer."""
     trainer: MemDLMTrainer | None = None
     done = False
     try:

@@ -100,7 +100,7 @@ class HeldOutValidator:
             yield torch.stack([row["tokens"] for row in rows]), labels, ids, documents
 
     def validate(self, model_parts: list[torch.nn.Module], step: int) -> dict[str, float]:
-        """Measure the held-out losses, log them and append them to the history; returns them by TensorBoard tag."""
+        """Measure the held-out losses, log them and append them to the history; return them by TensorBoard tag."""
         model = cast(LLaDA, model_parts[0])
         objective = replace(self._objective, slots=self.slots)
         names = LOSSES if objective.memory else LOSSES[:1]

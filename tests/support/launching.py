@@ -41,7 +41,7 @@ def debug(out: Path, *args: str) -> list[str]:
 
 
 def launch(processes: int, out: Path, *args: str) -> str:
-    """Train with launch/train.sh, as a user does; returns the output."""
+    """Train with launch/train.sh, as a user does; return the output."""
     config, *rest = debug(out, *args)[1:]
     return _run(["bash", "launch/train.sh", config, *rest], NGPU=str(processes))
 
@@ -69,7 +69,7 @@ def run_many(runs: Iterable[tuple[int, list[str]] | tuple[int, list[str], dict[s
 
 
 def run_module(module: str, *arguments: str, **env: str) -> str:
-    """Run `python -m module` as a user does; returns the output."""
+    """Run `python -m module` as a user does; return the output."""
     return _run([sys.executable, "-m", module, *arguments], **env)
 
 

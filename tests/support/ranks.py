@@ -25,7 +25,7 @@ def fork(world_size: int, body: Callable[[int], int]) -> int:
 
 
 def fork_group(world_size: int, body: Callable[[], None]) -> int:
-    """Run `body()` in forked ranks of one gloo process group; returns the exit status, as `fork` does."""
+    """Run `body()` in forked ranks of one gloo process group; return the exit status, as `fork` does."""
     import torch  # not at the top: the zygote's clients need no torch
     import torch.distributed as dist
 
@@ -40,7 +40,7 @@ def fork_group(world_size: int, body: Callable[[], None]) -> int:
 
 
 def start(world_size: int, body: Callable[[int], int]) -> list[int]:
-    """Fork the ranks of one run, with torchrun's environment and a new rendezvous port; returns the process ids."""
+    """Fork the ranks of one run, with torchrun's environment and a new rendezvous port; return the process ids."""
     port = free_port()
     children = []
     for rank in range(world_size):

@@ -262,7 +262,7 @@ def _serve_pool(request: PoolRequest, connection: Connection) -> None:
 
 
 def _collect(pipes: list[Connection]) -> tuple[bool, Any]:
-    """Wait for the answers of all ranks or the first failure; returns success, and rank 0's result or the error."""
+    """Wait for the answers of all ranks or the first failure; return success, and rank 0's result or the error."""
     waiting, result = dict(zip(pipes, range(len(pipes)), strict=True)), None
     while waiting:
         ready, _, _ = select.select(list(waiting), [], [])

@@ -367,7 +367,7 @@ def test_gates():
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """Replace the repository with a folder of fake tools; returns a function that writes these tools."""
+    """Replace the repository with a folder of fake tools; return a function that writes these tools."""
     (tmp_path / "tools").mkdir()
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
 

@@ -14,27 +14,6 @@ SCRIPTS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "launch").glob(
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
 
 
-class _HelpShown(Exception):
-    """Carries the parser whose help a command would print."""
-
-
-@pytest.fixture
-def parser_of(monkeypatch):
-    """Return a function from a tool's name to its parser."""
-
-    def show(parser, *_):
-        raise _HelpShown(parser)
-
-    def get(name: str) -> argparse.ArgumentParser:
-        monkeypatch.setattr(argparse.ArgumentParser, "print_help", show)
-        with pytest.raises(_HelpShown) as shown:
-            importlib.import_module(f"tools.{name}").main(["--help"])
-        return shown.value.args[0]
-
-    monkeypatch.delenv("RANK", raising=False)  # bench.py takes a rank's path if it is set
-    return get
-
-
 def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
     actions = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     return {name: command for action in actions for name, command in action.choices.items()}
@@ -47,15 +26,15 @@ def examples(text: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("name", TOOLS)
-def test_help_has_purpose_examples_and_groups(parser_of, capsys, name):
-    main = parser_of(name)
+def test_help_has_purpose_examples_and_groups(name):
+    main = importlib.import_module(f"tools.{name}").parser()
     script = f"launch/{name}.sh" if (ROOT / f"launch/{name}.sh").exists() else f"tools/{name}.py"
     for command, parser in {"": main, **subcommands(main)}.items():
         where = f"{name} {command}"
         purpose, blank, *rest = parser.description.splitlines()
         assert 20 < len(purpose) <= 120 and purpose.endswith(".") and not blank, where
         assert len(parser.format_usage().splitlines()) <= 3, where
-        assert not hasattr(parser, "prog") or parser.format_help().startswith(f"usage: {name}."), where
+        assert parser.format_help().startswith(f"usage: {name}."), where
 
         command_lines = examples(parser.description)
         assert command_lines, f"{where} has no example"

@@ -1,7 +1,8 @@
 """The commands, configurations and pictures of the documentation."""
 
-import importlib.util
+import importlib
 import re
+import runpy
 import shlex
 from pathlib import Path
 from xml.etree import ElementTree
@@ -10,14 +11,6 @@ import pytest
 
 from memdlm_dist.config import parse_config
 from memdlm_dist.runtime.entry_point import parse_with_overrides
-
-
-def load(path: Path):
-    """Import a script that is not part of the package."""
-    spec = importlib.util.spec_from_file_location(f"documented_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def blocks(root: Path, language: str) -> list[tuple[str, str]]:
@@ -54,18 +47,16 @@ def check_keys(root: Path, words: list[str], overrides: list[str]) -> None:
 
 
 def test_commands_of_tools_can_be_parsed(root, capsys):
-    tools, parsed = {}, 0
+    parsed = 0
     for page, words in commands(root):
         named = [i for i, word in enumerate(words) if re.fullmatch(r"tools/\w+\.py", word)]
         if not named:
             continue
-        script, argv = words[named[0]], words[named[0] + 1 :]
-        if script not in tools:
-            tools[script] = load(root / script)
-        if script == "tools/bench.py" and argv and argv[0].endswith(".toml"):
+        name, argv = Path(words[named[0]]).stem, words[named[0] + 1 :]
+        if name == "bench" and argv and argv[0].endswith(".toml"):
             argv = argv[1:]  # the bench takes its configuration from the argument list itself
         try:
-            _, overrides = parse_with_overrides(tools[script].parser(), argv)
+            _, overrides = parse_with_overrides(importlib.import_module(f"tools.{name}").parser(), argv)
         except SystemExit:
             pytest.fail(f"{page}: {shlex.join(words)}: {capsys.readouterr().err}")
         check_keys(root, words, overrides)
@@ -93,9 +84,9 @@ def test_configurations_can_be_parsed(root, tmp_path):
 
 
 def test_pictures_are_those_of_the_script(root):
-    script = load(root / "docs" / "draw_pictures.py")
-    for name, draw in script.PICTURES.items():
+    script = runpy.run_path(str(root / "docs" / "draw_pictures.py"))
+    for name, draw in script["PICTURES"].items():
         drawn = draw()
         assert (root / "docs" / "pictures" / name).read_text() == drawn, "run python docs/draw_pictures.py"
         ElementTree.fromstring(drawn)
-    assert {room for layer in script.room_layers() for room in layer} == set(script.ROOMS) - {"tools"}
+    assert {room for layer in script["room_layers"]() for room in layer} == set(script["ROOMS"]) - {"tools"}

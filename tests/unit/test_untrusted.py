@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from memdlm_dist.checkpoint import weights
 from memdlm_dist.checkpoint.catalogue import Catalogue, prunable_steps
-from memdlm_dist.checkpoint.manager import check_model
+from memdlm_dist.checkpoint.model_check import check_model
 from memdlm_dist.checkpoint.reading import load_states
 from memdlm_dist.data.dataset import ERROR_KEY, open_dataset
 from memdlm_dist.data.sequences import TrainingSequence

@@ -12,12 +12,10 @@ CLAUSE_OPENERS = {"of", "what", "whether", "by", "that", "told", "how", "where",
 
 def docstrings(tree: ast.Module) -> list[ast.Constant]:
     """Return all docstrings: of modules, classes and functions, and those below a dataclass field."""
-    found = []
-    for node in ast.walk(tree):
-        for statement in getattr(node, "body", None) or [] if not isinstance(node, ast.Lambda | ast.IfExp) else []:
-            if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-                found.append(statement.value)
-    return [value for value in found if isinstance(value.value, str)]
+    scopes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    bodies = [node.body for node in ast.walk(tree) if isinstance(node, scopes)]
+    values = [statement.value for body in bodies for statement in body if isinstance(statement, ast.Expr)]
+    return [value for value in values if isinstance(value, ast.Constant) and isinstance(value.value, str)]
 
 
 def first_word(text: str) -> str:

@@ -42,7 +42,7 @@ def probe(log: Path) -> dict[str, Any]:
     """Run environment.py in a child process and return its description of this machine.
 
     Raises:
-        UserError: If torch or the package cannot be imported, or the devices do not answer.
+        UserError: if torch or the package cannot be imported, or the devices do not answer.
     """
     command = [sys.executable, "-m", "memdlm_dist.performance.gpu_check.environment"]
     try:
@@ -61,7 +61,7 @@ def check(
     sections: Sequence[Section] = SECTIONS,
     look_up: Callable[[Path], dict[str, Any]] = probe,
 ) -> int:
-    """Run sections and write report.md; returns 0 if all sections that ran passed, else 1.
+    """Run sections and write report.md; return 0 if all sections that ran passed, else 1.
 
     Args:
         request: options of this call.
@@ -69,7 +69,7 @@ def check(
         look_up: function that takes a log file and returns the machine's description.
 
     Raises:
-        UserError: If a section is unknown, the output folder cannot be written, or the machine cannot be looked up.
+        UserError: if a section is unknown, the output folder cannot be written, or the machine cannot be looked up.
         KeyboardInterrupt: On Ctrl-C, SIGTERM or SIGHUP, after the report has been written.
     """
     deadline = time.monotonic() + request.budget
@@ -123,7 +123,7 @@ def _written(output: Path) -> Iterator[None]:
 def _result(
     section: Section, request: CheckOptions, environment: dict[str, Any], deadline: float, heading: str
 ) -> Result:
-    """Run a section, or skip it if it needs a device or more time; returns its result.
+    """Run a section, or skip it if it needs a device or more time; return its result.
 
     Args:
         deadline: end of the whole call on the clock time.monotonic().

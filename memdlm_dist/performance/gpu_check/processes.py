@@ -46,7 +46,7 @@ def run(
     environment: Mapping[str, str] | None = None,
     stdin: str = "",
 ) -> tuple[int, str]:
-    """Run a command and append its output to a log; returns its exit status and its output.
+    """Run a command and append its output to a log; return its exit status and its output.
 
     Args:
         seconds: time limit, at which the command and all its descendants are ended.

@@ -57,7 +57,7 @@ def _train(context: Context, name: str, arguments: Sequence[str], first: int, la
     """Train with launch/train.sh and keep losses, throughput and memory from the TensorBoard files.
 
     Raises:
-        Failure: If a step from `first` to `last` is not logged, or its loss is not finite.
+        Failure: if a step from `first` to `last` is not logged, or its loss is not finite.
     """
     context.run("bash", "launch/train.sh", *arguments, "--training.steps", str(last))
     scalars = _scalars(context.scratch / name / "tb")
@@ -99,7 +99,7 @@ def _fresh(context: Context, name: str, *arguments: str, disk_gib: float = 0.0) 
         disk_gib: disk space that the checkpoints need, in GiB.
 
     Raises:
-        Skip: If the run does not fit.
+        Skip: if the run does not fit.
     """
     if not context.debug and not fits(context, *_DENSE_1B, *arguments):
         raise Skip(f"does not fit on the devices, {BY_ESTIMATE}")

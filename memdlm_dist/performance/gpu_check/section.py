@@ -55,7 +55,7 @@ class Context:
         return self.output / ("debug" if self.debug else "runs")
 
     def status(self, *command: str, stdin: str = "") -> tuple[int, str]:
-        """Run a command from the repository's root; returns its exit status and its output.
+        """Run a command from the repository's root; return its exit status and its output.
 
         Raises:
             processes.TimeLimit: At the section's deadline.
@@ -71,7 +71,7 @@ class Context:
         """Run a command and return its output.
 
         Raises:
-            Failure: If its exit status is not 0; OutOfMemory if device memory was the reason.
+            Failure: if its exit status is not 0; OutOfMemory if device memory was the reason.
             processes.TimeLimit: At the section's deadline.
         """
         status, output = self.status(*command, stdin=stdin)
@@ -116,7 +116,7 @@ def read_json(path: Path) -> Any:
     """Return the content of a JSON file that a command wrote.
 
     Raises:
-        Failure: If the file is missing or not valid JSON.
+        Failure: if the file is missing or not valid JSON.
     """
     try:
         return json.loads(path.read_text())

@@ -29,8 +29,8 @@ def _tests(context: Context) -> None:
     """Run the tests marked `gpu` and keep their counts.
 
     Raises:
-        Skip: If pytest or pytest-xdist is not installed.
-        Failure: If a test fails or pytest writes no results.
+        Skip: if pytest or pytest-xdist is not installed.
+        Failure: if a test fails or pytest writes no results.
     """
     if not all(map(importlib.util.find_spec, ("pytest", "xdist"))):
         raise Skip("needs the dev extra: bash launch/setup.sh dev")
