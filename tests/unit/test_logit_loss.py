@@ -198,7 +198,9 @@ def test_compiled_losses_are_the_eager_ones_in_one_graph(monkeypatch, loss, dtyp
         with torch.no_grad():
             set_losses(hidden, weight, head, backend=graphs.backend)
     (graph,) = graphs.kept
-    operators = {node.target.overloadpacket.__name__ for node in graph.nodes if node.op == "call_function"}
+    # Targets without overloads are arithmetic on symbolic sizes, which depends on what was compiled before.
+    targets = [node.target for node in graph.nodes if node.op == "call_function"]
+    operators = {target.overloadpacket.__name__ for target in targets if hasattr(target, "overloadpacket")}
     assert not operators & {"copy_", "clone", "scatter", "scatter_add", "empty"} and "exp" in operators
 
 
