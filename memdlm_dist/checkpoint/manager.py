@@ -28,7 +28,7 @@ from memdlm_dist.checkpoint.catalogue import (
 )
 from memdlm_dist.checkpoint.model_check import check_model, matching_states
 from memdlm_dist.checkpoint.reading import load_states
-from memdlm_dist.compat.torch import end_saver
+from memdlm_dist.compat.torch import end_saver, supports_reuse_of_stagers
 from memdlm_dist.compat.torchtitan import HookedCheckpoints
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import lora
@@ -228,6 +228,9 @@ class ResumableCheckpoints(HookedCheckpoints):
         """Save, or start an asynchronous save; return the reason for a failure, or an empty string."""
         try:
             self._prepare_folder(step)
+            if self.stager is not None and not supports_reuse_of_stagers():
+                self.stager.close()
+                self.stager = None  # torchtitan constructs another one
             super().save(step, last_step)
             if last_step and self.last_save_in_hf:
                 from_rank_0(lambda: self._complete_export(step))

@@ -5,6 +5,7 @@ sequences, H heads, d head dim.
 """
 
 import contextlib
+import functools
 import inspect
 import json
 import pickle
@@ -33,6 +34,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import _attention as ring_attention
@@ -44,8 +46,8 @@ __all__ = [
     "EntryReader", "FsspecEntryReader", "SaverProcess", "TorchDispatchMode", "add_product_", "all_to_all",
     "checkpointed", "collectives", "configure_ring_attention", "connection_loss", "construct_savers",
     "end_saver", "grouped_mm", "local_block", "mark_dynamic", "operator_name", "raise_recompile_limit",
-    "rendezvous_store", "skip_if_flagged", "storage_error", "supports_skip_flag", "tree_flatten",
-    "tree_leaves", "tree_map_only", "tree_unflatten", "use_cpu", "varlen_attention", "wait_if_pending",
+    "rendezvous_store", "skip_if_flagged", "storage_error", "supports_reuse_of_stagers", "supports_skip_flag",
+    "tree_flatten", "tree_leaves", "tree_map_only", "tree_unflatten", "use_cpu", "varlen_attention", "wait_if_pending",
 ]  # fmt: skip
 
 # torch's documentation uses `TorchDispatchMode` and the pytree functions, such as `tree_flatten`, but their modules are
@@ -261,6 +263,21 @@ def rendezvous_store() -> Any:
 
 
 _SaverProcess: Any = _async_process_executor._AsyncCheckpointProcess
+
+
+@functools.cache
+def supports_reuse_of_stagers() -> bool:
+    """Return whether a `DefaultStager` can stage more than once.
+
+    Some versions close it after its first state dict; the second one then fails with a KeyError (pytorch#183413).
+    """
+    stager = DefaultStager(StagingOptions(False, False, False, False))
+    try:
+        for _ in range(2):
+            stager.stage({})
+    except KeyError:
+        return False
+    return True
 
 
 class SaverProcess(_SaverProcess):

@@ -14,6 +14,7 @@ import pytest
 import streaming.base.shared.prefix as shared_prefix
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint.staging as staging
 import torchtitan.components.checkpoint as titan_checkpoint
 import torchtitan.components.metrics as titan_metrics
 import torchtitan.distributed.utils as titan_distributed
@@ -36,7 +37,7 @@ from memdlm_dist.compat import streaming as streaming_seam
 from memdlm_dist.compat import torch as torch_seam
 from memdlm_dist.compat import torchrun
 from memdlm_dist.compat import torchtitan as titan_seam
-from memdlm_dist.compat.torch import skip_if_flagged, supports_skip_flag
+from memdlm_dist.compat.torch import skip_if_flagged, supports_reuse_of_stagers, supports_skip_flag
 from memdlm_dist.models.attention import BidirectionalAttentionKernel
 from memdlm_dist.runtime import device
 
@@ -148,6 +149,24 @@ def test_gloo_and_torch_save_say_what_went_wrong_in_words():
     assert "written to its end" in torch_seam.storage_error("[enforce fail at inline_container.cc:664] . x")
     with pytest.raises(RuntimeError, match=r"inline_container\.cc"):
         torch.save(torch.ones(10_000), open("/dev/full", "wb"))  # noqa: SIM115  (closing it fails too)
+
+
+def test_a_stager_that_closes_itself_is_not_reused(monkeypatch):
+    """Torch 2.11 closes it after the first state dict."""
+    supports_reuse_of_stagers.cache_clear()
+    stage = staging.DefaultStager._stage
+    if torch.__version__ >= "2.13":
+        assert supports_reuse_of_stagers()
+    supports_reuse_of_stagers.cache_clear()
+
+    def stage_and_close(self, state_dict, **options):
+        staged = stage(self, state_dict, **options)
+        self._state_dict_stager.close()
+        return staged
+
+    monkeypatch.setattr(staging.DefaultStager, "_stage", stage_and_close)
+    assert not supports_reuse_of_stagers()
+    supports_reuse_of_stagers.cache_clear()
 
 
 def test_torchruns_agent_logs_whom_it_kills():

@@ -29,6 +29,7 @@ from memdlm_dist.method import bilevel
 from memdlm_dist.method.inner_loss import inner_loss
 from memdlm_dist.performance.bench_steps import DATA_PARALLEL, KINDS, Bench
 from memdlm_dist.performance.collectives import by_kind
+from memdlm_dist.runtime.device import device_type
 from tests.support.bilevel import trained_in_each_pass
 from tests.support.ranks import fork_group
 
@@ -148,7 +149,7 @@ def difference(ours, theirs):
 
 
 def largest(x):
-    x = torch.tensor(float(x), dtype=torch.float64)
+    x = torch.tensor(float(x), dtype=torch.float64, device=device_type())
     dist.all_reduce(x, dist.ReduceOp.MAX)
     return x.item()
 
