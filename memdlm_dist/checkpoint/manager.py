@@ -83,6 +83,7 @@ class ResumableCheckpoints(HookedCheckpoints):
     lora: LoRA | None = None  # settings of the adapters; None if none are trained
     writer: Claim | None = None  # rank 0's claim to the folder
     save_future: Any
+    stager: Any
     sd_adapter: Any
 
     def __init__(self, *, checkpoint_config: Checkpoint, base_folder: str = "", **components: Any):
