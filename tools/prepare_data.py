@@ -11,7 +11,7 @@ Examples:
       --pack-documents --seq-len 131072 --output data/books
   # Fine-tuning on LongAlpaca (instruction, input, output), with the loss on the responses only
   python tools/prepare_data.py --input LongAlpaca-12k.json --tokenizer LLaDA-8B-Base --chat-template llada \
-      --mask-token '<|mdm_mask|>' --overlong truncate --seq-len 4096 --output data/longalpaca_8b
+      --mask-token '<|mdm_mask|>' --overlong clip-response --seq-len 4096 --output data/longalpaca_8b
 
 Writes DIR/train, DIR/heldout, DIR/tokenizer and DIR/summary.json. --overwrite replaces these, and never a file that
 prepare_data.py did not write. SIGTERM ends the command with status 143 and leaves DIR unchanged.
@@ -26,7 +26,7 @@ from memdlm_dist.runtime import cpu
 cpu.prepare()
 
 from memdlm_dist.data.chat import TEMPLATES
-from memdlm_dist.data.prepare import MAX_SEQ_LEN, PrepareConfig, prepare
+from memdlm_dist.data.prepare import MAX_SEQ_LEN, PAD_MULTIPLE, PrepareConfig, prepare
 from memdlm_dist.data.sequences import Fields
 from memdlm_dist.errors import require
 from memdlm_dist.runtime.entry_point import guarded, new_parser, positive
@@ -100,9 +100,22 @@ def parser() -> argparse.ArgumentParser:
     )
     layout.add_argument(
         "--overlong",
-        choices=("drop", "truncate"),
+        choices=("drop", "truncate", "clip-response"),
         default="drop",
-        help="treatment of fine-tuning rows longer than --seq-len (default: drop)",
+        help="treatment of fine-tuning rows longer than --seq-len: drop them; truncate them; or truncate them so that "
+        "they end in a response. Rows whose prompt leaves no room for a response are always dropped (default: drop)",
+    )
+    padding = layout.add_mutually_exclusive_group()
+    padding.add_argument(
+        "--pad-multiple",
+        type=positive,
+        default=PAD_MULTIPLE,
+        metavar="N",
+        help="pad fine-tuning rows with end-of-text, which is masked and scored, to a multiple of N tokens (default: "
+        f"{PAD_MULTIPLE})",
+    )
+    padding.add_argument(
+        "--pad-to-length", action="store_true", help="pad fine-tuning rows to --seq-len, as memdlm_dist 0.1 does"
     )
     layout.add_argument(
         "--pack-documents",
@@ -153,6 +166,7 @@ def get_request(options: argparse.Namespace) -> PrepareConfig:
         fields=Fields(options.text_field, options.prompt_field, options.response_field),
         held_out=options.held_out,
         overlong=options.overlong,
+        pad_multiple=None if options.pad_to_length else options.pad_multiple,
         pack_documents=options.pack_documents,
         parse_special_tokens=options.parse_special_tokens,
         strict=options.strict,
@@ -165,7 +179,7 @@ def write(request: PrepareConfig) -> int:
     """Prepare the shards, print the counts, and return the exit status."""
     summary = prepare(request)
     counts = ", ".join(f"{n:,} {part}" for part, n in summary.sequences.items())
-    print(f"{request.output}: {counts} sequences of {request.seq_len}")
+    print(f"{request.output}: {counts} sequences of {'up to ' * bool(summary.padding)}{request.seq_len}")
     print(
         f"  {summary.rows:,} rows, {summary.tokens:,} tokens; {summary.bad_rows:,} bad rows, "
         f"{summary.overlong_dropped:,} over-long rows dropped, {summary.overlong_truncated:,} truncated, "
@@ -181,6 +195,8 @@ def write(request: PrepareConfig) -> int:
             f"  {part}: {packing.documents:,} documents packed, {packing.documents / rows:.1f} per sequence on average "
             f"and {packing.most_documents:,} at most; {100 * packing.efficiency:.1f}% of the tokens are not padding"
         )
+    for part, shares in summary.padding.items():
+        print(f"  {part}: {shares.content:,} tokens of content, {shares.padding:,} of padding, masked and scored")
     return 0
 
 

@@ -18,7 +18,7 @@ DATA, TOKENIZER = "data.train", "model.hf_assets_path"
 # Configuration keys of a run's identity; `checkpoint.accept_changes` names those that may change.
 IDENTITY_KEYS = (
     "training.global_batch_size", "debug.seed", DATA, "data.shuffle", "data.shuffle_seed", "data.num_canonical_nodes",
-    TOKENIZER,
+    TOKENIZER, "data.group_by_length",
 )  # fmt: skip
 
 
@@ -30,6 +30,7 @@ def identity(
     shuffle_seed: int,
     num_canonical_nodes: int,
     tokenizer: str,
+    group_by_length: bool,
 ) -> dict[str, Any]:
     """Return the identity of a run: the values, by configuration key, that must not change when it is resumed.
 
@@ -39,7 +40,7 @@ def identity(
         tokenizer: the tokenizer's fingerprint.
     """
     values = (global_batch_size, seed, fingerprint, shuffle, shuffle_seed, num_canonical_nodes, tokenizer)
-    return dict(zip(IDENTITY_KEYS, values, strict=True))
+    return dict(zip(IDENTITY_KEYS, (*values, group_by_length), strict=True))
 
 
 def check_format(checkpoint: str, run: Mapping[str, Any]) -> None:

@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from streaming import StreamingDataset
+from streaming.base.batching import batching_methods
 from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, LOCALS
 from streaming.base.dataset import _ShardState
 from streaming.base.hashing import get_hash
+from streaming.base.partition import get_partitions
 from streaming.base.shared import prefix
+from streaming.base.shuffle import get_shuffle
 from streaming.base.storage.download import DOWNLOADER_MAPPINGS, CloudDownloader
 from streaming.base.util import bytes_to_int
+from streaming.base.world import World
 
 # streaming registers a job's folders in shared memory named `<prefix>_<REGISTRATION>`; the prefix is a number.
 REGISTRATION = LOCALS
@@ -86,6 +91,80 @@ class CacheOnlyEviction(StreamingDataset):
         if not len(candidates):
             raise ValueError("no cached copy is left to delete: data.cache_limit is too low")
         self._evict_shard(int(candidates[np.argmin(self._shard_access_times.numpy()[candidates])]))
+
+
+_ARRANGED = "memdlm_dist"
+
+
+class ArrangedDataset(CacheOnlyEviction):
+    """StreamingDataset whose order of samples can be replaced: a subclass overrides `arrange`.
+
+    streaming deals samples to ranks and workers in one step. `arrange` sees the whole epoch instead, in micro-batches
+    of all ranks.
+
+    Args:
+        arranges: replace the order; False leaves streaming's.
+    """
+
+    batch_lengths: NDArray[np.int64] | None = None  # length of each of this worker's batches in the present epoch
+
+    def __init__(self, *, arranges: bool, **options: Any):
+        super().__init__(**options)
+        if arranges:
+            # Set here, because streaming's constructor accepts only its own methods.
+            self.batching_method = _ARRANGED
+
+    def arrange(self, ids_E: NDArray[np.int64], epoch: int, first: int, rows: int) -> tuple[NDArray[np.int64], ...]:
+        """Return the sample ids of T micro-batches of all ranks, `[T, rows]`, and the length of each, `[T]`.
+
+        Args:
+            ids_E: ids of the epoch in streaming's order, equal for any number of ranks and workers.
+            epoch: number of the epoch.
+            first: number of samples to skip in the arranged order, because they have been read.
+            rows: micro-batch size times number of data-parallel ranks.
+        """
+        raise NotImplementedError
+
+    def epoch_order(self, epoch: int) -> NDArray[np.int64]:
+        """Return the sample ids of an epoch in streaming's order for a single rank, `[E]`."""
+        shuffle_units, small_per_big = self.resample_streams(epoch)
+        partitions = get_partitions(self.partition_algo, self.epoch_size, self.num_canonical_nodes, 1, 1, 1, 1)
+        order = partitions.flatten()
+        order = order[order != -1][: self.epoch_size]
+        if self.shuffle:
+            nodes, seed = self.num_canonical_nodes, self.shuffle_seed
+            shuffle = get_shuffle(self.shuffle_algo, shuffle_units, nodes, seed, epoch, self.shuffle_block_size)
+            order = shuffle[order]
+        ids: NDArray[np.int64] = small_per_big[order]
+        return ids
+
+    def _get_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
+        work: NDArray[np.int64] = super()._get_work(epoch, sample_in_epoch)
+        if self.batching_method != _ARRANGED:
+            return work
+        rows = work.reshape(-1, self.batch_size + 1)  # see `_deal`
+        self.batch_lengths = rows[:, -1]
+        return rows[:, :-1].flatten()
+
+
+def _deal(dataset: ArrangedDataset, world: World, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
+    """Deal an arranged epoch to nodes, ranks and workers, in streaming's format.
+
+    A batch of a rank is its samples and, as one more column, its length: streaming hands nothing else to the workers.
+    torch's loader takes batch t of a rank from its worker t modulo the number of workers.
+    """
+    size, ranks, workers = dataset.batch_size, world.num_nodes * world.ranks_per_node, world.workers_per_rank
+    order = dataset.epoch_order(epoch)
+    ids_Tn, length_T = dataset.arrange(order, epoch, sample_in_epoch, size * ranks)
+    per_worker = -(-len(ids_Tn) // workers)
+    dealt = np.full((per_worker * workers, ranks, size + 1), -1, dtype=np.int64)
+    dealt[: len(ids_Tn), :, :-1] = ids_Tn.reshape(-1, ranks, size)
+    dealt[: len(ids_Tn), :, -1] = length_T[:, None]
+    shape = (per_worker, workers, world.num_nodes, world.ranks_per_node, size + 1)
+    return dealt.reshape(shape).transpose(2, 3, 1, 0, 4)
+
+
+batching_methods[_ARRANGED] = _deal
 
 
 def size_in_bytes(text: str) -> int:

@@ -5,20 +5,24 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from streaming import Stream
 
 from memdlm_dist.compat import streaming
-from memdlm_dist.data import downloads, shard_index, shared_memory
+from memdlm_dist.data import downloads, row_lengths, shard_index, shared_memory
+from memdlm_dist.data.output import LENGTHS
+from memdlm_dist.data.row_lengths import RowLengths, TokenShares
 from memdlm_dist.data.settings import Data
 from memdlm_dist.data.shards import HASH, read_card
-from memdlm_dist.errors import UserError
+from memdlm_dist.errors import UserError, require
 from memdlm_dist.method.documents import PADDING
 from memdlm_dist.method.trajectory import IGNORE_INDEX
 from memdlm_dist.runtime.rank_0 import one_line
@@ -30,24 +34,84 @@ ERROR_KEY = "error"
 _REMEDY = "prepare the data anew, or delete the file if it is a cached copy"
 
 
-class TokenDataset(streaming.CacheOnlyEviction):
+class TokenDataset(streaming.ArrangedDataset):
     """StreamingDataset whose samples hold clean tokens, labels and the global sample id.
 
     A sample is `{"tokens": int64 [L], "labels": int64 [L], "sample_id": int}`. Labels are the tokens at maskable
     positions and -100 elsewhere. With `documents` a sample also has the key "documents", int64 [L]: the number of each
     token's document in the row, and `PADDING` at padding, as in `Documents.number_BL`.
 
+    Rows may have different lengths. While the data set is iterated, a row is filled up with `PADDING` to the length of
+    its micro-batch, which is the same on all ranks.
+
     When a shard is first read, its size and checksum are compared with the index.
 
     Args:
         check_hash: name of the checksum; empty for no check.
-        documents: True if any stream has packed documents; each row of the other streams is then one document.
+        documents: True if any stream has packed documents or rows of different lengths; each row of the other streams
+            is then one document.
+        buckets: possible lengths of a micro-batch, from `row_lengths.buckets`; empty if all rows have one length.
+        global_batch_size: rows per optimizer step, for `group_by_length`.
+        group_by_length: bring rows of similar length together.
     """
 
-    def __init__(self, *, check_hash: str, documents: bool = False, **kwargs: Any):
-        super().__init__(**kwargs)
-        self._check_hash, self._documents = check_hash, documents
+    def __init__(
+        self,
+        *,
+        check_hash: str,
+        documents: bool = False,
+        buckets: tuple[int, ...] = (),
+        global_batch_size: int = 1,
+        group_by_length: bool = False,
+        **kwargs: Any,
+    ):
+        super().__init__(arranges=bool(buckets), **kwargs)
+        self._check_hash, self._documents, self._buckets = check_hash, documents, buckets
+        self._global_batch_size, self._group_by_length = global_batch_size, group_by_length
         self._checked: set[int] = set()
+
+    @cached_property
+    def row_lengths(self) -> RowLengths:
+        """Lengths of all rows; only for a data set with rows of different lengths."""
+        seq_len = self._buckets[-1]
+        parts = []
+        for stream, rows in zip(self.streams, self.samples_per_stream, strict=True):
+            folder = Path(stream.local, stream.split)
+            varies = (folder / LENGTHS).is_file()
+            parts.append(row_lengths.read(str(folder), rows, seq_len) if varies else np.full((rows, 2), seq_len))
+        content_N, padded_N = np.concatenate(parts).astype(np.uint32).T
+        return RowLengths(content_N, padded_N, self._buckets)
+
+    def arrange(self, ids_E: NDArray[np.int64], epoch: int, first: int, rows: int) -> tuple[NDArray[np.int64], ...]:
+        """Return the ids of micro-batches of all ranks, grouped by length if asked, and their lengths; see the base.
+
+        The incomplete last global batch is dropped.
+        """
+        ids_E = ids_E[: len(ids_E) // self._global_batch_size * self._global_batch_size]
+        if self._group_by_length:
+            ids_E = self.row_lengths.group(ids_E, self._global_batch_size, self.shuffle_seed, epoch)
+        ids_Tn = ids_E[first:].reshape(-1, rows)
+        return ids_Tn, self.row_lengths.bucket(ids_Tn)
+
+    def token_shares(self, rows: int) -> TokenShares:
+        """Count content, padding and fill of the first epoch, in micro-batches of `rows` rows over all ranks."""
+        ids_Tn, _ = self.arrange(self.epoch_order(0), 0, 0, rows)
+        return self.row_lengths.shares(ids_Tn)
+
+    def fill_up(self, sample: dict[str, Any], length: int) -> dict[str, Any]:
+        """Fill a sample up to `length` tokens; the added tokens belong to no document and have no label.
+
+        Raises:
+            UserError: if the sample is longer.
+        """
+        missing = length - len(sample["tokens"])
+        require(
+            missing >= 0,
+            f"Sample {sample['sample_id']} has {len(sample['tokens'])} tokens, more than {LENGTHS} states; {_REMEDY}.",
+        )
+        fills = {"tokens": 0, "labels": IGNORE_INDEX, "documents": PADDING}
+        padded = {key: F.pad(sample[key], (0, missing), value=value) for key, value in fills.items()}
+        return sample | padded
 
     def fingerprint(self) -> str:
         """Return a hash of the shard entries in all indices (files, sizes, checksums) and of the streams' proportions.
@@ -107,7 +171,9 @@ class TokenDataset(streaming.CacheOnlyEviction):
         The loader's worker processes pass samples on unchanged, but reduce an exception to the text of its traceback.
         """
         try:
-            yield from super().__iter__()
+            for number, sample in enumerate(super().__iter__()):
+                lengths = self.batch_lengths
+                yield sample if lengths is None else self.fill_up(sample, int(lengths[number // self.batch_size]))
         except UserError as error:
             # Repeated without end, because the loader waits for a full batch.
             yield from repeat({ERROR_KEY: str(error)})
@@ -157,19 +223,39 @@ class Requirements:
     flavour: str
     mask_token_id: int  # the tokenizer's
     ring_attention: bool
+    sequence_shards: int = 1  # tensor-parallel times context-parallel ranks; they divide a row
 
 
-def check_cards(locations: Sequence[str], run: Requirements) -> int | None:
-    """Check that the shards at `locations` fit a run.
+@dataclass(frozen=True)
+class RowShape:
+    """Documents and lengths of the rows of one or several streams.
 
-    Returns:
-        The largest number of documents in a row: 0 without packed documents, and None if a card of format 1, which does
-        not state the number, has packed documents.
+    Attributes:
+        most_documents: largest number of documents in a row. 0 if rows record none; None if a card of format 1, which
+            does not state the number, has packed documents.
+        buckets: possible lengths of a micro-batch; empty if all rows have one length.
+    """
+
+    most_documents: int | None = 0
+    buckets: tuple[int, ...] = ()
+
+    @property
+    def documents(self) -> bool:
+        """True if samples carry document numbers."""
+        return self.most_documents != 0
+
+
+UNIFORM = RowShape()
+
+
+def check_cards(locations: Sequence[str], run: Requirements) -> RowShape:
+    """Check that the shards at `locations` fit a run, and return the shape of their rows.
 
     Raises:
         UserError: naming the folder and the value that does not fit.
     """
     most: list[int | None] = [0]
+    multiple = 0
     for location in locations:
         card = read_card(location)
         if not card.sequences:
@@ -197,7 +283,25 @@ def check_cards(locations: Sequence[str], run: Requirements) -> int | None:
                 "parallelism.context_parallel_method = 'ulysses'."
             )
         most.append((card.most_documents or None) if card.documents else 0)
-    return max_documents(most)
+        if card.pad_multiple:
+            _check_pad_multiple(location, card.pad_multiple, run)
+            most.append(1)
+            multiple = max(multiple, card.pad_multiple)
+    return RowShape(max_documents(most), row_lengths.buckets(run.seq_len, multiple) if multiple else ())
+
+
+def _check_pad_multiple(location: str, multiple: int, run: Requirements) -> None:
+    require(
+        not run.ring_attention,
+        f"The shards in {location} hold rows of different lengths, which ring attention cannot keep apart from their "
+        "fill; set parallelism.context_parallel_method = 'ulysses', or prepare the data with --pad-to-length.",
+    )
+    for length in row_lengths.buckets(run.seq_len, multiple):
+        require(
+            length % run.sequence_shards == 0,
+            f"The shards in {location} make micro-batches of {length} tokens, which {run.sequence_shards} tensor- and "
+            "context-parallel ranks cannot divide; prepare the data with a --pad-multiple that they divide.",
+        )
 
 
 def max_documents(most_documents: Sequence[int | None]) -> int | None:
@@ -206,12 +310,15 @@ def max_documents(most_documents: Sequence[int | None]) -> int | None:
     return max(known) if len(known) == len(most_documents) else None
 
 
-def open_dataset(data: Data, locations: list[str], proportions: list[float], **options: Any) -> TokenDataset:
+def open_dataset(
+    data: Data, locations: list[str], proportions: list[float], rows: RowShape = UNIFORM, **options: Any
+) -> TokenDataset:
     """Open a dataset over one or several streams; streams at a URL are cached under `data.cache_folder`.
 
     A file:// URL is cached too, for example a folder on a slow network file system.
 
     Args:
+        rows: shape of the rows, from `check_cards`.
         options: passed on to `TokenDataset`.
 
     Raises:
@@ -243,6 +350,8 @@ def open_dataset(data: Data, locations: list[str], proportions: list[float], **o
         shards = {}
         for location, stream in zip(locations, streams, strict=True):
             shards[location] = shard_index.prepare(location, stream.local, stream.remote is not None)
+            if rows.buckets and read_card(location).pad_multiple:
+                row_lengths.fetch(location, stream.local)
         # The limit must leave room for shards of local streams too, because streaming counts them.
         _check_cache_limit(data.cache_limit, [s for entries in shards.values() for s in entries] if cached else [])
         shared_memory.remove_leftovers(folders, cached)
@@ -250,7 +359,12 @@ def open_dataset(data: Data, locations: list[str], proportions: list[float], **o
         torch.distributed.barrier()  # before any rank looks for a free name in shared memory
     try:
         dataset = TokenDataset(
-            streams=streams, cache_limit=data.cache_limit if cached else None, check_hash=data.validate_hash, **options
+            streams=streams,
+            cache_limit=data.cache_limit if cached else None,
+            check_hash=data.validate_hash,
+            documents=rows.documents,
+            buckets=rows.buckets,
+            **options,
         )
     except Exception as error:  # streaming raises RuntimeError, ValueError, OSError, client errors ...
         raise UserError(

@@ -10,9 +10,10 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.utils.data import default_collate
 
 from memdlm_dist.compat import streaming
-from memdlm_dist.data.dataset import ERROR_KEY, Requirements, TokenDataset, check_cards, open_dataset
+from memdlm_dist.data.dataset import ERROR_KEY, UNIFORM, Requirements, RowShape, TokenDataset, check_cards, open_dataset
+from memdlm_dist.data.row_lengths import TokenShares
 from memdlm_dist.data.settings import Data
-from memdlm_dist.errors import UserError
+from memdlm_dist.errors import UserError, require
 from memdlm_dist.runtime.preemption import outlive_first_sigterm, starting_workers
 
 
@@ -22,7 +23,7 @@ class Batch(NamedTuple):
     tokens_BL: Tensor
     labels_BL: Tensor  # tokens at maskable positions, -100 elsewhere
     sample_ids_B: Tensor
-    documents_BL: Tensor | None  # document number of each token; None without packed documents
+    documents_BL: Tensor | None  # document number of each token; None if rows neither are packed nor differ in length
     position: dict[str, int]  # of the loader after this micro-batch
 
 
@@ -40,7 +41,7 @@ class EpochLoader(Stateful):
         batch_size: rows per data-parallel rank and micro-batch.
         dp_size: number of data-parallel ranks.
         global_batch_size: rows per optimizer step.
-        most_documents: largest number of documents in a row, from `check_cards`.
+        rows: shape of the rows, from `check_cards`.
         options: passed on to torch's DataLoader.
     """
 
@@ -50,7 +51,7 @@ class EpochLoader(Stateful):
         batch_size: int,
         dp_size: int,
         global_batch_size: int,
-        most_documents: int | None = 0,
+        rows: RowShape = UNIFORM,
         **options: Any,
     ):
         if not options.get("num_workers"):
@@ -65,7 +66,7 @@ class EpochLoader(Stateful):
             **options,
         )
         self._dataset, self._global_micro_batch_size = dataset, batch_size * dp_size
-        self.global_batch_size, self.most_documents = global_batch_size, most_documents
+        self.global_batch_size, self.rows = global_batch_size, rows
         self.fingerprint = dataset.fingerprint()
         # Samples are counted over all ranks. "nodes" is the number of nodes at the run's first start, which streaming
         # needs in order to keep the sample order on another number of nodes.
@@ -115,6 +116,10 @@ class EpochLoader(Stateful):
             }
         )
 
+    def token_shares(self) -> TokenShares | None:
+        """Count content, padding and fill of an epoch; None if all rows have one length."""
+        return self._dataset.token_shares(self._global_micro_batch_size) if self.rows.buckets else None
+
     def next_epoch(self) -> None:
         """Move `position` to the start of the next epoch."""
         self.position |= _next_epoch_start(self.position)
@@ -161,13 +166,20 @@ def training_loader(
     Raises:
         UserError: if the shards are missing, do not fit the run, or hold fewer rows than one global batch.
     """
-    most_documents = check_cards(data.train, run)
+    rows = check_cards(data.train, run)
+    require(
+        not data.group_by_length or bool(rows.buckets),
+        "data.group_by_length needs rows of different lengths, and all rows of data.train have one length; unset it, "
+        "or prepare fine-tuning data without --pad-to-length and --pack-documents.",
+    )
     dataset = open_dataset(
         data,
         data.train,
         data.proportions,
+        rows,
         batch_size=local_batch_size,
-        documents=most_documents != 0,
+        global_batch_size=global_batch_size,
+        group_by_length=data.group_by_length,
         shuffle=data.shuffle,
         shuffle_seed=data.shuffle_seed,
         num_canonical_nodes=data.num_canonical_nodes,
@@ -179,4 +191,4 @@ def training_loader(
             f"data.train holds {dataset.epoch_size} sequences, fewer than one global batch of {global_batch_size}; "
             "prepare more data, or lower training.global_batch_size or training.local_batch_size."
         )
-    return EpochLoader(dataset, local_batch_size, dp_size, global_batch_size, most_documents, **options)
+    return EpochLoader(dataset, local_batch_size, dp_size, global_batch_size, rows, **options)

@@ -14,12 +14,13 @@ from memdlm_dist.runtime.preemption import deferring_signals
 MANIFEST = "memdlm_files.json"
 CARD = "memdlm.json"
 INDEX = "index.json"
+LENGTHS = "lengths.npy"
 TOKENIZER = "tokenizer"
 SPLITS = ("train", "heldout")
 SUMMARY = "summary.json"
 
 _TOKENIZER_FILES = r"(tokenizer|tokenizer_config|special_tokens_map)\.json|chat_template\.jinja"
-_SHARD_FILES = r"(index|memdlm)\.json|shard\.\d{5,}\.mds"
+_SHARD_FILES = r"(index|memdlm)\.json|lengths\.npy|shard\.\d{5,}\.mds"
 # Folder -> pattern of the names of the files that a preparation writes to it.
 _FILE_PATTERNS = {TOKENIZER: _TOKENIZER_FILES, **dict.fromkeys(SPLITS, _SHARD_FILES)}
 

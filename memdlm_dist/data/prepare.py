@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import Literal
 
 from tqdm import tqdm
 
@@ -16,7 +15,8 @@ from memdlm_dist.data import chat, corpus, output, sequences, tokenizer
 from memdlm_dist.data.corpus import Row, Source
 from memdlm_dist.data.output import SPLITS, SUMMARY, TOKENIZER
 from memdlm_dist.data.packing import BestFit, Concatenation
-from memdlm_dist.data.sequences import BadRow, Document, Fields, Format
+from memdlm_dist.data.row_lengths import TokenShares, padded_length
+from memdlm_dist.data.sequences import BadRow, Document, Fields, Format, Overlong
 from memdlm_dist.data.shards import Card, ShardWriter
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError, require
@@ -25,6 +25,7 @@ from memdlm_dist.runtime.rank_0 import one_line
 from memdlm_dist.runtime.writer import claimed, this_process
 
 MAX_SEQ_LEN = 1 << 24
+PAD_MULTIPLE = 128
 _BATCH = 64  # rows tokenised together, on all cores
 _BATCH_LENGTH = 1 << 18  # characters tokenised together if there are several rows; bounds the delay of signals
 _SHOWN_PROBLEMS = 10
@@ -46,7 +47,8 @@ class PrepareConfig:
     chat_template: str | None = None  # one of `chat.TEMPLATES`
     fields: Fields = field(default_factory=Fields)
     held_out: float = 0.01
-    overlong: Literal["drop", "truncate"] = "drop"
+    overlong: Overlong = "drop"
+    pad_multiple: int | None = PAD_MULTIPLE  # None: fine-tuning rows are padded to seq_len
     pack_documents: bool = False
     parse_special_tokens: bool = False
     strict: bool = False
@@ -75,6 +77,7 @@ class Summary:
     tail_tokens_dropped: int = 0
     special_tokens: dict[str, int] = field(default_factory=dict)  # token -> occurrences in the text
     packing: dict[str, Packing] = field(default_factory=dict)  # split -> result, with --pack-documents
+    padding: dict[str, TokenShares] = field(default_factory=dict)  # split -> result, if rows differ in length
     sequences: dict[str, int] = field(default_factory=dict)  # split -> number of training sequences
     problems: list[str] = field(default_factory=list)
 
@@ -105,6 +108,7 @@ def prepare(config: PrepareConfig, report: Callable[[str], None] = tqdm.write) -
                     diffusion_tokenizer.mask_id,
                     diffusion_tokenizer.eos_id,
                     documents=config.pack_documents,
+                    pad_multiple=_pad_multiple(config),
                 )
                 with deferring_signals():  # MDSWriter needs empty folders, so they are unmarked until `begin`
                     writers = {split: stack.enter_context(ShardWriter(folders[split], card)) for split in SPLITS}
@@ -117,6 +121,7 @@ def prepare(config: PrepareConfig, report: Callable[[str], None] = tqdm.write) -
                 for split, sequence in builder.finish():
                     writers[split].write(sequence)
                 summary.sequences = {split: writer.card.sequences for split, writer in writers.items()}
+                summary.padding = {split: writer.shares() for split, writer in writers.items() if writer.varies}
                 if not summary.sequences["train"]:
                     raise UserError(_empty_message(config, summary))
             (config.output / SUMMARY).write_text(json.dumps(asdict(summary), indent=2) + "\n")
@@ -130,6 +135,12 @@ def prepare(config: PrepareConfig, report: Callable[[str], None] = tqdm.write) -
 
 def _check_length(seq_len: int) -> None:
     require(2 <= seq_len <= MAX_SEQ_LEN, f"--seq-len must be from 2 to {MAX_SEQ_LEN:,}, but is {seq_len}.")
+
+
+def _pad_multiple(config: PrepareConfig) -> int:
+    """Return the card's `pad_multiple`: 0 if all rows have `seq_len` tokens."""
+    multiple = config.pad_multiple or config.seq_len
+    return 0 if config.pack_documents or multiple >= config.seq_len else multiple
 
 
 def _check_output(config: PrepareConfig) -> tuple[str, ...]:
@@ -154,7 +165,7 @@ def _empty_message(config: PrepareConfig, summary: Summary) -> str:
     return (
         f"The corpus makes no training sequence of {config.seq_len} tokens: {summary.rows} rows read, "
         f"{summary.bad_rows} bad, {summary.overlong_dropped} too long, {summary.tokens} tokens; add text, lower "
-        "--seq-len, or pass --overlong truncate."
+        "--seq-len, or pass --overlong clip-response."
     )
 
 
@@ -367,7 +378,8 @@ class _SequenceBuilder:
             return
         self._summary.overlong_truncated += too_long
         if not self._config.pack_documents:
-            yield split, sequences.padded(document, length, eos_id)
+            multiple = _pad_multiple(self._config) or length
+            yield split, sequences.padded(document, padded_length(len(document.tokens), multiple, length), eos_id)
             return
         for sequence in self._best_fits[split].add(document):
             yield split, sequence

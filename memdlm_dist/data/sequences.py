@@ -28,11 +28,13 @@ class TrainingSequence:
     Attributes:
         documents: lengths of the documents in a packed row, in order; the tokens after them are padding. Empty if the
             row is not packed.
+        content: number of tokens before the padding of a fine-tuning row; None if the row has no such padding.
     """
 
     tokens_L: NDArray[np.int64]
     maskable_L: NDArray[np.bool_]
     documents: tuple[int, ...] = ()
+    content: int | None = None
 
 
 class BadRow(ValueError):
@@ -146,23 +148,27 @@ def _turns(messages: Any) -> list[tuple[str, bool]]:
     return pairs
 
 
+Overlong = Literal["drop", "truncate", "clip-response"]
+
+
 def fine_tuning_document(
     encoded: list[tuple[list[int], bool]],
     length: int,
     eos_id: int,
-    overlong: Literal["drop", "truncate"],
+    overlong: Overlong,
     every_turn: bool = True,
 ) -> tuple[Document | None, bool]:
     """Build a document of at most `length` tokens from a fine-tuning row; only responses are maskable.
 
     Args:
         encoded: (token ids, is response) pairs.
+        overlong: treatment of a row that is too long. "drop" drops it. "truncate" cuts it, and drops it if no response
+            is left. "clip-response" also removes a prompt at the cut, so that the document ends in a response.
         every_turn: append end-of-text to every response. If False, append it only at the end of the row, because a chat
             template marks the end of each response.
 
     Returns:
-        The document, and whether the row was too long. The document is None if the row is dropped: it is too long, or
-        has no response left after truncation.
+        The document, and whether the row was too long. The document is None if the row is dropped.
     """
     tokens: list[int] = []
     maskable: list[bool] = []
@@ -173,13 +179,20 @@ def fine_tuning_document(
     too_long = len(tokens) > length
     if too_long and (overlong == "drop" or not any(maskable[:length])):
         return None, True
+    if too_long and overlong == "clip-response":
+        length -= maskable[:length][::-1].index(True)
     return Document(tokens, maskable)[:length], too_long
 
 
 def padded(document: Document, length: int, eos_id: int) -> TrainingSequence:
-    """Pad one document to a row with end-of-text, which is maskable and scored, as in the paper's recipe."""
+    """Pad one document to a row with end-of-text, which is maskable and scored, as in the paper's recipe.
+
+    Args:
+        length: of the row, see `row_lengths.padded_length`.
+    """
     n_padding = length - len(document.tokens)
     return TrainingSequence(
         np.array(document.tokens + [eos_id] * n_padding, dtype=np.int64),
         np.array(document.maskable + [True] * n_padding, dtype=np.bool_),
+        content=len(document.tokens),
     )

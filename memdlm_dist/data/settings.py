@@ -28,6 +28,10 @@ class Data:
     shuffle_seed: int = 9176
     """Seed of the shuffle."""
 
+    group_by_length: bool = False
+    """Bring fine-tuning rows of similar length together, in a new order every epoch; needs rows that prepare_data.py
+    padded to a multiple of --pad-multiple. Every node then reads all shards."""
+
     num_canonical_nodes: int = 1
     """Canonical nodes of streaming (independent paths through the shards); 1: same order on any number of ranks."""
 

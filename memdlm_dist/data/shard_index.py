@@ -15,7 +15,7 @@ from memdlm_dist.runtime.storage import Storage
 
 INDEX = "index.json"
 # Column -> pattern of the MDS encodings that `ShardWriter` writes.
-_ENCODINGS = {"tokens": r"ndarray:uint(16|32):\d+", "maskable": "bytes", "documents": "bytes"}
+_ENCODINGS = {"tokens": r"ndarray:uint(16|32)(:\d+)?", "maskable": "bytes", "documents": "bytes"}
 _KEYS = {
     "column_encodings", "column_names", "column_sizes", "compression", "format", "hashes", "raw_data", "samples",
     "size_limit", "version", "zip_data",

@@ -1,6 +1,7 @@
 """Tokenised shards on disk: MDS files, and a card that describes them."""
 
 import json
+from array import array
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,9 @@ from typing import Any
 import numpy as np
 from streaming import MDSWriter
 
+from memdlm_dist.data import row_lengths
 from memdlm_dist.data.output import CARD
+from memdlm_dist.data.row_lengths import TokenShares
 from memdlm_dist.data.sequences import TrainingSequence
 from memdlm_dist.errors import UserError
 from memdlm_dist.runtime.rank_0 import one_line
@@ -16,8 +19,8 @@ from memdlm_dist.runtime.storage import Storage
 
 HASH = "xxh64"
 # Format of the card and of the MDS columns. A card of memdlm_dist 0.1 has no format number, which means format 1.
-# Format 2 adds `most_documents`.
-FORMAT = 2
+# Format 2 adds `most_documents`. Format 3 adds `pad_multiple` and rows of different lengths.
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Card:
     sequences: int = 0
     documents: bool = False  # the rows record document boundaries
     most_documents: int = 0  # largest number of documents in a row; 0 without document boundaries and in format 1
+    # Rows are padded to multiples of this number of tokens, and lengths.npy has their lengths; 0: all rows are equal.
+    pad_multiple: int = 0
     format: int = FORMAT
 
 
@@ -38,18 +43,22 @@ class ShardWriter:
     """Writer of rows to MDS shards; the folder is complete when the context exits without an error.
 
     A token takes 2 bytes if the vocabulary has at most 65,536 tokens, else 4. A maskable flag takes 1 bit. With
-    `card.documents`, the length of each document takes 4 bytes.
+    `card.documents`, the length of each document takes 4 bytes. With `card.pad_multiple`, rows may have any length up
+    to `card.seq_len`, and their lengths are written next to the shards.
 
     Args:
         folder: new or empty folder.
-        card: description of the shards; the writer updates `sequences` and `most_documents`.
+        card: description of the shards; the writer updates `sequences`, `most_documents`, and `pad_multiple` if
+            all rows turn out to have one length.
         size_limit: maximum number of bytes of one shard.
     """
 
     def __init__(self, folder: Path, card: Card, size_limit: int = 1 << 26):
         self._folder, self.card = folder, card
         self._dtype = np.uint16 if card.vocab_size <= 1 << 16 else np.uint32
-        columns = {"tokens": f"ndarray:{self._dtype.__name__}:{card.seq_len}", "maskable": "bytes"}
+        shape = "" if card.pad_multiple else f":{card.seq_len}"
+        columns = {"tokens": f"ndarray:{self._dtype.__name__}{shape}", "maskable": "bytes"}
+        self._lengths = array("I")  # content and length of every row
         if card.documents:
             columns["documents"] = "bytes"
         self._writer = MDSWriter(
@@ -64,7 +73,20 @@ class ShardWriter:
             sample["documents"] = np.array(documents, dtype=np.uint32).tobytes()
             self.card = replace(self.card, most_documents=max(self.card.most_documents, len(documents)))
         self._writer.write(sample)
+        if self.card.pad_multiple:
+            length = len(row.tokens_L)
+            self._lengths.extend((length if row.content is None else row.content, length))
         self.card = replace(self.card, sequences=self.card.sequences + 1)
+
+    @property
+    def varies(self) -> bool:
+        """True if rows of different lengths were written."""
+        return any(length != self.card.seq_len for length in self._lengths[1::2])
+
+    def shares(self) -> TokenShares:
+        """Return the counts of content and padding so far; fill depends on the batches of a run and is 0 here."""
+        content, length = sum(self._lengths[::2]), sum(self._lengths[1::2])
+        return TokenShares(content, length - content, 0)
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -72,6 +94,10 @@ class ShardWriter:
     def __exit__(self, error_type: Any, error: Any, traceback: Any) -> None:
         self._writer.__exit__(error_type, error, traceback)
         if error_type is None:
+            if self.varies:
+                row_lengths.write(self._folder, self._lengths)
+            else:
+                self.card = replace(self.card, pad_multiple=0)
             (self._folder / CARD).write_text(json.dumps(asdict(self.card), indent=2) + "\n")
 
 

@@ -87,4 +87,5 @@ def get_shard_requirements(config: JobConfig, mask_token_id: int) -> Requirement
         flavour=config.model.flavor,
         mask_token_id=mask_token_id,
         ring_attention=parallel.context_parallel_degree > 1 and parallel.context_parallel_method == "ring",
+        sequence_shards=parallel.tensor_parallel_degree * parallel.context_parallel_degree,
     )

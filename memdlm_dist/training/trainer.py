@@ -20,7 +20,7 @@ from memdlm_dist.config.experiment import get_experiment
 from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.data.dataset import max_documents
 from memdlm_dist.data.loader import Batch
-from memdlm_dist.method.documents import power_of_two
+from memdlm_dist.method.documents import PADDING, power_of_two
 from memdlm_dist.method.inner_loop import InnerStatistics
 from memdlm_dist.method.micro_batch import MicroBatch
 from memdlm_dist.models.flops import Recomputation, step_flops
@@ -30,7 +30,7 @@ from memdlm_dist.runtime.rank_0 import is_rank_0
 from memdlm_dist.runtime.watchdog import start_watchdog
 from memdlm_dist.training.backbone import get_lora
 from memdlm_dist.training.consensus import StepConsensus
-from memdlm_dist.training.metrics import HARDWARE_FLOPS, MASK_RATIO, SKIPPED_BATCHES, MemDLMMetrics
+from memdlm_dist.training.metrics import FILL_RATIO, HARDWARE_FLOPS, MASK_RATIO, SKIPPED_BATCHES, MemDLMMetrics
 from memdlm_dist.training.objective import Objective, build_objective
 from memdlm_dist.training.prefetch import BatchPrefetcher, PrefetchedBatch
 
@@ -66,6 +66,7 @@ class MemDLMTrainer(Trainer):
             data.shuffle_seed,
             data.num_canonical_nodes,
             self.tokenizer.fingerprint(),
+            data.group_by_length,
         )
         self.checkpointer.experiment = get_experiment(job_config)
         self.checkpointer.lora = get_lora(job_config)
@@ -81,6 +82,8 @@ class MemDLMTrainer(Trainer):
         config = self.job_config
         self.checkpointer.load(step=config.checkpoint.load_step)
         logger.info(f"Training starts at step {self.step + 1}")
+        if is_rank_0() and (shares := self.dataloader.token_shares()):
+            logger.info(f"An epoch of data.train has {shares}.")
         if self.step >= config.training.steps:
             logger.info(
                 f"This run is complete: its checkpoint is at step {self.step} of {config.training.steps}; raise "
@@ -222,6 +225,10 @@ class MemDLMTrainer(Trainer):
         metrics = self.metrics_processor
         metrics.record_rank_loss(loss_sum, batch.maskable)
         metrics.record_ratio(MASK_RATIO, batch.masked, batch.maskable)
+        if on_host.documents is not None:
+            number_BL = on_host.documents.number_BL
+            fill = torch.tensor([int((number_BL == PADDING).sum()), number_BL.numel()], device=self.device)
+            metrics.record_ratio(FILL_RATIO, *fill)
         if statistics is not None:
             metrics.record_inner_loop(statistics)
             frozen = self.checkpointer.lora is not None
@@ -234,9 +241,9 @@ class MemDLMTrainer(Trainer):
 
         None if the card of a data set does not state the largest number of documents in a row.
         """
-        most = {"data.train": self.dataloader.most_documents}
+        most = {"data.train": self.dataloader.rows.most_documents}
         if self.job_config.validation.enable:
-            most["data.validation"] = self.validator.most_documents
+            most["data.validation"] = self.validator.rows.most_documents
         unknown = " and ".join(name for name, number in most.items() if number is None)
         if unknown and is_rank_0():
             logger.warning(
@@ -261,27 +268,35 @@ class MemDLMTrainer(Trainer):
         began = time.perf_counter()
         self.watchdog.at("compiling later steps and validations")
         before = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        # The first step has compiled its own objective at one length.
+        rows = self.dataloader.rows
+        objectives = [self._objective_at(self.step)] if rows.buckets else []
         if self.objective.memory is not None and self.step < config.parametric_memory.start_step:
-            batch = self._random_batch(config.training.local_batch_size, self.dataloader.most_documents != 0)
-            with self.train_context():
-                with self.maybe_enable_amp:
-                    loss_sum, _ = self.objective.loss_sum(self.model, batch, self.step)
-                loss_sum.backward()
-            self.optimizers.zero_grad()
-        if config.validation.enable and resumed:
-            batch = self._random_batch(self.validator.batch_size, self.validator.most_documents != 0)
-            self.validator.losses(self.model, batch)
+            objectives.append(self.objective)
+        for objective in objectives:
+            for length in rows.buckets or (config.training.seq_len,):
+                batch = self._random_batch(objective, config.training.local_batch_size, length, rows.documents)
+                with self.train_context():
+                    with self.maybe_enable_amp:
+                        loss_sum, _ = objective.loss_sum(self.model, batch, self.step)
+                    loss_sum.backward()
+                self.optimizers.zero_grad()
+        if config.validation.enable and (resumed or self.validator.rows.buckets):
+            rows = self.validator.rows
+            for length in rows.buckets or (config.training.seq_len,):
+                batch = self._random_batch(self.objective, self.validator.batch_size, length, rows.documents)
+                self.validator.losses(self.model, batch)
         for buffer, value in before:
             buffer.copy_(value)
         self.metrics_processor.exclude(time.perf_counter() - began)
 
-    def _random_batch(self, rows: int, packed: bool) -> MicroBatch:
-        """Return a random micro-batch of the run's shapes, equal on all ranks; a packed row holds one document."""
-        shape = (rows, self.job_config.training.seq_len)
+    def _random_batch(self, objective: Objective, rows: int, length: int, documents: bool) -> MicroBatch:
+        """Return a random micro-batch, equal on all ranks; with documents, every row holds one."""
+        shape = (rows, length)
         tokens_BL = torch.randint(0, self.model_args.vocab_size, shape, generator=torch.Generator())
-        documents_BL = torch.zeros_like(tokens_BL) if packed else None
+        documents_BL = torch.zeros_like(tokens_BL) if documents else None
         ids_B = torch.arange(rows)
-        batch = self.objective.micro_batch(tokens_BL, tokens_BL, ids_B, self.step, documents_BL=documents_BL)
+        batch = objective.micro_batch(tokens_BL, tokens_BL, ids_B, self.step, documents_BL=documents_BL)
         return batch.to(self.device)
 
     def _shorten_timeouts(self) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,11 +72,9 @@ class HeldOutValidator:
             build_objective(job_config, args, tokenizer.mask_id, parallel_dims), seed=0, probability=1.0
         )
         data, training = job_config.data, job_config.training
-        self.most_documents = check_cards(data.validation, get_shard_requirements(job_config, tokenizer.mask_id))
+        self.rows = check_cards(data.validation, get_shard_requirements(job_config, tokenizer.mask_id))
         self.batch_size = job_config.validation.local_batch_size or training.local_batch_size
-        self._dataset = open_dataset(
-            data, data.validation, [], batch_size=self.batch_size, documents=self.most_documents != 0, shuffle=False
-        )
+        self._dataset = open_dataset(data, data.validation, [], self.rows, batch_size=self.batch_size, shuffle=False)
         steps, global_batch_size = job_config.validation.steps, self.batch_size * dp_world_size
         self._samples = self._dataset.size if steps == -1 else min(self._dataset.size, steps * global_batch_size)
         self._dependence = MemoryDependence()
@@ -94,6 +93,10 @@ class HeldOutValidator:
         for start in range(first, first + self._samples, self._dp_size * self.batch_size):
             ids = torch.arange(start, start + self.batch_size)
             rows = [self._dataset[int(i)] for i in ids.clamp(max=self._samples - 1)]
+            if self.rows.buckets:
+                on_all_ranks = start - first + np.arange(self._dp_size * self.batch_size)
+                length = self._dataset.row_lengths.bucket(on_all_ranks.clip(max=self._samples - 1))
+                rows = [self._dataset.fill_up(row, int(length)) for row in rows]
             labels = torch.stack([row["labels"] for row in rows])
             labels[ids >= self._samples] = IGNORE_INDEX
             documents = torch.stack([row["documents"] for row in rows]) if "documents" in rows[0] else None
