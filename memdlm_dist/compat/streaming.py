@@ -132,6 +132,7 @@ class ArrangedDataset(CacheOnlyEviction):
         order = partitions.flatten()
         order = order[order != -1][: self.epoch_size]
         if self.shuffle:
+            self._set_shuffle_block_size(self._parallel_rank_world)
             nodes, seed = self.num_canonical_nodes, self.shuffle_seed
             shuffle = get_shuffle(self.shuffle_algo, shuffle_units, nodes, seed, epoch, self.shuffle_block_size)
             order = shuffle[order]

@@ -8,9 +8,8 @@ Shapes: N rows of the shards, E rows of an epoch, G rows of a global batch.
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,16 +38,18 @@ def buckets(seq_len: int, multiple: int) -> tuple[int, ...]:
     return tuple(sorted({padded_length(-(-seq_len >> k) or 1, multiple, seq_len) for k in range(MAX_BUCKETS)}))
 
 
-class TokenShares(NamedTuple):
-    """Token counts of an epoch."""
+@dataclass(frozen=True)
+class TokenShares:
+    """Token counts of rows of different lengths."""
 
     content: int
     padding: int  # end-of-text after the content, up to the row's length; masked and scored
     fill: int  # between the row's length and the micro-batch's; neither attended to nor scored
 
     def __str__(self) -> str:
-        total = max(sum(self), 1)
-        return ", ".join(f"{count:,} ({100 * count / total:.1f}%) {name}" for name, count in self._asdict().items())
+        counts = asdict(self)
+        total = max(sum(counts.values()), 1)
+        return ", ".join(f"{count:,} tokens ({100 * count / total:.1f}%) of {name}" for name, count in counts.items())
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch._dynamo.utils import counters
 from torch.distributed import destroy_process_group
 
 from memdlm_dist.config import parse_config
+from memdlm_dist.data.dataset import RowShape
 from memdlm_dist.runtime import device
 from memdlm_dist.runtime.process_group import init_fake_process_group
 from memdlm_dist.training.backbone import get_layout, get_model_args
@@ -32,8 +33,8 @@ def build():
         config = parse_config.parse([*COMMON, *arguments])
         sizes = replace(get_model_args(config), n_layers=2, grouped=grouped)
         trained = trainer.build(config, sizes, get_layout(config, 1), "cpu")
-        trained.dataloader = SimpleNamespace(most_documents=most_documents)
-        trained.validator = SimpleNamespace(most_documents=2)
+        trained.dataloader = SimpleNamespace(rows=RowShape(most_documents))
+        trained.validator = SimpleNamespace(rows=RowShape(2))
         trained.objective = replace(trained.objective, slots=trained._document_slots())
 
         def batch(number, documents):
@@ -42,7 +43,7 @@ def build():
             return trainer.batch(config, sizes, number)._replace(documents_BL=torch.stack(numbers))
 
         trained.validator = trainer.held_out(trained, [batch(9, (1, 2))])
-        trained.validator.most_documents = 2
+        trained.validator.rows = RowShape(2)
         return trained, batch
 
     yield built

@@ -404,10 +404,10 @@ def test_shards_of_an_earlier_release_are_read(split):
     "change, message",
     [
         (
-            {"format": 3},
-            "has format 3, but this version of memdlm_dist reads format 2 at most; use a version that reads ",
+            {"format": 4},
+            "has format 4, but this version of memdlm_dist reads format 3 at most; use a version that reads ",
         ),
-        ({"format": 3, "new": 1}, "has format 3, but this version of memdlm_dist reads format 2 at most"),
+        ({"format": 4, "new": 1}, "has format 4, but this version of memdlm_dist reads format 3 at most"),
         ({"new": 1}, "has the key 'new', which format 1 does not have; use the version of memdlm_dist that wrote it"),
         ({"seq_len": "128"}, "has no valid seq_len; prepare the data anew"),
     ],
