@@ -5,6 +5,8 @@ Examples:
   python tools/bench.py
   # Another training configuration, with a changed key
   python tools/bench.py train_configs/debug.toml --rounds 3 --training.local_batch_size 2
+  # Our step on fine-tuning rows of mixed lengths
+  python tools/bench.py --mix --rounds 4
   # Plain and ours at several row lengths
   python tools/bench.py train_configs/debug.toml --rounds 2 --lengths 128 256 512
 
@@ -39,6 +41,7 @@ from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import backbone_args
 from memdlm_dist.performance.bench_steps import Bench
+from memdlm_dist.performance.length_mix import measure_mix, table_of_mix
 from memdlm_dist.performance.measure import measure, sweep, table, table_of_lengths
 from memdlm_dist.runtime.device import device_module, device_type
 from memdlm_dist.runtime.entry_point import guarded, new_parser, positive
@@ -62,6 +65,9 @@ def run(options: argparse.Namespace, argv: Sequence[str], overrides: Sequence[st
     if options.lengths:
         result["lengths"] = sweep(config, options.lengths, options.rounds, options.warm_up, options.layers)
         text = table_of_lengths(result["lengths"])
+    elif options.mix:
+        result |= measure_mix(config, options.rounds, options.warm_up, options.layers)
+        text = table_of_mix(result)
     else:
         bench = Bench.build(config, options.layers)
         result |= measure(bench, options.rounds, options.warm_up, options.profile)
@@ -116,6 +122,12 @@ def parser() -> argparse.ArgumentParser:
         "--lengths", type=positive, nargs="+", metavar="N",
         help="row lengths in tokens; measures plain and ours at each (default: all three kinds at training.seq_len)",
     )  # fmt: skip
+    sampling.add_argument(
+        "--mix",
+        action="store_true",
+        help="measure our step on fine-tuning rows of mixed lengths, as in LongAlpaca: padded to training.seq_len, in "
+        "buckets, and grouped by length",
+    )
     model = p.add_argument_group("model")
     model.add_argument("--layers", type=positive, metavar="N", help="number of layers (default: the flavour's)")
     hardware = p.add_argument_group("hardware")

@@ -59,7 +59,7 @@ def measure(
         batch = bench.batch(number)
         for offset in range(len(kinds)):
             kind = kinds[(offset + number) % len(kinds)]
-            duration = _timed(partial(step, kind, number, batch))
+            duration = timed(partial(step, kind, number, batch))
             if number >= warm_up:
                 seconds[kind].append(duration)
         if number >= warm_up:
@@ -126,7 +126,8 @@ def peak_flops(device: str) -> float | None:
     return None if unknown or "MIG" in device else peak
 
 
-def _timed(run: Callable[[], None]) -> float:
+def timed(run: Callable[[], None]) -> float:
+    """Return the seconds that `run` takes on the slowest rank."""
     dist.barrier()
     _synchronise()
     began = time.perf_counter()

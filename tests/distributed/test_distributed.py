@@ -1,6 +1,7 @@
 """Layouts, checkpoints and TensorBoard through the real entry point, on gloo."""
 
 import json
+from itertools import pairwise
 
 import pytest
 from torch.distributed.checkpoint import FileSystemReader
@@ -46,6 +47,18 @@ PACKED = {
     "packed-fsdp2-cp2": (4, [LOCAL, "2", CP, "2"]),
     "packed-compiled-cp2": (2, [LOCAL, "4", CP, "2", "--compile.enable", "--compile.backend", "aot_eager"]),
 }
+# Layouts on fine-tuning rows of different lengths, grouped by length; "resumed" runs its arguments after the first.
+GROUPED = ["--data.group_by_length", "--data.shuffle_seed", "3"]
+SAVE_2 = ["--checkpoint.enable", "--checkpoint.interval", "2"]
+VARIED = {
+    "varied": (1, [LOCAL, "4"]),
+    # Without validation: tensor parallelism takes seconds for every new shape.
+    "varied-tp2": (2, [LOCAL, "4", TP, "2", "--validation.no_enable"]),
+    "varied-cp2-accumulation": (2, [LOCAL, "2", CP, "2"]),
+    "varied-fsdp2-accumulation": (2, [LOCAL, "1", *SAVE_2]),
+    "varied-resumed": (1, [LOCAL, "1", *SAVE_2]),
+}
+VARIED_STEPS = 4
 COMMON = ["--model.flavor", "tiny", "--training.steps", "2", "--training.global_batch_size", "4"]
 VALIDATED = ("single", "fsdp2", "tp2", "fsdp2-cp2", "packed", "packed-fsdp2-cp2")
 # bfloat16 carries 8 bits: one rounding is 0.4%, and rounding accumulates over the layers.
@@ -57,7 +70,10 @@ BFLOAT16_TOLERANCE = 0.03
 def all_runs(tmp_path_factory):
     """Return the folder of all runs except the slow ones; one launch of Python serves all runs."""
     root = tmp_path_factory.mktemp("runs")
-    runs = [layout_runs(root), option_runs(root, SINGLE_RUNS + SOME_RUNS), expert_runs(root), continued_runs(root)]
+    runs = [
+        layout_runs(root), option_runs(root, SINGLE_RUNS + SOME_RUNS), expert_runs(root), continued_runs(root),
+        varied_runs(root),
+    ]  # fmt: skip
     run_many([run for group in runs for run in group])
     return root
 
@@ -77,6 +93,29 @@ def layout_runs(root):
         (n, debug(root / name, *COMMON, *args, *(validation if name in VALIDATED else ())))
         for name, (n, args) in layouts.items()
     ]
+
+
+def varied_runs(root):
+    """Return runs on fine-tuning rows of different lengths; two share a folder, and the second one resumes the first."""
+    folder = root / "varied-data"
+    folder.mkdir()
+    rows = [{"prompt": f"{i}:", "response": "x = f(y)\n" * (1 + i * 7 % 12)} for i in range(60)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prepare(
+        PrepareConfig(
+            folder, 128, (str(folder / "rows.jsonl"),), "tests/assets/debug/tokenizer", held_out=0.15, pad_multiple=16
+        ),
+        report=print,
+    )
+    data = ["--data.train", str(folder / "train"), "--data.validation", str(folder / "heldout")]
+    validation = ["--validation.enable", "--validation.freq", "4", "--validation.local_batch_size", "2"]
+    runs = []
+    for name, (processes, arguments) in VARIED.items():
+        out = "varied-fsdp2-accumulation" if name == "varied-resumed" else name
+        steps = "2" if name == "varied-fsdp2-accumulation" else str(VARIED_STEPS)
+        common = [*COMMON, *GROUPED, *data, *validation, "--validation.steps", "-1", "--training.steps", steps]
+        runs.append((processes, debug(root / out, *common, *arguments)))
+    return runs
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +168,22 @@ def test_packed_rows_take_the_same_step(results, layout):
             continue
         assert relative_difference(results[layout][name], results["packed"][name]) < TOLERANCE, name
     assert results["packed"]["validation/loss_memory_on"][0] < results["packed"]["validation/loss_memory_off"][0]
+
+
+@pytest.mark.parametrize("layout", ["varied-tp2", "varied-cp2-accumulation", "varied-fsdp2-accumulation"])
+def test_rows_of_different_lengths_take_the_same_steps(all_runs, layout):
+    """The last layout is stopped after two steps and resumed on one rank, inside a window of grouped rows."""
+    ours, theirs = scalars(all_runs / layout), scalars(all_runs / "varied")
+    for name in TRACKED:
+        if name.startswith("validation") and "tp2" in layout:
+            continue
+        steps = {0, VARIED_STEPS} if name.startswith("validation") else set(range(1, VARIED_STEPS + 1))
+        extra = {2} if name.startswith("validation") and "fsdp2" in layout else set()
+        assert set(ours[name]) - extra == set(theirs[name]) == steps, name
+        assert relative_difference(theirs[name], ours[name]) < TOLERANCE, f"{name}: {ours[name]} against {theirs[name]}"
+    tokens = [theirs["n_tokens_seen"][step] for step in range(1, VARIED_STEPS + 1)]
+    assert len({b - a for a, b in pairwise([0, *tokens])}) > 1, "micro-batches have different lengths"
+    assert 0 < max(theirs["data/fill_ratio"].values()) < 0.5
 
 
 def test_scalars_count_a_context_parallel_group_once(results):

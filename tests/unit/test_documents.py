@@ -150,6 +150,32 @@ def test_a_row_of_one_document_is_a_row_without_documents():
     close(one[2], other[2])
 
 
+@pytest.mark.parametrize("shifted", [False, True])
+def test_a_row_does_not_depend_on_its_fill_or_on_its_neighbours(shifted):
+    """Rows filled up to two lengths, in one micro-batch, are the rows alone; so are their noise and their memory."""
+    goal, model = replace(objective(memory()), shifted=shifted, slots=1), build()
+    tokens, labels, _ = packed()
+    sizes = [LENGTH - 3 * row for row in range(len(SIZES))]
+    labels[:, -2:] = tokens[:, -2:]  # padding that is scored
+    alone_, total = [], torch.zeros(())
+    for row, size in enumerate(sizes):
+        alone_.append(step(model, goal, tokens[row : row + 1, :size], labels[row : row + 1, :size], ROW_IDS[row][None]))
+        total = total + alone_[-1][0]
+    for length in (LENGTH, LENGTH + 8):
+        filled_tokens, filled_labels = F.pad(tokens, (0, 8)), F.pad(labels, (0, 8), value=trajectory.IGNORE_INDEX)
+        documents = torch.where(torch.arange(length) < torch.tensor(sizes)[:, None], 0, PADDING)
+        filled_labels = torch.where(documents == 0, filled_labels[:, :length], trajectory.IGNORE_INDEX)
+        loss, inner, summed = step(
+            model, goal, filled_tokens[:, :length], filled_labels, ROW_IDS, documents_BL=documents
+        )
+        close(loss, total)
+        for name, x in summed.items():
+            close(x, sum(one[2][name] for one in alone_))
+        for row, one in enumerate(alone_):
+            close(inner.loss_KG[:, row], one[1].loss_KG[:, 0])
+            close(inner.written_norm_G[row], one[1].written_norm_G[0])
+
+
 @pytest.mark.parametrize("fast_weight_type", ["lora", "full"])
 def test_experts_have_fast_weights_for_every_document(fast_weight_type):
     args = LLaDAMoEArgs(
