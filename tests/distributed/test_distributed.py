@@ -96,7 +96,7 @@ def layout_runs(root):
 
 
 def varied_runs(root):
-    """Return runs on fine-tuning rows of different lengths; two share a folder, and the second one resumes the first."""
+    """Return runs on fine-tuning rows of different lengths; of two in one folder the second resumes the first."""
     folder = root / "varied-data"
     folder.mkdir()
     rows = [{"prompt": f"{i}:", "response": "x = f(y)\n" * (1 + i * 7 % 12)} for i in range(60)]
