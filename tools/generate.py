@@ -49,8 +49,10 @@ def parser() -> argparse.ArgumentParser:
     )
     data.add_argument(
         "--chat-template",
-        choices=chat.TEMPLATES,
-        help="template that formats the prompt as a user's turn: LLaDA-8B's, or the tokenizer's own (default: none)",
+        type=chat.name_or_path,
+        metavar="NAME",
+        help="template that formats the prompt as a user's turn: LLaDA-8B's (llada), the tokenizer's own (tokenizer), "
+        "or a file (PATH.jinja) (default: none)",
     )
     add_decoding_arguments(p, None)
     output = p.add_argument_group("output").add_mutually_exclusive_group()

@@ -20,14 +20,15 @@ prepare_data.py did not write. SIGTERM ends the command with status 143 and leav
 import argparse
 import sys
 from pathlib import Path
+from typing import get_args
 
 from memdlm_dist.runtime import cpu
 
 cpu.prepare()
 
-from memdlm_dist.data.chat import TEMPLATES
+from memdlm_dist.data.chat import name_or_path
 from memdlm_dist.data.prepare import MAX_SEQ_LEN, PAD_MULTIPLE, PrepareConfig, prepare
-from memdlm_dist.data.sequences import Fields
+from memdlm_dist.data.sequences import Fields, Format
 from memdlm_dist.errors import require
 from memdlm_dist.runtime.entry_point import guarded, new_parser, positive
 from memdlm_dist.runtime.preemption import exiting_on_sigterm
@@ -51,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     source.add_argument("--builtin", action="store_true", help="use the source files of the Python standard library")
     data.add_argument(
         "--format",
-        choices=("text", "prompt_response", "alpaca", "messages"),
+        choices=get_args(Format),
         help="fields of a row (default: detected from each row)",
     )
     data.add_argument(
@@ -81,9 +82,10 @@ def parser() -> argparse.ArgumentParser:
     )
     tokens.add_argument(
         "--chat-template",
-        choices=TEMPLATES,
-        help="template that formats fine-tuning rows as conversations: LLaDA-8B's, or the tokenizer's own (default: "
-        "plain text)",
+        type=name_or_path,
+        metavar="NAME",
+        help="template that formats fine-tuning rows as conversations: LLaDA-8B's (llada), the tokenizer's own "
+        "(tokenizer), or a file (PATH.jinja); its generation blocks, if any, are the responses (default: plain text)",
     )
     tokens.add_argument(
         "--parse-special-tokens",

@@ -1,34 +1,71 @@
 """Chat templates, which render a conversation as the text that an instruction-tuned model expects.
 
-`llada` is LLaDA-8B's template. `tokenizer` is the template in the tokenizer's folder. It is untrusted code, so
-`TemplateProcess` renders it in a separate process.
+`llada` is LLaDA-8B's template, `tokenizer` the template in the tokenizer's folder, and PATH.jinja a user's own. The
+last two are untrusted code, so `TemplateProcess` renders them in a separate process.
 """
 
+import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
 from memdlm_dist.data.sequences import MAX_ROW
-from memdlm_dist.data.template_process import TemplateProcess
+from memdlm_dist.data.template_process import Rendering, TemplateProcess
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError
 from memdlm_dist.runtime.rank_0 import one_line
 
 TEMPLATES = ("llada", "tokenizer")
 
-# (messages, add_generation_prompt) -> text, with the arguments of Hugging Face's `apply_chat_template`.
-ChatTemplate = Callable[[Sequence[dict[str, str]], bool], str]
+_SUFFIX = ".jinja"
 
 _LLADA_START = "<|startoftext|>"
 _LLADA_TOKENS = (_LLADA_START, "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
 
-def chat_template(name: str, tokenizer: DiffusionTokenizer) -> ChatTemplate:
-    """Return the template `name`, one of `TEMPLATES`.
+@dataclass(frozen=True)
+class ChatTemplate:
+    """Chat template.
+
+    Attributes:
+        render: (messages, add_generation_prompt) -> rendering.
+        has_generation_blocks: the rendering's spans are the responses.
+    """
+
+    render: Callable[[Sequence[dict[str, str]], bool], Rendering]
+    has_generation_blocks: bool = False
+
+    def __call__(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool) -> str:
+        """Return the text of a conversation, with the arguments of Hugging Face's `apply_chat_template`."""
+        return self.render(messages, add_generation_prompt).text
+
+
+def name_or_path(text: str) -> str:
+    """Parse the name of a chat template or the path of its file (argparse type).
 
     Raises:
-        UserError: if the tokenizer lacks the template or its special tokens.
+        argparse.ArgumentTypeError: if there is no such template.
+    """
+    if text in TEMPLATES:
+        return text
+    if not text.endswith(_SUFFIX):
+        raise argparse.ArgumentTypeError(f"'{text}' is neither {' nor '.join(TEMPLATES)} nor a file *{_SUFFIX}")
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {text}")
+    return text
+
+
+def chat_template(name: str, tokenizer: DiffusionTokenizer) -> ChatTemplate:
+    """Return a template.
+
+    Args:
+        name: one of `TEMPLATES`, or the path of a Jinja file.
+
+    Raises:
+        UserError: if the template cannot be read, or the tokenizer lacks it or its special tokens.
     """
     if name == "llada":
         missing = [token for token in _LLADA_TOKENS if tokenizer.token_to_id(token) is None]
@@ -37,8 +74,11 @@ def chat_template(name: str, tokenizer: DiffusionTokenizer) -> ChatTemplate:
                 f"The tokenizer in {tokenizer.tokenizer_path} lacks {missing[0]}, which the chat template llada needs; "
                 "use LLaDA's own tokenizer, or another chat template."
             )
-        return _llada
-    return _tokenizer_template(tokenizer)
+        return ChatTemplate(lambda messages, prompt: Rendering(_llada(messages, prompt), []))
+    if name != "tokenizer":
+        return _jinja_template(_read(Path(name)), f"The chat template {name}", tokenizer)
+    source = _tokenizer_template(tokenizer)
+    return _jinja_template(source, f"The chat template of {tokenizer.tokenizer_path}", tokenizer)
 
 
 def _llada(messages: Sequence[dict[str, str]], add_generation_prompt: bool) -> str:
@@ -50,32 +90,50 @@ def _llada_header(role: str) -> str:
     return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
 
 
-def _tokenizer_template(tokenizer: DiffusionTokenizer) -> ChatTemplate:
-    config = tokenizer.config or {}
-    source = config.get("chat_template")
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The chat template {file} cannot be read ({one_line(error)}); restore the file.") from None
+
+
+def _tokenizer_template(tokenizer: DiffusionTokenizer) -> str:
+    """Return the source of a tokenizer's template; its file takes precedence, as in Hugging Face's transformers."""
     file = Path(tokenizer.tokenizer_path) / "chat_template.jinja"
-    if source is None and file.is_file():
-        try:
-            source = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"The chat template {file} cannot be read ({one_line(error)}); restore the file.") from None
+    if file.is_file():
+        return _read(file)
+    source: Any = (tokenizer.config or {}).get("chat_template")
+    if isinstance(source, list):  # named templates
+        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+        source = named.get("default")
+        if named and source is None:
+            raise UserError(
+                f"The tokenizer in {tokenizer.tokenizer_path} has several chat templates "
+                f"({', '.join(map(str, named))}) and none named default; save one as a file *{_SUFFIX} and choose it."
+            )
     if not isinstance(source, str):
         raise UserError(
             f"The tokenizer in {tokenizer.tokenizer_path} has no chat template (tokenizer_config.json, "
             "chat_template.jinja); choose another chat template, or none."
         )
+    return source
+
+
+def _jinja_template(source: str, label: str, tokenizer: DiffusionTokenizer) -> ChatTemplate:
     special = {
         key: value.get("content") if isinstance(value, dict) else value
-        for key, value in config.items()
+        for key, value in (tokenizer.config or {}).items()
         if key.endswith("_token")
     }
+    strings = {key: value for key, value in special.items() if isinstance(value, str)}  # null is undefined
     try:
-        template = TemplateProcess(source, special, MAX_ROW)
+        process = TemplateProcess(source, strings, MAX_ROW)
     except jinja2.TemplateError as error:
         problem = f"cannot be read ({one_line(error)}); choose another chat template, or none"
-        raise UserError(f"The chat template of {tokenizer.tokenizer_path} {problem}.") from None
-    return lambda messages, add_generation_prompt: template.render(
-        messages=list(messages), add_generation_prompt=add_generation_prompt
+        raise UserError(f"{label} {problem}.") from None
+    return ChatTemplate(
+        lambda messages, prompt: process.render(messages=list(messages), add_generation_prompt=prompt),
+        process.has_generation_blocks,
     )
 
 
@@ -94,24 +152,48 @@ def prompt(template: ChatTemplate, text: str) -> str:
 
 
 def segments(template: ChatTemplate, messages: Sequence[dict[str, str]]) -> list[tuple[str, bool]]:
-    """Render a conversation as (text, is response) pairs.
+    """Render a conversation as (text, is response) pairs, up to its last response.
 
-    A response is the text that an assistant's turn adds to the rendered conversation.
+    With generation blocks the conversation is rendered once, and the blocks are the responses. Otherwise a response is
+    the text that an assistant's turn adds to the rendered conversation.
 
     Raises:
-        ValueError: if the template raises an error, or renders earlier turns differently once another turn follows.
+        ValueError: if the template raises an error, renders no response, or without generation blocks renders earlier
+            turns differently once another turn follows.
     """
+    turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    try:
+        pairs = (_by_generation_blocks if template.has_generation_blocks else _by_turns)(template, messages, turns)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the chat template refuses the conversation ({one_line(error)})") from None
+    if not any(text for text, is_response in pairs if is_response):
+        raise ValueError("the chat template renders no response")
+    return pairs
+
+
+def _by_generation_blocks(
+    template: ChatTemplate, messages: Sequence[dict[str, str]], turns: list[int]
+) -> list[tuple[str, bool]]:
+    # As in `_by_turns`, what follows the last response is left out: at inference it would be unknown.
+    text, spans = template.render(messages[: turns[-1] + 1] if turns else messages, False)
+    pairs: list[tuple[str, bool]] = []
+    position = 0
+    for start, end in spans:
+        pairs += [(text[position:start], False), (text[start:end], True)]
+        position = end
+    return [(text, is_response) for text, is_response in pairs if text]
+
+
+def _by_turns(template: ChatTemplate, messages: Sequence[dict[str, str]], turns: list[int]) -> list[tuple[str, bool]]:
     pairs: list[tuple[str, bool]] = []
     rendered = ""
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        try:
-            before, after = template(messages[:number], True), template(messages[: number + 1], False)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template refuses the conversation ({one_line(error)})") from None
+    for number in turns:
+        before, after = template(messages[:number], True), template(messages[: number + 1], False)
         if not before.startswith(rendered) or not after.startswith(before):
-            raise ValueError("the chat template rewrites earlier turns when another turn follows")
+            raise ValueError(
+                "the chat template rewrites earlier turns when another turn follows (choose a template that marks "
+                "responses by {% generation %})"
+            )
         pairs += [(before[len(rendered) :], False), (after[len(before) :], True)]
         rendered = after
     return pairs

@@ -44,7 +44,7 @@ class PrepareConfig:
     mask_token: str | None = None
     eos_token: str | None = None
     row_format: Format | None = None
-    chat_template: str | None = None  # one of `chat.TEMPLATES`
+    chat_template: str | None = None  # one of `chat.TEMPLATES` or the path of a Jinja file
     fields: Fields = field(default_factory=Fields)
     held_out: float = 0.01
     overlong: Overlong = "drop"

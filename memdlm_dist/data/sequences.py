@@ -6,8 +6,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Format = Literal["text", "prompt_response", "alpaca", "messages"]
+Format = Literal["text", "prompt_response", "alpaca", "messages", "sharegpt"]
 MAX_ROW = 64 << 20  # bytes of a stored corpus row, and characters of a text in it
+_SHAREGPT_ROLES = {  # value of `from` -> role
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bard", "bing", "model"), "assistant"),
+    "system": "system",
+    **dict.fromkeys(("tool", "function", "observation", "function_call"), "tool"),
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,8 @@ def detect_format(values: dict[str, Any], fields: Fields) -> Format | None:
     """Return the format of a corpus row according to its keys; None if they match no known format."""
     if "messages" in values:
         return "messages"
+    if "conversations" in values:
+        return "sharegpt"
     if "instruction" in values and "output" in values:
         return "alpaca"
     if fields.prompt in values and fields.response in values:
@@ -102,7 +110,7 @@ def segments(values: dict[str, Any], row_format: Format, fields: Fields) -> list
     """Split a fine-tuning row into (text, is response) pairs.
 
     alpaca: the instruction, the input if not empty, and the output, separated by empty lines.
-    messages: each turn as `role: content`, separated by empty lines; the assistant's turns are responses.
+    messages, sharegpt: each turn as `role: content`, separated by empty lines; the assistant's turns are responses.
 
     Raises:
         BadRow: naming the field.
@@ -114,7 +122,13 @@ def segments(values: dict[str, Any], row_format: Format, fields: Fields) -> list
         prompt = "\n\n".join(filter(None, (_string(values, "instruction"), context)))
         pairs = [(prompt + "\n\n", False), (_string(values, "output"), True)]
     else:
-        pairs = _turns(values.get("messages"))
+        pairs = []
+        for message in _messages(values, row_format):
+            role, content = message["role"], message["content"]
+            if role == "assistant":
+                pairs += [(f"{role}: ", False), (content, True)]
+            else:
+                pairs.append((f"{role}: {content}\n\n", False))
     if not any(text.strip() for text, is_response in pairs if is_response):
         raise BadRow("the row has no response to learn from")
     return pairs
@@ -126,26 +140,47 @@ def conversation(values: dict[str, Any], row_format: Format, fields: Fields) -> 
     Raises:
         BadRow: naming the field.
     """
-    if row_format == "messages":
-        _turns(values.get("messages"))  # raises BadRow if they are invalid
-        return [{"role": m["role"], "content": m["content"]} for m in values["messages"]]
-    (prompt, _), (response, _) = segments(values, row_format, fields)
+    pairs = segments(values, row_format, fields)  # raises BadRow if the row is invalid
+    if row_format in ("messages", "sharegpt"):
+        return _messages(values, row_format)
+    (prompt, _), (response, _) = pairs
     return [{"role": "user", "content": prompt.rstrip("\n")}, {"role": "assistant", "content": response}]
 
 
-def _turns(messages: Any) -> list[tuple[str, bool]]:
-    if not isinstance(messages, list) or not messages:
-        raise BadRow("field 'messages' is not a non-empty list")
-    pairs: list[tuple[str, bool]] = []
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise BadRow(f"messages[{number}] is {type(message).__name__}, not an object")
-        role, content = _string(message, "role"), _string(message, "content")
-        if role == "assistant":
-            pairs += [(f"{role}: ", False), (content, True)]
-        else:
-            pairs.append((f"{role}: {content}\n\n", False))
-    return pairs
+def _messages(values: dict[str, Any], row_format: Format) -> list[dict[str, str]]:
+    name = "conversations" if row_format == "sharegpt" else "messages"
+    turns = values.get(name)
+    if not isinstance(turns, list) or not turns:
+        raise BadRow(f"field {name!r} is not a non-empty list")
+    messages = []
+    if row_format == "sharegpt" and values.get("system"):
+        messages.append({"role": "system", "content": _string(values, "system")})
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, dict):
+            raise BadRow(f"{name}[{number}] is {type(turn).__name__}, not an object")
+        messages.append(_sharegpt_message(turn) if row_format == "sharegpt" else _message(turn))
+    return messages
+
+
+def _sharegpt_message(turn: dict[str, Any]) -> dict[str, str]:
+    speaker, content = _string(turn, "from"), _string(turn, "value")
+    if speaker not in _SHAREGPT_ROLES:
+        raise BadRow(f"field 'from' has the unknown role {speaker!r}, not one of {', '.join(_SHAREGPT_ROLES)}")
+    return {"role": _SHAREGPT_ROLES[speaker], "content": content}
+
+
+def _message(turn: dict[str, Any]) -> dict[str, str]:
+    role, content = _string(turn, "role"), turn.get("content")
+    if not isinstance(content, list):
+        return {"role": role, "content": _string(turn, "content")}
+    for number, part in enumerate(content):
+        if not isinstance(part, dict):
+            raise BadRow(f"content[{number}] is {type(part).__name__}, not an object")
+        if part.get("type") != "text":
+            raise BadRow(f"content[{number}] has the type {part.get('type')!r}; only 'text' is supported")
+    text = "".join(_string(part, "text") for part in content)
+    check_text(text, "field 'content'")
+    return {"role": role, "content": text}
 
 
 Overlong = Literal["drop", "truncate", "clip-response"]

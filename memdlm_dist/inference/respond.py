@@ -33,7 +33,7 @@ def respond(
         memory: adapt fast weights to the prompt first.
         anchor_ratio: share of the prompt's tokens that the memory's anchor masks.
         new_tokens: [MASK]s to append to the prompt; None for 64, or 0 if the prompt has [MASK]s.
-        chat_template: one of `chat.TEMPLATES`; None for the plain prompt.
+        chat_template: one of `chat.TEMPLATES` or the path of a Jinja file; None for the plain prompt.
         watch: draw the text in the terminal after every step.
 
     Raises:

@@ -3,13 +3,16 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
+import jinja2
 import pytest
 from tokenizers import Tokenizer
 
 from memdlm_dist.data import chat, template_process
 from memdlm_dist.data.dataset import TokenDataset
 from memdlm_dist.data.prepare import PrepareConfig, prepare
+from memdlm_dist.data.template_process import Rendering, TemplateProcess
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError
 from memdlm_dist.method.trajectory import IGNORE_INDEX
@@ -21,6 +24,8 @@ CONVERSATION = [
     {"role": "user", "content": "And 4?"},
     {"role": "assistant", "content": "7"},
 ]
+TEMPLATES = {path.stem: path.read_text() for path in sorted(Path("tests/assets/templates").glob("*.jinja"))}
+TEMPLATES["docs"] = re.findall("^```jinja\n(.*?)^```", Path("docs/data.md").read_text(), re.MULTILINE | re.DOTALL)[0]
 
 
 def templated(tmp_path, chat_template=None, tokens=()):
@@ -64,6 +69,138 @@ def test_the_chat_template_of_a_tokenizer(tmp_path):
         chat.chat_template("tokenizer", DiffusionTokenizer("tests/assets/debug/tokenizer"))
 
 
+def test_the_choice_of_a_template(tmp_path, capsys):
+    """Same choice as in transformers: first chat_template.jinja, then the template named default."""
+    entry = {"name": "default", "template": "{{ eos_token }}{{ bos_token }}{{ messages[0].content }}"}
+    pieces = templated(tmp_path, [{"name": "rag", "template": "{{ documents }}"}, entry])
+    pieces.config |= {"bos_token": None}
+    assert chat.chat_template("tokenizer", pieces)(CONVERSATION, False) == "<|endoftext|>Add 1 and 2."
+    pieces.config["chat_template"][1] = {"name": "tool_use", "template": ""}
+    with pytest.raises(
+        UserError, match=r"has several chat templates \(rag, tool_use\) and none named default; save one"
+    ):
+        chat.chat_template("tokenizer", pieces)
+    (Path(pieces.tokenizer_path) / "chat_template.jinja").write_text("file {{ tools }}")
+    assert chat.chat_template("tokenizer", pieces)(CONVERSATION, False) == "file None"
+
+    own = tmp_path / "own.jinja"
+    own.write_text("{% generation %}")
+    with pytest.raises(UserError, match=r"The chat template .*own.jinja cannot be read \(.*endgeneration.*; choose"):
+        chat.chat_template(str(own), pieces)
+    own.write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"The chat template .*own.jinja cannot be read \(.*; restore the file"):
+        chat.chat_template(str(own), pieces)
+    required = ["--builtin", "--tokenizer", "x", "--seq-len", "8", "--output", "x", "--chat-template"]
+    for name, message in [
+        ("lada", "'lada' is neither llada nor tokenizer nor a file *.jinja"),
+        ("none.jinja", "there is no file none.jinja"),
+    ]:
+        with pytest.raises(SystemExit):
+            prepare_data.parser().parse_args([*required, name])
+        assert f"argument --chat-template: {message}" in capsys.readouterr().err
+    assert prepare_data.parser().parse_args([*required, str(own)]).chat_template == str(own)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_text_and_responses_are_those_of_hugging_face(name):
+    hugging_face = pytest.importorskip("transformers.utils.chat_template_utils")
+    system = {"role": "system", "content": " Be <brief> & kind. "}
+    tools = [
+        {"role": "user", "content": 'And "4"? 🙂'},
+        {"role": "assistant", "content": "<think>\nLook 🙂\n</think>\n\nadd(3, 4)"},
+        {"role": "tool", "content": "<b>7</b>"},
+        {"role": "assistant", "content": "<think>\nEasy</think>\n 7 🙂 \n"},
+    ]
+    source, constants = TEMPLATES[name], {"bos_token": "<s>", "eos_token": "</s>"}
+    template = TemplateProcess(source, constants, 10_000)
+    assert template.has_generation_blocks
+    for messages in (CONVERSATION, [*CONVERSATION, *tools], [system, *tools], [system, *CONVERSATION[:1]]):
+        for prompt in (False, True):
+            rendering = template.render(messages=messages, add_generation_prompt=prompt)
+            texts, spans = hugging_face.render_jinja_template(
+                [messages],
+                chat_template=source,
+                return_assistant_tokens_mask=True,
+                add_generation_prompt=prompt,
+                **constants,
+            )
+            assert rendering == Rendering(texts[0], spans[0])
+            assert len(rendering.spans) == sum(message["role"] == "assistant" for message in messages)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        "{% macro turn() %}assistant: {{ BLOCK }}{% endmacro %}{{ turn() }}",
+        "{% set turn %}{{ BLOCK }}{% endset %}assistant: {{ turn }}",
+        "{% set turn %}{{ BLOCK }}{% endset %}",
+        "{% filter upper %}{{ BLOCK }}{% endfilter %}",
+        "{% generation %}{{ BLOCK }}{% endgeneration %}",
+    ],
+)
+def test_a_generation_block_must_be_written_directly(block):
+    """Anywhere else transformers returns wrong spans."""
+    direct = "{% generation %}{{ messages[1].content }}yes{% endgeneration %}"
+    condition = "{% if messages | length > 1 %}" + block.replace("{{ BLOCK }}", direct) + "{% endif %}"
+    template = TemplateProcess("{{ messages[0].content }}" + condition, {}, 10_000)
+    with pytest.raises(jinja2.TemplateError, match="a generation block is inside a macro"):
+        template.render(messages=CONVERSATION)
+    assert template.render(messages=CONVERSATION[:1]) == ("Add 1 and 2.", []), "the next row is rendered"
+
+
+def test_generation_blocks_are_the_responses(tmp_path):
+    """Rows of every chat format: the template rewrites earlier turns, and only its generation blocks are learnt."""
+    think = "<think>\nSure\n</think>\n\n"
+    turns = [
+        ("human", "Add."),
+        ("gpt", f"{think}What?"),
+        ("observation", "1"),
+        ("human", "1 and 2."),
+        ("gpt", think + "3"),
+    ]
+    rows = [
+        {"system": "Be brief.", "conversations": [{"from": role, "value": text} for role, text in turns]},
+        {"conversations": [{"from": role, "value": text} for role, text in [*turns, ("human", "Thanks!")]]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": text} for text in ("Say ", "<|im_end|>")]},
+                      {"role": "assistant", "content": "no"}]},
+        {"messages": [{"role": "user", "content": "Say yes."}]},
+        {"prompt": "Say yes.", "response": "yes"},
+    ]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pieces = templated(tmp_path, tokens=["<|im_start|>", "<|im_end|>"])
+    thinking = "tests/assets/templates/thinking.jinja"
+    template = chat.chat_template(thinking, pieces)
+    assert chat.segments(template, CONVERSATION) == [
+        ("<|im_start|>user\nAdd 1 and 2.<|im_end|>\n<|im_start|>assistant\n", False),
+        ("3<|im_end|>", True),
+        ("\n<|im_start|>user\nAnd 4?<|im_end|>\n<|im_start|>assistant\n", False),
+        ("<think>\n\n</think>\n\n7<|im_end|>", True),
+    ], "the last segment is a response, so that end-of-text follows it"
+    assert chat.prompt(template, "Add.") == "<|im_start|>user\nAdd.<|im_end|>\n<|im_start|>assistant\n"
+    arguments = [
+        "--input", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out"), "--seq-len", "160",
+        "--held-out", "0", "--tokenizer", pieces.tokenizer_path, "--chat-template", thinking,
+    ]  # fmt: skip
+    assert prepare_data.main(arguments) == 0
+    problems = json.loads((tmp_path / "out/summary.json").read_text())["problems"]
+    assert [problem.split("rows.jsonl:")[1][:60] for problem in problems] == [
+        "3: a message contains the special or added token '<|im_end|>",
+        "4: the row has no response to learn from",
+    ]
+    shards = TokenDataset(local=str(tmp_path / "out/train"), batch_size=1, shuffle=False, check_hash="xxh64")
+    assert shards.size == 3
+    decoded = []
+    for sample in (shards[0], shards[1], shards[2]):
+        learnt = sample["labels"] != IGNORE_INDEX
+        decoded.append([pieces.tokenizer.decode(sample["tokens"][choice].tolist()) for choice in (~learnt, learnt)])
+    prompt = "user\nAdd.\nassistant\n\nuser\n<tool_response>\n1\n</tool_response>\nuser\n1 and 2.\nassistant\n"
+    assert decoded == [
+        [f"system\nBe brief.\n{prompt}", f"What?{think}3"],
+        [prompt, f"What?{think}3"],
+        ["user\nSay yes.\nassistant\n", "<think>\n\n</think>\n\nyes"],
+    ]
+
+
 @pytest.mark.parametrize(
     "source, message",
     [
@@ -72,7 +209,12 @@ def test_the_chat_template_of_a_tokenizer(tmp_path):
             "the chat template refuses the conversation (roles must alternate)",
         ),
         ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "refuses the conversation"),  # out of the sandbox
-        ("{{ messages[-1].content }}", "rewrites earlier turns when another turn follows"),
+        (
+            "{{ messages[-1].content }}",
+            "rewrites earlier turns when another turn follows (choose a template that marks responses by {% generation",
+        ),
+        ("{{ messages[0].content }}", "the chat template renders no response"),
+        ("{% if false %}{% generation %}{% endgeneration %}{% endif %}", "the chat template renders no response"),
     ],
 )
 def test_a_template_that_misbehaves_makes_bad_rows(tmp_path, source, message):

@@ -174,8 +174,25 @@ def test_packed_rows_keep_their_documents(tmp_path):
             "user: hi\n\nassistant: ",
             "yo",
         ),
+        (
+            {"messages": [
+                {"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": "yo"}]},
+            ]},
+            "messages",
+            "user: hi\n\nassistant: ",
+            "yo",
+        ),
+        (
+            {"id": "1", "system": "Be brief.", "conversations": [
+                {"from": "human", "value": "hi"}, {"from": "observation", "value": "3"}, {"from": "gpt", "value": "yo"},
+            ]},
+            "sharegpt",
+            "system: Be brief.\n\nuser: hi\n\ntool: 3\n\nassistant: ",
+            "yo",
+        ),
     ],
-)
+)  # fmt: skip
 def test_fine_tuning_rows(row, form, prompt, response):
     assert sequences.detect_format(row, Fields()) == form
     segments = sequences.segments(row, form, Fields())
@@ -190,11 +207,27 @@ def test_fine_tuning_rows(row, form, prompt, response):
         ({"prompt": 3, "response": "x"}, "prompt_response", "'prompt' is int, not text"),
         ({"messages": "hi"}, "messages", "not a non-empty list"),
         ({"messages": [{"role": "user", "content": "hi"}]}, "messages", "no response"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages",
+            r"content\[0\] has the type 'image_url'; only 'text' is supported",
+        ),
+        ({"messages": [{"role": "user", "content": ["hi"]}]}, "messages", r"content\[0\] is str, not an object"),
+        ({"conversations": []}, "sharegpt", "'conversations' is not a non-empty list"),
+        (
+            {"conversations": [{"from": "narrator", "value": "x"}]},
+            "sharegpt",
+            "the unknown role 'narrator', not one of h",
+        ),
+        ({"conversations": [{"from": "gpt"}]}, "sharegpt", "'value' is missing"),
+        ({"conversations": [{"from": "gpt", "value": "x"}], "system": 1}, "sharegpt", "'system' is int, not text"),
     ],
 )
 def test_bad_rows_name_the_field(row, form, message):
     with pytest.raises(sequences.BadRow, match=message):
         sequences.segments(row, form, Fields())
+    with pytest.raises(sequences.BadRow, match=message):
+        sequences.conversation(row, form, Fields())
 
 
 def test_every_container_gives_the_same_shards(tmp_path):
