@@ -1,4 +1,4 @@
-"""lm-evaluation-harness 0.4.13: the private module of its command line, and a private method to override."""
+"""lm-evaluation-harness 0.4.13: the private module of its command line, and private methods to override."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -14,7 +14,12 @@ def command_line() -> Any:
 
 
 class TokenLM(TemplateLM):
-    """The harness's `TemplateLM` for models that score token ids, with a public method to override."""
+    """The harness's `TemplateLM` for models that score token ids, with public methods to override."""
+
+    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Return the token ids of a context that is not empty, and of its continuation."""
+        pair: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
+        return pair
 
     @abstractmethod
     def loglikelihoods(
@@ -25,6 +30,9 @@ class TokenLM(TemplateLM):
         Args:
             requests: ((context, continuation), context token ids, continuation token ids) each.
         """
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        return self.encode_pair(context, continuation)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any

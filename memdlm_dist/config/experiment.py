@@ -10,18 +10,22 @@ _KEYS = {
     "model": ("name", "flavor", "converters", "rope_scaling", "rope_scaling_method"),
     "training": ("max_norm", "dtype", "mixed_precision_param"),
 }
-_WITHOUT_EFFECT = ("optimizer.implementation",)
+# The schedule depends on warmup_steps, which is set from warmup_ratio.
+_WITHOUT_EFFECT = ("optimizer.implementation", "lr_scheduler.warmup_ratio")
 
 
 def get_experiment(config: JobConfig) -> dict[str, Any]:
     """Return the settings of optimizer, schedule, objective, memory and backbone, by configuration key.
 
-    The keys of a disabled memory (except `parametric_memory.enable`) and of unused adapters are omitted.
+    The keys of a disabled memory (except `parametric_memory.enable`) and of unused adapters are omitted. The length of
+    the run determines the learning-rate decay, unless `lr_scheduler.total_steps` is set.
     """
     sections = [*_SECTIONS, *(["lora"] if config.model.converters else [])]
     values = {f"{name}.{key}": value for name in sections for key, value in asdict(getattr(config, name)).items()}
     values |= {f"{name}.{key}": getattr(getattr(config, name), key) for name, keys in _KEYS.items() for key in keys}
-    values["lr_scheduler.total_steps"] = config.lr_scheduler.total_steps or config.training.steps
+    if not config.lr_scheduler.total_steps:
+        values["lr_scheduler.total_steps"] = config.training.steps
+        values |= {"training.epochs": config.training.epochs} if config.training.epochs else {}
     if not config.parametric_memory.enable:
         memory = "parametric_memory."
         values = {key: value for key, value in values.items() if not key.startswith(memory) or key == f"{memory}enable"}

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torchtitan.config.job_config import Job as TitanJob
 from torchtitan.config.job_config import JobConfig as TitanJobConfig
+from torchtitan.config.job_config import LRScheduler as TitanLRScheduler
 from torchtitan.config.job_config import Model as TitanModel
 from torchtitan.config.job_config import Training as TitanTraining
 from torchtitan.config.job_config import Validation as TitanValidation
@@ -143,7 +144,11 @@ class ParametricMemory:
 
 @dataclass
 class Training(TitanTraining):
-    """torchtitan's [training] section with a local batch size derived from the global one."""
+    """torchtitan's [training] section with a length in epochs and a local batch size derived from the global one."""
+
+    epochs: float = 0.0
+    """Length of the run in epochs of the training data, instead of steps: epochs x (rows // global_batch_size) steps,
+    rounded up. 0: the length is training.steps."""
 
     local_batch_size: int = 8
     """Rows per data-parallel rank and micro-batch. -1: the rank's share of global_batch_size, or the share's largest
@@ -151,6 +156,15 @@ class Training(TitanTraining):
 
     max_local_batch_size: int = 0
     """Upper limit of a local batch size that is derived with local_batch_size = -1; 0: no limit."""
+
+
+@dataclass
+class LRScheduler(TitanLRScheduler):
+    """torchtitan's [lr_scheduler] section with a warm-up given as a share of the schedule."""
+
+    warmup_ratio: float | None = None
+    """Warm-up as a share of the schedule's steps (total_steps, by default the run's length), rounded up, instead of
+    warmup_steps. Without a decay_ratio, the decay begins right after the warm-up."""
 
 
 @dataclass
@@ -193,6 +207,7 @@ class JobConfig(TitanJobConfig):
     parametric_memory: ParametricMemory = field(default_factory=ParametricMemory)
     lora: LoRA = field(default_factory=LoRA)
     model: Model = field(default_factory=Model)
+    lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
     training: Training = field(default_factory=Training)
     parallelism: Parallelism = field(default_factory=Parallelism)
     data: Data = field(default_factory=Data)

@@ -9,7 +9,7 @@ import difflib
 import io
 import math
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,8 @@ from memdlm_dist.method.trajectory import SINGLE_STATE
 from memdlm_dist.runtime.rank_0 import one_line
 from memdlm_dist.runtime.storage import is_remote
 
+# Keys for the same number, in steps and as a share: the flag of one overrides the other in the TOML file.
+_ALTERNATIVES = {"training.steps": "training.epochs", "lr_scheduler.warmup_steps": "lr_scheduler.warmup_ratio"}
 _CONFIG_FILE_FLAGS = ("--job.config_file", "--job.config-file")
 OPTIMIZERS = ("Adam", "AdamW")  # names in torchtitan
 # torchtitan keys without effect here, with the keys that replace them. Silent acceptance would mislead.
@@ -46,8 +48,9 @@ def parse(argv: Sequence[str]) -> JobConfig:
         UserError: on the first mistake; the message names the key or the file, and the remedy.
     """
     manager = ConfigManager(JobConfig)
+    file: dict[str, Any] = {}
     if not {"-h", "--help"} & set(argv):
-        _check_file(manager.config_cls, argv)
+        file = _read_file(manager.config_cls, argv)
         _check_flags(manager.config_cls, argv)
     try:
         # tyro prints errors as boxes for terminals; `_check_flag_values` reports them in one sentence instead.
@@ -60,15 +63,20 @@ def parse(argv: Sequence[str]) -> JobConfig:
         raise UserError("The command line cannot be read (--help lists all keys).") from None
     except (AssertionError, ValueError) as error:  # raised by a section's __post_init__
         raise UserError(f"The configuration is not valid: {str(error).rstrip('.')}.") from None
+    _settle_alternatives(config, file, argv)
     _check_values(config)
     return config
 
 
-def _check_file(config_cls: type, argv: Sequence[str]) -> None:
-    """Check that the TOML file is readable and that its keys exist and have values of the right type."""
+def _read_file(config_cls: type, argv: Sequence[str]) -> dict[str, Any]:
+    """Return the sections of the TOML file, empty without one.
+
+    Raises:
+        UserError: if the file is not readable, or a key does not exist or has a value of the wrong type.
+    """
     path = _config_file(argv)
     if path is None:
-        return
+        return {}
     try:
         content = Path(path).read_text(encoding="utf-8")
         require(
@@ -84,6 +92,7 @@ def _check_file(config_cls: type, argv: Sequence[str]) -> None:
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"The configuration file {path} is not valid TOML ({one_line(error)}); correct it.") from None
     _check_section(config_cls, values, path, "")
+    return values
 
 
 def _config_file(argv: Sequence[str]) -> str | None:
@@ -164,13 +173,18 @@ def _check_flags(config_cls: type, argv: Sequence[str]) -> None:
             _field_of(config_cls, argument)
 
 
+def _key_of(argument: str) -> str:
+    """Return the configuration key of a flag, as it is written in the documentation."""
+    return argument[2:].partition("=")[0].replace("-", "_")
+
+
 def _field_of(config_cls: type, argument: str) -> Any:
     """Return the dataclass field of a flag.
 
     Raises:
         UserError: if its section or its key does not exist.
     """
-    flag = argument[2:].partition("=")[0].replace("-", "_")
+    flag = _key_of(argument)
     cls: Any = config_cls
     prefix = ""
     _check_is_read(flag, argument)
@@ -185,6 +199,29 @@ def _field_of(config_cls: type, argument: str) -> Any:
     if name not in known:
         raise UserError(f"Unknown key {argument}{_suggestion(key, known, prefix)}.")
     return known[name]
+
+
+def _settle_alternatives(config: JobConfig, file: Mapping[str, Any], argv: Sequence[str]) -> None:
+    """Unset the share (`training.epochs`, ...) of each pair in `_ALTERNATIVES` whose steps are given as a flag.
+
+    Args:
+        file: sections of the TOML file.
+
+    Raises:
+        UserError: if both keys of a pair are set in the file, or both as flags.
+    """
+    flags = {_key_of(argument) for argument in argv if argument.startswith("--")}
+    for steps, share in _ALTERNATIVES.items():
+        section, name = share.split(".")
+        unset, in_file = getattr(type(getattr(config, section)), name), file.get(section, {})
+        written = {
+            "the TOML file": steps.split(".")[1] in in_file and in_file.get(name, unset) != unset,
+            "the flags": {steps, share} <= flags and getattr(getattr(config, section), name) != unset,
+        }
+        for place, both in written.items():
+            require(not both, f"{steps} and {share} are both set in {place}, but only one can count; remove one.")
+        if steps in flags:
+            setattr(getattr(config, section), name, unset)
 
 
 def _check_flag_values(argv: Sequence[str]) -> None:

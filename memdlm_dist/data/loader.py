@@ -73,6 +73,11 @@ class EpochLoader(Stateful):
         self.position = {"epoch": 0, "samples": 0, "nodes": streaming.num_nodes(dataset)}
         self.before_workers: Callable[[], None] = lambda: None  # hook, called before worker processes are forked
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of optimizer steps in an epoch; the incomplete last global batch is none."""
+        return self._dataset.epoch_size // self.global_batch_size
+
     def __iter__(self) -> Iterator[Batch]:
         """Yield micro-batches without end, starting at `position`."""
         position = dict(self.position)

@@ -12,6 +12,7 @@ from typing import Any
 from memdlm_dist.config import parse_config
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError
+from memdlm_dist.evaluation import harness_chat
 from memdlm_dist.runtime.rank_0 import is_rank_0
 
 _REMEDY = "install the package's [eval] extra (pip install -e '.[eval]')"
@@ -52,29 +53,33 @@ def _complete(options: Any) -> None:
     """Set the run's tokenizer in the metadata, for tasks that generate documents of a given length.
 
     Raises:
-        UserError: if --model_args names no configuration.
+        UserError: if --model_args names no configuration, or --apply_chat_template no template of this tokenizer.
     """
     arguments: dict[str, Any] = options.model_args or {}
     config = arguments.get("config")
     if not config:  # checked here since building the tasks can take minutes
         raise UserError("--model_args must name the run's configuration: --model_args config=FILE.toml.")
+    parsed = parse_config.parse(["--job.config_file", str(config)])
+    tokenizer = DiffusionTokenizer(arguments.get("model.hf_assets_path") or parsed.model.hf_assets_path)
+    if choice := getattr(options, "apply_chat_template", False):
+        harness_chat.load(choice, tokenizer)
+    elif getattr(options, "fewshot_as_multiturn", False):
+        raise UserError("--fewshot_as_multiturn needs --apply_chat_template; set both, or none.")
     metadata: dict[str, Any] = dict(getattr(options, "metadata", None) or {})
     if not {"tokenizer", "pretrained"} & metadata.keys():
-        parsed = parse_config.parse(["--job.config_file", str(config)])
-        metadata["tokenizer"] = _plain_copy(arguments.get("model.hf_assets_path") or parsed.model.hf_assets_path)
+        metadata["tokenizer"] = _plain_copy(tokenizer)
     options.metadata = metadata
 
 
-def _plain_copy(folder: str) -> str:
+def _plain_copy(tokenizer: DiffusionTokenizer) -> str:
     """Copy a tokenizer into a temporary folder without code: the harness would execute code in the tokenizer's folder.
 
     Returns:
         The folder, which is removed when the process exits.
     """
-    tokenizer = DiffusionTokenizer(folder)
     copy = tempfile.mkdtemp(prefix="memdlm_tokenizer_")
     atexit.register(shutil.rmtree, copy, ignore_errors=True)
-    shutil.copy(Path(folder) / "tokenizer.json", copy)
+    shutil.copy(Path(tokenizer.tokenizer_path) / "tokenizer.json", copy)
     eos = tokenizer.tokenizer.id_to_token(tokenizer.eos_id)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "mask_token": tokenizer.mask_token}
     (Path(copy) / "tokenizer_config.json").write_text(json.dumps(config))

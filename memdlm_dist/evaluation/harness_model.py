@@ -11,7 +11,9 @@ from tqdm import tqdm
 
 from memdlm_dist.compat.lm_eval import TokenLM
 from memdlm_dist.config import parse_config
+from memdlm_dist.data.chat import ChatTemplate
 from memdlm_dist.errors import UserError
+from memdlm_dist.evaluation import harness_chat
 from memdlm_dist.evaluation.retrieval import MEMORY
 from memdlm_dist.inference.likelihood import Pass, passes
 from memdlm_dist.inference.sampler import Decoding
@@ -78,6 +80,7 @@ class HarnessModel(TokenLM):
         self._decoding = Decoding(block_size=int(block_size), steps=int(steps) if steps else None, seed=int(seed))
         self._samples, self._check_greedy, self._seed = int(mc_samples), bool(check_greedy), int(seed)
         self._max_length, self._batch_size = max_length, int(batch_size)
+        self._chat: tuple[str, ChatTemplate] | None = None  # name and template
         self.memory_seconds = 0.0
 
     @property
@@ -87,13 +90,37 @@ class HarnessModel(TokenLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Folder of the tokenizer, part of the key of the harness's request cache."""
-        return str(self._model.tokenizer.tokenizer_path)
+        """Folder of the tokenizer and name of the chat template, part of the key of the harness's request cache."""
+        folder = str(self._model.tokenizer.tokenizer_path)
+        return f"{folder}:{self._chat[0]}" if self._chat else folder
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """Load the template that `--apply_chat_template` chooses; return its name, for the harness's results."""
+        name = harness_chat.template_name(chat_template)
+        self._chat = name, harness_chat.load(name, self._model.tokenizer)
+        return name
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Render a conversation as a prompt: see `harness_chat.render`."""
+        if self._chat is None:  # `simple_evaluate` without an evaluation tracker does not call `chat_template`
+            self.chat_template(True)
+        assert self._chat is not None
+        return harness_chat.render(self._chat[1], chat_history, add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Return a text's token ids without special tokens."""
         del add_special_tokens, kwargs
         return self._model.tokenizer.encode_plain([string])[0]
+
+    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Return the token ids of a context and of its continuation.
+
+        A chat template's prompt and its response are encoded separately, as in training; the harness would move blanks
+        at the prompt's end into the response.
+        """
+        if self._chat is None:
+            return super().encode_pair(context, continuation)
+        return self.tok_encode(context), self.tok_encode(continuation)
 
     def _prompt(self, ids: list[int], room: int) -> list[int]:
         """Truncate a prompt on the left so that `room` more tokens fit into max_length."""

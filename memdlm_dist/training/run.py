@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 
 import torch
 
@@ -14,7 +15,7 @@ from memdlm_dist.compat.torch import connection_loss, construct_savers
 from memdlm_dist.compat.torchtitan import construct_checkpoints
 from memdlm_dist.config import check_layout, launch, parse_config
 from memdlm_dist.config.job_config import JobConfig
-from memdlm_dist.errors import UserError
+from memdlm_dist.errors import UserError, require
 from memdlm_dist.models import backbone_args
 from memdlm_dist.models.llada import LLaDAArgs
 from memdlm_dist.runtime import preemption
@@ -48,6 +49,20 @@ def check_output(dump_folder: str) -> None:
         ) from None
 
 
+def _check_wandb(config: JobConfig) -> None:
+    """Check that the package of `metrics.enable_wandb` is installed; torchtitan would train without it.
+
+    Raises:
+        UserError: if it is not.
+    """
+    spec = find_spec("wandb") if config.metrics.enable_wandb else None
+    require(
+        not config.metrics.enable_wandb or (spec is not None and spec.origin is not None),  # no origin: a plain folder
+        "metrics.enable_wandb needs the package wandb, which is not installed; install the extra wandb (pip install -e "
+        "'.[wandb]'), or unset the key.",
+    )
+
+
 def _warn_of_length(config: JobConfig, args: LLaDAArgs) -> None:
     """Warn if training.seq_len exceeds the context length of the pretrained weights, after RoPE scaling."""
     length, native = config.training.seq_len, args.native_length * config.model.rope_scaling
@@ -66,6 +81,7 @@ def run(argv: Sequence[str]) -> int:
     """
     check_prepared()
     config = launch.resolve(parse_config.parse(argv), *launched_processes())
+    _check_wandb(config)
     check_layout.check_device(config, device_type())
     args = backbone_args(config.model.name, config.model.flavor)
     check_layout.check_backbone(config, args)

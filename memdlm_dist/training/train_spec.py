@@ -15,6 +15,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.model_converter import register_model_converter
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
+from memdlm_dist.config import schedule
 from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.data.loader import EpochLoader, training_loader
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
@@ -54,7 +55,7 @@ def _build_dataloader(
     del dp_rank  # mosaicml-streaming reads the rank from the environment
     training = job_config.training
     workers = training.dataloader
-    return training_loader(
+    loader = training_loader(
         job_config.data,
         get_shard_requirements(job_config, tokenizer.mask_id),
         local_batch_size=training.local_batch_size,
@@ -66,6 +67,9 @@ def _build_dataloader(
         prefetch_factor=workers.prefetch_factor,
         pin_memory=workers.pin_memory,
     )
+    # torchtitan's Trainer builds the data loader before everything that reads the number of steps.
+    schedule.resolve(job_config, loader.steps_per_epoch)
+    return loader
 
 
 def _build_validator(loss_fn: Any, **arguments: Any) -> HeldOutValidator:

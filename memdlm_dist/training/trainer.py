@@ -87,7 +87,8 @@ class MemDLMTrainer(Trainer):
         if self.step >= config.training.steps:
             logger.info(
                 f"This run is complete: its checkpoint is at step {self.step} of {config.training.steps}; raise "
-                "training.steps to continue, or change job.dump_folder to start a new run."
+                f"training.{'epochs' if config.training.epochs else 'steps'} to continue, or change job.dump_folder to "
+                "start a new run."
             )
         elif self.step == 0 and config.validation.enable:
             self.validator.validate(self.model_parts, 0)

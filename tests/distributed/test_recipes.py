@@ -226,6 +226,7 @@ def test_recipes_are_what_the_paper_trains():
         assert (memory.rank, memory.alpha, memory.layer_fraction, memory.learning_rate) == (32, 64.0, 0.1, 0.1)
         assert (memory.inner_steps, memory.gradient_clip, memory.pre_anchor_scale) == (2, 1.0, 1.5)
         assert (lora.rank, lora.alpha, config.optimizer.lr, config.training.seq_len) == (32, 64.0, 2e-5, 4096)
-        assert config.lr_scheduler.warmup_steps == config.training.steps // 10
-        assert config.lr_scheduler.decay_type == "cosine" and config.checkpoint.initial_load_in_hf
+        assert (config.training.epochs, config.lr_scheduler.warmup_ratio) == (5, 0.1)
+        assert config.lr_scheduler.decay_type == "cosine" and config.lr_scheduler.decay_ratio is None
+        assert config.checkpoint.initial_load_in_hf
         assert Path(path).is_file()

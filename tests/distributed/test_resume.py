@@ -156,11 +156,13 @@ def changed_runs(root: Path) -> dict:
     released = debug(root / "released", *SMALL, LOCAL, "4", "--training.steps", "4", "--lr_scheduler.total_steps", "6",
                      "--checkpoint.enable", *load(RELEASED / "checkpoint/step-2"))  # fmt: skip
     runs = {
-        "made": debug(out, *common, GLOBAL, "4", "--training.steps", "3"),
+        # In epochs of 10 and of 5 steps.
+        "made": debug(out, *common, GLOBAL, "4", "--training.epochs", "0.3"),
         "refused": debug(out, *common, *change, "--training.steps", "6"),
         "partly": debug(out, *common, *change, "--training.steps", "6", accept, "training.global_batch_size"),
-        "batch": debug(root / "batch", *common, GLOBAL, "8", "--training.steps", "6", accept,
-                       "training.global_batch_size", *load(out / "checkpoint/step-3")),
+        "batch": debug(root / "batch", *common, GLOBAL, "8", "--training.epochs", "1.2", accept,
+                       "training.global_batch_size", *load(out / "checkpoint/step-3"),
+                       "--lr_scheduler.warmup_ratio", "0.1"),
         "tokenizer": debug(root / "tokenizer", *common, GLOBAL, "4", "--training.steps", "6",
                            *load(out / "checkpoint/step-3"), "--model.hf_assets_path", str(another_tokenizer(root))),
         "experiment": debug(root / "experiment", *common, GLOBAL, "4", "--training.steps", "4",
@@ -242,9 +244,13 @@ def test_a_damaged_or_later_run_file(tmp_path):
 
 
 def test_an_accepted_batch_size_goes_on_in_the_data(changed):
-    root, _ = changed
+    root, outputs = changed
     before = {s for kind, _, s in draws(root / "draws-made") if kind == "level"}
     after = {s for kind, _, s in draws(root / "draws-batch") if kind == "level"}
+    assert " training.epochs = 0.3 is 3 steps of 4 rows (10 an epoch).\n" in outputs["made"]
+    assert (
+        " training.epochs = 1.2 is 6 steps of 8 rows (5 an epoch); lr_scheduler.warmup_ratio = 0.1 is 2 of 20 steps.\n"
+    ) in outputs["batch"]
     assert len(before) == 12 and len(after) == 24 and not before & after, "one epoch of 41, no sample twice"
 
 

@@ -2,13 +2,17 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from memdlm_dist.config import parse_config
+from memdlm_dist.errors import UserError
 from memdlm_dist.evaluation.exposure import Row, measure, split_response
 from memdlm_dist.evaluation.harness import main as harness_command
 from memdlm_dist.inference.trained_model import TrainedModel
@@ -191,14 +195,118 @@ def test_rows_of_shards():
     assert split_response(tokens, torch.full_like(tokens, IGNORE_INDEX), eos_id=0) is None
 
 
+DEBUG = "config=train_configs/debug.toml"
+
+
 def harness(trained, *arguments, ranks=1):
-    keys = ["config=train_configs/debug.toml", f"checkpoint={trained}/run/checkpoint", "memory=on", "model.flavor=tiny",
+    keys = [DEBUG, f"checkpoint={trained}/run/checkpoint", "memory=on", "model.flavor=tiny",
             "parametric_memory.layer_fraction=0.5", f"parallelism.tensor_parallel_degree={ranks}"]  # fmt: skip
     runner = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"] if ranks > 1 else []
     return subprocess.run(
         [sys.executable, *runner, "-m", "memdlm_dist.evaluation.harness", "--model_args", ",".join(keys), *arguments],
         capture_output=True, text=True, cwd=ROOT, timeout=500,
     )  # fmt: skip
+
+
+QUESTIONS = {
+    "train": [{"question": "Is 2 prime?", "answer": 0}],
+    "test": [{"question": "Is 4 prime?", "answer": 1}, {"question": "Is 5 prime?\n", "answer": 0}],
+}
+# Trims no blanks, ends with blanks, and writes special tokens; refuses two turns of the same role.
+TEMPLATE = (
+    "{{ eos_token }}{% for m in messages %}{% if not loop.first and m.role == loop.previtem.role %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "[{{ m.role }}]\n\n{{ m.content }}<|endoftext|>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]\n\n{% endif %}"
+)
+
+
+@pytest.fixture
+def chat_model(trained, tmp_path, monkeypatch):
+    """Return the harness's model on a tokenizer with a chat template and a BOS token."""
+    pytest.importorskip("lm_eval")
+    from memdlm_dist.evaluation.harness_model import HarnessModel
+
+    monkeypatch.chdir(ROOT)
+    folder = shutil.copytree("tests/assets/debug/tokenizer", tmp_path / "tokenizer")
+    pieces = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    pieces.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    pieces.save(str(folder / "tokenizer.json"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"chat_template": TEMPLATE, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    overrides = {"model.flavor": "tiny", "parametric_memory.layer_fraction": "0.5", "model.hf_assets_path": str(folder)}
+    model = HarnessModel(
+        "train_configs/debug.toml", f"{trained}/run/checkpoint", mc_samples=2, check_greedy=False, **overrides
+    )
+    yield model
+    model.close()
+
+
+def test_the_harness_applies_the_chat_template_as_transformers_does(chat_model, monkeypatch):
+    """Few-shot examples, system instruction, and a response whose beginning the task gives; two kinds of requests."""
+    import datasets
+    import transformers
+    from lm_eval import evaluator, tasks
+
+    rows = {part: datasets.Dataset.from_list(rows) for part, rows in QUESTIONS.items()}
+    task = {
+        "custom_dataset": lambda **_: rows, "test_split": "test", "fewshot_split": "train",
+        "doc_to_text": "{{question}}", "doc_to_choice": ["yes", "no"], "doc_to_target": "answer",
+        "target_delimiter": " ",
+    }  # fmt: skip
+    generate = {
+        **task, "task": "generate", "output_type": "generate_until", "doc_to_target": "{{['yes', 'no'][answer]}}",
+        "doc_to_choice": None, "generation_kwargs": {"max_gen_toks": 2, "until": ["\n"]},
+        "metric_list": [{"metric": "exact_match"}],
+    }  # fmt: skip
+    choose = {**task, "task": "choose", "output_type": "multiple_choice"}
+    begin = {**choose, "task": "begin", "gen_prefix": "It is"}
+    seen = []
+
+    def record(owner, name):
+        original = getattr(owner, name)
+
+        def call(self, values, *arguments, **options):
+            seen.append(values)
+            return original(self, values, *arguments, **options)
+
+        monkeypatch.setattr(owner, name, call)
+
+    record(TrainedModel, "generate")
+    record(type(chat_model), "loglikelihoods")
+    monkeypatch.setattr(evaluator, "add_env_info", lambda results: None)  # takes a second
+    oracle = transformers.AutoTokenizer.from_pretrained(chat_model.tokenizer_name)
+    plain = {text: oracle(text, add_special_tokens=False).input_ids for text in ("yes", "no", " yes", " no")}
+    for multiturn in (True, False):
+        seen.clear()
+        evaluator.simple_evaluate(
+            chat_model, tasks=[generate, choose, begin], num_fewshot=1, system_instruction="Be brief.",
+            apply_chat_template=True, fewshot_as_multiturn=multiturn, bootstrap_iters=0,
+            task_manager=tasks.TaskManager(include_defaults=False),
+        )  # fmt: skip
+
+        def conversations(answer, *last, multiturn=multiturn):
+            for row in QUESTIONS["test"]:
+                turns = [("user", "Is 2 prime?"), ("assistant", answer), ("user", row["question"]), *last]
+                if not multiturn:
+                    turns = [("user", f"Is 2 prime? {answer}\n\n{row['question']}"), *last]
+                yield [{"role": role, "content": content} for role, content in [("system", "Be brief."), *turns]]
+
+        asked = [oracle.apply_chat_template(chat, add_generation_prompt=True) for chat in conversations("yes")]
+        begun = [
+            oracle.apply_chat_template(chat, continue_final_message=True)
+            for chat in conversations("It is yes", ("assistant", "It is"))
+        ]
+        *prompts, pairs = seen
+        assert sorted(prompt for batch in prompts for prompt in batch) == sorted(asked)
+        assert [(context, text) for _, context, text in pairs] == [
+            *((context, plain[text]) for context in asked for text in ("yes", "no")),
+            *((context, plain[text]) for context in begun for text in (" yes", " no")),
+        ]
+        assert all(context.count(0) == (5 if multiturn else 3) for context in asked), "<|endoftext|> is one token"
+    with pytest.raises(UserError, match=r"refuses a conversation of the task \(roles must alternate\); choose another"):
+        chat_model.apply_chat_template([{"role": "user", "content": "x"}] * 2)
 
 
 @pytest.mark.slow
@@ -221,11 +329,19 @@ def test_the_harness_runs_its_own_tasks(trained, tmp_path):
     [
         ("memory=on", "error: --model_args must name the run's configuration"),
         ("config=/nowhere.toml", "error: The configuration file /nowhere.toml does not exist"),
+        (
+            f"{DEBUG} --apply_chat_template",
+            "error: The tokenizer in ./tests/assets/debug/tokenizer has no chat template",
+        ),
+        (f"{DEBUG} --apply_chat_template llada", "which the chat template llada needs"),
+        (f"{DEBUG} --apply_chat_template x", "error: --apply_chat_template must name llada or tokenizer, not 'x'."),
+        (f"{DEBUG} --fewshot_as_multiturn", "error: --fewshot_as_multiturn needs --apply_chat_template; set both, or"),
     ],
 )
-def test_the_harness_names_mistakes(monkeypatch, capsys, model_args, message):
+def test_the_harness_names_mistakes(root, monkeypatch, capsys, model_args, message):
+    monkeypatch.chdir(root)
     monkeypatch.setattr(sys, "argv", ["harness"])
-    assert harness_command(["--tasks", "niah_single_1", "--model_args", model_args]) == 2
+    assert harness_command(["--tasks", "niah_single_1", "--model_args", *model_args.split()]) == 2
     assert message in capsys.readouterr().err
 
 

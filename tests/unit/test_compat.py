@@ -253,7 +253,7 @@ def test_streaming_downloads_by_a_table_of_classes():
     assert len(streaming_seam.checksum("xxh64", b"x")) == 16
 
 
-def test_the_harness_has_a_command_line_and_a_method_for_token_ids():
+def test_the_harness_has_a_command_line_and_methods_for_token_ids():
     pytest.importorskip("lm_eval")
     from lm_eval.api.model import TemplateLM
 
@@ -262,6 +262,7 @@ def test_the_harness_has_a_command_line_and_a_method_for_token_ids():
     assert hasattr(harness_seam.command_line(), "execute") and "lm_eval" in sys.modules
     assert "_loglikelihood_tokens" in TemplateLM.__abstractmethods__
     assert "self._loglikelihood_tokens(" in inspect.getsource(TemplateLM.loglikelihood)
+    assert "self._encode_pair(" in inspect.getsource(TemplateLM.loglikelihood)
 
 
 def test_collectives_are_counted_by_the_recorder_of_the_backend(monkeypatch):
