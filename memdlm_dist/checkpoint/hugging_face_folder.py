@@ -24,6 +24,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
+from memdlm_dist.checkpoint.catalogue import EXPORT
 from memdlm_dist.compat.torch import consolidate_safetensors
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import lora
@@ -255,12 +256,17 @@ def describe(
     If no source has config.json, it is generated. A file that exists in the folder is kept.
 
     Args:
-        sources: folders in order of preference; each file is copied from the first one that has it.
+        sources: folders in order of preference; each file is copied from the first one that has it. A checkpoint's
+            own export counts too.
         tokenizers: folders in order of preference for the tokenizer, all of whose files come from the first one that
             has a tokenizer; None for `sources`.
     """
     chosen: dict[str, Path] = {}
-    for candidate in sources if tokenizers is None else tokenizers:
+    sources, tokenizers = (
+        [folder for source in folders for folder in (source, os.path.join(source, EXPORT))]
+        for folders in (sources, sources if tokenizers is None else tokenizers)
+    )
+    for candidate in tokenizers:
         if found := _copyable(candidate, _TOKENIZER_FILES):
             chosen = {**_copyable(candidate, _TOKENIZER_CODE), **found}
             break
