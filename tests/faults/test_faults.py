@@ -79,7 +79,9 @@ SCENARIOS = {
          ["--comm.train_timeout_seconds", "4", "--checkpoint.no_enable", "--training.steps", "4"])
     ],
     "retention": [
-        (0, [fault("raise", "consolidate", 6), fault("full", "export", 7), fault("room", "step", 8)],
+        (0, [fault("raise", "consolidate", 6), fault("full", "export", 7), fault("room", "step", 8),
+             # As a run leaves it that is killed while it exports.
+             fault("mark", "step", 8, rank=0, once="{root}/retention/checkpoint/step-6/hf.partial/sharded/model")],
          ["--checkpoint.interval=1", "--checkpoint.keep_latest_k", "2", "--checkpoint.keep_every", "3",
           "--checkpoint.save_in_hf"])
     ],

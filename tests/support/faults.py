@@ -76,6 +76,7 @@ def inject(faults: Iterable[dict[str, Any]]) -> None:
             if once := fault.get("once"):
                 if Path(once).exists():
                     continue
+                Path(once).parent.mkdir(parents=True, exist_ok=True)
                 Path(once).touch()
             if fault["do"].startswith("SIG"):
                 if fault["do"] == "SIGINT":  # background commands of a shell inherit SIGINT as ignored
