@@ -38,7 +38,7 @@ Example, on a folder that `to-hf` has written:
       --output checkpoints/quickstart
 
 A run starts from the checkpoint with checkpoint.initial_load_path. It can also load the Hugging Face folder directly,
-with checkpoint.initial_load_in_hf. The command copies config.json and the tokenizer.
+with checkpoint.initial_load_in_hf. The command copies config.json, modelling code and the tokenizer.
 """
 _TO_HF = """Convert a checkpoint to a folder of Hugging Face weights.
 
@@ -49,7 +49,7 @@ Examples:
   python tools/convert_checkpoint.py to-hf train_configs/llada_8b_longalpaca.toml --output exports/lora --adapter
 
 The export merges the adapters of a LoRA run into the weights; --adapter writes the adapters alone, in PEFT's layout.
-The command copies config.json and the tokenizer.
+The command copies config.json, modelling code and the tokenizer, and executes none of the code.
 """
 
 
@@ -83,8 +83,8 @@ def parser() -> argparse.ArgumentParser:
             model.add_argument(
                 "--assets",
                 metavar="DIR",
-                help="folder of config.json and the tokenizer (default: the checkpoint, the run's initial weights or "
-                "model.hf_assets_path)",
+                help="folder of config.json, modelling code and tokenizer (default: the checkpoint, the run's initial "
+                "weights or model.hf_assets_path)",
             )
         output = command.add_argument_group("output")
         output.add_argument("--output", required=True, metavar="DIR", help="folder to create")

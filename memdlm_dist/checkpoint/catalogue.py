@@ -19,6 +19,8 @@ from memdlm_dist.runtime.storage import Storage
 METADATA = ".metadata"
 RUN = "run.json"
 SCORES = "scores.json"  # step -> validation loss; stored next to the checkpoints for resumed runs
+EXPORT = "hf"  # folder in a checkpoint with its Hugging Face export
+PARTIAL_EXPORT = f"{EXPORT}.partial"  # name of that folder until the export is complete
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -30,7 +32,7 @@ class SavedCheckpoint:
         complete: saving was not interrupted.
         exported: the folder holds only weights, in safetensors; runs do not resume from it, and it is never pruned.
         problem: predicate such as "lacks the file x"; empty if there is no problem.
-        size: in bytes.
+        size: in bytes, with the export in the folder `hf`.
     """
 
     step: int
@@ -76,7 +78,9 @@ class Catalogue:
         exported = is_export(sizes)
         problem = "" if exported else self._problem(step, sizes)
         complete = METADATA in sizes and not exported
-        return SavedCheckpoint(step, complete, exported, problem, sum(size or 0 for size in sizes.values()))
+        beside = self.storage.sizes(f"{folder_name(step)}/{EXPORT}") if EXPORT in sizes else {}
+        size = sum(size or 0 for size in (*sizes.values(), *beside.values()))
+        return SavedCheckpoint(step, complete, exported, problem, size)
 
     def complete_steps(self) -> list[int]:
         """Return the steps of complete checkpoints in ascending order, without checking file sizes."""

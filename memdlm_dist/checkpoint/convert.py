@@ -41,7 +41,7 @@ class Run:
         sd_adapter: maps the backbone's tensor names to and from Hugging Face.
         tensors: the model's tensors without storage, by parameter name; including adapters, if the run trains any.
         lora: the adapters' settings; None if the run trains all weights.
-        sources: folders to search for config.json and the tokenizer: the initial weights' and the tokenizer's.
+        sources: folders to search for config.json, code and tokenizer: the initial weights' and the tokenizer's.
     """
 
     sd_adapter: BackboneStateDictAdapter
@@ -128,8 +128,8 @@ def to_hugging_face(
             return location
         state = lora.merged(state, run.lora.scale) if run.lora is not None else state
         hugging_face_folder.write(sd_adapter.to_hf(_cast(state, dtype)), folder)
-        sources = sources if assets else [location, *sources]
-        hugging_face_folder.describe(folder, sd_adapter, [path for path in sources if not is_remote(path)])
+        first = [] if assets or is_remote(location) else [location]  # a checkpoint that was converted has all files
+        hugging_face_folder.describe(folder, sd_adapter, [*first, *sources], tokenizers=[*first, *sources[::-1]])
     return location
 
 

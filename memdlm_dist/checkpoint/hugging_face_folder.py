@@ -4,12 +4,14 @@ DCP's reader and writer for Hugging Face folders do the I/O, and each rank reads
 functions here check a folder before it is read, and add the remaining files to an export.
 """
 
-import contextlib
 import json
+import logging
+import math
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +24,29 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
+from memdlm_dist.checkpoint.catalogue import EXPORT
+from memdlm_dist.compat.torch import consolidate_safetensors
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import lora
 from memdlm_dist.models.state_dict_adapters import BackboneStateDictAdapter, fqn_to_index_mapping
-from memdlm_dist.runtime.rank_0 import failure_reason, from_rank_0
+from memdlm_dist.runtime.rank_0 import failure_reason, first_reason, from_rank_0, write_on_rank_0
 from memdlm_dist.runtime.storage import is_remote
+
+logger = logging.getLogger()
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
-# Files to copy along with weights: the tokenizer's and the model's description, never code.
-_COMPANIONS = (
-    CONFIG, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json", "LICENSE",
+# Files to copy along with weights, as patterns of names. Code is copied, and never executed.
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken", "spiece.model", "sentencepiece.bpe.model",
+    "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+_TOKENIZER_CODE = ("tokenization_*.py",)
+_MODEL_FILES = (CONFIG, "generation_config.json", "*.py", "LICENSE*", "NOTICE*")
+_COPY_LIMIT = 128 * 2**20  # maximum size in bytes of a copied file; the largest tokenizers have about 35 MB
+# Folder in an export with the ranks' shards, until they are consolidated.
+_SHARDS = "sharded"
 # Tensors that some exports contain and no model needs, because they follow from the configuration.
 _IGNORED = "rotary_emb.inv_freq"
 # Accepted dtypes of weights, by safetensors' names.
@@ -181,26 +193,122 @@ def write(tensors: Mapping[str, Tensor], folder: str) -> None:
         ) from None
 
 
-def describe(folder: str, sd_adapter: BackboneStateDictAdapter, sources: list[str]) -> list[str]:
-    """Add config.json and the tokenizer to a folder of weights, and return the names of the files.
+def export(
+    state: Mapping[str, Tensor],
+    folder: str,
+    sd_adapter: BackboneStateDictAdapter,
+    sources: Sequence[str],
+    tokenizers: Sequence[str],
+) -> None:
+    """Write a model's state dict with any parallel layout to a folder; a collective call.
 
-    Each file is copied from the first source that has it. In config.json the keys of an extended context are changed.
-    If no source has config.json, it is generated.
+    Each rank writes its shards, and then consolidates some of the files. The index comes last: with it, the export is
+    complete.
+
+    Args:
+        state: tensors of one dtype, sharded or not, by parameter name; without adapters.
+        sources, tokenizers: see `describe`.
+
+    Raises:
+        CheckpointException, OSError: on all ranks, if a rank cannot write.
     """
-    written = []
-    for name in _COMPANIONS:
-        source = next((path for path in (Path(s) / name for s in sources) if path.is_file()), None)
-        if source is not None:
-            if source.resolve() != (Path(folder) / name).resolve():
-                if name == CONFIG:
-                    (Path(folder) / name).write_text(sd_adapter.extended(source.read_text()))
-                else:
-                    shutil.copyfile(source, Path(folder) / name)
-            written.append(name)
-        elif name == CONFIG:
-            (Path(folder) / name).write_text(json.dumps(sd_adapter.config(), indent=2) + "\n")
-            written.append(name)
-    return written
+    tensors = sd_adapter.to_hf(dict(state))
+    # A rank names only its own experts, so the list of all tensors comes from the backbone.
+    expected, dtype = sd_adapter.expected(), next(iter(tensors.values())).dtype
+    numbers = fqn_to_index_mapping(expected, dtype)
+    shards = os.path.join(folder, _SHARDS)
+    dcp.save(
+        tensors,
+        storage_writer=HuggingFaceStorageWriter(shards, fqn_to_index_mapping=numbers, save_distributed=True),
+    )
+    count = max(numbers.values())
+    files = {name: f"model-{number:05d}-of-{count:05d}.safetensors" for name, number in numbers.items()}
+    mine = {name: files[name] for name, number in numbers.items() if number % dist.get_world_size() == dist.get_rank()}
+    reason = ""
+    try:
+        if mine:
+            consolidate_safetensors(shards, folder, mine)
+    except Exception as error:  # the other ranks wait for this one
+        reason = failure_reason(error)
+    reason, _ = first_reason(reason)
+    if reason:
+        raise OSError(reason)
+
+    def complete() -> None:
+        shutil.rmtree(shards)
+        describe(folder, sd_adapter, sources, tokenizers)
+        size = sum(math.prod(tensor.shape) * dtype.itemsize for tensor in expected.values())
+        index = {"metadata": {"total_size": size}, "weight_map": files}
+        (Path(folder) / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    write_on_rank_0(complete)
+
+
+def describe(
+    folder: str,
+    sd_adapter: BackboneStateDictAdapter,
+    sources: Sequence[str],
+    tokenizers: Sequence[str] | None = None,
+) -> list[str]:
+    """Add config.json, modelling code and tokenizer to a folder of weights, and return the names of the files.
+
+    Files are copied byte for byte, and nothing is executed. In config.json the keys of an extended context are changed.
+    If no source has config.json, it is generated. A file that exists in the folder is kept.
+
+    Args:
+        sources: folders in order of preference; each file is copied from the first one that has it. A checkpoint's
+            own export counts too.
+        tokenizers: folders in order of preference for the tokenizer, all of whose files come from the first one that
+            has a tokenizer; None for `sources`.
+    """
+    chosen: dict[str, Path] = {}
+    sources, tokenizers = (
+        [folder for source in folders for folder in (source, os.path.join(source, EXPORT))]
+        for folders in (sources, sources if tokenizers is None else tokenizers)
+    )
+    for candidate in tokenizers:
+        if found := _copyable(candidate, _TOKENIZER_FILES):
+            chosen = {**_copyable(candidate, _TOKENIZER_CODE), **found}
+            break
+    for candidate in sources:
+        chosen = _copyable(candidate, _MODEL_FILES) | chosen
+    for name, source in chosen.items():
+        target = Path(folder) / name
+        if target.exists():
+            continue
+        content = source.read_text() if name == CONFIG else ""
+        if name == CONFIG and (extended := sd_adapter.extended(content)) != content:
+            target.write_text(extended)
+        else:
+            shutil.copyfile(source, target)
+    if CONFIG not in chosen:
+        (Path(folder) / CONFIG).write_text(json.dumps(sd_adapter.config(), indent=2) + "\n")
+    return sorted({CONFIG, *chosen})
+
+
+def _copyable(folder: str, patterns: Sequence[str]) -> dict[str, Path]:
+    """Return the files directly in a folder whose names match one of the patterns, by name.
+
+    A link is followed within the folder, and to a file in the Hugging Face hub's cache. A folder from elsewhere may
+    contain links to private files, which must not get into an export.
+    """
+    path, files = Path(folder).resolve(), {}
+    if not path.is_dir():
+        return {}
+    for file in sorted(path.iterdir()):
+        if not any(fnmatchcase(file.name, pattern) for pattern in patterns) or not file.is_file():
+            continue
+        content = file.resolve()
+        in_hub_cache = content.parent.name == "blobs" and content.parent.parent.name.startswith("models--")
+        if not in_hub_cache and not content.is_relative_to(path):
+            reason = f"it links to {content}, outside of its folder"
+        elif content.stat().st_size > _COPY_LIMIT:
+            reason = f"it has {content.stat().st_size:,} bytes, more than {_COPY_LIMIT:,}"
+        else:
+            files[file.name] = content
+            continue
+        logger.error(f"{file} is not copied to the export ({reason}); copy it by hand if the export needs it.")
+    return files
 
 
 def write_peft(
@@ -235,9 +343,3 @@ def gather_adapters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Gather the adapters in a model's state dict as unsharded CPU tensors; call on all ranks."""
     adapters = {name: tensor for name, tensor in state.items() if lora.is_adapter(name)}
     return {name: (x.full_tensor() if isinstance(x, DTensor) else x).cpu() for name, x in adapters.items()}
-
-
-def remove_rank_files(folder: str) -> None:
-    """Remove the per-rank files, which DCP leaves in the folder after it has consolidated them."""
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(os.path.join(folder, "sharded"))

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -12,13 +13,15 @@ from typing import Any, Final, Literal
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
-from torchtitan.components.checkpoint import DATALOADER, MODEL, AsyncMode
+from torchtitan.components.checkpoint import DATALOADER, MODEL, OPTIMIZER, AsyncMode
 from torchtitan.config.job_config import Checkpoint as TitanCheckpoint
 from torchtitan.tools.utils import GarbageCollection
 
 from memdlm_dist.checkpoint import continuity, hugging_face_folder
 from memdlm_dist.checkpoint.catalogue import (
+    EXPORT,
     METADATA,
+    PARTIAL_EXPORT,
     RUN,
     Catalogue,
     folder_name,
@@ -28,14 +31,13 @@ from memdlm_dist.checkpoint.catalogue import (
 )
 from memdlm_dist.checkpoint.model_check import check_model, matching_states
 from memdlm_dist.checkpoint.reading import load_states
-from memdlm_dist.compat.torch import end_saver, supports_reuse_of_stagers
+from memdlm_dist.compat.torch import end_saver, supports_reuse_of_stagers, tree_leaves
 from memdlm_dist.compat.torchtitan import HookedCheckpoints
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import lora
 from memdlm_dist.models.lora import LoRA
-from memdlm_dist.models.state_dict_adapters import fqn_to_index_mapping
 from memdlm_dist.runtime import storage
-from memdlm_dist.runtime.rank_0 import failure_reason, first_reason, from_rank_0, is_rank_0, one_line
+from memdlm_dist.runtime.rank_0 import failure_reason, first_reason, from_rank_0, is_rank_0, one_line, write_on_rank_0
 from memdlm_dist.runtime.storage import Storage, is_remote
 from memdlm_dist.runtime.writer import Claim
 
@@ -49,13 +51,17 @@ KeepBest = Literal["", "validation/loss_memory_off", "validation/loss_memory_on"
 
 @dataclass
 class Checkpoint(TitanCheckpoint):
-    """torchtitan's section with one changed default and three new keys.
+    """torchtitan's section with one changed default and four new keys.
 
     `folder` may be a URL, such as s3://bucket/run.
     """
 
     last_save_model_only: bool = False
     """Save only the model at the last step. False, unlike in torchtitan, so that a finished run can be continued."""
+
+    save_in_hf: bool = False
+    """Also export the model with every checkpoint, to the Hugging Face folder hf in the folder of the checkpoint.
+    The ranks wait for the export, also with async_mode. It is removed together with the checkpoint."""
 
     keep_every: int = 0
     """Interval, in steps, of the checkpoints that are kept in addition to the latest ones; 0: none."""
@@ -208,6 +214,7 @@ class ResumableCheckpoints(HookedCheckpoints):
         while True:
             reason, on_all_ranks = first_reason(self._try_to_save(curr_step, last_step))
             if not reason:
+                self._export_if_due(curr_step, last_step)
                 return
             self._drop_failed_save()
             # A store that is unavailable may come back; a full disk stays full.
@@ -233,8 +240,6 @@ class ResumableCheckpoints(HookedCheckpoints):
                 self.stager.close()
                 self.stager = None  # torchtitan constructs another one
             super().save(step, last_step)
-            if last_step and self.last_save_in_hf:
-                from_rank_0(lambda: self._complete_export(step))
             if last_step:
                 self.purge()  # torchtitan does not purge after the last step
             elif self.async_mode != AsyncMode.DISABLED:
@@ -260,31 +265,96 @@ class ResumableCheckpoints(HookedCheckpoints):
             self.staging = False
 
     def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str, *rest: Any, **options: Any) -> Any:
-        """Save with DCP, or export to Hugging Face: the model, with its adapters merged, or only the adapters."""
+        """Save with DCP, or with `to_hf` as a Hugging Face folder: see `_write_export`."""
         if not options.get("to_hf"):
             return super().dcp_save(state_dict, checkpoint_id, *rest, **options)
+        self._write_export(state_dict, checkpoint_id)
+        return None
+
+    def _write_export(self, state: dict[str, Any], folder: str) -> None:
+        """Export the model, with its adapters merged, or only the adapters; a collective call.
+
+        Raises:
+            CheckpointException, OSError: on all ranks, if a rank cannot write.
+        """
+        weights, tokenizer = self.initial_load_path, self.sd_adapter.assets
         if self.lora is not None and self.lora.export == "adapter":
-            adapters = hugging_face_folder.gather_adapters(state_dict)
-            from_rank_0(lambda: self._write_adapters(adapters, checkpoint_id))
-            return None
+            lora_, adapters, base = self.lora, hugging_face_folder.gather_adapters(state), weights or tokenizer or ""
+
+            def write() -> None:
+                hugging_face_folder.write_peft(adapters, folder, self.sd_adapter, lora_.rank, lora_.alpha, base)
+
+            write_on_rank_0(write)
+            return
         if self.lora is not None:
-            state_dict = lora.merged(state_dict, self.lora.scale)
-        assert self.sd_adapter is not None
-        self.sd_adapter.fqn_to_index_mapping = fqn_to_index_mapping(self.sd_adapter.expected(), self.export_dtype)
-        return super().dcp_save(state_dict, checkpoint_id, *rest, **options)
+            state = lora.merged(state, self.lora.scale)
+        if self.export_dtype != torch.float32:  # torchtitan's rule: float32 keeps the dtype of the weights
+            state = {name: tensor.to(self.export_dtype) for name, tensor in state.items()}
+        sources = [path for path in (weights, tokenizer) if path]
+        hugging_face_folder.export(state, folder, self.sd_adapter, sources, tokenizers=sources[::-1])
 
-    def _write_adapters(self, adapters: dict[str, torch.Tensor], folder: str) -> None:
-        assert self.lora is not None
-        base = self.initial_load_path or self.sd_adapter.assets or ""
-        hugging_face_folder.write_peft(adapters, folder, self.sd_adapter, self.lora.rank, self.lora.alpha, base)
+    def _export_if_due(self, step: int, last_step: bool) -> None:
+        """Export the model beside the checkpoint of this step, with `checkpoint.save_in_hf`.
 
-    def _complete_export(self, step: int) -> None:
-        """Add config.json and the tokenizer to exported weights; call on rank 0 only."""
+        A stop request leaves no time for an export. If the export fails, the checkpoint stays as it is.
+
+        Raises:
+            UserError: if the export fails at the last step, or `reliability.on_save_failure` is "stop".
+        """
+        exported_already = last_step and self.last_save_in_hf
+        if not self._config.save_in_hf or exported_already or (self.save_now and not last_step):
+            return
+        began = time.perf_counter()
+        location = self._catalogue.storage.url(f"{folder_name(step)}/{EXPORT}")
+        reason, _ = first_reason(self._try_to_export(step))
+        if not reason:
+            logger.info(f"Exported the model to {location} in {time.perf_counter() - began:.1f} s.")
+            return
+        reason = self._with_free_room(reason)
+        from_rank_0(lambda: _try_housekeeping(self._remove_partial_exports, "Removing an incomplete export"))
+        sentence = f"The export {location} could not be written ({reason}); its checkpoint is not affected"
+        if last_step or self.stop_on_save_failure:
+            self.wait()
+            raise UserError(f"{sentence}: make room, and export it with tools/convert_checkpoint.py.")
+        logger.error(f"{sentence}, and training goes on.")
+
+    @torch.no_grad()
+    def _try_to_export(self, step: int) -> str:
+        """Write an export under another name, then rename it; return the reason for a failure, or an empty string."""
         folder = self._catalogue.storage.url(folder_name(step))
-        hugging_face_folder.remove_rank_files(folder)
-        sources = [path for path in (self.initial_load_path, self.sd_adapter.assets) if path]
-        if self.lora is None or self.lora.export == "merged":
-            hugging_face_folder.describe(folder, self.sd_adapter, sources)
+        partial = f"{folder}/{PARTIAL_EXPORT}"
+        try:
+            needed = self._room_for_export()
+            write_on_rank_0(lambda: self._prepare_export(partial, needed))
+            self._write_export(self.states[MODEL].state_dict(), partial)
+            write_on_rank_0(lambda: os.replace(partial, f"{folder}/{EXPORT}"))
+        except (CheckpointException, Exception) as failure:
+            return failure_reason(failure)
+        return ""
+
+    def _room_for_export(self) -> int:
+        """Return the bytes that an export needs on the disk, and with it a checkpoint that is still being written."""
+        model = self.states[MODEL].state_dict()
+        if self.lora is not None and self.lora.export == "adapter":
+            needed = _size({name: tensor for name, tensor in model.items() if lora.is_adapter(name)})
+        else:  # the ranks' shards, and the files that they are consolidated into
+            dtype = None if self.export_dtype == torch.float32 else self.export_dtype
+            needed = 2 * _size(lora.without_adapters(model), dtype)
+        if self._saving_step is not None:
+            needed += _size(model) + _size(self.states[OPTIMIZER].state_dict())
+        return needed
+
+    def _prepare_export(self, folder: str, needed: int) -> None:
+        self._remove_partial_exports()
+        disk = shutil.disk_usage(self.folder)
+        if disk.total and disk.free < needed:  # some network file systems report a size of 0
+            raise UserError(f"it needs {needed / 2**20:,.0f} MiB")
+        os.makedirs(folder)
+
+    def _remove_partial_exports(self) -> None:
+        """Remove what interrupted or failed exports have left."""
+        for step in self._catalogue.steps():
+            shutil.rmtree(self._catalogue.storage.url(f"{folder_name(step)}/{PARTIAL_EXPORT}"), ignore_errors=True)
 
     def _finish_save(self) -> None:
         self._saving_step = None
@@ -316,15 +386,19 @@ class ResumableCheckpoints(HookedCheckpoints):
             end_saver()
 
     def _handle_save_failure(self, step: int, reason: str, final: bool) -> None:
-        folder = self._catalogue.storage
-        if not folder.remote:
-            reason += f"; {shutil.disk_usage(self.folder).free / 2**20:,.0f} MiB were free"
-        location = folder.url(folder_name(step))
+        location = self._catalogue.storage.url(folder_name(step))
+        reason = self._with_free_room(reason)
         sentence = f"The checkpoint {location} could not be saved ({reason}); earlier ones are unchanged"
         from_rank_0(lambda: _try_housekeeping(lambda: self._remove(step)))
         if final or self.stop_on_save_failure:
             raise UserError(f"{sentence}; make room or choose another checkpoint.folder, and start again.")
         logger.error(f"{sentence}, and training goes on and saves again after {self.interval} steps.")
+
+    def _with_free_room(self, reason: str) -> str:
+        """Append the free room on the disk to the reason of a failed save."""
+        if self._catalogue.storage.remote:
+            return reason
+        return f"{reason}; {shutil.disk_usage(self.folder).free / 2**20:,.0f} MiB were free"
 
     def _prepare_folder(self, step: int) -> None:
         """Create the folder and run.json; rename a complete checkpoint of the step, or remove an incomplete one."""
@@ -400,6 +474,12 @@ class ResumableCheckpoints(HookedCheckpoints):
         super().close()
         if hasattr(self, "_remover"):
             self._remover.shutdown()
+
+
+def _size(state: Any, dtype: torch.dtype | None = None) -> int:
+    """Return the bytes of all tensors in a state dict, of all ranks together; in `dtype`, unless it is None."""
+    tensors = [x for x in tree_leaves(state) if isinstance(x, torch.Tensor)]
+    return sum(x.numel() * (dtype or x.dtype).itemsize for x in tensors)
 
 
 def _try_housekeeping(action: Any, task: str = "Removing a checkpoint") -> None:

@@ -12,7 +12,8 @@ import pickle
 import platform
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, cast
 
@@ -22,7 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_to_all_single_autograd
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
-from torch.distributed.checkpoint import FileSystemReader, _async_process_executor
+from torch.distributed.checkpoint import (
+    FileSystemReader,
+    _async_process_executor,
+    _consolidate_hf_safetensors,
+)
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -44,10 +49,11 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 
 __all__ = [
     "EntryReader", "FsspecEntryReader", "SaverProcess", "TorchDispatchMode", "add_product_", "all_to_all",
-    "checkpointed", "collectives", "configure_ring_attention", "connection_loss", "construct_savers",
-    "end_saver", "grouped_mm", "local_block", "mark_dynamic", "operator_name", "raise_recompile_limit",
-    "rendezvous_store", "skip_if_flagged", "storage_error", "supports_reuse_of_stagers", "supports_skip_flag",
-    "tree_flatten", "tree_leaves", "tree_map_only", "tree_unflatten", "use_cpu", "varlen_attention", "wait_if_pending",
+    "checkpointed", "collectives", "configure_ring_attention", "connection_loss", "consolidate_safetensors",
+    "construct_savers", "end_saver", "grouped_mm", "local_block", "mark_dynamic", "operator_name",
+    "raise_recompile_limit", "rendezvous_store", "skip_if_flagged", "storage_error", "supports_reuse_of_stagers",
+    "supports_skip_flag", "tree_flatten", "tree_leaves", "tree_map_only", "tree_unflatten", "use_cpu",
+    "varlen_attention", "wait_if_pending",
 ]  # fmt: skip
 
 # torch's documentation uses `TorchDispatchMode` and the pytree functions, such as `tree_flatten`, but their modules are
@@ -296,6 +302,35 @@ class SaverProcess(_SaverProcess):
         """Terminate the process at once and wait for its exit."""
         self._save_process.terminate()
         self._save_process.join()
+
+
+def consolidate_safetensors(shards: str, folder: str, files: Mapping[str, str]) -> None:
+    """Write whole tensors to the files of an export, from the shards that the ranks have written.
+
+    torch's public functions (2.13) write all files on one rank, or leave the other ranks waiting if one rank fails.
+    They also omit the key `format` from the files, without which transformers 4.46 does not open them.
+
+    Args:
+        shards: folder that `HuggingFaceStorageWriter` has written with `save_distributed`.
+        folder: folder of the export.
+        files: names of the files to write, by tensor.
+    """
+    module: Any = _consolidate_hf_safetensors
+    write_headers = module._write_metadata
+
+    def write_headers_with_format(outputs: Mapping[str, Any]) -> None:
+        write_headers(outputs)
+        for path in outputs:
+            content = Path(path).read_bytes()  # the header alone: its length in 8 bytes, and JSON
+            header = json.dumps({"__metadata__": {"format": "pt"}, **json.loads(content[8:])}).encode()
+            header += b" " * (-len(header) % 8)
+            Path(path).write_bytes(len(header).to_bytes(8, "little") + header)
+
+    module._write_metadata = write_headers_with_format
+    try:
+        module._consolidate_safetensors_files(shards, folder, dict(files), num_threads=5)
+    finally:
+        module._write_metadata = write_headers
 
 
 def construct_savers(saver: type[SaverProcess]) -> None:

@@ -390,8 +390,10 @@ def _check_hugging_face(config: JobConfig) -> None:
         "checkpoint.last_save_in_hf saves weights alone, from which the run cannot continue; set "
         "checkpoint.last_save_model_only = true as well.",
     )
-    require(
-        not checkpoint.last_save_in_hf or not is_remote(checkpoint.folder),
-        f"checkpoint.last_save_in_hf needs a checkpoint.folder on disk, not {checkpoint.folder}; write there and copy, "
-        "or convert the last checkpoint with tools/convert_checkpoint.py.",
-    )
+    require(not checkpoint.save_in_hf or checkpoint.enable, "checkpoint.save_in_hf needs checkpoint.enable; set both.")
+    for key in ("last_save_in_hf", "save_in_hf"):
+        require(
+            not getattr(checkpoint, key) or not is_remote(checkpoint.folder),
+            f"checkpoint.{key} needs a checkpoint.folder on disk, not {checkpoint.folder}; write there and copy, or "
+            "convert a checkpoint with tools/convert_checkpoint.py.",
+        )

@@ -1,5 +1,6 @@
 """Chat templates in the lm-evaluation-harness: the choice of `--apply_chat_template`, and rendering."""
 
+import argparse
 from collections.abc import Sequence
 
 import jinja2
@@ -13,15 +14,15 @@ _END = "\ue000 "  # private-use character, which no task uses; the blank shows w
 
 
 def template_name(choice: bool | str) -> str:
-    """Return the name of a chat template from the value of `--apply_chat_template`, which is True without a name.
+    """Return a chat template's name or path from the value of `--apply_chat_template`, which is True without a name.
 
     Raises:
         UserError: if there is no template with this name.
     """
-    name = "tokenizer" if choice is True else str(choice)
-    if name not in chat.TEMPLATES:
-        raise UserError(f"--apply_chat_template must name {' or '.join(chat.TEMPLATES)}, not '{name}'.")
-    return name
+    try:
+        return chat.name_or_path("tokenizer" if choice is True else str(choice))
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"--apply_chat_template names no template ({error}); name one, or none.") from None
 
 
 def load(choice: bool | str, tokenizer: DiffusionTokenizer) -> chat.ChatTemplate:

@@ -53,7 +53,7 @@ class LoRA:
     adapters."""
 
     export: Literal["merged", "adapter"] = "merged"
-    """Contents of the last save with checkpoint.last_save_in_hf.
+    """Contents of exports with checkpoint.last_save_in_hf and checkpoint.save_in_hf.
 
     merged: the whole model with the adapters merged into it. adapter: only the adapters, in PEFT's format."""
 

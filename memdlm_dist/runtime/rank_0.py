@@ -1,6 +1,7 @@
 """Actions that only rank 0 performs, and one-line error messages."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -39,6 +40,18 @@ def from_rank_0(action: Any, failing: str = _CHECKPOINTS) -> Any:
     if isinstance(outcome[0], _Failed):
         raise outcome[0].error
     return outcome[0]
+
+
+def write_on_rank_0(action: Callable[[], object]) -> None:
+    """Run an action that writes files on rank 0; a collective call.
+
+    Raises:
+        OSError: on all ranks, if `action` fails on rank 0.
+    """
+    try:
+        from_rank_0(action, failing="{}")
+    except UserError as error:
+        raise OSError(one_line(error)) from None
 
 
 def first_reason(reason: str) -> tuple[str, bool]:

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from memdlm_dist.checkpoint.catalogue import read_metadata
+from memdlm_dist.checkpoint.hugging_face_folder import INDEX
 from memdlm_dist.config import parse_config
 from memdlm_dist.inference.trained_model import TrainedModel
 from tests.support.launching import run_many, scalars
@@ -23,6 +25,7 @@ SMALL = [
     "--lr_scheduler.warmup_steps", "1", "--checkpoint.interval", "2", "--checkpoint.async_mode", "disabled",
     "--compile.no-enable", "--parametric_memory.rank", "8", "--metrics.log_freq", "1",
 ]  # fmt: skip
+CODE = "raise AssertionError('executed')\n"  # modelling code beside the weights
 EXPORT = ["--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only"]
 POOLED = ["--parallelism.expert_parallel_degree", "2", "--parametric_memory.granularity", "batch"]
 
@@ -42,7 +45,8 @@ def trained(tmp_path_factory):
     for name, root in roots.items():
         recipe, *rest = arguments_of(root, name)[1:]
         assert random_weights.main([recipe, "--output", str(root / "weights"), "--dtype", "float32", *rest]) == 0
-        runs.append((2, arguments_of(root, name)))
+        (root / "weights/modeling.py").write_text(CODE)
+        runs.append((2, [*arguments_of(root, name), "--checkpoint.save_in_hf"]))
     # Repeat the last step from the run's previous checkpoint, on another layout and then on the first one.
     root = roots["llada"]
     last_step = [
@@ -129,6 +133,7 @@ def test_the_last_save_is_a_published_folder_with_the_adapters_merged(run):
     folder = root / "exported/checkpoint/step-3"
     files = {path.name for path in folder.iterdir()}
     assert {"config.json", "tokenizer.json", "model.safetensors.index.json", "run.json"} <= files
+    assert (folder / "modeling.py").read_text() == CODE
     assert "sharded" not in files
     base, ours = contents(root / "weights"), contents(folder)
     assert {key: x.shape for key, x in base.items()} == {key: x.shape for key, x in ours.items()}
@@ -139,6 +144,27 @@ def test_the_last_save_is_a_published_folder_with_the_adapters_merged(run):
     }
     # Experts without a token stay unchanged.
     assert changed <= expected and all(".experts." in key for key in expected - changed)
+
+
+def test_every_checkpoint_has_an_export(run, tmp_path):
+    """Exports equal offline conversions of their checkpoints, with merged adapters, code and tokenizer."""
+    name, root = run
+    recipe, *rest = arguments_of(root, name)[1:]
+    for step in (2, 3):
+        checkpoint, out = root / f"run/checkpoint/step-{step}", tmp_path / f"{step}"
+        export = ["to-hf", recipe, "--checkpoint", str(checkpoint), "--output", str(out)]
+        assert convert_checkpoint.main([*export, *rest]) == 0
+        theirs, ours = contents(out), contents(checkpoint / "hf")
+        assert theirs.keys() == ours.keys() and all(torch.equal(x, ours[key]) for key, x in theirs.items())
+        files = {path.name for path in out.iterdir()}
+        assert files == {path.name for path in (checkpoint / "hf").iterdir()} >= {"modeling.py", "tokenizer.json"}
+        for file in files - {path.name for path in out.glob("*.safetensors")} - {INDEX}:
+            assert (out / file).read_bytes() == (checkpoint / "hf" / file).read_bytes(), file
+        indices = [json.loads((folder / INDEX).read_text()) for folder in (out, checkpoint / "hf")]
+        assert indices[0] == indices[1]
+        for file in (checkpoint / "hf").glob("*.safetensors"):
+            with safe_open(file, "pt") as opened:
+                assert opened.metadata() == {"format": "pt"}  # some versions of transformers require it
 
 
 def test_what_is_merged_under_expert_parallelism(trained):

@@ -6,12 +6,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from memdlm_dist.checkpoint.catalogue import read_run
 from memdlm_dist.checkpoint.continuity import IDENTITY_KEYS, check, check_format
 from memdlm_dist.errors import UserError
 from memdlm_dist.runtime.storage import Storage
 from tests.support.launching import debug, run_many, scalars
+from tests.support.published import contents
+from tools import convert_checkpoint
 
 LOCAL, GLOBAL = "--training.local_batch_size", "--training.global_batch_size"
 TP, CP = "--parallelism.tensor_parallel_degree", "--parallelism.context_parallel_degree"
@@ -99,7 +102,7 @@ LAYOUTS = {
     "single": (1, [LOCAL, "4"]),
     "accumulation": (1, [LOCAL, "1", *WORKERS]),
     "cp2": (2, [LOCAL, "4", CP, "2"]),
-    "fsdp2-tp2": (4, [LOCAL, "1", TP, "2"]),
+    "fsdp2-tp2": (4, [LOCAL, "1", TP, "2", "--checkpoint.no_load_only", "--checkpoint.save_in_hf"]),
     "fsdp2-cp2": (4, [LOCAL, "1", CP, "2", *WORKERS]),
 }
 # Summation order: 12 steps amplify float32 rounding of 1e-7 to about 1e-6.
@@ -129,6 +132,15 @@ def test_a_checkpoint_continues_on_another_layout(elastic, layout):
             assert value == pytest.approx(straight[name][step], rel=TOLERANCE), f"{name} at step {step}"
     expected = {key: digest for key, digest in draws(elastic / "straight/draws").items() if key[1] > 7}
     assert draws(elastic / layout / "draws") == expected and len(expected) == 3 * 5 * 4
+
+
+def test_an_export_of_a_sharded_model_is_its_checkpoint_converted(elastic):
+    """FSDP 2 x TP 2."""
+    checkpoint, out = elastic / "fsdp2-tp2/checkpoint/step-12", elastic / "converted"
+    export = ["to-hf", "train_configs/debug.toml", "--checkpoint", str(checkpoint), "--output", str(out)]
+    assert convert_checkpoint.main([*export, "--model.flavor", "tiny"]) == 0
+    theirs, ours = contents(out), contents(checkpoint / "hf")
+    assert theirs.keys() == ours.keys() and all(torch.equal(x, ours[key]) for key, x in theirs.items())
 
 
 # Only the same run

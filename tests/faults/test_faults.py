@@ -7,12 +7,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from memdlm_dist import train
 from memdlm_dist.checkpoint.catalogue import Catalogue
 from memdlm_dist.checkpoint.manager import MEMORY_OFF
 from tests.support import zygote
 from tests.support.launching import debug, run_many, scalars
+from tests.support.published import contents
+from tools import convert_checkpoint
 
 LOSS = "loss_metrics/global_avg_loss"
 COMMON = [
@@ -61,8 +64,8 @@ SCENARIOS = {
     "hang-data": [(2, [fault("hang", "data", 3)], SHORT)],
     "stopped-process": [(2, [fault("SIGSTOP", "step", 3)], SHORT)],
     "asked": [
-        (75, [fault("SIGTERM", "step", 3)]),
-        (75, [fault("SIGUSR1", "data", 7, rank=0)], ["--checkpoint.async_mode", "async"]),
+        (75, [fault("SIGTERM", "step", 3)], ["--checkpoint.save_in_hf"]),
+        (75, [fault("SIGUSR1", "data", 7, rank=0)], ["--checkpoint.async_mode", "async", "--checkpoint.save_in_hf"]),
         (0, []),
     ],
     "asked-twice": [(143, [fault(do, "step", 2, rank=0) for do in ("SIGTERM", "sleep", "SIGTERM")])],
@@ -76,7 +79,11 @@ SCENARIOS = {
          ["--comm.train_timeout_seconds", "4", "--checkpoint.no_enable", "--training.steps", "4"])
     ],
     "retention": [
-        (0, [], ["--checkpoint.interval=1", "--checkpoint.keep_latest_k", "2", "--checkpoint.keep_every", "3"])
+        (0, [fault("raise", "consolidate", 6), fault("full", "export", 7), fault("room", "step", 8),
+             # As a run leaves it that is killed while it exports.
+             fault("mark", "step", 8, rank=0, once="{root}/retention/checkpoint/step-6/hf.partial/sharded/model")],
+         ["--checkpoint.interval=1", "--checkpoint.keep_latest_k", "2", "--checkpoint.keep_every", "3",
+          "--checkpoint.save_in_hf"])
     ],
     # The held-out loss is lowest early, because the learning rate is far too high; run 2 uses another output folder.
     "best": [
@@ -311,6 +318,37 @@ def test_retention(finished):
     assert kept == {f"step-{best}", "step-7", "step-8"}
 
 
+def test_an_export_that_fails_leaves_its_checkpoint(finished):
+    """Exports fail when one rank consolidates files, and when a file cannot grow; the run has the same checkpoints."""
+    root, outputs = finished
+    kept = {step: root / f"retention/checkpoint/step-{step}" for step in (3, 6, 7, 8)}
+    sentence = (
+        r"ERROR - The export \S+step-{}/hf could not be written \(rank 1: {}; [\d,]+ MiB were free\); its checkpoint"
+    )
+    for step, reason in ((6, "away for a moment"), (7, ".*File too large.*")):
+        assert re.search(sentence.format(step, reason), outputs["retention"][0])
+    assert "Traceback" not in outputs["retention"][0] and same_end(root, "retention")
+    assert [step for step, folder in kept.items() if (folder / "hf").exists()] == [3, 8]
+    assert not list(root.rglob("hf.partial"))
+    saved = {checkpoint.step: checkpoint for checkpoint in Catalogue(str(root / "retention/checkpoint")).all()}
+    assert all(checkpoint.intact for checkpoint in saved.values())
+    export = sum(file.stat().st_size for file in (kept[8] / "hf").iterdir())
+    assert export > 2**16 and abs(saved[8].size - export - saved[7].size) < 2**12
+
+
+def test_exports_beside_background_saves_and_a_stop_request(finished):
+    """A stop request leaves no time for an export; the other checkpoints have one, also those saved by a thread."""
+    root, outputs = finished
+    kept = {path.parent.name for path in (root / "asked/checkpoint").glob("step-*/hf")}
+    stopped = re.search(r"Stopped after (step) (\d), saved in ", outputs["asked"][1])
+    assert stopped and kept == {"step-2", "step-4", "step-6"} - {"-".join(stopped.groups())}
+    theirs = root / "asked/checkpoint/step-4"  # saved by a thread of the second run
+    out = ["--output", str(root / "asked-4"), "--model.flavor", "tiny"]
+    assert convert_checkpoint.main(["to-hf", "train_configs/debug.toml", "--checkpoint", str(theirs), *out]) == 0
+    ours, expected = contents(theirs / "hf"), contents(root / "asked-4")
+    assert ours.keys() == expected.keys() and all(torch.equal(x, expected[key]) for key, x in ours.items())
+
+
 def test_a_disk_that_is_really_full(tmp_path, capsys):
     """One checkpoint fits on a small tmpfs and the second does not; skipped where mounting is not allowed."""
     disk = tmp_path / "disk"
@@ -319,6 +357,12 @@ def test_a_disk_that_is_really_full(tmp_path, capsys):
         pytest.skip("mounting needs root")
     try:
         arguments = debug(disk, "--checkpoint.enable", "--checkpoint.interval", "1", "--training.steps", "2")
+        # The first checkpoint leaves no room for its export.
+        assert train.main([*arguments, "--training.steps", "1", "--checkpoint.save_in_hf"]) == 2
+        sentence = (
+            r"error: The export \S+step-1/hf could not be written \(rank 0: it needs \d MiB; \d MiB were free\); "
+        )
+        assert re.search(sentence + "its checkpoint is not affected: make room", capsys.readouterr().err)
         assert train.main(arguments) == 2
         assert "step-2 could not be saved (rank 0: " in (error := capsys.readouterr().err) and " MiB were free" in error
         assert [path.name for path in (disk / "checkpoint").iterdir()] == ["step-1"]

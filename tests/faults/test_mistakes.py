@@ -80,6 +80,8 @@ MISTAKES = [
     Mistake("missing weights", "There is no folder nowhere with Hugging Face weights", ("--checkpoint.enable", "--checkpoint.initial_load_in_hf", "--checkpoint.initial_load_path", "nowhere")),
     Mistake("weights in another format", "There are no .safetensors files in tests/assets/debug/tokenizer", ("--checkpoint.enable", "--checkpoint.initial_load_in_hf")),
     Mistake("last save without the rest", "set checkpoint.last_save_model_only = true as well", ("--checkpoint.enable", "--checkpoint.last_save_in_hf")),
+    Mistake("exports without checkpoints", "checkpoint.save_in_hf needs checkpoint.enable", ("--checkpoint.save_in_hf",)),
+    Mistake("exports in a store", "checkpoint.save_in_hf needs a checkpoint.folder on disk, not s3://bucket/run", ("--checkpoint.enable", "--checkpoint.save_in_hf", "--checkpoint.folder", "s3://bucket/run")),
     Mistake("last save in a store", "needs a checkpoint.folder on disk, not s3://bucket/run", ("--checkpoint.enable", "--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only", "--checkpoint.folder", "s3://bucket/run")),
     Mistake("pipeline", "pipeline_parallel_degree = 2 is not supported", ("--parallelism.pipeline_parallel_degree", "2")),
     Mistake("replication alone", "needs data_parallel_shard_degree > 1", ("--parallelism.data_parallel_replicate_degree", "2", "--parallelism.data_parallel_shard_degree", "1"), env={"WORLD_SIZE": "2"}),

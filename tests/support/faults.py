@@ -23,6 +23,8 @@ at:
 - "step": before the step's forward pass
 - "data": when the step's batch is loaded, during the previous step
 - "save": at the start of a save
+- "export": at the start of an export to a Hugging Face folder
+- "consolidate": when an export's shards are written, on the ranks that consolidate them into files
 - "write": when half of this rank's checkpoint file is written
 - "metadata": when all files of the checkpoint except its metadata are written
 """
@@ -47,6 +49,7 @@ from memdlm_dist.runtime import cpu
 cpu.prepare()
 
 from memdlm_dist import train
+from memdlm_dist.checkpoint import hugging_face_folder
 from memdlm_dist.checkpoint.manager import ResumableCheckpoints
 from memdlm_dist.data.loader import EpochLoader
 from memdlm_dist.runtime import preemption, storage, writer
@@ -73,6 +76,7 @@ def inject(faults: Iterable[dict[str, Any]]) -> None:
             if once := fault.get("once"):
                 if Path(once).exists():
                     continue
+                Path(once).parent.mkdir(parents=True, exist_ok=True)
                 Path(once).touch()
             if fault["do"].startswith("SIG"):
                 if fault["do"] == "SIGINT":  # background commands of a shell inherit SIGINT as ignored
@@ -109,6 +113,7 @@ def inject(faults: Iterable[dict[str, Any]]) -> None:
 
     plain_step, plain_loss, plain_read = MemDLMTrainer.train_step, Objective.loss_sum, EpochLoader._read
     plain_load = BatchPrefetcher._load
+    plain_export, plain_consolidate = hugging_face_folder.export, hugging_face_folder.consolidate_safetensors
     plain_save, plain_write, plain_finish = (
         ResumableCheckpoints.dcp_save, FileSystemWriter.write_data, FileSystemWriter.finish,
     )  # fmt: skip
@@ -135,6 +140,14 @@ def inject(faults: Iterable[dict[str, Any]]) -> None:
         inject_at("save")
         return plain_save(self, *arguments, **named)
 
+    def export(*arguments, **named):
+        inject_at("export")
+        return plain_export(*arguments, **named)
+
+    def consolidate(*arguments):
+        inject_at("consolidate")
+        plain_consolidate(*arguments)
+
     def write_data(self, plan, planner):
         written = plain_write(self, plan, planner)
         for file in Path(self.path).glob(f"__{os.environ['RANK']}_*"):
@@ -150,6 +163,7 @@ def inject(faults: Iterable[dict[str, Any]]) -> None:
     MemDLMTrainer.train_step, Objective.loss_sum, EpochLoader._read = train_step, loss_sum, read
     BatchPrefetcher._load = load
     ResumableCheckpoints.dcp_save = dcp_save
+    hugging_face_folder.export, hugging_face_folder.consolidate_safetensors = export, consolidate
     FileSystemWriter.write_data, FileSystemWriter.finish = write_data, finish
 
 

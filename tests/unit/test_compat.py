@@ -22,6 +22,8 @@ import torchtitan.models.moe.moe as titan_moe
 import torchtitan.models.moe.utils as titan_moe_utils
 import torchtitan.tools.utils as titan_utils
 import torchtitan.train as titan_train
+from safetensors import safe_open
+from safetensors.torch import save_file
 from streaming import StreamingDataset
 from streaming.base.storage.download import DOWNLOADER_MAPPINGS, CloudDownloader
 from torch import nn
@@ -304,3 +306,19 @@ def test_dcps_process_has_a_body_and_a_name():
     source = inspect.getsource(executor)
     assert "target=self._checkpointing_subprocess" in source
     assert "_CHECKPOINT_PROCESS = _AsyncCheckpointProcess(" in source
+
+
+def test_safetensors_are_consolidated_after_their_headers_are_written(tmp_path):
+    """Shards of two ranks become one file with the format in its header; torch's own header lacks it."""
+    x = torch.arange(12.0).reshape(4, 3)
+    for rank, rows in enumerate((x[:1], x[1:])):
+        sharding = {"x": {"saved_offsets": [rank, 0]}}
+        metadata = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(sharding)}
+        save_file({"x": rows.contiguous()}, tmp_path / f"shard-{rank}.safetensors", metadata=metadata)
+    out = tmp_path / "out"
+    out.mkdir()
+    torch_seam.consolidate_safetensors(str(tmp_path), str(out), {"x": "model.safetensors"})
+    with safe_open(out / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"} and torch.equal(file.get_tensor("x"), x)
+    source = inspect.getsource(torch_seam._consolidate_hf_safetensors._consolidate_safetensors_files)
+    assert source.index("_write_metadata(output_files_data)") < source.index("_write_data(")

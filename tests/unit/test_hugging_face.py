@@ -1,8 +1,11 @@
 """Hugging Face weights: import and export bit for bit, and errors that name what is wrong."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -185,6 +188,150 @@ def test_conversion_refuses_what_it_cannot_convert(recipe, weights, tmp_path, ca
         dcp.save({"norm.weight": torch.zeros(3)}, checkpoint_id=str(tmp_path / "alien"), no_dist=True)
     assert "is of another model" in error("to-hf", recipe, "--checkpoint", str(tmp_path / "alien"), *out)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.part*"))
+
+
+CODE = Path("tests/assets/original")
+AUTO_MAP = {"AutoConfig": "configuration_llada.LLaDAConfig", "AutoModel": "modeling_llada.LLaDAModelLM"}
+OTHERS = {
+    "generation_config.json": b'{"eos_token_id": 0}\n', "special_tokens_map.json": b"{ }", "merges.txt": b"a b\r\n",
+    "tokenization_llada.py": b"TOKENIZER = 1\n", "chat_template.jinja": b"{{ messages }}", "LICENSE.md": b"Free.",
+}  # fmt: skip
+LEFT = {"README.md": b"# LLaDA", "pytorch_model.bin": b"pickle", "notes.json": b"{}", "sub/deep.py": b""}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """Return a snapshot in the hub's cache: weights of the dense model, modelling code, tokenizer, links to blobs."""
+    cache = tmp_path_factory.mktemp("hub") / "models--org--tiny"
+    snapshot, plain = cache / "snapshots/1234", cache / "plain"
+    assert random_weights.main([RECIPES["llada"], "--output", str(plain), "--dtype", "float32", *PLAIN]) == 0
+    config = json.loads((plain / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps({**config, "auto_map": AUTO_MAP, "torch_dtype": "float32", "x": 1}))
+    for file in CODE.glob("*.py"):
+        shutil.copy(file, plain)
+    (plain / "sub").mkdir()
+    for name, content in (OTHERS | LEFT).items():
+        (plain / name).write_bytes(content)
+    (snapshot / "sub").mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    for number, file in enumerate(sorted(path for path in plain.rglob("*") if path.is_file())):
+        file.rename(cache / f"blobs/{number}")
+        link = snapshot / file.relative_to(plain)
+        link.symlink_to(os.path.relpath(cache / f"blobs/{number}", link.parent))
+    return snapshot
+
+
+@pytest.fixture(scope="module")
+def exported(original, tmp_path_factory):
+    """Return an export of the snapshot's weights, by way of a checkpoint."""
+    root = tmp_path_factory.mktemp("exported")
+    config = root / "full.toml"
+    config.write_text(Path(RECIPES["llada"]).read_text().replace('converters = ["lora"]', ""))
+    there, back = ["--output", str(root / "checkpoint")], ["--output", str(root / "export")]
+    assert convert_checkpoint.main(["from-hf", str(config), "--input", str(original), *there, *PLAIN]) == 0
+    # The snapshot is also named as the run's initial weights; the tokenizer of the run comes from another folder.
+    run = [*PLAIN, "--checkpoint.initial_load_path", str(original)]
+    (root / "step-1").mkdir()
+    for file in (root / "checkpoint").glob("*.*tc*"):
+        file.rename(root / "step-1" / file.name)
+    (root / "checkpoint/.metadata").rename(root / "step-1/.metadata")
+    assert convert_checkpoint.main(["to-hf", str(config), "--checkpoint", str(root / "step-1"), *back, *run]) == 0
+    return root
+
+
+def test_an_export_has_the_originals_code_and_the_runs_tokenizer(original, exported):
+    names_of = {path.name for path in (exported / "export").iterdir()}
+    tokenizer = {"tokenizer.json", "tokenizer_config.json"}
+    model = {"config.json", "generation_config.json", "LICENSE.md", "tokenization_llada.py"}
+    code = {path.name for path in CODE.glob("*.py")}
+    assert names_of - {name for name in names_of if name.startswith("model")} | {*code} == tokenizer | model | code
+    for name in model | code:
+        copy = exported / "export" / name
+        assert copy.read_bytes() == (original / name).read_bytes() and not copy.is_symlink(), name
+    for name in tokenizer:
+        assert (exported / "export" / name).read_bytes() == Path("tests/assets/debug/tokenizer", name).read_bytes()
+    # A checkpoint that was converted has all files of its source, so that the way back has them too.
+    kept = {path.name for path in (exported / "checkpoint").iterdir()}
+    assert kept == tokenizer | model | code | OTHERS.keys()
+    assert all((exported / "checkpoint" / name).read_bytes() == content for name, content in OTHERS.items())
+
+
+def test_files_that_an_export_leaves_out(original, tmp_path, monkeypatch):
+    """Links out of the folder, files that are too large, and files that exist in the export are not copied."""
+    sd_adapter = get_sd_adapter(parse_config.parse(["--job.config_file", RECIPES["llada"], *PLAIN]))
+    source, private = tmp_path / "source", tmp_path / "private"
+    source.mkdir()
+    private.write_text("key")
+    (source / "modeling_a.py").symlink_to(private)
+    (source / "helper.py").write_text("x")
+    (source / "modeling_b.py").symlink_to("helper.py")
+    (source / "large.py").write_text("x" * 101)
+    (source / "broken.py").symlink_to("nowhere")
+    os.mkfifo(source / "pipe.py")
+    (tmp_path / "linked").symlink_to(source)
+    monkeypatch.setattr(hugging_face_folder, "_COPY_LIMIT", 100)
+    logs = []
+    monkeypatch.setattr(hugging_face_folder.logger, "error", logs.append)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "helper.py").write_text("the user's")
+    # No source has config.json or a tokenizer.
+    written = hugging_face_folder.describe(str(out), sd_adapter, [str(tmp_path / "linked"), str(tmp_path / "absent")])
+    assert written == ["config.json", "helper.py", "modeling_b.py"]
+    assert {path.name: path.read_text() for path in out.glob("*.py")} == {
+        "helper.py": "the user's",
+        "modeling_b.py": "x",
+    }
+    assert json.loads((out / "config.json").read_text()) == sd_adapter.config()
+    assert len(logs) == 2 and "large.py is not copied to the export (it has 101 bytes, more than 100)" in logs[0]
+    assert f"modeling_a.py is not copied to the export (it links to {private}, outside of its folder)" in logs[1]
+    # Another tokenizer replaces all files of the original's, and its code; other code comes from the weights.
+    monkeypatch.undo()
+    other = tmp_path / "tokenizer"
+    other.mkdir()
+    for name in ("tokenizer.json", "tokenization_llada.py", "modeling_llada.py"):
+        (other / name).write_text("other")
+    both = [str(original), str(other)]
+    hugging_face_folder.describe(str(tmp_path), sd_adapter, both, tokenizers=both[::-1])
+    assert not (tmp_path / "merges.txt").exists() and (tmp_path / "generation_config.json").exists()
+    assert (tmp_path / "tokenization_llada.py").read_text() == (tmp_path / "tokenizer.json").read_text() == "other"
+    assert (tmp_path / "modeling_llada.py").read_bytes() == (CODE / "modeling_llada.py").read_bytes()
+
+
+# A user's program, who trusts the code in both folders.
+_LOAD = """
+import sys
+sys.modules["torchvision"] = None  # a CUDA build does not load beside torch for CPUs
+import torch
+from transformers import AutoModel
+tokens = torch.arange(12).reshape(2, 6) * 7
+for folder in sys.argv[1:]:
+    model, info = AutoModel.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+    assert not any(info.values()), info
+    assert type(model).__name__ == "LLaDAModelLM" and model.config.x == 1
+    torch.save(model(tokens).logits.detach(), folder + "/logits.pt")
+"""
+
+
+@pytest.mark.slow  # transformers takes 6 s to import
+def test_transformers_loads_an_export_with_the_originals_code(original, exported, tmp_path):
+    """`from_pretrained` of the original works on the export, and all three models have the same logits."""
+    shutil.copytree(original, tmp_path / "original")
+    shutil.copytree(exported / "export", tmp_path / "export")
+    folders = [str(tmp_path / name) for name in ("original", "export")]
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", _LOAD, *folders], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    theirs, ours = (torch.load(f"{folder}/logits.pt", weights_only=True) for folder in folders)
+    assert torch.equal(theirs, ours)
+    sd_adapter = get_sd_adapter(parse_config.parse(["--job.config_file", RECIPES["llada"], *PLAIN]))
+    model = sd_adapter.model_cls(sd_adapter.args)
+    model.load_state_dict(sd_adapter.from_hf(contents(exported / "export")))
+    tokens = torch.arange(12).reshape(2, 6) * 7
+    with torch.no_grad():
+        logits = model(tokens, torch.arange(12)).unflatten(0, (2, 6))
+    assert theirs.std() > 0.1
+    torch.testing.assert_close(logits, theirs, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("ep_size", [1, 2])
