@@ -1,5 +1,6 @@
 """Data loader over mosaicml-streaming shards; its order does not depend on the number of ranks."""
 
+import logging
 from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any, NamedTuple
@@ -13,8 +14,11 @@ from memdlm_dist.compat import streaming
 from memdlm_dist.data.dataset import ERROR_KEY, UNIFORM, Requirements, RowShape, TokenDataset, check_cards, open_dataset
 from memdlm_dist.data.row_lengths import TokenShares
 from memdlm_dist.data.settings import Data
-from memdlm_dist.errors import UserError, require
+from memdlm_dist.errors import UserError
 from memdlm_dist.runtime.preemption import outlive_first_sigterm, starting_workers
+from memdlm_dist.runtime.rank_0 import is_rank_0
+
+logger = logging.getLogger()
 
 
 class Batch(NamedTuple):
@@ -172,11 +176,11 @@ def training_loader(
         UserError: if the shards are missing, do not fit the run, or hold fewer rows than one global batch.
     """
     rows = check_cards(data.train, run)
-    require(
-        not data.group_by_length or bool(rows.buckets),
-        "data.group_by_length needs rows of different lengths, and all rows of data.train have one length; unset it, "
-        "or prepare fine-tuning data without --pad-to-length and --pack-documents.",
-    )
+    if data.group_by_length and not rows.buckets and is_rank_0():
+        logger.warning(
+            "data.group_by_length has no effect, because all rows of data.train have one length; prepare fine-tuning "
+            "data without --pad-to-length and --pack-documents, or unset it."
+        )
     dataset = open_dataset(
         data,
         data.train,
