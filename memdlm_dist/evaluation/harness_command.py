@@ -12,6 +12,7 @@ from typing import Any
 from memdlm_dist.config import parse_config
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError
+from memdlm_dist.runtime import hub
 from memdlm_dist.runtime.rank_0 import is_rank_0
 
 _REMEDY = "install the package's [eval] extra (pip install -e '.[eval]')"
@@ -61,7 +62,8 @@ def _complete(options: Any) -> None:
     metadata: dict[str, Any] = dict(getattr(options, "metadata", None) or {})
     if not {"tokenizer", "pretrained"} & metadata.keys():
         parsed = parse_config.parse(["--job.config_file", str(config)])
-        metadata["tokenizer"] = _plain_copy(arguments.get("model.hf_assets_path") or parsed.model.hf_assets_path)
+        folder = hub.tokenizer(arguments.get("model.hf_assets_path") or parsed.model.hf_assets_path)
+        metadata["tokenizer"] = _plain_copy(folder)
     options.metadata = metadata
 
 
