@@ -1,7 +1,7 @@
-"""Data sets of the Hugging Face hub as corpus rows, through the library `datasets` and its cache.
+"""Datasets of the Hugging Face hub as corpus rows, through the library `datasets` and its cache.
 
-Only builders of text formats are accepted: they parse data and neither unpickle nor run code. `datasets` 4 and later have
-no dataset scripts.
+Only builders of text formats are accepted: they parse data and neither unpickle nor run code. From release 4 on,
+`datasets` runs no dataset scripts.
 """
 
 from collections.abc import Iterator
@@ -22,22 +22,22 @@ _LENGTH = 300  # characters of an error's message
 
 @dataclass(frozen=True)
 class HubSource(Source):
-    """One split of a data set; `url` is `org/name[split]`, and `size` the size in Arrow format."""
+    """One split of a dataset; `url` is `org/name[split]`, and `size` the size in Arrow format."""
 
     dataset: Any
 
 
 def load(repository: Repository, split: str, subset: str | None) -> HubSource:
-    """Download and prepare one split of a data set, or open its cached copy.
+    """Download and prepare one split of a dataset, or open its cached copy.
 
     Columns that are neither text nor numbers, such as images, are left out.
 
     Args:
         split: name of the split, or a slice of it such as "train[:10%]".
-        subset: name of the configuration; None if the data set has only one, or a default.
+        subset: name of the configuration; None if the dataset has only one, or a default.
 
     Raises:
-        UserError: if the data set cannot be downloaded and has no cached copy, lacks the subset or the split, or is not
+        UserError: if the dataset cannot be downloaded and has no cached copy, lacks the subset or the split, or is not
             text.
     """
     import datasets  # here, because the import takes seconds
@@ -53,8 +53,8 @@ def load(repository: Repository, split: str, subset: str | None) -> HubSource:
         ) from None
     except ValueError as error:
         raise UserError(
-            f"The dataset {repository} has no {'default subset' if subset is None else f'subset {subset!r}'} "
-            f"({_sentence(error)}); choose another --subset."
+            f"The dataset {repository} cannot be opened{f' with --subset {subset}' if subset else ''} "
+            f"({_sentence(error)}); choose another --subset, or another dataset."
         ) from None
     except Exception as error:  # errors of datasets, of the network and of parsers have no common class
         raise UserError(
@@ -104,7 +104,7 @@ def _sentence(error: Exception) -> str:
 
 
 def rows(source: HubSource) -> Iterator[Row]:
-    """Yield the rows of a data set; a row that cannot be decoded has a `problem` and no values."""
+    """Yield the rows of a dataset; a row that cannot be decoded has a `problem` and no values."""
     for start in range(0, len(source.dataset), _BATCH):
         yield from _rows(source, start, min(start + _BATCH, len(source.dataset)))
 

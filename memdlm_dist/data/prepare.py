@@ -39,8 +39,8 @@ class PrepareConfig:
     output: Path
     seq_len: int
     inputs: tuple[str, ...] = ()  # empty: the built-in corpus
-    split: str = "train"  # of data sets of the hub
-    subset: str | None = None  # of data sets of the hub
+    split: str = "train"  # of datasets of the hub
+    subset: str | None = None  # of datasets of the hub
     tokenizer: str | None = None
     train_tokenizer: int | None = None
     mask_token: str | None = None
@@ -134,7 +134,7 @@ def prepare(config: PrepareConfig, report: Callable[[str], None] = tqdm.write) -
 
 
 def _sources(config: PrepareConfig) -> list[Source]:
-    """Find the files and the data sets of the hub that the inputs name, in their order."""
+    """Find the files and the datasets of the hub that the inputs name, in their order."""
     if not config.inputs:
         return corpus.builtin_sources()
     found: list[Source] = []

@@ -144,8 +144,10 @@ def _download(repository: Repository, selection: _Selection) -> str:
 
 def _failure(repository: Repository, error: Exception) -> str:
     """Return one sentence for a failed download."""
+    from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
+        HfHubHTTPError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -166,7 +168,12 @@ def _failure(repository: Repository, error: Exception) -> str:
             "name, or set HF_TOKEN to your token."
         )
     if isinstance(error, LocalEntryNotFoundError):
-        reason = "HF_HUB_OFFLINE is set" if isinstance(cause, OfflineModeIsEnabled) else one_line(cause or error)
+        if isinstance(cause, OfflineModeIsEnabled):
+            reason = "HF_HUB_OFFLINE is set"
+        elif isinstance(cause, HfHubHTTPError):
+            reason = one_line(cause)
+        else:  # the messages of connection errors are long
+            reason = f"{constants.ENDPOINT} cannot be reached, {type(cause or error).__name__}"
         return (
             f"{start} no cached copy of the hub's repository {repository} ({reason}); download it on a machine with "
             "access, set HF_HOME to the cache of such a machine, or give a path."
@@ -198,17 +205,22 @@ def _once_per_node(download: Callable[[], str], repository: Repository) -> str:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return download()
-    nodes, node = int(os.environ.get("GROUP_WORLD_SIZE", "1")), int(os.environ.get("GROUP_RANK", "0"))
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    node, nodes = int(os.environ.get("GROUP_RANK", "0")), int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    store = _store()
     key = f"hub/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_calls)}"
     if os.environ.get("LOCAL_RANK", "0") == "0":
         try:
             outcome = {"folder": download()}
         except UserError as error:
             outcome = {"error": str(error)}
-        _store().set(f"{key}/{node}", json.dumps(outcome))
+        store.set(f"{key}/{node}", json.dumps(outcome))
     keys = [f"{key}/{other}" for other in range(nodes)]
-    _store().wait(keys, _PATIENCE)
-    outcomes = [json.loads(_store().get(name)) for name in keys]
+    store.wait(keys, _PATIENCE)
+    outcomes = [json.loads(store.get(name)) for name in keys]
+    store.set(f"{key}/read by {rank}", "")
+    if rank == 0:  # it may host the store's server, and may end with an error
+        store.wait([f"{key}/read by {other}" for other in range(world_size)], _PATIENCE)
     for outcome in outcomes:
         if "error" in outcome:
             raise UserError(outcome["error"])
