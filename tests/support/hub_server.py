@@ -22,6 +22,7 @@ class HubServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories = repositories
         self.downloaded: list[str] = []  # files, in the order of their requests
+        self.described: list[str] = []  # repositories whose lists of files were requested
 
     @property
     def url(self) -> str:
@@ -50,6 +51,8 @@ class _Handler(BaseHTTPRequestHandler):
         resolve = re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         match = api or resolve
         files = self.server.repositories.get(match[1] if match else "", "RepoNotFound")
+        if api and api[2] in (None, "revision"):
+            self.server.described.append(api[1])
         if isinstance(files, str):
             self._answer(403 if files == "GatedRepo" else 401, X_Error_Code=files, X_Error_Message=files)
         elif api and api[3] not in (None, "main", COMMIT):

@@ -70,7 +70,7 @@ def use_cache(patch, home, url=None):
         patch.setattr(huggingface_hub.file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
-def test_names_of_repositories_and_names_of_files(tmp_path, monkeypatch):
+def test_names_of_repositories_and_names_of_files(cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "folder").mkdir(parents=True)
     (tmp_path / "org" / "dangling").symlink_to("nowhere")
@@ -155,7 +155,6 @@ def test_each_failure_is_one_sentence(cache, monkeypatch, capsys):
 
 def test_one_rank_of_a_node_downloads(cache, monkeypatch):
     """Four ranks on two nodes; the ranks of a node share a cache."""
-    requests = []
     with serving({"org/name": contents(Path(TOKENIZER))}) as server:
 
         def body(rank):
@@ -167,11 +166,17 @@ def test_one_rank_of_a_node_downloads(cache, monkeypatch):
             assert folder.is_relative_to(cache / f"node{rank // 2}") and (folder / "tokenizer.json").is_file()
             with pytest.raises(UserError, match="the hub has no repository org/other"):
                 hub.tokenizer("org/other")
+            use_cache(monkeypatch, cache / f"node{rank // 2}")
+            if rank == 2:
+                folder.rename(folder.with_name("f" * 40))
+                (folder.parents[1] / "refs" / "main").write_text("f" * 40)
+            with pytest.raises(UserError, match=f"^The nodes have different revisions .*org/name .{COMMIT}, fffff"):
+                hub.tokenizer("org/name")
             return 0
 
         assert ranks.fork(4, body) == 0
-        requests = server.downloaded
-    assert requests.count("tokenizer.json") == 2
+    assert server.downloaded.count("tokenizer.json") == 2
+    assert sorted(server.described) == ["org/name", "org/name", "org/other", "org/other"]
 
 
 ROWS = [
