@@ -23,8 +23,9 @@ from memdlm_dist.runtime import cpu
 cpu.prepare()
 
 from memdlm_dist.checkpoint.convert import from_hugging_face, to_hugging_face
-from memdlm_dist.config import parse_config
+from memdlm_dist.config import parse_config, repositories
 from memdlm_dist.inference.setup import checkpoint_folder
+from memdlm_dist.runtime import hub
 from memdlm_dist.runtime.entry_point import add_command, guarded, new_parser, parse_with_overrides, quiet
 from memdlm_dist.training.backbone import get_conversion
 
@@ -71,7 +72,10 @@ def parser() -> argparse.ArgumentParser:
         model.add_argument("config", metavar="CONFIG", help=config_help)
         if command is from_hf:
             model.add_argument(
-                "--input", required=True, metavar="DIR", help="folder of *.safetensors files with Hugging Face's names"
+                "--input",
+                required=True,
+                metavar="DIR",
+                help="folder of *.safetensors files with Hugging Face's names, or repository ORG/NAME of the hub",
             )
         else:
             model.add_argument(
@@ -83,8 +87,8 @@ def parser() -> argparse.ArgumentParser:
             model.add_argument(
                 "--assets",
                 metavar="DIR",
-                help="folder of config.json, modelling code and tokenizer (default: the checkpoint, the run's initial "
-                "weights or model.hf_assets_path)",
+                help="folder of config.json, modelling code and tokenizer, or repository ORG/NAME of the hub (default: "
+                "the checkpoint, the run's initial weights or model.hf_assets_path)",
             )
         output = command.add_argument_group("output")
         output.add_argument("--output", required=True, metavar="DIR", help="folder to create")
@@ -107,13 +111,15 @@ def convert(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     def progress(text: str) -> None:
         print(f"[{time.perf_counter() - began:6.1f} s] {text}", file=sys.stderr, flush=True)
 
-    dtype, run = _DTYPES[options.dtype], get_conversion(config)
+    dtype = _DTYPES[options.dtype]
     if options.direction == "from-hf":
-        from_hugging_face(run, options.input, options.output, dtype, progress)
+        from_hugging_face(get_conversion(config), hub.weights(options.input), options.output, dtype, progress)
         source = options.input
     else:
         checkpoint = options.checkpoint or checkpoint_folder(config)
-        source = to_hugging_face(run, checkpoint, options.output, dtype, options.assets, options.adapter, progress)
+        assets = hub.description(options.assets) if options.assets else None
+        run = get_conversion(config if assets else repositories.downloaded(config))
+        source = to_hugging_face(run, checkpoint, options.output, dtype, assets, options.adapter, progress)
     print(f"{source} -> {options.output} ({time.perf_counter() - began:.1f} s)")
     return 0
 

@@ -33,6 +33,7 @@ from memdlm_dist.evaluation.exposure_report import line, load_rows, plot
 from memdlm_dist.evaluation.retrieval import MEMORY
 from memdlm_dist.inference.model_arguments import add_model_arguments, load_model
 from memdlm_dist.inference.setup import checkpoint_folder
+from memdlm_dist.runtime import hub
 from memdlm_dist.runtime.entry_point import guarded, new_parser, parse_with_overrides, positive
 from memdlm_dist.runtime.rank_0 import is_rank_0
 
@@ -94,6 +95,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     names = options.names or [path.rstrip("/") for path in checkpoints]
     if len(names) != len(checkpoints):
         raise UserError(f"--names gives {len(names)} names for {len(checkpoints)} checkpoints; give one for each.")
+    checkpoints = [hub.weights(path) for path in checkpoints]
     model = load_model(options, overrides, checkpoints[0])
     try:
         rows = load_rows(config, model, options.data, options.samples, options.prompt_share)

@@ -28,6 +28,7 @@ from memdlm_dist.errors import UserError
 from memdlm_dist.evaluation.haystack import Haystack
 from memdlm_dist.evaluation.needle import NeedleGenerator
 from memdlm_dist.evaluation.needle_arguments import add_needle_arguments, get_sizes, get_tasks
+from memdlm_dist.runtime import hub
 from memdlm_dist.runtime.entry_point import guarded, new_parser
 
 
@@ -42,7 +43,12 @@ def parser() -> argparse.ArgumentParser:
     tasks.add_argument("--part", choices=("train", "heldout"), default="train",
                        help="part whose keys, names and passages the samples use (default: train)")  # fmt: skip
     data = p.add_argument_group("data")
-    data.add_argument("--tokenizer", required=True, metavar="DIR", help="tokenizer folder, which measures the lengths")
+    data.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="DIR",
+        help="folder of the tokenizer that measures the lengths, or repository ORG/NAME of the hub",
+    )
     output = p.add_argument_group("output")
     output.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSONL file to write")
     output.add_argument("--format", choices=("prompt_response", "text"), default="prompt_response",
@@ -60,7 +66,7 @@ def write(options: argparse.Namespace) -> int:
     """
     if options.output.exists() and not options.overwrite:
         raise UserError(f"{options.output} exists; choose another --output, or pass --overwrite to replace it.")
-    tokenizer = DiffusionTokenizer(options.tokenizer)
+    tokenizer = DiffusionTokenizer(hub.tokenizer(options.tokenizer))
     hay = Haystack.read(options.part, options.haystack)
     needles = NeedleGenerator(tokenizer, hay, options.part, get_sizes(options), options.seed)
     tasks = get_tasks(options)

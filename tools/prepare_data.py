@@ -12,6 +12,9 @@ Examples:
   # Fine-tuning on LongAlpaca (instruction, input, output), with the loss on the responses only
   python tools/prepare_data.py --input LongAlpaca-12k.json --tokenizer LLaDA-8B-Base --chat-template llada \
       --mask-token '<|mdm_mask|>' --overlong clip-response --seq-len 4096 --output data/longalpaca_8b
+  # The same data and tokenizer from the Hugging Face hub
+  python tools/prepare_data.py --input Yukang/LongAlpaca-12k --tokenizer GSAI-ML/LLaDA-8B-Base --chat-template llada \
+      --mask-token '<|mdm_mask|>' --overlong clip-response --seq-len 4096 --output data/longalpaca_8b
 
 Writes DIR/train, DIR/heldout, DIR/tokenizer and DIR/summary.json. --overwrite replaces these, and never a file that
 prepare_data.py did not write. SIGTERM ends the command with status 143 and leaves DIR unchanged.
@@ -47,9 +50,14 @@ def parser() -> argparse.ArgumentParser:
         "--input",
         nargs="+",
         metavar="URL",
-        help="JSONL, JSON or Parquet files, compressed or not: paths, folders, glob patterns or fsspec URLs",
+        help="JSONL, JSON or Parquet files, compressed or not: paths, folders, glob patterns or fsspec URLs; or "
+        "datasets of the Hugging Face hub: ORG/NAME or ORG/NAME@REVISION",
     )
     source.add_argument("--builtin", action="store_true", help="use the source files of the Python standard library")
+    data.add_argument("--split", default="train", metavar="NAME", help="split of the hub's datasets (default: train)")
+    data.add_argument(
+        "--subset", metavar="NAME", help="subset (configuration) of the hub's datasets (default: the dataset's default)"
+    )
     data.add_argument(
         "--format",
         choices=get_args(Format),
@@ -68,7 +76,9 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--strict", action="store_true", help="stop at the first bad row instead of counting it")
     tokens = p.add_argument_group("tokenizer")
     pieces = tokens.add_mutually_exclusive_group(required=True)
-    pieces.add_argument("--tokenizer", metavar="DIR", help="folder of a Hugging Face tokenizer.json")
+    pieces.add_argument(
+        "--tokenizer", metavar="DIR", help="folder of a Hugging Face tokenizer.json, or repository ORG/NAME of the hub"
+    )
     pieces.add_argument(
         "--train-tokenizer", type=int, metavar="SIZE", help="train a byte-level BPE tokenizer of SIZE tokens"
     )
@@ -159,6 +169,8 @@ def get_request(options: argparse.Namespace) -> PrepareConfig:
         output=Path(options.output),
         seq_len=options.seq_len,
         inputs=tuple(options.input or ()),
+        split=options.split,
+        subset=options.subset,
         tokenizer=options.tokenizer,
         train_tokenizer=options.train_tokenizer,
         mask_token=options.mask_token,

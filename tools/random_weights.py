@@ -23,6 +23,7 @@ cpu.prepare()
 from memdlm_dist.checkpoint import hugging_face_folder
 from memdlm_dist.config import parse_config
 from memdlm_dist.errors import require
+from memdlm_dist.runtime import hub
 from memdlm_dist.runtime.entry_point import guarded, new_parser, parse_with_overrides, quiet
 from memdlm_dist.training.backbone import get_sd_adapter
 
@@ -61,7 +62,7 @@ def make(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         model.init_weights()
     state = {name: tensor.to(getattr(torch, options.dtype)) for name, tensor in model.state_dict().items()}
     hugging_face_folder.write(sd_adapter.to_hf(state), str(output))
-    written = hugging_face_folder.describe(str(output), sd_adapter, [config.model.hf_assets_path])
+    written = hugging_face_folder.describe(str(output), sd_adapter, [hub.tokenizer(config.model.hf_assets_path)])
     parameters = sum(tensor.numel() for tensor in state.values())
     print(f"{output}: {config.model.name} {config.model.flavor}, {parameters:,} parameters; {', '.join(written)}")
     return 0

@@ -29,6 +29,7 @@ from memdlm_dist.compat.torch import consolidate_safetensors
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import lora
 from memdlm_dist.models.state_dict_adapters import BackboneStateDictAdapter, fqn_to_index_mapping
+from memdlm_dist.runtime import hub
 from memdlm_dist.runtime.rank_0 import failure_reason, first_reason, from_rank_0, write_on_rank_0
 from memdlm_dist.runtime.storage import is_remote
 
@@ -318,8 +319,9 @@ def write_peft(
 
     Args:
         state: unsharded tensors; those that are not adapters are ignored.
-        base: name or path of the base model.
+        base: name or path of the base model. For a folder in the hub's cache, the repository is written instead.
     """
+    repository = hub.origin(base)
     tensors, modules = {}, []
     for name, tensor in state.items():
         if lora.is_adapter(name):
@@ -331,7 +333,9 @@ def write_peft(
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {
-        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": base, "inference_mode": True,
+        "peft_type": "LORA", "task_type": None, "inference_mode": True,
+        "base_model_name_or_path": repository.id if repository else base,
+        "revision": repository.revision if repository else None,
         "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
         # Full names, because LLaDA-8B's output head has the same last component as the down projections.
         "target_modules": sorted(set(modules)),

@@ -36,7 +36,7 @@ from memdlm_dist.compat.torchtitan import HookedCheckpoints
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import lora
 from memdlm_dist.models.lora import LoRA
-from memdlm_dist.runtime import storage
+from memdlm_dist.runtime import hub, storage
 from memdlm_dist.runtime.rank_0 import failure_reason, first_reason, from_rank_0, is_rank_0, one_line, write_on_rank_0
 from memdlm_dist.runtime.storage import Storage, is_remote
 from memdlm_dist.runtime.writer import Claim
@@ -162,7 +162,10 @@ class ResumableCheckpoints(HookedCheckpoints):
         if is_export(files):
             raise UserError(f"{location} holds safetensors; set checkpoint.initial_load_in_hf to start from them.")
         if METADATA not in files:
-            raise UserError(f"There is no complete checkpoint in {location}; correct checkpoint.initial_load_path.")
+            remedy = "correct checkpoint.initial_load_path"
+            if hub.parse(location) is not None:
+                remedy += ", or set checkpoint.initial_load_in_hf to start from a repository of the hub"
+            raise UserError(f"There is no complete checkpoint in {location}; {remedy}.")
         # A run that trains adapters starts from a base without adapters.
         problem = self._load_from(location, self.initial_load_model_only, base=self.initial_load_model_only)
         if problem:

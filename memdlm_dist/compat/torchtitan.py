@@ -31,6 +31,21 @@ def use_cpu_permutation() -> None:
     utils.generate_permute_indices = partial(kernels.generate_permute_indices, use_cpu=True)
 
 
+@contextlib.contextmanager
+def without_assets_warning() -> Iterator[None]:
+    """Suppress torchtitan's warning that model.hf_assets_path does not exist: it may name a repository of the hub."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("HF assets path ")
+
+    logger = logging.getLogger()
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
 def run_padded(
     run: Callable[[Tensor, Tensor], Tensor], x_SD: Tensor, counts: Tensor, ranks: int, experts: int
 ) -> Tensor:

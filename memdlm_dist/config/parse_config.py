@@ -19,6 +19,7 @@ from torchtitan.config import ConfigManager
 
 from memdlm_dist.checkpoint.continuity import IDENTITY_KEYS as CONTINUITY
 from memdlm_dist.checkpoint.manager import MEMORY_OFF, MEMORY_ON
+from memdlm_dist.compat.torchtitan import without_assets_warning
 from memdlm_dist.config import ranges
 from memdlm_dist.config.job_config import FORMAT, JobConfig
 from memdlm_dist.errors import UserError, require
@@ -54,7 +55,7 @@ def parse(argv: Sequence[str]) -> JobConfig:
         _check_flags(manager.config_cls, argv)
     try:
         # tyro prints errors as boxes for terminals; `_check_flag_values` reports them in one sentence instead.
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()), without_assets_warning():
             config: JobConfig = manager.parse_args(list(argv))
     except SystemExit as exit_request:
         if exit_request.code in (0, None):

@@ -5,13 +5,13 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 
 from tqdm import tqdm
 
-from memdlm_dist.data import chat, corpus, output, sequences, tokenizer
+from memdlm_dist.data import chat, corpus, hub_dataset, output, sequences, tokenizer
 from memdlm_dist.data.corpus import Row, Source
 from memdlm_dist.data.output import SPLITS, SUMMARY, TOKENIZER
 from memdlm_dist.data.packing import BestFit, Concatenation
@@ -20,6 +20,7 @@ from memdlm_dist.data.sequences import BadRow, Document, Fields, Format, Overlon
 from memdlm_dist.data.shards import Card, ShardWriter
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError, require
+from memdlm_dist.runtime import hub
 from memdlm_dist.runtime.preemption import deferring_signals
 from memdlm_dist.runtime.rank_0 import one_line
 from memdlm_dist.runtime.writer import claimed, this_process
@@ -39,6 +40,8 @@ class PrepareConfig:
     output: Path
     seq_len: int
     inputs: tuple[str, ...] = ()  # empty: the built-in corpus
+    split: str = "train"  # of datasets of the hub
+    subset: str | None = None  # of datasets of the hub
     tokenizer: str | None = None
     train_tokenizer: int | None = None
     mask_token: str | None = None
@@ -92,7 +95,9 @@ def prepare(config: PrepareConfig, report: Callable[[str], None] = tqdm.write) -
         UserError: if an input, the tokenizer or the output cannot be used, if the corpus makes no training sequence,
             and with `strict` for the first bad row.
     """
-    files = corpus.sources(config.inputs) if config.inputs else corpus.builtin_sources()
+    files = _sources(config)
+    if config.tokenizer is not None:
+        config = replace(config, tokenizer=hub.tokenizer(config.tokenizer))
     summary = Summary()
     try:
         _check_length(config.seq_len)
@@ -131,6 +136,24 @@ def prepare(config: PrepareConfig, report: Callable[[str], None] = tqdm.write) -
             "choose another --output."
         ) from None
     return summary
+
+
+def _sources(config: PrepareConfig) -> list[Source]:
+    """Find the files and the datasets of the hub that the inputs name, in their order."""
+    if not config.inputs:
+        return corpus.builtin_sources()
+    found: list[Source] = []
+    for name in config.inputs:
+        repository = hub.parse(name)
+        if repository is None:
+            found += corpus.sources([name])
+        else:
+            found.append(hub_dataset.load(repository, config.split, config.subset))
+    return found
+
+
+def _rows(source: Source) -> Iterator[Row]:
+    return hub_dataset.rows(source) if isinstance(source, hub_dataset.HubSource) else corpus.rows(source)
 
 
 def _check_length(seq_len: int) -> None:
@@ -202,7 +225,7 @@ def _good_rows(
     report: Callable[[str], None],
     label: str = "Tokenising",
 ) -> Iterator[Row]:
-    read = corpus.rows if config.inputs else corpus.builtin_rows
+    read = _rows if config.inputs else corpus.builtin_rows
     with tqdm(total=sum(source.size for source in files), unit="B", unit_scale=True, desc=label) as bar:
         for source in files:
             for row in read(source):

@@ -13,6 +13,7 @@ from memdlm_dist.config import parse_config
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError
 from memdlm_dist.evaluation import harness_chat
+from memdlm_dist.runtime import hub
 from memdlm_dist.runtime.rank_0 import is_rank_0
 
 _REMEDY = "install the package's [eval] extra (pip install -e '.[eval]')"
@@ -60,7 +61,8 @@ def _complete(options: Any) -> None:
     if not config:  # checked here since building the tasks can take minutes
         raise UserError("--model_args must name the run's configuration: --model_args config=FILE.toml.")
     parsed = parse_config.parse(["--job.config_file", str(config)])
-    tokenizer = DiffusionTokenizer(arguments.get("model.hf_assets_path") or parsed.model.hf_assets_path)
+    folder = hub.tokenizer(arguments.get("model.hf_assets_path") or parsed.model.hf_assets_path)
+    tokenizer = DiffusionTokenizer(folder)
     if choice := getattr(options, "apply_chat_template", False):
         harness_chat.load(choice, tokenizer)
     elif getattr(options, "fewshot_as_multiturn", False):

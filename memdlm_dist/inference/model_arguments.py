@@ -18,9 +18,9 @@ def add_model_arguments(p: argparse.ArgumentParser, several_checkpoints: bool = 
         "--checkpoint",
         nargs="+" if several_checkpoints else None,
         metavar="DIR",
-        help="folder of a checkpoint step-N, folder or URL of several (the newest intact one is loaded), or folder of "
-        "Hugging Face weights (default: the run's checkpoints). Load only checkpoints that you trust: their metadata "
-        "is a pickle",
+        help="folder of a checkpoint step-N, folder or URL of several (the newest intact one is loaded), folder of "
+        "Hugging Face weights, or repository ORG/NAME of the hub (default: the run's checkpoints). Load only "
+        "checkpoints that you trust: their metadata is a pickle",
     )
     g.add_argument(
         "--anchor-ratio",

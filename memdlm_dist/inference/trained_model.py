@@ -31,7 +31,7 @@ from memdlm_dist.method.micro_batch import Scored, gather_scored, micro_batch
 from memdlm_dist.method.trajectory import State
 from memdlm_dist.models import BACKBONES, backbone_args
 from memdlm_dist.models.llada import LLaDA
-from memdlm_dist.runtime import process_group
+from memdlm_dist.runtime import hub, process_group
 from memdlm_dist.runtime.device import device_type
 from memdlm_dist.training.backbone import model_on_meta
 from memdlm_dist.training.objective import build_objective
@@ -64,8 +64,8 @@ class TrainedModel:
 
     Args:
         config: configuration of the run that trained the model, from `parse_config.parse`; not modified.
-        checkpoint: checkpoint `step-N`, a folder or URL of checkpoints (the newest intact one is loaded), or a folder
-            of Hugging Face weights; the run's own checkpoints if None.
+        checkpoint: checkpoint `step-N`, a folder or URL of checkpoints (the newest intact one is loaded), a folder of
+            Hugging Face weights, or a repository of the hub; the run's own checkpoints if None.
 
     Raises:
         UserError: if the launch, the tokenizer or the checkpoint does not fit.
@@ -75,6 +75,9 @@ class TrainedModel:
         config = launch.resolve(setup.inference_config(config), *process_group.launched_processes())
         args = backbone_args(config.model.name, config.model.flavor)
         check_layout.check_backbone(config, args)
+        # Before the process group is initialised, since a download takes longer than a collective may.
+        config.model.hf_assets_path = hub.tokenizer(config.model.hf_assets_path)
+        checkpoint = hub.weights(checkpoint) if checkpoint else setup.checkpoint_folder(config)
         self.tokenizer = DiffusionTokenizer(config.model.hf_assets_path)
         self.device, parallel_dims = setup.join(config)
         args.update_from_config(config)
@@ -85,7 +88,7 @@ class TrainedModel:
             model.init_weights()
         self.model: LLaDA = model.eval()
         self.checkpoint = ""
-        self.load(checkpoint or setup.checkpoint_folder(config))
+        self.load(checkpoint)
         self.trained_length: int = config.training.seq_len
         dtype = config.training.mixed_precision_param
         # torch warns about an autocast to the dtype of the weights.

@@ -9,11 +9,12 @@ from importlib.util import find_spec
 
 import torch
 
+from memdlm_dist.checkpoint.catalogue import Catalogue
 from memdlm_dist.checkpoint.manager import ResumableCheckpoints
 from memdlm_dist.checkpoint.saver import Saver
 from memdlm_dist.compat.torch import connection_loss, construct_savers
 from memdlm_dist.compat.torchtitan import construct_checkpoints
-from memdlm_dist.config import check_layout, launch, parse_config
+from memdlm_dist.config import check_layout, launch, parse_config, repositories
 from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.errors import UserError, require
 from memdlm_dist.models import backbone_args
@@ -86,6 +87,7 @@ def run(argv: Sequence[str]) -> int:
     args = backbone_args(config.model.name, config.model.flavor)
     check_layout.check_backbone(config, args)
     _warn_of_length(config, args)
+    config = repositories.downloaded(config, weights=not _resumes(config))
     check_output(config.job.dump_folder)
     single_process_environment()
     train_spec.register()
@@ -100,12 +102,21 @@ def run(argv: Sequence[str]) -> int:
     return preemption.exit_status()
 
 
+def _checkpoint_folder(config: JobConfig) -> str:
+    folder: str = config.checkpoint.folder
+    return folder if is_remote(folder) else os.path.join(config.job.dump_folder, folder)
+
+
+def _resumes(config: JobConfig) -> bool:
+    """Return whether the run continues from a checkpoint of its own, and so needs no initial weights."""
+    return config.checkpoint.initial_load_in_hf and bool(Catalogue(_checkpoint_folder(config)).complete_steps())
+
+
 def _writer(config: JobConfig) -> AbstractContextManager[Claim | None]:
     """Claim the checkpoint folder for this run; rank 0 holds the claim for all ranks."""
     if not config.checkpoint.enable or config.checkpoint.load_only or not is_rank_0():
         return nullcontext()
-    folder = config.checkpoint.folder
-    return claimed(folder if is_remote(folder) else os.path.join(config.job.dump_folder, folder), this_process())
+    return claimed(_checkpoint_folder(config), this_process())
 
 
 def _train(config: JobConfig, stop: StopRequest, writer: Claim | None) -> MemDLMTrainer:

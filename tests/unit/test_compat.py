@@ -34,6 +34,7 @@ from torch.distributed.elastic.multiprocessing import api as elastic
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives as fsdp_collectives
 from torch.nn.attention import SDPBackend
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from torchtitan.config import ConfigManager
 
 from memdlm_dist.compat import streaming as streaming_seam
 from memdlm_dist.compat import torch as torch_seam
@@ -233,6 +234,16 @@ def test_special_tokens_come_from_the_tokenizers_configuration():
     tokenizer = SimpleNamespace(config={"mask_token": {"content": "[M]", "__type": "AddedToken"}})
     tokenizer._get_token_from_config = lambda *a: HuggingFaceTokenizer._get_token_from_config(tokenizer, *a)
     assert titan_seam.special_token(tokenizer, "mask_token") == "[M]"
+
+
+def test_a_missing_assets_path_is_warned_of_by_torchtitan_alone(caplog):
+    def parse():
+        ConfigManager().parse_args(["--model.hf_assets_path", "org/name"])
+        return caplog.messages.count("HF assets path org/name does not exist!")
+
+    with titan_seam.without_assets_warning():
+        assert parse() == 0
+    assert parse() == 1
 
 
 def test_selective_checkpointing_has_a_list_of_operators():
