@@ -40,8 +40,6 @@ class PrepareConfig:
     output: Path
     seq_len: int
     inputs: tuple[str, ...] = ()  # empty: the built-in corpus
-    split: str = "train"  # of datasets of the hub
-    subset: str | None = None  # of datasets of the hub
     tokenizer: str | None = None
     train_tokenizer: int | None = None
     mask_token: str | None = None
@@ -57,6 +55,8 @@ class PrepareConfig:
     strict: bool = False
     overwrite: bool = False
     limit: int | None = None
+    split: str = "train"  # of datasets of the hub
+    subset: str | None = None  # of datasets of the hub
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,12 @@
 
 import contextlib
 import os
-import select
 import signal
 import socket
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from multiprocessing import connection
 
 from memdlm_dist.runtime.preemption import EXIT_STATUS as PREEMPTED
 
@@ -72,7 +72,8 @@ def wait(children: Sequence[int], hang_up: int | None = None) -> int:
                 os.kill(process, signal.SIGKILL)
 
     while running:
-        ready, _, _ = select.select([*running, *([] if hang_up is None else [hang_up])], [], [])
+        # Not select.select, which takes no file descriptor above 1,023.
+        ready = connection.wait([*running, *([] if hang_up is None else [hang_up])])
         if hang_up in ready:
             hang_up = None
             failure = failure or -signal.SIGHUP

@@ -105,6 +105,19 @@ def bench_headline(numbers: dict[str, Any]) -> str:
     )
 
 
+def measure_mix(context: Context) -> None:
+    """Measure fine-tuning rows of different lengths: padded to seq_len, in buckets, and grouped by length."""
+    config, layers = ("train_configs/debug.toml", "2") if context.debug else ("train_configs/bench_8b.toml", "8")
+    rounds = 1 if context.debug or context.quick else 3
+    context.numbers["mix"] = _bench(context, config, ["--mix", "--layers", layers], rounds, warm_up=1)
+
+
+def mix_headline(numbers: dict[str, Any]) -> str:
+    """Return the step times relative to rows padded to seq_len, as one line."""
+    relative = numbers.get("mix", {}).get("over_whole", {})
+    return ", ".join(f"{name} {ratio:.3f}" for name, ratio in relative.items())
+
+
 def measure_lengths(context: Context) -> None:
     """Measure several row lengths, a few per process: running out of memory loses only the lengths of one process."""
     groups: list[tuple[int, ...]]

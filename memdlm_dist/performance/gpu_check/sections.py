@@ -107,6 +107,10 @@ SECTIONS = (
         benches.measure_lengths, benches.lengths_headline,
     ),
     Section(
+        "mix", "a mix of fine-tuning rows: padded to seq_len, in buckets, grouped by length",
+        benches.measure_mix, benches.mix_headline,
+    ),
+    Section(
         "decoding", "tools/generate.py on run_dense's checkpoint, memory off and on",
         runs.measure_decoding, runs.decoding_headline,
     ),
