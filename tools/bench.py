@@ -118,11 +118,12 @@ def parser() -> argparse.ArgumentParser:
     sampling.add_argument(
         "--warm-up", type=positive, default=2, metavar="N", help="rounds before the measured ones (default: 2)"
     )
-    sampling.add_argument(
+    rows = sampling.add_mutually_exclusive_group()
+    rows.add_argument(
         "--lengths", type=positive, nargs="+", metavar="N",
         help="row lengths in tokens; measures plain and ours at each (default: all three kinds at training.seq_len)",
     )  # fmt: skip
-    sampling.add_argument(
+    rows.add_argument(
         "--mix",
         action="store_true",
         help="measure our step on fine-tuning rows of mixed lengths, as in LongAlpaca: padded to training.seq_len, in "
@@ -156,6 +157,8 @@ def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def start(options: argparse.Namespace, argv: Sequence[str], overrides: Sequence[str]) -> int:
     """Check configuration and output files, start the ranks with torchrun, and return the exit status."""
+    if options.profile and (options.mix or options.lengths):
+        raise UserError("--profile profiles a step at training.seq_len; omit it with --mix and --lengths.")
     processes = options.processes or torch.accelerator.device_count() or 2
     for length in options.lengths or [None]:
         _configuration(options.config, overrides, Processes(processes, processes), length)

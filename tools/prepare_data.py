@@ -114,14 +114,14 @@ def parser() -> argparse.ArgumentParser:
         "--overlong",
         choices=("drop", "truncate", "clip-response"),
         default="drop",
-        help="treatment of fine-tuning rows longer than --seq-len: drop them; truncate them; or truncate them so that "
-        "they end in a response. Rows whose prompt leaves no room for a response are always dropped (default: drop)",
+        help="treatment of fine-tuning rows longer than --seq-len: drop: leave them out; truncate: cut them at "
+        "--seq-len; clip-response: also remove a prompt at the cut, in rows with several responses. A row whose prompt "
+        "leaves no room for a response is always left out (default: drop)",
     )
     padding = layout.add_mutually_exclusive_group()
     padding.add_argument(
         "--pad-multiple",
         type=positive,
-        default=PAD_MULTIPLE,
         metavar="N",
         help="pad fine-tuning rows with end-of-text, which is masked and scored, to a multiple of N tokens (default: "
         f"{PAD_MULTIPLE})",
@@ -165,6 +165,11 @@ def get_request(options: argparse.Namespace) -> PrepareConfig:
         UserError: if --output is empty.
     """
     require(bool(options.output.strip()), "--output is empty; name a folder to write to.")
+    require(
+        not options.pack_documents or not (options.pad_multiple or options.pad_to_length),
+        "--pack-documents fills rows of --seq-len tokens, so --pad-multiple and --pad-to-length have no effect; omit "
+        "them.",
+    )
     return PrepareConfig(
         output=Path(options.output),
         seq_len=options.seq_len,
@@ -180,7 +185,7 @@ def get_request(options: argparse.Namespace) -> PrepareConfig:
         fields=Fields(options.text_field, options.prompt_field, options.response_field),
         held_out=options.held_out,
         overlong=options.overlong,
-        pad_multiple=None if options.pad_to_length else options.pad_multiple,
+        pad_multiple=None if options.pad_to_length else options.pad_multiple or PAD_MULTIPLE,
         pack_documents=options.pack_documents,
         parse_special_tokens=options.parse_special_tokens,
         strict=options.strict,
@@ -193,7 +198,7 @@ def write(request: PrepareConfig) -> int:
     """Prepare the shards, print the counts, and return the exit status."""
     summary = prepare(request)
     counts = ", ".join(f"{n:,} {part}" for part, n in summary.sequences.items())
-    print(f"{request.output}: {counts} sequences of {'up to ' * bool(summary.padding)}{request.seq_len}")
+    print(f"{request.output}: {counts} sequences of {request.seq_len} tokens at most")
     print(
         f"  {summary.rows:,} rows, {summary.tokens:,} tokens; {summary.bad_rows:,} bad rows, "
         f"{summary.overlong_dropped:,} over-long rows dropped, {summary.overlong_truncated:,} truncated, "

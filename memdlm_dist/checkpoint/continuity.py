@@ -14,10 +14,10 @@ logger = logging.getLogger()
 # Format of checkpoints and their run.json, raised when older versions cannot read them. No number means format 1.
 FORMAT = 1
 
-DATA, TOKENIZER = "data.train", "model.hf_assets_path"
+DATA, TOKENIZER, BATCH = "data.train", "model.hf_assets_path", "training.global_batch_size"
 # Configuration keys of a run's identity; `checkpoint.accept_changes` names those that may change.
 IDENTITY_KEYS = (
-    "training.global_batch_size", "debug.seed", DATA, "data.shuffle", "data.shuffle_seed", "data.num_canonical_nodes",
+    BATCH, "debug.seed", DATA, "data.shuffle", "data.shuffle_seed", "data.num_canonical_nodes",
     TOKENIZER, "data.group_by_length",
 )  # fmt: skip
 
@@ -109,7 +109,9 @@ def check(
         if saved_experiment.get(key, value) != value
     ):
         logger.warning(f"The checkpoint {checkpoint} was made with {differences}; the run goes on with the change.")
-    return not any(key.startswith("data.") for key in changed)
+    # The grouped order of an epoch depends on the global batch size.
+    regrouped = BATCH in changed and current["data.group_by_length"]
+    return not regrouped and not any(key.startswith("data.") for key in changed)
 
 
 def _run_section(checkpoint: str, run: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -26,11 +26,14 @@ def resolve(config: JobConfig, steps_per_epoch: int) -> None:
             f"training.epochs = {training.epochs:g} is {training.steps:,} steps of {training.global_batch_size:,} rows "
             f"({steps_per_epoch:,} an epoch)"
         )
+    total = schedule.total_steps or training.steps
     if schedule.warmup_ratio is not None:
-        total = schedule.total_steps or training.steps
         schedule.warmup_steps = math.ceil(schedule.warmup_ratio * total)
         resolved.append(
             f"lr_scheduler.warmup_ratio = {schedule.warmup_ratio:g} is {schedule.warmup_steps:,} of {total:,} steps"
         )
+    elif training.epochs and schedule.warmup_steps > total:
+        resolved.append(f"lr_scheduler.warmup_steps = {schedule.warmup_steps:,} is reduced to the {total:,} steps")
+        schedule.warmup_steps = total
     if resolved and is_rank_0():
         logger.info(f"{'; '.join(resolved)}.")

@@ -87,10 +87,11 @@ class TokenDataset(streaming.ArrangedDataset):
 
         The incomplete last global batch is dropped.
         """
-        ids_E = ids_E[: len(ids_E) // self._global_batch_size * self._global_batch_size]
+        size = self._global_batch_size
         if self._group_by_length:
-            ids_E = self.row_lengths.group(ids_E, self._global_batch_size, self.shuffle_seed, epoch)
-        ids_Tn = ids_E[first:].reshape(-1, rows)
+            ids_E = self.row_lengths.group(ids_E[: len(ids_E) // size * size], size, self.shuffle_seed, epoch)
+        ids_E = ids_E[first:]  # not a multiple of `size` after an accepted change of the global batch size
+        ids_Tn = ids_E[: len(ids_E) // size * size].reshape(-1, rows)
         return ids_Tn, self.row_lengths.bucket(ids_Tn)
 
     def token_shares(self, rows: int) -> TokenShares:
@@ -102,19 +103,21 @@ class TokenDataset(streaming.ArrangedDataset):
         """Fill a sample up to `length` tokens; the added tokens belong to no document and have no label.
 
         Raises:
-            UserError: if the sample is longer.
+            UserError: if the sample has not the length that `row_lengths` states.
         """
-        missing = length - len(sample["tokens"])
+        tokens, stated = len(sample["tokens"]), int(self.row_lengths.padded_N[sample["sample_id"]])
         require(
-            missing >= 0,
-            f"Sample {sample['sample_id']} has {len(sample['tokens'])} tokens, more than {LENGTHS} states; {_REMEDY}.",
+            tokens == stated,
+            f"Sample {sample['sample_id']} has {tokens} tokens, but {LENGTHS} of its shards states {stated}; "
+            f"{_REMEDY}.",
         )
+        missing = length - tokens
         fills = {"tokens": 0, "labels": IGNORE_INDEX, "documents": PADDING}
         padded = {key: F.pad(sample[key], (0, missing), value=value) for key, value in fills.items()}
         return sample | padded
 
     def fingerprint(self) -> str:
-        """Return a hash of the shard entries in all indices (files, sizes, checksums) and of the streams' proportions.
+        """Return a hash of the shard entries in all indices (files, sizes, checksums), row lengths and proportions.
 
         The location of the shards does not enter the hash, so they can be moved.
         """
@@ -122,6 +125,8 @@ class TokenDataset(streaming.ArrangedDataset):
         for stream in self.streams:
             index = json.loads(Path(stream.local, stream.split, "index.json").read_text())
             state.update(json.dumps([index["shards"], stream.proportion], sort_keys=True).encode())
+            if (lengths := Path(stream.local, stream.split, LENGTHS)).is_file():
+                state.update(lengths.read_bytes())
         return state.hexdigest()[:16]
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:

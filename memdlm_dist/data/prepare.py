@@ -80,7 +80,7 @@ class Summary:
     tail_tokens_dropped: int = 0
     special_tokens: dict[str, int] = field(default_factory=dict)  # token -> occurrences in the text
     packing: dict[str, Packing] = field(default_factory=dict)  # split -> result, with --pack-documents
-    padding: dict[str, TokenShares] = field(default_factory=dict)  # split -> result, if rows differ in length
+    padding: dict[str, TokenShares] = field(default_factory=dict)  # split -> result, of fine-tuning rows
     sequences: dict[str, int] = field(default_factory=dict)  # split -> number of training sequences
     problems: list[str] = field(default_factory=list)
 
@@ -126,7 +126,8 @@ def prepare(config: PrepareConfig, report: Callable[[str], None] = tqdm.write) -
                 for split, sequence in builder.finish():
                     writers[split].write(sequence)
                 summary.sequences = {split: writer.card.sequences for split, writer in writers.items()}
-                summary.padding = {split: writer.shares() for split, writer in writers.items() if writer.varies}
+                shares = {split: writer.shares() for split, writer in writers.items()}
+                summary.padding = {split: counts for split, counts in shares.items() if counts.padding}
                 if not summary.sequences["train"]:
                     raise UserError(_empty_message(config, summary))
             (config.output / SUMMARY).write_text(json.dumps(asdict(summary), indent=2) + "\n")

@@ -30,10 +30,11 @@ class Data:
 
     group_by_length: bool = False
     """Bring fine-tuning rows of similar length together, in a new order every epoch; needs rows that prepare_data.py
-    padded to a multiple of --pad-multiple. Every node then reads all shards."""
+    padded to a multiple of --pad-multiple."""
 
     num_canonical_nodes: int = 1
-    """Canonical nodes of streaming (independent paths through the shards); 1: same order on any number of ranks."""
+    """Canonical nodes of streaming (independent paths through the shards); 1: same order on any number of ranks.
+    With rows of different lengths every node reads all shards."""
 
     validate_hash: str = "xxh64"
     """Checksum that is verified when a shard is first read; empty to skip the check."""

@@ -39,12 +39,15 @@ def prepare(location: str, folder: str, remote: bool) -> list[dict[str, Any]]:
     path = Path(folder, INDEX)
     download = remote and not path.exists()
     try:
-        content = Storage(location).read(INDEX) if download else path.read_bytes()
+        content = Storage(location).read(INDEX) if remote else path.read_bytes()
+        stale = remote and not download and path.read_bytes() != content
         shards = json.loads(content)["shards"]
         problem = next(filter(None, (_problem(shard, folder, remote) for shard in shards)), "")
     except Exception as error:  # each remote file system has different error classes
         detail = f"{type(error).__name__}: {error}".rstrip(".")
         raise UserError(f"The index {location}/{INDEX} cannot be read ({detail}); prepare the data anew.") from None
+    if stale:
+        raise UserError(f"The cache {folder} holds other shards than {location}, which has changed; delete the folder.")
     if problem:
         where = f"The index {path}" + (f" of {location}" if remote else "")
         raise UserError(f"{where} {problem}, which no preparation writes; use shards whose origin you know.")

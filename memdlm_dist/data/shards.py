@@ -73,7 +73,7 @@ class ShardWriter:
             sample["documents"] = np.array(documents, dtype=np.uint32).tobytes()
             self.card = replace(self.card, most_documents=max(self.card.most_documents, len(documents)))
         self._writer.write(sample)
-        if self.card.pad_multiple:
+        if self.card.pad_multiple or row.content is not None:
             length = len(row.tokens_L)
             self._lengths.extend((length if row.content is None else row.content, length))
         self.card = replace(self.card, sequences=self.card.sequences + 1)

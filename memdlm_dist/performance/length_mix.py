@@ -16,6 +16,7 @@ from torchtitan.distributed import utils as dist_utils
 
 from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.data.row_lengths import RowLengths, buckets, padded_length
+from memdlm_dist.errors import require
 from memdlm_dist.method.documents import PADDING
 from memdlm_dist.method.micro_batch import MicroBatch
 from memdlm_dist.method.trajectory import IGNORE_INDEX
@@ -88,6 +89,10 @@ def measure_mix(config: JobConfig, rounds: int, warm_up: int, layers: int | None
         warm_up: earlier rounds, which are not measured. Before them, each length runs once.
         layers: number of layers; None for the flavour's.
     """
+    require(
+        len(buckets(config.training.seq_len, MULTIPLE)) > 1,
+        f"--mix needs a training.seq_len above {MULTIPLE}, but it is {config.training.seq_len}; raise it.",
+    )
     bench = Bench.build(config, layers)
     optimizer = build_optimizers([bench.model], config.optimizer, bench.dims)
     size, seq_len = config.training.local_batch_size, config.training.seq_len
@@ -130,6 +135,7 @@ def measure_mix(config: JobConfig, rounds: int, warm_up: int, layers: int | None
     content, padded = int(content_N.sum()), int(padded_N.sum())
     return {
         "rows": len(content_N),
+        "buckets": lengths.buckets,
         "content": content,
         "padding": {name: tokens[name] - content if name == WHOLE else padded - content for name in ARRANGEMENTS},
         "fill": {name: 0 if name == WHOLE else tokens[name] - padded for name in ARRANGEMENTS},

@@ -52,6 +52,24 @@ def test_bench_sweeps_over_lengths(tmp_path):
     assert measured[1]["flops"]["hardware_outer"] > 1.9 * measured[0]["flops"]["hardware_outer"]
 
 
+@pytest.mark.slow
+def test_bench_compares_arrangements_of_mixed_rows(tmp_path):
+    result = tmp_path / "mix.json"
+    out = run_module(
+        "tools.bench", "train_configs/debug.toml", "--processes", "2", "--rounds", "2", "--warm-up", "1", "--mix",
+        "--layers", "2", "--json", str(result), "--training.seq_len", "256", "--training.local_batch_size", "1",
+    )  # fmt: skip
+    assert "grouped by length" in out
+    measured = json.loads(result.read_text())
+    assert measured["buckets"] == [128, 256] and measured["rows"] == 2 * 8 * 2
+    assert min(measured["step_seconds"].values()) > 0 and measured["over_whole"]["padded to seq_len"] == 1
+    tokens = {
+        name: measured["content"] + measured["padding"][name] + measured["fill"][name] for name in measured["fill"]
+    }
+    assert tokens["padded to seq_len"] == 32 * 256 and measured["fill"]["padded to seq_len"] == 0
+    assert tokens["grouped by length"] <= tokens["in buckets"] < tokens["padded to seq_len"]
+
+
 def test_an_error_reaches_torchrun(tmp_path, monkeypatch, root):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.")

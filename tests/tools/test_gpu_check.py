@@ -209,7 +209,7 @@ def test_results_of_another_shape_do_not_stop_a_report(tmp_path):
     folder = tmp_path / "results/cpu-debug-sizes"
     folder.mkdir(parents=True)
     shapes = [{}, {"numbers": []}, {"commands": [1]}, {"later": {}}, {"machine": 1}, {"seconds": "1"}]
-    shapes += [{"numbers": {"benches": [{}], "tests": 1, "lengths": [1], "runs": [1], "memory_on": 1}}] * 6
+    shapes += [{"numbers": {"benches": [{}], "tests": 1, "lengths": [1], "runs": [1], "memory_on": 1}}] * 7
     for section, shape in zip(SECTIONS, shapes, strict=True):
         result = results.Result(section.name, "CPU, debug sizes", "2.13", "now", 1.0, "ok")
         (folder / f"{section.name}.json").write_text(json.dumps(vars(result) | shape))

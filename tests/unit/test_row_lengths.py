@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from memdlm_dist.checkpoint import continuity
 from memdlm_dist.compat import streaming
 from memdlm_dist.config import parse_config
 from memdlm_dist.config.job_config import Data
@@ -87,6 +88,8 @@ def test_rows_are_padded_to_a_multiple_and_no_further(prepared):
     assert summary.padding["train"].content == lengths[:, 0].sum() and set(lengths[:, 1]) >= {16, 32, 64, 128}
     assert sum(lengths[:, 1]) == summary.padding["train"].content + summary.padding["train"].padding
     written = json.loads((folder / "out/summary.json").read_text())["padding"]["train"]
+    whole_padding = json.loads((folder / "whole/summary.json").read_text())["padding"]["train"]
+    assert whole_padding["padding"] == ROWS * SEQ_LEN - lengths[:, 0].sum()
     assert written == {"content": int(lengths[:, 0].sum()), "padding": summary.padding["train"].padding, "fill": 0}
 
 
@@ -194,6 +197,33 @@ def test_the_loader_fills_rows_up_and_resumes(prepared, workers):
             assert torch.equal(next(again).tokens_BL, batch.tokens_BL)
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_changed_global_batch_size_reads_no_row_twice(prepared, grouped):
+    """Without grouping the rest of the epoch follows; a grouped epoch has another order, so the next one follows."""
+    folder = str(prepared[0] / "out/train")
+    data = Data(train=[folder], group_by_length=grouped)
+
+    def loader(size):
+        options = {"local_batch_size": 2, "global_batch_size": size, "dp_size": 1, "world_size": 1, "num_workers": 0}
+        return training_loader(data, requirements(), **options)
+
+    first = loader(12)
+    iterator = iter(first)
+    read = [next(iterator) for _ in range(6)]
+    identity = {"training.global_batch_size": 12, "data.group_by_length": grouped}
+    now = dict.fromkeys(continuity.IDENTITY_KEYS) | identity | {"training.global_batch_size": 8}
+    run, accepted = {"identity": identity, "experiment": {}}, ["training.global_batch_size"]
+    assert continuity.check("step-1", run, now, {}, accepted) is not grouped
+    changed = loader(8)
+    changed.load_state_dict(read[-1].position)
+    if grouped:
+        changed.next_epoch()
+    rest = [batch.sample_ids_B for batch, _ in zip(changed, range(36), strict=False)]
+    seen = torch.cat([batch.sample_ids_B for batch in read] + ([] if grouped else rest)).tolist()
+    assert len(set(seen)) == len(seen) == 12 + (0 if grouped else 72)
+    assert len(set(torch.cat(rest).tolist())) == 72
+
+
 def test_shards_with_and_without_row_lengths_mix(prepared):
     folder = prepared[0]
     locations = [str(folder / name / "train") for name in ("whole", "out")]
@@ -234,7 +264,7 @@ def test_mistakes_about_lengths(prepared, tmp_path, caplog):
         return lambda: np.save(copy / "lengths.npy", array, **options)
 
     for change, message in (
-        (save(lengths // 8), r"Sample \d+ has \d+ tokens, more than lengths\.npy states"),
+        (save(lengths // 8), r"Sample \d+ has \d+ tokens, but lengths\.npy of its shards states \d+"),
         (save(lengths[1:]), f"do not fit the {ROWS} rows"),
         (save(lengths + np.uint32(SEQ_LEN)), f"do not fit the {ROWS} rows"),
         (save(np.array([{}]), allow_pickle=True), r"lengths\.npy cannot be read \(.*pickle"),
@@ -250,5 +280,9 @@ def test_lengths_of_a_url_are_cached(prepared, tmp_path):
     dataset = open_dataset(data, [location], [], shape, batch_size=1, shuffle=False, num_canonical_nodes=1)
     assert (dataset.row_lengths.padded_N == np.load(prepared[0] / "out/train/lengths.npy")[:, 1]).all()
     assert list(tmp_path.rglob("lengths.npy"))
+    index = json.loads(next(tmp_path.rglob("index.json")).read_text())
+    next(tmp_path.rglob("index.json")).write_text(json.dumps(index | {"version": 1}))
+    with pytest.raises(UserError, match=r"holds other shards than file://.*, which has changed; delete the folder"):
+        open_dataset(data, [location], [], shape, batch_size=1)
     with pytest.raises(UserError, match=r"lengths\.npy cannot be copied \(.*; restore the file"):
         row_lengths.fetch(f"file://{tmp_path / 'nothing'}", str(tmp_path / "new"))

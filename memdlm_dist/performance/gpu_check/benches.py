@@ -108,8 +108,9 @@ def bench_headline(numbers: dict[str, Any]) -> str:
 def measure_mix(context: Context) -> None:
     """Measure fine-tuning rows of different lengths: padded to seq_len, in buckets, and grouped by length."""
     config, layers = ("train_configs/debug.toml", "2") if context.debug else ("train_configs/bench_8b.toml", "8")
-    rounds = 1 if context.debug or context.quick else 3
-    context.numbers["mix"] = _bench(context, config, ["--mix", "--layers", layers], rounds, warm_up=1)
+    length = ["--training.seq_len", "256"] if context.debug else []
+    rounds = 1 if context.debug else 2 if context.quick else 6
+    context.numbers["mix"] = _bench(context, config, ["--mix", "--layers", layers, *length], rounds, warm_up=1)
 
 
 def mix_headline(numbers: dict[str, Any]) -> str:
