@@ -80,7 +80,8 @@ def test_names_of_repositories_and_names_of_files(cache, tmp_path, monkeypatch):
     for path in (
         "data/folder", "data/missing", "data/x@main", "link/dangling",
         "./org/name", "/org/name", "../org", "name", "org/name/sub", "s3://bucket/name",
-        "corpus/missing.jsonl", "corpus/a.json.zst", "corpus/A.JSONL", "corpus/a.lz4", "corpus/a.csv@v2", "corpus/*",
+        "corpus/missing.jsonl", "corpus/a.json.zst", "corpus/A.JSONL", "corpus/a.lz4", "corpus/a.csv@v2",
+        "corpus/a@b.JSON", "corpus/*",
         "org/na..me", "org/na--me", "org/name@", "org/x@../y",
         "",
     ):  # fmt: skip
