@@ -95,8 +95,9 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     names = options.names or [path.rstrip("/") for path in checkpoints]
     if len(names) != len(checkpoints):
         raise UserError(f"--names gives {len(names)} names for {len(checkpoints)} checkpoints; give one for each.")
-    checkpoints = [hub.weights(path) for path in checkpoints]
-    model = load_model(options, overrides, checkpoints[0])
+    if options.checkpoint:  # the run's own folder is never a repository
+        checkpoints = [hub.weights(path) for path in checkpoints]
+    model = load_model(options, overrides, checkpoints[0] if options.checkpoint else None)
     try:
         rows = load_rows(config, model, options.data, options.samples, options.prompt_share)
         results, lines = [], []

@@ -5,11 +5,13 @@ Only builders of text formats are accepted: they parse data and neither unpickle
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from memdlm_dist.data.corpus import Row, Source
 from memdlm_dist.errors import UserError, require
+from memdlm_dist.runtime import hub
 from memdlm_dist.runtime.hub import Repository
 from memdlm_dist.runtime.rank_0 import one_line
 
@@ -25,6 +27,7 @@ class HubSource(Source):
     """One split of a dataset; `url` is `org/name[split]`, and `size` the size in Arrow format."""
 
     dataset: Any
+    repository: Repository  # with the commit that was read
 
 
 def load(repository: Repository, split: str, subset: str | None) -> HubSource:
@@ -44,12 +47,14 @@ def load(repository: Repository, split: str, subset: str | None) -> HubSource:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     start = f"There is no file or folder {repository}, and"
+    reason = hub.unreachable(repository, "dataset")
     try:
-        builder = datasets.load_dataset_builder(repository.id, subset, revision=repository.revision)
+        with _offline() if reason else nullcontext():
+            builder = datasets.load_dataset_builder(repository.id, subset, revision=repository.revision)
     except (ConnectionError, LocalEntryNotFoundError) as error:
         raise UserError(
-            f"{start} no cached copy of the hub's dataset {repository} ({_sentence(error)}); prepare the data on a "
-            "machine with access, set HF_HOME to the cache of such a machine, or give a path."
+            f"{start} no cached copy of the hub's dataset {repository} ({reason or _sentence(error)}); prepare the "
+            "data on a machine with access, set HF_HOME to the cache of such a machine, or give a path."
         ) from None
     except ValueError as error:
         raise UserError(
@@ -76,13 +81,32 @@ def load(repository: Repository, split: str, subset: str | None) -> HubSource:
     try:
         builder.download_and_prepare()
         dataset = builder.as_dataset(split=split)
+        dataset = dataset.select_columns([name for name, feature in dataset.features.items() if _is_text(feature)])
     except Exception as error:
         raise UserError(
             f"The split {split} of the dataset {repository} cannot be prepared ({_sentence(error)}); choose another "
             "--split, or another dataset."
         ) from None
-    dataset = dataset.select_columns([name for name, feature in dataset.features.items() if _is_text(feature)])
-    return HubSource(f"{repository}[{split}]", dataset.data.nbytes, dataset)
+    origin = Repository(repository.id, builder.hash)
+    cached = f" from the cache ({reason})" if reason else ""
+    hub.announce(f"Reading the split {split} of the dataset {origin} of the Hugging Face hub{cached}.")
+    return HubSource(f"{repository}[{split}]", dataset.data.nbytes, dataset, origin)
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Make the library `datasets` read its cache at once, without requests to the hub or warnings."""
+    import datasets
+    from datasets.utils import logging
+
+    offline, verbosity = datasets.config.HF_HUB_OFFLINE, logging.get_verbosity()
+    datasets.config.HF_HUB_OFFLINE = True
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
+        logging.set_verbosity(verbosity)
 
 
 def _is_text(feature: Any) -> bool:

@@ -82,6 +82,7 @@ class Summary:
     packing: dict[str, Packing] = field(default_factory=dict)  # split -> result, with --pack-documents
     padding: dict[str, TokenShares] = field(default_factory=dict)  # split -> result, of fine-tuning rows
     sequences: dict[str, int] = field(default_factory=dict)  # split -> number of training sequences
+    repositories: list[str] = field(default_factory=list)  # datasets and tokenizer of the hub: org/name@commit
     problems: list[str] = field(default_factory=list)
 
 
@@ -98,7 +99,9 @@ def prepare(config: PrepareConfig, report: Callable[[str], None] = tqdm.write) -
     files = _sources(config)
     if config.tokenizer is not None:
         config = replace(config, tokenizer=hub.tokenizer(config.tokenizer))
-    summary = Summary()
+    summary = Summary(repositories=[str(file.repository) for file in files if isinstance(file, hub_dataset.HubSource)])
+    if config.tokenizer is not None and (origin := hub.origin(config.tokenizer)) is not None:
+        summary.repositories.append(str(origin))
     try:
         _check_length(config.seq_len)
         with claimed(str(config.output), this_process()):

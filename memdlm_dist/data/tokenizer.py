@@ -14,7 +14,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from memdlm_dist.compat.torchtitan import special_token
-from memdlm_dist.errors import UserError
+from memdlm_dist.errors import UserError, require
+from memdlm_dist.runtime import hub
 from memdlm_dist.runtime.rank_0 import one_line
 
 NEW_EOS_TOKEN = "<|endoftext|>"
@@ -58,6 +59,7 @@ class DiffusionTokenizer(HuggingFaceTokenizer):
         token = special_token(self, name)
         token_id = self.tokenizer.token_to_id(token) if token is not None else None
         if token_id is None:
+            _check_copy(self.tokenizer_path)
             raise UserError(
                 f"The tokenizer in {self.tokenizer_path} has no {name} in tokenizer_config.json; use the tokenizer "
                 f"folder that tools/prepare_data.py wrote, or pass --{name.replace('_', '-')} NAME to that command."
@@ -221,6 +223,21 @@ def _read(source: str) -> tuple[Tokenizer, dict[str, Any]]:
     return tokenizer, config
 
 
+def _check_copy(folder: str) -> None:
+    """Check that a copy of a repository of the hub has a tokenizer_config.json.
+
+    Raises:
+        UserError: if it has none; the copy may be incomplete.
+    """
+    repository = hub.origin(folder)
+    require(
+        repository is None or (Path(folder) / "tokenizer_config.json").is_file(),
+        f"The cached copy of the repository {repository} in {folder} has no tokenizer_config.json, and may be "
+        "incomplete; name the repository again with access to the hub, or make a tokenizer folder with "
+        "tools/prepare_data.py, --mask-token and --eos-token.",
+    )
+
+
 def _set_special_tokens(
     source: str, tokenizer: Tokenizer, config: dict[str, Any], mask_token: str | None, eos_token: str | None
 ) -> bool:
@@ -232,6 +249,7 @@ def _set_special_tokens(
         if value is not None and value != content:
             config[name], content, changed = value, value, True
         if not isinstance(content, str) or not content:
+            _check_copy(source)
             raise UserError(
                 f"The tokenizer in {source} names no {name}; give --{name.replace('_', '-')} NAME "
                 "(it is added to the vocabulary if missing)."

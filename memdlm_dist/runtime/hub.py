@@ -5,27 +5,29 @@ HF_TOKEN. Only the files of a selection are downloaded: safetensors, tokenizers 
 """
 
 import json
-import logging
 import os
 import re
-from collections.abc import Callable
+import sys
+from collections import Counter
 from datetime import timedelta
 from functools import cache
-from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from memdlm_dist.errors import UserError, require
-from memdlm_dist.runtime.rank_0 import one_line
-
-logger = logging.getLogger()
+from memdlm_dist.runtime.rank_0 import is_rank_0, one_line
 
 _NAME = re.compile(r"([A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:@([\w.-]+(?:/[\w.-]+)*))?")
-# Suffixes of names that are files, not repositories.
+# Suffixes of names that are files, not repositories; in lower case.
 _FILES = (
-    ".json", ".jsonl", ".ndjson", ".parquet", ".pq", ".txt", ".csv", ".tsv", ".md", ".py", ".toml", ".safetensors",
-    ".bin", ".pt", ".gz", ".bz2", ".xz", ".zst", ".zip", ".tar",
+    ".json", ".jsonl", ".jsonlines", ".ndjson", ".parquet", ".pq", ".arrow", ".feather", ".avro", ".orc", ".mds",
+    ".txt", ".text", ".csv", ".tsv", ".xlsx", ".md", ".html", ".xml", ".pdf", ".yaml", ".yml", ".toml", ".ini", ".cfg",
+    ".py", ".ipynb", ".sh", ".jinja", ".log", ".db", ".sqlite", ".safetensors", ".model", ".bin", ".pt", ".pth",
+    ".ckpt", ".distcp", ".gguf", ".onnx", ".h5", ".npy", ".npz", ".pkl", ".pickle", ".gz", ".tgz", ".bz2", ".xz",
+    ".zst", ".lz4", ".zip", ".tar", ".7z", ".rar",
 )  # fmt: skip
+# Seconds until an unanswered request means that there is no access to the hub.
+_PROBE = 10.0
 # Seconds that ranks wait for the download of their node and of the others.
 _PATIENCE = timedelta(days=1)
 
@@ -58,9 +60,18 @@ _WEIGHT_FILES = (*_DESCRIPTION_FILES, "*.safetensors", "*.safetensors.index.json
 
 
 def parse(name: str) -> Repository | None:
-    """Return the repository that `name` denotes; None for an existing path, and for names that are no repository's."""
+    """Return the repository that `name` denotes; None for a path, and for a name that no repository has.
+
+    A name is a path if its first part is a folder, or if it has the suffix of a file.
+    """
+    repository = _named(name)
+    return None if repository is None or _is_path(name) else repository
+
+
+def _named(name: str) -> Repository | None:
+    """Return the repository that `name` can denote on some machine."""
     match = _NAME.fullmatch(name)
-    if match is None or os.path.lexists(name) or name.endswith(_FILES) or ".." in name:
+    if match is None or ".." in name or name.lower().endswith(_FILES) or match[1].lower().endswith(_FILES):
         return None
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -69,6 +80,10 @@ def parse(name: str) -> Repository | None:
     except HFValidationError:
         return None
     return Repository(match[1], match[2])
+
+
+def _is_path(name: str) -> bool:
+    return os.path.isdir(name.partition("/")[0])
 
 
 def tokenizer(name: str) -> str:
@@ -113,27 +128,60 @@ def origin(folder: str) -> Repository | None:
     return Repository(f"{match[1]}/{match[2]}", match[3]) if match else None
 
 
+def unreachable(repository: Repository, repo_type: str) -> str | None:
+    """Return the reason why the hub does not answer requests; None if it answers, even if it refuses.
+
+    The libraries repeat a failed request, and wait for minutes.
+
+    Args:
+        repo_type: "model" or "dataset".
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        HfApi().repo_info(repository.id, revision=repository.revision, repo_type=repo_type, timeout=_PROBE)
+    except OfflineModeIsEnabled:
+        return "HF_HUB_OFFLINE is set"
+    except HfHubHTTPError as error:
+        return one_line(error) if error.response is not None and error.response.status_code >= 500 else None
+    except Exception as error:  # the messages of connection errors are long
+        return f"{constants.ENDPOINT} cannot be reached, {type(error).__name__}"
+    return None
+
+
+@cache
+def announce(line: str) -> None:
+    """Print a line about data from the hub to standard error, once, on rank 0; commands suppress the log."""
+    if is_rank_0():
+        print(line, file=sys.stderr, flush=True)
+
+
 def _fetch(name: str, selection: _Selection) -> str:
-    repository = parse(name)
+    repository = _named(name)
     if repository is None:
         return name
-    folder = _once_per_node(lambda: _download(repository, selection), repository)
-    logger.info(f"Reading the repository {repository} from {folder}.")
+    folder = _once_per_node(name, repository, selection)
+    if folder is None:
+        return name
+    announce(f"Reading the repository {repository} of the Hugging Face hub from {folder}.")
     return folder
 
 
 def _download(repository: Repository, selection: _Selection) -> str:
     from huggingface_hub import snapshot_download
 
+    reason = unreachable(repository, "model")
     try:
         folder: str = snapshot_download(
             repository.id,
             revision=repository.revision,
             allow_patterns=list(selection.patterns),
             ignore_patterns=["*/*"],  # a pattern also matches names in subfolders
+            local_files_only=reason is not None,
         )
     except Exception as error:  # errors of requests, of the store Xet and of the disk have no common class
-        raise UserError(_failure(repository, error)) from None
+        raise UserError(_failure(repository, error, reason)) from None
     if selection.required and not any(Path(folder).glob(selection.required)):
         raise UserError(
             f"The copy of the repository {repository} in {folder} has no file {selection.required}; download the "
@@ -142,19 +190,16 @@ def _download(repository: Repository, selection: _Selection) -> str:
     return folder
 
 
-def _failure(repository: Repository, error: Exception) -> str:
-    """Return one sentence for a failed download."""
-    from huggingface_hub import constants
+def _failure(repository: Repository, error: Exception, reason: str | None) -> str:
+    """Return one sentence for a failed download; `reason` is the result of `unreachable`."""
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    start, cause = f"There is no folder {repository}, and", error.__cause__
+    start = f"There is no folder {repository}, and"
     if isinstance(error, GatedRepoError):
         return (
             f"{start} the hub's repository {repository.id} is gated; ask for access on its page, and set HF_TOKEN to "
@@ -168,12 +213,7 @@ def _failure(repository: Repository, error: Exception) -> str:
             "name, or set HF_TOKEN to your token."
         )
     if isinstance(error, LocalEntryNotFoundError):
-        if isinstance(cause, OfflineModeIsEnabled):
-            reason = "HF_HUB_OFFLINE is set"
-        elif isinstance(cause, HfHubHTTPError):
-            reason = one_line(cause)
-        else:  # the messages of connection errors are long
-            reason = f"{constants.ENDPOINT} cannot be reached, {type(cause or error).__name__}"
+        reason = reason or one_line(error.__cause__ or error)
         return (
             f"{start} no cached copy of the hub's repository {repository} ({reason}); download it on a machine with "
             "access, set HF_HOME to the cache of such a machine, or give a path."
@@ -184,7 +224,7 @@ def _failure(repository: Repository, error: Exception) -> str:
     )
 
 
-_calls = count()
+_calls: Counter[str] = Counter()  # name -> exchanges about it
 
 
 @cache  # rank 0 may host the store's server, which ends with the last reference
@@ -194,33 +234,46 @@ def _store() -> Any:
     return next(iter(rendezvous("env://")))[0]
 
 
-def _once_per_node(download: Callable[[], str], repository: Repository) -> str:
-    """Run `download` on the first rank of each node, and return its folder once all nodes have finished.
+def _once_per_node(name: str, repository: Repository, selection: _Selection) -> str | None:
+    """Download on the first rank of each node, and return the folder once all nodes have finished.
 
     The other ranks would wait for the library's file locks, but each would ask the hub for the list of files. Ranks
     wait for each other in the rendezvous store, so that no time-out of a collective limits a download.
 
+    Returns:
+        The folder; None if `name` is a path on all nodes.
+
     Raises:
-        UserError: on all ranks, if a node fails, or if the nodes have different revisions.
+        UserError: on all ranks, if a node fails, if the path exists on some nodes only, or if the nodes have
+            different revisions.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return download()
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    node, nodes = int(os.environ.get("GROUP_RANK", "0")), int(os.environ.get("GROUP_WORLD_SIZE", "1"))
-    store = _store()
-    key = f"hub/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_calls)}"
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    # Some clusters set WORLD_SIZE in every shell; LOCAL_RANK means that a launcher started this process.
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "LOCAL_RANK" not in os.environ:
+        return None if _is_path(name) else _download(repository, selection)
+    node, downloads = int(os.environ.get("GROUP_RANK", "0")), os.environ["LOCAL_RANK"] == "0"
+    # A path may exist on some nodes only, so that all ranks take part for any name of this form.
+    states = _exchange(name, {"exists": os.path.exists(name), "path": _is_path(name)} if downloads else None)
+    exists, paths = [state["exists"] for state in states], [state["path"] for state in states]
+    if len(set(exists)) > 1:
+        raise UserError(
+            f"Node {exists.index(False)} lacks the folder {name}, which node {exists.index(True)} has; copy it to all "
+            "nodes."
+        )
+    if len(set(paths)) > 1:
+        parent = name.partition("/")[0]
+        raise UserError(
+            f"Node {paths.index(False)} lacks the folder {parent}, which node {paths.index(True)} has, and no node has "
+            f"{name}; correct the path, or start without {parent} to read a repository of the hub."
+        )
+    if paths[node]:
+        return None
+    outcome: dict[str, str] | None = None
+    if downloads:
         try:
-            outcome = {"folder": download()}
+            outcome = {"folder": _download(repository, selection)}
         except UserError as error:
             outcome = {"error": str(error)}
-        store.set(f"{key}/{node}", json.dumps(outcome))
-    keys = [f"{key}/{other}" for other in range(nodes)]
-    store.wait(keys, _PATIENCE)
-    outcomes = [json.loads(store.get(name)) for name in keys]
-    store.set(f"{key}/read by {rank}", "")
-    if rank == 0:  # it may host the store's server, and may end with an error
-        store.wait([f"{key}/read by {other}" for other in range(world_size)], _PATIENCE)
+    outcomes = _exchange(name, outcome)
     for outcome in outcomes:
         if "error" in outcome:
             raise UserError(outcome["error"])
@@ -231,3 +284,21 @@ def _once_per_node(download: Callable[[], str], repository: Repository) -> str:
         f"of them: {repository.id}@REVISION.",
     )
     return str(outcomes[node]["folder"])
+
+
+def _exchange(name: str, value: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Return the values of all nodes about a name; the ranks of a node that have none pass None."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    node, nodes = os.environ.get("GROUP_RANK", "0"), int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    store = _store()
+    key = f"hub/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}/{_calls[name]}"
+    _calls[name] += 1
+    if value is not None:
+        store.set(f"{key}/{node}", json.dumps(value))
+    keys = [f"{key}/{other}" for other in range(nodes)]
+    store.wait(keys, _PATIENCE)
+    values = [json.loads(store.get(each)) for each in keys]
+    store.set(f"{key}/read by {rank}", "")
+    if rank == 0:  # it may host the store's server, and may end with an error
+        store.wait([f"{key}/read by {other}" for other in range(world_size)], _PATIENCE)
+    return values

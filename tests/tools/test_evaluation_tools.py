@@ -139,7 +139,7 @@ def test_losses_of_several_runs(tmp_path, capsys):
     assert "/nowhere/validation.jsonl cannot be read" in capsys.readouterr().err
 
 
-def test_exposure_bias_tool(call, trained, tmp_path):
+def test_exposure_bias_tool(call, trained, tmp_path, capsys):
     checkpoint = str(trained / "run/checkpoint")
     status, out, _ = call(
         exposure_bias.main, "--checkpoint", checkpoint, f"{checkpoint}/step-2", "--names", "a", "b", "--samples", "3",
@@ -151,6 +151,10 @@ def test_exposure_bias_tool(call, trained, tmp_path):
     assert len(points) == 4 and points["a", "off"] == points["b", "off"] != points["a", "on"]
     assert [point["ratio"] for point in points["a", "off"]] == [0.5, 0.9]
     assert (tmp_path / "exposure_bias.png").read_bytes().startswith(PICTURE)
+    # The run's own folder is never a repository of the hub.
+    overrides = [*arguments_of(trained)[1:], *BOLD, "--job.dump_folder", "missing"]
+    assert exposure_bias.main([*overrides, "--output", str(tmp_path / "default")]) == 2
+    assert "no checkpoint that can be used in missing/checkpoint; " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("memory", [False, True])

@@ -15,7 +15,7 @@ from memdlm_dist.checkpoint import hugging_face_folder
 from memdlm_dist.config import parse_config, repositories
 from memdlm_dist.data import prepare
 from memdlm_dist.data.prepare import PrepareConfig
-from memdlm_dist.data.tokenizer import DiffusionTokenizer
+from memdlm_dist.data.tokenizer import DiffusionTokenizer, adopt
 from memdlm_dist.errors import UserError
 from memdlm_dist.runtime import hub
 from tests.support import ranks
@@ -72,18 +72,25 @@ def use_cache(patch, home, url=None):
 
 def test_names_of_repositories_and_names_of_files(cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "org" / "folder").mkdir(parents=True)
-    (tmp_path / "org" / "dangling").symlink_to("nowhere")
+    (tmp_path / "data" / "folder").mkdir(parents=True)
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "dangling").symlink_to("nowhere")
     assert hub.parse("GSAI-ML/LLaDA-8B-Base") == ("GSAI-ML/LLaDA-8B-Base", None)
     assert hub.parse("org/name-v1.5@refs/pr/1") == ("org/name-v1.5", "refs/pr/1")
     for path in (
-        "org/folder", "org/dangling", "./org/name", "/org/name", "../org", "name", "org/name/sub", "s3://bucket/name",
-        "corpus/missing.jsonl", "corpus/a.json.zst", "corpus/*", "org/na..me", "org/na--me", "org/name@", "org/x@../y",
+        "data/folder", "data/missing", "data/x@main", "link/dangling",
+        "./org/name", "/org/name", "../org", "name", "org/name/sub", "s3://bucket/name",
+        "corpus/missing.jsonl", "corpus/a.json.zst", "corpus/A.JSONL", "corpus/a.lz4", "corpus/a.csv@v2",
+        "corpus/a@b.JSON", "corpus/*",
+        "org/na..me", "org/na--me", "org/name@", "org/x@../y",
         "",
     ):  # fmt: skip
         assert hub.parse(path) is None, path
         if path:
             assert hub.tokenizer(path) == path
+    # Some clusters set WORLD_SIZE for processes that no launcher started.
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert hub.tokenizer("data/missing") == "data/missing"
     cached = "/x/hub/models--GSAI-ML--LLaDA-8B-Base/snapshots/abc"
     assert hub.origin(cached) == ("GSAI-ML/LLaDA-8B-Base", "abc") and hub.origin("/x/models/y") is None
 
@@ -98,8 +105,11 @@ def test_a_repository_is_downloaded_once_and_then_read_from_links_in_the_cache(
     with serving({"org/name": files}) as server:
         use_cache(monkeypatch, cache, server.url)
         folder = Path(hub.tokenizer("org/name"))
+        hub.tokenizer("org/name")
+        line = f"Reading the repository org/name of the Hugging Face hub from {folder}.\n"
+        assert folder.name == COMMIT and capsys.readouterr().err.count(line) == 1
         assert set(server.downloaded) == {"tokenizer.json", "tokenizer_config.json", "config.json"} & files.keys()
-        assert folder.name == COMMIT and (folder / "tokenizer.json").is_symlink()
+        assert (folder / "tokenizer.json").is_symlink()
         config = parse_config.parse(["--job.config_file", RECIPE, *DEBUG, *named])
         found = repositories.downloaded(config, weights=True)
         assert found.checkpoint.initial_load_path == found.model.hf_assets_path == str(folder)
@@ -125,6 +135,10 @@ def test_a_repository_is_downloaded_once_and_then_read_from_links_in_the_cache(
         path.unlink()
     with pytest.raises(UserError, match=r"^The copy of the repository org/name in \S+ has no file \*\.safetensors; "):
         hub.weights("org/name")
+    (folder / "tokenizer_config.json").unlink()
+    for use in (DiffusionTokenizer, lambda name: adopt(name, tmp_path / "adopted", None, None)):
+        with pytest.raises(UserError, match=f"^The cached copy of the repository org/name@{COMMIT} in .+ incomplete; "):
+            use(hub.tokenizer("org/name"))
     (folder / "model.safetensors").touch()
     (folder / ".metadata").touch()
     with pytest.raises(UserError, match=r"^The repository org/name holds a torch checkpoint \(\.metadata\), "):
@@ -147,14 +161,16 @@ def test_each_failure_is_one_sentence(cache, monkeypatch, capsys):
         assert "the hub's repository org/gated is gated; ask for access on its page" in sentence("org/gated")
         assert "the hub has no repository org/other that is public" in sentence("org/other")
         assert "repository org/name has no revision 'v2'; correct it." in sentence("org/name@v2")
-    assert "no cached copy of the hub's repository org/name (" in sentence("org/name")
+    assert f"no cached copy of the hub's repository org/name ({server.url} cannot be reached, " in sentence("org/name")
     argv = ["from-hf", RECIPE, "--input", "org/name", "--output", "unused", *DEBUG]
     assert convert_checkpoint.main(argv) == 2
     assert re.fullmatch(r"error: There is no folder org/name, and [^\n]+\.\n", capsys.readouterr().err)
 
 
 def test_one_rank_of_a_node_downloads(cache, monkeypatch):
-    """Four ranks on two nodes; the ranks of a node share a cache."""
+    """Four ranks on two nodes; the ranks of a node share a cache and a working folder."""
+    for folder in ("node0/both", "node1/both", "node0/mine/tokenizer", "node1/mine", "node1/theirs"):
+        (cache / folder).mkdir(parents=True)
     with serving({"org/name": contents(Path(TOKENIZER))}) as server:
 
         def body(rank):
@@ -172,11 +188,19 @@ def test_one_rank_of_a_node_downloads(cache, monkeypatch):
                 (folder.parents[1] / "refs" / "main").write_text("f" * 40)
             with pytest.raises(UserError, match=f"^The nodes have different revisions .*org/name .{COMMIT}, fffff"):
                 hub.tokenizer("org/name")
+            # Each node sees other paths.
+            monkeypatch.chdir(cache / f"node{rank // 2}")
+            assert hub.tokenizer("both/missing") == "both/missing"
+            with pytest.raises(UserError, match=r"^Node 1 lacks the folder mine/tokenizer, which node 0 has; copy"):
+                hub.tokenizer("mine/tokenizer")
+            with pytest.raises(UserError, match=r"^Node 0 lacks the folder theirs, which node 1 has, and no node"):
+                hub.tokenizer("theirs/tokenizer")
             return 0
 
         assert ranks.fork(4, body) == 0
     assert server.downloaded.count("tokenizer.json") == 2
-    assert sorted(server.described) == ["org/name", "org/name", "org/other", "org/other"]
+    # Each download asks whether the hub answers, and then for the list of files.
+    assert sorted(server.described) == ["org/name"] * 4 + ["org/other"] * 4
 
 
 ROWS = [
@@ -186,7 +210,7 @@ ROWS = [
 ]
 
 
-def test_a_dataset_of_the_hub_is_prepared_like_its_files_and_again_from_the_cache(cache, tmp_path, monkeypatch):
+def test_a_dataset_of_the_hub_is_prepared_like_its_files_and_again_from_the_cache(cache, tmp_path, monkeypatch, capfd):
     def run(name, output, **changes):
         settings = {"seq_len": 32, "tokenizer": TOKENIZER, "held_out": 0.0} | changes
         reports: list[str] = []
@@ -216,6 +240,9 @@ def test_a_dataset_of_the_hub_is_prepared_like_its_files_and_again_from_the_cach
     with serving(served) as server:
         use_cache(monkeypatch, cache, server.url)
         found, reports, ours = run("org/data", "hub")
+        line = f"Reading the split train of the dataset org/data@{COMMIT} of the Hugging Face hub"
+        assert f"{line}.\n" in capfd.readouterr().err
+        assert found.repositories == [f"org/data@{COMMIT}"] and not expected.repositories
         assert ours == shards and found.sequences == expected.sequences and found.bad_rows == 1
         assert "org/data[train]:3: " in reports[0] and "state.pkl" not in server.downloaded
         assert run("org/parts", "more", subset="more", split="test")[2] == shards
@@ -228,8 +255,16 @@ def test_a_dataset_of_the_hub_is_prepared_like_its_files_and_again_from_the_cach
         for name, reason in (("gated", "a gated dataset"), ("other", "doesn't exist"), ("data@v2", "Revision 'v2'")):
             message = sentence(f"org/{name}")
             assert message.startswith(f"There is no file or folder org/{name}, and ") and reason in message
+    # Without a server and without HF_HUB_OFFLINE, the cached copy is read at once.
+    capfd.readouterr()
+    assert run("org/data", "unreachable")[2] == shards
+    errors = capfd.readouterr().err.splitlines()
+    assert any(text.startswith(f"{line} from the cache ({server.url} cannot be reached, ") for text in errors)
+    assert not [text for text in errors if text and not text.startswith("Reading ") and "Tokenising" not in text]
+    assert f"no cached copy of the hub's dataset org/other ({server.url} cannot be reached, " in sentence("org/other")
+    assert not capfd.readouterr().err and not datasets.config.HF_HUB_OFFLINE
     use_cache(monkeypatch, cache)
     assert run("org/data", "again")[2] == run(f"org/data@{COMMIT}", "commit")[2] == shards
     assert re.search(f"the cached copy of the dataset org/data is of commit {COMMIT}; ", sentence("org/data@v2"))
-    assert "no cached copy of the hub's dataset org/other (Couldn't reach" in sentence("org/other")
+    assert "no cached copy of the hub's dataset org/other (HF_HUB_OFFLINE is set)" in sentence("org/other")
     assert sentence("corpus/missing.jsonl").startswith("The input corpus/missing.jsonl matches no file; ")
