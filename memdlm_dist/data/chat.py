@@ -5,6 +5,8 @@ last two are untrusted code, so `TemplateProcess` renders them in a separate pro
 """
 
 import argparse
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 
 import jinja2
 
-from memdlm_dist.data.sequences import MAX_ROW
+from memdlm_dist.data.sequences import MAX_ROW, BadRow
 from memdlm_dist.data.template_process import Rendering, TemplateProcess
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError
@@ -21,6 +23,8 @@ from memdlm_dist.runtime.rank_0 import one_line
 TEMPLATES = ("llada", "tokenizer")
 
 _SUFFIX = ".jinja"
+
+_PROBE = "\ue000"  # private-use character, which no template writes
 
 _LLADA_START = "<|startoftext|>"
 _LLADA_TOKENS = (_LLADA_START, "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
@@ -32,10 +36,12 @@ class ChatTemplate:
 
     Attributes:
         render: (messages, add_generation_prompt) -> rendering.
+        fingerprint: hash of the template's source and variables; its name if it is built in.
         has_generation_blocks: the rendering's spans are the responses.
     """
 
     render: Callable[[Sequence[dict[str, str]], bool], Rendering]
+    fingerprint: str
     has_generation_blocks: bool = False
 
     def __call__(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool) -> str:
@@ -74,7 +80,7 @@ def chat_template(name: str, tokenizer: DiffusionTokenizer) -> ChatTemplate:
                 f"The tokenizer in {tokenizer.tokenizer_path} lacks {missing[0]}, which the chat template llada needs; "
                 "use LLaDA's own tokenizer, or another chat template."
             )
-        return ChatTemplate(lambda messages, prompt: Rendering(_llada(messages, prompt), []))
+        return ChatTemplate(lambda messages, prompt: Rendering(_llada(messages, prompt), []), name)
     if name != "tokenizer":
         return _jinja_template(_read(Path(name)), f"The chat template {name}", tokenizer)
     source = _tokenizer_template(tokenizer)
@@ -133,6 +139,7 @@ def _jinja_template(source: str, label: str, tokenizer: DiffusionTokenizer) -> C
         raise UserError(f"{label} {problem}.") from None
     return ChatTemplate(
         lambda messages, prompt: process.render(messages=list(messages), add_generation_prompt=prompt),
+        hashlib.sha256(json.dumps([source, strings], sort_keys=True).encode()).hexdigest()[:16],
         process.has_generation_blocks,
     )
 
@@ -151,6 +158,17 @@ def prompt(template: ChatTemplate, text: str) -> str:
         ) from None
 
 
+def end_of_turn(template: ChatTemplate, tokenizer: DiffusionTokenizer) -> int | None:
+    """Return the id of the special token that ends an assistant's turn; None if the template writes none."""
+    try:
+        text = template([{"role": "user", "content": "x"}, {"role": "assistant", "content": _PROBE}], False)
+    except jinja2.TemplateError:
+        return None
+    _, found, rest = text.rpartition(_PROBE)
+    ids = tokenizer.encode_plain([rest.lstrip()])[0] if found else []
+    return ids[0] if ids and ids[0] in tokenizer.special_ids else None
+
+
 def segments(template: ChatTemplate, messages: Sequence[dict[str, str]]) -> list[tuple[str, bool]]:
     """Render a conversation as (text, is response) pairs, up to its last response.
 
@@ -158,16 +176,17 @@ def segments(template: ChatTemplate, messages: Sequence[dict[str, str]]) -> list
     the text that an assistant's turn adds to the rendered conversation.
 
     Raises:
-        ValueError: if the template raises an error, renders no response, or without generation blocks renders earlier
-            turns differently once another turn follows.
+        BadRow: if the template raises an error or renders no response. Without generation blocks also if it renders
+            earlier turns differently once another turn follows, or begins a response in another way than its generation
+            prompt.
     """
     turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     try:
         pairs = (_by_generation_blocks if template.has_generation_blocks else _by_turns)(template, messages, turns)
     except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template refuses the conversation ({one_line(error)})") from None
+        raise BadRow(f"the chat template refuses the conversation ({one_line(error)})") from None
     if not any(text for text, is_response in pairs if is_response):
-        raise ValueError("the chat template renders no response")
+        raise BadRow("the chat template renders no response")
     return pairs
 
 
@@ -190,10 +209,14 @@ def _by_turns(template: ChatTemplate, messages: Sequence[dict[str, str]], turns:
     for number in turns:
         before, after = template(messages[:number], True), template(messages[: number + 1], False)
         if not before.startswith(rendered) or not after.startswith(before):
-            raise ValueError(
-                "the chat template rewrites earlier turns when another turn follows (choose a template that marks "
-                "responses by {% generation %})"
+            # The generation prompt can differ from the beginning of the response, for example in `<think>`.
+            only_prompt = before.startswith(rendered) and after.startswith(template(messages[:number], False))
+            problem = (
+                "begins a response in another way than its generation prompt"
+                if only_prompt
+                else "rewrites earlier turns when another turn follows"
             )
+            raise BadRow(f"the chat template {problem} (choose a template that marks responses by {{% generation %}})")
         pairs += [(before[len(rendered) :], False), (after[len(before) :], True)]
         rendered = after
     return pairs

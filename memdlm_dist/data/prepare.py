@@ -189,6 +189,8 @@ def _check_output(config: PrepareConfig) -> tuple[str, ...]:
 def _empty_message(config: PrepareConfig, summary: Summary) -> str:
     if not summary.rows:
         return "The corpus is empty: the input holds no row; check --input."
+    if summary.bad_rows == summary.rows:
+        return f"All rows of the corpus are bad (the first at {summary.problems[0]}); correct them."
     return (
         f"The corpus makes no training sequence of {config.seq_len} tokens: {summary.rows} rows read, "
         f"{summary.bad_rows} bad, {summary.overlong_dropped} too long, {summary.tokens} tokens; add text, lower "

@@ -10,10 +10,11 @@ Format = Literal["text", "prompt_response", "alpaca", "messages", "sharegpt"]
 MAX_ROW = 64 << 20  # bytes of a stored corpus row, and characters of a text in it
 _SHAREGPT_ROLES = {  # value of `from` -> role
     **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bard", "bing", "model"), "assistant"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bard", "bing", "model", "function_call"), "assistant"),
     "system": "system",
-    **dict.fromkeys(("tool", "function", "observation", "function_call"), "tool"),
+    **dict.fromkeys(("tool", "function", "observation"), "tool"),
 }
+_TOOL_CALLS = ("tool_calls", "function_call")  # keys of a turn
 
 
 @dataclass(frozen=True)
@@ -153,12 +154,19 @@ def _messages(values: dict[str, Any], row_format: Format) -> list[dict[str, str]
     if not isinstance(turns, list) or not turns:
         raise BadRow(f"field {name!r} is not a non-empty list")
     messages = []
-    if row_format == "sharegpt" and values.get("system"):
-        messages.append({"role": "system", "content": _string(values, "system")})
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict):
             raise BadRow(f"{name}[{number}] is {type(turn).__name__}, not an object")
-        messages.append(_sharegpt_message(turn) if row_format == "sharegpt" else _message(turn))
+        for key in _TOOL_CALLS:
+            if turn.get(key):
+                raise BadRow(f"{name}[{number}] has {key} (tool calls are not supported)")
+        # Some ShareGPT data sets have turns like those of `messages`.
+        is_sharegpt = row_format == "sharegpt" and not ("role" in turn and "from" not in turn)
+        messages.append(_sharegpt_message(turn) if is_sharegpt else _message(turn))
+    if row_format == "sharegpt" and values.get("system"):
+        system = {"role": "system", "content": _string(values, "system")}
+        if messages[0]["role"] != "system":
+            messages.insert(0, system)
     return messages
 
 

@@ -123,9 +123,12 @@ def _serve() -> None:
                 text, spans = renderer.render(question)
                 if len(text) > max_length:
                     raise jinja2.TemplateError(f"rendering writes more than {max_length:,} characters")
+                text.encode()
                 answer = {"text": text, "spans": spans}
         except MemoryError:
             answer = {"problem": f"rendering needs more than {_MEMORY:,} bytes of memory"}
+        except UnicodeEncodeError:  # half a surrogate pair
+            answer = {"problem": "rendering is not valid Unicode"}
         except Exception as error:  # a template can raise anything
             answer = {"problem": str(error) if isinstance(error, jinja2.TemplateError) else repr(error)[:200]}
         signal.alarm(0)

@@ -77,6 +77,11 @@ class DiffusionTokenizer(HuggingFaceTokenizer):
         relevant = {key: value for key, value in content.items() if key not in ("version", "truncation", "padding")}
         return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
 
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the special tokens, which decoded text lacks."""
+        return frozenset(i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special)
+
     def get_vocab_size(self) -> int:
         """Return the largest token id + 1; the ids may have gaps."""
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1

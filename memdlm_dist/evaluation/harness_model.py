@@ -1,7 +1,7 @@
 """Model class of the lm-evaluation-harness for our checkpoints (requires the [eval] extra)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -11,13 +11,15 @@ from tqdm import tqdm
 
 from memdlm_dist.compat.lm_eval import TokenLM
 from memdlm_dist.config import parse_config
-from memdlm_dist.data.chat import ChatTemplate
+from memdlm_dist.config.job_config import JobConfig
+from memdlm_dist.data import chat
 from memdlm_dist.errors import UserError
 from memdlm_dist.evaluation import harness_chat
 from memdlm_dist.evaluation.retrieval import MEMORY
+from memdlm_dist.inference import sampler
 from memdlm_dist.inference.likelihood import Pass, passes
 from memdlm_dist.inference.sampler import Decoding
-from memdlm_dist.inference.trained_model import ANCHOR_RATIO, TrainedModel, sampler
+from memdlm_dist.inference.trained_model import ANCHOR_RATIO, TrainedModel
 from memdlm_dist.method import fast_weights
 
 NAME = "memdlm"
@@ -74,13 +76,14 @@ class HarnessModel(TokenLM):
             raise UserError(f"--batch_size must be a positive integer, not '{batch_size}'.")
         if unknown := [key for key in overrides if "." not in key]:
             raise UserError(f"There is no model argument {unknown[0]}; write keys of the configuration as section.key.")
-        flags = [flag for key, value in overrides.items() for flag in (f"--{key}", str(value))]
+        flags = [flag for key, value in overrides.items() for flag in _flags(key, value)]
         self._model = TrainedModel(parse_config.parse(["--job.config_file", config, *flags]), checkpoint)
         self._memory, self._anchor_ratio = MEMORY[memory], float(anchor_ratio)
         self._decoding = Decoding(block_size=int(block_size), steps=int(steps) if steps else None, seed=int(seed))
         self._samples, self._check_greedy, self._seed = int(mc_samples), bool(check_greedy), int(seed)
         self._max_length, self._batch_size = max_length, int(batch_size)
-        self._chat: tuple[str, ChatTemplate] | None = None  # name and template
+        self._chat: chat.ChatTemplate | None = None
+        self._end_of_turn: int | None = None
         self.memory_seconds = 0.0
 
     @property
@@ -90,22 +93,29 @@ class HarnessModel(TokenLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Folder of the tokenizer and name of the chat template, part of the key of the harness's request cache."""
-        folder = str(self._model.tokenizer.tokenizer_path)
-        return f"{folder}:{self._chat[0]}" if self._chat else folder
+        """Folder and fingerprints of tokenizer and chat template, part of the key of the harness's request cache.
+
+        The harness asks for it only if it applies the chat template.
+        """
+        tokenizer = self._model.tokenizer
+        return f"{tokenizer.tokenizer_path}:{tokenizer.fingerprint()}:{self._loaded_chat().fingerprint}"
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         """Load the template that `--apply_chat_template` chooses; return its name, for the harness's results."""
         name = harness_chat.template_name(chat_template)
-        self._chat = name, harness_chat.load(name, self._model.tokenizer)
+        self._chat = harness_chat.load(name, self._model.tokenizer)
+        self._end_of_turn = chat.end_of_turn(self._chat, self._model.tokenizer)
         return name
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Render a conversation as a prompt: see `harness_chat.render`."""
+    def _loaded_chat(self) -> chat.ChatTemplate:
         if self._chat is None:  # `simple_evaluate` without an evaluation tracker does not call `chat_template`
             self.chat_template(True)
         assert self._chat is not None
-        return harness_chat.render(self._chat[1], chat_history, add_generation_prompt)
+        return self._chat
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Render a conversation as a prompt: see `harness_chat.render`."""
+        return harness_chat.render(self._loaded_chat(), chat_history, add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Return a text's token ids without special tokens."""
@@ -147,24 +157,37 @@ class HarnessModel(TokenLM):
             for (new_tokens, temperature), numbers in groups.items():
                 numbers.sort(key=lambda number: -len(prompts[number]))
                 decoding = replace(self._decoding, temperature=temperature)
-                texts = self._map_batches(numbers, self._responder(prompts, new_tokens, decoding), bar)
-                for number, text in zip(numbers, texts, strict=True):
-                    responses[number] = _until(text, requests[number].args[1].get("until"))
+                ids = self._map_batches(numbers, self._responder(prompts, new_tokens, decoding), bar)
+                for number, response in zip(numbers, ids, strict=True):
+                    responses[number] = self.response_text(response, requests[number].args[1].get("until"))
                     self.cache_hook.add_partial("generate_until", requests[number].args, responses[number])
         return responses
 
     def _responder(
         self, prompts: list[list[int]], new_tokens: int, decoding: Decoding
-    ) -> Callable[[list[int], list[int]], list[str]]:
-        """Return the function that decodes the responses of one batch of request numbers."""
+    ) -> Callable[[list[int], list[int]], list[list[int]]]:
+        """Return the function that generates the responses of one batch of request numbers."""
 
-        def respond(numbers: list[int], _: list[int]) -> list[str]:
+        def respond(numbers: list[int], _: list[int]) -> list[list[int]]:
             batch = [self._prompt(prompts[number], new_tokens) for number in numbers]
             generated = self._model.generate(batch, new_tokens, decoding, self._memory, self._anchor_ratio, numbers)
             self.memory_seconds += generated.memory_seconds
-            return [self._model.tokenizer.decode(response) for response in generated.responses]
+            return generated.responses
 
         return respond
+
+    def response_text(self, ids: Sequence[int], stops: str | list[str] | None) -> str:
+        """Return the text of a response, truncated at the first stop string or at the end of the turn.
+
+        Text lacks special tokens, so a stop string that is a special token truncates the token ids.
+        """
+        stops = [stops] if isinstance(stops, str) else stops or []
+        tokenizer = self._model.tokenizer
+        stop_ids = {tokenizer.token_to_id(stop) for stop in stops} & tokenizer.special_ids
+        text = str(tokenizer.decode(sampler.until(ids, {*stop_ids, self._end_of_turn})))
+        for stop in filter(None, stops):
+            text = text.split(stop)[0]
+        return text
 
     def _map_batches(
         self, items: Sequence[Any], work: Callable[[list[Any], list[int]], list[Any]], bar: tqdm
@@ -243,8 +266,15 @@ class HarnessModel(TokenLM):
         """Return the likelihood bound of each document, in nats.
 
         A document longer than the context length is split into chunks, which are scored independently.
+
+        Raises:
+            UserError: with a chat template, since a document is no conversation.
         """
         del disable_tqdm
+        if self._chat:
+            raise UserError(
+                "Tasks of type loglikelihood_rolling have no conversation to render; omit --apply_chat_template."
+            )
         length = int(self._max_length or self._model.trained_length) - 1
         pairs, documents = [], []
         for number, request in enumerate(requests):
@@ -264,9 +294,17 @@ class HarnessModel(TokenLM):
         self._model.close()
 
 
-def _until(text: str, stops: str | list[str] | None) -> str:
-    """Truncate a text at the first of the stop strings."""
-    for stop in [stops] if isinstance(stops, str) else stops or []:
-        if stop:
-            text = text.split(stop)[0]
-    return text
+def _flags(key: str, value: Any) -> list[str]:
+    """Return the command-line flags that set a key of the configuration; a boolean key takes none but its own name."""
+    section, _, name = key.rpartition(".")
+    if str(value) in ("True", "False") and _type(key) is bool:
+        return [f"--{key}" if str(value) == "True" else f"--{section}.no_{name}"]
+    return [f"--{key}", str(value)]
+
+
+def _type(key: str) -> Any:
+    """Return the type of a key of the configuration; None if there is no such key."""
+    kind: Any = JobConfig
+    for name in key.split("."):
+        kind = {field.name: field.type for field in fields(kind)}.get(name) if is_dataclass(kind) else None
+    return kind

@@ -29,6 +29,8 @@ def respond(
 ) -> dict[str, Any]:
     """Respond to a prompt; return the texts, the times in seconds and the checkpoint.
 
+    The response ends before end-of-text, and with a chat template before the end of the turn.
+
     Args:
         memory: adapt fast weights to the prompt first.
         anchor_ratio: share of the prompt's tokens that the memory's anchor masks.
@@ -40,9 +42,11 @@ def respond(
         UserError: if there is no [MASK] to fill in, or if the template rejects the prompt.
     """
     prompt_text = text.replace(MASK, model.tokenizer.mask_token)
+    end_of_turn = None
     if chat_template:
         template = chat.chat_template(chat_template, model.tokenizer)
         prompt_text = chat.prompt(template, prompt_text)
+        end_of_turn = chat.end_of_turn(template, model.tokenizer)
     (prompt,) = model.tokenizer.encode_plain([prompt_text])
     masks = prompt.count(model.mask_id)
     if new_tokens is None:
@@ -64,6 +68,7 @@ def respond(
     if screen:
         screen.clear()
     (response,) = sampler.responses(tokens_BL, start, model.eos_id)
+    response = sampler.until(response, {end_of_turn})
     filled = [*tokens_BL[0, : len(prompt)].tolist(), *response]
     return {
         "prompt": text,

@@ -3,8 +3,9 @@
 Shapes: B sequences, L tokens, N predicted positions, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -192,4 +193,9 @@ def finished(steps: Iterator[Step], start: Canvas) -> Tensor:
 def responses(tokens_BL: Tensor, start: Canvas, eos_id: int) -> list[list[int]]:
     """Return the token ids of each row's response, up to end-of-text."""
     rows = [tokens[response].tolist() for tokens, response in zip(tokens_BL, start.response_BL, strict=True)]
-    return [row[: row.index(eos_id)] if eos_id in row else row for row in rows]
+    return [until(row, {eos_id}) for row in rows]
+
+
+def until(ids: Sequence[int], stops: Collection[int | None]) -> list[int]:
+    """Return the token ids before the first one in `stops`."""
+    return list(takewhile(lambda token_id: token_id not in stops, ids))

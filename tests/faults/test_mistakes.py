@@ -285,6 +285,7 @@ def test_what_others_say_becomes_one_sentence():
     [
         ([], (), "The corpus is empty"),
         ([{"text": "tiny"}], (), "makes no training sequence of 64 tokens"),
+        ([{"nothing": 1}] * 2, (), "rows.jsonl:1: none of the known formats; the row's fields are 'nothing'); correct"),
         ([{"nothing": 1}], ("--strict",), "rows.jsonl:1: none of the known formats"),
         ([{"text": "x"}], ("--train-tokenizer", "10"), "--train-tokenizer 10 is too small"),
         (None, (), "matches no file"),

@@ -15,6 +15,7 @@ from memdlm_dist.config import parse_config
 from memdlm_dist.errors import UserError
 from memdlm_dist.evaluation.exposure import Row, measure, split_response
 from memdlm_dist.evaluation.harness import main as harness_command
+from memdlm_dist.inference import sampler
 from memdlm_dist.inference.trained_model import TrainedModel
 from memdlm_dist.method import trajectory
 from memdlm_dist.method.trajectory import IGNORE_INDEX
@@ -61,6 +62,12 @@ def test_generate(call, monkeypatch, tmp_path):
     monkeypatch.setattr("builtins.input", lambda prompt: next(asked, None) or (_ for _ in ()).throw(EOFError))
     _, out, _ = call(generate.main, "--interactive", "--new-tokens", "5", "--json")
     assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["def read(self):", "import"]
+
+    template = tmp_path / "own.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}<|mask|>\n{% endfor %}")
+    ids = Tokenizer.from_file("tests/assets/debug/tokenizer/tokenizer.json").encode("yes<|mask|>\nno").ids
+    monkeypatch.setattr(sampler, "responses", lambda *_: [ids])
+    assert call(generate.main, "--prompt", "x", "--chat-template", str(template))[1] == "yes\n", "the end of the turn"
 
 
 def test_generate_fills_in(call, monkeypatch):
@@ -239,7 +246,12 @@ def chat_model(trained, tmp_path, monkeypatch):
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config |= {"chat_template": TEMPLATE, "tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    overrides = {"model.flavor": "tiny", "parametric_memory.layer_fraction": "0.5", "model.hf_assets_path": str(folder)}
+    overrides = {
+        "model.flavor": "tiny",
+        "parametric_memory.layer_fraction": "0.5",
+        "compile.enable": False,
+        "model.hf_assets_path": str(folder),
+    }
     model = HarnessModel(
         "train_configs/debug.toml", f"{trained}/run/checkpoint", mc_samples=2, check_greedy=False, **overrides
     )
@@ -280,7 +292,7 @@ def test_the_harness_applies_the_chat_template_as_transformers_does(chat_model, 
     record(TrainedModel, "generate")
     record(type(chat_model), "loglikelihoods")
     monkeypatch.setattr(evaluator, "add_env_info", lambda results: None)  # takes a second
-    oracle = transformers.AutoTokenizer.from_pretrained(chat_model.tokenizer_name)
+    oracle = transformers.AutoTokenizer.from_pretrained(chat_model.tokenizer_name.partition(":")[0])
     plain = {text: oracle(text, add_special_tokens=False).input_ids for text in ("yes", "no", " yes", " no")}
     for multiturn in (True, False):
         seen.clear()
@@ -311,6 +323,24 @@ def test_the_harness_applies_the_chat_template_as_transformers_does(chat_model, 
         assert all(context.count(0) == (5 if multiturn else 3) for context in asked), "<|endoftext|> is one token"
     with pytest.raises(UserError, match=r"refuses a conversation of the task \(roles must alternate\); choose another"):
         chat_model.apply_chat_template([{"role": "user", "content": "x"}] * 2)
+    with pytest.raises(UserError, match="loglikelihood_rolling have no conversation to render; omit"):
+        chat_model.loglikelihood_rolling([])
+
+
+def test_the_harness_truncates_responses_and_keys_its_cache(chat_model, tmp_path):
+    encode = chat_model.tok_encode
+    response = encode("yes. No.<|mask|>yes")
+    assert chat_model.response_text(response, None) == "yes. No.yes"
+    assert chat_model.response_text(response, ["<|mask|>", "<|endoftext|>"]) == "yes. No."
+    assert chat_model.response_text(response, ".") == "yes"
+    names = {chat_model.tokenizer_name}
+    for end in ("", "<|mask|>\n"):
+        file = tmp_path / "own.jinja"
+        file.write_text("{% for m in messages %}{{ m.content }}" + end + "{% endfor %}")
+        chat_model.chat_template(str(file))
+        names.add(chat_model.tokenizer_name)
+        assert chat_model.response_text(response, []) == ("yes. No." if end else "yes. No.yes")
+    assert len(names) == 3, "the content of a template is part of the cache's key"
 
 
 @pytest.mark.slow

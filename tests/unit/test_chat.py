@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from memdlm_dist.data import chat, template_process
 from memdlm_dist.data.dataset import TokenDataset
 from memdlm_dist.data.prepare import PrepareConfig, prepare
+from memdlm_dist.data.sequences import BadRow
 from memdlm_dist.data.template_process import Rendering, TemplateProcess
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError
@@ -42,7 +43,8 @@ def templated(tmp_path, chat_template=None, tokens=()):
 
 def test_the_chat_template_of_llada(tmp_path):
     tokens = ["<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-    template = chat.chat_template("llada", templated(tmp_path, tokens=tokens))
+    pieces = templated(tmp_path, tokens=tokens)
+    template = chat.chat_template("llada", pieces)
     header = "<|start_header_id|>{}<|end_header_id|>\n\n"
     user, assistant = header.format("user"), header.format("assistant")
     assert chat.segments(template, CONVERSATION) == [
@@ -51,6 +53,8 @@ def test_the_chat_template_of_llada(tmp_path):
         (f"{user}And 4?<|eot_id|>{assistant}", False),
         ("7<|eot_id|>", True),
     ]
+    assert template.fingerprint == "llada"
+    assert chat.end_of_turn(template, pieces) == pieces.tokenizer.token_to_id("<|eot_id|>")
     with pytest.raises(UserError, match=r"lacks <\|startoftext\|>, which the chat template llada needs"):
         chat.chat_template("llada", DiffusionTokenizer("tests/assets/debug/tokenizer"))
 
@@ -74,7 +78,11 @@ def test_the_choice_of_a_template(tmp_path, capsys):
     entry = {"name": "default", "template": "{{ eos_token }}{{ bos_token }}{{ messages[0].content }}"}
     pieces = templated(tmp_path, [{"name": "rag", "template": "{{ documents }}"}, entry])
     pieces.config |= {"bos_token": None}
-    assert chat.chat_template("tokenizer", pieces)(CONVERSATION, False) == "<|endoftext|>Add 1 and 2."
+    template = chat.chat_template("tokenizer", pieces)
+    assert template(CONVERSATION, False) == "<|endoftext|>Add 1 and 2."
+    assert chat.end_of_turn(template, pieces) is None, "the template drops the response"
+    pieces.config["chat_template"][1]["template"] += "!"
+    assert chat.chat_template("tokenizer", pieces).fingerprint != template.fingerprint
     pieces.config["chat_template"][1] = {"name": "tool_use", "template": ""}
     with pytest.raises(
         UserError, match=r"has several chat templates \(rag, tool_use\) and none named default; save one"
@@ -176,6 +184,7 @@ def test_generation_blocks_are_the_responses(tmp_path):
         ("\n<|im_start|>user\nAnd 4?<|im_end|>\n<|im_start|>assistant\n", False),
         ("<think>\n\n</think>\n\n7<|im_end|>", True),
     ], "the last segment is a response, so that end-of-text follows it"
+    assert chat.end_of_turn(template, pieces) == pieces.tokenizer.token_to_id("<|im_end|>")
     assert chat.prompt(template, "Add.") == "<|im_start|>user\nAdd.<|im_end|>\n<|im_start|>assistant\n"
     arguments = [
         "--input", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out"), "--seq-len", "160",
@@ -213,13 +222,19 @@ def test_generation_blocks_are_the_responses(tmp_path):
             "{{ messages[-1].content }}",
             "rewrites earlier turns when another turn follows (choose a template that marks responses by {% generation",
         ),
+        (
+            "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+            "{% if add_generation_prompt %}[assistant]<think>{% endif %}",
+            "begins a response in another way than its generation prompt (choose a template that marks",
+        ),
+        ("{{ '\\ud83d' }}", "the chat template refuses the conversation (rendering is not valid Unicode)"),
         ("{{ messages[0].content }}", "the chat template renders no response"),
         ("{% if false %}{% generation %}{% endgeneration %}{% endif %}", "the chat template renders no response"),
     ],
 )
 def test_a_template_that_misbehaves_makes_bad_rows(tmp_path, source, message):
     template = chat.chat_template("tokenizer", templated(tmp_path, source))
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(BadRow, match=re.escape(message)):
         chat.segments(template, CONVERSATION)
     if "refuses" in message:
         with pytest.raises(UserError, match="The chat template refuses the prompt"):

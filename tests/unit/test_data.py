@@ -191,6 +191,21 @@ def test_packed_rows_keep_their_documents(tmp_path):
             "system: Be brief.\n\nuser: hi\n\ntool: 3\n\nassistant: ",
             "yo",
         ),
+        (
+            {"system": "Be long.", "conversations": [
+                {"from": "system", "value": "Be brief."}, {"from": "human", "value": "hi"},
+                {"from": "function_call", "value": "add(1, 2)"}, {"from": "observation", "value": "3"},
+            ]},
+            "sharegpt",
+            "system: Be brief.\n\nuser: hi\n\nassistant: tool: 3\n\n",
+            "add(1, 2)",
+        ),
+        (
+            {"conversations": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]},
+            "sharegpt",
+            "user: hi\n\nassistant: ",
+            "yo",
+        ),
     ],
 )  # fmt: skip
 def test_fine_tuning_rows(row, form, prompt, response):
@@ -213,6 +228,21 @@ def test_fine_tuning_rows(row, form, prompt, response):
             r"content\[0\] has the type 'image_url'; only 'text' is supported",
         ),
         ({"messages": [{"role": "user", "content": ["hi"]}]}, "messages", r"content\[0\] is str, not an object"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "hi"},
+                    {"role": "assistant", "content": None, "tool_calls": [1]},
+                ]
+            },
+            "messages",
+            r"messages\[1\] has tool_calls \(tool calls are not supported\)",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "yo", "tool_calls": None, "function_call": {"name": "f"}}]},
+            "messages",
+            r"messages\[0\] has function_call \(tool calls are not supported\)",
+        ),
         ({"conversations": []}, "sharegpt", "'conversations' is not a non-empty list"),
         (
             {"conversations": [{"from": "narrator", "value": "x"}]},
