@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from memdlm_dist.errors import UserError
 from memdlm_dist.models import lora
 from memdlm_dist.models.state_dict_adapters import BackboneStateDictAdapter, fqn_to_index_mapping
 from memdlm_dist.runtime import hub
-from memdlm_dist.runtime.rank_0 import failure_reason, first_reason, from_rank_0, write_on_rank_0
+from memdlm_dist.runtime.rank_0 import failure_reason, from_rank_0, on_all_ranks, one_line, write_on_rank_0
 from memdlm_dist.runtime.storage import is_remote
 
 logger = logging.getLogger()
@@ -195,25 +195,26 @@ def write(tensors: Mapping[str, Tensor], folder: str) -> None:
 
 
 def export(
-    state: Mapping[str, Tensor],
+    prepare: Callable[[], Mapping[str, Tensor]],
     folder: str,
     sd_adapter: BackboneStateDictAdapter,
     sources: Sequence[str],
     tokenizers: Sequence[str],
 ) -> None:
-    """Write a model's state dict with any parallel layout to a folder; a collective call.
+    """Write a model with any parallel layout to a folder; a collective call.
 
     Each rank writes its shards, and then consolidates some of the files. The index comes last: with it, the export is
     complete.
 
     Args:
-        state: tensors of one dtype, sharded or not, by parameter name; without adapters.
+        prepare: returns the tensors, of one dtype, sharded or not, by parameter name; without adapters.
         sources, tokenizers: see `describe`.
 
     Raises:
-        CheckpointException, OSError: on all ranks, if a rank cannot write.
+        CheckpointException, OSError: on all ranks, if a rank fails.
     """
-    tensors = sd_adapter.to_hf(dict(state))
+    # DCP has collectives, in which the other ranks would wait for a rank that has failed before.
+    tensors = on_all_ranks(lambda: sd_adapter.to_hf(dict(prepare())), "Preparing the tensors of an export")
     # A rank names only its own experts, so the list of all tensors comes from the backbone.
     expected, dtype = sd_adapter.expected(), next(iter(tensors.values())).dtype
     numbers = fqn_to_index_mapping(expected, dtype)
@@ -225,15 +226,12 @@ def export(
     count = max(numbers.values())
     files = {name: f"model-{number:05d}-of-{count:05d}.safetensors" for name, number in numbers.items()}
     mine = {name: files[name] for name, number in numbers.items() if number % dist.get_world_size() == dist.get_rank()}
-    reason = ""
-    try:
+
+    def consolidate() -> None:
         if mine:
             consolidate_safetensors(shards, folder, mine)
-    except Exception as error:  # the other ranks wait for this one
-        reason = failure_reason(error)
-    reason, _ = first_reason(reason)
-    if reason:
-        raise OSError(reason)
+
+    on_all_ranks(consolidate, "Writing the files of an export")
 
     def complete() -> None:
         shutil.rmtree(shards)
@@ -254,7 +252,8 @@ def describe(
     """Add config.json, modelling code and tokenizer to a folder of weights, and return the names of the files.
 
     Files are copied byte for byte, and nothing is executed. In config.json the keys of an extended context are changed.
-    If no source has config.json, it is generated. A file that exists in the folder is kept.
+    If no source has config.json, it is generated. A file that exists in the folder is kept. A source whose config.json
+    is another model's gives no config.json, code or licence, with a warning.
 
     Args:
         sources: folders in order of preference; each file is copied from the first one that has it. A checkpoint's
@@ -271,8 +270,8 @@ def describe(
         if found := _copyable(candidate, _TOKENIZER_FILES):
             chosen = {**_copyable(candidate, _TOKENIZER_CODE), **found}
             break
-    for candidate in sources:
-        chosen = _copyable(candidate, _MODEL_FILES) | chosen
+    for candidate in dict.fromkeys(sources):
+        chosen = _model_files(candidate, sd_adapter) | chosen
     for name, source in chosen.items():
         target = Path(folder) / name
         if target.exists():
@@ -287,11 +286,29 @@ def describe(
     return sorted({CONFIG, *chosen})
 
 
+def _model_files(folder: str, sd_adapter: BackboneStateDictAdapter) -> dict[str, Path]:
+    """Return the configuration, code and licence in a folder, by name; none if config.json is another model's."""
+    files = _copyable(folder, _MODEL_FILES)
+    if CONFIG not in files:
+        return files
+    try:
+        reason = ", ".join(sd_adapter.differences(files[CONFIG].read_text()))
+    except (OSError, ValueError) as error:
+        reason = f"it cannot be read: {one_line(error)}"
+    if not reason:
+        return files
+    logger.warning(
+        f"{folder}/{CONFIG} does not describe this run's model ({reason}); no configuration, code or licence is copied "
+        "from this folder to the export."
+    )
+    return {}
+
+
 def _copyable(folder: str, patterns: Sequence[str]) -> dict[str, Path]:
     """Return the files directly in a folder whose names match one of the patterns, by name.
 
-    A link is followed within the folder, and to a file in the Hugging Face hub's cache. A folder from elsewhere may
-    contain links to private files, which must not get into an export.
+    A link is followed within the folder, and from a snapshot in the Hugging Face hub's cache to the blobs of the same
+    repository. A folder from elsewhere may contain links to private files, which must not get into an export.
     """
     path, files = Path(folder).resolve(), {}
     if not path.is_dir():
@@ -300,8 +317,9 @@ def _copyable(folder: str, patterns: Sequence[str]) -> dict[str, Path]:
         if not any(fnmatchcase(file.name, pattern) for pattern in patterns) or not file.is_file():
             continue
         content = file.resolve()
-        in_hub_cache = content.parent.name == "blobs" and content.parent.parent.name.startswith("models--")
-        if not in_hub_cache and not content.is_relative_to(path):
+        repository = path.parent.parent  # if the folder is models--ORG--NAME/snapshots/REVISION
+        is_blob = repository.name.startswith("models--") and content.parent == repository / "blobs"
+        if not is_blob and not content.is_relative_to(path):
             reason = f"it links to {content}, outside of its folder"
         elif content.stat().st_size > _COPY_LIMIT:
             reason = f"it has {content.stat().st_size:,} bytes, more than {_COPY_LIMIT:,}"

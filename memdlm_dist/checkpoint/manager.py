@@ -5,9 +5,11 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, Final, Literal
 
 import torch
@@ -37,7 +39,16 @@ from memdlm_dist.errors import UserError
 from memdlm_dist.models import lora
 from memdlm_dist.models.lora import LoRA
 from memdlm_dist.runtime import hub, storage
-from memdlm_dist.runtime.rank_0 import failure_reason, first_reason, from_rank_0, is_rank_0, one_line, write_on_rank_0
+from memdlm_dist.runtime.rank_0 import (
+    failure_reason,
+    first_reason,
+    from_rank_0,
+    is_rank_0,
+    log_unexpected,
+    on_all_ranks,
+    one_line,
+    write_on_rank_0,
+)
 from memdlm_dist.runtime.storage import Storage, is_remote
 from memdlm_dist.runtime.writer import Claim
 
@@ -46,6 +57,8 @@ logger = logging.getLogger()
 # TensorBoard tags of the validation losses.
 MEMORY_OFF: Final = "validation/loss_memory_off"
 MEMORY_ON: Final = "validation/loss_memory_on"
+# Shortest timeout of collectives, in seconds, while an export is written.
+_EXPORT_TIMEOUT: Final = 3600.0
 KeepBest = Literal["", "validation/loss_memory_off", "validation/loss_memory_on"]
 
 
@@ -86,6 +99,7 @@ class ResumableCheckpoints(HookedCheckpoints):
     identity: Mapping[str, Any]
     experiment: Mapping[str, Any]
     stop_on_save_failure: bool
+    timeout: float  # of collectives, in seconds; set by the trainer as well
     lora: LoRA | None = None  # settings of the adapters; None if none are trained
     writer: Claim | None = None  # rank 0's claim to the folder
     save_future: Any
@@ -254,9 +268,7 @@ class ResumableCheckpoints(HookedCheckpoints):
         except (CheckpointException, Exception) as failure:  # CheckpointException is a BaseException
             self._drop_failed_save()  # at once, because savers of other ranks may wait for this rank's saver
             reason = failure_reason(failure)
-            if not isinstance(failure, CheckpointException | OSError):
-                # Log it now: other ranks may hang in a collective of the save, and then no reasons are exchanged.
-                logger.error(f"Saving the checkpoint of step {step} failed on this rank: {reason}.", exc_info=True)
+            log_unexpected(failure, f"Saving the checkpoint of step {step}")
             return reason
         return ""
 
@@ -271,7 +283,8 @@ class ResumableCheckpoints(HookedCheckpoints):
         """Save with DCP, or with `to_hf` as a Hugging Face folder: see `_write_export`."""
         if not options.get("to_hf"):
             return super().dcp_save(state_dict, checkpoint_id, *rest, **options)
-        self._write_export(state_dict, checkpoint_id)
+        with self._long_timeout():
+            self._write_export(state_dict, checkpoint_id)
         return None
 
     def _write_export(self, state: dict[str, Any], folder: str) -> None:
@@ -282,19 +295,23 @@ class ResumableCheckpoints(HookedCheckpoints):
         """
         weights, tokenizer = self.initial_load_path, self.sd_adapter.assets
         if self.lora is not None and self.lora.export == "adapter":
-            lora_, adapters, base = self.lora, hugging_face_folder.gather_adapters(state), weights or tokenizer or ""
+            lora_, base = self.lora, weights or tokenizer or ""
+            adapters = on_all_ranks(lambda: hugging_face_folder.gather_adapters(state), "Gathering the adapters")
 
             def write() -> None:
                 hugging_face_folder.write_peft(adapters, folder, self.sd_adapter, lora_.rank, lora_.alpha, base)
 
             write_on_rank_0(write)
             return
-        if self.lora is not None:
-            state = lora.merged(state, self.lora.scale)
-        if self.export_dtype != torch.float32:  # torchtitan's rule: float32 keeps the dtype of the weights
-            state = {name: tensor.to(self.export_dtype) for name, tensor in state.items()}
+
+        def prepare() -> dict[str, Any]:
+            merged = state if self.lora is None else lora.merged(state, self.lora.scale)
+            if self.export_dtype == torch.float32:  # torchtitan's rule: float32 keeps the dtype of the weights
+                return merged
+            return {name: tensor.to(self.export_dtype) for name, tensor in merged.items()}
+
         sources = [path for path in (weights, tokenizer) if path]
-        hugging_face_folder.export(state, folder, self.sd_adapter, sources, tokenizers=sources[::-1])
+        hugging_face_folder.export(prepare, folder, self.sd_adapter, sources, tokenizers=sources[::-1])
 
     def _export_if_due(self, step: int, last_step: bool) -> None:
         """Export the model beside the checkpoint of this step, with `checkpoint.save_in_hf`.
@@ -309,7 +326,8 @@ class ResumableCheckpoints(HookedCheckpoints):
             return
         began = time.perf_counter()
         location = self._catalogue.storage.url(f"{folder_name(step)}/{EXPORT}")
-        reason, _ = first_reason(self._try_to_export(step))
+        with self._long_timeout():
+            reason, _ = first_reason(self._try_to_export(step))
         if not reason:
             logger.info(f"Exported the model to {location} in {time.perf_counter() - began:.1f} s.")
             return
@@ -327,13 +345,28 @@ class ResumableCheckpoints(HookedCheckpoints):
         folder = self._catalogue.storage.url(folder_name(step))
         partial = f"{folder}/{PARTIAL_EXPORT}"
         try:
-            needed = self._room_for_export()
+            needed = on_all_ranks(self._room_for_export, "Computing the size of an export")
             write_on_rank_0(lambda: self._prepare_export(partial, needed))
             self._write_export(self.states[MODEL].state_dict(), partial)
             write_on_rank_0(lambda: os.replace(partial, f"{folder}/{EXPORT}"))
         except (CheckpointException, Exception) as failure:
+            log_unexpected(failure, f"Exporting the model of step {step}")
             return failure_reason(failure)
         return ""
+
+    @contextmanager
+    def _long_timeout(self) -> Iterator[None]:
+        """Let ranks wait in collectives for at least an hour, while others write their files of an export.
+
+        The export must end with a collective, after which no rank waits for another one's files.
+        """
+        group = dist.group.WORLD
+        assert group is not None
+        group.set_timeout(timedelta(seconds=max(self.timeout, _EXPORT_TIMEOUT)))
+        try:
+            yield
+        finally:
+            group.set_timeout(timedelta(seconds=self.timeout))
 
     def _room_for_export(self) -> int:
         """Return the bytes that an export needs on the disk, and with it a checkpoint that is still being written."""

@@ -1,5 +1,6 @@
-"""Actions that only rank 0 performs, and one-line error messages."""
+"""Actions that only rank 0 performs, failures that all ranks share, and one-line error messages."""
 
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from memdlm_dist.compat.torch import storage_error
 from memdlm_dist.errors import UserError
+
+logger = logging.getLogger()
 
 
 def is_rank_0() -> bool:
@@ -52,6 +55,36 @@ def write_on_rank_0(action: Callable[[], object]) -> None:
         from_rank_0(action, failing="{}")
     except UserError as error:
         raise OSError(one_line(error)) from None
+
+
+def on_all_ranks(action: Callable[[], Any], task: str) -> Any:
+    """Run an action on every rank, then compare the outcomes, and return this rank's result; a collective call.
+
+    Args:
+        task: what the action does, for the log of an unexpected failure, such as "Writing the file".
+
+    Raises:
+        OSError: on all ranks, if `action` fails on any rank.
+    """
+    reason, result = "", None
+    try:
+        result = action()
+    except Exception as failure:  # the other ranks wait for this one
+        reason = failure_reason(failure)
+        log_unexpected(failure, task)
+    reason, _ = first_reason(reason)
+    if reason:
+        raise OSError(reason)
+    return result
+
+
+def log_unexpected(failure: BaseException, task: str) -> None:
+    """Log a failure with its traceback, unless it is an error that its message explains.
+
+    Call it at once: other ranks may hang in a collective, and then no reasons are exchanged.
+    """
+    if not isinstance(failure, CheckpointException | OSError | UserError):
+        logger.error(f"{task} failed on this rank: {failure_reason(failure)}.", exc_info=failure)
 
 
 def first_reason(reason: str) -> tuple[str, bool]:

@@ -73,6 +73,7 @@ class MemDLMTrainer(Trainer):
         self.checkpointer.stop_on_save_failure = job_config.reliability.on_save_failure == "stop"
         self.consensus = StepConsensus(self.model_parts, self.optimizers, job_config.reliability, self.device)
         self.watchdog = start_watchdog(job_config.comm.init_timeout_seconds)
+        self.checkpointer.timeout = job_config.comm.init_timeout_seconds
         if job_config.validation.enable:
             self.validator.progress, self.validator.slots = self.watchdog.at, self.objective.slots
 
@@ -304,7 +305,7 @@ class MemDLMTrainer(Trainer):
         """Set the timeout of collectives to `comm.train_timeout_seconds`, after the first step."""
         seconds = self.job_config.comm.train_timeout_seconds
         dist_utils.set_pg_timeouts(timedelta(seconds=seconds), self.parallel_dims)
-        self.watchdog.timeout = seconds
+        self.watchdog.timeout = self.checkpointer.timeout = seconds
 
     @property
     def stopped_early(self) -> bool:

@@ -79,7 +79,8 @@ SCENARIOS = {
          ["--comm.train_timeout_seconds", "4", "--checkpoint.no_enable", "--training.steps", "4"])
     ],
     "retention": [
-        (0, [fault("raise", "consolidate", 6), fault("full", "export", 7), fault("room", "step", 8),
+        (0, [fault("bug", "convert", 5), fault("raise", "consolidate", 6),
+             fault("full", "export", 7), fault("room", "step", 8),
              # As a run leaves it that is killed while it exports.
              fault("mark", "step", 8, rank=0, once="{root}/retention/checkpoint/step-6/hf.partial/sharded/model")],
          ["--checkpoint.interval=1", "--checkpoint.keep_latest_k", "2", "--checkpoint.keep_every", "3",
@@ -319,15 +320,17 @@ def test_retention(finished):
 
 
 def test_an_export_that_fails_leaves_its_checkpoint(finished):
-    """Exports fail when one rank consolidates files, and when a file cannot grow; the run has the same checkpoints."""
+    """Exports fail when one rank converts tensors or writes files, and on a full disk; the checkpoints are the same."""
     root, outputs = finished
     kept = {step: root / f"retention/checkpoint/step-{step}" for step in (3, 6, 7, 8)}
     sentence = (
         r"ERROR - The export \S+step-{}/hf could not be written \(rank 1: {}; [\d,]+ MiB were free\); its checkpoint"
     )
-    for step, reason in ((6, "away for a moment"), (7, ".*File too large.*")):
+    for step, reason in ((5, "KeyError: 'layers.0'"), (6, "away for a moment"), (7, ".*File too large.*")):
         assert re.search(sentence.format(step, reason), outputs["retention"][0])
-    assert "Traceback" not in outputs["retention"][0] and same_end(root, "retention")
+    (unexpected,) = re.findall(r"ERROR - (.*)\nTraceback", outputs["retention"][0])
+    assert unexpected == "Preparing the tensors of an export failed on this rank: KeyError: 'layers.0'."
+    assert same_end(root, "retention")
     assert [step for step, folder in kept.items() if (folder / "hf").exists()] == [3, 8]
     assert not list(root.rglob("hf.partial"))
     saved = {checkpoint.step: checkpoint for checkpoint in Catalogue(str(root / "retention/checkpoint")).all()}

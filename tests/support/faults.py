@@ -24,6 +24,7 @@ at:
 - "data": when the step's batch is loaded, during the previous step
 - "save": at the start of a save
 - "export": at the start of an export to a Hugging Face folder
+- "convert": when an export converts the model's state dict, before DCP's collectives
 - "consolidate": when an export's shards are written, on the ranks that consolidate them into files
 - "write": when half of this rank's checkpoint file is written
 - "metadata": when all files of the checkpoint except its metadata are written
@@ -52,6 +53,7 @@ from memdlm_dist import train
 from memdlm_dist.checkpoint import hugging_face_folder
 from memdlm_dist.checkpoint.manager import ResumableCheckpoints
 from memdlm_dist.data.loader import EpochLoader
+from memdlm_dist.models.state_dict_adapters import LLaDAStateDictAdapter
 from memdlm_dist.runtime import preemption, storage, writer
 from memdlm_dist.training.objective import Objective
 from memdlm_dist.training.prefetch import BatchPrefetcher
@@ -114,6 +116,7 @@ def inject(faults: Iterable[dict[str, Any]]) -> None:
     plain_step, plain_loss, plain_read = MemDLMTrainer.train_step, Objective.loss_sum, EpochLoader._read
     plain_load = BatchPrefetcher._load
     plain_export, plain_consolidate = hugging_face_folder.export, hugging_face_folder.consolidate_safetensors
+    plain_to_hf = LLaDAStateDictAdapter.to_hf
     plain_save, plain_write, plain_finish = (
         ResumableCheckpoints.dcp_save, FileSystemWriter.write_data, FileSystemWriter.finish,
     )  # fmt: skip
@@ -144,6 +147,10 @@ def inject(faults: Iterable[dict[str, Any]]) -> None:
         inject_at("export")
         return plain_export(*arguments, **named)
 
+    def to_hf(self, state):
+        inject_at("convert")
+        return plain_to_hf(self, state)
+
     def consolidate(*arguments):
         inject_at("consolidate")
         plain_consolidate(*arguments)
@@ -163,6 +170,7 @@ def inject(faults: Iterable[dict[str, Any]]) -> None:
     MemDLMTrainer.train_step, Objective.loss_sum, EpochLoader._read = train_step, loss_sum, read
     BatchPrefetcher._load = load
     ResumableCheckpoints.dcp_save = dcp_save
+    LLaDAStateDictAdapter.to_hf = to_hf
     hugging_face_folder.export, hugging_face_folder.consolidate_safetensors = export, consolidate
     FileSystemWriter.write_data, FileSystemWriter.finish = write_data, finish
 

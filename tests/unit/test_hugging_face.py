@@ -6,7 +6,9 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -16,11 +18,14 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from memdlm_dist.checkpoint import hugging_face_folder
+from memdlm_dist.checkpoint.catalogue import Catalogue
+from memdlm_dist.checkpoint.manager import Checkpoint, ResumableCheckpoints
 from memdlm_dist.config import launch, parse_config
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import state_dict_adapters as names
 from memdlm_dist.runtime.process_group import init_fake_process_group
 from memdlm_dist.training.backbone import get_layout, get_model_args, get_sd_adapter, model_on_meta
+from tests.support import ranks
 from tests.support.published import RECIPES, contents
 from tools import convert_checkpoint, random_weights
 
@@ -263,6 +268,7 @@ def test_files_that_an_export_leaves_out(original, tmp_path, monkeypatch):
     source.mkdir()
     private.write_text("key")
     (source / "modeling_a.py").symlink_to(private)
+    (source / "modeling_c.py").symlink_to((original / "modeling_llada.py").resolve())  # another repository's blob
     (source / "helper.py").write_text("x")
     (source / "modeling_b.py").symlink_to("helper.py")
     (source / "large.py").write_text("x" * 101)
@@ -283,8 +289,9 @@ def test_files_that_an_export_leaves_out(original, tmp_path, monkeypatch):
         "modeling_b.py": "x",
     }
     assert json.loads((out / "config.json").read_text()) == sd_adapter.config()
-    assert len(logs) == 2 and "large.py is not copied to the export (it has 101 bytes, more than 100)" in logs[0]
+    assert len(logs) == 3 and "large.py is not copied to the export (it has 101 bytes, more than 100)" in logs[0]
     assert f"modeling_a.py is not copied to the export (it links to {private}, outside of its folder)" in logs[1]
+    assert "modeling_c.py is not copied to the export (it links to " in logs[2]
     # Another tokenizer replaces all files of the original's, and its code; other code comes from the weights.
     monkeypatch.undo()
     other = tmp_path / "tokenizer"
@@ -296,6 +303,15 @@ def test_files_that_an_export_leaves_out(original, tmp_path, monkeypatch):
     assert not (tmp_path / "merges.txt").exists() and (tmp_path / "generation_config.json").exists()
     assert (tmp_path / "tokenization_llada.py").read_text() == (tmp_path / "tokenizer.json").read_text() == "other"
     assert (tmp_path / "modeling_llada.py").read_bytes() == (CODE / "modeling_llada.py").read_bytes()
+    # The tokenizer's repository holds another model, and the weights have no config.json.
+    (other / "config.json").write_text(json.dumps({**sd_adapter.config(), "d_model": 1}))
+    monkeypatch.setattr(hugging_face_folder.logger, "warning", logs.append)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    hugging_face_folder.describe(str(foreign), sd_adapter, [str(other)])
+    assert {path.name for path in foreign.iterdir()} == {"config.json", "tokenizer.json", "tokenization_llada.py"}
+    assert json.loads((foreign / "config.json").read_text()) == sd_adapter.config()
+    assert len(logs) == 4 and f"{other}/config.json does not describe this run's model (d_model is 1 there" in logs[3]
 
 
 # A user's program, who trusts the code in both folders.
@@ -360,3 +376,27 @@ def test_experts_of_replicas_have_names(ep_size):
         }
     finally:
         dist.destroy_process_group()
+
+
+def test_ranks_wait_longer_for_an_export_than_for_a_step(tmp_path):
+    """Rank 1 writes for longer than the timeout of collectives, with save_in_hf and with last_save_in_hf."""
+
+    def body():
+        dist.barrier()
+        group = dist.group.WORLD
+        group.set_timeout(timedelta(seconds=0.3))
+        manager = object.__new__(ResumableCheckpoints)
+        manager.timeout, manager.save_now, manager.last_save_in_hf = 0.3, False, False
+        manager._config, manager._catalogue = Checkpoint(save_in_hf=True), Catalogue(str(tmp_path))
+
+        def write(*_):
+            time.sleep(0.6 * dist.get_rank())
+            dist.barrier()
+            return ""
+
+        manager._write_export = manager._try_to_export = write
+        manager.dcp_save({}, "", to_hf=True)
+        assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=0.3)
+        manager._export_if_due(1, last_step=False)
+
+    assert ranks.fork_group(2, body) == 0
