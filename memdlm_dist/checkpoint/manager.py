@@ -98,6 +98,7 @@ class ResumableCheckpoints(HookedCheckpoints):
     # save stops the run.
     identity: Mapping[str, Any]
     experiment: Mapping[str, Any]
+    length: Mapping[str, Any]  # length of the run, recorded and not compared
     stop_on_save_failure: bool
     timeout: float  # of collectives, in seconds; set by the trainer as well
     lora: LoRA | None = None  # settings of the adapters; None if none are trained
@@ -110,7 +111,7 @@ class ResumableCheckpoints(HookedCheckpoints):
         if is_remote(checkpoint_config.folder):
             base_folder = ""
         super().__init__(checkpoint_config=checkpoint_config, base_folder=base_folder, **components)
-        self.identity, self.experiment, self.stop_on_save_failure = {}, {}, False
+        self.identity, self.experiment, self.length, self.stop_on_save_failure = {}, {}, {}, False
         # Save after this step regardless of the interval; set when the run is asked to stop.
         self.save_now = False
         self._config = checkpoint_config
@@ -454,7 +455,7 @@ class ResumableCheckpoints(HookedCheckpoints):
                     self._remove(step)  # left by an interrupted save
                 run = {
                     "format": continuity.FORMAT, "step": step, "ranks": dist.get_world_size(),
-                    "identity": dict(self.identity), "experiment": dict(self.experiment),
+                    "identity": dict(self.identity), "experiment": dict(self.experiment), "length": dict(self.length),
                 }  # fmt: skip
                 folder.write_json(f"{name}/{RUN}", run)
             except UserError:

@@ -14,6 +14,12 @@ _KEYS = {
 _WITHOUT_EFFECT = ("optimizer.implementation", "lr_scheduler.warmup_ratio")
 
 
+def get_length(config: JobConfig) -> dict[str, Any]:
+    """Return the length of the run and of its warm-up, as written and in steps, by configuration key."""
+    keys = {"training": ("epochs", "steps"), "lr_scheduler": ("warmup_ratio", "warmup_steps", "total_steps")}
+    return {f"{name}.{key}": getattr(getattr(config, name), key) for name, section in keys.items() for key in section}
+
+
 def get_experiment(config: JobConfig) -> dict[str, Any]:
     """Return the settings of optimizer, schedule, objective, memory and backbone, by configuration key.
 

@@ -16,7 +16,7 @@ from torchtitan.train import Trainer
 
 from memdlm_dist.checkpoint.continuity import identity
 from memdlm_dist.checkpoint.manager import ResumableCheckpoints
-from memdlm_dist.config.experiment import get_experiment
+from memdlm_dist.config.experiment import get_experiment, get_length
 from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.data.dataset import max_documents
 from memdlm_dist.data.loader import Batch
@@ -68,7 +68,7 @@ class MemDLMTrainer(Trainer):
             self.tokenizer.fingerprint(),
             data.group_by_length,
         )
-        self.checkpointer.experiment = get_experiment(job_config)
+        self.checkpointer.experiment, self.checkpointer.length = get_experiment(job_config), get_length(job_config)
         self.checkpointer.lora = get_lora(job_config)
         self.checkpointer.stop_on_save_failure = job_config.reliability.on_save_failure == "stop"
         self.consensus = StepConsensus(self.model_parts, self.optimizers, job_config.reliability, self.device)
