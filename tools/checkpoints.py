@@ -36,7 +36,7 @@ Example:
 
 The state is derived from the file sizes; the command `verify` reads the files themselves.
 """
-_VERIFY = """Read every file of the checkpoints and compare its checksums.
+_VERIFY = """Read every file of the checkpoints, except their exports (hf/), and compare its checksums.
 
 Examples:
   python tools/checkpoints.py verify outputs/quickstart/checkpoint

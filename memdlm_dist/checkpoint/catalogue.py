@@ -78,8 +78,10 @@ class Catalogue:
         exported = is_export(sizes)
         problem = "" if exported else self._problem(step, sizes)
         complete = METADATA in sizes and not exported
-        beside = self.storage.sizes(f"{folder_name(step)}/{EXPORT}") if EXPORT in sizes else {}
-        size = sum(size or 0 for size in (*sizes.values(), *beside.values()))
+        exports = [
+            self.storage.sizes(f"{folder_name(step)}/{name}") for name in (EXPORT, PARTIAL_EXPORT) if name in sizes
+        ]
+        size = sum(size or 0 for files in (sizes, *exports) for size in files.values())
         return SavedCheckpoint(step, complete, exported, problem, size)
 
     def complete_steps(self) -> list[int]:

@@ -150,6 +150,11 @@ class ResumableCheckpoints(HookedCheckpoints):
                 # A checkpoint of step 0 holds only initial weights.
                 problem = saved.problem or self._load_from(location, model_only=candidate == 0)
             if not problem:
+                if self._config.save_in_hf and is_rank_0() and EXPORT not in folder.sizes(saved.name):
+                    logger.warning(
+                        f"The checkpoint {location} has no export, though checkpoint.save_in_hf is set; write one with "
+                        "tools/convert_checkpoint.py to-hf."
+                    )
                 return True
             if step != -1:
                 raise UserError(f"The checkpoint {location} {problem}; choose another checkpoint.load_step, or -1.")
@@ -323,7 +328,10 @@ class ResumableCheckpoints(HookedCheckpoints):
             UserError: if the export fails at the last step, or `reliability.on_save_failure` is "stop".
         """
         exported_already = last_step and self.last_save_in_hf
-        if not self._config.save_in_hf or exported_already or (self.save_now and not last_step):
+        if not self._config.save_in_hf or exported_already:
+            return
+        if self.save_now and not last_step:
+            logger.info(f"The checkpoint of step {step} gets no export, because the run was asked to stop.")
             return
         began = time.perf_counter()
         location = self._catalogue.storage.url(f"{folder_name(step)}/{EXPORT}")
@@ -425,7 +433,8 @@ class ResumableCheckpoints(HookedCheckpoints):
     def _handle_save_failure(self, step: int, reason: str, final: bool) -> None:
         location = self._catalogue.storage.url(folder_name(step))
         reason = self._with_free_room(reason)
-        sentence = f"The checkpoint {location} could not be saved ({reason}); earlier ones are unchanged"
+        export = "its export is removed too, and " if self._config.save_in_hf else ""
+        sentence = f"The checkpoint {location} could not be saved ({reason}); {export}earlier ones are unchanged"
         from_rank_0(lambda: _try_housekeeping(lambda: self._remove(step)))
         if final or self.stop_on_save_failure:
             raise UserError(f"{sentence}; make room or choose another checkpoint.folder, and start again.")

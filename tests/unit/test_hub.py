@@ -31,6 +31,8 @@ DEBUG = ["--model.flavor", "debug", "--training.mixed_precision_param", "float32
 @pytest.fixture(autouse=True)
 def in_root(root, monkeypatch):
     monkeypatch.chdir(root)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # another test may have made this process a rank
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="module")
