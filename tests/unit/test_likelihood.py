@@ -63,6 +63,8 @@ class ToyModel:
         self.calls = 0
         self.adapted = []
         self.tokenizer = SimpleNamespace(
+            special_ids={EOS},
+            token_to_id=lambda token: None,
             encode_plain=lambda texts: [[LETTERS.index(c) for c in text] for text in texts],
             decode=lambda ids: "".join(LETTERS[i] for i in ids),
         )
