@@ -433,7 +433,7 @@ class ResumableCheckpoints(HookedCheckpoints):
     def _handle_save_failure(self, step: int, reason: str, final: bool) -> None:
         location = self._catalogue.storage.url(folder_name(step))
         reason = self._with_free_room(reason)
-        export = "its export is removed too, and " if self._config.save_in_hf else ""
+        export = "any export of it is removed, and " if self._config.save_in_hf else ""
         sentence = f"The checkpoint {location} could not be saved ({reason}); {export}earlier ones are unchanged"
         from_rank_0(lambda: _try_housekeeping(lambda: self._remove(step)))
         if final or self.stop_on_save_failure:
