@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
 
-from memdlm_dist.checkpoint import hugging_face_folder, weights
-from memdlm_dist.checkpoint.catalogue import is_export
+from memdlm_dist.checkpoint import base_model, hugging_face_folder, weights
+from memdlm_dist.checkpoint.catalogue import is_export, read_run
 from memdlm_dist.checkpoint.model_check import check_model
 from memdlm_dist.checkpoint.reading import load_states, read_metadata
 from memdlm_dist.errors import UserError
@@ -110,15 +110,23 @@ def to_hugging_face(
     if adapters_alone and run.lora is None:
         raise UserError('The configuration trains no adapters; omit --adapter, or set model.converters = ["lora"].')
     sd_adapter, expected = run.sd_adapter, run.tensors
-    if problem := check_model(location, expected):
+    on_quantized_base = base_model.BASE in read_run(Storage(location))
+    saved_tensors = {
+        name: tensor for name, tensor in expected.items() if not on_quantized_base or lora.is_adapter(name)
+    }
+    if problem := check_model(location, saved_tensors):
         raise UserError(f"The checkpoint {location} {problem}; choose another.")
     saved: Any = read_metadata(location).state_dict_metadata
     with _new_folder(output) as folder:
-        names = [name for name in expected if not adapters_alone or lora.is_adapter(name)]
+        names = [name for name in saved_tensors if not adapters_alone or lora.is_adapter(name)]
         state = {name: torch.empty(expected[name].shape, dtype=saved[name].properties.dtype) for name in names}
         progress(f"reading {_size(state)} from {location}")
         with _single_process_dcp(f"The checkpoint {location} cannot be read"):
             load_states(state, location, no_dist=True)
+        if on_quantized_base and not adapters_alone:
+            progress("reading and dequantising the 4-bit base")
+            with _single_process_dcp(f"The base of {location} cannot be read"):
+                state |= base_model.read(expected, sd_adapter, location)
         progress(f"writing {output}")
         sources = [assets] if assets else list(run.sources)
         if adapters_alone:

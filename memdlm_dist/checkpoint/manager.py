@@ -19,7 +19,7 @@ from torchtitan.components.checkpoint import DATALOADER, MODEL, OPTIMIZER, Async
 from torchtitan.config.job_config import Checkpoint as TitanCheckpoint
 from torchtitan.tools.utils import GarbageCollection
 
-from memdlm_dist.checkpoint import continuity, hugging_face_folder
+from memdlm_dist.checkpoint import base_model, continuity, hugging_face_folder
 from memdlm_dist.checkpoint.catalogue import (
     EXPORT,
     METADATA,
@@ -120,6 +120,14 @@ class ResumableCheckpoints(HookedCheckpoints):
             return
         self._catalogue = Catalogue(self.folder)
         self._remover = ThreadPoolExecutor(1)
+        self.base: dict[str, str] | None = None  # identity of a quantised base, which checkpoints leave out
+        if base_model.is_quantized(self._model):
+            self.states[MODEL] = base_model.AdapterWrapper(self._model)
+
+    @property
+    def _model(self) -> torch.nn.Module:
+        model: torch.nn.Module = self.states[MODEL].model[0]
+        return model
 
     # Loading
 
@@ -139,6 +147,8 @@ class ResumableCheckpoints(HookedCheckpoints):
             if name not in self.states:
                 raise UserError(f"checkpoint.exclude_from_loading names {name}; choose among {', '.join(self.states)}.")
         folder = self._catalogue.storage
+        if base_model.is_quantized(self._model):
+            self._load_base()
         steps = from_rank_0(lambda: self._catalogue.steps()[::-1]) if step == -1 else [step]
         damaged = []
         for candidate in steps:
@@ -167,17 +177,28 @@ class ResumableCheckpoints(HookedCheckpoints):
             )
         return self._load_initial()
 
-    def _load_initial(self) -> bool:
-        location = self.initial_load_path
+    def _load_base(self) -> None:
+        """Load the quantised base, which is not in the run's checkpoints; without a location it is already drawn."""
+        location = self._initial_location()
+        if location:
+            began = time.perf_counter()
+            logger.info(f"Quantising the weights in {location}.")
+            base_model.load(self._model, self.sd_adapter, location)
+            logger.info(f"Quantised the weights in {time.perf_counter() - began:.1f} s.")
+        self.base = from_rank_0(lambda: base_model.identity(location))
+
+    def _initial_location(self) -> str:
+        """Return the location of the initial weights, an absolute path or a URL; empty for weights drawn at random.
+
+        Raises:
+            UserError: if `checkpoint.initial_load_path` and `checkpoint.initial_load_in_hf` do not fit together.
+        """
+        location: str = self.initial_load_path or ""
         if self.initial_load_in_hf:
             location = location or self.sd_adapter.assets or ""
-            logger.info(f"Loading the weights in {location}.")
-            began = time.perf_counter()
-            hugging_face_folder.load(self.states[MODEL], self.sd_adapter, location)
-            logger.info(f"Loaded the weights in {time.perf_counter() - began:.1f} s.")
-            return True
+            return location if is_remote(location) else os.path.abspath(location)
         if not location:
-            return False
+            return ""
         files = from_rank_0(Storage(location).sizes)
         if is_export(files):
             raise UserError(f"{location} holds safetensors; set checkpoint.initial_load_in_hf to start from them.")
@@ -186,6 +207,20 @@ class ResumableCheckpoints(HookedCheckpoints):
             if hub.parse(location) is not None:
                 remedy += ", or set checkpoint.initial_load_in_hf to start from a repository of the hub"
             raise UserError(f"There is no complete checkpoint in {location}; {remedy}.")
+        return location if is_remote(location) else os.path.abspath(location)
+
+    def _load_initial(self) -> bool:
+        location = self._initial_location()
+        if self.base is not None:
+            return bool(location)
+        if self.initial_load_in_hf:
+            logger.info(f"Loading the weights in {location}.")
+            began = time.perf_counter()
+            hugging_face_folder.load(self.states[MODEL], self.sd_adapter, location)
+            logger.info(f"Loaded the weights in {time.perf_counter() - began:.1f} s.")
+            return True
+        if not location:
+            return False
         # A run that trains adapters starts from a base without adapters.
         problem = self._load_from(location, self.initial_load_model_only, base=self.initial_load_model_only)
         if problem:
@@ -201,12 +236,16 @@ class ResumableCheckpoints(HookedCheckpoints):
         Raises:
             UserError: if the checkpoint is intact, but belongs to another model or run.
         """
+        run = from_rank_0(lambda: read_run(Storage(location)))
+        if self.base is not None:
+            base_model.check_identity(location, run, self.base)
+        elif base_model.BASE in run:
+            raise base_model.needs_quantized_base(location)
         if problem := from_rank_0(lambda: check_model(location, self.states[MODEL].state_dict(), base)):
             return problem
         same_data = True
         if not model_only:
-            saved = from_rank_0(lambda: read_run(Storage(location)))
-            same_data = continuity.check(location, saved, self.identity, self.experiment, self._config.accept_changes)
+            same_data = continuity.check(location, run, self.identity, self.experiment, self._config.accept_changes)
         logger.info(f"Loading the checkpoint {location}.")
         began = time.perf_counter()
         try:
@@ -311,6 +350,9 @@ class ResumableCheckpoints(HookedCheckpoints):
             return
 
         def prepare() -> dict[str, Any]:
+            if self.base is not None:
+                assert self.lora is not None
+                return base_model.exported_state(self._model, self.lora.scale, self.export_dtype)
             merged = state if self.lora is None else lora.merged(state, self.lora.scale)
             if self.export_dtype == torch.float32:  # torchtitan's rule: float32 keeps the dtype of the weights
                 return merged
@@ -383,8 +425,9 @@ class ResumableCheckpoints(HookedCheckpoints):
         if self.lora is not None and self.lora.export == "adapter":
             needed = _size({name: tensor for name, tensor in model.items() if lora.is_adapter(name)})
         else:  # the ranks' shards, and the files that they are consolidated into
-            dtype = None if self.export_dtype == torch.float32 else self.export_dtype
-            needed = 2 * _size(lora.without_adapters(model), dtype)
+            base = base_model.base_state(self._model) if self.base is not None else lora.without_adapters(model)
+            keeps_dtype = self.export_dtype == torch.float32 and self.base is None
+            needed = 2 * _size(base, None if keeps_dtype else self.export_dtype)
         if self._saving_step is not None:
             needed += _size(model) + _size(self.states[OPTIMIZER].state_dict())
         return needed
@@ -466,6 +509,8 @@ class ResumableCheckpoints(HookedCheckpoints):
                     "format": continuity.FORMAT, "step": step, "ranks": dist.get_world_size(),
                     "identity": dict(self.identity), "experiment": dict(self.experiment), "length": dict(self.length),
                 }  # fmt: skip
+                if self.base is not None:
+                    run[base_model.BASE] = self.base
                 folder.write_json(f"{name}/{RUN}", run)
             except UserError:
                 raise

@@ -5,8 +5,8 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.components.checkpoint import ModelWrapper
 
-from memdlm_dist.checkpoint import hugging_face_folder
-from memdlm_dist.checkpoint.catalogue import METADATA, Catalogue, folder_name, is_export
+from memdlm_dist.checkpoint import base_model, hugging_face_folder
+from memdlm_dist.checkpoint.catalogue import METADATA, Catalogue, folder_name, is_export, read_run
 from memdlm_dist.checkpoint.model_check import check_model, matching_states
 from memdlm_dist.checkpoint.reading import load_states
 from memdlm_dist.errors import UserError
@@ -59,7 +59,15 @@ def load(model: nn.Module, location: str, sd_adapter: BackboneStateDictAdapter) 
     path: str = from_rank_0(lambda: find(location))
     weights = ModelWrapper(model)
     initial_weights.draw_adapters(model)  # initial values, kept if the checkpoint has no adapters
-    if from_rank_0(lambda: is_export(Storage(path).sizes())):
+    exported = from_rank_0(lambda: is_export(Storage(path).sizes()))
+    run = {} if exported else from_rank_0(lambda: read_run(Storage(path)))
+    if base_model.BASE in run:  # the checkpoint holds adapters alone
+        base_model.restore(model, sd_adapter, path, run)
+        weights = base_model.AdapterWrapper(model)
+    elif base_model.is_quantized(model):
+        base_model.load(model, sd_adapter, path)
+        return path
+    if exported:
         hugging_face_folder.load(weights, sd_adapter, path)
         return path
     problem = from_rank_0(lambda: check_model(path, weights.state_dict(), base=True))

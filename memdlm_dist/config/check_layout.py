@@ -2,6 +2,7 @@
 
 from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.errors import require
+from memdlm_dist.models import nf4
 from memdlm_dist.models.linears import GROUPS, LINEARS, linear_names
 from memdlm_dist.models.llada import LLaDAArgs
 from memdlm_dist.models.llada_moe import LLaDAMoEArgs
@@ -57,6 +58,8 @@ def check_backbone(config: JobConfig, args: LLaDAArgs) -> None:
         )
     tp_size = config.parallelism.tensor_parallel_degree
     _check_context_parallel(config, args)
+    if config.lora.base == "nf4":
+        _check_nf4(config, args)
     flavour = f"model.flavor {config.model.flavor}"
     sizes = {
         "training.seq_len": config.training.seq_len,
@@ -70,6 +73,27 @@ def check_backbone(config: JobConfig, args: LLaDAArgs) -> None:
             size % tp_size == 0,
             f"{name} ({size}) is not divisible by parallelism.tensor_parallel_degree ({tp_size}); change one of them.",
         )
+
+
+def _check_nf4(config: JobConfig, args: LLaDAArgs) -> None:
+    """Check that the layout shards a 4-bit base along its rows only, and evenly."""
+    parallel = config.parallelism
+    for key in ("tensor_parallel_degree", "expert_parallel_degree"):
+        require(
+            getattr(parallel, key) == 1,
+            f"lora.base = 'nf4' is not supported with parallelism.{key} = {getattr(parallel, key)}, because torchao's "
+            "4-bit tensors can only be sharded by FSDP; set it to 1.",
+        )
+    require(
+        not config.training.enable_cpu_offload,
+        "lora.base = 'nf4' is not supported with training.enable_cpu_offload; set one of them back to its default.",
+    )
+    phrase = nf4.misfit(args, parallel.data_parallel_shard_degree * parallel.context_parallel_degree)
+    require(
+        not phrase,
+        f"lora.base = 'nf4' does not fit model.flavor {config.model.flavor}: {phrase}; choose another flavor or "
+        "parallelism.data_parallel_shard_degree.",
+    )
 
 
 def _check_context_parallel(config: JobConfig, args: LLaDAArgs) -> None:

@@ -19,6 +19,7 @@ from torchtitan.config import ConfigManager
 
 from memdlm_dist.checkpoint.continuity import IDENTITY_KEYS as CONTINUITY
 from memdlm_dist.checkpoint.manager import MEMORY_OFF, MEMORY_ON
+from memdlm_dist.compat.torchao import is_installed
 from memdlm_dist.compat.torchtitan import without_assets_warning
 from memdlm_dist.config import ranges
 from memdlm_dist.config.job_config import FORMAT, JobConfig
@@ -360,6 +361,15 @@ def _check_values(config: JobConfig) -> None:
         config.model.converters in ([], ["lora"]),
         f'model.converters = {config.model.converters} is not supported, only ["lora"] is: fast weights attach to '
         "plain linears, and the output head computes its losses itself; remove it.",
+    )
+    require(
+        config.lora.base == "unquantized" or bool(config.model.converters),
+        f'lora.base = {config.lora.base!r} has no effect without adapters; set model.converters = ["lora"].',
+    )
+    require(
+        config.lora.base == "unquantized" or is_installed(),
+        f"lora.base = {config.lora.base!r} needs torchao 0.18 or later, which is not installed; run pip install "
+        "'memdlm_dist[nf4]'.",
     )
     require(
         bool(config.lora.target_modules), "lora.target_modules is empty; name attention, ffn or some of their linears."

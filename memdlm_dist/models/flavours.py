@@ -26,6 +26,8 @@ LLADA = {
     "tiny_shifted": LLaDAArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=64, vocab_size=512, shifted=True),
     # Three trunk layers and two tail layers.
     "sharded": LLaDAArgs(dim=32, n_layers=5, n_heads=4, n_kv_heads=2, hidden_dim=64, vocab_size=512),
+    # Every linear has an even number of NF4's units of 16,384 elements, so that two ranks can share a 4-bit base.
+    "nf4": LLaDAArgs(dim=256, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=128, vocab_size=512),
     # For up to four context-parallel ranks: each gets two query heads and one key-value head.
     "many_heads": LLaDAArgs(dim=32, n_layers=3, n_heads=8, n_kv_heads=4, hidden_dim=48, vocab_size=64),
 }
@@ -35,6 +37,10 @@ LLADA_MOE = {
     # For up to four tensor-parallel or expert-parallel ranks.
     "debug": LLaDAMoEArgs(
         dim=64, n_layers=4, n_heads=8, hidden_dim=32, vocab_size=512, n_experts=8, experts_per_token=2
+    ),
+    # For a 4-bit base, as the flavour of llada.
+    "nf4": LLaDAMoEArgs(
+        dim=256, n_layers=2, n_heads=4, hidden_dim=32, vocab_size=512, n_experts=4, experts_per_token=2
     ),
     # The smallest model with a trunk and a tail, one layer each; two experts for each of two expert-parallel ranks.
     "tiny": LLaDAMoEArgs(dim=32, n_layers=2, n_heads=4, hidden_dim=16, vocab_size=64, n_experts=4, experts_per_token=2),

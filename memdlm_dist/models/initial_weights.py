@@ -9,6 +9,7 @@ Shapes: a parameter is `[..., C]`; this rank holds R rows of c columns.
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from memdlm_dist.compat.torch import local_block
+from memdlm_dist.compat.torchao import is_nf4
 from memdlm_dist.method import keyed_random
 from memdlm_dist.method.keyed_random import Stream
+from memdlm_dist.models import nf4
 from memdlm_dist.models.lora import A, is_adapter
 
 # Elements drawn at once: they fit a CPU's cache, or keep a GPU busy.
@@ -89,12 +92,30 @@ def adapter_distribution(name: str, shape: torch.Size) -> Distribution:
 
 
 @torch.no_grad()
-def draw(model: nn.Module, sizes: Sizes) -> None:
-    """Draw this rank's shards of all parameters from torch's seed, which torchtitan sets equally on all ranks."""
-    for name, parameter in _parameters(model).items():
+def draw(model: nn.Module, sizes: Sizes, seed: int | None = None) -> None:
+    """Draw this rank's shards of all parameters.
+
+    Args:
+        model: the backbone, with any layout.
+        sizes: sizes that determine the distributions.
+        seed: None for torch's seed, which torchtitan sets equally on all ranks.
+    """
+    fill(_parameters(model), sizes, seed)
+
+
+@torch.no_grad()
+def fill(state: Mapping[str, Tensor], sizes: Sizes, seed: int | None = None) -> None:
+    """Draw this rank's shards of all parameters in a state dict in place; see `draw`."""
+    for name, parameter in state.items():
         # A head that starts from the embedding uses the embedding's random numbers, with its own scale.
         key_name = EMBEDDING if name == HEAD and sizes.head_from_embedding else name
-        _fill(parameter, key_name, distribution(name, parameter.shape, sizes))
+        initial = distribution(name, parameter.shape, sizes)
+        if not is_nf4(parameter):
+            _fill(parameter, key_name, initial, seed)
+            continue
+        whole = nf4.empty(parameter)
+        _fill(whole, key_name, initial, seed)
+        nf4.assign(parameter, whole)
 
 
 @torch.no_grad()
@@ -110,14 +131,16 @@ def _parameters(model: nn.Module) -> dict[str, Tensor]:
     return cast(dict[str, Tensor], get_model_state_dict(model))
 
 
-def _fill(parameter: Tensor, key_name: str, initial: Distribution) -> None:
+def _fill(parameter: Tensor, key_name: str, initial: Distribution, seed: int | None = None) -> None:
     """Draw this rank's shard of a parameter in place.
 
     Args:
         parameter: a plain tensor or a DTensor.
         key_name: parameter name that the random numbers are keyed by.
         initial: distribution of the elements.
+        seed: None for torch's seed.
     """
+    seed = torch.initial_seed() if seed is None else seed
     local, first = local_block(parameter)
     if isinstance(initial, float):
         local.fill_(initial)
@@ -132,7 +155,7 @@ def _fill(parameter: Tensor, key_name: str, initial: Distribution) -> None:
     pair = torch.arange(start // 2, (start + columns + 1) // 2, device=local.device)
     local_columns = slice(start % 2, start % 2 + columns)
     name_hash = int.from_bytes(hashlib.blake2b(key_name.encode(), digest_size=8).digest())
-    keys_R = keyed_random.key(torch.initial_seed(), Stream.WEIGHTS, name_hash, row_R.flatten())
+    keys_R = keyed_random.key(seed, Stream.WEIGHTS, name_hash, row_R.flatten())
     rows = max(1, _CHUNK_ELEMENTS.get(local.device.type, _CHUNK_ELEMENTS_ON_GPU) // columns)
     for keys_r, out_rc in zip(keys_R.split(rows), local.view(-1, columns).split(rows), strict=True):
         out_rc.copy_(initial.transform(keyed_random.symmetric(keys_r, pair))[:, local_columns])

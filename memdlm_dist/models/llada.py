@@ -26,7 +26,7 @@ from memdlm_dist.compat.torch import wait_if_pending
 from memdlm_dist.method.documents import Documents, SetAssignment
 from memdlm_dist.method.fast_weights import AdaptedLinear, FastLinear, FastWeights, adapted
 from memdlm_dist.method.logit_loss import HeadLoss
-from memdlm_dist.models import initial_weights
+from memdlm_dist.models import initial_weights, nf4
 from memdlm_dist.models.attention import (
     BidirectionalAttention,
     Mask,
@@ -260,6 +260,7 @@ class LLaDA(ModelProtocol):
         """Draw all weights from torch's seed, and compute the RoPE table; torchtitan's hook."""
         with torch.device(buffer_device or self.freqs_cis.device):
             self.freqs_cis = self._rotary()
+        nf4.materialize(self)
         initial_weights.draw(self, self.model_args)
 
     def forward(

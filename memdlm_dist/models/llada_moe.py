@@ -22,9 +22,11 @@ from torchtitan.models.moe.moe import GroupedExperts
 from torchtitan.models.utils import get_moe_model_nparams_and_flops
 
 from memdlm_dist.compat.torch import grouped_mm
+from memdlm_dist.compat.torchao import is_nf4
 from memdlm_dist.compat.torchtitan import run_padded
 from memdlm_dist.method.documents import SetAssignment
 from memdlm_dist.method.fast_weights import AdaptedLinear, ExpertProduct, FastLinear, adapted_experts
+from memdlm_dist.models import nf4
 from memdlm_dist.models.linears import GROUPS, LINEARS
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs, TransformerBlock
 
@@ -114,10 +116,11 @@ class AdaptableExperts(GroupedExperts):
                 several sets.
         """
         # torchtitan's expert parallelism fixes the first two arguments: its hooks replace them.
-        if fast is None and not self.adapter_scale:
+        if fast is None and not self.adapter_scale and not is_nf4(self.w1):
             return cast(Tensor, super().forward(x, num_tokens_per_expert))
         weights = {
-            name: w.to_local() if isinstance(w, DTensor) else w for name, w in self.named_parameters(recurse=False)
+            name: w.to_local() if isinstance(w, DTensor) else nf4.dequantized(f".experts.{name}", w, self.num_experts)
+            for name, w in self.named_parameters(recurse=False)
         }
         counts = num_tokens_per_expert if counts_EG is None else counts_EG.flatten()
         # A grouped product needs a multiple of 8 slots in every group. Expert parallelism's token exchange has already

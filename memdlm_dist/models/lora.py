@@ -3,7 +3,7 @@
 y = W x + (alpha / R) B A x with rank R. The conversion is a torchtitan model converter and runs before the model is
 parallelised, so tensor parallelism and FSDP2 shard the adapters like the linears. Fast weights add their term to the
 output of a linear with its adapter. Frozen weights are stored in the compute dtype: that takes half the memory of
-trained weights, and all-gathers need no float32.
+trained weights, and all-gathers need no float32. With a 4-bit base they are quantised (see `nf4.py`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from memdlm_dist.models import nf4
 from memdlm_dist.models.linears import linear_weight_names
 
 # Name suffixes of an adapter's parameters: "<linear>.lora_A" for linears, "w1_lora_A" for experts.
@@ -52,6 +53,10 @@ class LoRA:
     ffn (gate, up, down), attention (q, k, v, o), or linears by name. In llada_moe every expert's linears get separate
     adapters."""
 
+    base: Literal["unquantized", "nf4"] = "unquantized"
+    """Storage of the frozen base. unquantized: training.mixed_precision_param. nf4: 4 bits with double quantisation for
+    the linears of all layers (needs torchao); checkpoints then hold only the adapters."""
+
     export: Literal["merged", "adapter"] = "merged"
     """Contents of exports with checkpoint.last_save_in_hf and checkpoint.save_in_hf.
 
@@ -84,6 +89,8 @@ def add_adapters(model: nn.Module, lora: LoRA, frozen_dtype: torch.dtype, dtype:
             layer.moe.experts.add_adapters(ffn, lora.rank, lora.scale, dtype)
         else:
             _adapt(layer.feed_forward, ffn, lora, dtype)
+    if lora.base == "nf4":
+        nf4.quantize_linears(model)
 
 
 def _adapt(parent: nn.Module, linears: Sequence[str], lora: LoRA, dtype: torch.dtype) -> None:

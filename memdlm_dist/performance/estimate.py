@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.config.job_config import Training
 
+from memdlm_dist.compat.torchao import is_nf4, stored_bytes
 from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.method.documents import GROUP_ROWS, power_of_two
 from memdlm_dist.method.fast_weights import AdaptedLinear
@@ -45,6 +46,7 @@ class MemoryEstimate:
     activations: float
     head: float  # one chunk of logits with the loss's temporaries, and the sum of the head weight's gradient
     fast_weights: float  # current fast weights, their gradients and the updated fast weights
+    dequantized: float  # weights of a 4-bit base in the compute dtype, and the temporaries of dequantising one
 
     @property
     def total(self) -> float:
@@ -157,6 +159,35 @@ def _gathered_elements(parameters: Iterable[Tensor]) -> int:
     return total
 
 
+def _gathered_bytes(parameters: Iterable[Tensor], compute: int) -> float:
+    """Return the bytes of all-gathered parameters: quantised as they are stored, others in the compute dtype."""
+    return sum(_gathered_elements([p]) * _gathered_itemsize(p, compute) for p in parameters)
+
+
+def _gathered_itemsize(p: Tensor, compute: int) -> float:
+    return stored_bytes(p) / _local(p).numel() if is_nf4(p) else compute
+
+
+def _stored_bytes(p: Tensor) -> int:
+    return stored_bytes(p) if is_nf4(p) else _local(p).numel() * p.itemsize
+
+
+# torchao's temporaries while it dequantises a tensor, in bytes per element: indices in int64, values and scales.
+_DEQUANTIZING = 14
+
+
+def _dequantized(model: LLaDA, config: JobConfig, compute: int) -> float:
+    """Return the bytes of dequantised weights at the step's peak.
+
+    A dense linear dequantises its weight once for each product. Autograd saves the dequantised weights of experts: of
+    all layers, or with activation checkpointing of the layer that is being recomputed.
+    """
+    quantized = {name: p.numel() for name, p in model.named_parameters() if is_nf4(p)}
+    experts = compute * sum(count for name, count in quantized.items() if ".experts." in name)
+    saved = experts / len(model.layers) if config.activation_checkpoint.mode == "full" else experts
+    return saved + _DEQUANTIZING * max(quantized.values(), default=0)
+
+
 def _groups(model: LLaDA) -> Sequence[Sequence[Tensor]]:
     """Return the parameters by FSDP2 group: embedding, each layer, final norm with head."""
     first, last = list(model.tok_embeddings.parameters()), [*model.norm.parameters(), *model.output.parameters()]
@@ -172,8 +203,8 @@ def _memory(model: LLaDA, args: LLaDAArgs, dims: Layout, config: JobConfig, firs
     if dims.fsdp_enabled:
         resharded = 0 if config.parallelism.fsdp_reshard_after_forward == "never" else 1 + first
         resident = groups[resharded:]
-        transient = sorted((_gathered_elements(group) for group in groups[:resharded]), reverse=True)[:2]
-        gathered = compute * (sum(map(_gathered_elements, resident)) + sum(transient))
+        transient = sorted((_gathered_bytes(group, compute) for group in groups[:resharded]), reverse=True)[:2]
+        gathered = sum(_gathered_bytes(group, compute) for group in resident) + sum(transient)
         largest = max(_gathered_elements(p for p in group if p.requires_grad) for group in groups)
         # Autograd's gradients, and two copies in the reduction dtype: this group's and the previous group's, whose
         # reduction is still in progress.
@@ -183,7 +214,7 @@ def _memory(model: LLaDA, args: LLaDAArgs, dims: Layout, config: JobConfig, firs
         gathered = compute * sum(_local(p).numel() for p in parameters if p.itemsize != compute)
         reducing = 0.0
     return MemoryEstimate(
-        weights=sum(_local(p).numel() * p.itemsize for p in parameters),
+        weights=sum(map(_stored_bytes, parameters)),
         gradients=sum(p.numel() * p.itemsize for p in trained),
         optimizer=2.0 * sum(p.numel() * p.itemsize for p in trained),
         gathered=gathered,
@@ -192,6 +223,7 @@ def _memory(model: LLaDA, args: LLaDAArgs, dims: Layout, config: JobConfig, firs
         head=_head(args, dims, config, trained=any(p.requires_grad for p in model.output.parameters())),
         # Current fast weights, gradients, and updated fast weights.
         fast_weights=3.0 * _fast_bytes(args, dims, config, first, slots),
+        dequantized=_dequantized(model, config, compute),
     )
 
 
@@ -334,8 +366,9 @@ def _communication(
         resident = number > first or (number == len(groups) - 1 and policy != "always")
         has_backward = number > 0 or any(p.requires_grad for p in group)
         twice = policy != "never" and not resident and has_backward
-        for degree, elements in _fsdp_sizes(group):
-            gather += (2 if twice else 1) * compute * elements * (degree - 1) / degree
+        itemsizes = [_gathered_itemsize(p, compute) for p in group]
+        for (degree, elements), itemsize in zip(_fsdp_sizes(group), itemsizes, strict=True):
+            gather += (2 if twice else 1) * itemsize * elements * (degree - 1) / degree
         for degree, elements in _fsdp_sizes(p for p in group if p.requires_grad):
             reduced += reduce * elements * (degree - 1) / degree
             # HSDP all-reduces each rank's sharded gradients over the replicas.

@@ -22,6 +22,7 @@ _MEMORY = {
     "activations": "activations",
     "head": "logits and gradient of the head",
     "fast_weights": "fast weights",
+    "dequantized": "dequantised weights",
 }
 # Table labels of the fields of `Communication`.
 _COMMUNICATION = {

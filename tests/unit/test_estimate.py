@@ -226,7 +226,7 @@ def test_dry_run_tells_what_will_not_fit(capsys):
 def minimal_estimate(flops=2e14, **traffic):
     """Return an estimate with only the fields that determine the step time."""
     sent = dict.fromkeys(("gather", "reduce", "replicate", "tensor", "context", "experts"), 0.0) | traffic
-    memory = MemoryEstimate(*[0.0] * 8)
+    memory = MemoryEstimate(*[0.0] * 9)
     return Estimate(0, 0, 0, 1, 4, 1, memory, Communication(**sent), ["gather", "replicate"], flops)
 
 
