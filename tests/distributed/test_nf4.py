@@ -1,0 +1,160 @@
+"""4-bit base: both recipes from published weights over a stop and another layout to an export."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from memdlm_dist.checkpoint.catalogue import read_metadata
+from memdlm_dist.config import check_layout, parse_config
+from memdlm_dist.errors import UserError
+from memdlm_dist.inference.trained_model import TrainedModel
+from memdlm_dist.models import nf4
+from memdlm_dist.models.flavours import LLADA, LLADA_MOE
+from tests.support.launching import run_many, scalars
+from tests.support.published import RECIPES, contents
+from tools import convert_checkpoint, random_weights
+
+torchao = pytest.importorskip("torchao.quantization")
+
+SMALL = [
+    "--model.flavor", "nf4", "--model.hf_assets_path", "tests/assets/debug/tokenizer",
+    "--data.train", "tests/assets/debug/train", "--data.validation", "tests/assets/debug/heldout",
+    "--validation.no-enable", "--training.seq_len", "128", "--training.epochs", "0",
+    "--training.global_batch_size", "4", "--training.local_batch_size", "2",
+    "--training.mixed_precision_param", "float32", "--optimizer.implementation", "foreach", "--optimizer.lr", "0.02",
+    "--lr_scheduler.total_steps", "3", "--checkpoint.interval", "2", "--checkpoint.async_mode", "disabled",
+    "--compile.no-enable", "--parametric_memory.rank", "8", "--metrics.log_freq", "1", "--lora.rank", "8",
+]  # fmt: skip
+DENSE = ["--lora.base", "unquantized"]
+# Linears of the layers, by the last part of their Hugging Face names.
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "attn_out", "ff_proj", "up_proj", "ff_out", "gate_proj", "down_proj")
+
+
+def arguments_of(root, name, run="run", steps=3):
+    return [
+        "--job.config_file", RECIPES[name], *SMALL, "--job.dump_folder", str(root / run), "--lora.base", "nf4",
+        "--checkpoint.initial_load_path", str(root / "weights"), "--training.steps", str(steps),
+    ]  # fmt: skip
+
+
+def dequantized(weights):
+    """Return Hugging Face weights after NF4, by torchao alone; a layer's experts are one tensor."""
+    groups = {}
+    for key in sorted(weights, key=lambda key: [int(x) if x.isdigit() else x for x in key.split(".")]):
+        linear = key.split(".")[-2]
+        if linear in LINEARS and any(part in key for part in (".layers.", ".blocks.")):
+            head, experts, _ = key.partition(".experts.")
+            groups.setdefault((head, linear) if experts else key, []).append(key)
+    result = dict(weights)
+    for keys in groups.values():
+        whole = torchao.to_nf4(torch.cat([weights[key] for key in keys])).get_original_weight()
+        result |= dict(zip(keys, whole.clone().chunk(len(keys)), strict=True))
+    return {key: x.contiguous() for key, x in result.items()}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Return each recipe's folder with the runs from generated weights."""
+    roots = {name: tmp_path_factory.mktemp(name) for name in RECIPES}
+    runs = []
+    for name, root in roots.items():
+        recipe, *rest = arguments_of(root, name)[1:]
+        assert random_weights.main([recipe, "--output", str(root / "weights"), "--dtype", "float32", *rest]) == 0
+        (root / "dense").mkdir()
+        save_file(dequantized(contents(root / "weights")), root / "dense/model.safetensors")
+        runs += [
+            # The run is stopped after two steps on two ranks, and resumed on one.
+            (2, arguments_of(root, name, steps=2)),
+            (1, [*arguments_of(root, name), "--checkpoint.save_in_hf"]),
+            (
+                1,
+                [*arguments_of(root, name, "dense-run"), *DENSE, "--checkpoint.initial_load_path", str(root / "dense")],
+            ),
+        ]
+    run_many(runs)
+    return roots
+
+
+@pytest.fixture(params=RECIPES)
+def run(request, trained):
+    return request.param, trained[request.param]
+
+
+def read(root, name, checkpoint, *arguments):
+    return TrainedModel(parse_config.parse([*arguments_of(root, name), *arguments]), str(checkpoint))
+
+
+def logits(model, tokens):
+    return model.logits(tokens, torch.ones_like(tokens).bool(), torch.ones_like(tokens).bool())
+
+
+def test_it_trains_as_its_dequantised_base(run):
+    """Loss and gradient norm of each step equal those of an unquantised run from the dequantised weights."""
+    _, root = run
+    dense, ours = (scalars(root / folder) for folder in ("dense-run", "run"))
+    for name in ("loss_metrics/global_avg_loss", "grad_norm"):
+        assert sorted(ours[name]) == [1, 2, 3]
+        assert ours[name] == pytest.approx(dense[name], rel=1e-5), name  # float32 rounding, over three steps
+
+
+def test_checkpoints_hold_adapters_and_name_their_base(run):
+    _, root = run
+    location = root / "run/checkpoint/step-2"
+    saved = read_metadata(str(location)).state_dict_metadata
+    assert saved and not any(".weight" in name for name in saved if name.startswith("layers"))
+    assert not {"tok_embeddings.weight", "output.weight", "norm.weight"} & set(saved)
+
+
+def test_the_export_is_the_dequantised_base_with_its_adapters(run, tmp_path):
+    """The export equals the offline conversion, and has the logits of the checkpoint of adapters."""
+    name, root = run
+    recipe, *rest = arguments_of(root, name)[1:]
+    convert = ["to-hf", recipe, "--checkpoint", str(root / "run/checkpoint/step-3"), "--output", str(tmp_path / "out")]
+    assert convert_checkpoint.main([*convert, *rest]) == 0
+    theirs, ours, base = (
+        contents(path) for path in (tmp_path / "out", root / "run/checkpoint/step-3/hf", root / "dense")
+    )
+    assert theirs.keys() == ours.keys() == base.keys()
+    assert all(torch.equal(x, theirs[key]) for key, x in ours.items())
+    assert all(torch.equal(x, base[key]) for key, x in theirs.items() if key.split(".")[-2] not in LINEARS)
+    tokens = torch.randint(0, 500, (2, 16), generator=torch.Generator().manual_seed(0))
+    model = read(root, name, root / "run/checkpoint/step-3")
+    quantized = logits(model, tokens)
+    model.close()
+    model = read(root, name, tmp_path / "out", *DENSE)
+    torch.testing.assert_close(logits(model, tokens), quantized, rtol=1e-5, atol=5e-5)  # float32 rounding
+    model.close()
+
+
+def test_mistakes(trained, tmp_path):
+    root = trained["llada"]
+    changed = tmp_path / "weights"
+    shutil.copytree(root / "weights", changed)
+    weights = contents(changed)
+    for file in changed.glob("*.safetensors*"):
+        file.unlink()
+    save_file({key: x + 1 for key, x in weights.items()}, changed / "model.safetensors")
+    other_base = ["--checkpoint.initial_load_path", str(changed)]
+    outputs = run_many([
+        (1, [*arguments_of(root, "llada"), *other_base], {"status": 2}),
+        (1, [*arguments_of(root, "llada"), *DENSE], {"status": 2}),
+        (1, [*arguments_of(root, "llada", "dense-run"), "--training.steps", "4"], {"status": 2}),
+    ])  # fmt: skip
+    assert "were trained on the base" in outputs[0] and str(changed) in outputs[0]
+    assert "holds adapters of a 4-bit base; set lora.base to 'nf4'" in outputs[1]
+    assert "was trained without a 4-bit base" in outputs[2]
+    assert not any("Traceback" in output for output in outputs)
+
+    def check(*arguments, sizes=LLADA["nf4"]):
+        config = parse_config.parse([*arguments_of(root, "llada"), *arguments])
+        config.parallelism.data_parallel_shard_degree = max(1, config.parallelism.data_parallel_shard_degree)
+        with pytest.raises(UserError) as error:
+            check_layout.check_backbone(config, sizes)
+        return str(error.value)
+
+    assert "tensor_parallel_degree = 2" in check("--parallelism.tensor_parallel_degree", "2")
+    assert "the linear gate of a layer has 160 x 64 elements" in check(sizes=LLADA["debug"])
+    assert "which 4 ranks cannot share" in check("--parallelism.data_parallel_shard_degree", "4")
+    assert nf4.misfit(LLADA["8B"], 64) == nf4.misfit(LLADA_MOE["7B-A1B"], 64) == ""
