@@ -9,6 +9,7 @@ _SECTIONS = ("optimizer", "lr_scheduler", "diffusion", "parametric_memory")
 _KEYS = {
     "model": ("name", "flavor", "converters", "rope_scaling", "rope_scaling_method"),
     "training": ("max_norm", "dtype", "mixed_precision_param"),
+    "data": ("mask_prompt",),
 }
 # The schedule depends on warmup_steps, which is set from warmup_ratio.
 _WITHOUT_EFFECT = ("optimizer.implementation", "lr_scheduler.warmup_ratio")

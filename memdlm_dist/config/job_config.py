@@ -17,7 +17,8 @@ from torchtitan.config.job_config import Validation as TitanValidation
 
 from memdlm_dist.checkpoint.manager import Checkpoint
 from memdlm_dist.data.settings import Data
-from memdlm_dist.method.diffusion import SCHEDULES, WEIGHTS
+from memdlm_dist.method.bilevel import Memory
+from memdlm_dist.method.diffusion import LOSS_NORMS, SCHEDULES, WEIGHTS
 from memdlm_dist.method.fast_weights import FAST_WEIGHT_TYPES
 from memdlm_dist.method.inner_loss import INNER_LOSSES, Hidden
 from memdlm_dist.method.inner_sgd import GRADIENT_NORMS, InnerSGD
@@ -67,6 +68,12 @@ class Diffusion:
     loss_weight: _one_of(WEIGHTS) = Plan.loss_weight  # type: ignore[valid-type]
     """Loss weight of a masked token, schedule: -alpha'(t) / (1 - alpha(t)), the likelihood bound; uniform: 1."""
 
+    loss_norm: _one_of(LOSS_NORMS) = "token"  # type: ignore[valid-type]
+    """Normalisation of the training loss. token: the loss sum of the global batch divided by its number of maskable
+    tokens; answer: the loss sum of each sample (a row, or a packed document) divided by the sample's own number of
+    maskable tokens, averaged over samples; sequence: the loss sum of the global batch divided by its number of
+    samples. Samples without a maskable token do not count. Validation always reports losses per token."""
+
 
 @dataclass
 class ParametricMemory:
@@ -86,20 +93,30 @@ class ParametricMemory:
     trajectory: _one_of(TRAJECTORIES) = Plan.trajectory  # type: ignore[valid-type]
     """States that the inner loop visits. anchor_consistent: from the pre-anchor to the anchor, which is the state of
     the outer loss; pre_anchor_only and anchor_only: a single step on that state; progressive: mask ratios from 0.8 to
-    0.2, independent of the anchor."""
+    progressive_end, independent of the anchor."""
 
     inner_steps: int = Plan.inner_steps
     """Number of inner steps K in the anchor_consistent and progressive trajectories. With K = 1 anchor_consistent
-    visits only the pre-anchor and progressive only a state with mask ratio 0.2."""
+    visits only the pre-anchor and progressive only a state with the mask ratio progressive_end."""
+
+    inner_epochs: int = Memory.inner_epochs
+    """Number of times that the inner loop goes through its states, in order and with the same fast weights."""
 
     pre_anchor_scale: float = Plan.pre_anchor_scale
     """Mask ratio of the pre-anchor as a multiple of the anchor's; at most all maskable tokens are masked."""
+
+    progressive_end: float = Plan.progressive_end
+    """Last mask ratio of the progressive trajectory; the first is 0.8."""
 
     inner_loss: _one_of(INNER_LOSSES) = "cross_entropy"  # type: ignore[valid-type]
     """Loss of an inner step. cross_entropy: against the clean tokens. The other losses distil from a teacher, which is
     the same model with the current fast weights on the next state (at the last step on the clean sequence).
     kl: KL(teacher || student); reverse_kl: KL(student || teacher); hidden_mse and hidden_cosine: distance between
     the last layer's outputs."""
+
+    distillation_temperature: float = 1.0
+    """Temperature T of kl and reverse_kl: they compare the predictions softmax(logits / T) of student and teacher, and
+    are multiplied by T^2, so that the size of the gradient depends little on T."""
 
     student_hidden: Hidden = "pre_final_norm"
     """Output of the student's last layer in hidden_mse and hidden_cosine: before or after the final norm."""
@@ -109,7 +126,8 @@ class ParametricMemory:
 
     supervision: _one_of(SUPERVISION) = Plan.supervision  # type: ignore[valid-type]
     """Tokens that an inner step scores. masked: all masked tokens of its state; newly_revealed: only the masked tokens
-    that the next state reveals."""
+    that the next state reveals; anchor: only its masked tokens that the anchor masks as well, which are all tokens of
+    the anchor unless the trajectory is progressive."""
 
     learning_rate: float = InnerSGD.learning_rate
     """Learning rate of the inner loop's SGD."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from memdlm_dist.errors import require
+from memdlm_dist.method.trajectory import PROGRESSIVE_START
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,10 @@ RANGES: dict[str, Range] = {
         0, 1, above=True, remedy="for no memory at all set parametric_memory.enable = false"
     ),
     "parametric_memory.inner_steps": _COUNT,
+    "parametric_memory.inner_epochs": _COUNT,
     "parametric_memory.pre_anchor_scale": _POSITIVE,
+    "parametric_memory.progressive_end": Range(0, PROGRESSIVE_START, above=True, remedy="0.8 is the first mask ratio"),
+    "parametric_memory.distillation_temperature": _POSITIVE,
     "parametric_memory.learning_rate": _OR_NONE,
     "parametric_memory.gradient_clip": Range(0, remedy="0 switches clipping off"),
     "parametric_memory.rank": _COUNT,

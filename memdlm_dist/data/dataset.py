@@ -38,8 +38,9 @@ class TokenDataset(streaming.ArrangedDataset):
     """StreamingDataset whose samples hold clean tokens, labels and the global sample id.
 
     A sample is `{"tokens": int64 [L], "labels": int64 [L], "sample_id": int}`. Labels are the tokens at maskable
-    positions and -100 elsewhere. With `documents` a sample also has the key "documents", int64 [L]: the number of each
-    token's document in the row, and `PADDING` at padding, as in `Documents.number_BL`.
+    positions and -100 elsewhere; with `mask_prompt` every token of a document is maskable. With `documents` a sample
+    also has the key "documents", int64 [L]: the number of each token's document in the row, and `PADDING` at padding,
+    as in `Documents.number_BL`.
 
     Rows may have different lengths. While the data set is iterated, a row is filled up with `PADDING` to the length of
     its micro-batch, which is the same on all ranks.
@@ -53,6 +54,7 @@ class TokenDataset(streaming.ArrangedDataset):
         buckets: possible lengths of a micro-batch, from `row_lengths.buckets`; empty if all rows have one length.
         global_batch_size: rows per optimizer step, for `group_by_length`.
         group_by_length: bring rows of similar length together.
+        mask_prompt: prompts are maskable, too.
     """
 
     def __init__(
@@ -63,11 +65,13 @@ class TokenDataset(streaming.ArrangedDataset):
         buckets: tuple[int, ...] = (),
         global_batch_size: int = 1,
         group_by_length: bool = False,
+        mask_prompt: bool = False,
         **kwargs: Any,
     ):
         super().__init__(arranges=bool(buckets), **kwargs)
         self._check_hash, self._documents, self._buckets = check_hash, documents, buckets
         self._global_batch_size, self._group_by_length = global_batch_size, group_by_length
+        self._mask_prompt = mask_prompt
         self._checked: set[int] = set()
 
     @cached_property
@@ -156,7 +160,10 @@ class TokenDataset(streaming.ArrangedDataset):
             raise UserError(
                 f"Sample {sample_id} in {self._shard_path(shard_id)} cannot be read ({one_line(error)}); {_REMEDY}."
             ) from None
-        labels = torch.where(torch.from_numpy(flags.astype(np.bool_)), tokens, IGNORE_INDEX)
+        maskable = flags.astype(np.bool_)
+        if self._mask_prompt:
+            maskable |= numbers != PADDING
+        labels = torch.where(torch.from_numpy(maskable), tokens, IGNORE_INDEX)
         documents = {"documents": torch.from_numpy(numbers)} if self._documents else {}
         return {"tokens": tokens, "labels": labels, "sample_id": sample_id, **documents}
 

@@ -189,6 +189,7 @@ def training_loader(
         batch_size=local_batch_size,
         global_batch_size=global_batch_size,
         group_by_length=data.group_by_length,
+        mask_prompt=data.mask_prompt,
         shuffle=data.shuffle,
         shuffle_seed=data.shuffle_seed,
         num_canonical_nodes=data.num_canonical_nodes,

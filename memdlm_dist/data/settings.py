@@ -32,6 +32,10 @@ class Data:
     """Bring fine-tuning rows of similar length together, in a new order every epoch; needs rows that prepare_data.py
     padded to a multiple of --pad-multiple."""
 
+    mask_prompt: bool = False
+    """Mask and score prompts, too, in training and validation: all tokens are maskable but padding that is not scored
+    anyway. False: only the tokens that prepare_data.py marked, which are the responses of fine-tuning rows."""
+
     num_canonical_nodes: int = 1
     """Canonical nodes of streaming (independent paths through the shards); 1: same order on any number of ranks.
     With rows of different lengths every node reads all shards."""

@@ -25,7 +25,7 @@ from memdlm_dist.golden.sampler_check import sampler_differences
 from memdlm_dist.method.bilevel import Memory, outer_loss
 from memdlm_dist.method.fast_weights import FastWeights, map_leaves
 from memdlm_dist.method.micro_batch import MicroBatch, micro_batch
-from memdlm_dist.method.trajectory import IGNORE_INDEX, PROGRESSIVE_RATIOS, Draw, Plan, State
+from memdlm_dist.method.trajectory import IGNORE_INDEX, Draw, Plan, State
 from memdlm_dist.models.llada import LLaDA
 from memdlm_dist.models.state_dict_adapters import BackboneStateDictAdapter
 
@@ -83,8 +83,6 @@ def compare_trajectory(
     Args:
         published: the fixture's inner states.
     """
-    if settings.plan.trajectory == "progressive" and settings.last_ratio != PROGRESSIVE_RATIOS[1]:
-        return
     n_masked_BL = torch.stack([anchor.mask_BL, *(state.mask_BL for state in published)]).sum(0)
     u_BL = torch.where(n_masked_BL > 0, 0.1 / n_masked_BL.clamp(min=1), 0.9).double()
     # The progressive trajectory is independent of the anchor.

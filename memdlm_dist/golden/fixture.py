@@ -17,7 +17,7 @@ from memdlm_dist.checkpoint.hugging_face_folder import check, read_into
 from memdlm_dist.method.fast_weights import FastLinear, FastWeights, Full, LowRank
 from memdlm_dist.method.inner_loss import InnerLoss, inner_loss
 from memdlm_dist.method.inner_sgd import InnerSGD
-from memdlm_dist.method.trajectory import PROGRESSIVE_RATIOS, Plan, State
+from memdlm_dist.method.trajectory import Plan, State
 from memdlm_dist.models.linears import LINEARS
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs
 from memdlm_dist.models.llada_moe import LLaDAMoEArgs
@@ -146,7 +146,6 @@ class Settings:
     optimiser: InnerSGD
     rank: int
     alpha: float
-    last_ratio: float
 
     @classmethod
     def read(cls, section: dict[str, Any]) -> "Settings":
@@ -173,6 +172,7 @@ class Settings:
                 trajectory=config_value("masking"),
                 inner_steps=section["steps"],
                 pre_anchor_scale=section.get("start_scale", Plan.pre_anchor_scale),
+                progressive_end=section.get("prompt_mask_ratio", Plan.progressive_end),
                 supervision=config_value("loss_mask_mode"),
                 loss_weight=config_value("loss_weight"),
             ),
@@ -185,7 +185,6 @@ class Settings:
             optimiser=InnerSGD(section["lr"], section["grad_clip"], config_value("grad_clip_scope")),
             rank=section.get("rank", 1),  # full-matrix fast weights have none
             alpha=section.get("alpha", 1.0),
-            last_ratio=section.get("prompt_mask_ratio", PROGRESSIVE_RATIOS[1]),
         )
 
     def initial_fast_weights(

@@ -3,8 +3,9 @@
 Inner loop, k = 0 .. K-1:  phi_{k+1} = phi_k - lr * clip(d L_inner(theta, phi_k; x_k) / d phi_k)
 Outer loss:                sum over the anchor's masked tokens of -w(t) log p(x_0 | x_t; theta, phi_K)
 
-theta are the base weights, phi the fast weights, x_k the state that inner step k reads, x_t the anchor. The outer loss
-treats phi_K as a constant (first order), so only theta receives gradients. Training, validation and the golden checks
+theta are the base weights, phi the fast weights, x_k the state that inner step k reads, x_t the anchor. With several
+inner epochs the loop goes through x_0 .. x_{K-1} again in order and goes on with the same phi. The outer loss treats
+the last phi as a constant (first order), so only theta receives gradients. Training, validation and the golden checks
 all call `outer_loss`.
 
 Source: MemDLM, arXiv 2603.22241.
@@ -117,6 +118,7 @@ class Memory:
     loss: InnerLoss
     optimiser: InnerSGD
     per_sample: bool  # one set of fast weights per sample; False: one for the micro-batch
+    inner_epochs: int = 1  # passes of the inner loop over the trajectory
     tp_mesh: DeviceMesh | None = None
     # The ranks of an expert-parallel group share one set. Each rank stores the fast weights of its local experts.
     ep_mesh: DeviceMesh | None = None
@@ -228,7 +230,7 @@ def _adapt(
     with model.inner_steps(memory.first_layer):
         return inner_loop.adapt(
             _state_loss(model, batch, memory, hidden, tp_rank, context),
-            [step.scored for step in batch.inner],
+            [step.scored for step in batch.inner] * memory.inner_epochs,
             fast,
             n_sets=memory.count_sets(batch),
             optimiser=memory.optimiser,
@@ -245,11 +247,14 @@ def _outer_head(anchor: Scored) -> HeadLoss:
 def _state_loss(
     model: Backbone, batch: MicroBatch, memory: Memory, hidden: Sequence[Tensor], tp_rank: int, context: Any
 ) -> Callable[[int, FastWeights, SetSum], Tensor]:
-    """Build the inner loop's loss function of (inner step, fast weights, sums), given the trunk's activations."""
+    """Build the inner loop's loss function of (inner step, fast weights, sums), given the trunk's activations.
+
+    Inner step k reads state k modulo the number of states: later epochs read the same activations again.
+    """
     loss, first_layer = memory.loss, memory.first_layer
 
     def state_loss(k: int, current: FastWeights, sums: SetSum) -> Tensor:
-        step = batch.inner[k]
+        step = batch.inner[k % len(batch.inner)]
         index_M = step.scored.index_SM[tp_rank]
         if loss.teacher is None:
             target = step.scored.label_N
@@ -258,7 +263,7 @@ def _state_loss(
             with _no_gradient():
                 target = model.tail(hidden[step.teacher], first_layer, index_M, current, loss.teacher, context)
         if loss.logit_loss is not None:
-            head = HeadLoss(loss.logit_loss, full_tensor(target), sums)
+            head = HeadLoss(loss.logit_loss, full_tensor(target), sums, loss.temperature)
             return model.tail(hidden[step.student], first_layer, index_M, current, head, context)
         assert loss.hidden_distance is not None
         student = model.tail(hidden[step.student], first_layer, index_M, current, loss.student, context)

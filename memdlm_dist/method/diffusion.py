@@ -39,6 +39,25 @@ SCHEDULES = {"linear": _linear, "cosine": _cosine}
 WEIGHTS = ("schedule", "uniform")
 
 
+class LossNorm(NamedTuple):
+    """Normalisation of the outer loss over the global batch.
+
+    A sample is a row, or a document of a packed row. Samples without a maskable token do not count.
+    """
+
+    per_answer: bool  # divide the loss of each sample by its own number of maskable tokens
+    counts_samples: bool  # divide the total by the number of samples; False: by the number of maskable tokens
+
+
+# With N maskable tokens in U samples, n_u of them in sample u, and the loss sum l_u of a sample:
+# token sum_u l_u / N, answer sum_u (l_u / n_u) / U (fine-tuning in LLaDA, arXiv 2502.09992), sequence sum_u l_u / U.
+LOSS_NORMS = {
+    "token": LossNorm(per_answer=False, counts_samples=False),
+    "answer": LossNorm(per_answer=True, counts_samples=True),
+    "sequence": LossNorm(per_answer=False, counts_samples=True),
+}
+
+
 def noise_at(t: Tensor, schedule: str = "linear", weight: str = "schedule") -> Noise:
     """Compute mask probability and loss weight at noise level `t` (any shape, values in (0, 1])."""
     noise = SCHEDULES[schedule](t)

@@ -2,7 +2,7 @@
 
 `adapt` is a pure function of its arguments.
 
-Shapes: G sets of fast weights, N scored tokens, K inner steps.
+Shapes: G sets of fast weights, N scored tokens, K inner steps (of all epochs).
 """
 
 from collections.abc import Callable, Sequence
@@ -48,7 +48,7 @@ def adapt(
 
     Args:
         state_loss: (k, fast weights, sums) -> losses `[G]` of state k; `sums` adds up the token losses of each set.
-        scored: scored tokens of the K states.
+        scored: scored tokens of the K states, in the order of the steps; several epochs repeat the trajectory's states.
         fast: initial fast weights with `n_sets` sets; not modified.
         n_sets: G. 1: all samples share one set; otherwise sample g belongs to set g.
         optimiser: clipped SGD.

@@ -36,6 +36,7 @@ class InnerLoss(NamedTuple):
     # None: no teacher, the target is the clean token. In a loss of logits the head computes the teacher's logits from
     # the teacher's hidden states after the final norm.
     teacher: Hidden | None = None
+    temperature: float = 1.0  # of the logits of student and teacher, see `HeadLoss`
 
 
 def hidden_mse(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
@@ -59,17 +60,19 @@ HIDDEN_LOSSES: dict[str, HiddenDistance] = {"hidden_mse": hidden_mse, "hidden_co
 INNER_LOSSES = (*LOGIT_LOSSES, *HIDDEN_LOSSES)
 
 
-def inner_loss(name: str, student_hidden: Hidden, teacher_hidden: Hidden) -> InnerLoss:
+def inner_loss(name: str, student_hidden: Hidden, teacher_hidden: Hidden, temperature: float = 1.0) -> InnerLoss:
     """Return an inner loss by name.
 
     Args:
         name: one of `INNER_LOSSES`.
         student_hidden: hidden state of the student in a loss of hidden states.
         teacher_hidden: hidden state of the teacher in a loss of hidden states.
+        temperature: distillation temperature of losses between the logits of student and teacher; ignored by others.
     """
     if name in HIDDEN_LOSSES:
         return InnerLoss(hidden_distance=HIDDEN_LOSSES[name], student=student_hidden, teacher=teacher_hidden)
-    return LOGIT_LOSSES[name]
+    loss = LOGIT_LOSSES[name]
+    return loss if loss.teacher is None else loss._replace(temperature=temperature)
 
 
 def full_tensor(x: Tensor) -> Tensor:

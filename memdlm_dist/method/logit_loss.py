@@ -109,7 +109,12 @@ def _log_probabilities(a_CV: Tensor, b_CV: Tensor, vocabulary: Vocabulary) -> tu
 
 
 def _loss_and_gradient(
-    loss: LogitLoss, logits_CV: Tensor, target: Tensor, coefficient_C: Tensor, vocabulary: Vocabulary
+    loss: LogitLoss,
+    logits_CV: Tensor,
+    target: Tensor,
+    coefficient_C: Tensor,
+    vocabulary: Vocabulary,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Compute a chunk's losses `[C]`, and the gradient of their weighted sum in the dtype of the logits.
 
@@ -117,13 +122,20 @@ def _loss_and_gradient(
         logits_CV: result of the head's matrix product; overwritten unless compiled.
         target: labels `[C]`, or the teacher's logits `[C, V]`, which may be overwritten unless compiled.
         coefficient_C: weights of the gradient; the returned losses are not weighted.
+        temperature: T of the loss T^2 l(z / T), see `HeadLoss`; 1 leaves the operators as they are without it.
     """
     precision = torch.promote_types(logits_CV.dtype, torch.float32)
     # In compiled code these copies stay in registers, while an overwritten argument is written back to memory.
     compiling = torch.compiler.is_compiling()
     if target.is_floating_point():
         target = target.to(precision, copy=compiling)
-    loss_C, gradient_CV = loss(logits_CV.to(precision, copy=compiling), target, vocabulary)
+    logits = logits_CV.to(precision, copy=compiling)
+    if temperature != 1:
+        logits, target = logits.div_(temperature), target.div_(temperature)
+    loss_C, gradient_CV = loss(logits, target, vocabulary)
+    if temperature != 1:
+        # The derivative of T^2 l(z / T) is T times that of l at z / T.
+        loss_C, coefficient_C = loss_C * temperature**2, coefficient_C * temperature
     gradient_CV.mul_(coefficient_C.unsqueeze(1))
     return loss_C, gradient_CV.to(logits_CV.dtype) if compiling else logits_CV.copy_(gradient_CV)
 
@@ -155,10 +167,13 @@ class HeadLoss:
         loss: loss of a token's logits.
         target: labels `[N]`, or the teacher's hidden states after the final norm `[N, D]`; a constant.
         sums: weighted sum of the token losses, per set.
+        temperature: T; a token's loss is T^2 l(z / T, z' / T) with the logits z of the student and z' of the teacher.
+            The factor T^2 keeps the size of the gradient about the same at any T (Hinton et al., arXiv 1503.02531).
+            Must be 1 with labels as the target.
     """
 
-    def __init__(self, loss: LogitLoss, target: Tensor, sums: SetSum):
-        self.loss, self.target, self.sums = loss, target, sums
+    def __init__(self, loss: LogitLoss, target: Tensor, sums: SetSum, temperature: float = 1.0):
+        self.loss, self.target, self.sums, self.temperature = loss, target, sums, temperature
 
 
 def set_losses(
@@ -209,6 +224,7 @@ class _SetLosses(torch.autograd.Function):
         vocabulary = Vocabulary(len(weight_VD), group)
         loss_and_gradient = _loss_and_gradient if backend is None else _compiled(backend)
         distilled = head.target.is_floating_point()
+        assert distilled or head.temperature == 1
         chunk_rows = chunk_length(len(hidden_ND), len(weight_VD), hidden_ND.dtype)
         dh_ND = torch.empty_like(hidden_ND) if hidden_gradient else None
         dw_VD: Tensor | None = None
@@ -222,7 +238,7 @@ class _SetLosses(torch.autograd.Function):
                 target = F.linear(target.to(weight_VD.dtype), weight_VD)
             logits_CV = F.linear(h_CD, weight_VD)
             loss_C, gradient_CV = loss_and_gradient(
-                head.loss, logits_CV, target, head.sums.coefficient_N[rows], vocabulary
+                head.loss, logits_CV, target, head.sums.coefficient_N[rows], vocabulary, head.temperature
             )
             losses.append(loss_C)
             if dh_ND is not None:

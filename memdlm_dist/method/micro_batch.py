@@ -75,6 +75,7 @@ class MicroBatch(NamedTuple):
     sample_ids_U: Tensor
     masked: Tensor  # number of tokens masked in the anchor, scalar
     maskable: Tensor  # number of maskable tokens, scalar
+    samples: Tensor  # number of samples with a maskable token, scalar
     length: int  # of the full rows
     attended_BL: Tensor | None = None  # bool, tokens that attention may read; None: all
     documents: Documents | None = None  # documents of packed rows
@@ -150,6 +151,7 @@ def micro_batch(
         sample_ids_U=sample_ids_U,
         masked=anchor.mask_BL.sum(),
         maskable=maskable_BL.sum(),
+        samples=(count_per_sample(maskable_BL, documents) > 0).sum(),
         length=tokens_BL.shape[1],
         documents=documents,
     )

@@ -15,7 +15,7 @@ class Passes(NamedTuple):
     """Passes of one micro-batch: the outer pass and the inner steps."""
 
     inputs: int  # distinct inputs, the outer pass's included; the trunk reads each once
-    inner_steps: int  # K; each is a forward and a backward pass of the tail
+    inner_steps: int  # of all epochs; each is a forward and a backward pass of the tail
     teacher: int  # additional forward passes of the tail, by the teacher
 
     @property
@@ -29,17 +29,19 @@ class Passes(NamedTuple):
         return 1 + self.inner_steps
 
 
-def count_passes(batch: MicroBatch) -> Passes:
-    """Count the passes of a micro-batch."""
+def count_passes(batch: MicroBatch, inner_epochs: int = 1) -> Passes:
+    """Count the passes of a micro-batch; every inner epoch takes all inner steps again, on the trunk's same outputs."""
     teacher = sum(step.teacher is not None for step in batch.inner)
-    return Passes(len(batch.inputs), len(batch.inner), teacher)
+    return Passes(len(batch.inputs), inner_epochs * len(batch.inner), inner_epochs * teacher)
 
 
-def planned_passes(plan: Plan, with_teacher: bool) -> Passes:
+def planned_passes(plan: Plan, with_teacher: bool, inner_epochs: int = 1) -> Passes:
     """Count the passes of a plan's micro-batches; the counts are equal for all of them."""
     ids_B = torch.zeros(1, dtype=torch.int64)
     maskable_BL = torch.ones(1, _TOKENS, dtype=torch.bool)
     draw = trajectory.draw(0, 0, ids_B, maskable_BL)
     anchor = trajectory.anchor_state(draw, plan.schedule, plan.loss_weight)
     tokens_BL = torch.zeros(1, _TOKENS, dtype=torch.int64)
-    return count_passes(micro_batch(tokens_BL, maskable_BL, ids_B, anchor, plan.states(draw, anchor), 0, with_teacher))
+    states = plan.states(draw, anchor)
+    batch = micro_batch(tokens_BL, maskable_BL, ids_B, anchor, states, 0, with_teacher)
+    return count_passes(batch, inner_epochs)

@@ -20,8 +20,8 @@ from memdlm_dist.method.keyed_random import Stream
 
 IGNORE_INDEX = -100
 
-# First and last mask ratio of the `progressive` trajectory, independent of the anchor's.
-PROGRESSIVE_RATIOS = (0.8, 0.2)
+# First mask ratio of the `progressive` trajectory, and largest value of the last one (`Plan.progressive_end`).
+PROGRESSIVE_START = 0.8
 
 
 class Draw(NamedTuple):
@@ -74,6 +74,7 @@ class Plan:
     trajectory: str = "anchor_consistent"
     inner_steps: int = 2  # K
     pre_anchor_scale: float = 1.5  # s
+    progressive_end: float = 0.2  # last mask ratio of `progressive`
     supervision: str = "masked"
     schedule: str = "linear"
     loss_weight: str = "schedule"
@@ -82,7 +83,7 @@ class Plan:
         """Return the K states of the inner loop, in the order of its steps."""
         supervise = SUPERVISION[self.supervision]
         states = TRAJECTORIES[self.trajectory](draw, anchor, self)
-        return [replace(state, target_BL=supervise(state)) for state in states]
+        return [replace(state, target_BL=supervise(state, anchor)) for state in states]
 
     def weight(self, level_U: Tensor) -> Tensor:
         """Return the loss weight at a noise level, float32 `[U]`."""
@@ -177,14 +178,14 @@ def _anchor_only(draw: Draw, anchor: State, plan: Plan) -> list[State]:
 
 
 def _progressive(draw: Draw, anchor: State, plan: Plan) -> list[State]:
-    """Return K states with mask ratios from 0.8 to 0.2, independent of the anchor (the paper's "inconsistent").
+    """Return K states with mask ratios from 0.8 to `progressive_end`, independent of the anchor.
 
-    The first state masks every maskable token with probability 0.8. Each further state keeps at most int(n * ratio) of
-    these tokens masked. With K = 1 the only state has ratio 0.2. The loss weight is w(nominal ratio), not w(realised
-    ratio).
+    The paper calls them "inconsistent". The first state masks every maskable token with probability 0.8. Each further
+    state keeps at most int(n * ratio) of these tokens masked. With K = 1 the only state has the ratio
+    `progressive_end`. The loss weight is w(nominal ratio), not w(realised ratio).
     """
-    first, last = PROGRESSIVE_RATIOS
-    # The order of operations matters: the last of several ratios is 0.2 - 4e-17, so that int(30 * ratio) is 5.
+    first, last = PROGRESSIVE_START, plan.progressive_end
+    # The order of operations matters: from 0.8 to 0.2, the last ratio is 0.2 - 4e-17, so that int(30 * ratio) is 5.
     steps = plan.inner_steps
     ratios = [first + (last - first) * (k / (steps - 1)) for k in range(steps)] if steps > 1 else [last]
     n_U = draw.count_per_sample(draw.maskable_BL)
@@ -206,10 +207,13 @@ TRAJECTORIES: dict[str, Callable[[Draw, State, Plan], list[State]]] = {
 # Trajectories of one state: they take one inner step for any K.
 SINGLE_STATE = ("pre_anchor_only", "anchor_only")
 
-# Scored tokens of a state, by kind of supervision. The two kinds are equal if the next state is the clean sequence.
-SUPERVISION: dict[str, Callable[[State], Tensor]] = {
-    "masked": lambda state: state.mask_BL,
-    "newly_revealed": lambda state: state.mask_BL if state.next_BL is None else state.mask_BL & ~state.next_BL,
+# (state, anchor) -> scored tokens of the state, by kind of supervision. "masked" and "newly_revealed" are equal if the
+# next state is the clean sequence. With "anchor", nested states score the tokens of the anchor alone; a `progressive`
+# state scores those of its masked tokens that the anchor masks, too.
+SUPERVISION: dict[str, Callable[[State, State], Tensor]] = {
+    "masked": lambda state, anchor: state.mask_BL,
+    "newly_revealed": lambda state, anchor: state.mask_BL if state.next_BL is None else state.mask_BL & ~state.next_BL,
+    "anchor": lambda state, anchor: state.mask_BL & anchor.mask_BL,
 }
 
 

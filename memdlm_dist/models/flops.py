@@ -163,7 +163,7 @@ def step_flops(
     inner = (count_passes(batch).inputs - 1) * sum(layer.forward for layer in trunk)
     # The outer pass runs the fast-weight terms forward and backward; they are constants, without weight gradients.
     inner += sum(2 * layer.fast_forward + layer.fast_recomputed for layer in tail)
-    for step in batch.inner:
+    for step in batch.inner * memory.inner_epochs:
         inner += tail_forward + sum(layer.inner_backward(lowest=layer is tail[0]) for layer in tail)
         distilled = step.teacher is not None
         if memory.loss.logit_loss is not None:

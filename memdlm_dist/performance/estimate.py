@@ -348,7 +348,8 @@ def _layer_passes(args: LLaDAArgs, config: JobConfig, first: int) -> list[_Layer
 
 
 def _planned(config: JobConfig) -> Passes:
-    return planned_passes(get_plan(config), get_inner_loss(config.parametric_memory).teacher is not None)
+    memory = config.parametric_memory
+    return planned_passes(get_plan(config), get_inner_loss(memory).teacher is not None, memory.inner_epochs)
 
 
 def _communication(

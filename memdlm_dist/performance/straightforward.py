@@ -60,18 +60,21 @@ def outer_loss(model, batch, memory, fast=None, tp_rank=0):
     loss = memory.loss
 
     def state_loss(k, current, sums):
-        step = batch.inner[k]
+        step = batch.inner[k % len(batch.inner)]
         of_logits = loss.logit_loss is not None
         student = run(step.student, step.scored, current, "logits" if of_logits else loss.student)
         target = step.scored.label_N
         if loss.teacher is not None:
             with torch.no_grad():
                 target = run(step.teacher, step.scored, current, "logits" if of_logits else loss.teacher)
-        return sums(DISTANCES[loss.logit_loss or loss.hidden_distance](student, target))
+        if loss.temperature == 1:
+            return sums(DISTANCES[loss.logit_loss or loss.hidden_distance](student, target))
+        student, target = student / loss.temperature, target / loss.temperature
+        return sums(loss.temperature**2 * DISTANCES[loss.logit_loss](student, target))
 
     fast, statistics = inner_loop.adapt(
         state_loss,
-        [step.scored for step in batch.inner],
+        [step.scored for step in batch.inner] * memory.inner_epochs,
         fast,
         memory.count_sets(batch),
         memory.optimiser,

@@ -41,7 +41,7 @@ class MemDLMMetrics(MetricsProcessor):
     def start_step(self) -> None:
         """Discard the records of the previous step."""
         self._sums: dict[str, Tensor] = {}  # name -> [sum, count]
-        self._rank_loss: Tensor | None = None  # [loss sum, maskable tokens] of this rank
+        self._rank_loss: Tensor | None = None  # [loss sum, its divisor] of this rank
         self._expert_load: Tensor | None = None
 
     def record(self, name: str, values: Tensor, counted: Tensor | None = None) -> None:
@@ -54,9 +54,14 @@ class MemDLMMetrics(MetricsProcessor):
         pair = torch.stack([total.float(), count.float()])
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
-    def record_rank_loss(self, loss_sum: Tensor, maskable: Tensor) -> None:
-        """Add a micro-batch's loss sum and maskable tokens to this rank's loss, for the maximum over ranks."""
-        pair = torch.stack([loss_sum.detach().float(), maskable.float()])
+    def record_rank_loss(self, loss_sum: Tensor, divisor: Tensor) -> None:
+        """Add a micro-batch to this rank's loss, for the maximum over ranks.
+
+        Args:
+            loss_sum: of the micro-batch.
+            divisor: number of its maskable tokens, or of samples with one, see `diffusion.loss_norm`.
+        """
+        pair = torch.stack([loss_sum.detach().float(), divisor.float()])
         self._rank_loss = pair if self._rank_loss is None else self._rank_loss + pair
 
     def record_inner_loop(self, statistics: InnerStatistics) -> None:
@@ -115,12 +120,12 @@ class MemDLMMetrics(MetricsProcessor):
         """
         if self._rank_loss is None:
             return None
-        total, maskable = self._rank_loss
+        total, divisor = self._rank_loss
         mesh = self.parallel_dims.get_optional_mesh("cp")
         if mesh is not None:
             total = total.clone()
             torch.distributed.all_reduce(total, group=mesh.get_group())
-        largest = torch.where(maskable > 0, total / maskable, -torch.inf)
+        largest = torch.where(divisor > 0, total / divisor, -torch.inf)
         mesh = self.parallel_dims.get_optional_mesh("batch")
         if mesh is not None:
             torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, mesh.get_group())

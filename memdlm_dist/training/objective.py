@@ -14,6 +14,7 @@ from torch import Tensor
 from memdlm_dist.config.job_config import JobConfig, ParametricMemory
 from memdlm_dist.method import keyed_random, trajectory
 from memdlm_dist.method.bilevel import Memory, outer_loss
+from memdlm_dist.method.diffusion import LOSS_NORMS
 from memdlm_dist.method.documents import Documents
 from memdlm_dist.method.inner_loop import InnerStatistics
 from memdlm_dist.method.inner_loss import InnerLoss, inner_loss
@@ -39,6 +40,7 @@ class Objective:
     shifted: bool = False  # the backbone predicts the next token
     cp_size: int = 1
     cp_rank: int = 0
+    loss_norm: str = "token"  # a key of `LOSS_NORMS`; the sum of `loss_sum` is over tokens weighted accordingly
     slots: int | None = (
         None  # document slots per packed row; None: chosen per micro-batch, see `Documents.from_numbers`
     )
@@ -75,11 +77,15 @@ class Objective:
             maskable_BL &= ~first_BL
         draw = trajectory.draw(self.seed, step, sample_ids_U, maskable_BL, t_U, documents)
         anchor = trajectory.anchor_state(draw, self.plan.schedule, outer_weight or self.plan.loss_weight)
+        outer = anchor
+        if LOSS_NORMS[self.loss_norm].per_answer:
+            n_U = draw.count_per_sample(maskable_BL).clamp(min=1)
+            outer = replace(anchor, weight_U=anchor.weight_U / n_U)
         return micro_batch(
             tokens_BL,
             maskable_BL,
             sample_ids_U,
-            anchor,
+            outer,
             states=self._inner_states(draw, anchor, step, sample_ids_U) if self.memory is not None else [],
             mask_token_id=self.mask_token_id,
             with_teacher=self.memory is not None and self.memory.loss.teacher is not None,
@@ -108,8 +114,9 @@ class Objective:
     ) -> tuple[Tensor, InnerStatistics | None]:
         """Return the outer loss, the sum of w(t) * nll over this rank's masked tokens, and the inner loop's statistics.
 
-        The inner loop runs first, unless `use_memory` is false or the micro-batch has no inner states; the statistics
-        are then None. See `bilevel.outer_loss`.
+        With the loss norm "answer", w(t) is divided by the number of maskable tokens in the token's sample. The inner
+        loop runs first, unless `use_memory` is false or the micro-batch has no inner states; the statistics are then
+        None. See `bilevel.outer_loss`.
         """
         memory = self.memory if use_memory and batch.inner else None
         fast = memory.draw(self.seed, step, batch.sample_ids_U) if memory else None
@@ -138,6 +145,7 @@ def build_objective(
         shifted=args.shifted,
         cp_size=cp_mesh.size() if cp_mesh else 1,
         cp_rank=cp_mesh.get_local_rank() if cp_mesh else 0,
+        loss_norm=config.diffusion.loss_norm,
     )
 
 
@@ -148,6 +156,7 @@ def get_plan(config: JobConfig) -> Plan:
         trajectory=memory.trajectory,
         inner_steps=memory.inner_steps,
         pre_anchor_scale=memory.pre_anchor_scale,
+        progressive_end=memory.progressive_end,
         supervision=memory.supervision,
         schedule=diffusion.schedule,
         loss_weight=diffusion.loss_weight,
@@ -156,7 +165,7 @@ def get_plan(config: JobConfig) -> Plan:
 
 def get_inner_loss(memory: ParametricMemory) -> InnerLoss:
     """Return the loss that an inner step minimises."""
-    return inner_loss(memory.inner_loss, memory.student_hidden, memory.teacher_hidden)
+    return inner_loss(memory.inner_loss, memory.student_hidden, memory.teacher_hidden, memory.distillation_temperature)
 
 
 def first_adapted_layer(memory: ParametricMemory, args: LLaDAArgs) -> int:
@@ -175,6 +184,7 @@ def _memory(memory: ParametricMemory, args: LLaDAArgs, layout: Layout) -> Memory
         loss=get_inner_loss(memory),
         optimiser=InnerSGD(memory.learning_rate, memory.gradient_clip, memory.gradient_norm),
         per_sample=memory.granularity == "sample",
+        inner_epochs=memory.inner_epochs,
         tp_mesh=layout.get_optional_mesh("tp"),
         ep_mesh=layout.get_optional_mesh("ep"),
         cp_mesh=layout.get_optional_mesh("cp"),

@@ -20,6 +20,7 @@ from memdlm_dist.config.experiment import get_experiment, get_length
 from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.data.dataset import max_documents
 from memdlm_dist.data.loader import Batch
+from memdlm_dist.method.diffusion import LOSS_NORMS
 from memdlm_dist.method.documents import PADDING, power_of_two
 from memdlm_dist.method.inner_loop import InnerStatistics
 from memdlm_dist.method.micro_batch import MicroBatch
@@ -41,8 +42,8 @@ class MemDLMTrainer(Trainer):
     """torchtitan's Trainer with MemDLM's objective.
 
     Set-up, meshes, optimizers, schedules, checkpoints and metrics are torchtitan's; `train` and `train_step` replace
-    its loop and its step. The outer loss is divided by the number of labelled tokens in the global batch; the label of
-    any other token is -100.
+    its loop and its step. The outer loss is divided by the number of labelled tokens in the global batch (the label of
+    any other token is -100), or by its number of samples, see `diffusion.loss_norm`.
     """
 
     job_config: JobConfig
@@ -139,7 +140,7 @@ class MemDLMTrainer(Trainer):
         # This step's micro-batches, with their noise drawn. The prefetch thread starts on the next step.
         micro_batches = self._next_micro_batches(prefetcher)
         objective = self._objective_at(self.step)
-        global_tokens = self._count_labelled(micro_batches)
+        divisor = self._loss_divisor(micro_batches)
 
         # Inner loop, outer loss and backward pass. A loss is this rank's share of the global batch's loss.
         losses = []
@@ -148,7 +149,7 @@ class MemDLMTrainer(Trainer):
             with self.train_context():
                 with self.maybe_enable_amp:
                     loss_sum, statistics = objective.loss_sum(self.model, batch, self.step)
-                    loss = loss_sum / global_tokens
+                    loss = loss_sum / divisor
                 loss.backward()
             losses.append(loss.detach())
             if metrics.should_log(self.step):
@@ -205,12 +206,15 @@ class MemDLMTrainer(Trainer):
         self.dataloader.position = micro_batches[-1].loader_position
         return micro_batches
 
-    def _count_labelled(self, micro_batches: Sequence[PrefetchedBatch]) -> Tensor:
-        """Return the number of labelled tokens in the global batch, at least 1, as a float scalar on the device."""
+    def _loss_divisor(self, micro_batches: Sequence[PrefetchedBatch]) -> Tensor:
+        """Return the number of labelled tokens, or of samples with one, in the global batch, see `diffusion.loss_norm`.
+
+        The number is at least 1, and a float scalar on the device.
+        """
+        samples = LOSS_NORMS[self.objective.loss_norm].counts_samples
+        number = sum(int(x.on_host.samples) if samples else x.labelled for x in micro_batches)
         # torch.full passes the number as a kernel argument, so there is no host-to-device copy.
-        count = torch.full(
-            (), sum(micro_batch.labelled for micro_batch in micro_batches), dtype=torch.int64, device=self.device
-        )
+        count = torch.full((), number, dtype=torch.int64, device=self.device)
         if self.parallel_dims.dp_enabled:
             torch.distributed.all_reduce(count, group=self.parallel_dims.get_mesh("batch").get_group())
         return count.float().clamp(min=1)  # a global batch without labels has loss 0
@@ -225,7 +229,8 @@ class MemDLMTrainer(Trainer):
             batch: the micro-batch on the device.
         """
         metrics = self.metrics_processor
-        metrics.record_rank_loss(loss_sum, batch.maskable)
+        samples = LOSS_NORMS[self.objective.loss_norm].counts_samples
+        metrics.record_rank_loss(loss_sum, batch.samples if samples else batch.maskable)
         metrics.record_ratio(MASK_RATIO, batch.masked, batch.maskable)
         if on_host.documents is not None:
             number_BL = on_host.documents.number_BL

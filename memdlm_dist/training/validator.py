@@ -40,8 +40,8 @@ class HeldOutValidator:
 
     The noise is keyed by the sample id alone, not by the run's seed, so it is the same at every validation, in every
     run and on any number of ranks. The noise levels are not random but spread evenly over (0, 1), see `even_levels`:
-    with loss weights 1/t, random levels give a noisy bound. The loss weight is always the schedule's, regardless of
-    `diffusion.loss_weight`.
+    with loss weights 1/t, random levels give a noisy bound. The loss weight is always the schedule's and the mean is
+    always over tokens, regardless of `diffusion.loss_weight` and `diffusion.loss_norm`.
 
     With the memory on, the inner loop first runs on the scored state, as in training. That loss is lower by
     construction. To compare base models, use the loss with the memory off.
@@ -69,12 +69,23 @@ class HeldOutValidator:
         self._context, self._amp = validation_context, maybe_enable_amp
         args = backbone_args(job_config.model.name, job_config.model.flavor)
         self._objective = replace(
-            build_objective(job_config, args, tokenizer.mask_id, parallel_dims), seed=0, probability=1.0
+            build_objective(job_config, args, tokenizer.mask_id, parallel_dims),
+            seed=0,
+            probability=1.0,
+            loss_norm="token",
         )
         data, training = job_config.data, job_config.training
         self.rows = check_cards(data.validation, get_shard_requirements(job_config, tokenizer.mask_id))
         self.batch_size = job_config.validation.local_batch_size or training.local_batch_size
-        self._dataset = open_dataset(data, data.validation, [], self.rows, batch_size=self.batch_size, shuffle=False)
+        self._dataset = open_dataset(
+            data,
+            data.validation,
+            [],
+            self.rows,
+            batch_size=self.batch_size,
+            shuffle=False,
+            mask_prompt=data.mask_prompt,
+        )
         steps, global_batch_size = job_config.validation.steps, self.batch_size * dp_world_size
         self._samples = self._dataset.size if steps == -1 else min(self._dataset.size, steps * global_batch_size)
         self._dependence = MemoryDependence()

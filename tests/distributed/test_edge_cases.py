@@ -20,13 +20,16 @@ LOCAL = "--training.local_batch_size"
 LAYOUTS = {
     "single": (1, [LOCAL, "4"]),
     "fsdp4": (4, [LOCAL, "1"]),
-    "tp2": (2, [LOCAL, "4", "--parallelism.tensor_parallel_degree", "2"]),
-}
+    "tp2-accumulation2": (
+        2, [LOCAL, "2", "--training.global_batch_size", "4", "--parallelism.tensor_parallel_degree", "2"],
+    ),
+}  # fmt: skip
 OPTIONS = {
     "default": [],
     "distilling": [
         "--parametric_memory.inner_loss", "kl", "--parametric_memory.supervision", "newly_revealed",
-        "--parametric_memory.inner_steps", "3",
+        "--parametric_memory.inner_steps", "3", "--parametric_memory.inner_epochs", "2",
+        "--diffusion.loss_norm", "answer",
     ],
 }  # fmt: skip
 SEED = 7  # set by `debug`
@@ -147,7 +150,9 @@ def test_a_row_whose_inner_loss_is_not_finite_is_counted(tmp_path):
         return processes, debug(tmp_path / name, *common, LOCAL, local, *start)
 
     start = ("--checkpoint.initial_load_path", str(tmp_path / "broken"))
-    run_many([run("sound", 1, "4"), run("one", 1, "4", *start), run("two", 2, "2", *start)])
+    # All rows have as many maskable tokens, so that the means over tokens and over rows are equal.
+    per_row = ("--diffusion.loss_norm", "answer")
+    run_many([run("sound", 1, "4"), run("one", 1, "4", *start), run("two", 2, "2", *start, *per_row)])
     sound, one, two = (scalars(tmp_path / name) for name in ("sound", "one", "two"))
     assert sound["parametric_memory/skipped_updates"] == {1: 0}
     for curves in (one, two):

@@ -179,7 +179,8 @@ def changed_runs(root: Path) -> dict:
                            *load(out / "checkpoint/step-3"), "--model.hf_assets_path", str(another_tokenizer(root))),
         "experiment": debug(root / "experiment", *common, GLOBAL, "4", "--training.steps", "4",
                             *load(out / "checkpoint/step-3"), "--optimizer.lr=5", "--optimizer.name=Adam",
-                            "--parametric_memory.no_enable", "--lr_scheduler.decay_type=cosine"),
+                            "--parametric_memory.no_enable", "--lr_scheduler.decay_type=cosine",
+                            "--diffusion.loss_norm=sequence", "--data.mask_prompt"),
         "released": ["--job.config_file", str(RELEASED / "debug.toml"), *released[2:]],
         "data": debug(out, *common, *change, "--training.steps", "6", accept,
                       "training.global_batch_size,data.shuffle_seed,data.train"),
@@ -218,8 +219,9 @@ def test_another_experiment_is_said(changed):
     root, outputs = changed
     assert (
         "step-3 was made with optimizer.name = AdamW (now Adam), optimizer.lr = 0.001 (now 5.0), "
-        "lr_scheduler.decay_type = linear (now cosine), parametric_memory.enable = True (now False); the run goes on "
-        "with the change."
+        "lr_scheduler.decay_type = linear (now cosine), diffusion.loss_norm = token (now sequence), "
+        "parametric_memory.enable = True (now False), data.mask_prompt = False (now True); the run goes on with the "
+        "change."
     ) in outputs["experiment"]
     assert outputs["experiment"].count("WARNING") - outputs["made"].count("WARNING") == 1
     for other in ("batch", "data"):

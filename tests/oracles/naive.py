@@ -116,8 +116,11 @@ class Options:
 
     trajectory: str = "anchor_consistent"
     inner_steps: int = 2
+    inner_epochs: int = 1
     pre_anchor_scale: float = 1.5
+    progressive_end: float = 0.2
     inner_loss: str = "cross_entropy"
+    distillation_temperature: float = 1.0
     student_hidden: str = "pre_final_norm"
     teacher_hidden: str = "post_final_norm"
     supervision: str = "masked"
@@ -126,6 +129,7 @@ class Options:
     gradient_norm: str = "per_parameter"
     schedule: str = "linear"
     loss_weight: str = "schedule"
+    loss_norm: str = "token"
 
 
 def anchor_positions(u, maskable, t, options):
@@ -155,11 +159,12 @@ def inner_states(u, v, maskable, anchor, t, options):
     if options.trajectory == "anchor_only":
         return [(anchor, w(t), None)]
     if options.trajectory == "progressive":
-        first = 0.8 if steps > 1 else 0.2
+        last = options.progressive_end
+        first = 0.8 if steps > 1 else last
         masked = {i for i in maskable if v[i] < first}
         path = [(masked, w(first))]
         for k in range(1, steps):
-            ratio = 0.8 + (0.2 - 0.8) * (k / (steps - 1))
+            ratio = 0.8 + (last - 0.8) * (k / (steps - 1))
             masked = smallest(v, min(len(masked), int(n * ratio)))
             path.append((masked, w(ratio)))
     else:
@@ -169,6 +174,20 @@ def inner_states(u, v, maskable, anchor, t, options):
         path = [(smallest(u, count), w(count / n) if count else 0.0) for count in counts]
     chain = [(*state, after[0]) for state, after in zip(path, [*path[1:], (None,)], strict=True)]
     return chain[:1] if options.trajectory == "pre_anchor_only" else chain
+
+
+def scored_positions(masked, after, anchor, options):
+    """Return the positions that an inner step scores.
+
+    Args:
+        masked: masked positions of its state.
+        after: masked positions of the next state; None if the clean sequence follows.
+        anchor: masked positions of the anchor.
+        options: an `Options`.
+    """
+    if options.supervision == "anchor":
+        return {i for i in masked if i in anchor}
+    return masked - after if options.supervision == "newly_revealed" and after is not None else masked
 
 
 def distance(student, teacher, label, i, options):
@@ -185,10 +204,11 @@ def distance(student, teacher, label, i, options):
     if name == "cross_entropy":
         return F.cross_entropy(student["logits"][i], label)
     if name in ("kl", "reverse_kl"):
-        p, q = (out["logits"][i].softmax(-1) for out in (teacher, student))
+        temperature = options.distillation_temperature
+        p, q = ((out["logits"][i] / temperature).softmax(-1) for out in (teacher, student))
         if name == "reverse_kl":
             p, q = q, p
-        return sum(a * (a.log() - b.log()) for a, b in zip(p, q, strict=True))
+        return temperature**2 * sum(a * (a.log() - b.log()) for a, b in zip(p, q, strict=True))
     s, t = student[options.student_hidden][i], teacher[options.teacher_hidden][i]
     return ((s - t) ** 2).mean() if name == "hidden_mse" else 1 - (s @ t) / (s.norm() * t.norm())
 
@@ -209,7 +229,8 @@ def bilevel(model, tokens_BL, maskable_BL, u_BL, v_BL, t_B, sets, fast_of_set, o
         mask_id: id of `[MASK]`.
 
     Returns:
-        The outer loss sum, and for each set (inner losses, inner gradient norms, final fast weights).
+        The outer loss, without the division by `loss_divisor`, and for each set (inner losses, inner gradient norms,
+        final fast weights).
     """
     rows = []
     for tokens, maskable, u, v, t in zip(
@@ -225,7 +246,7 @@ def bilevel(model, tokens_BL, maskable_BL, u_BL, v_BL, t_B, sets, fast_of_set, o
     outer, report = 0.0, []
     for members, fast in zip(sets, fast_of_set, strict=True):
         losses, norms = [], []
-        for k in range(len(rows[0][3])):
+        for k in list(range(len(rows[0][3]))) * options.inner_epochs:
             fast = {
                 layer: {name: tuple(_leaf(x) for x in linear) for name, linear in linears.items()}
                 for layer, linears in fast.items()
@@ -233,13 +254,12 @@ def bilevel(model, tokens_BL, maskable_BL, u_BL, v_BL, t_B, sets, fast_of_set, o
             flat = [x for linears in fast.values() for linear in linears.values() for x in linear if torch.is_tensor(x)]
             total, count = 0.0, 0
             for row in members:
-                tokens, _, _, states = rows[row]
+                tokens, anchor, _, states = rows[row]
                 masked, w, after = states[k]
                 student = model(corrupted(tokens, masked), fast)
                 with torch.no_grad():
                     teacher = model(corrupted(tokens, after or set()), fast)
-                revealed = options.supervision == "newly_revealed" and after is not None
-                for i in masked - after if revealed else masked:
+                for i in scored_positions(masked, after, anchor, options):
                     total = total + w * distance(student, teacher, tokens[i], i, options)
                     count += 1
             if not count:
@@ -267,9 +287,16 @@ def bilevel(model, tokens_BL, maskable_BL, u_BL, v_BL, t_B, sets, fast_of_set, o
             tokens, anchor, t, _ = rows[row]
             w = weight(t, options.schedule) if options.loss_weight == "schedule" else 1.0
             logits = model(corrupted(tokens, anchor), fast)["logits"]
-            outer = outer + sum(w * F.cross_entropy(logits[i], tokens[i]) for i in anchor)
+            own = int(maskable_BL[row].sum()) if options.loss_norm == "answer" else 1
+            outer = outer + sum(w * F.cross_entropy(logits[i], tokens[i]) / own for i in anchor)
         report.append((losses, norms, fast))
     return outer, report
+
+
+def loss_divisor(maskable_BL, options):
+    """Count the maskable tokens, or the rows with one."""
+    counts = [sum(row) for row in maskable_BL.tolist()]
+    return sum(counts) if options.loss_norm == "token" else sum(1 for count in counts if count)
 
 
 def _leaf(x):

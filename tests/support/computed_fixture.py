@@ -88,8 +88,7 @@ def write_fixture(folder, memory, targets, shape, absent):
         states = naive.inner_states(u[row].tolist(), v[row].tolist(), allowed, anchor, t[row].item(), options)
         anchors.append(anchor)
         masks.append([masked for masked, _, _ in states])
-        revealed = options.supervision == "newly_revealed"
-        loss_masks.append([masked - after if revealed and after is not None else masked for masked, _, after in states])
+        loss_masks.append([naive.scored_positions(masked, after, anchor, options) for masked, _, after in states])
         teachers.append([after or set() for _, _, after in states])
         realised = [len(masked) / max(len(allowed), 1) for masked, _, _ in states]
         schedule = [0.8 - 0.6 * k / 3 for k in range(len(states))]

@@ -1,11 +1,13 @@
 """Bi-level step: invariants, isolation of samples, non-finite values and host waits."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memdlm_dist.method import fast_weights, inner_sgd, trajectory
-from memdlm_dist.method.bilevel import outer_loss
+from memdlm_dist.method.bilevel import adapt_fast_weights, outer_loss
 from memdlm_dist.method.inner_sgd import InnerSGD
 from memdlm_dist.method.trajectory import IGNORE_INDEX
 from memdlm_dist.training.metrics import SKIPPED_UPDATES
@@ -70,6 +72,21 @@ def test_memory_off_is_bitwise_plain_masked_diffusion():
         results.append((loss, gradients(model)))
     assert torch.equal(results[0][0], results[1][0])
     assert all(torch.equal(results[0][1][name], results[1][1][name]) for name in results[0][1])
+
+
+def test_epochs_go_on_with_the_same_fast_weights():
+    """Two epochs equal the inner loop run twice, the second time from the first's result."""
+    model, settings = build(), memory(loss="kl")
+    batch = objective(settings).micro_batch(*data(), step=2)
+    start = double(settings.draw(3, 2, batch.sample_ids_U))
+    once, first = adapt_fast_weights(model, batch, settings, start)
+    expected, second = adapt_fast_weights(model, batch, settings, once)
+    ours, both = adapt_fast_weights(model, batch, replace(settings, inner_epochs=2), start)
+    for x, y in zip(*map(fast_weights.leaves, (ours, expected)), strict=True):
+        assert torch.equal(x, y)
+    for name in ("loss_KG", "grad_norm_KG", "counted_KG", "skipped_KG"):
+        assert torch.equal(getattr(both, name), torch.cat([getattr(first, name), getattr(second, name)]))
+    assert (both.loss_KG[2:] < both.loss_KG[:2]).all() and (both.written_norm_G > first.written_norm_G).all()
 
 
 def test_zero_inner_learning_rate_changes_nothing():

@@ -134,6 +134,13 @@ def test_packed_rows_keep_their_documents(tmp_path):
             ids = tokens[numbers == number]
             masked = labels[numbers == number] != IGNORE_INDEX
             texts.append(decode(tokenizer, ids[masked].tolist()))
+    whole = TokenDataset(
+        local=str(tmp_path / "out" / "train"), batch_size=1, shuffle=False, check_hash="", documents=True,
+        mask_prompt=True,
+    )  # fmt: skip
+    for sample in whole:
+        maskable, padding = sample["labels"] != IGNORE_INDEX, sample["documents"] == PADDING
+        assert torch.equal(maskable, ~padding) and torch.equal(sample["labels"][maskable], sample["tokens"][maskable])
     assert sorted(t for t in texts if t == "4<|endoftext|>") == ["4<|endoftext|>"] * 3
     assert sum(t.count("<|endoftext|>") for t in texts) == 14
     assert {t.removesuffix("<|endoftext|>") for t in texts} >= {TEXT[:20], TEXT[:40]}

@@ -82,7 +82,7 @@ CASES = {
     "default": ({}, {}),
     "three steps": ({}, {"inner_steps": 3}),
     "anchor alone": ({}, {"trajectory": "anchor_only"}),
-    "kl": ({"loss": "kl"}, {"inner_steps": 3}),
+    "kl": ({"loss": "kl", "inner_epochs": 2}, {"inner_steps": 3}),
     "hidden": ({"loss": "hidden_mse"}, {"trajectory": "progressive"}),
     "attention too": ({"targets": ("ffn", "attention")}, {}),
     "o and down": ({"targets": ("o", "down")}, {}),

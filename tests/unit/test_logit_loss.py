@@ -37,10 +37,10 @@ def problem(n_sets, dtype=torch.float64):
     )
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss, temperature", [*((loss, 1.0) for loss in LOSSES), (kl, 4.0), (reverse_kl, 0.5)])
 @pytest.mark.parametrize("rows", [1, 10, N, 1000])
 @pytest.mark.parametrize("n_sets", [1, 3])
-def test_losses_and_gradients_equal_those_of_whole_logits(monkeypatch, loss, rows, n_sets):
+def test_losses_and_gradients_equal_those_of_whole_logits(monkeypatch, loss, temperature, rows, n_sets):
     monkeypatch.setattr(logit_loss, "CHUNK_BYTES", rows * V * 8)
     hidden, weight, teacher, label, sums = problem(n_sets)
     target = label if loss is cross_entropy else teacher
@@ -48,10 +48,10 @@ def test_losses_and_gradients_equal_those_of_whole_logits(monkeypatch, loss, row
     factor = torch.arange(1.0, n_sets + 1, dtype=torch.float64)
     inputs = [hidden, weight] if n_sets == 1 else [hidden]
 
-    target_logits = label if loss is cross_entropy else teacher @ weight.detach().T
-    expected = sums(DISTANCES[loss](hidden @ weight.T, target_logits))
+    target_logits = label if loss is cross_entropy else teacher @ weight.detach().T / temperature
+    expected = sums(temperature**2 * DISTANCES[loss](hidden @ weight.T / temperature, target_logits))
     expected_gradients = torch.autograd.grad((factor * expected).sum(), inputs)
-    ours = set_losses(hidden, weight, HeadLoss(loss, target, sums))
+    ours = set_losses(hidden, weight, HeadLoss(loss, target, sums, temperature))
     gradients = torch.autograd.grad((factor * ours).sum(), inputs)
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
     for our_gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
@@ -169,14 +169,14 @@ class Graphs:
 
 
 @pytest.mark.parametrize(
-    "loss, dtype",
+    "loss, dtype, temperature",
     [
-        (cross_entropy, torch.bfloat16),
-        (kl, torch.float32),  # arguments are not cast, so an in-place loss would overwrite both
-        (reverse_kl, torch.bfloat16),
+        (cross_entropy, torch.bfloat16, 1.0),
+        (kl, torch.float32, 2.0),  # arguments are not cast, so an in-place loss would overwrite both
+        (reverse_kl, torch.bfloat16, 1.0),
     ],
 )
-def test_compiled_losses_are_the_eager_ones_in_one_graph(monkeypatch, loss, dtype):
+def test_compiled_losses_are_the_eager_ones_in_one_graph(monkeypatch, loss, dtype, temperature):
     """One graph serves every row count, with and without gradients, without overwriting or copying arguments."""
     graphs = Graphs()
     monkeypatch.setattr(logit_loss, "CHUNK_BYTES", 128 * V * 4)
@@ -186,7 +186,7 @@ def test_compiled_losses_are_the_eager_ones_in_one_graph(monkeypatch, loss, dtyp
         weight = torch.randn(V, D, generator=generator).to(dtype).requires_grad_()
         label = torch.randint(V, (tokens,), generator=generator)
         sums = SetSum(torch.rand(tokens, generator=generator), torch.zeros(tokens, dtype=torch.int64), 1)
-        head = HeadLoss(loss, label if loss is cross_entropy else teacher, sums)
+        head = HeadLoss(loss, label if loss is cross_entropy else teacher, sums, temperature)
         eager, compiled = (
             set_losses(hidden.requires_grad_(), weight, head, backend=backend) for backend in (None, graphs.backend)
         )
@@ -226,7 +226,8 @@ def test_a_chunk_holds_what_the_estimate_says(monkeypatch, loss, dtype):
             self.peak = max(self.peak, self.now)
 
     hidden, weight, teacher, label, sums = problem(1, dtype)
-    head = HeadLoss(loss, label if loss is cross_entropy else teacher, sums)
+    temperature = 1.0 if loss is cross_entropy else 2.0
+    head = HeadLoss(loss, label if loss is cross_entropy else teacher, sums, temperature)
     with LiveBytes() as live:
         set_losses(hidden, weight, head)
     assert live.peak == N * V * chunk_bytes(loss.__name__, dtype, fused=False)

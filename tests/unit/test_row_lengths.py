@@ -168,8 +168,9 @@ def test_every_layout_reads_the_same_steps_and_all_ranks_share_a_bucket(dataset,
 def test_the_loader_fills_rows_up_and_resumes(prepared, workers):
     folder = str(prepared[0] / "out/train")
     data = Data(train=[folder], group_by_length=True, shuffle_seed=5)
+    prompts = Data(train=[folder], group_by_length=True, shuffle_seed=5, mask_prompt=True)
 
-    def loader():
+    def loader(data=data):
         return training_loader(
             data, requirements(), local_batch_size=2, global_batch_size=GLOBAL, dp_size=1, world_size=1,
             num_workers=workers, persistent_workers=workers > 0, prefetch_factor=2 if workers else None,
@@ -190,6 +191,11 @@ def test_the_loader_fills_rows_up_and_resumes(prepared, workers):
     assert len(set(np.concatenate([batch.sample_ids_B for batch in read[:44]]))) == 88
     assert first.token_shares().fill == sum(int((b.documents_BL == PADDING).sum()) for b in read[:44])
     if workers == 0:
+        for ours, theirs in zip(loader(prompts), read[:4], strict=False):
+            unlabelled = theirs.labels_BL == IGNORE_INDEX
+            assert torch.equal(ours.labels_BL == IGNORE_INDEX, theirs.documents_BL == PADDING)
+            assert (unlabelled & (theirs.documents_BL != PADDING)).any(), "the rows have prompts"
+            assert torch.equal(ours.labels_BL[~unlabelled], theirs.labels_BL[~unlabelled])
         resumed = loader()
         resumed.load_state_dict(read[27].position)
         again = iter(resumed)

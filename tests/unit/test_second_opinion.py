@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memdlm_dist.method.bilevel import Memory, outer_loss
+from memdlm_dist.method.diffusion import LOSS_NORMS
 from memdlm_dist.method.fast_weights import FAST_WEIGHT_TYPES
 from memdlm_dist.method.inner_loss import HIDDEN_LOSSES, LOGIT_LOSSES, inner_loss
 from memdlm_dist.method.inner_sgd import GRADIENT_NORMS, InnerSGD
-from memdlm_dist.method.trajectory import IGNORE_INDEX, SUPERVISION, TRAJECTORIES, Plan, draw
+from memdlm_dist.method.trajectory import IGNORE_INDEX, PROGRESSIVE_START, SUPERVISION, TRAJECTORIES, Plan, draw
 from memdlm_dist.models.linears import GROUPS
 from memdlm_dist.models.llada import LLaDAArgs
 from memdlm_dist.training.objective import Objective
@@ -26,8 +27,11 @@ OPTIONS = st.builds(
     naive.Options,
     trajectory=st.sampled_from(list(TRAJECTORIES)),
     inner_steps=st.integers(1, 4),
+    inner_epochs=st.sampled_from([1, 1, 2, 3]),
     pre_anchor_scale=st.sampled_from([1.0, 1.25, 1.5, 1.6, 2.0]),
+    progressive_end=st.sampled_from([0.05, 0.2, 0.5, PROGRESSIVE_START]),
     inner_loss=st.sampled_from([*LOGIT_LOSSES, *HIDDEN_LOSSES]),
+    distillation_temperature=st.sampled_from([0.5, 1.0, 4.0]),
     student_hidden=HIDDEN,
     teacher_hidden=HIDDEN,
     supervision=st.sampled_from(list(SUPERVISION)),
@@ -36,6 +40,7 @@ OPTIONS = st.builds(
     gradient_norm=st.sampled_from(list(GRADIENT_NORMS)),
     schedule=st.sampled_from(["linear", "cosine"]),
     loss_weight=st.sampled_from(["schedule", "uniform"]),
+    loss_norm=st.sampled_from(list(LOSS_NORMS)),
 )
 # Rows: (noise level, first maskable token, end of the maskable tokens). They include levels that mask nothing or
 # everything, rows without a maskable token, and rows of different lengths.
@@ -73,18 +78,23 @@ def test_any_options_equal_the_naive_version(options, rows, targets, fast_weight
         fast_weight_type=fast_weight_type,
         rank=3,
         alpha=6.0,
-        loss=inner_loss(options.inner_loss, options.student_hidden, options.teacher_hidden),
+        loss=inner_loss(
+            options.inner_loss, options.student_hidden, options.teacher_hidden, options.distillation_temperature
+        ),
         optimiser=InnerSGD(options.learning_rate, options.gradient_clip, options.gradient_norm),
         per_sample=per_sample,
+        inner_epochs=options.inner_epochs,
     )
     plan = Plan(**{f.name: getattr(options, f.name) for f in fields(Plan)})
-    goal = Objective(MASK_ID, plan, memory, seed, tp_size=1, tp_rank=0)
+    goal = Objective(MASK_ID, plan, memory, seed, tp_size=1, tp_rank=0, loss_norm=options.loss_norm)
     start = double(memory.draw(seed, 4, ids))
 
     MODEL.zero_grad()
     adapted = []
     batch = goal.micro_batch(tokens, torch.where(maskable, tokens, IGNORE_INDEX), ids, 4, t_U=t)
     loss, statistics = outer_loss(MODEL, batch, memory, start, on_adapted=adapted.append)
+    divisor = batch.samples if LOSS_NORMS[options.loss_norm].counts_samples else batch.maskable
+    assert divisor == naive.loss_divisor(maskable, options)
     loss.backward()
     ours = gradients(MODEL)
 

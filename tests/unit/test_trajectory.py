@@ -105,13 +105,14 @@ def test_single_states():
     torch.testing.assert_close(only.weight_U.double(), 1 / (noise.t_U + 1e-6), rtol=1e-7, atol=0)
 
 
+@pytest.mark.parametrize("end", [0.2, 0.5, 0.8])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
-def test_progressive_ignores_the_anchor(steps):
-    plan = Plan(trajectory="progressive", inner_steps=steps)
+def test_progressive_ignores_the_anchor(steps, end):
+    plan = Plan(trajectory="progressive", inner_steps=steps, progressive_end=end)
     noise, other = draw(prompt=3, t=0.1), draw(prompt=3, t=0.9)
     states = plan.states(noise, anchor_state(noise, "linear", "schedule"))
     again = plan.states(other, anchor_state(other, "linear", "schedule"))
-    ratios = [0.8 + (0.2 - 0.8) * (k / (steps - 1)) for k in range(steps)] if steps > 1 else [0.2]
+    ratios = [0.8 + (end - 0.8) * (k / (steps - 1)) for k in range(steps)] if steps > 1 else [end]
     for k, (state, same, ratio) in enumerate(zip(states, again, ratios, strict=True)):
         assert torch.equal(state.mask_BL, same.mask_BL)
         assert state.weight_U.tolist() == pytest.approx([naive.weight(ratio, "linear")] * len(noise.t_U), rel=1e-6)
@@ -141,6 +142,19 @@ def test_newly_revealed_targets():
                 assert torch.equal(revealed.target_BL, state.mask_BL)
             else:
                 assert torch.equal(revealed.target_BL, state.mask_BL & ~masked[k + 1].mask_BL)
+
+
+def test_anchor_targets():
+    noise = draw(prompt=3)
+    anchor = anchor_state(noise, "linear", "schedule")
+    for kind in trajectory.TRAJECTORIES:
+        plan = Plan(trajectory=kind, inner_steps=3 if kind not in trajectory.SINGLE_STATE else 2)
+        masked = plan.states(noise, anchor)
+        for state, other in zip(replace(plan, supervision="anchor").states(noise, anchor), masked, strict=True):
+            assert torch.equal(state.mask_BL, other.mask_BL) and torch.equal(state.weight_U, other.weight_U)
+            # A progressive state shows some of the anchor's tokens.
+            assert torch.equal(state.target_BL, anchor.mask_BL) is (kind != "progressive")
+            assert torch.equal(state.target_BL, anchor.mask_BL & state.mask_BL)
 
 
 def test_published_pre_anchor_counts_and_levels(root):

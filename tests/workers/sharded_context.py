@@ -48,7 +48,8 @@ LAYOUTS = {
 MEMORY = "--parametric_memory."
 BATCH = [
     MEMORY + "granularity", "batch", MEMORY + "gradient_norm", "global", MEMORY + "inner_loss", "kl",
-    MEMORY + "inner_steps", "3",
+    MEMORY + "inner_steps", "3", MEMORY + "inner_epochs", "2", MEMORY + "distillation_temperature", "2.0",
+    "--diffusion.loss_norm", "answer",
 ]  # fmt: skip
 ATTENTION = [MEMORY + "target_modules", "ffn,attention", MEMORY + "learning_rate", "0.02"]
 FULL = [MEMORY + "adapter", "full", MEMORY + "inner_loss", "hidden_cosine", MEMORY + "supervision", "newly_revealed"]

@@ -63,16 +63,19 @@ BUILDS = {  # name -> (dtype, arguments, layouts that skip it because compilatio
 COMPILED = ("fsdp2-tp2", "float32-compiled-selective")
 COMPILATIONS = {"fsdp2": ("plain", "ours"), "fsdp2-tp2": ("ours",)}
 
-# name -> (plan, inner loss, fast-weight type, targets, one set per sample)
+# name -> (plan, inner loss, distillation temperature, targets, further settings of the memory)
 OPTIONS = {
-    "default": ({}, "cross_entropy", "lora", ["ffn"], True),
+    "default": ({}, "cross_entropy", 1.0, ["ffn"], {}),
     "kl-3-newly_revealed": (
-        {"inner_steps": 3, "supervision": "newly_revealed"}, "kl", "lora", ["ffn", "attention"], True,
+        {"inner_steps": 3, "supervision": "newly_revealed"}, "kl", 2.0, ["ffn", "attention"], {},
     ),
     "hidden_cosine-progressive-full": (
-        {"trajectory": "progressive", "inner_steps": 3}, "hidden_cosine", "full", ["ffn"], True,
+        {"trajectory": "progressive", "inner_steps": 3, "progressive_end": 0.5}, "hidden_cosine", 1.0, ["ffn"],
+        {"fast_weight_type": "full"},
     ),
-    "reverse_kl-anchor_only-batch": ({"trajectory": "anchor_only"}, "reverse_kl", "lora", ["ffn"], False),
+    "reverse_kl-anchor_only-batch-2_epochs": (
+        {"trajectory": "anchor_only"}, "reverse_kl", 0.5, ["ffn"], {"per_sample": False, "inner_epochs": 2},
+    ),
 }  # fmt: skip
 
 
@@ -104,13 +107,12 @@ def build(dtype, arguments):
 
 
 def with_options(bench, name):
-    plan, loss, fast_weight_type, targets, per_sample = OPTIONS[name]
+    plan, loss, temperature, targets, settings = OPTIONS[name]
     memory = replace(
         bench.objective.memory,
-        loss=inner_loss(loss, "pre_final_norm", "post_final_norm"),
-        fast_weight_type=fast_weight_type,
+        loss=inner_loss(loss, "pre_final_norm", "post_final_norm", temperature),
         linears=bench.args.adapted_linears(bench.objective.memory.first_layer, targets),
-        per_sample=per_sample,
+        **settings,
     )
     objective = replace(bench.objective, memory=memory, plan=replace(bench.objective.plan, **plan))
     return replace(bench, objective=objective)
