@@ -132,7 +132,9 @@ def to_hugging_face(
         if adapters_alone:
             assert run.lora is not None
             base = sources[0] if sources else ""
-            hugging_face_folder.write_peft(_cast(state, dtype), folder, sd_adapter, run.lora.rank, run.lora.alpha, base)
+            hugging_face_folder.write_peft(
+                _cast(state, dtype), folder, sd_adapter, run.lora.rank, run.lora.alpha, base, run.lora.dropout
+            )
             return location
         state = lora.merged(state, run.lora.scale) if run.lora is not None else state
         hugging_face_folder.write(sd_adapter.to_hf(_cast(state, dtype)), folder)

@@ -331,13 +331,20 @@ def _copyable(folder: str, patterns: Sequence[str]) -> dict[str, Path]:
 
 
 def write_peft(
-    state: Mapping[str, Tensor], folder: str, sd_adapter: BackboneStateDictAdapter, rank: int, alpha: float, base: str
+    state: Mapping[str, Tensor],
+    folder: str,
+    sd_adapter: BackboneStateDictAdapter,
+    rank: int,
+    alpha: float,
+    base: str,
+    dropout: float = 0.0,
 ) -> None:
     """Write the adapters in PEFT's layout.
 
     Args:
         state: unsharded tensors; those that are not adapters are ignored.
         base: name or path of the base model. For a folder in the hub's cache, the repository is written instead.
+        dropout: probability of the adapters' dropout in training.
     """
     repository = hub.origin(base)
     tensors, modules = {}, []
@@ -354,7 +361,7 @@ def write_peft(
         "peft_type": "LORA", "task_type": None, "inference_mode": True,
         "base_model_name_or_path": repository.id if repository else base,
         "revision": repository.revision if repository else None,
-        "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
+        "r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "bias": "none", "fan_in_fan_out": False,
         # Full names, because LLaDA-8B's output head has the same last component as the down projections.
         "target_modules": sorted(set(modules)),
     }  # fmt: skip

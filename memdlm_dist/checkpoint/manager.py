@@ -344,7 +344,9 @@ class ResumableCheckpoints(HookedCheckpoints):
             adapters = on_all_ranks(lambda: hugging_face_folder.gather_adapters(state), "Gathering the adapters")
 
             def write() -> None:
-                hugging_face_folder.write_peft(adapters, folder, self.sd_adapter, lora_.rank, lora_.alpha, base)
+                hugging_face_folder.write_peft(
+                    adapters, folder, self.sd_adapter, lora_.rank, lora_.alpha, base, lora_.dropout
+                )
 
             write_on_rank_0(write)
             return

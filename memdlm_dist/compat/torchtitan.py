@@ -47,18 +47,21 @@ def without_assets_warning() -> Iterator[None]:
 
 
 def run_padded(
-    run: Callable[[Tensor, Tensor], Tensor], x_SD: Tensor, counts: Tensor, ranks: int, experts: int
+    run: Callable[..., Tensor], x_SD: Tensor, counts: Tensor, ranks: int, experts: int, *others: Tensor
 ) -> Tensor:
-    """Pad routed tokens to the group sizes that grouped products need, call `run(x, counts)`, and unpad its result.
+    """Pad routed tokens to the group sizes that grouped products need, call `run`, and unpad its result.
 
     Args:
+        run: function of the padded tokens, the padded counts, and the padded `others`.
         x_SD: routed tokens `[S, D]`.
         counts: tokens per expert.
         ranks: expert-parallel degree.
         experts: local experts.
+        others: further tensors of the tokens, `[S, ...]`, which are zero on the padding.
     """
     shape, x_padded, indices, counts = _permute(x_SD, counts, ranks, experts)
-    out: Tensor = _unpermute(run(x_padded, counts), shape, indices)
+    padded = [torch.cat([y, y.new_zeros(1, *y.shape[1:])])[indices] for y in others]
+    out: Tensor = _unpermute(run(x_padded, counts, *padded), shape, indices)
     return out
 
 

@@ -152,6 +152,16 @@ def _check_experts(config: JobConfig, args: LLaDAMoEArgs) -> None:
         not grouped_adapters or config.lora.rank % 8 == 0,
         f"lora.rank = {config.lora.rank} must be a multiple of 8: grouped matrix products need it.",
     )
+    dropouts = {
+        "parametric_memory.dropout": memory.dropout if memory.enable else 0.0,
+        "lora.dropout": config.lora.dropout if config.model.converters and expert_adapters else 0.0,
+    }
+    for key, dropout in dropouts.items():
+        require(
+            not dropout or ep_size == 1,
+            f"{key} = {dropout} is not supported with expert parallelism, which does not send the keys of the masks "
+            "with the tokens; set it to 0, or parallelism.expert_parallel_degree to 1.",
+        )
     require(
         args.n_experts % ep_size == 0,
         f"The {args.n_experts} experts of model.flavor {config.model.flavor} are not divisible by "

@@ -149,6 +149,10 @@ class ParametricMemory:
     alpha: float = 64.0
     """Scaling of lora fast weights: their term is multiplied by alpha / rank."""
 
+    dropout: float = 0.0
+    """Probability that training drops an input feature of the fast weights' terms (0: no dropout), in steps of
+    1/65,536. All passes of a step share the masks. Validation and inference drop nothing."""
+
     layer_fraction: float = 0.1
     """Fraction of the n layers, counted from the last, with fast weights: int(n (1 - layer_fraction)) to n - 1."""
 

@@ -42,6 +42,7 @@ class Range:
 
 _COUNT, _OR_NONE, _POSITIVE, _FRACTION = Range(1), Range(0), Range(0, above=True), Range(0, 1)
 _BETA, _SEED = Range(0, 1, below=True), Range(0, 2**63 - 1)
+_DROPOUT = Range(0, 1, below=True, remedy="0 switches dropout off")
 _SECONDS = Range(1, 10**7)
 
 RANGES: dict[str, Range] = {
@@ -106,11 +107,13 @@ RANGES: dict[str, Range] = {
     "parametric_memory.gradient_clip": Range(0, remedy="0 switches clipping off"),
     "parametric_memory.rank": _COUNT,
     "parametric_memory.alpha": _POSITIVE,
+    "parametric_memory.dropout": _DROPOUT,
     "parametric_memory.layer_fraction": Range(
         0, 1, above=True, remedy="for no memory at all set parametric_memory.enable = false"
     ),
     "lora.rank": _COUNT,
     "lora.alpha": _POSITIVE,
+    "lora.dropout": _DROPOUT,
     "data.shuffle_seed": _SEED,
     "data.num_canonical_nodes": _COUNT,
     "data.download_retry": _COUNT,

@@ -29,6 +29,7 @@ from memdlm_dist.method.fast_weights import AdaptedLinear, FastWeights
 from memdlm_dist.method.inner_loop import InnerStatistics
 from memdlm_dist.method.inner_loss import InnerLoss, full_tensor
 from memdlm_dist.method.inner_sgd import FastWeightGroup, InnerSGD
+from memdlm_dist.method.keyed_dropout import NO_DROPOUT, TermDropout
 from memdlm_dist.method.logit_loss import HeadLoss, cross_entropy
 from memdlm_dist.method.micro_batch import MicroBatch, Scored
 
@@ -57,8 +58,9 @@ class Backbone(Protocol):
         documents: Documents | None = None,
         per_document_sets: bool = False,
         sequence_shard: tuple[int, int] = (0, 1),
+        dropout: TermDropout = NO_DROPOUT,
     ) -> Any:
-        """Build the per-token arguments of the layers for a micro-batch: positions, attention mask, set assignment.
+        """Build the per-token arguments of the layers for a micro-batch: positions, attention mask, sets, dropout.
 
         Args:
             length: L, tokens per row on this context-parallel rank.
@@ -67,6 +69,7 @@ class Backbone(Protocol):
             documents: documents of the full packed rows.
             per_document_sets: each document has its own set of fast weights.
             sequence_shard: (tp_rank, tp_size).
+            dropout: dropout of the low-rank terms, for this context-parallel rank's tokens.
         """
         ...
 
@@ -215,6 +218,7 @@ def token_context(model: Backbone, batch: MicroBatch, memory: Memory | None) -> 
         batch.documents,
         per_document_sets=memory is not None and memory.per_sample,
         sequence_shard=(mesh.get_local_rank(), mesh.size()) if mesh is not None else (0, 1),
+        dropout=batch.dropout,
     )
 
 

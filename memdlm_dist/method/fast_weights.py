@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import broadcast, get_global_rank
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from memdlm_dist.compat.torch import grouped_mm
 from memdlm_dist.method import keyed_random
 from memdlm_dist.method.documents import GroupedTokens, SetAssignment
+from memdlm_dist.method.keyed_dropout import Dropout
 from memdlm_dist.method.keyed_random import Stream
 
 
@@ -224,7 +225,11 @@ def keys(seed: int, step: int, sample_ids_U: Tensor, per_sample: bool) -> Tensor
 
 
 def adapted(
-    linear: nn.Module, x_BLi: Tensor, fast: FastLinear | None, assignment: SetAssignment | None = None
+    linear: Callable[[Tensor], Tensor],
+    x_BLi: Tensor,
+    fast: FastLinear | None,
+    assignment: SetAssignment | None = None,
+    dropout: Dropout | None = None,
 ) -> Tensor:
     """Apply a linear and add the term of its fast weights, `[B, L, out]`.
 
@@ -236,19 +241,38 @@ def adapted(
         fast: fast weights of the linear; None adds nothing.
         assignment: assignment of all tokens to the sets of their row, equal on every tensor-parallel rank. None if
             each row has one set, or all rows share one.
+        dropout: dropout of the term's input; None drops nothing.
     """
     y_BLo = linear(x_BLi)
-    return y_BLo if fast is None else y_BLo + fast.term(x_BLi, assignment).type_as(y_BLo)
+    if fast is None:
+        return y_BLo
+    return y_BLo + fast.term(_drop(x_BLi, fast, dropout), assignment).type_as(y_BLo)
 
 
-def adapted_experts(weight_Eoi: Tensor, x_Si: Tensor, fast: FastLinear | None, product: ExpertProduct) -> Tensor:
+def adapted_experts(
+    weight_Eoi: Tensor, x_Si: Tensor, fast: FastLinear | None, product: ExpertProduct, dropout: Dropout | None = None
+) -> Tensor:
     """Apply the experts' linears to routed tokens and add the experts' fast terms, `[S, out]`.
 
     All tensors are local. Under tensor parallelism a row-wise linear's output and its term are partial sums, which the
     caller reduces together.
+
+    Args:
+        dropout: dropout of the term's input, with one key per slot; None drops nothing.
     """
     y_So = product(x_Si, weight_Eoi)
-    return y_So if fast is None else y_So + fast.expert_term(x_Si, product).type_as(y_So)
+    if fast is None:
+        return y_So
+    return y_So + fast.expert_term(_drop(x_Si, fast, dropout), product).type_as(y_So)
+
+
+def _drop(x: Tensor, fast: FastLinear, dropout: Dropout | None) -> Tensor:
+    """Apply dropout to a linear's local input, which a row-wise linear has sharded on its features."""
+    if dropout is None:
+        return x
+    weight = fast[0]  # A or delta; both have the input features last
+    is_sharded = isinstance(weight, DTensor) and weight.placements[0].is_shard(2)
+    return dropout(x, cast(DTensor, weight).device_mesh.get_local_rank() * x.shape[-1] if is_sharded else 0)
 
 
 def _to_local(x: Tensor) -> Tensor:

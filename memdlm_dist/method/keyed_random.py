@@ -32,6 +32,8 @@ class Stream(IntEnum):
     DECODING = 6
     LIKELIHOOD = 7
     WEIGHTS = 8
+    ADAPTER_DROPOUT = 9
+    FAST_WEIGHT_DROPOUT = 10
 
 
 def _signed(value: int) -> int:
@@ -76,6 +78,19 @@ def key(seed: int, stream: Stream, step: int | Tensor, ids: Tensor) -> Tensor:
     return _mix(state + (ids + 1) * _signed(_GAMMA))
 
 
+def subkeys(keys: Tensor, index: Tensor) -> Tensor:
+    """Compute a key for every key and index.
+
+    Args:
+        keys: int64 `[...]`.
+        index: int64 `[n]`; `[..., n]` if they differ between keys.
+
+    Returns:
+        int64 `[..., n]` on the device of `keys`.
+    """
+    return _mix(keys.unsqueeze(-1) + (index + 1) * _signed(_GAMMA))
+
+
 def uniform(keys: Tensor, index: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """Compute the numbers `index` of every key, uniform on [0, 1).
 
@@ -88,8 +103,7 @@ def uniform(keys: Tensor, index: Tensor, dtype: torch.dtype = torch.float64) -> 
         `[..., n]` of `dtype` on the device of `keys`.
     """
     bits = 53 if dtype == torch.float64 else 24
-    mixed = _mix(keys.unsqueeze(-1) + (index + 1) * _signed(_GAMMA))
-    return ((mixed >> (64 - bits)) & ((1 << bits) - 1)).to(dtype) * 2.0**-bits
+    return ((subkeys(keys, index) >> (64 - bits)) & ((1 << bits) - 1)).to(dtype) * 2.0**-bits
 
 
 def symmetric(keys: Tensor, pair: Tensor) -> Tensor:
@@ -104,5 +118,19 @@ def symmetric(keys: Tensor, pair: Tensor) -> Tensor:
     Returns:
         `[..., 2 n]`, float32 with 24 random bits, on the device of `keys`.
     """
-    mixed = _mix(keys.unsqueeze(-1) + (pair + 1) * _signed(_GAMMA))
-    return (mixed.view(torch.int32) >> 8).to(torch.float32).add_(0.5).mul_(2.0**-23)
+    return (subkeys(keys, pair).view(torch.int32) >> 8).to(torch.float32).add_(0.5).mul_(2.0**-23)
+
+
+def words(keys: Tensor, group: Tensor) -> Tensor:
+    """Compute the numbers `4 group` to `4 group + 3` of every key, uniform on the 65,536 values of an int16.
+
+    All four come from one 64-bit number, the lowest bits first.
+
+    Args:
+        keys: int64 `[...]`.
+        group: int64 `[n]`.
+
+    Returns:
+        int16 `[..., 4 n]` on the device of `keys`.
+    """
+    return subkeys(keys, group).view(torch.int16)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from memdlm_dist.method.documents import Documents, count_per_sample
+from memdlm_dist.method.keyed_dropout import NO_DROPOUT, TermDropout
 from memdlm_dist.method.trajectory import ANCHOR_INPUT, State
 from memdlm_dist.runtime.transfer import PinnedTree
 
@@ -66,7 +67,8 @@ class MicroBatch(NamedTuple):
     """A micro-batch after noising: the outer loss's input and scored tokens, and those of the K inner steps.
 
     States with the same input number share one entry of `inputs`, and one trunk pass serves them. Under context
-    parallelism, `inputs` and the scored tokens cover this rank's slice; the other fields describe the full rows.
+    parallelism, `inputs`, the scored tokens and `dropout` cover this rank's slice; the other fields describe the full
+    rows.
     """
 
     inputs: tuple[Tensor, ...]  # int64 [B, L] each: corrupted tokens of a state; the anchor comes first
@@ -80,6 +82,7 @@ class MicroBatch(NamedTuple):
     attended_BL: Tensor | None = None  # bool, tokens that attention may read; None: all
     documents: Documents | None = None  # documents of packed rows
     first: int = 0  # position in the full rows of the first token of `inputs`
+    dropout: TermDropout = NO_DROPOUT  # of this rank's tokens
 
     def cp_slice(self, cp_rank: int, cp_size: int) -> "MicroBatch":
         """Return a context-parallel rank's slice: the rank's L / cp_size consecutive tokens of every row."""
@@ -92,6 +95,7 @@ class MicroBatch(NamedTuple):
             anchor=self.anchor.cp_slice(cp_rank, cp_size),
             inner=tuple(step._replace(scored=step.scored.cp_slice(cp_rank, cp_size)) for step in self.inner),
             first=positions.start,
+            dropout=self.dropout.cp_slice(positions),
         )
 
     def to(self, device: torch.device | str) -> "MicroBatch":
@@ -111,6 +115,7 @@ def micro_batch(
     sequence_shards: int = 1,
     shifted: bool = False,
     documents: Documents | None = None,
+    dropout: TermDropout = NO_DROPOUT,
 ) -> MicroBatch:
     """Corrupt the clean tokens with the mask of every state, and gather the scored tokens.
 
@@ -125,6 +130,7 @@ def micro_batch(
         sequence_shards: S; L must be divisible by it.
         shifted: the backbone predicts the next token; see `gather_scored`.
         documents: documents of packed rows.
+        dropout: dropout of the low-rank terms.
     """
     # Input number -> mask, in the order of first use. The clean sequence has the number None and no mask.
     masks: dict[int | None, Tensor | None] = {ANCHOR_INPUT: anchor.mask_BL}
@@ -154,6 +160,7 @@ def micro_batch(
         samples=(count_per_sample(maskable_BL, documents) > 0).sum(),
         length=tokens_BL.shape[1],
         documents=documents,
+        dropout=dropout,
     )
 
 

@@ -18,7 +18,9 @@ from torchtitan.models.llama3.model.model import Attention
 
 from memdlm_dist.compat.torch import varlen_attention
 from memdlm_dist.method.documents import Documents, SetAssignment
-from memdlm_dist.method.fast_weights import FastLinear, adapted
+from memdlm_dist.method.fast_weights import FastLinear
+from memdlm_dist.method.keyed_dropout import NO_DROPOUT, TermDropout
+from memdlm_dist.models.lora import adapted_linear
 from memdlm_dist.models.rope import rotate
 from memdlm_dist.runtime.device import has_flash_attention
 
@@ -43,6 +45,11 @@ class TokenContext(NamedTuple):
     mask: Mask | None = None  # over whole rows; None: every token attends to its whole row
     set_assignment: SetAssignment | None = None  # None: one set of fast weights per row or per micro-batch
     trains: bool = False  # True in passes of the training loss, False in the inner loop and in validation
+    dropout: TermDropout = NO_DROPOUT  # of the low-rank terms' inputs, one mask for all passes
+
+    def at_layer(self, layer: int) -> "TokenContext":
+        """Return the arguments of a layer, whose number is part of the dropout's key."""
+        return self._replace(dropout=self.dropout.at_layer(layer))
 
 
 def attention_method(device_type: str, head_dim: int, dtype: torch.dtype) -> Method:
@@ -129,6 +136,7 @@ class BidirectionalAttention(Attention):
         positions: None = None,
         fast: dict[str, FastLinear] | None = None,
         set_assignment: SetAssignment | None = None,
+        dropout: TermDropout = NO_DROPOUT,
     ) -> Tensor:
         """Return the attention output `[B, L, D]`.
 
@@ -137,6 +145,7 @@ class BidirectionalAttention(Attention):
             attention_masks: `TokenContext.mask`.
             fast: fast weights by projection.
             set_assignment: `TokenContext.set_assignment`.
+            dropout: `TokenContext.dropout` of this layer.
         """
         # llama3's tensor-parallel plan fixes the order of the arguments; see `TransformerBlock.attend`.
         fast = fast or {}
@@ -144,7 +153,7 @@ class BidirectionalAttention(Attention):
         projections = (("q", self.wq), ("k", self.wk), ("v", self.wv))
         # -1 heads: under tensor parallelism a rank has only some of them.
         q, k, v = (
-            adapted(linear, x, fast.get(name), set_assignment).view(batch, length, -1, self.head_dim)
+            adapted_linear(linear, x, name, fast, set_assignment, dropout).view(batch, length, -1, self.head_dim)
             for name, linear in projections
         )
         if self.qk_norm:
@@ -152,4 +161,5 @@ class BidirectionalAttention(Attention):
         q, k = rotate(q, freqs_cis), rotate(k, freqs_cis)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
         y_BHLd = self.inner_attention(q, k, v, enable_gqa=self.enable_gqa, mask=attention_masks)
-        return adapted(self.wo, y_BHLd.transpose(1, 2).reshape(batch, length, -1), fast.get("o"), set_assignment)
+        y_BLD = y_BHLd.transpose(1, 2).reshape(batch, length, -1)
+        return adapted_linear(self.wo, y_BLD, "o", fast, set_assignment, dropout)

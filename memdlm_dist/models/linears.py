@@ -24,7 +24,7 @@ class LayerLinear:
     stage: int
 
 
-# The position in this table is part of the key of the fast weights' random draw: append new linears at the end.
+# The position in this table is part of the keys of fast weights and dropout masks: append new linears at the end.
 LINEARS = {
     "gate": LayerLinear("ffn", "w1", "dim", "hidden_dim", False, 2),
     "up": LayerLinear("ffn", "w3", "dim", "hidden_dim", False, 2),
@@ -34,6 +34,7 @@ LINEARS = {
     "v": LayerLinear("attention", "wv", "dim", "kv_dim", False, 0),
     "o": LayerLinear("attention", "wo", "dim", "dim", True, 1),
 }
+LINEAR_NUMBERS = {name: number for number, name in enumerate(LINEARS)}
 GROUPS = {
     group: tuple(name for name, linear in LINEARS.items() if linear.group == group) for group in ("ffn", "attention")
 }

@@ -24,7 +24,8 @@ from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 
 from memdlm_dist.compat.torch import wait_if_pending
 from memdlm_dist.method.documents import Documents, SetAssignment
-from memdlm_dist.method.fast_weights import AdaptedLinear, FastLinear, FastWeights, adapted
+from memdlm_dist.method.fast_weights import AdaptedLinear, FastLinear, FastWeights
+from memdlm_dist.method.keyed_dropout import NO_DROPOUT, TermDropout
 from memdlm_dist.method.logit_loss import HeadLoss
 from memdlm_dist.models import initial_weights, nf4
 from memdlm_dist.models.attention import (
@@ -36,7 +37,8 @@ from memdlm_dist.models.attention import (
 )
 from memdlm_dist.models.fsdp_schedule import FSDPSchedule, frozen
 from memdlm_dist.models.head import OutputHead, Readout
-from memdlm_dist.models.linears import GROUPS, LINEARS, linear_names
+from memdlm_dist.models.linears import GROUPS, LINEAR_NUMBERS, LINEARS, linear_names
+from memdlm_dist.models.lora import adapted_linear
 from memdlm_dist.models.rope import RopeScaling, rescaled_base, rotary_frequencies
 from memdlm_dist.runtime.device import has_grouped_mm
 
@@ -109,7 +111,6 @@ class LLaDAArgs(BaseModelArgs):
             first_layer: lowest adapted layer.
             targets: names of linears ("gate", "q", ...) or of groups ("ffn", "attention").
         """
-        numbers = {name: number for number, name in enumerate(LINEARS)}
         return [
             AdaptedLinear(
                 str(layer),
@@ -117,7 +118,7 @@ class LLaDAArgs(BaseModelArgs):
                 getattr(self, LINEARS[name].in_size),
                 getattr(self, LINEARS[name].out_size),
                 LINEARS[name].row_wise,
-                number=layer * len(LINEARS) + numbers[name],
+                number=layer * len(LINEARS) + LINEAR_NUMBERS[name],
             )
             for layer in range(first_layer, self.n_layers)
             for name in linear_names(targets)
@@ -128,14 +129,17 @@ class AdaptableFeedForward(FeedForward):
     """SwiGLU FFN, W_down(silu(W_gate x) * W_up x), with optional fast weights for each linear."""
 
     def forward(
-        self, x: Tensor, fast: dict[str, FastLinear] | None = None, set_assignment: SetAssignment | None = None
+        self,
+        x: Tensor,
+        fast: dict[str, FastLinear] | None = None,
+        set_assignment: SetAssignment | None = None,
+        dropout: TermDropout = NO_DROPOUT,
     ) -> Tensor:
         """Return the FFN's output `[B, L, D]`; `fast` maps "gate", "up" and "down" to fast weights."""
         fast = fast or {}
-        h = F.silu(adapted(self.w1, x, fast.get("gate"), set_assignment)) * adapted(
-            self.w3, x, fast.get("up"), set_assignment
-        )
-        return adapted(self.w2, h, fast.get("down"), set_assignment)
+        gate = adapted_linear(self.w1, x, "gate", fast, set_assignment, dropout)
+        h = F.silu(gate) * adapted_linear(self.w3, x, "up", fast, set_assignment, dropout)
+        return adapted_linear(self.w2, h, "down", fast, set_assignment, dropout)
 
 
 class TransformerBlock(nn.Module):
@@ -160,25 +164,38 @@ class TransformerBlock(nn.Module):
         mask: Mask | None,
         set_assignment: SetAssignment | None,
         fast: dict[str, FastLinear],
+        dropout: TermDropout,
     ) -> tuple[Tensor, Tensor]:
         """Return the residual stream after the attention, and its normalised copy, the input of the FFN."""
         # llama3's tensor-parallel plan expects four positional arguments of the attention.
         h_BLD = x_BLD + self.attention(
-            self.attention_norm(x_BLD), frequencies, mask, None, fast=fast, set_assignment=set_assignment
+            self.attention_norm(x_BLD),
+            frequencies,
+            mask,
+            None,
+            fast=fast,
+            set_assignment=set_assignment,
+            dropout=dropout,
         )
         return h_BLD, self.ffn_norm(h_BLD)
 
     def ffn(
-        self, x_BLD: Tensor, fast: dict[str, FastLinear], set_assignment: SetAssignment | None, trains: bool
+        self,
+        x_BLD: Tensor,
+        fast: dict[str, FastLinear],
+        set_assignment: SetAssignment | None,
+        trains: bool,
+        dropout: TermDropout,
     ) -> Tensor:
         """Return the FFN's output `[B, L, D]` for normalised input; `trains` matters to mixtures of experts only."""
-        return self.feed_forward(x_BLD, fast=fast, set_assignment=set_assignment)
+        return self.feed_forward(x_BLD, fast=fast, set_assignment=set_assignment, dropout=dropout)
 
     def forward(self, x_BLD: Tensor, context: TokenContext, fast: dict[str, FastLinear] | None = None) -> Tensor:
         """Return the residual stream after the block, `[B, L, D]`; `fast` has this layer's fast weights by linear."""
-        frequencies, mask, set_assignment, trains = context
-        h_BLD, normed_BLD = self.attend(x_BLD, frequencies, mask, set_assignment, _select_group("attention", fast))
-        return h_BLD + self.ffn(normed_BLD, _select_group("ffn", fast), set_assignment, trains)
+        frequencies, mask, set_assignment, trains, dropout = context
+        attention_fast, ffn_fast = (_select_group(group, fast) for group in ("attention", "ffn"))
+        h_BLD, normed_BLD = self.attend(x_BLD, frequencies, mask, set_assignment, attention_fast, dropout)
+        return h_BLD + self.ffn(normed_BLD, ffn_fast, set_assignment, trains, dropout)
 
 
 def _select_group(group: str, fast: dict[str, FastLinear] | None) -> dict[str, FastLinear]:
@@ -219,6 +236,7 @@ class LLaDA(ModelProtocol):
         documents: Documents | None = None,
         per_document_sets: bool = False,
         sequence_shard: tuple[int, int] = (0, 1),
+        dropout: TermDropout = NO_DROPOUT,
     ) -> TokenContext:
         """Build the per-token arguments of the layers for a micro-batch.
 
@@ -229,10 +247,11 @@ class LLaDA(ModelProtocol):
             documents: documents of whole packed rows, on the model's device; `attended_BL` must then be None.
             per_document_sets: every document has its own set of fast weights.
             sequence_shard: (tp_rank, tp_size).
+            dropout: dropout of the low-rank terms, for this rank's tokens.
         """
         if documents is None:
             attended_B11L = attended_BL[:, None, None, :] if attended_BL is not None else None
-            return TokenContext(self.freqs_cis[first : first + length], attended_B11L)
+            return TokenContext(self.freqs_cis[first : first + length], attended_B11L, dropout=dropout)
         assert attended_BL is None
         local_documents = documents.slice(first, length)
         assigns = per_document_sets and documents.slots > 1
@@ -240,7 +259,10 @@ class LLaDA(ModelProtocol):
         device = documents.number_BL.device.type
         method = attention_method(device, self.model_args.head_dim, self._dtype(device))
         return TokenContext(
-            self.freqs_cis[local_documents.position_BL], document_mask(documents, method), set_assignment
+            self.freqs_cis[local_documents.position_BL],
+            document_mask(documents, method),
+            set_assignment,
+            dropout=dropout,
         )
 
     def _dtype(self, device_type: str) -> torch.dtype:
@@ -307,7 +329,8 @@ class LLaDA(ModelProtocol):
         for layer in range(stop):
             block = self.layers[str(layer)]
             with self.fsdp_schedule.unsharded(layer + 1):
-                first, others = block(first, training), without_gradient(block, others, context)
+                first = block(first, training.at_layer(layer))
+                others = without_gradient(block, others, context.at_layer(layer))
         return [first, *others]
 
     def tail(
@@ -352,7 +375,7 @@ class LLaDA(ModelProtocol):
     def _layers(self, h_BLD: Tensor, start: int, fast: FastWeights | None, context: TokenContext) -> Tensor:
         for layer in range(start, self.model_args.n_layers):
             name = str(layer)
-            h_BLD = self.layers[name](h_BLD, context, (fast or {}).get(name))
+            h_BLD = self.layers[name](h_BLD, context.at_layer(layer), (fast or {}).get(name))
         return h_BLD
 
     def _head(self, h_BLD: Tensor, index_M: Tensor, readout: Readout | HeadLoss) -> Tensor:

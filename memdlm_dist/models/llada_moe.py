@@ -26,8 +26,9 @@ from memdlm_dist.compat.torchao import is_nf4
 from memdlm_dist.compat.torchtitan import run_padded
 from memdlm_dist.method.documents import SetAssignment
 from memdlm_dist.method.fast_weights import AdaptedLinear, ExpertProduct, FastLinear, adapted_experts
+from memdlm_dist.method.keyed_dropout import NO_DROPOUT, TermDropout
 from memdlm_dist.models import nf4
-from memdlm_dist.models.linears import GROUPS, LINEARS
+from memdlm_dist.models.linears import GROUPS, LINEAR_NUMBERS, LINEARS
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs, TransformerBlock
 
 
@@ -105,6 +106,7 @@ class AdaptableExperts(GroupedExperts):
         num_tokens_per_expert: Tensor,
         fast: dict[str, FastLinear] | None = None,
         counts_EG: Tensor | None = None,
+        dropout: TermDropout = NO_DROPOUT,
     ) -> Tensor:
         """Return the experts' outputs `[S, D]`; under tensor parallelism a partial sum over this rank's share of F.
 
@@ -114,6 +116,7 @@ class AdaptableExperts(GroupedExperts):
             fast: fast weights by linear, with one set or one set per sample.
             counts_EG: number of slots by expert and sample; slots of an expert are sorted by sample. Required with
                 several sets.
+            dropout: dropout of the low-rank terms, with one key per slot.
         """
         # torchtitan's expert parallelism fixes the first two arguments: its hooks replace them.
         if fast is None and not self.adapter_scale and not is_nf4(self.w1):
@@ -127,16 +130,29 @@ class AdaptableExperts(GroupedExperts):
         # padded the groups.
         padded = isinstance(self.w1, DTensor) and "ep" in (self.w1.device_mesh.mesh_dim_names or ())
         if not self.use_grouped_mm or padded:
-            return self._run(weights, x, counts, fast or {})
-        return run_padded(lambda x, counts: self._run(weights, x, counts, fast or {}), x, counts, 1, len(counts))
+            return self._run(weights, x, counts, fast or {}, dropout)
 
-    def _run(self, weights: dict[str, Tensor], x_SD: Tensor, counts: Tensor, fast: dict[str, FastLinear]) -> Tensor:
+        def run(x: Tensor, counts: Tensor, *keys: Tensor) -> Tensor:
+            return self._run(weights, x, counts, fast or {}, dropout.with_keys(keys))
+
+        return run_padded(run, x, counts, 1, len(counts), *dropout.keys())
+
+    def _run(
+        self,
+        weights: dict[str, Tensor],
+        x_SD: Tensor,
+        counts: Tensor,
+        fast: dict[str, FastLinear],
+        dropout: TermDropout,
+    ) -> Tensor:
         product = (_grouped if self.use_grouped_mm else _loop)(counts)
 
         def linear(name: str, x_Si: Tensor, target: str) -> Tensor:
-            y_So = adapted_experts(weights[name], x_Si, fast.get(target), product)
+            own = dropout.at_linear(LINEAR_NUMBERS[target])
+            y_So = adapted_experts(weights[name], x_Si, fast.get(target), product, own.fast_weights)
             if f"{name}_lora_A" not in weights:
                 return y_So
+            x_Si = x_Si if own.adapters is None else own.adapters(x_Si)
             term_So = product(product(x_Si, weights[f"{name}_lora_A"]), weights[f"{name}_lora_B"])
             return y_So + (self.adapter_scale * term_So).type_as(y_So)
 
@@ -179,6 +195,7 @@ class Routed(NamedTuple):
     load_E: Tensor  # tokens by expert, over all experts of the layer, also those on other ranks
     counts_E: Tensor  # slots by expert, in the order of the slots
     counts_EG: Tensor | None  # slots by expert and sample; None with one set of fast weights
+    dropout: TermDropout  # with one key per slot
 
 
 class MixtureOfExperts(MoE):
@@ -200,6 +217,7 @@ class MixtureOfExperts(MoE):
         fast: dict[str, FastLinear] | None = None,
         set_assignment: SetAssignment | None = None,
         trains: bool = False,
+        dropout: TermDropout = NO_DROPOUT,
     ) -> Tensor:
         """Return the sum of the experts' outputs, weighted by the router, `[B, L, D]`.
 
@@ -210,22 +228,28 @@ class MixtureOfExperts(MoE):
             fast: the experts' fast weights by linear; None or empty without memory.
             set_assignment: see `TokenContext`.
             trains: this is a pass of the training loss: add its tokens to the expert load.
+            dropout: dropout of the low-rank terms in this layer.
         """
         sets = len(next(iter(fast.values()))[0]) // self.local_experts if fast else 1
-        routed = self.route(x, sets, set_assignment)
+        routed = self.route(x, sets, set_assignment, dropout)
         if trains:
             with torch.no_grad():
                 self.tokens_per_expert.add_(routed.load_E)
-        out_SD = self.experts(routed.x_SD, routed.counts_E, fast=fast or None, counts_EG=routed.counts_EG)
+        out_SD = self.experts(
+            routed.x_SD, routed.counts_E, fast=fast or None, counts_EG=routed.counts_EG, dropout=routed.dropout
+        )
         return self.combine(out_SD, routed.slot_S, routed.score_Nk).view_as(x)
 
-    def route(self, x_BLD: Tensor, sets: int, set_assignment: SetAssignment | None) -> Routed:
+    def route(
+        self, x_BLD: Tensor, sets: int, set_assignment: SetAssignment | None, dropout: TermDropout = NO_DROPOUT
+    ) -> Routed:
         """Select each token's experts, and sort the slots by expert.
 
         Args:
             x_BLD: tokens.
             sets: number of sets of fast weights: 1, or one per sample.
             set_assignment: see `TokenContext`.
+            dropout: dropout of the low-rank terms in this layer.
         """
         x_ND = x_BLD.flatten(0, 1)
         score_Nk, expert_Nk, load_E = self.router(x_ND)
@@ -235,7 +259,8 @@ class MixtureOfExperts(MoE):
             score_Nk = score.to_local(grad_placements=[Partial()])
         _, slot_S, counts_E = self.reorderer(score_Nk, expert_Nk)
         counts_EG = self._counts_of_sets(expert_Nk, x_BLD.shape[:2], sets, set_assignment) if sets > 1 else None
-        return Routed(x_ND[slot_S // self.router.top_k], slot_S, score_Nk, load_E, counts_E, counts_EG)
+        slot_dropout = dropout.at_slots(slot_S, expert_Nk)
+        return Routed(x_ND[slot_S // self.router.top_k], slot_S, score_Nk, load_E, counts_E, counts_EG, slot_dropout)
 
     def combine(self, out_SD: Tensor, slot_S: Tensor, score_Nk: Tensor) -> Tensor:
         """Return the router-weighted sums of the experts' outputs, `[N, 1, D]`."""
@@ -269,10 +294,16 @@ class MoEBlock(TransformerBlock):
         self.moe = MixtureOfExperts(args)
 
     def ffn(
-        self, x_BLD: Tensor, fast: dict[str, FastLinear], set_assignment: SetAssignment | None, trains: bool
+        self,
+        x_BLD: Tensor,
+        fast: dict[str, FastLinear],
+        set_assignment: SetAssignment | None,
+        trains: bool,
+        dropout: TermDropout,
     ) -> Tensor:
         """Return the mixture's output `[B, L, D]` for normalised input."""
-        return cast(Tensor, self.moe(x_BLD, fast=fast, set_assignment=set_assignment, trains=trains))
+        out = self.moe(x_BLD, fast=fast, set_assignment=set_assignment, trains=trains, dropout=dropout)
+        return cast(Tensor, out)
 
     def compile_around_experts(self, backend: str | Callable[..., Any]) -> None:
         """Compile the attention, the routing and the combination of the outputs, as three functions.

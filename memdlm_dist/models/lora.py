@@ -8,14 +8,18 @@ trained weights, and all-gathers need no float32. With a 4-bit base they are qua
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from memdlm_dist.method.documents import SetAssignment
+from memdlm_dist.method.fast_weights import FastLinear, adapted
+from memdlm_dist.method.keyed_dropout import Dropout, TermDropout
 from memdlm_dist.models import nf4
-from memdlm_dist.models.linears import linear_weight_names
+from memdlm_dist.models.linears import LINEAR_NUMBERS, linear_weight_names
 
 # Name suffixes of an adapter's parameters: "<linear>.lora_A" for linears, "w1_lora_A" for experts.
 A, B = "lora_A", "lora_B"
@@ -32,9 +36,31 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Parameter(torch.empty(linear.out_features, rank, dtype=dtype, device=device))
         self.scale = scale  # alpha / R
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return W x + (alpha / R) B A x."""
-        return F.linear(x, self.weight) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+    def forward(self, x: Tensor, dropout: Dropout | None = None) -> Tensor:
+        """Return W x + (alpha / R) B A drop(x); None drops nothing."""
+        dropped = x if dropout is None else dropout(x)
+        return F.linear(x, self.weight) + self.scale * F.linear(F.linear(dropped, self.lora_A), self.lora_B)
+
+
+def adapted_linear(
+    linear: nn.Module,
+    x_BLi: Tensor,
+    target: str,
+    fast: Mapping[str, FastLinear],
+    set_assignment: SetAssignment | None,
+    dropout: TermDropout,
+) -> Tensor:
+    """Apply a layer's linear with its outer adapter and its fast weights, if it has them; see `fast_weights.adapted`.
+
+    Args:
+        target: name of the linear, a key of `LINEARS`.
+        fast: fast weights of the layer by linear.
+        dropout: dropout of the low-rank terms in this layer.
+    """
+    own = dropout.at_linear(LINEAR_NUMBERS[target])
+    # By keyword: tensor parallelism's input hook keeps only the first positional argument.
+    base = partial(linear, dropout=own.adapters) if isinstance(linear, LoRALinear) else linear
+    return adapted(base, x_BLi, fast.get(target), set_assignment, own.fast_weights)
 
 
 @dataclass
@@ -46,6 +72,11 @@ class LoRA:
 
     alpha: float = 64.0
     """Numerator of the adapter's scale, alpha / rank."""
+
+    dropout: float = 0.0
+    """Probability that training drops an input feature of an adapter (0: no dropout), in steps of 1/65,536.
+
+    All passes of a step share the masks. Validation and inference drop nothing."""
 
     target_modules: list[str] = field(default_factory=lambda: ["attention", "ffn"])
     """Linears of every layer that get an adapter.

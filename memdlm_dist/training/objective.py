@@ -19,6 +19,7 @@ from memdlm_dist.method.documents import Documents
 from memdlm_dist.method.inner_loop import InnerStatistics
 from memdlm_dist.method.inner_loss import InnerLoss, inner_loss
 from memdlm_dist.method.inner_sgd import InnerSGD
+from memdlm_dist.method.keyed_dropout import Dropout, TermDropout
 from memdlm_dist.method.keyed_random import Stream
 from memdlm_dist.method.micro_batch import MicroBatch, micro_batch
 from memdlm_dist.method.trajectory import IGNORE_INDEX, Draw, Plan, State
@@ -37,6 +38,8 @@ class Objective:
     tp_size: int
     tp_rank: int
     probability: float = 1.0  # share of the samples that train with the memory
+    adapter_dropout: float = 0.0  # probability of dropping an input feature of an outer adapter
+    fast_weight_dropout: float = 0.0  # probability of dropping an input feature of a fast weight's term
     shifted: bool = False  # the backbone predicts the next token
     cp_size: int = 1
     cp_rank: int = 0
@@ -92,7 +95,23 @@ class Objective:
             sequence_shards=self.cp_size * self.tp_size,
             shifted=self.shifted,
             documents=documents,
+            dropout=self._dropout(step, sample_ids_U, tokens_BL.shape[1], documents),
         ).cp_slice(self.cp_rank, self.cp_size)
+
+    def _dropout(self, step: int, sample_ids_U: Tensor, length: int, documents: Documents | None) -> TermDropout:
+        """Draw the keys of the dropout masks of a step."""
+
+        def draw(stream: Stream, probability: float) -> Dropout | None:
+            return Dropout.draw(self.seed, stream, step, sample_ids_U, length, documents, probability)
+
+        return TermDropout(
+            draw(Stream.ADAPTER_DROPOUT, self.adapter_dropout),
+            draw(Stream.FAST_WEIGHT_DROPOUT, self.fast_weight_dropout) if self.memory is not None else None,
+        )
+
+    def held_out(self) -> "Objective":
+        """Return the objective of held-out losses per token: noise of seed 0, memory for all samples, no dropout."""
+        return replace(self, seed=0, probability=1.0, loss_norm="token", adapter_dropout=0.0, fast_weight_dropout=0.0)
 
     def _inner_states(self, draw: Draw, anchor: State, step: int, sample_ids_U: Tensor) -> list[State]:
         """Return the plan's states; samples drawn to train without the memory have no targets.
@@ -142,6 +161,8 @@ def build_objective(
         tp_size=tp_mesh.size() if tp_mesh else 1,
         tp_rank=tp_mesh.get_local_rank() if tp_mesh else 0,
         probability=memory.probability,
+        adapter_dropout=config.lora.dropout if config.model.converters else 0.0,
+        fast_weight_dropout=memory.dropout,
         shifted=args.shifted,
         cp_size=cp_mesh.size() if cp_mesh else 1,
         cp_rank=cp_mesh.get_local_rank() if cp_mesh else 0,

@@ -68,12 +68,7 @@ class HeldOutValidator:
         self._parallel_dims, self._metrics = parallel_dims, metrics_processor
         self._context, self._amp = validation_context, maybe_enable_amp
         args = backbone_args(job_config.model.name, job_config.model.flavor)
-        self._objective = replace(
-            build_objective(job_config, args, tokenizer.mask_id, parallel_dims),
-            seed=0,
-            probability=1.0,
-            loss_norm="token",
-        )
+        self._objective = build_objective(job_config, args, tokenizer.mask_id, parallel_dims).held_out()
         data, training = job_config.data, job_config.training
         self.rows = check_cards(data.validation, get_shard_requirements(job_config, tokenizer.mask_id))
         self.batch_size = job_config.validation.local_batch_size or training.local_batch_size
@@ -120,7 +115,8 @@ class HeldOutValidator:
         names = LOSSES if objective.memory else LOSSES[:1]
         sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=device_type())
         began = time.perf_counter()
-        # No model.eval(): the backbone has no dropout, and the mode change would recompile the compiled blocks.
+        # No model.eval(): the backbone drops only where a micro-batch says so, and the mode change would recompile the
+        # compiled blocks.
         for tokens, labels, ids, documents in self._batches():
             self.progress(f"validating at step {step}")
             slots = 1 if documents is None else self.slots or Documents.from_numbers(documents).slots

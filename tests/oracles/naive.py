@@ -17,14 +17,55 @@ def splitmix(state: int) -> int:
     return state ^ (state >> 31)
 
 
+def keyed(state: int, index: int) -> int:
+    """Compute number `index` of a key, 64 bits."""
+    return splitmix((state + (index + 1) * 0x9E3779B97F4A7C15) & MASK64)
+
+
+def sample_key(seed: int, stream: int, step: int, sample_id: int) -> int:
+    """Compute the key of a sample."""
+    state = 0
+    for word in (seed, stream, step, sample_id):
+        state = keyed(state, word)
+    return state
+
+
 def keyed_uniform(seed: int, stream: int, step: int, sample_id: int, index: int) -> float:
     """Compute one keyed uniform number on [0, 1), from 53 random bits."""
-    gamma = 0x9E3779B97F4A7C15
-    state = 0
-    for word in (seed, stream, step):
-        state = splitmix((state + (word + 1) * gamma) & MASK64)
-    key = splitmix((state + (sample_id + 1) * gamma) & MASK64)
-    return (splitmix((key + (index + 1) * gamma) & MASK64) >> 11) / 2**53
+    return (keyed(sample_key(seed, stream, step, sample_id), index) >> 11) / 2**53
+
+
+STREAMS = {"adapter": 9, "fast": 10}  # of the masks, by kind of term
+LINEARS = ("gate", "up", "down", "q", "k", "v", "o")
+
+
+class Dropout:
+    """Dropout masks of one row in a step, number by number.
+
+    Args:
+        probabilities: by kind of term, "adapter" and "fast".
+    """
+
+    def __init__(self, seed: int, step: int, sample_id: int, probabilities: dict):
+        self.keys = {kind: sample_key(seed, stream, step, sample_id) for kind, stream in STREAMS.items()}
+        self.probabilities, self.factors = probabilities, {}
+
+    def __call__(self, kind: str, layer: int, target: str, x_Li: torch.Tensor) -> torch.Tensor:
+        """Return a term's input with the dropped features set to 0 and the others divided by 1 - p."""
+        length, features = x_Li.shape
+        if not self.probabilities[kind]:
+            return x_Li
+        if (kind, layer, target) not in self.factors:
+            rows = [[self.factor(kind, layer, target, i, f) for f in range(features)] for i in range(length)]
+            self.factors[kind, layer, target] = torch.tensor(rows, dtype=x_Li.dtype)
+        return x_Li * self.factors[kind, layer, target]
+
+    def factor(self, kind: str, layer: int, target: str, position: int, feature: int, expert: int = 0) -> float:
+        """Return the factor of one feature of a token: four features share the 16-bit words of one number."""
+        key = keyed(self.keys[kind], position) + 2**32 * layer + 2**16 * expert + LINEARS.index(target)
+        word = keyed(key, feature // 4) >> 16 * (feature % 4) & 0xFFFF
+        dropped = round(self.probabilities[kind] * 2**16)
+        return 0.0 if (word + 2**15) % 2**16 < dropped else 1 / (1 - dropped / 2**16)
 
 
 def weight(t: float, schedule: str) -> float:
@@ -52,10 +93,13 @@ def pre_anchor_count(n: int, anchor: int, scale: float) -> int:
 
 
 class DenseModel:
-    """LLaDA's forward pass on one row, from a state dict, in the dtype of the weights."""
+    """LLaDA's forward pass on one row, from a state dict, in the dtype of the weights.
 
-    def __init__(self, state: dict, args):
-        self.state, self.args = state, args
+    The state dict may contain outer adapters; `adapter_scale` is their alpha / rank.
+    """
+
+    def __init__(self, state: dict, args, adapter_scale: float = 0.0):
+        self.state, self.args, self.adapter_scale = state, args, adapter_scale
 
     def _norm(self, x, name):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.args.norm_eps) * self.state[name]
@@ -70,13 +114,15 @@ class DenseModel:
             out[..., j], out[..., j + d // 2] = a * cos - b * sin, b * cos + a * sin
         return out
 
-    def __call__(self, tokens_L, fast=None):
+    def __call__(self, tokens_L, fast=None, dropout=None):
         """Compute the logits, and the last layer's output before and after the final norm.
 
         Args:
             tokens_L: token ids of the row.
             fast: {layer: {target: (A `[R, in]`, B `[out, R]`, scale) or (delta `[out, in]`,)}} of the row.
+            dropout: a `Dropout` of the row; None drops nothing.
         """
+        drop = dropout or (lambda kind, layer, target, y: y)
         args, s = self.args, self.state
         d = args.dim // args.n_heads
         kv = args.n_kv_heads or args.n_heads
@@ -86,9 +132,13 @@ class DenseModel:
 
             def linear(y, name, target, p=p, layer=layer):
                 out = y @ s[p + name + ".weight"].T
+                if (A := s.get(p + name + ".lora_A")) is not None:
+                    term = drop("adapter", layer, target, y) @ A.T @ s[p + name + ".lora_B"].T
+                    out = out + self.adapter_scale * term
                 phi = (fast or {}).get(str(layer), {}).get(target)
                 if phi is None:
                     return out
+                y = drop("fast", layer, target, y)
                 return out + (y @ phi[0].T if len(phi) == 1 else phi[2] * (y @ phi[0].T) @ phi[1].T)
 
             y = self._norm(x, p + "attention_norm.weight")
@@ -130,6 +180,8 @@ class Options:
     schedule: str = "linear"
     loss_weight: str = "schedule"
     loss_norm: str = "token"
+    dropout: float = 0.0
+    adapter_dropout: float = 0.0
 
 
 def anchor_positions(u, maskable, t, options):
@@ -213,7 +265,7 @@ def distance(student, teacher, label, i, options):
     return ((s - t) ** 2).mean() if name == "hidden_mse" else 1 - (s @ t) / (s.norm() * t.norm())
 
 
-def bilevel(model, tokens_BL, maskable_BL, u_BL, v_BL, t_B, sets, fast_of_set, options, mask_id):
+def bilevel(model, tokens_BL, maskable_BL, u_BL, v_BL, t_B, sets, fast_of_set, options, mask_id, dropouts=None):
     """Compute a full bi-level step: every state of every row passes through the full model, one row at a time.
 
     Args:
@@ -227,6 +279,7 @@ def bilevel(model, tokens_BL, maskable_BL, u_BL, v_BL, t_B, sets, fast_of_set, o
         fast_of_set: initial fast weights of each set, in `DenseModel`'s format.
         options: an `Options`.
         mask_id: id of `[MASK]`.
+        dropouts: a `Dropout` of each row; None drops nothing.
 
     Returns:
         The outer loss, without the division by `loss_divisor`, and for each set (inner losses, inner gradient norms,
@@ -239,6 +292,8 @@ def bilevel(model, tokens_BL, maskable_BL, u_BL, v_BL, t_B, sets, fast_of_set, o
         allowed = maskable.nonzero().flatten().tolist()
         anchor = anchor_positions(u, allowed, t, options)
         rows.append((tokens, anchor, t, inner_states(u, v, allowed, anchor, t, options)))
+
+    dropouts = dropouts or [None] * len(rows)
 
     def corrupted(tokens, positions):
         return torch.tensor([mask_id if i in positions else int(x) for i, x in enumerate(tokens)])
@@ -256,9 +311,9 @@ def bilevel(model, tokens_BL, maskable_BL, u_BL, v_BL, t_B, sets, fast_of_set, o
             for row in members:
                 tokens, anchor, _, states = rows[row]
                 masked, w, after = states[k]
-                student = model(corrupted(tokens, masked), fast)
+                student = model(corrupted(tokens, masked), fast, dropouts[row])
                 with torch.no_grad():
-                    teacher = model(corrupted(tokens, after or set()), fast)
+                    teacher = model(corrupted(tokens, after or set()), fast, dropouts[row])
                 for i in scored_positions(masked, after, anchor, options):
                     total = total + w * distance(student, teacher, tokens[i], i, options)
                     count += 1
@@ -286,7 +341,7 @@ def bilevel(model, tokens_BL, maskable_BL, u_BL, v_BL, t_B, sets, fast_of_set, o
         for row in members:
             tokens, anchor, t, _ = rows[row]
             w = weight(t, options.schedule) if options.loss_weight == "schedule" else 1.0
-            logits = model(corrupted(tokens, anchor), fast)["logits"]
+            logits = model(corrupted(tokens, anchor), fast, dropouts[row])["logits"]
             own = int(maskable_BL[row].sum()) if options.loss_norm == "answer" else 1
             outer = outer + sum(w * F.cross_entropy(logits[i], tokens[i]) / own for i in anchor)
         report.append((losses, norms, fast))

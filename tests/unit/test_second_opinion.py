@@ -14,13 +14,20 @@ from memdlm_dist.method.inner_sgd import GRADIENT_NORMS, InnerSGD
 from memdlm_dist.method.trajectory import IGNORE_INDEX, PROGRESSIVE_START, SUPERVISION, TRAJECTORIES, Plan, draw
 from memdlm_dist.models.linears import GROUPS
 from memdlm_dist.models.llada import LLaDAArgs
+from memdlm_dist.models.lora import LoRA, add_adapters
 from memdlm_dist.training.objective import Objective
 from tests.oracles import naive
 from tests.support.bilevel import double, gradients, scaled_model
 
 LENGTH, MASK_ID = 12, 22
 ARGS = LLaDAArgs(dim=16, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=24, vocab_size=23, max_seq_len=LENGTH)
-MODEL = scaled_model(ARGS)
+LORA = LoRA(rank=2, alpha=3.0)
+MODEL, ADAPTED = scaled_model(ARGS), scaled_model(ARGS)
+add_adapters(ADAPTED, LORA, torch.float64, torch.float64)
+with torch.no_grad():
+    for name, parameter in ADAPTED.named_parameters():
+        if "lora" in name:
+            parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(len(name)))
 
 HIDDEN = st.sampled_from(["pre_final_norm", "post_final_norm"])
 OPTIONS = st.builds(
@@ -41,6 +48,8 @@ OPTIONS = st.builds(
     schedule=st.sampled_from(["linear", "cosine"]),
     loss_weight=st.sampled_from(["schedule", "uniform"]),
     loss_norm=st.sampled_from(list(LOSS_NORMS)),
+    dropout=st.sampled_from([0.0, 0.25]),
+    adapter_dropout=st.sampled_from([0.0, 0.4]),
 )
 # Rows: (noise level, first maskable token, end of the maskable tokens). They include levels that mask nothing or
 # everything, rows without a maskable token, and rows of different lengths.
@@ -65,9 +74,12 @@ TARGETS = st.lists(st.sampled_from([*GROUPS["ffn"], *GROUPS["attention"]]), min_
     fast_weight_type=st.sampled_from(list(FAST_WEIGHT_TYPES)),
     first_layer=st.integers(0, ARGS.n_layers - 1),
     per_sample=st.booleans(),
+    model=st.sampled_from([MODEL, ADAPTED]),
     seed=st.integers(0, 1000),
 )
-def test_any_options_equal_the_naive_version(options, rows, targets, fast_weight_type, first_layer, per_sample, seed):
+def test_any_options_equal_the_naive_version(
+    options, rows, targets, fast_weight_type, first_layer, per_sample, model, seed
+):
     ids = torch.arange(len(rows)) * 31 + seed
     tokens = torch.randint(0, MASK_ID, (len(rows), LENGTH), generator=torch.Generator().manual_seed(seed))
     maskable = torch.stack([(torch.arange(LENGTH) >= first) & (torch.arange(LENGTH) < last) for _, first, last in rows])
@@ -86,19 +98,23 @@ def test_any_options_equal_the_naive_version(options, rows, targets, fast_weight
         inner_epochs=options.inner_epochs,
     )
     plan = Plan(**{f.name: getattr(options, f.name) for f in fields(Plan)})
-    goal = Objective(MASK_ID, plan, memory, seed, tp_size=1, tp_rank=0, loss_norm=options.loss_norm)
+    probabilities = {"adapter": options.adapter_dropout, "fast": options.dropout}
+    goal = Objective(
+        MASK_ID, plan, memory, seed, tp_size=1, tp_rank=0, loss_norm=options.loss_norm,
+        adapter_dropout=options.adapter_dropout, fast_weight_dropout=options.dropout,
+    )  # fmt: skip
     start = double(memory.draw(seed, 4, ids))
 
-    MODEL.zero_grad()
+    model.zero_grad()
     adapted = []
     batch = goal.micro_batch(tokens, torch.where(maskable, tokens, IGNORE_INDEX), ids, 4, t_U=t)
-    loss, statistics = outer_loss(MODEL, batch, memory, start, on_adapted=adapted.append)
+    loss, statistics = outer_loss(model, batch, memory, start, on_adapted=adapted.append)
     divisor = batch.samples if LOSS_NORMS[options.loss_norm].counts_samples else batch.maskable
     assert divisor == naive.loss_divisor(maskable, options)
     loss.backward()
-    ours = gradients(MODEL)
+    ours = gradients(model)
 
-    MODEL.zero_grad()
+    model.zero_grad()
     noise = draw(seed, 4, ids, maskable)
     sets = [[row] for row in range(len(rows))] if per_sample else [list(range(len(rows)))]
     fast = [
@@ -108,8 +124,11 @@ def test_any_options_equal_the_naive_version(options, rows, targets, fast_weight
         }
         for g in range(len(sets))
     ]
-    oracle = naive.DenseModel(dict(MODEL.named_parameters()), ARGS)
-    outer, report = naive.bilevel(oracle, tokens, maskable, noise.u_BL, noise.v_BL, t, sets, fast, options, MASK_ID)
+    oracle = naive.DenseModel(dict(model.named_parameters()), ARGS, LORA.scale)
+    dropouts = [naive.Dropout(seed, 4, int(sample_id), probabilities) for sample_id in ids]
+    outer, report = naive.bilevel(
+        oracle, tokens, maskable, noise.u_BL, noise.v_BL, t, sets, fast, options, MASK_ID, dropouts
+    )
     # Loss weights and clipping norms are float32 (6e-8 each); everything else is float64.
     for g, (losses, norms, final) in enumerate(report):
         expected = torch.tensor([losses, norms], dtype=torch.float64)
@@ -124,6 +143,6 @@ def test_any_options_equal_the_naive_version(options, rows, targets, fast_weight
     torch.testing.assert_close(loss, outer, rtol=1e-6, atol=1e-9)
     if outer.requires_grad:
         outer.backward()
-    for name, parameter in MODEL.named_parameters():
+    for name, parameter in model.named_parameters():
         expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         torch.testing.assert_close(ours[name], expected, rtol=1e-5, atol=1e-6 * max(expected.abs().max().item(), 1e-3))

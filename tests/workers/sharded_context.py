@@ -53,6 +53,12 @@ BATCH = [
 ]  # fmt: skip
 ATTENTION = [MEMORY + "target_modules", "ffn,attention", MEMORY + "learning_rate", "0.02"]
 FULL = [MEMORY + "adapter", "full", MEMORY + "inner_loss", "hidden_cosine", MEMORY + "supervision", "newly_revealed"]
+# Experts' adapters are not sharded by tensor parallelism.
+DROPOUT = [
+    "--model.converters", "lora", "--lora.rank", "8", "--lora.target_modules", "attention,up,down",
+    "--lora.dropout", "0.3", MEMORY + "dropout", "0.2",
+]  # fmt: skip
+MOE_DROPOUT = [*DROPOUT, "--lora.target_modules", "attention"]
 MOE = ["--model.name", "llada_moe", "--model.flavor", "tiny"]
 # name -> (arguments, step, rows: "whole", "packed", or "quarter" with maskable tokens only in the first quarter)
 OPTIONS = {
@@ -65,6 +71,8 @@ OPTIONS = {
     "batch-packed": (BATCH, "ours", "packed"),
     "full-packed": (FULL, "ours", "packed"),
     "moe-packed": (MOE, "ours", "packed"),
+    "dropout-packed": ([*ATTENTION, *DROPOUT], "ours", "packed"),
+    "moe-dropout": ([*MOE, *MOE_DROPOUT], "ours", "packed"),
 }
 # Documents' lengths per row: some cross the ends of sequence shards, and the last row has padding.
 DOCUMENTS = [[10, 7, 15], [32], [5, 5, 5, 5, 12], [20, 8]]
@@ -81,8 +89,8 @@ EVERYWHERE = ("off", "off-packed", "sample", "sample-quarter", "sample-packed")
 ALSO = {
     "one": tuple(OPTIONS),
     "cp2": tuple(OPTIONS),
-    "fsdp2-cp2": ("batch-quarter", "batch-packed"),
-    "tp2-cp2": ("batch-packed", "full-packed", "moe-packed"),
+    "fsdp2-cp2": ("batch-quarter", "batch-packed", "dropout-packed"),
+    "tp2-cp2": ("batch-packed", "full-packed", "moe-packed", "dropout-packed", "moe-dropout"),
 }
 
 
@@ -93,7 +101,7 @@ GROUPED = [(layout, options) for layout in ("cp2", "tp2-cp2") for options in ("s
 
 def options_of(layout):
     if layout == "one-twice":  # options whose result depends on the micro-batch
-        return ["batch-quarter", "batch-packed"]
+        return ["batch-quarter", "batch-packed", "dropout-packed"]
     if "ring" in layout:  # ring attention supports no documents
         return ["off", "sample", "batch-quarter"]
     return list(dict.fromkeys((*EVERYWHERE, *ALSO.get(layout, ()))))
@@ -145,13 +153,23 @@ def step(bench, count, kind, rows):
     mesh = bench.dims.get_optional_mesh("loss")
     if mesh is not None:
         dist.all_reduce(results["loss"], group=mesh.get_group())
-    for name, p in bench.model.named_parameters():
+    for name, p in ((name, p) for name, p in bench.model.named_parameters() if p.requires_grad):
         results[name.replace("_checkpoint_wrapped_module.", "")] = full_tensor(p.grad).clone()
     bench.model.zero_grad()
     least = torch.stack(masked).min()
     if mesh is not None:
         dist.all_reduce(least, dist.ReduceOp.MIN, mesh.get_group())
     return results, least
+
+
+def common_adapters(bench):
+    """Make the adapters' terms differ from zero; initial weights are equal on all layouts already."""
+    with torch.no_grad():
+        for name, parameter in bench.model.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.fill_(0.05)
+            else:
+                parameter.mul_(3)
 
 
 def find(folder, layout):
@@ -164,7 +182,10 @@ def find(folder, layout):
             extra, kind, rows = OPTIONS[options]
             config = configuration(*arguments, *extra)
             bench = Bench.build(config)
-            common_weights(bench, f"{folder}/{config.model.name}")
+            if config.model.converters:
+                common_adapters(bench)
+            else:
+                common_weights(bench, f"{folder}/{config.model.name}")
             results[options], results["masked on a rank"][options] = step(bench, count, kind, rows)
             if (layout, options) in GROUPED:
                 bench.model.model_args = replace(bench.model.model_args, grouped=True)
