@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memdlm_dist.models.linears import linear_weight_names
+from memdlm_dist.models.linears import LINEARS, ROUTER, adapter_linear_names, weight_names
 
 # Name suffixes of an adapter's parameters: "<linear>.lora_A" for linears, "w1_lora_A" for experts.
 A, B = "lora_A", "lora_B"
+_ROUTER_WEIGHT = "gate"  # torchtitan's name of the router's linear
 
 
 class LoRALinear(nn.Linear):
@@ -49,8 +50,8 @@ class LoRA:
     target_modules: list[str] = field(default_factory=lambda: ["attention", "ffn"])
     """Linears of every layer that get an adapter.
 
-    ffn (gate, up, down), attention (q, k, v, o), or linears by name. In llada_moe every expert's linears get separate
-    adapters."""
+    ffn (gate, up, down), attention (q, k, v, o), llada_moe's router, linears by name, or all-linear for all of these.
+    In llada_moe every expert's linears get separate adapters."""
 
     export: Literal["merged", "adapter"] = "merged"
     """Contents of exports with checkpoint.last_save_in_hf and checkpoint.save_in_hf.
@@ -76,11 +77,13 @@ def add_adapters(model: nn.Module, lora: LoRA, frozen_dtype: torch.dtype, dtype:
         for name, parameter in list(module.named_parameters(recurse=False)):
             frozen = parameter.detach().to(frozen_dtype)
             module.register_parameter(name, nn.Parameter(frozen, requires_grad=False))
-    ffn = linear_weight_names(lora.target_modules, "ffn")
     for block in cast(nn.ModuleDict, model.layers).values():
         layer: Any = block
-        _adapt(layer.attention, linear_weight_names(lora.target_modules, "attention"), lora, dtype)
+        names = adapter_linear_names(lora.target_modules, has_router=layer.moe_enabled)
+        ffn = weight_names(names, "ffn")
+        _adapt(layer.attention, weight_names(names, "attention"), lora, dtype)
         if layer.moe_enabled:
+            _adapt(layer.moe.router, [_ROUTER_WEIGHT] if ROUTER in names else [], lora, dtype)
             layer.moe.experts.add_adapters(ffn, lora.rank, lora.scale, dtype)
         else:
             _adapt(layer.feed_forward, ffn, lora, dtype)
@@ -107,6 +110,12 @@ def base_weight_name(name: str) -> str:
     linear = name[: -len(A)]
     # "wq.lora_A" belongs to "wq.weight", and the experts' "w1_lora_A" to "w1".
     return f"{linear}weight" if linear.endswith(".") else linear.removesuffix("_")
+
+
+def target_name(name: str) -> str:
+    """Return the target, such as "q", "gate" or "router", that an adapter's parameter belongs to."""
+    weight = base_weight_name(name).removesuffix(".weight").rpartition(".")[2]
+    return ROUTER if weight == _ROUTER_WEIGHT else next(key for key, x in LINEARS.items() if x.weight == weight)
 
 
 def merged(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
