@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-r"""Convert checkpoints from and to Hugging Face weights (safetensors), offline.
+r"""Convert checkpoints from and to Hugging Face weights (safetensors), and merge adapters into weights.
 
 Examples, after bash launch/quickstart.sh:
   python tools/convert_checkpoint.py to-hf train_configs/quickstart.toml --output exports/quickstart
@@ -22,9 +22,9 @@ from memdlm_dist.runtime import cpu
 
 cpu.prepare()
 
-from memdlm_dist.checkpoint.convert import from_hugging_face, to_hugging_face
+from memdlm_dist.checkpoint.convert import from_hugging_face, merge_adapter, to_hugging_face
 from memdlm_dist.config import parse_config, repositories
-from memdlm_dist.inference.setup import checkpoint_folder
+from memdlm_dist.inference.setup import adapter_config, checkpoint_folder
 from memdlm_dist.runtime import hub
 from memdlm_dist.runtime.entry_point import add_command, guarded, new_parser, parse_with_overrides, quiet
 from memdlm_dist.training.backbone import get_conversion
@@ -54,30 +54,53 @@ The command copies config.json, modelling code and the tokenizer, and executes n
 """
 
 
+_MERGE = """Merge an adapter in PEFT's layout into Hugging Face weights.
+
+Example, with the adapter of a LoRA run and the weights that the run started from:
+  python tools/convert_checkpoint.py merge train_configs/llada_8b_longalpaca.toml --input checkpoints/LLaDA-8B-Base \\
+      --adapter exports/lora --output exports/merged
+
+Rank, alpha and linears come from the adapter's adapter_config.json and tensors, not from CONFIG. The sum is computed in
+float32. The command copies config.json, modelling code and the tokenizer, and executes none of the code.
+"""
+
+
 def parser() -> argparse.ArgumentParser:
-    """Return the parser with its two subcommands."""
+    """Return the parser with its three subcommands."""
     p = new_parser("convert_checkpoint.py", __doc__)
-    p.usage = "convert_checkpoint.py {from-hf,to-hf} CONFIG --output DIR [options] [--section.key value ...]"
+    p.usage = "convert_checkpoint.py {from-hf,to-hf,merge} CONFIG --output DIR [options] [--section.key value ...]"
     commands = p.add_subparsers(
         title="commands", dest="direction", required=True, prog="convert_checkpoint.py", metavar="COMMAND"
     )
     from_hf, to_hf = add_command(commands, "from-hf", _FROM_HF), add_command(commands, "to-hf", _TO_HF)
+    merge = add_command(commands, "merge", _MERGE)
+    merge.usage = (
+        "convert_checkpoint.py merge CONFIG --input DIR --adapter DIR --output DIR [options] [--section.key value ...]"
+    )
     from_hf.usage = "convert_checkpoint.py from-hf CONFIG --input DIR --output DIR [options] [--section.key value ...]"
     to_hf.usage = "convert_checkpoint.py to-hf CONFIG --output DIR [options] [--section.key value ...]"
     for command, config_help in (
         (from_hf, "TOML file that names the backbone"),
         (to_hf, "TOML file of the run that trained the model"),
+        (merge, "TOML file that names the backbone"),
     ):
         model = command.add_argument_group("model")
         model.add_argument("config", metavar="CONFIG", help=config_help)
-        if command is from_hf:
+        if command is not to_hf:
             model.add_argument(
                 "--input",
                 required=True,
                 metavar="DIR",
                 help="folder of *.safetensors files with Hugging Face's names, or repository ORG/NAME of the hub",
             )
-        else:
+        if command is merge:
+            model.add_argument(
+                "--adapter",
+                required=True,
+                metavar="DIR",
+                help="folder of an adapter in PEFT's layout, or repository ORG/NAME of the hub",
+            )
+        if command is to_hf:
             model.add_argument(
                 "--checkpoint",
                 metavar="DIR",
@@ -115,6 +138,11 @@ def convert(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if options.direction == "from-hf":
         from_hugging_face(get_conversion(config), hub.weights(options.input), options.output, dtype, progress)
         source = options.input
+    elif options.direction == "merge":
+        source, adapter = hub.weights(options.input), hub.adapter(options.adapter)
+        run = get_conversion(adapter_config(config, adapter))
+        merge_adapter(run, source, adapter, options.output, dtype, progress)
+        source = f"{options.input} + {options.adapter}"
     else:
         checkpoint = options.checkpoint or checkpoint_folder(config)
         assets = hub.description(options.assets) if options.assets else None

@@ -130,14 +130,15 @@ def run_needle(options: argparse.Namespace, overrides: Sequence[str]) -> int:
                 model, needles, tasks, options.lengths, options.samples, memories, decoding, options.new_tokens,
                 options.batch_size, options.anchor_ratio, bar.update,
             )  # fmt: skip
-        checkpoint = model.checkpoint
+        checkpoint, adapter = model.checkpoint, model.adapter
     finally:
         model.close()
     if is_rank_0():
         show(scores, memories)
         settings = {"sizes": asdict(sizes), "seed": options.seed, "part": options.part, "decoding": asdict(decoding),
                     "new_tokens": options.new_tokens, "anchor_ratio": options.anchor_ratio}  # fmt: skip
-        results = {"checkpoint": checkpoint, "settings": settings, "scores": [asdict(score) for score in scores]}
+        results = {"checkpoint": checkpoint, "adapter": adapter, "settings": settings,
+                   "scores": [asdict(score) for score in scores]}  # fmt: skip
         report.write_json(options.output / JSON, {**results, "answers": records})
         arms = {f"memory {memory}": [results] for memory in memories}
         draw({name: cells_of(arms[name], name.split()[1]) for name in arms}, options.output / PNG)

@@ -116,8 +116,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
                         options.anchor_ratio,
                         bar.update,
                     )
-                    results.append({"name": name, "checkpoint": model.checkpoint, "memory": memory,
-                                    "points": [asdict(point) for point in points]})  # fmt: skip
+                    results.append({"name": name, "checkpoint": model.checkpoint, "adapter": model.adapter,
+                                    "memory": memory, "points": [asdict(point) for point in points]})  # fmt: skip
                     lines += [line(name, memory, point) for point in points]
     finally:
         model.close()

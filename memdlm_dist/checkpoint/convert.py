@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
 
-from memdlm_dist.checkpoint import base_model, hugging_face_folder, weights
+from memdlm_dist.checkpoint import base_model, hugging_face_folder, peft_folder, weights
 from memdlm_dist.checkpoint.catalogue import is_export, read_run
 from memdlm_dist.checkpoint.model_check import check_model
 from memdlm_dist.checkpoint.reading import load_states, read_metadata
@@ -66,18 +66,56 @@ def from_hugging_face(
     sd_adapter = run.sd_adapter
     hugging_face_folder.check(source, sd_adapter)
     with _new_folder(output) as folder:
-        saved = HuggingFaceStorageReader(source).read_metadata().state_dict_metadata
-        state = {}
-        for name, tensor in lora.without_adapters(run.tensors).items():
-            # The experts of a layer are one tensor here; the first expert determines the dtype.
-            first: Any = saved[next(iter(sd_adapter.to_hf({name: tensor})))]
-            state[name] = torch.empty(tensor.shape, dtype=dtype or first.properties.dtype)
-        progress(f"reading {_size(state)} from {source}")
-        state = hugging_face_folder.read_into(state, sd_adapter, source)
+        state = _read_base(run, source, dtype, progress)
         progress(f"writing {output}")
         with _single_process_dcp(f"The checkpoint could not be written to {output}"):
             dcp.save(state, checkpoint_id=folder, no_dist=True)
         hugging_face_folder.describe(folder, sd_adapter, [source])
+
+
+def merge_adapter(
+    run: Run,
+    source: str,
+    adapter: str,
+    output: str,
+    dtype: torch.dtype | None,
+    progress: Progress = lambda text: None,
+) -> None:
+    """Merge an adapter in PEFT's layout into Hugging Face weights, and write Hugging Face weights.
+
+    Args:
+        run: a run that trains adapters with the settings of this one.
+        source: folder of the base's weights.
+        adapter: folder of the adapter.
+        output: folder to create.
+        dtype: dtype of the weights; None keeps each tensor's dtype.
+
+    Raises:
+        UserError: if the weights or the adapter are of another backbone, or the output cannot be written.
+    """
+    sd_adapter = run.sd_adapter
+    assert run.lora is not None
+    hugging_face_folder.check(source, sd_adapter)
+    with _new_folder(output) as folder:
+        state = _read_base(run, source, None, progress)
+        adapters = {name: torch.empty(x.shape) for name, x in run.tensors.items() if lora.is_adapter(name)}
+        peft_folder.load(adapters, sd_adapter, adapter, run.lora)
+        progress(f"writing {output}")
+        state = lora.merged(state | adapters, run.lora.scale)
+        hugging_face_folder.write(sd_adapter.to_hf(_cast(state, dtype)), folder)
+        hugging_face_folder.describe(folder, sd_adapter, [source])
+
+
+def _read_base(run: Run, source: str, dtype: torch.dtype | None, progress: Progress) -> dict[str, Tensor]:
+    """Read checked Hugging Face weights under the names of the backbone; `dtype` None keeps each tensor's dtype."""
+    saved = HuggingFaceStorageReader(source).read_metadata().state_dict_metadata
+    state = {}
+    for name, tensor in lora.without_adapters(run.tensors).items():
+        # The experts of a layer are one tensor here; the first expert determines the dtype.
+        first: Any = saved[next(iter(run.sd_adapter.to_hf({name: tensor})))]
+        state[name] = torch.empty(tensor.shape, dtype=dtype or first.properties.dtype)
+    progress(f"reading {_size(state)} from {source}")
+    return hugging_face_folder.read_into(state, run.sd_adapter, source)
 
 
 def to_hugging_face(
@@ -132,9 +170,7 @@ def to_hugging_face(
         if adapters_alone:
             assert run.lora is not None
             base = sources[0] if sources else ""
-            hugging_face_folder.write_peft(
-                _cast(state, dtype), folder, sd_adapter, run.lora.rank, run.lora.alpha, base, run.lora.dropout
-            )
+            peft_folder.write(_cast(state, dtype), folder, sd_adapter, run.lora, base)
             return location
         state = lora.merged(state, run.lora.scale) if run.lora is not None else state
         hugging_face_folder.write(sd_adapter.to_hf(_cast(state, dtype)), folder)

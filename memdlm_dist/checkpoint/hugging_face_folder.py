@@ -18,18 +18,16 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
 
+from memdlm_dist.checkpoint import peft_folder
 from memdlm_dist.checkpoint.catalogue import EXPORT
 from memdlm_dist.compat.torch import consolidate_safetensors
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import lora
 from memdlm_dist.models.state_dict_adapters import BackboneStateDictAdapter, fqn_to_index_mapping
-from memdlm_dist.runtime import hub
 from memdlm_dist.runtime.rank_0 import failure_reason, from_rank_0, on_all_ranks, one_line, write_on_rank_0
 from memdlm_dist.runtime.storage import is_remote
 
@@ -108,6 +106,11 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise UserError(f"There are no .safetensors files in {path}; convert the weights to safetensors.")
+    if [file.name for file in files] == [peft_folder.TENSORS]:
+        raise UserError(
+            f"{path} holds an adapter without its base; name it in checkpoint.initial_adapter or --adapter, and the "
+            "base here."
+        )
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         try:
@@ -328,47 +331,3 @@ def _copyable(folder: str, patterns: Sequence[str]) -> dict[str, Path]:
             continue
         logger.error(f"{file} is not copied to the export ({reason}); copy it by hand if the export needs it.")
     return files
-
-
-def write_peft(
-    state: Mapping[str, Tensor],
-    folder: str,
-    sd_adapter: BackboneStateDictAdapter,
-    rank: int,
-    alpha: float,
-    base: str,
-    dropout: float = 0.0,
-) -> None:
-    """Write the adapters in PEFT's layout.
-
-    Args:
-        state: unsharded tensors; those that are not adapters are ignored.
-        base: name or path of the base model. For a folder in the hub's cache, the repository is written instead.
-        dropout: probability of the adapters' dropout in training.
-    """
-    repository = hub.origin(base)
-    tensors, modules = {}, []
-    for name, tensor in state.items():
-        if lora.is_adapter(name):
-            # The adapters of a layer's experts are one tensor here, and one tensor per expert in PEFT.
-            for hf_name, expert_tensor in sd_adapter.to_hf({lora.base_weight_name(name): tensor}).items():
-                modules.append(hf_name.removesuffix(".weight"))
-                key = f"base_model.model.{modules[-1]}.{name[-len(lora.A) :]}.weight"
-                tensors[key] = expert_tensor.reshape(tensor.shape[-2:]).contiguous()
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {
-        "peft_type": "LORA", "task_type": None, "inference_mode": True,
-        "base_model_name_or_path": repository.id if repository else base,
-        "revision": repository.revision if repository else None,
-        "r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "bias": "none", "fan_in_fan_out": False,
-        # Full names, because LLaDA-8B's output head has the same last component as the down projections.
-        "target_modules": sorted(set(modules)),
-    }  # fmt: skip
-    (Path(folder) / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def gather_adapters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gather the adapters in a model's state dict as unsharded CPU tensors; call on all ranks."""
-    adapters = {name: tensor for name, tensor in state.items() if lora.is_adapter(name)}
-    return {name: (x.full_tensor() if isinstance(x, DTensor) else x).cpu() for name, x in adapters.items()}

@@ -19,7 +19,7 @@ from torchtitan.components.checkpoint import DATALOADER, MODEL, OPTIMIZER, Async
 from torchtitan.config.job_config import Checkpoint as TitanCheckpoint
 from torchtitan.tools.utils import GarbageCollection
 
-from memdlm_dist.checkpoint import base_model, continuity, hugging_face_folder
+from memdlm_dist.checkpoint import base_model, continuity, hugging_face_folder, peft_folder
 from memdlm_dist.checkpoint.catalogue import (
     EXPORT,
     METADATA,
@@ -64,13 +64,18 @@ KeepBest = Literal["", "validation/loss_memory_off", "validation/loss_memory_on"
 
 @dataclass
 class Checkpoint(TitanCheckpoint):
-    """torchtitan's section with one changed default and four new keys.
+    """torchtitan's section with one changed default and five new keys.
 
     `folder` may be a URL, such as s3://bucket/run.
     """
 
     last_save_model_only: bool = False
     """Save only the model at the last step. False, unlike in torchtitan, so that a finished run can be continued."""
+
+    initial_adapter: str = ""
+    """Folder or hub repository of an adapter in PEFT's format, from which a run with model.converters = ["lora"]
+    starts, on the base of initial_load_path. The [lora] section must have its rank, alpha and target_modules. Ignored
+    when the run resumes, like initial_load_path."""
 
     save_in_hf: bool = False
     """Also export the model with every checkpoint, to the Hugging Face folder hf in the folder of the checkpoint.
@@ -175,7 +180,20 @@ class ResumableCheckpoints(HookedCheckpoints):
                 f"No checkpoint in {folder.url()} can be used ({', '.join(damaged)} are damaged); restore one, or "
                 "change job.dump_folder to start anew."
             )
+        if self._config.initial_adapter:
+            return self._load_initial_adapter(self._config.initial_adapter)
         return self._load_initial()
+
+    def _load_initial_adapter(self, folder: str) -> bool:
+        lora_ = self.lora
+        assert lora_ is not None, "the configuration check requires adapters"
+        # Loading the base may take long.
+        adapter = from_rank_0(lambda: peft_folder.check(folder, self.sd_adapter, lora_))
+        loaded = self._load_initial()
+        peft_folder.load(self.states[MODEL].state_dict(), self.sd_adapter, folder, lora_)
+        base = adapter.base or "a base that it does not name"
+        logger.info(f"Loaded the adapter in {folder}, trained on {base} with dropout {adapter.dropout:g}.")
+        return loaded
 
     def _load_base(self) -> None:
         """Load the quantised base, which is not in the run's checkpoints; without a location it is already drawn."""
@@ -341,12 +359,10 @@ class ResumableCheckpoints(HookedCheckpoints):
         weights, tokenizer = self.initial_load_path, self.sd_adapter.assets
         if self.lora is not None and self.lora.export == "adapter":
             lora_, base = self.lora, weights or tokenizer or ""
-            adapters = on_all_ranks(lambda: hugging_face_folder.gather_adapters(state), "Gathering the adapters")
+            adapters = on_all_ranks(lambda: peft_folder.gather(state), "Gathering the adapters")
 
             def write() -> None:
-                hugging_face_folder.write_peft(
-                    adapters, folder, self.sd_adapter, lora_.rank, lora_.alpha, base, lora_.dropout
-                )
+                peft_folder.write(adapters, folder, self.sd_adapter, lora_, base)
 
             write_on_rank_0(write)
             return

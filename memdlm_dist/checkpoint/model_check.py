@@ -19,12 +19,15 @@ from memdlm_dist.runtime.storage import Storage
 _STATES = (OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE)
 
 
-def check_model(location: str, tensors: Mapping[str, torch.Tensor], base: bool = False) -> str:
+def check_model(
+    location: str, tensors: Mapping[str, torch.Tensor], base: bool = False, ignore_adapters: bool = False
+) -> str:
     """Return the problem of a checkpoint's metadata as a predicate; an empty string if there is none.
 
     Args:
         tensors: the model's tensors by parameter name.
         base: the checkpoint may lack adapters.
+        ignore_adapters: adapters are not compared.
 
     Raises:
         UserError: if the checkpoint has a newer format, or is intact but of another model; names the first tensor that
@@ -45,6 +48,8 @@ def check_model(location: str, tensors: Mapping[str, torch.Tensor], base: bool =
         if isinstance(entry, TensorStorageMetadata) and name.split(".")[0] not in _STATES
     }
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if ignore_adapters:
+        shapes, saved_shapes = lora.without_adapters(shapes), lora.without_adapters(saved_shapes)
     if base and not any(map(lora.is_adapter, saved_shapes)):
         shapes = lora.without_adapters(shapes)
     for name in [*shapes, *saved_shapes]:

@@ -5,12 +5,13 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.components.checkpoint import ModelWrapper
 
-from memdlm_dist.checkpoint import base_model, hugging_face_folder
+from memdlm_dist.checkpoint import base_model, hugging_face_folder, peft_folder
 from memdlm_dist.checkpoint.catalogue import METADATA, Catalogue, folder_name, is_export, read_run
 from memdlm_dist.checkpoint.model_check import check_model, matching_states
 from memdlm_dist.checkpoint.reading import load_states
 from memdlm_dist.errors import UserError
-from memdlm_dist.models import initial_weights
+from memdlm_dist.models import initial_weights, lora
+from memdlm_dist.models.lora import LoRA
 from memdlm_dist.models.state_dict_adapters import BackboneStateDictAdapter
 from memdlm_dist.runtime.rank_0 import failure_reason, from_rank_0
 from memdlm_dist.runtime.storage import Storage
@@ -45,13 +46,30 @@ def find(location: str) -> str:
 
 
 @torch.no_grad()
-def load(model: nn.Module, location: str, sd_adapter: BackboneStateDictAdapter) -> str:
+def load_with_adapter(
+    model: nn.Module, location: str, sd_adapter: BackboneStateDictAdapter, adapter: str, section: LoRA
+) -> str:
+    """Load the base of a checkpoint, and an adapter in PEFT's format; otherwise like `load`.
+
+    Args:
+        adapter: folder of the adapter, which replaces those of the checkpoint.
+        section: the adapter's settings.
+    """
+    from_rank_0(lambda: peft_folder.check(adapter, sd_adapter, section))
+    path = load(model, location, sd_adapter, base_alone=True)
+    peft_folder.load(ModelWrapper(model).state_dict(), sd_adapter, adapter, section)
+    return path
+
+
+@torch.no_grad()
+def load(model: nn.Module, location: str, sd_adapter: BackboneStateDictAdapter, base_alone: bool = False) -> str:
     """Load weights into a model with any parallel layout and return their location; call on all ranks.
 
     Each rank reads only its own shards.
 
     Args:
         location: a checkpoint, a folder of checkpoints, or a folder of Hugging Face weights.
+        base_alone: do not load adapters of the checkpoint.
 
     Raises:
         UserError: if there is no checkpoint at `location`, or the checkpoint is damaged or of another model.
@@ -63,6 +81,8 @@ def load(model: nn.Module, location: str, sd_adapter: BackboneStateDictAdapter) 
     run = {} if exported else from_rank_0(lambda: read_run(Storage(path)))
     if base_model.BASE in run:  # the checkpoint holds adapters alone
         base_model.restore(model, sd_adapter, path, run)
+        if base_alone:
+            return path
         weights = base_model.AdapterWrapper(model)
     elif base_model.is_quantized(model):
         base_model.load(model, sd_adapter, path)
@@ -70,10 +90,11 @@ def load(model: nn.Module, location: str, sd_adapter: BackboneStateDictAdapter) 
     if exported:
         hugging_face_folder.load(weights, sd_adapter, path)
         return path
-    problem = from_rank_0(lambda: check_model(path, weights.state_dict(), base=True))
+    problem = from_rank_0(lambda: check_model(path, weights.state_dict(), base=True, ignore_adapters=base_alone))
     if not problem:
         try:
-            states = matching_states(path, weights.state_dict())
+            states = lora.without_adapters(weights.state_dict()) if base_alone else weights.state_dict()
+            states = matching_states(path, states)
             load_states(states, path)
             weights.load_state_dict(states)
         except CheckpointException as failure:

@@ -3,7 +3,7 @@
 from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.errors import require
 from memdlm_dist.models import nf4
-from memdlm_dist.models.linears import GROUPS, LINEARS, linear_names
+from memdlm_dist.models.linears import ALL_LINEAR, GROUPS, LINEARS, ROUTER, adapter_linear_names, linear_names
 from memdlm_dist.models.llada import LLaDAArgs
 from memdlm_dist.models.llada_moe import LLaDAMoEArgs
 from memdlm_dist.runtime.device import has_grouped_mm
@@ -32,18 +32,19 @@ def check_backbone(config: JobConfig, args: LLaDAArgs) -> None:
     Raises:
         UserError: naming the size, the degree or the module that does not fit.
     """
-    known = [*GROUPS, *LINEARS]
-    for key, targets in {
-        "parametric_memory.target_modules": config.parametric_memory.target_modules,
-        "lora.target_modules": config.lora.target_modules,
-    }.items():
+    has_router, fast = isinstance(args, LLaDAMoEArgs), [*GROUPS, *LINEARS]
+    outer = [*fast, *([ROUTER] if has_router else []), ALL_LINEAR]
+    for key, targets, known in (
+        ("parametric_memory.target_modules", config.parametric_memory.target_modules, fast),
+        ("lora.target_modules", config.lora.target_modules, outer),
+    ):
         for target in targets:
             require(
                 target in known,
                 f"{key} names {target!r}, which model {config.model.name} does not have; choose among "
                 f"{', '.join(known)}.",
             )
-        chosen = linear_names(targets)
+        chosen = adapter_linear_names(targets, has_router)
         require(
             len(set(chosen)) == len(chosen),
             f"{key} names a linear twice: {', '.join(targets)} expands to {', '.join(chosen)}; remove one.",
@@ -141,11 +142,13 @@ def _check_experts(config: JobConfig, args: LLaDAMoEArgs) -> None:
         not memory.enable or not has_grouped_mm() or memory.adapter == "full" or memory.rank % 8 == 0,
         f"parametric_memory.rank = {memory.rank} must be a multiple of 8: grouped matrix products need it.",
     )
-    expert_adapters = set(linear_names(config.lora.target_modules)) & set(GROUPS["ffn"])
+    adapters = adapter_linear_names(config.lora.target_modules, has_router=True)
+    expert_adapters = set(adapters) & set(GROUPS["ffn"])
     require(
         not config.model.converters or not expert_adapters or tp_size == 1,
         f"lora.target_modules names linears of the experts of {name} ({', '.join(sorted(expert_adapters))}), but "
-        'tensor parallelism cannot shard adapters of experts; set it to ["attention"], or tensor_parallel_degree to 1.',
+        'tensor parallelism cannot shard adapters of experts; set it to ["attention", "router"], or '
+        "tensor_parallel_degree to 1.",
     )
     grouped_adapters = config.model.converters and expert_adapters and has_grouped_mm()
     require(

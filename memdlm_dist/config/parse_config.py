@@ -393,6 +393,23 @@ def _check_hugging_face(config: JobConfig) -> None:
         "checkpoint.initial_load_in_hf loads weights alone; set checkpoint.initial_load_model_only = true.",
     )
     require(
+        not checkpoint.initial_adapter or bool(config.model.converters),
+        'checkpoint.initial_adapter needs a run that trains adapters; set model.converters = ["lora"], or merge the '
+        "adapter with tools/convert_checkpoint.py.",
+    )
+    require(
+        not checkpoint.initial_adapter or checkpoint.enable,
+        "checkpoint.initial_adapter needs checkpoint.enable; set both.",
+    )
+    require(
+        not checkpoint.initial_adapter or checkpoint.initial_load_in_hf or bool(checkpoint.initial_load_path),
+        "checkpoint.initial_adapter needs the base that the adapter was trained on; set checkpoint.initial_load_path.",
+    )
+    require(
+        not checkpoint.initial_adapter or checkpoint.initial_load_model_only,
+        "checkpoint.initial_adapter starts a new run; set checkpoint.initial_load_model_only = true.",
+    )
+    require(
         not checkpoint.initial_load_in_hf_quantized,
         "checkpoint.initial_load_in_hf_quantized is not supported; load weights that are not quantised and unset it.",
     )

@@ -12,7 +12,7 @@ def downloaded(config: JobConfig, weights: bool = False) -> JobConfig:
     Call it before the process group is initialised, since a download takes longer than a collective may.
 
     Args:
-        weights: download the initial weights as well, not only the files that describe them.
+        weights: download the initial weights and the initial adapter as well, not only the files that describe them.
 
     Raises:
         UserError: if a repository cannot be downloaded and has no cached copy.
@@ -25,5 +25,7 @@ def downloaded(config: JobConfig, weights: bool = False) -> JobConfig:
         checkpoint.initial_load_path = initial(checkpoint.initial_load_path)
     elif checkpoint.initial_load_in_hf:
         model.hf_assets_path = initial(model.hf_assets_path)
+    if weights and checkpoint.initial_adapter:
+        checkpoint.initial_adapter = hub.adapter(checkpoint.initial_adapter)
     model.hf_assets_path = hub.tokenizer(model.hf_assets_path)
     return config

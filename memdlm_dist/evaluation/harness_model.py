@@ -36,6 +36,7 @@ class HarnessModel(TokenLM):
     Args, as --model_args key=value:
         config: TOML file of the run that trained the model.
         checkpoint: folder or URL of a checkpoint; the run's newest one by default.
+        adapter: folder or hub repository of an adapter in PEFT's format; none by default.
         memory: off or on; on adapts a separate set of fast weights to each prompt or context first.
         anchor_ratio: fraction of the prompt's tokens that the anchor masks.
         block_size, steps: tokens per block and steps per block in decoding; one step per token by default.
@@ -52,6 +53,7 @@ class HarnessModel(TokenLM):
         self,
         config: str | None = None,
         checkpoint: str | None = None,
+        adapter: str | None = None,
         memory: str = "off",
         anchor_ratio: float = ANCHOR_RATIO,
         block_size: int = 32,
@@ -77,7 +79,8 @@ class HarnessModel(TokenLM):
         if unknown := [key for key in overrides if "." not in key]:
             raise UserError(f"There is no model argument {unknown[0]}; write keys of the configuration as section.key.")
         flags = [flag for key, value in overrides.items() for flag in _flags(key, value)]
-        self._model = TrainedModel(parse_config.parse(["--job.config_file", config, *flags]), checkpoint)
+        parsed = parse_config.parse(["--job.config_file", config, *flags])
+        self._model = TrainedModel(parsed, checkpoint, adapter)
         self._memory, self._anchor_ratio = MEMORY[memory], float(anchor_ratio)
         self._decoding = Decoding(block_size=int(block_size), steps=int(steps) if steps else None, seed=int(seed))
         self._samples, self._check_greedy, self._seed = int(mc_samples), bool(check_greedy), int(seed)

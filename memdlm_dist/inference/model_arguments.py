@@ -11,7 +11,7 @@ from memdlm_dist.runtime.entry_point import positive, quiet
 
 
 def add_model_arguments(p: argparse.ArgumentParser, several_checkpoints: bool = False) -> argparse._ArgumentGroup:
-    """Add the group "model" (CONFIG, --checkpoint, --anchor-ratio) to a parser; return the group."""
+    """Add the group "model" (CONFIG, --checkpoint, --adapter, --anchor-ratio) to a parser; return the group."""
     g = p.add_argument_group("model")
     g.add_argument("config", metavar="CONFIG", help="TOML file of the run that trained the model")
     g.add_argument(
@@ -21,6 +21,12 @@ def add_model_arguments(p: argparse.ArgumentParser, several_checkpoints: bool = 
         help="folder of a checkpoint step-N, folder or URL of several (the newest intact one is loaded), folder of "
         "Hugging Face weights, or repository ORG/NAME of the hub (default: the run's checkpoints). Load only "
         "checkpoints that you trust: their metadata is a pickle",
+    )
+    g.add_argument(
+        "--adapter",
+        metavar="DIR",
+        help="folder of an adapter in PEFT's format, or repository ORG/NAME of the hub: read its base from the "
+        "checkpoint, and this adapter in place of the run's (default: none)",
     )
     g.add_argument(
         "--anchor-ratio",
@@ -80,4 +86,4 @@ def load_model(options: argparse.Namespace, overrides: Sequence[str], checkpoint
         raise UserError(f"--anchor-ratio must be above 0, at most 1, but is {options.anchor_ratio}.")
     quiet()
     config = parse_config.parse(["--job.config_file", options.config, *overrides])
-    return TrainedModel(config, checkpoint)
+    return TrainedModel(config, checkpoint, options.adapter)

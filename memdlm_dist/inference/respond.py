@@ -27,7 +27,7 @@ def respond(
     chat_template: str | None,
     watch: bool,
 ) -> dict[str, Any]:
-    """Respond to a prompt; return the texts, the times in seconds and the checkpoint.
+    """Respond to a prompt; return the texts, the times in seconds, the checkpoint and the adapter.
 
     The response ends before end-of-text, and with a chat template before the end of the turn.
 
@@ -79,4 +79,5 @@ def respond(
         "memory_seconds": round(adapted.seconds, 4) if adapted else 0.0,
         "decoding_seconds": round(time.perf_counter() - began, 4),
         "checkpoint": model.checkpoint,
+        "adapter": model.adapter,
     }

@@ -5,6 +5,7 @@ import os
 
 import torch
 
+from memdlm_dist.checkpoint import peft_folder
 from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.models.layout import Layout
 from memdlm_dist.runtime import process_group
@@ -12,13 +13,25 @@ from memdlm_dist.runtime.cpu import check_prepared
 from memdlm_dist.runtime.device import device_module, device_type
 from memdlm_dist.runtime.single_process import single_process_environment
 from memdlm_dist.runtime.storage import is_remote
-from memdlm_dist.training.backbone import get_layout
+from memdlm_dist.training.backbone import get_layout, get_sd_adapter
 
 
 def checkpoint_folder(config: JobConfig) -> str:
     """Return the folder or URL of a run's checkpoints."""
     folder: str = config.checkpoint.folder
     return folder if is_remote(folder) else os.path.join(config.job.dump_folder, folder)
+
+
+def adapter_config(config: JobConfig, adapter: str) -> JobConfig:
+    """Return a copy of a configuration whose model has the adapters of a PEFT folder.
+
+    Raises:
+        UserError: if the folder is not an adapter of this model.
+    """
+    config = copy.deepcopy(config)
+    config.lora = peft_folder.read(adapter, get_sd_adapter(config)).settings(config.lora)
+    config.model.converters = ["lora"]
+    return config
 
 
 def inference_config(config: JobConfig) -> JobConfig:

@@ -66,12 +66,17 @@ class TrainedModel:
         config: configuration of the run that trained the model, from `parse_config.parse`; not modified.
         checkpoint: checkpoint `step-N`, a folder or URL of checkpoints (the newest intact one is loaded), a folder of
             Hugging Face weights, or a repository of the hub; the run's own checkpoints if None.
+        adapter: folder or hub repository of an adapter in PEFT's format, which replaces the adapters of the run. Only
+            the base is then loaded from the checkpoint.
 
     Raises:
         UserError: if the launch, the tokenizer or the checkpoint does not fit.
     """
 
-    def __init__(self, config: JobConfig, checkpoint: str | None = None):
+    def __init__(self, config: JobConfig, checkpoint: str | None = None, adapter: str | None = None):
+        self.adapter = hub.adapter(adapter) if adapter else None
+        if self.adapter is not None:
+            config = setup.adapter_config(config, self.adapter)
         config = launch.resolve(setup.inference_config(config), *process_group.launched_processes())
         args = backbone_args(config.model.name, config.model.flavor)
         check_layout.check_backbone(config, args)
@@ -87,7 +92,7 @@ class TrainedModel:
         with torch.no_grad():
             model.init_weights()
         self.model: LLaDA = model.eval()
-        self.checkpoint = ""
+        self.checkpoint, self._lora = "", config.lora
         self.load(checkpoint)
         self.trained_length: int = config.training.seq_len
         dtype = config.training.mixed_precision_param
@@ -103,8 +108,13 @@ class TrainedModel:
         self.data_parallel = DataParallel.from_layout(parallel_dims, self.device)
 
     def load(self, checkpoint: str) -> None:
-        """Load the weights of a checkpoint, for the constructor's argument `checkpoint`."""
-        self.checkpoint = weights.load(self.model, checkpoint, self._sd_adapter)
+        """Load the weights of a checkpoint, for the constructor's argument `checkpoint`, and the adapter again."""
+        if self.adapter is None:
+            self.checkpoint = weights.load(self.model, checkpoint, self._sd_adapter)
+        else:
+            self.checkpoint = weights.load_with_adapter(
+                self.model, checkpoint, self._sd_adapter, self.adapter, self._lora
+            )
 
     @property
     def mask_id(self) -> int:

@@ -35,6 +35,8 @@ LINEARS = {
     "o": LayerLinear("attention", "wo", "dim", "dim", True, 1),
 }
 LINEAR_NUMBERS = {name: number for number, name in enumerate(LINEARS)}
+# Targets of outer adapters alone: the router of a mixture of experts, and all linears of a layer.
+ROUTER, ALL_LINEAR = "router", "all-linear"
 GROUPS = {
     group: tuple(name for name, linear in LINEARS.items() if linear.group == group) for group in ("ffn", "attention")
 }
@@ -45,7 +47,17 @@ def linear_names(targets: Sequence[str]) -> list[str]:
     return [name for target in targets for name in GROUPS.get(target, (target,))]
 
 
-def linear_weight_names(targets: Sequence[str], group: str) -> list[str]:
-    """Return the torchtitan names of those target linears that belong to `group`."""
-    names = dict.fromkeys(linear_names(targets))
-    return [LINEARS[name].weight for name in names if LINEARS[name].group == group]
+def adapter_linear_names(targets: Sequence[str], has_router: bool) -> list[str]:
+    """Return the names of the linears that get an outer adapter.
+
+    Args:
+        targets: names of linears or groups, "router" or "all-linear".
+        has_router: the layers have a router, so that "all-linear" includes it.
+    """
+    everything = [*GROUPS, *([ROUTER] if has_router else [])]
+    return linear_names([name for target in targets for name in (everything if target == ALL_LINEAR else (target,))])
+
+
+def weight_names(names: Sequence[str], group: str) -> list[str]:
+    """Return the torchtitan names of those linears that belong to `group`."""
+    return [LINEARS[name].weight for name in dict.fromkeys(names) if name in GROUPS[group]]

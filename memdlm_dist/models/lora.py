@@ -19,10 +19,11 @@ from memdlm_dist.method.documents import SetAssignment
 from memdlm_dist.method.fast_weights import FastLinear, adapted
 from memdlm_dist.method.keyed_dropout import Dropout, TermDropout
 from memdlm_dist.models import nf4
-from memdlm_dist.models.linears import LINEAR_NUMBERS, linear_weight_names
+from memdlm_dist.models.linears import LINEAR_NUMBERS, LINEARS, ROUTER, adapter_linear_names, weight_names
 
 # Name suffixes of an adapter's parameters: "<linear>.lora_A" for linears, "w1_lora_A" for experts.
 A, B = "lora_A", "lora_B"
+_ROUTER_WEIGHT = "gate"  # torchtitan's name of the router's linear
 
 
 class LoRALinear(nn.Linear):
@@ -81,8 +82,8 @@ class LoRA:
     target_modules: list[str] = field(default_factory=lambda: ["attention", "ffn"])
     """Linears of every layer that get an adapter.
 
-    ffn (gate, up, down), attention (q, k, v, o), or linears by name. In llada_moe every expert's linears get separate
-    adapters."""
+    ffn (gate, up, down), attention (q, k, v, o), llada_moe's router, linears by name, or all-linear for all of these.
+    In llada_moe every expert's linears get separate adapters."""
 
     base: Literal["unquantized", "nf4"] = "unquantized"
     """Storage of the frozen base. unquantized: training.mixed_precision_param. nf4: 4 bits with double quantisation for
@@ -112,11 +113,13 @@ def add_adapters(model: nn.Module, lora: LoRA, frozen_dtype: torch.dtype, dtype:
         for name, parameter in list(module.named_parameters(recurse=False)):
             frozen = parameter.detach().to(frozen_dtype)
             module.register_parameter(name, nn.Parameter(frozen, requires_grad=False))
-    ffn = linear_weight_names(lora.target_modules, "ffn")
     for block in cast(nn.ModuleDict, model.layers).values():
         layer: Any = block
-        _adapt(layer.attention, linear_weight_names(lora.target_modules, "attention"), lora, dtype)
+        names = adapter_linear_names(lora.target_modules, has_router=layer.moe_enabled)
+        ffn = weight_names(names, "ffn")
+        _adapt(layer.attention, weight_names(names, "attention"), lora, dtype)
         if layer.moe_enabled:
+            _adapt(layer.moe.router, [_ROUTER_WEIGHT] if ROUTER in names else [], lora, dtype)
             layer.moe.experts.add_adapters(ffn, lora.rank, lora.scale, dtype)
         else:
             _adapt(layer.feed_forward, ffn, lora, dtype)
@@ -145,6 +148,12 @@ def base_weight_name(name: str) -> str:
     linear = name[: -len(A)]
     # "wq.lora_A" belongs to "wq.weight", and the experts' "w1_lora_A" to "w1".
     return f"{linear}weight" if linear.endswith(".") else linear.removesuffix("_")
+
+
+def target_name(name: str) -> str:
+    """Return the target, such as "q", "gate" or "router", that an adapter's parameter belongs to."""
+    weight = base_weight_name(name).removesuffix(".weight").rpartition(".")[2]
+    return ROUTER if weight == _ROUTER_WEIGHT else next(key for key, x in LINEARS.items() if x.weight == weight)
 
 
 def merged(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:

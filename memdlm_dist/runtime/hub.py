@@ -57,6 +57,7 @@ _DESCRIPTION_FILES = (
     "*.py",  # only copied to exports, never run
 )  # fmt: skip
 _WEIGHT_FILES = (*_DESCRIPTION_FILES, "*.safetensors", "*.safetensors.index.json")
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def parse(name: str) -> Repository | None:
@@ -111,6 +112,15 @@ def weights(name: str) -> str:
         "a repository of Hugging Face weights.",
     )
     return folder
+
+
+def adapter(name: str) -> str:
+    """Return the folder of an adapter in PEFT's format, like `tokenizer`.
+
+    Raises:
+        UserError: if the repository cannot be downloaded and has no cached copy, or has no adapter in safetensors.
+    """
+    return _fetch(name, _Selection(_ADAPTER_FILES, "adapter_model.safetensors"))
 
 
 def description(name: str) -> str:

@@ -109,7 +109,8 @@ def _checkpoint_folder(config: JobConfig) -> str:
 
 def _resumes(config: JobConfig) -> bool:
     """Return whether the run continues from a checkpoint of its own, and so needs no initial weights."""
-    return config.checkpoint.initial_load_in_hf and bool(Catalogue(_checkpoint_folder(config)).complete_steps())
+    initial = config.checkpoint.initial_load_in_hf or config.checkpoint.initial_adapter
+    return bool(initial) and bool(Catalogue(_checkpoint_folder(config)).complete_steps())
 
 
 def _writer(config: JobConfig) -> AbstractContextManager[Claim | None]:

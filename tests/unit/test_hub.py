@@ -11,12 +11,13 @@ import pytest
 import torch
 from huggingface_hub.utils._http import reset_sessions
 
-from memdlm_dist.checkpoint import hugging_face_folder
+from memdlm_dist.checkpoint import peft_folder
 from memdlm_dist.config import parse_config, repositories
 from memdlm_dist.data import prepare
 from memdlm_dist.data.prepare import PrepareConfig
 from memdlm_dist.data.tokenizer import DiffusionTokenizer, adopt
 from memdlm_dist.errors import UserError
+from memdlm_dist.models.lora import LoRA
 from memdlm_dist.runtime import hub
 from tests.support import ranks
 from tests.support.hub_server import COMMIT, contents, serving
@@ -129,7 +130,7 @@ def test_a_repository_is_downloaded_once_and_then_read_from_links_in_the_cache(
     assert not (back / "tokenizer.json").is_symlink()
     # PEFT is told the repository, not a folder of this machine.
     sd_adapter = convert_checkpoint.get_conversion(config).sd_adapter
-    hugging_face_folder.write_peft({}, str(tmp_path / "adapter"), sd_adapter, 8, 16.0, str(folder))
+    peft_folder.write({}, str(tmp_path / "adapter"), sd_adapter, LoRA(rank=8, alpha=16.0), str(folder))
     adapter = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (adapter["base_model_name_or_path"], adapter["revision"]) == ("org/name", COMMIT)
     # A copy of another selection lacks files, and another program may have downloaded pickles.
