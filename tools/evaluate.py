@@ -118,7 +118,7 @@ def run_needle(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     report.check_output(options.output, JSON, PNG, overwrite=options.overwrite)
     report.pyplot()  # fails before the measurement if matplotlib is missing
     hay = Haystack.read(options.part, options.haystack)
-    model = load_model(options, overrides, options.checkpoint)
+    model = load_model(options, overrides, options.checkpoint, decoding)
     try:
         needles = NeedleGenerator(model.tokenizer, hay, options.part, sizes, options.seed)
         for task in tasks:
@@ -136,7 +136,8 @@ def run_needle(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if is_rank_0():
         show(scores, memories)
         settings = {"sizes": asdict(sizes), "seed": options.seed, "part": options.part, "decoding": asdict(decoding),
-                    "new_tokens": options.new_tokens, "anchor_ratio": options.anchor_ratio}  # fmt: skip
+                    "new_tokens": options.new_tokens, "anchor_ratio": options.anchor_ratio,
+                    "memory_weights": options.memory_weights}  # fmt: skip
         results = {"checkpoint": checkpoint, "adapter": adapter, "settings": settings,
                    "scores": [asdict(score) for score in scores]}  # fmt: skip
         report.write_json(options.output / JSON, {**results, "answers": records})

@@ -124,7 +124,9 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if is_rank_0():
         header = ["", "mask ratio", "static", "sequential", "same positions", "R_EB", "R at same positions"]
         print(report.table(header, lines))
-        report.write_json(options.output / JSON, {"samples": len(rows), "results": results})
+        report.write_json(
+            options.output / JSON, {"samples": len(rows), "memory_weights": options.memory_weights, "results": results}
+        )
         plot(results, options.output / PNG)
         print(f"{len(rows)} samples; written to {options.output / JSON} and {options.output / PNG}")
     return 0

@@ -107,7 +107,7 @@ def _read_prompt(options: argparse.Namespace) -> str:
 def generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Answer the prompts, print the responses on rank 0, and return the exit status."""
     decoding = get_decoding(options)
-    model = load_model(options, overrides, options.checkpoint)
+    model = load_model(options, overrides, options.checkpoint, decoding)
     try:
         watch = is_rank_0() and sys.stdout.isatty() and not (options.json or options.no_watch)
         for text in prompts(options):

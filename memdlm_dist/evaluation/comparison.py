@@ -8,6 +8,7 @@ from typing import Any
 from memdlm_dist.errors import UserError
 from memdlm_dist.evaluation import report
 from memdlm_dist.evaluation.retrieval import MEMORY, Score
+from memdlm_dist.inference.trained_model import MEMORY_WEIGHTS
 from memdlm_dist.training.validation_history import HISTORY_FILE, history
 from memdlm_dist.training.validation_history import LOSSES as HELD_OUT
 
@@ -142,6 +143,12 @@ def compare_losses(arms: Sequence[str], output: Path, overwrite: bool) -> None:
     report.save(figure, output / f"{LOSSES}.png")
 
 
+def _settings(result: dict[str, Any]) -> dict[str, Any]:
+    """Return an evaluation's settings; those that results of earlier versions lack have their default."""
+    decoding = {"cfg_scale": 0.0, "suppress_tokens": [], **result["settings"]["decoding"]}
+    return {"memory_weights": MEMORY_WEIGHTS, **result["settings"], "decoding": decoding}
+
+
 def compare_scores(arms: Sequence[str], output: Path, overwrite: bool) -> None:
     """Print, write and plot accuracy and answer NLL by arm, mean and standard deviation over the runs of an arm.
 
@@ -159,7 +166,7 @@ def compare_scores(arms: Sequence[str], output: Path, overwrite: bool) -> None:
     for name, folders in named_folders(arms):
         results = [report.read_json(folder / JSON) for folder in folders]
         for folder, result in zip(folders, results, strict=True):
-            if settings.setdefault("first", result["settings"]) != result["settings"]:
+            if settings.setdefault("first", _settings(result)) != _settings(result):
                 raise UserError(
                     f"The model of {folder} was asked different questions from the first; evaluate all with "
                     "the same settings."

@@ -19,7 +19,7 @@ from memdlm_dist.evaluation.retrieval import MEMORY
 from memdlm_dist.inference import sampler
 from memdlm_dist.inference.likelihood import Pass, passes
 from memdlm_dist.inference.sampler import Decoding
-from memdlm_dist.inference.trained_model import ANCHOR_RATIO, TrainedModel
+from memdlm_dist.inference.trained_model import ANCHOR_RATIO, MEMORY_WEIGHTS, TrainedModel
 from memdlm_dist.method import fast_weights
 
 NAME = "memdlm"
@@ -39,7 +39,11 @@ class HarnessModel(TokenLM):
         adapter: folder or hub repository of an adapter in PEFT's format; none by default.
         memory: off or on; on adapts a separate set of fast weights to each prompt or context first.
         anchor_ratio: fraction of the prompt's tokens that the anchor masks.
+        memory_weights: uniform or schedule: the loss weights of the inner steps, see `TrainedModel`.
         block_size, steps: tokens per block and steps per block in decoding; one step per token by default.
+        cfg_scale: scale of classifier-free guidance in decoding, see `Decoding`.
+        suppress_tokens: ids of tokens that decoding never predicts, joined by colons, because the harness separates its
+            arguments by commas.
         mc_samples: forward passes per text for its likelihood bound. The bound is exact, over all sets of masked
             tokens, if there are at most mc_samples sets.
         check_greedy: compare each text with greedy decoding of its context, one forward pass per token.
@@ -56,8 +60,11 @@ class HarnessModel(TokenLM):
         adapter: str | None = None,
         memory: str = "off",
         anchor_ratio: float = ANCHOR_RATIO,
+        memory_weights: str = MEMORY_WEIGHTS,
         block_size: int = 32,
         steps: int | None = None,
+        cfg_scale: float = 0.0,
+        suppress_tokens: str | int = "",
         mc_samples: int = 128,
         check_greedy: bool = True,
         max_length: int | None = None,
@@ -79,10 +86,16 @@ class HarnessModel(TokenLM):
         if unknown := [key for key in overrides if "." not in key]:
             raise UserError(f"There is no model argument {unknown[0]}; write keys of the configuration as section.key.")
         flags = [flag for key, value in overrides.items() for flag in _flags(key, value)]
+        self._decoding = Decoding(
+            block_size=int(block_size),
+            steps=int(steps) if steps else None,
+            seed=int(seed),
+            cfg_scale=_number("cfg_scale", cfg_scale),
+            suppress_tokens=_token_ids(suppress_tokens),
+        )
         parsed = parse_config.parse(["--job.config_file", config, *flags])
-        self._model = TrainedModel(parsed, checkpoint, adapter)
+        self._model = TrainedModel(parsed, checkpoint, adapter, memory_weights=memory_weights)
         self._memory, self._anchor_ratio = MEMORY[memory], float(anchor_ratio)
-        self._decoding = Decoding(block_size=int(block_size), steps=int(steps) if steps else None, seed=int(seed))
         self._samples, self._check_greedy, self._seed = int(mc_samples), bool(check_greedy), int(seed)
         self._max_length, self._batch_size = max_length, int(batch_size)
         self._chat: chat.ChatTemplate | None = None
@@ -215,7 +228,15 @@ class HarnessModel(TokenLM):
 
         Args:
             pairs: (context, text), as token ids.
+
+        Raises:
+            UserError: with guidance or suppressed tokens, under which the logits are no longer the model's.
         """
+        if self._decoding.cfg_scale or self._decoding.suppress_tokens:
+            raise UserError(
+                "A task scores likelihoods, which are the model's own (cfg_scale and suppress_tokens change decoding "
+                "alone); run the task without these model arguments."
+            )
         all_passes: list[Pass] = []
         for number, (_, text) in enumerate(pairs):
             all_passes += passes(number, len(text), self._samples, self._seed)
@@ -295,6 +316,32 @@ class HarnessModel(TokenLM):
     def close(self) -> None:
         """Leave the process group."""
         self._model.close()
+
+
+def _number(name: str, value: Any) -> float:
+    """Return a model argument as a number.
+
+    Raises:
+        UserError: if it is none.
+    """
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise UserError(f"The model argument {name} must be a number, not '{value}'.") from None
+
+
+def _token_ids(value: str | int) -> tuple[int, ...]:
+    """Parse token ids that are joined by colons; the harness turns a single id into an integer.
+
+    Raises:
+        UserError: if an id is not an integer of at least 0.
+    """
+    ids = str(value).split(":") if value != "" else []
+    if wrong := [item for item in ids if not (item.isascii() and item.isdigit())]:
+        raise UserError(
+            f"The model argument suppress_tokens has token ids joined by colons, such as 5:6, but one is '{wrong[0]}'."
+        )
+    return tuple(map(int, ids))
 
 
 def _flags(key: str, value: Any) -> list[str]:

@@ -29,7 +29,7 @@ class Score:
     samples: int
     accuracy: float  # mean over the questions
     error: float  # standard error of the accuracy
-    answer_nll: float  # nats per token of the true response, with all of its tokens masked
+    answer_nll: float  # nats per token of the true response, with all of its tokens masked; never with guidance
     memory_seconds: float
     decoding_seconds: float
 

@@ -14,7 +14,7 @@ from memdlm_dist.inference.sampler import Canvas, Decoding
 from memdlm_dist.models.llada import LLaDA
 
 # Settings of which only one value is supported.
-_FIXED = {"stochastic_transfer": False, "cfg_scale": 0.0, "temperature": 0.0}
+_FIXED = {"stochastic_transfer": False, "temperature": 0.0}
 
 
 def sampler_differences(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, int]]:
@@ -42,7 +42,12 @@ def sampler_differences(folder: Path, manifest: dict[str, Any]) -> Iterator[tupl
     sd_adapter = get_sd_adapter(manifest["arch"], start.tokens_BL.shape[1])
     model = load_model(sd_adapter, folder / manifest["files"]["weights"])
     for steps in settings["steps"]:
-        decoding = Decoding(block_size=block, steps=-(-steps // -(-new_tokens // block)), stop_at_eos=False)
+        decoding = Decoding(
+            block_size=block,
+            steps=-(-steps // -(-new_tokens // block)),
+            stop_at_eos=False,
+            cfg_scale=settings.get("cfg_scale", 0.0),
+        )
         canvases = [start.tokens_BL]
         for step in sampler.denoise(
             _make_predict(model, start), start, decoding, manifest["mask_token_id"], manifest["eos_token_id"]

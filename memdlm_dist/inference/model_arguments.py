@@ -1,17 +1,20 @@
 """Command-line arguments for loading a trained model and for decoding."""
 
 import argparse
+import math
 from collections.abc import Sequence
 
 from memdlm_dist.config import parse_config
 from memdlm_dist.errors import UserError
 from memdlm_dist.inference.sampler import Decoding
-from memdlm_dist.inference.trained_model import ANCHOR_RATIO, TrainedModel
+from memdlm_dist.inference.trained_model import ANCHOR_RATIO, MEMORY_WEIGHTS, TrainedModel
+from memdlm_dist.method.diffusion import WEIGHTS
+from memdlm_dist.models import backbone_args
 from memdlm_dist.runtime.entry_point import positive, quiet
 
 
 def add_model_arguments(p: argparse.ArgumentParser, several_checkpoints: bool = False) -> argparse._ArgumentGroup:
-    """Add the group "model" (CONFIG, --checkpoint, --adapter, --anchor-ratio) to a parser; return the group."""
+    """Add the group "model" (CONFIG, --checkpoint, --adapter, ...) to a parser; return the group."""
     g = p.add_argument_group("model")
     g.add_argument("config", metavar="CONFIG", help="TOML file of the run that trained the model")
     g.add_argument(
@@ -35,7 +38,26 @@ def add_model_arguments(p: argparse.ArgumentParser, several_checkpoints: bool = 
         metavar="R",
         help=f"share of the prompt's tokens that are masked in the memory's anchor (default: {ANCHOR_RATIO})",
     )
+    g.add_argument(
+        "--memory-weights",
+        choices=WEIGHTS,
+        default=MEMORY_WEIGHTS,
+        help="loss weights of the inner steps on the prompt: those of the run's noise schedule at each state's mask "
+        f"ratio, as in training (schedule), or 1 (uniform) (default: {MEMORY_WEIGHTS})",
+    )
     return g
+
+
+def token_ids(text: str) -> tuple[int, ...]:
+    """Parse comma-separated token ids (argparse type).
+
+    Raises:
+        ValueError: if an item is not an integer of at least 0.
+    """
+    ids = tuple(int(item) for item in text.split(","))
+    if min(ids) < 0:
+        raise ValueError
+    return ids
 
 
 def add_decoding_arguments(p: argparse.ArgumentParser, new_tokens: int | None) -> argparse._ArgumentGroup:
@@ -50,6 +72,11 @@ def add_decoding_arguments(p: argparse.ArgumentParser, new_tokens: int | None) -
                    help="temperature of the Gumbel noise; 0 decodes greedily (default: 0)")  # fmt: skip
     g.add_argument("--remasking", choices=("low_confidence", "random"), default="low_confidence",
                    help="rule that selects the predictions to mask again (default: low_confidence)")  # fmt: skip
+    g.add_argument("--cfg-scale", type=float, default=0.0, metavar="S",
+                   help="scale of classifier-free guidance, with a second forward pass per step that reads [MASK]s in "
+                   "place of the prompt; 0 decodes without guidance (default: 0)")  # fmt: skip
+    g.add_argument("--suppress-tokens", type=token_ids, default=(), metavar="ID,ID",
+                   help="comma-separated ids of tokens that are never predicted (default: none)")  # fmt: skip
     g.add_argument("--no-eos-stop", action="store_true", help="continue decoding after end-of-text")
     g.add_argument("--decoding-seed", type=int, default=0, metavar="N",
                    help="seed of the Gumbel noise and of random remasking (default: 0)")  # fmt: skip
@@ -64,6 +91,8 @@ def get_decoding(options: argparse.Namespace) -> Decoding:
     """
     if options.temperature < 0:
         raise UserError(f"--temperature must not be negative, but is {options.temperature}.")
+    if not 0 <= options.cfg_scale < math.inf:
+        raise UserError(f"--cfg-scale must be a finite number of at least 0, but is {options.cfg_scale}.")
     if options.new_tokens is not None and options.new_tokens < 0:
         raise UserError(f"--new-tokens must not be negative, but is {options.new_tokens}.")
     return Decoding(
@@ -73,11 +102,20 @@ def get_decoding(options: argparse.Namespace) -> Decoding:
         remasking=options.remasking,
         stop_at_eos=not options.no_eos_stop,
         seed=options.decoding_seed,
+        cfg_scale=options.cfg_scale,
+        suppress_tokens=options.suppress_tokens,
     )
 
 
-def load_model(options: argparse.Namespace, overrides: Sequence[str], checkpoint: str | None = None) -> TrainedModel:
+def load_model(
+    options: argparse.Namespace,
+    overrides: Sequence[str],
+    checkpoint: str | None = None,
+    decoding: Decoding | None = None,
+) -> TrainedModel:
     """Load the model of the parsed arguments, without torchtitan's log lines.
+
+    The tokens that `decoding` suppresses are checked first, since loading can take minutes.
 
     Raises:
         UserError: if a value is out of range, or if the configuration or the checkpoint does not fit.
@@ -86,4 +124,6 @@ def load_model(options: argparse.Namespace, overrides: Sequence[str], checkpoint
         raise UserError(f"--anchor-ratio must be above 0, at most 1, but is {options.anchor_ratio}.")
     quiet()
     config = parse_config.parse(["--job.config_file", options.config, *overrides])
-    return TrainedModel(config, checkpoint, options.adapter)
+    if decoding:
+        decoding.check_vocabulary(backbone_args(config.model.name, config.model.flavor).vocab_size)
+    return TrainedModel(config, checkpoint, options.adapter, memory_weights=options.memory_weights)

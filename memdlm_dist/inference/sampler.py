@@ -3,6 +3,7 @@
 Shapes: B sequences, L tokens, N predicted positions, V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -34,6 +35,10 @@ class Decoding:
         remasking: choice of the predictions that a step keeps: the most probable ("low_confidence") or random ones.
         stop_at_eos: end a row after the block in which its response contains end-of-text.
         seed: seed of temperature and random remasking.
+        cfg_scale: scale s of classifier-free guidance as in LLaDA (arXiv 2502.09992). The logits are
+            u + (s + 1) (c - u), where c reads the canvas, and u reads it with [MASK]s in place of the prompt's tokens.
+            0: no guidance, and no second forward pass.
+        suppress_tokens: ids of tokens that are never predicted.
     """
 
     block_size: int = 32
@@ -42,6 +47,8 @@ class Decoding:
     remasking: Remasking = "low_confidence"
     stop_at_eos: bool = True
     seed: int = 0
+    cfg_scale: float = 0.0
+    suppress_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.block_size < 1 or (self.steps is not None and self.steps < 1) or self.temperature < 0:
@@ -51,6 +58,22 @@ class Decoding:
             )
         if self.remasking not in get_args(Remasking):
             raise UserError(f"remasking must be one of {', '.join(get_args(Remasking))}, not {self.remasking}.")
+        if not 0 <= self.cfg_scale < math.inf:
+            raise UserError(f"cfg_scale must be a finite number of at least 0, but is {self.cfg_scale}.")
+
+    def check_vocabulary(self, size: int) -> None:
+        """Check the suppressed tokens against a vocabulary of `size` tokens.
+
+        Raises:
+            UserError: if a token is outside the vocabulary, or if no token but [MASK] is left.
+        """
+        for token_id in self.suppress_tokens:
+            if not 0 <= token_id < size:
+                raise UserError(
+                    f"The suppressed token {token_id} is outside the model's vocabulary, 0 to {size - 1}; remove it."
+                )
+        if len(set(self.suppress_tokens)) >= size - 1:
+            raise UserError("The suppressed tokens leave no token to predict; suppress fewer.")
 
 
 class Canvas(NamedTuple):
@@ -124,12 +147,15 @@ def denoise(
     Tokens at positions that are not open never change. The result of a row does not depend on the other rows.
 
     Args:
-        predict: the model.
+        predict: the model; called twice per step with classifier-free guidance.
         start: canvas to decode; not modified.
         mask_id: token id of [MASK], which is never predicted.
         eos_id: token id of end-of-text.
         max_over_ranks: maximum of a number over all ranks that must call `predict` together.
     """
+    if decoding.cfg_scale:
+        predict = _guided(predict, start, decoding.cfg_scale, mask_id)
+    never_predicted = [mask_id, *decoding.suppress_tokens]
     tokens_BL, open_BL = start.tokens_BL.clone(), start.open_BL.clone()
     per_block = decoding.steps or decoding.block_size
     block_BL = torch.where(open_BL, (open_BL.cumsum(1) - 1) // decoding.block_size, -1)
@@ -141,7 +167,7 @@ def denoise(
             # Equal share of the remaining positions, rounded half to even as in the published sampler.
             share_B = (target_BL.sum(1).double() / left).round().long()
             logits_NV = predict(tokens_BL, target_BL)
-            logits_NV[:, mask_id] = -torch.inf
+            logits_NV[:, never_predicted] = -torch.inf
             # Key of the random numbers. Not the step: the number of steps depends on the other rows.
             decided_B = (start.open_BL & ~open_BL).sum(1)
             chosen_N, confidence_N = _choose(logits_NV, decoding, target_BL, start.ids_B, decided_B)
@@ -156,6 +182,21 @@ def denoise(
                 tokens_BL = tokens_BL.masked_fill(rest_BL, eos_id)
                 open_BL = open_BL & ~rest_BL
                 yield Step(tokens_BL, open_BL, rest_BL)
+
+
+def _guided(predict: Predict, start: Canvas, scale: float, mask_id: int) -> Predict:
+    """Return the prediction with classifier-free guidance, from two calls of `predict`.
+
+    The second call reads [MASK] at the attended positions that are not open at the start: the tokens of the prompt.
+    """
+    given_BL = start.attended_BL & ~start.open_BL
+
+    def predict_guided(tokens_BL: Tensor, target_BL: Tensor) -> Tensor:
+        conditional_NV = predict(tokens_BL, target_BL)
+        unconditional_NV = predict(tokens_BL.masked_fill(given_BL, mask_id), target_BL)
+        return unconditional_NV + (scale + 1) * (conditional_NV - unconditional_NV)
+
+    return predict_guided
 
 
 def _choose(

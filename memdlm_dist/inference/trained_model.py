@@ -23,7 +23,7 @@ from memdlm_dist.inference import sampler, setup
 from memdlm_dist.inference.data_parallel import DataParallel
 from memdlm_dist.inference.sampler import Canvas, Decoding, Step
 from memdlm_dist.method import bilevel, trajectory
-from memdlm_dist.method.diffusion import SetSum
+from memdlm_dist.method.diffusion import WEIGHTS, SetSum
 from memdlm_dist.method.fast_weights import FastWeights
 from memdlm_dist.method.inner_loss import full_tensor
 from memdlm_dist.method.logit_loss import HeadLoss, cross_entropy
@@ -37,6 +37,8 @@ from memdlm_dist.training.backbone import model_on_meta
 from memdlm_dist.training.objective import build_objective
 
 ANCHOR_RATIO = 0.2
+# As published: the anchor ratio is fixed, so the noise schedule's weights would not give a likelihood bound.
+MEMORY_WEIGHTS = "uniform"
 
 
 @dataclass(frozen=True)
@@ -68,12 +70,23 @@ class TrainedModel:
             Hugging Face weights, or a repository of the hub; the run's own checkpoints if None.
         adapter: folder or hub repository of an adapter in PEFT's format, which replaces the adapters of the run. Only
             the base is then loaded from the checkpoint.
+        memory_weights: loss weights of the inner steps on prompts. "uniform": 1; "schedule": w(mask ratio of the state)
+            of the run's noise schedule, as in training.
 
     Raises:
-        UserError: if the launch, the tokenizer or the checkpoint does not fit.
+        UserError: if `memory_weights` is unknown, or the launch, the tokenizer or the checkpoint does not fit.
     """
 
-    def __init__(self, config: JobConfig, checkpoint: str | None = None, adapter: str | None = None):
+    def __init__(
+        self,
+        config: JobConfig,
+        checkpoint: str | None = None,
+        adapter: str | None = None,
+        *,
+        memory_weights: str = MEMORY_WEIGHTS,
+    ):
+        if memory_weights not in WEIGHTS:
+            raise UserError(f"memory_weights must be one of {', '.join(WEIGHTS)}, not '{memory_weights}'.")
         self.adapter = hub.adapter(adapter) if adapter else None
         if self.adapter is not None:
             config = setup.adapter_config(config, self.adapter)
@@ -103,8 +116,8 @@ class TrainedModel:
         objective = build_objective(config, args, self.tokenizer.mask_id, parallel_dims)
         assert objective.memory is not None
         self._memory = replace(objective.memory, per_sample=True)
-        # Uniform weights: the anchor ratio is fixed, so the schedule's weights would not give a likelihood bound.
-        self._objective = replace(objective, plan=replace(objective.plan, loss_weight="uniform"))
+        self._objective = replace(objective, plan=replace(objective.plan, loss_weight=memory_weights))
+        self._vocab_size = args.vocab_size
         self.data_parallel = DataParallel.from_layout(parallel_dims, self.device)
 
     def load(self, checkpoint: str) -> None:
@@ -229,7 +242,14 @@ class TrainedModel:
             return self.model(tokens_BL.to(self.device), index_M, fast, readout, context)
 
     def denoise(self, start: Canvas, decoding: Decoding, fast: FastWeights | None = None) -> Iterator[Step]:
-        """Decode a canvas with this model, with fast weights if given; see `sampler.denoise`."""
+        """Decode a canvas with this model, with fast weights if given; see `sampler.denoise`.
+
+        With classifier-free guidance both forward passes of a step read the same fast weights.
+
+        Raises:
+            UserError: if a suppressed token is outside the vocabulary.
+        """
+        decoding.check_vocabulary(self._vocab_size)
         return sampler.denoise(
             lambda tokens_BL, target_BL: self.logits(tokens_BL, target_BL, start.attended_BL, fast),
             start, decoding, self.mask_id, self.eos_id, self.data_parallel.maximum,

@@ -9,9 +9,12 @@ import torch
 from memdlm_dist.config import parse_config
 from memdlm_dist.errors import UserError
 from memdlm_dist.inference.sampler import Decoding, finished
-from memdlm_dist.inference.trained_model import TrainedModel
-from memdlm_dist.method import fast_weights
-from tests.workers.reading import BOLD, LAYOUTS, PROMPTS, arguments_of
+from memdlm_dist.inference.trained_model import MEMORY_WEIGHTS, TrainedModel
+from memdlm_dist.method import fast_weights, trajectory
+from memdlm_dist.method.diffusion import WEIGHTS
+from memdlm_dist.models import backbone_args
+from tests.oracles import naive
+from tests.workers.reading import BOLD, LAYOUTS, PROMPTS, SUPPRESSED, arguments_of
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,10 @@ def test_every_layout_reads_alike(folder, layout):
             torch.testing.assert_close(torch.tensor(other[key]), torch.tensor(expected), rtol=1e-5, atol=1e-5)
         else:
             assert other[key] == expected, key
-    assert one["memory True, temperature 0.0"] != one["memory True, temperature 1.0"]
+    made = [one[key] for key in ("memory True, temperature 0.0", "memory True, temperature 1.0", "guided")]
+    assert made[0] != made[1] and made[2] not in made[:2]
+    used = [{token for response in responses for token in response} for responses in made]
+    assert used[0] & {*SUPPRESSED} and not used[2] & {*SUPPRESSED}
 
 
 def logits_of(model, prompts, fast=None):
@@ -97,6 +103,58 @@ def test_the_inner_loop_lowers_the_loss_on_its_prompt(model, prompts):
     swapped = fast_weights.select(fast, list(range(len(prompts)))[::-1], len(prompts))
     assert loss(fast).sum() < loss(None).sum()
     assert not torch.allclose(loss(fast), loss(swapped))
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_the_memory_of_a_prompt_equals_the_naive_inner_loop(model, folder, prompts, weights):
+    if weights != MEMORY_WEIGHTS:
+        model = TrainedModel(parse_config.parse([*arguments_of(folder), *BOLD]), memory_weights=weights)
+    (prompt, ids), seed = (prompts[0], torch.tensor([11])), model._objective.seed
+    maskable_BL = torch.ones(1, len(prompt)).bool()
+    draw = trajectory.draw(seed, 0, ids, maskable_BL)
+    # The noise level at which the anchor masks int(n / 5) tokens.
+    u = draw.u_BL[0].sort().values
+    t = (u[len(prompt) // 5 - 1] + u[len(prompt) // 5]) / 2
+    weights_64 = {name: x.double() for name, x in model.model.state_dict().items()}
+    initial = {
+        layer: {name: (x.A_GRi[0].double(), x.B_GoR[0].double(), x.scale) for name, x in linears.items()}
+        for layer, linears in model._memory.draw(seed, 0, ids).items()
+    }
+    _, [(_, norms, expected)] = naive.bilevel(
+        naive.DenseModel(weights_64, backbone_args("llada", "tiny")), torch.tensor([prompt]), maskable_BL, draw.u_BL,
+        draw.v_BL, t.unsqueeze(0), [[0]], [initial],
+        naive.Options(learning_rate=20, gradient_clip=0, loss_weight=weights), model.mask_id,
+    )  # fmt: skip
+    assert min(norms) > 0
+    for layer, linears in model.adapt([prompt], ids=[11]).fast.items():
+        for name, x in linears.items():
+            A, B, _ = expected[layer][name]
+            torch.testing.assert_close(x.A_GRi[0].double(), A, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(x.B_GoR[0].double(), B, rtol=1e-4, atol=1e-5)
+
+
+def test_guidance_reads_the_same_memory_without_the_prompt(model, prompts, monkeypatch):
+    """Each step has a second pass: [MASK]s in place of given tokens, also between a prompt's holes; same memory."""
+    prompts = [prompts[0], [*prompts[1], model.mask_id, *prompts[2]]]
+    start, fast = model.canvas(prompts, 3), model.adapt(prompts).fast
+    calls, logits = [], model.logits
+
+    def record(*arguments):
+        calls.append(arguments)
+        return logits(*arguments)
+
+    monkeypatch.setattr(model, "logits", record)
+    tokens_BL = finished(model.denoise(start, Decoding(2, stop_at_eos=False, cfg_scale=1.5), fast), start)
+    assert len(calls) == 2 * 4 and (tokens_BL[start.attended_BL & ~start.open_BL] != model.mask_id).all()
+    for first, second in zip(calls[::2], calls[1::2], strict=True):
+        assert first[3] is fast and second[3] is fast and torch.equal(first[1], second[1])
+        given_BL = start.attended_BL & ~start.open_BL
+        assert torch.equal(second[0], torch.where(given_BL, model.mask_id, first[0]))
+        assert torch.equal(first[0][given_BL], start.tokens_BL[given_BL])
+    with pytest.raises(UserError, match=r"token 512 is outside the model's vocabulary, 0 to 511; remove it"):
+        model.denoise(start, Decoding(suppress_tokens=(5, 512)))
+    with pytest.raises(UserError, match="leave no token to predict"):
+        model.denoise(start, Decoding(suppress_tokens=tuple(range(512))))
 
 
 def test_nll_is_that_of_the_logits(model, prompts):

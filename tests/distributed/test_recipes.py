@@ -254,5 +254,10 @@ def test_recipes_are_what_the_paper_trains():
         assert (lora.rank, lora.alpha, config.optimizer.lr, config.training.seq_len) == (32, 64.0, 2e-5, 4096)
         assert (config.training.epochs, config.lr_scheduler.warmup_ratio) == (5, 0.1)
         assert config.lr_scheduler.decay_type == "cosine" and config.lr_scheduler.decay_ratio is None
+        optimizer = config.optimizer
+        assert (optimizer.beta1, optimizer.beta2, optimizer.eps, optimizer.weight_decay) == (0.9, 0.999, 1e-8, 0.0)
+        assert (lora.base, lora.dropout, lora.target_modules) == ("nf4", 0.05, ["all-linear"])
+        assert (memory.granularity, config.training.local_batch_size) == ("batch", 2)
+        assert (config.training.max_norm, config.debug.seed, config.data.group_by_length) == (1.0, 42, True)
         assert config.checkpoint.initial_load_in_hf
         assert Path(path).is_file()

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import string
 import subprocess
 import sys
 
@@ -26,6 +27,7 @@ from tools import evaluate, exposure_bias, generate
 
 SIZES = [f"--{name.replace('_', '-')}={value}" for name, value in vars(SMALL).items()]
 PICTURE = b"\x89PNG"
+DEBUG_TOKENS = Tokenizer.from_file("tests/assets/debug/tokenizer/tokenizer.json")
 
 
 @pytest.fixture
@@ -52,6 +54,15 @@ def test_generate(call, monkeypatch, tmp_path):
         generate.main, "--prompt", "def read(self):", "--new-tokens", "5", "--json", "--memory", "on"
     )
     assert json.loads(again)["memory_seconds"] > 0
+    letters = [DEBUG_TOKENS.token_to_id(letter) for letter in string.ascii_uppercase]
+    guide = ["--cfg-scale", "1.5", "--suppress-tokens", ",".join(str(i) for i in range(512) if i not in letters)]
+    weights = ["--memory", "on", "--memory-weights", "schedule", "--temperature", "1"]
+    made_with = [
+        json.loads(call(generate.main, "--prompt", "def read(self):", "--new-tokens", "8", "--json", *flags)[1])
+        for flags in ([*weights, *guide], [*weights[:2], *weights[4:], *guide], [*weights, *guide[2:]])
+    ]
+    assert len({answer["response"] for answer in made_with}) == 3, "each flag matters"
+    assert all(len(answer["response"]) == 8 and answer["response"].isupper() for answer in made_with)
 
     (tmp_path / "prompt.txt").write_text("def read(self):")
     _, out, _ = call(generate.main, "--file", str(tmp_path / "prompt.txt"), "--new-tokens", "5")
@@ -65,7 +76,7 @@ def test_generate(call, monkeypatch, tmp_path):
 
     template = tmp_path / "own.jinja"
     template.write_text("{% for m in messages %}{{ m.content }}<|mask|>\n{% endfor %}")
-    ids = Tokenizer.from_file("tests/assets/debug/tokenizer/tokenizer.json").encode("yes<|mask|>\nno").ids
+    ids = DEBUG_TOKENS.encode("yes<|mask|>\nno").ids
     monkeypatch.setattr(sampler, "responses", lambda *_: [ids])
     assert call(generate.main, "--prompt", "x", "--chat-template", str(template))[1] == "yes\n", "the end of the turn"
 
@@ -88,6 +99,8 @@ def test_generate_fills_in(call, monkeypatch):
         (["--file", "/nowhere.txt"], "The prompt /nowhere.txt cannot be read"),
         (["--prompt", "x", "--temperature", "-1"], "--temperature must not be negative"),
         (["--prompt", "x", "--anchor-ratio", "0"], "--anchor-ratio must be above 0"),
+        (["--prompt", "x", "--cfg-scale", "inf"], "--cfg-scale must be a finite number of at least 0, but is inf"),
+        (["--prompt", "x", "--suppress-tokens", "5,512"], "suppressed token 512 is outside the model's vocabulary"),
         (["--prompt", "x", "--parallelism.tensor_parallel_degree", "3"], "1 processes"),
         (["--prompt", "x", "--model.flavour", "tiny"], "did you mean model.flavor"),
     ],
@@ -102,7 +115,8 @@ def test_needle_evaluation_and_comparison(call, tmp_path, capsys):
     for folder, seed in zip(out, "00", strict=True):
         status, text, _ = call(
             evaluate.main, "--tasks", "facts_1,repeat", "--lengths", "250,300", "--samples", "3", "--new-tokens", "6",
-            "--batch-size", "2", "--output", folder, "--seed", seed, *SIZES, command=["needle"],
+            "--batch-size", "2", "--output", folder, "--seed", seed, "--suppress-tokens", "9", *SIZES,
+            command=["needle"],
         )  # fmt: skip
         assert status == 0 and "memory on: decoding" in text and "writing the memory" in text
     results = json.loads((tmp_path / "a/needle.json").read_text())
@@ -124,7 +138,13 @@ def test_needle_evaluation_and_comparison(call, tmp_path, capsys):
     table = capsys.readouterr().out
     assert "one, memory off (1)" in table and "two, memory on (2)" in table and "repeat 300" in table
     assert (tmp_path / "report/comparison.png").read_bytes().startswith(PICTURE)
-    results["settings"]["seed"] = 5
+    settings = results["settings"]
+    assert settings["memory_weights"] == "uniform" and settings["decoding"]["suppress_tokens"] == [9]
+    del settings["memory_weights"], settings["decoding"]["cfg_scale"]  # as of an earlier version
+    (tmp_path / "b/needle.json").write_text(json.dumps(results))
+    assert evaluate.main(["compare", f"one={out[0]}", f"two={out[1]}", "--output", report, "--overwrite"]) == 0
+    capsys.readouterr()
+    settings["seed"] = 5
     (tmp_path / "b/needle.json").write_text(json.dumps(results))
     assert evaluate.main(["compare", f"one={out[0]}", f"two={out[1]}", "--output", report, "--overwrite"]) == 2
     assert "asked different questions" in capsys.readouterr().err
@@ -150,11 +170,12 @@ def test_exposure_bias_tool(call, trained, tmp_path, capsys):
     checkpoint = str(trained / "run/checkpoint")
     status, out, _ = call(
         exposure_bias.main, "--checkpoint", checkpoint, f"{checkpoint}/step-2", "--names", "a", "b", "--samples", "3",
-        "--ratios", "0.5,0.9", "--prompt-share", "0.9", "--output", str(tmp_path),
+        "--ratios", "0.5,0.9", "--prompt-share", "0.9", "--memory-weights", "schedule", "--output", str(tmp_path),
     )  # fmt: skip
     assert status == 0 and "R_EB" in out
     results = json.loads((tmp_path / "exposure_bias.json").read_text())
     points = {(result["name"], result["memory"]): result["points"] for result in results["results"]}
+    assert results["memory_weights"] == "schedule"
     assert len(points) == 4 and points["a", "off"] == points["b", "off"] != points["a", "on"]
     assert [point["ratio"] for point in points["a", "off"]] == [0.5, 0.9]
     assert (tmp_path / "exposure_bias.png").read_bytes().startswith(PICTURE)

@@ -171,13 +171,14 @@ def test_dry_run_of_the_recipes(tmp_path, capsys):
     base = 8_015_581_184  # LLaDA-8B
     assert dense["8"]["parameters"] - dense["8"]["trained"] == base
     assert dense["8"]["memory"]["weights"] == pytest.approx((2 * base + 4 * 83_886_080) / 8, rel=1e-3)
-    # On four nodes each node holds a replica, and a rank a fourth of the sequences.
+    # On four nodes each node holds a replica. Micro-batches have the same size on any layout.
     assert dense["8"]["memory"]["optimizer"] == dense["32"]["memory"]["optimizer"] == 2 * 4 * 83_886_080 / 8
-    assert [(dense[n]["replicas"], dense[n]["sequences"]) for n in ("8", "32")] == [(1, 4), (4, 1)]
-    # Base and adapters are gathered once, in bfloat16, and stay gathered; across nodes only gradients are reduced.
-    for x in dense.values():
-        assert x["memory"]["gathered"] == 2 * (base + 83_886_080)
-        assert x["communication"]["gather"] == 2 * (base + 83_886_080) * 7 / 8
+    assert [(dense[n]["replicas"], dense[n]["sequences"]) for n in ("8", "32")] == [(1, 2), (4, 2)]
+    # Base and adapters are gathered once per micro-batch, in bfloat16, and stay gathered; across nodes only gradients
+    # are reduced.
+    for ranks, micro_batches in (("8", 4), ("32", 1)):
+        assert dense[ranks]["memory"]["gathered"] == 2 * (base + 83_886_080)
+        assert dense[ranks]["communication"]["gather"] == micro_batches * 2 * (base + 83_886_080) * 7 / 8
     assert dense["8"]["across_nodes"] == [] and dense["32"]["across_nodes"] == ["replicate"]
     assert dense["32"]["communication"]["replicate"] == 2 * 4 * 83_886_080 / 8 * 3 / 4
     assert moe["8"]["parameters"] - moe["8"]["trained"] == 7_356_880_896
@@ -213,10 +214,10 @@ def test_dry_run_tells_what_will_not_fit(capsys):
     out = capsys.readouterr().out
     assert "GiB will not fit on devices of 4 GiB" in out
     assert 'parallelism.fsdp_reshard_after_forward = "default"' in out
-    assert "256 ranks: training.global_batch_size = 32 cannot be divided among 256 data-parallel ranks" in out
+    assert "256 ranks: training.global_batch_size = 64 must be a multiple of training.local_batch_size 2 x 256" in out
     freed = ["--parallelism.fsdp_reshard_after_forward", "default", "--device-memory", "6"]
     assert dry_run.main([recipe, "--world-size", "8", "--layers", "8", *freed]) == 1
-    assert "lower training.max_local_batch_size" in capsys.readouterr().out
+    assert "lower training.local_batch_size" in capsys.readouterr().out
     few = ["--layers", "1", "--training.local_batch_size", "1"]
     assert dry_run.main([recipe, "--world-size", "8", *freed, *few]) == 0
     assert dry_run.main(["train_configs/absent.toml", "--world-size", "8"]) == 2
@@ -277,7 +278,7 @@ def test_dry_run_prints_the_seconds(capsys, tmp_path):
         "train_configs/llada_8b_longalpaca.toml", "--world-size", "8", "--ranks-per-node", "4", "--layers", "2",
         "--model.converters", "", "--parametric_memory.no-enable", "--activation_checkpoint.mode", "none",
         "--parallelism.data_parallel_shard_within", "world", "--tflops", "100", "--inter", "10", "--json",
-        str(tmp_path / "found.json"),
+        str(tmp_path / "found.json"), "--training.global_batch_size", "32", "--training.local_batch_size", "4",
     ]  # fmt: skip
     assert dry_run.main(arguments) == 0
     result = json.loads((tmp_path / "found.json").read_text())["8"]

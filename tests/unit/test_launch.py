@@ -16,7 +16,7 @@ from memdlm_dist.runtime.process_group import launched_processes
 SHIPPED = sorted(path.stem for path in Path("train_configs").glob("*.toml"))
 LOCAL = {  # local batch size on 1, 2, 4 and 8 ranks, where it follows from the global batch size
     "quickstart": (8, 8, 4, 2), "needle_base": (64, 32, 16, 8), "needle_mdlm": (32, 16, 8, 4),
-    "needle_memdlm": (32, 16, 8, 4), "llada_8b_longalpaca": (4, 4, 4, 4), "llada_moe_7b_longalpaca": (4, 4, 4, 4),
+    "needle_memdlm": (32, 16, 8, 4),
 }  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def test_shipped_configurations_start_on_any_node(name):
     assert inference.parallelism.fsdp_reshard_after_forward == "default"
     if name.endswith("longalpaca"):
         resolved = launch.resolve(config, 32, 8)
-        assert resolved.parallelism.data_parallel_replicate_degree == 4 and resolved.training.local_batch_size == 1
+        assert resolved.parallelism.data_parallel_replicate_degree == 4 and resolved.training.local_batch_size == 2
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from memdlm_dist.errors import UserError
 from memdlm_dist.inference import sampler
 from memdlm_dist.inference.data_parallel import DataParallel
 from memdlm_dist.inference.likelihood import passes
@@ -102,7 +103,9 @@ class ToyModel:
 @pytest.fixture
 def model(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
-    monkeypatch.setattr("memdlm_dist.evaluation.harness_model.TrainedModel", lambda config, checkpoint: ToyModel())
+    monkeypatch.setattr(
+        "memdlm_dist.evaluation.harness_model.TrainedModel", lambda config, checkpoint, memory_weights: ToyModel()
+    )
     monkeypatch.setattr("memdlm_dist.config.parse_config.parse", lambda argv: None)
     return lambda **arguments: HarnessModel(config="toy.toml", batch_size=7, **arguments)
 
@@ -161,6 +164,16 @@ def test_responses_end_at_the_stop_strings_and_keep_their_order(model):
     assert again == [text.split(stop_string)[0] for text in plain]
 
 
+def test_decoding_options_are_refused_for_likelihoods(model):
+    harness = model(suppress_tokens="0:1")
+    assert harness.generate_until(requests("generate_until", ("ab", {"max_gen_toks": 3}))) == ["ccc"]
+    for arguments in ({"suppress_tokens": 1}, {"cfg_scale": 0.5}):
+        with pytest.raises(UserError, match=r"likelihoods, which are the model's own .*; run the task without"):
+            model(**arguments).loglikelihood(requests("loglikelihood", ("ab", "c")))
+        with pytest.raises(UserError, match="likelihoods, which are the model's own"):
+            model(**arguments).loglikelihood_rolling(requests("loglikelihood_rolling", ("abc",)))
+
+
 def test_long_texts_spread_their_masks_evenly():
     """200 passes over 50 tokens: mask sizes 1 to 50, four each; equal shares per token; weights l / (k S)."""
     drawn = passes(3, 50, 200, seed=1)
@@ -180,6 +193,9 @@ def test_long_texts_spread_their_masks_evenly():
     [
         ({"memory": "maybe"}, "memory must be off or on"),
         ({"checkpint": "x"}, "no model argument checkpint"),
+        ({"cfg_scale": "much"}, "cfg_scale must be a number, not 'much'"),
+        ({"cfg_scale": float("nan")}, "cfg_scale must be a finite number of at least 0, but is nan"),
+        ({"suppress_tokens": "5;6"}, "joined by colons, such as 5:6, but one is '5;6'"),
     ],
 )
 def test_wrong_arguments_are_named(model, arguments, message):

@@ -50,7 +50,11 @@ def naive_decode(prompt, new_tokens, decoding, row_id):
             confidence, token = {}, {}
             for position in block:
                 logits = toy_logits(row, position)
-                logits[MASK] = -torch.inf
+                if decoding.cfg_scale:
+                    blank = toy_logits([x if i in holes else MASK for i, x in enumerate(row)], position)
+                    logits = blank + (decoding.cfg_scale + 1) * (logits - blank)
+                for never in (MASK, *decoding.suppress_tokens):
+                    logits[never] = -torch.inf
                 key = keyed_random.key(
                     decoding.seed, Stream.DECODING, n_decoded, torch.tensor([row_id * 2**24 + position])
                 )  # fmt: skip
@@ -85,9 +89,13 @@ prompt = st.lists(st.integers(0, MASK), max_size=5)
     temperature=st.sampled_from([0.0, 0.7]),
     remasking=st.sampled_from(["low_confidence", "random"]),
     stop=st.booleans(),
+    cfg_scale=st.sampled_from([0.0, 0.5, 2.0]),
+    suppressed=st.sampled_from([(), (EOS, 5), (MASK, 1, 2, 3)]),
 )
-def test_batches_are_as_the_naive_rows(prompts, new_tokens, block, steps, temperature, remasking, stop):
-    decoding = Decoding(block, steps, temperature, remasking, stop, seed=3)
+def test_batches_are_as_the_naive_rows(
+    prompts, new_tokens, block, steps, temperature, remasking, stop, cfg_scale, suppressed
+):
+    decoding = Decoding(block, steps, temperature, remasking, stop, 3, cfg_scale, suppressed)
     ids = [7 * number + 1 for number in range(len(prompts))]
     tokens_BL = run(prompts, new_tokens, decoding, ids)
     for row, (prompt, tokens) in enumerate(zip(prompts, tokens_BL.tolist(), strict=True)):
@@ -96,6 +104,8 @@ def test_batches_are_as_the_naive_rows(prompts, new_tokens, block, steps, temper
         assert tokens[length:] == [EOS] * (len(tokens) - length)
         given_positions = [i for i, token in enumerate(prompt) if token != MASK]
         assert all(tokens[i] == prompt[i] for i in given_positions)
+        filled = {token for i, token in enumerate(tokens[:length]) if i not in given_positions}
+        assert filled.isdisjoint({*suppressed} - {EOS})
     assert (tokens_BL != MASK).all()
 
 
@@ -108,6 +118,8 @@ def test_as_many_predictions_as_steps():
     assert [int(step.kept_BL[0].sum()) for step in steps] == [1, 2, 1] * 2
     assert all(step.kept_BL.sum(1).unique().numel() == 1 for step in steps)
     assert not steps[-1].open_BL.any()
+    guided = list(denoise(toy(start, log), start, Decoding(4, 3, stop_at_eos=False, cfg_scale=1.0), MASK, EOS))
+    assert len(guided) == 6 and len(log) == 6 + 12
 
 
 def test_ranks_that_have_less_to_do_keep_up():

@@ -32,6 +32,7 @@ LAYOUTS = {
 }
 # After two training steps inner gradients are small; this rate makes adaptation change the output.
 BOLD = ["--parametric_memory.learning_rate", "20", "--parametric_memory.gradient_clip", "0"]
+SUPPRESSED = (110, 300)  # frequent without suppression
 PROMPTS = ["def read(self, size):", "import", "class Reader:\n    def close(self):\n        return", "x = [", "", "for"]
 
 
@@ -47,6 +48,13 @@ def read(model: TrainedModel, new_tokens: int = 6) -> dict:
                 return model.generate(batch, new_tokens, decoding, memory, ids=ids).responses
 
             results[f"memory {memory}, temperature {temperature}"] = model.data_parallel.map_batches(prompts, 2, work)
+        if memory:
+
+            def guided(batch, ids):
+                decoding = Decoding(4, 2, 1.0, stop_at_eos=False, cfg_scale=1.5, suppress_tokens=SUPPRESSED)
+                return model.generate(batch, new_tokens, decoding, memory=True, ids=ids).responses
+
+            results["guided"] = model.data_parallel.map_batches(prompts, 2, guided)
         # No empty prompts: with only [MASK]s, all positions have equal confidence, and rounding chooses among them.
         rows = [Row(prompt, [5, 6, 7, 8]) for prompt in prompts if prompt]
         points = measure(model, rows, memory, ratios=(0.5, 1.0), batch_size=2)
