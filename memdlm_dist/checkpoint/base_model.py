@@ -179,7 +179,8 @@ def restore(model: nn.Module, sd_adapter: BackboneStateDictAdapter, checkpoint: 
         from_rank_0(lambda: _check_unchanged(checkpoint, saved))
         load(model, sd_adapter, saved["location"])
     else:
-        initial_weights.draw(model, model.model_args, _seed(checkpoint, saved))
+        sizes: Any = model.model_args
+        initial_weights.draw(model, sizes, _seed(checkpoint, saved))
 
 
 def read(tensors: Mapping[str, Tensor], sd_adapter: BackboneStateDictAdapter, checkpoint: str) -> dict[str, Tensor]:

@@ -35,6 +35,7 @@ LINEARS = {
     "o": LayerLinear("attention", "wo", "dim", "dim", True, 1),
 }
 LINEAR_NUMBERS = {name: number for number, name in enumerate(LINEARS)}
+ROUTER_NUMBER = 2**15  # number of the router in the keys of dropout, beyond those of later linears
 # Targets of outer adapters alone: the router of a mixture of experts, and all linears of a layer.
 ROUTER, ALL_LINEAR = "router", "all-linear"
 GROUPS = {

@@ -28,8 +28,9 @@ from memdlm_dist.method.documents import SetAssignment
 from memdlm_dist.method.fast_weights import AdaptedLinear, ExpertProduct, FastLinear, adapted_experts
 from memdlm_dist.method.keyed_dropout import NO_DROPOUT, TermDropout
 from memdlm_dist.models import nf4
-from memdlm_dist.models.linears import GROUPS, LINEAR_NUMBERS, LINEARS
+from memdlm_dist.models.linears import GROUPS, LINEAR_NUMBERS, LINEARS, ROUTER_NUMBER
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs, TransformerBlock
+from memdlm_dist.models.lora import LoRALinear
 
 
 @dataclass
@@ -252,7 +253,13 @@ class MixtureOfExperts(MoE):
             dropout: dropout of the low-rank terms in this layer.
         """
         x_ND = x_BLD.flatten(0, 1)
+        gate, own = self.router.gate, dropout.at_linear(ROUTER_NUMBER).adapters
+        drops = own is not None and isinstance(gate, LoRALinear)
+        if drops:
+            gate.dropout = own._replace(key_BL=own.key_BL.flatten())
         score_Nk, expert_Nk, load_E = self.router(x_ND)
+        if drops:
+            gate.dropout = None
         if self.tp_mesh is not None:
             # Each rank weights its partial outputs of the experts, so the gradient of the scores is a partial sum.
             score = DTensor.from_local(score_Nk, self.tp_mesh, [Replicate()], run_check=False)

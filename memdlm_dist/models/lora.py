@@ -36,9 +36,12 @@ class LoRALinear(nn.Linear):
         self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.empty(linear.out_features, rank, dtype=dtype, device=device))
         self.scale = scale  # alpha / R
+        # Dropout of calls without that argument: torchtitan's router calls its gate so.
+        self.dropout: Dropout | None = None
 
     def forward(self, x: Tensor, dropout: Dropout | None = None) -> Tensor:
         """Return W x + (alpha / R) B A drop(x); None drops nothing."""
+        dropout = self.dropout if dropout is None else dropout
         dropped = x if dropout is None else dropout(x)
         return F.linear(x, self.weight) + self.scale * F.linear(F.linear(dropped, self.lora_A), self.lora_B)
 

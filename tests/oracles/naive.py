@@ -62,7 +62,8 @@ class Dropout:
 
     def factor(self, kind: str, layer: int, target: str, position: int, feature: int, expert: int = 0) -> float:
         """Return the factor of one feature of a token: four features share the 16-bit words of one number."""
-        key = keyed(self.keys[kind], position) + 2**32 * layer + 2**16 * expert + LINEARS.index(target)
+        number = 2**15 if target == "router" else LINEARS.index(target)
+        key = keyed(self.keys[kind], position) + 2**32 * layer + 2**16 * expert + number
         word = keyed(key, feature // 4) >> 16 * (feature % 4) & 0xFFFF
         dropped = round(self.probabilities[kind] * 2**16)
         return 0.0 if (word + 2**15) % 2**16 < dropped else 1 / (1 - dropped / 2**16)

@@ -140,7 +140,7 @@ def test_every_expert_drops_its_own_features_of_a_token(monkeypatch, grouped):
     torch.manual_seed(0)
     model = LLaDAMoE(replace(ARGS, grouped=grouped))
     model.init_weights()
-    add_adapters(model, LoRA(rank=8, alpha=8.0), torch.float32, torch.float32)
+    add_adapters(model, LoRA(rank=8, alpha=8.0, target_modules=["all-linear"]), torch.float32, torch.float32)
     moe, expert_linears = model.layers["0"].moe, {"gate": "w1", "up": "w3", "down": "w2"}
     for parameter in moe.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -152,7 +152,8 @@ def test_every_expert_drops_its_own_features_of_a_token(monkeypatch, grouped):
     keys = [Dropout.draw(3, stream, 7, ids, 5, None, P) for stream in (9, 10)]
     with torch.no_grad():
         ours = moe(x, fast=fast, dropout=TermDropout(*keys).at_layer(2))
-        scores = (x @ moe.router.gate.weight.T).softmax(-1)
+        gate = moe.router.gate
+        assert gate.dropout is None
 
         def linear(drop, e, target, y, position):
             name, phi, number = expert_linears[target], fast[target], LINEAR_NUMBERS[target]
@@ -166,10 +167,12 @@ def test_every_expert_drops_its_own_features_of_a_token(monkeypatch, grouped):
             drop = naive.Dropout(3, 7, int(ids[row]), {"adapter": P, "fast": P})
             for position in range(5):
                 y, out = x[row, position], torch.zeros(32)
-                for e in scores[row, position].topk(2).indices.tolist():
-                    gate, up = (linear(drop, e, target, y, position) for target in ("gate", "up"))
-                    down = linear(drop, e, "down", torch.nn.functional.silu(gate) * up, position)
-                    out += scores[row, position, e] * down
+                kept = y * y.new_tensor([drop.factor("adapter", 2, "router", position, f) for f in range(32)])
+                scores_E = (gate.weight @ y + gate.lora_B @ (gate.lora_A @ kept)).softmax(-1)
+                for e in scores_E.topk(2).indices.tolist():
+                    gated, up = (linear(drop, e, target, y, position) for target in ("gate", "up"))
+                    down = linear(drop, e, "down", torch.nn.functional.silu(gated) * up, position)
+                    out += scores_E[e] * down
                 torch.testing.assert_close(ours[row, position], out, rtol=1e-4, atol=1e-5)
 
 
