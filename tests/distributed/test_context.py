@@ -34,6 +34,7 @@ def results(tmp_path_factory, pools):
 
 
 STEPS = [(name, options) for name in LAYOUTS if not name.startswith("one") for options in options_of(name)]
+STEPS.append(("one-twice", "dropout-packed"))  # gradient accumulation
 
 
 @pytest.mark.parametrize("layout, options", STEPS)

@@ -55,7 +55,7 @@ ATTENTION = [MEMORY + "target_modules", "ffn,attention", MEMORY + "learning_rate
 FULL = [MEMORY + "adapter", "full", MEMORY + "inner_loss", "hidden_cosine", MEMORY + "supervision", "newly_revealed"]
 # Experts' adapters are not sharded by tensor parallelism.
 DROPOUT = [
-    "--model.converters", "lora", "--lora.rank", "8", "--lora.target_modules", "attention,up,down",
+    "--model.converters", "lora", "--lora.rank", "8", "--lora.alpha", "8", "--lora.target_modules", "attention,up,down",
     "--lora.dropout", "0.3", MEMORY + "dropout", "0.2",
 ]  # fmt: skip
 MOE_DROPOUT = [*DROPOUT, "--lora.target_modules", "attention"]
@@ -167,8 +167,8 @@ def common_adapters(bench):
     with torch.no_grad():
         for name, parameter in bench.model.named_parameters():
             if name.endswith("lora_B"):
-                parameter.fill_(0.05)
-            else:
+                parameter.fill_(0.02)
+            elif not name.endswith("lora_A"):
                 parameter.mul_(3)
 
 
