@@ -67,10 +67,9 @@ def outer_loss(model, batch, memory, fast=None, tp_rank=0):
         if loss.teacher is not None:
             with torch.no_grad():
                 target = run(step.teacher, step.scored, current, "logits" if of_logits else loss.teacher)
-        if loss.temperature == 1:
-            return sums(DISTANCES[loss.logit_loss or loss.hidden_distance](student, target))
-        student, target = student / loss.temperature, target / loss.temperature
-        return sums(loss.temperature**2 * DISTANCES[loss.logit_loss](student, target))
+        if (temperature := loss.temperature) != 1:
+            student, target = student / temperature, target / temperature
+        return sums(temperature**2 * DISTANCES[loss.logit_loss or loss.hidden_distance](student, target))
 
     fast, statistics = inner_loop.adapt(
         state_loss,

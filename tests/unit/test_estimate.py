@@ -37,6 +37,7 @@ def no_other_process_group():
 
 SHARD, TP = "--parallelism.data_parallel_shard_degree", "--parallelism.tensor_parallel_degree"
 CP = "--parallelism.context_parallel_degree"
+STEPS = ["--parametric_memory.inner_steps", "3", "--parametric_memory.inner_epochs", "2"]
 
 
 @pytest.mark.parametrize(
@@ -45,9 +46,9 @@ CP = "--parallelism.context_parallel_degree"
         (4, [SHARD, "4"]),
         (4, [SHARD, "4", "--model.converters", "lora"]),
         (4, [SHARD, "4", "--model.converters", "lora", "--parallelism.fsdp_reshard_after_forward", "never"]),
-        (4, [SHARD, "2", TP, "2", "--parametric_memory.inner_loss", "kl", "--parametric_memory.inner_steps", "3"]),
+        (4, [SHARD, "2", TP, "2", "--parametric_memory.inner_loss", "kl", *STEPS]),
         (8, [SHARD, "4", "--parallelism.data_parallel_replicate_degree", "2"]),
-        (4, [SHARD, "2", CP, "2", "--parametric_memory.target_modules", "ffn,attention"]),
+        (4, [SHARD, "2", CP, "2", "--parametric_memory.target_modules", "ffn,attention", *STEPS]),
         (8, [TP, "2", CP, "2", "--activation_checkpoint.mode", "full"]),
     ],
     ids=["fsdp4", "lora", "lora-never", "fsdp2-tp2", "hsdp", "fsdp2-cp2", "fsdp2-tp2-cp2"],

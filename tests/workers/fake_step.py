@@ -37,7 +37,10 @@ COMMON = [
 ]  # fmt: skip
 MEMORY = "--parametric_memory."
 EXPERTS = ["--model.name", "llada_moe"]
-DISTILLED = [MEMORY + "inner_loss", "kl", MEMORY + "inner_steps", "3", MEMORY + "supervision", "newly_revealed"]
+DISTILLED = [
+    MEMORY + "inner_loss", "kl", MEMORY + "inner_steps", "3", MEMORY + "supervision", "newly_revealed",
+    MEMORY + "inner_epochs", "2", MEMORY + "distillation_temperature", "2.0", "--diffusion.loss_norm", "answer",
+]  # fmt: skip
 CASES = {  # name -> arguments; names with "packed" use packed rows
     "dense": ["--activation_checkpoint.mode", "full", "--training.mixed_precision_param", "bfloat16"],
     "dense, plain": [MEMORY + "no_enable", "--optimizer.implementation", "foreach"],
