@@ -73,9 +73,9 @@ class Checkpoint(TitanCheckpoint):
     """Save only the model at the last step. False, unlike in torchtitan, so that a finished run can be continued."""
 
     initial_adapter: str = ""
-    """Folder or hub repository of an adapter in PEFT's format, from which a run with model.converters = ["lora"] starts,
-    on the base of initial_load_path. The [lora] section must have its rank, alpha and target_modules. Ignored when the run
-    resumes, like initial_load_path."""
+    """Folder or hub repository of an adapter in PEFT's format, from which a run with model.converters = ["lora"]
+    starts, on the base of initial_load_path. The [lora] section must have its rank, alpha and target_modules. Ignored
+    when the run resumes, like initial_load_path."""
 
     save_in_hf: bool = False
     """Also export the model with every checkpoint, to the Hugging Face folder hf in the folder of the checkpoint.
