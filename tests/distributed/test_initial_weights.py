@@ -1,4 +1,4 @@
-"""Initial weights: bit-identical on every layout, with torchtitan's distributions."""
+"""Initial weights: bit-identical on every layout, with torchtitan's distributions; so are loaded adapters."""
 
 import math
 
@@ -16,14 +16,26 @@ from tests.workers.sharded_weights import BACKBONES, LAYOUTS
 
 
 @pytest.fixture(scope="module")
-def single(pools):
-    return {name: pools(1).call("tests.workers.sharded_weights:digests", name, []) for name in BACKBONES}
+def adapters(tmp_path_factory):
+    return tmp_path_factory.mktemp("adapters")
+
+
+@pytest.fixture(scope="module")
+def single(pools, adapters):
+    worker = "tests.workers.sharded_weights:digests"
+    return {name: pools(1).call(worker, name, [], 7, str(adapters / name)) for name in BACKBONES}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_starts_with_the_single_process_weights(pools, single, layout):
+def test_every_layout_starts_with_the_single_process_weights(pools, single, adapters, layout):
+    """Drawn weights, and then an adapter that is read from a PEFT folder."""
     processes, backbone, arguments = LAYOUTS[layout]
-    assert pools(processes).call("tests.workers.sharded_weights:digests", backbone, arguments) == single[backbone]
+    found = pools(processes).call(
+        "tests.workers.sharded_weights:digests", backbone, arguments, 7, str(adapters / backbone)
+    )
+    assert found == single[backbone]
+    assert any(name.startswith("loaded") for name in found)
+    assert all(found[name.removeprefix("loaded ")] != x for name, x in found.items() if name.startswith("loaded"))
 
 
 def test_parameters_and_seeds_have_numbers_of_their_own(pools, single):

@@ -195,10 +195,11 @@ def test_merged_equals_unmerged(run, tmp_path):
     model.close()
 
 
-def test_the_adapters_alone_in_pefts_layout(run, tmp_path):
+def test_the_adapters_alone_in_pefts_layout(run, tmp_path, capsys):
     name, root = run
     recipe, *rest = arguments_of(root, name)[1:]
     assert convert_checkpoint.main(["to-hf", recipe, "--adapter", "--output", str(tmp_path / "peft"), *rest]) == 0
+    capsys.readouterr()
     base = contents(root / "weights")
     saved = root / "adapters/checkpoint/step-3"
     for folder in (tmp_path / "peft", *([saved] if name == "llada_moe" else [])):
@@ -212,6 +213,17 @@ def test_the_adapters_alone_in_pefts_layout(run, tmp_path):
             largest = max(largest, B.abs().max().item())
         assert not tensors and largest > 0
         assert not list(folder.glob("model*"))
+    # Base and adapter read like the checkpoint.
+    command = [recipe, "--prompt", "def read", "--new-tokens", "4", "--json", "--memory", "on"]
+    answers = []
+    for read_from in (
+        ["--checkpoint", str(root / "run/checkpoint")],
+        ["--checkpoint", str(root / "weights"), "--adapter", str(tmp_path / "peft")],
+    ):
+        assert generate.main([*command, *read_from, *rest]) == 0
+        answers.append(json.loads(capsys.readouterr().out))
+    assert answers[0]["response"] == answers[1]["response"]
+    assert [answer["adapter"] for answer in answers] == [None, str(tmp_path / "peft")]
 
 
 def test_generate_from_the_exported_folder(run, capsys):

@@ -26,7 +26,9 @@ from torchtitan.tools.logging import logger
 
 from memdlm_dist.checkpoint import hugging_face_folder
 from memdlm_dist.config import parse_config
-from memdlm_dist.models import BACKBONES
+from memdlm_dist.models import BACKBONES, initial_weights
+from memdlm_dist.models.initial_weights import Uniform
+from memdlm_dist.models.lora import is_adapter
 from memdlm_dist.performance.bench_steps import Bench
 from memdlm_dist.performance.collectives import by_kind
 from tests.support.bilevel import trained_in_each_pass
@@ -59,6 +61,11 @@ OPTIONS = {
     "full-global-kl": [
         "--parametric_memory.adapter", "full", "--parametric_memory.gradient_norm", "global",
         "--parametric_memory.inner_loss", "kl", "--parametric_memory.inner_steps", "3",
+    ],
+    # Outer adapters of the router and the attention on a frozen base.
+    "adapters": [
+        "--model.converters", "lora", "--lora.target_modules", "attention,router", "--lora.rank", "2",
+        "--lora.alpha", "2",
     ],
 }  # fmt: skip
 
@@ -98,13 +105,14 @@ def full_tensor(x):
 def step(bench, count, seed=1):
     results = {"loss": torch.zeros(())}
     statistics = []
+    trainable = [name for name, p in bench.model.named_parameters() if p.requires_grad]
     for batch in micro_batches(bench, count, seed):
         with trained_in_each_pass(bench.model, bench.objective.memory.first_layer) as trained:
             loss, inner = bench.loss_sum("ours", batch, 1)
         loss.backward()
         # The tail, including the experts' FSDP group, is frozen during the inner loop.
         assert not any(trained[:-1]) and trained[-1] > 0
-        assert all(p.requires_grad for p in bench.model.parameters())
+        assert [name for name, p in bench.model.named_parameters() if p.requires_grad] == trainable
         results["loss"] += loss.detach()
         chosen = 1 % len(inner.written_norm_G)
         statistics.append(torch.stack([inner.loss_KG[:, chosen], inner.grad_norm_KG[:, chosen]]))
@@ -114,6 +122,8 @@ def step(bench, count, seed=1):
         dist.all_reduce(results["loss"], group=mesh.get_group())
     results["inner"] = statistics[0]  # the only set, or the second sample's set; rank 0 holds both
     for name, p in bench.model.named_parameters():
+        if not p.requires_grad:
+            continue
         results[name.replace("_checkpoint_wrapped_module.", "")] = full_tensor(p.grad).clone()
     results["load"] = torch.stack([mixture.tokens_per_expert for mixture in bench.model.mixtures()])
     if mesh is not None:
@@ -130,9 +140,11 @@ def common_weights(bench, folder):
             for parameter in bench.model.parameters():
                 parameter.mul_(3)  # so that attention and router are not flat
         hugging_face_folder.write(sd_adapter.to_hf(bench.model.state_dict()), folder)
-    hugging_face_folder.check(folder, sd_adapter)
     wrapper = ModelWrapper(bench.model)
-    wrapper.load_state_dict(hugging_face_folder.read_into(wrapper.state_dict(), sd_adapter, folder))
+    hugging_face_folder.load(wrapper, sd_adapter, folder)
+    for name, tensor in wrapper.state_dict().items():
+        if is_adapter(name):  # neither A nor B is 0
+            initial_weights._fill(tensor, name, Uniform(0.3))
 
 
 @contextlib.contextmanager

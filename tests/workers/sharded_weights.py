@@ -1,7 +1,8 @@
-"""Digests of the initial weights of small backbones on several layouts."""
+"""Digests of the initial weights and of a loaded adapter of small backbones, on several layouts."""
 
 import hashlib
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
@@ -11,7 +12,9 @@ from memdlm_dist.runtime import cpu
 
 cpu.prepare()
 
+from memdlm_dist.checkpoint import peft_folder
 from memdlm_dist.config import parse_config
+from memdlm_dist.models import BACKBONES as SPECS
 from memdlm_dist.models.flavours import LLADA, LLADA_MOE
 from memdlm_dist.models.llada_moe import LLaDAMoEArgs
 from memdlm_dist.training.backbone import get_layout, model_on_meta
@@ -42,18 +45,35 @@ LAYOUTS = {
 }
 
 
-def digests(backbone, arguments, seed=7):
-    """Return a digest of every full parameter; each rank draws its slice only."""
+def digests(backbone, arguments, seed=7, folder=None):
+    """Return a digest of every full parameter; each rank draws its slice only.
+
+    Args:
+        folder: PEFT folder of an adapter, which is loaded after the draw, each rank its slice only; the first call
+            writes it. The digests of its parameters have names of their own.
+    """
     sizes = BACKBONES[backbone]
     config = parse_config.parse([
         "--job.config_file", "train_configs/debug.toml",
         "--model.name", "llada_moe" if isinstance(sizes, LLaDAMoEArgs) else "llada", "--model.flavor", "tiny",
-        "--model.converters", "lora", "--lora.rank", "2", *arguments,
+        "--model.converters", "lora", "--lora.rank", "2", "--lora.target_modules", "all-linear", *arguments,
     ])  # fmt: skip
     dims = get_layout(config, torch.distributed.get_world_size())
     model = model_on_meta(config, sizes, dims).to_empty(device="cpu")
     torch.manual_seed(seed)
     model.init_weights()
     state = get_model_state_dict(model)
+    result = _digests(state)
+    if folder is not None:
+        sd_adapter = SPECS[config.model.name].sd_adapter(sizes)
+        if not Path(folder).exists():
+            random = {name: torch.rand(x.shape) for name, x in state.items()}
+            peft_folder.write(random, folder, sd_adapter, config.lora, "")
+        peft_folder.load(state, sd_adapter, folder, config.lora)
+        result |= {f"loaded {name}": x for name, x in _digests(peft_folder.gather(state)).items()}
+    return result
+
+
+def _digests(state):
     full = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in state.items()}
     return {name: hashlib.sha256(x.float().numpy().tobytes()).hexdigest() for name, x in full.items()}
