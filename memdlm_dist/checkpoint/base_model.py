@@ -187,23 +187,18 @@ def read(tensors: Mapping[str, Tensor], sd_adapter: BackboneStateDictAdapter, ch
     """Read the base that a checkpoint's adapters were trained on, dequantised, in one process on the CPU.
 
     Args:
-        tensors: the model's tensors on the meta device, with a quantised base.
+        tensors: the unquantised model's tensors without storage, in the compute dtype.
         checkpoint: location of the checkpoint.
 
     Raises:
-        UserError: if the base is not quantised, cannot be read or has changed.
+        UserError: if the base cannot be read or has changed.
     """
     saved = saved_identity(checkpoint, read_run(Storage(checkpoint)))
     assert saved is not None
-    if not nf4.is_quantized(tensors):
-        raise needs_quantized_base(checkpoint)
-    location, args = saved["location"], sd_adapter.args
-    count, base = getattr(args, "n_experts", 1), lora.without_adapters(tensors)
-    state = {
-        name: torch.empty(nf4.stored_shape(name, tensor, count), dtype=tensor.dtype) for name, tensor in base.items()
-    }
+    location, base = saved["location"], lora.without_adapters(tensors)
+    state = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in base.items()}
     if not location:
-        initial_weights.fill(state, args, _seed(checkpoint, saved))
+        initial_weights.fill(state, sd_adapter.args, _seed(checkpoint, saved))
     else:
         _check_unchanged(checkpoint, saved)
         if is_export(Storage(location).sizes()):
@@ -212,7 +207,7 @@ def read(tensors: Mapping[str, Tensor], sd_adapter: BackboneStateDictAdapter, ch
         else:
             load_states(state, location, no_dist=True)
     return {
-        name: nf4.round_trip(tensor, base[name].dtype) if is_nf4(base[name]) else tensor
+        name: nf4.round_trip(tensor, base[name].dtype) if nf4.is_linear(name) else tensor
         for name, tensor in state.items()
     }
 

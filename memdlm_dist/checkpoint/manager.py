@@ -106,6 +106,7 @@ class ResumableCheckpoints(HookedCheckpoints):
     length: Mapping[str, Any]  # length of the run, recorded and not compared
     stop_on_save_failure: bool
     timeout: float  # of collectives, in seconds; set by the trainer as well
+    base: dict[str, str] | None = None  # identity of a quantised base, which checkpoints leave out
     lora: LoRA | None = None  # settings of the adapters; None if none are trained
     writer: Claim | None = None  # rank 0's claim to the folder
     save_future: Any
@@ -125,7 +126,6 @@ class ResumableCheckpoints(HookedCheckpoints):
             return
         self._catalogue = Catalogue(self.folder)
         self._remover = ThreadPoolExecutor(1)
-        self.base: dict[str, str] | None = None  # identity of a quantised base, which checkpoints leave out
         if base_model.is_quantized(self._model):
             self.states[MODEL] = base_model.AdapterWrapper(self._model)
 

@@ -59,7 +59,7 @@ def check_backbone(config: JobConfig, args: LLaDAArgs) -> None:
         )
     tp_size = config.parallelism.tensor_parallel_degree
     _check_context_parallel(config, args)
-    if config.lora.base == "nf4":
+    if config.model.converters and config.lora.base == "nf4":
         _check_nf4(config, args)
     flavour = f"model.flavor {config.model.flavor}"
     sizes = {

@@ -363,11 +363,7 @@ def _check_values(config: JobConfig) -> None:
         "plain linears, and the output head computes its losses itself; remove it.",
     )
     require(
-        config.lora.base == "unquantized" or bool(config.model.converters),
-        f'lora.base = {config.lora.base!r} has no effect without adapters; set model.converters = ["lora"].',
-    )
-    require(
-        config.lora.base == "unquantized" or is_installed(),
+        not config.model.converters or config.lora.base == "unquantized" or is_installed(),
         f"lora.base = {config.lora.base!r} needs torchao 0.18 or later, which is not installed; run pip install "
         "'memdlm_dist[nf4]'.",
     )

@@ -254,11 +254,10 @@ class MixtureOfExperts(MoE):
         """
         x_ND = x_BLD.flatten(0, 1)
         gate, own = self.router.gate, dropout.at_linear(ROUTER_NUMBER).adapters
-        drops = own is not None and isinstance(gate, LoRALinear)
-        if drops:
+        if own is not None and isinstance(gate, LoRALinear):
             gate.dropout = own._replace(key_BL=own.key_BL.flatten())
         score_Nk, expert_Nk, load_E = self.router(x_ND)
-        if drops:
+        if isinstance(gate, LoRALinear):
             gate.dropout = None
         if self.tp_mesh is not None:
             # Each rank weights its partial outputs of the experts, so the gradient of the scores is a partial sum.

@@ -7,7 +7,7 @@ The scales of a tensor are centred on their mean over the whole tensor. A weight
 sharded along its rows, so that all layouts have the same base. Experts' weights `[E, F, D]` are stored as `[E F, D]`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -116,6 +116,7 @@ def stored_shape(name: str, tensor: Tensor, experts: int) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
-def is_quantized(state: Mapping[str, Tensor]) -> bool:
-    """Return whether a state dict has quantised weights."""
-    return any(map(is_nf4, state.values()))
+def is_linear(name: str) -> bool:
+    """Return whether a parameter of a backbone without adapters is a linear's weight that NF4 quantises."""
+    linear = name.removesuffix(".weight").rpartition(".")[2]
+    return name.startswith("layers.") and linear in {linear.weight for linear in LINEARS.values()}

@@ -1,5 +1,7 @@
 """Backbone of a configuration: model arguments, parallel layout, state-dict adapter, shard requirements."""
 
+from dataclasses import replace
+
 import torch
 
 from memdlm_dist.checkpoint.convert import Run
@@ -73,7 +75,9 @@ def get_conversion(config: JobConfig) -> Run:
     sd_adapter = get_sd_adapter(config)
     with torch.device("meta"):
         model = sd_adapter.model_cls(backbone_args(config.model.name, config.model.flavor))
-    convert(model, get_recipe(config))
+    # A 4-bit base is dequantised, so its tensors are described as they are in Hugging Face weights.
+    plain = get_lora(config) and replace(config.lora, base="unquantized")
+    convert(model, replace(get_recipe(config), lora=plain))
     sources = [path for path in (config.checkpoint.initial_load_path, config.model.hf_assets_path) if path]
     return Run(sd_adapter, dict(model.state_dict()), get_lora(config), sources)
 

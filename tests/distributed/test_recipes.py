@@ -24,6 +24,7 @@ SMALL = [
     "--training.mixed_precision_param", "float32", "--optimizer.implementation", "foreach", "--optimizer.lr", "0.02",
     "--lr_scheduler.warmup_steps", "1", "--checkpoint.interval", "2", "--checkpoint.async_mode", "disabled",
     "--compile.no-enable", "--parametric_memory.rank", "8", "--metrics.log_freq", "1",
+    "--lora.base", "unquantized", "--lora.dropout", "0",
 ]  # fmt: skip
 CODE = "raise AssertionError('executed')\n"  # modelling code beside the weights
 EXPORT = ["--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only"]
@@ -93,7 +94,7 @@ def test_training_changes_the_adapters_alone(run):
     assert frozen.keys() == base.keys() and all(torch.equal(x, base[key]) for key, x in frozen.items())
     # B starts at zero.
     assert adapters and all(x.abs().max() > 0 for x in adapters.values())
-    linears = 4 * 7 if name == "llada" else 4 * (4 + 3)
+    linears = 4 * 7 if name == "llada" else 4 * (4 + 3 + 1)  # with the router
     assert len(adapters) == 2 * linears
     # AdamW has no state for the base.
     saved = read_metadata(str(root / "run/checkpoint/step-3")).state_dict_metadata
@@ -138,7 +139,18 @@ def test_the_last_save_is_a_published_folder_with_the_adapters_merged(run):
     base, ours = contents(root / "weights"), contents(folder)
     assert {key: x.shape for key, x in base.items()} == {key: x.shape for key, x in ours.items()}
     changed = {key for key, x in ours.items() if not torch.equal(x, base[key])}
-    adapted = ("q_proj", "attn_out", "ff_proj", "up_proj", "k_proj", "v_proj", "o_proj", "down_proj", "gate_proj")
+    adapted = (
+        "q_proj",
+        "attn_out",
+        "ff_proj",
+        "up_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "down_proj",
+        "gate_proj",
+        "gate",
+    )
     expected = {
         key for key in base if key.split(".")[-2] in adapted or (".blocks." in key and key.endswith(".ff_out.weight"))
     }

@@ -26,7 +26,7 @@ from tools import convert_checkpoint, random_weights
 
 RECIPE = "train_configs/llada_8b_longalpaca.toml"
 TOKENIZER = "tests/assets/debug/tokenizer"
-DEBUG = ["--model.flavor", "debug", "--training.mixed_precision_param", "float32"]
+DEBUG = ["--model.flavor", "debug", "--training.mixed_precision_param", "float32", "--lora.base", "unquantized"]
 
 
 @pytest.fixture(autouse=True)

@@ -27,6 +27,7 @@ from tools import convert_checkpoint, random_weights
 SMALL = [
     "--model.flavor", "tiny", "--model.hf_assets_path", "tests/assets/debug/tokenizer", "--training.seq_len", "16",
     "--training.mixed_precision_param", "float32", "--checkpoint.initial_load_path", "",
+    "--lora.base", "unquantized",
 ]  # fmt: skip
 RANK = 8  # experts need a multiple of 8 on devices with grouped products
 TOKENS = torch.randint(0, 60, (3, 16), generator=torch.Generator().manual_seed(0))
