@@ -25,7 +25,7 @@ SMALL = [
     # One set for a micro-batch would depend on the layout.
     "--parametric_memory.granularity", "sample", "--training.seq_len", "128", "--training.epochs", "0",
     "--training.global_batch_size", "4", "--training.local_batch_size", "2",
-    "--training.mixed_precision_param", "float32", "--optimizer.implementation", "foreach", "--optimizer.lr", "0.02",
+    "--training.mixed_precision_param", "float32", "--optimizer.implementation", "foreach", "--optimizer.lr", "0.005",
     "--lr_scheduler.total_steps", "3", "--checkpoint.interval", "2", "--checkpoint.async_mode", "disabled",
     "--compile.no-enable", "--parametric_memory.rank", "8", "--metrics.log_freq", "1", "--lora.rank", "8",
 ]  # fmt: skip
@@ -120,7 +120,7 @@ def test_the_export_is_the_dequantised_base_with_its_adapters(run, tmp_path):
     )
     assert theirs.keys() == ours.keys() == base.keys()
     assert not [key for key, x in ours.items() if not torch.equal(x, theirs[key])]
-    assert all(torch.equal(x, base[key]) for key, x in theirs.items() if key.split(".")[-2] not in LINEARS)
+    assert all(torch.equal(x, base[key]) for key, x in theirs.items() if key.split(".")[-2] not in (*LINEARS, "gate"))
     tokens = torch.randint(0, 500, (2, 16), generator=torch.Generator().manual_seed(0))
     model = read(root, name, root / "run/checkpoint/step-3")
     quantized = logits(model, tokens)
