@@ -364,8 +364,8 @@ def _check_values(config: JobConfig) -> None:
     )
     require(
         not config.model.converters or config.lora.base == "unquantized" or is_installed(),
-        f"lora.base = {config.lora.base!r} needs torchao 0.18 or later, which is not installed; run pip install "
-        "'memdlm_dist[nf4]'.",
+        f"lora.base = {config.lora.base!r} needs torchao 0.18 or later, which is not installed; run .venv/bin/pip "
+        "install -e '.[nf4]', or set it to 'unquantized'.",
     )
     require(
         bool(config.lora.target_modules), "lora.target_modules is empty; name attention, ffn or some of their linears."

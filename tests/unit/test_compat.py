@@ -38,7 +38,7 @@ from torchtitan.config import ConfigManager
 
 from memdlm_dist.compat import streaming as streaming_seam
 from memdlm_dist.compat import torch as torch_seam
-from memdlm_dist.compat import torchrun
+from memdlm_dist.compat import torchao, torchrun
 from memdlm_dist.compat import torchtitan as titan_seam
 from memdlm_dist.compat.torch import skip_if_flagged, supports_reuse_of_stagers, supports_skip_flag
 from memdlm_dist.models.attention import BidirectionalAttentionKernel
@@ -335,3 +335,18 @@ def test_safetensors_are_consolidated_after_their_headers_are_written(tmp_path):
         assert file.metadata() == {"format": "pt"} and torch.equal(file.get_tensor("x"), x)
     source = inspect.getsource(torch_seam._consolidate_hf_safetensors._consolidate_safetensors_files)
     assert source.index("_write_metadata(output_files_data)") < source.index("_write_data(")
+
+
+def test_torchao_shards_nf4_as_assumed():
+    """Rows of a quantised tensor are slices of three tensors; two more belong to the whole tensor."""
+    weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    whole = torchao.quantize(weight)
+    assert torchao.is_nf4(whole) and not torchao.is_nf4(weight)
+    shard = torchao.quantize(torch.empty(64, 256, device="meta"))
+    shard = torch.empty_like(shard, device="cpu")  # what Module.to_empty does
+    torchao.materialize(shard)
+    torchao.write_rows(shard, whole, 128)
+    assert torch.equal(torchao.dequantize(shard), torchao.dequantize(whole)[128:192])
+    assert (torchao.dequantize(whole) - weight).abs().mean() < 0.1 * weight.abs().mean()
+    # Half a byte, an int8 scale for 64 elements, a factor for 256 scales; mean and values of the type.
+    assert torchao.stored_bytes(shard) == 64 * 256 // 2 + 256 + 4 + 4 + 16 * 4
