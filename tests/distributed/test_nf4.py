@@ -125,6 +125,12 @@ def test_the_export_is_the_dequantised_base_with_its_adapters(run, tmp_path):
     model = read(root, name, root / "run/checkpoint/step-3")
     quantized = logits(model, tokens)
     model.close()
+    # The adapters alone, on the base that is quantised again.
+    convert[-1] = str(tmp_path / "adapter")
+    assert convert_checkpoint.main([*convert, "--adapter", *rest]) == 0
+    model = TrainedModel(parse_config.parse(arguments_of(root, name)), str(root / "weights"), convert[-1])
+    assert torch.equal(logits(model, tokens), quantized)
+    model.close()
     model = read(root, name, tmp_path / "out", *DENSE)
     torch.testing.assert_close(logits(model, tokens), quantized, rtol=1e-5, atol=5e-5)  # float32 rounding
     model.close()

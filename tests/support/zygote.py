@@ -40,7 +40,7 @@ IMPORTS = (
     "tests.workers.sharded_step", "tests.workers.sharded_experts", "tests.workers.sharded_context",
     "tests.workers.saving", "tests.workers.soak",
     # Modules that are otherwise imported at first use.
-    "s3fs", "torch._dynamo.backends.distributed", "torch._dynamo.backends.inductor",
+    "s3fs", "torchao.quantization", "torch._dynamo.backends.distributed", "torch._dynamo.backends.inductor",
     "torch._dynamo.backends.cudagraphs",
     "torch._dynamo.backends.onnxrt", "torch._dynamo.backends.tensorrt", "torch._dynamo.backends.torchxla",
     "torch._dynamo.backends.tvm", "torch.export._trace", "torch.fx.experimental.validator",
