@@ -159,4 +159,6 @@ def test_mistakes(trained, tmp_path):
     assert "tensor_parallel_degree = 2" in check("--parallelism.tensor_parallel_degree", "2")
     assert "the linear gate of a layer has 160 x 64 elements" in check(sizes=LLADA["debug"])
     assert "which 4 ranks cannot share" in check("--parallelism.data_parallel_shard_degree", "4")
+    # An export needs whole experts on each rank.
+    assert nf4.misfit(LLADA_MOE["7B-A1B"], 128) == "a layer has 64 experts, which 128 ranks cannot share evenly"
     assert nf4.misfit(LLADA["8B"], 64) == nf4.misfit(LLADA_MOE["7B-A1B"], 64) == ""
