@@ -168,6 +168,8 @@ def load(model: nn.Module, sd_adapter: BackboneStateDictAdapter, location: str, 
 
 def _checkpoint_problem(location: str, shapes: Mapping[str, Tensor], ignore_adapters: bool) -> str:
     """Return the problem of a checkpoint of all weights as a predicate with its remedy, or an empty string."""
+    if BASE in read_run(Storage(location)):
+        return "holds adapters of a 4-bit base alone; name that base instead."
     if problem := check_model(location, shapes, ignore_adapters=True):
         return f"{problem}; choose another."
     if ignore_adapters or not any(map(lora.is_adapter, read_metadata(location).state_dict_metadata)):
