@@ -14,9 +14,9 @@ from torchtitan.components.checkpoint import ModelWrapper
 from memdlm_dist.checkpoint import hugging_face_folder
 from memdlm_dist.checkpoint.catalogue import METADATA, is_export, read_run
 from memdlm_dist.checkpoint.model_check import check_model
-from memdlm_dist.checkpoint.reading import load_states
-from memdlm_dist.compat.torchao import is_nf4
-from memdlm_dist.errors import UserError
+from memdlm_dist.checkpoint.reading import load_states, read_metadata
+from memdlm_dist.compat.torchao import is_installed, is_nf4
+from memdlm_dist.errors import UserError, require
 from memdlm_dist.models import initial_weights, lora, nf4
 from memdlm_dist.models.state_dict_adapters import BackboneStateDictAdapter
 from memdlm_dist.runtime.rank_0 import failure_reason, from_rank_0
@@ -24,7 +24,7 @@ from memdlm_dist.runtime.storage import Storage
 
 logger = logging.getLogger()
 
-BASE = "base"  # key of run.json
+BASE, TYPE = "base", "nf4"  # key of run.json, and its value's type
 _SAMPLE = 2**20  # bytes at each end of a file of weights that enter the fingerprint
 _PROGRESS = 30.0  # seconds between two lines of progress
 
@@ -60,8 +60,8 @@ def identity(location: str) -> dict[str, str]:
         location: folder or URL of weights; empty for weights that were drawn from torch's seed.
     """
     if not location:
-        return {"type": "nf4", "location": "", "fingerprint": f"random weights of seed {torch.initial_seed()}"}
-    return {"type": "nf4", "location": location, "fingerprint": _fingerprint(Storage(location))}
+        return {"type": TYPE, "location": "", "fingerprint": f"random weights of seed {torch.initial_seed()}"}
+    return {"type": TYPE, "location": location, "fingerprint": _fingerprint(Storage(location))}
 
 
 def _fingerprint(storage: Storage) -> str:
@@ -106,10 +106,11 @@ def saved_identity(checkpoint: str, run: Mapping[str, Any]) -> dict[str, str] | 
     Raises:
         UserError: if run.json is damaged.
     """
-    saved = run.get(BASE)
-    if saved is None:
+    if BASE not in run:
         return None
-    if not isinstance(saved, dict) or not all(isinstance(saved.get(k), str) for k in ("location", "fingerprint")):
+    saved = run[BASE]
+    valid = isinstance(saved, dict) and all(isinstance(saved.get(k), str) for k in ("location", "fingerprint"))
+    if not valid or saved.get("type") != TYPE:
         raise UserError(f"{checkpoint}/run.json is damaged (base is {saved!r}); restore the file.")
     return saved
 
@@ -119,13 +120,14 @@ def _named(base: Mapping[str, str]) -> str:
 
 
 @torch.no_grad()
-def load(model: nn.Module, sd_adapter: BackboneStateDictAdapter, location: str) -> None:
+def load(model: nn.Module, sd_adapter: BackboneStateDictAdapter, location: str, ignore_adapters: bool = False) -> None:
     """Read a base and quantise it, one whole tensor at a time; call on all ranks.
 
     Each rank reads every tensor, quantises it and keeps its rows.
 
     Args:
         location: folder of Hugging Face weights, or a checkpoint of all weights.
+        ignore_adapters: the checkpoint may hold adapters of an unquantised base, which are not loaded.
 
     Raises:
         UserError: if the folder does not hold exactly this model's weights, or cannot be read.
@@ -139,8 +141,8 @@ def load(model: nn.Module, sd_adapter: BackboneStateDictAdapter, location: str) 
         shapes = {
             name: torch.empty(nf4.stored_shape(name, tensor, count), device="meta") for name, tensor in state.items()
         }
-        if problem := from_rank_0(lambda: check_model(location, shapes, base=True)):
-            raise UserError(f"The checkpoint {location} {problem}; choose another.")
+        if problem := from_rank_0(lambda: _checkpoint_problem(location, shapes, ignore_adapters)):
+            raise UserError(f"The checkpoint {location} {problem}")
 
     def read(tensors: dict[str, Any]) -> dict[str, Any]:
         if exported:
@@ -162,6 +164,17 @@ def load(model: nn.Module, sd_adapter: BackboneStateDictAdapter, location: str) 
         if time.perf_counter() - reported > _PROGRESS:
             logger.info(f"Quantised {number} of {len(quantized)} tensors of {location}.")
             reported = time.perf_counter()
+
+
+def _checkpoint_problem(location: str, shapes: Mapping[str, Tensor], ignore_adapters: bool) -> str:
+    """Return the problem of a checkpoint of all weights as a predicate with its remedy, or an empty string."""
+    if BASE in read_run(Storage(location)):
+        return "holds adapters of a 4-bit base alone; name that base instead."
+    if problem := check_model(location, shapes, ignore_adapters=True):
+        return f"{problem}; choose another."
+    if ignore_adapters or not any(map(lora.is_adapter, read_metadata(location).state_dict_metadata)):
+        return ""
+    return "holds adapters of a base without quantisation; set lora.base to 'unquantized', or name its base."
 
 
 @torch.no_grad()
@@ -195,6 +208,11 @@ def read(tensors: Mapping[str, Tensor], sd_adapter: BackboneStateDictAdapter, ch
     """
     saved = saved_identity(checkpoint, read_run(Storage(checkpoint)))
     assert saved is not None
+    require(
+        is_installed(),
+        f"The checkpoint {checkpoint} holds adapters of a 4-bit base, which needs torchao 0.18 or later; run pip "
+        "install 'memdlm_dist[nf4]'.",
+    )
     location, base = saved["location"], lora.without_adapters(tensors)
     state = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in base.items()}
     if not location:
@@ -231,7 +249,7 @@ def _check_unchanged(checkpoint: str, saved: Mapping[str, str]) -> None:
 
 def _seed(checkpoint: str, saved: Mapping[str, str]) -> int:
     seed = saved["fingerprint"].rpartition(" ")[2]
-    if not seed.isdigit():
+    if not seed.isdecimal() or int(seed) >= 2**64:
         raise UserError(f"{checkpoint}/run.json is damaged (its base has no seed); restore the file.")
     return int(seed)
 

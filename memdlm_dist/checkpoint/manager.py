@@ -367,15 +367,21 @@ class ResumableCheckpoints(HookedCheckpoints):
             write_on_rank_0(write)
             return
 
+        dtype = self._cast_of_exports()
+
         def prepare() -> dict[str, Any]:
             if self.base is not None:
                 assert self.lora is not None
-                return base_model.exported_state(self._model, self.lora.scale, self._dtype_of_exports())
+                return base_model.exported_state(self._model, self.lora.scale, dtype)
             merged = state if self.lora is None else lora.merged(state, self.lora.scale)
-            return {name: tensor.to(self._dtype_of_exports() or tensor.dtype) for name, tensor in merged.items()}
+            return merged if dtype is None else {name: tensor.to(dtype) for name, tensor in merged.items()}
 
         sources = [path for path in (weights, tokenizer) if path]
         hugging_face_folder.export(prepare, folder, self.sd_adapter, sources, tokenizers=sources[::-1])
+
+    def _cast_of_exports(self) -> torch.dtype | None:
+        """Return the dtype that exports are cast to; None for float32, which keeps the weights' dtype in torchtitan."""
+        return None if self.export_dtype == torch.float32 else self.export_dtype
 
     def _export_if_due(self, step: int, last_step: bool) -> None:
         """Export the model beside the checkpoint of this step, with `checkpoint.save_in_hf`.
@@ -435,10 +441,6 @@ class ResumableCheckpoints(HookedCheckpoints):
         finally:
             group.set_timeout(timedelta(seconds=self.timeout))
 
-    def _dtype_of_exports(self) -> torch.dtype | None:
-        """Return the dtype of exports; None keeps that of the weights, which torchtitan writes as float32."""
-        return None if self.export_dtype == torch.float32 else self.export_dtype
-
     def _room_for_export(self) -> int:
         """Return the bytes that an export needs on the disk, and with it a checkpoint that is still being written."""
         model = self.states[MODEL].state_dict()
@@ -446,7 +448,7 @@ class ResumableCheckpoints(HookedCheckpoints):
             needed = _size({name: tensor for name, tensor in model.items() if lora.is_adapter(name)})
         else:  # the ranks' shards, and the files that they are consolidated into
             base = base_model.base_state(self._model) if self.base is not None else lora.without_adapters(model)
-            needed = 2 * _size(base, self._dtype_of_exports())
+            needed = 2 * _size(base, self._cast_of_exports())
         if self._saving_step is not None:
             needed += _size(model) + _size(self.states[OPTIMIZER].state_dict())
         return needed

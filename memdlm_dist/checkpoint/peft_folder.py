@@ -178,6 +178,11 @@ def _read_config(file: Path) -> dict[str, Any]:
         value = config.get(key)
         valid = isinstance(value, types) and not isinstance(value, bool) and 0 < value < math.inf
         require(valid, f"{file} sets {key} to {json.dumps(value)}, not a positive number; correct it.")
+    dropout = config.get("lora_dropout") or 0.0
+    require(
+        isinstance(dropout, (int, float)) and 0 <= dropout <= 1,
+        f"{file} sets lora_dropout to {json.dumps(dropout)}, not a probability; correct it.",
+    )
     return config
 
 

@@ -85,7 +85,7 @@ def load(model: nn.Module, location: str, sd_adapter: BackboneStateDictAdapter, 
             return path
         weights = base_model.AdapterWrapper(model)
     elif base_model.is_quantized(model):
-        base_model.load(model, sd_adapter, path)
+        base_model.load(model, sd_adapter, path, ignore_adapters=base_alone)
         return path
     if exported:
         hugging_face_folder.load(weights, sd_adapter, path)

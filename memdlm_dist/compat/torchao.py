@@ -25,7 +25,7 @@ def is_installed() -> bool:
     """Return whether torchao is installed, with `NF4Tensor` at its present place."""
     try:
         return importlib.util.find_spec("torchao") is not None and bool(_nf4())
-    except ImportError:
+    except (ImportError, AttributeError):  # AttributeError: before torchao 0.18
         return False
 
 

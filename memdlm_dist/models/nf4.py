@@ -53,7 +53,8 @@ def misfit(args: Any, shards: int) -> str:
     for name, linear in LINEARS.items():
         rows, columns = getattr(args, linear.out_size), getattr(args, linear.in_size)
         rows *= experts if linear.group == "ffn" else 1
-        size = f"the linear {name} of {'all experts' if rows and linear.group == 'ffn' and experts > 1 else 'a layer'}"
+        of_experts = linear.group == "ffn" and experts > 1
+        size = f"the linear {name} of {'all experts' if of_experts else 'a layer'}"
         if rows * columns % UNIT:
             return f"{size} has {rows} x {columns} elements, which {UNIT:,} does not divide"
         if rows % shards or rows * columns // UNIT % shards:
@@ -61,6 +62,9 @@ def misfit(args: Any, shards: int) -> str:
                 f"{size} has {rows} rows in {rows * columns // UNIT} units of {UNIT:,} elements, which {shards} ranks "
                 "cannot share evenly"
             )
+        # Adapters and exports are sharded by expert.
+        if of_experts and experts % shards:
+            return f"a layer has {experts} experts, which {shards} ranks cannot share evenly"
     return ""
 
 

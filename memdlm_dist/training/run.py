@@ -108,7 +108,9 @@ def _checkpoint_folder(config: JobConfig) -> str:
 
 
 def _resumes(config: JobConfig) -> bool:
-    """Return whether the run continues from a checkpoint of its own, and so needs no initial weights."""
+    """Return whether the run continues from a checkpoint of its own that replaces the initial weights."""
+    if config.model.converters and config.lora.base == "nf4":
+        return False  # its checkpoints hold adapters alone
     initial = config.checkpoint.initial_load_in_hf or config.checkpoint.initial_adapter
     return bool(initial) and bool(Catalogue(_checkpoint_folder(config)).complete_steps())
 

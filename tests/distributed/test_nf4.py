@@ -6,12 +6,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from memdlm_dist.checkpoint import base_model
 from memdlm_dist.checkpoint.catalogue import read_metadata
 from memdlm_dist.config import check_layout, parse_config
 from memdlm_dist.errors import UserError
 from memdlm_dist.inference.trained_model import TrainedModel
 from memdlm_dist.models import nf4
 from memdlm_dist.models.flavours import LLADA, LLADA_MOE
+from memdlm_dist.training import run as training_run
 from tests.support.launching import run_many, scalars
 from tests.support.published import RECIPES, contents
 from tools import convert_checkpoint, random_weights
@@ -155,6 +157,15 @@ def test_mistakes(trained, tmp_path):
     assert "was trained without a 4-bit base" in outputs[2]
     assert not any("Traceback" in output for output in outputs)
 
+    # A run on a 4-bit base needs its initial weights when it resumes as well.
+    assert not training_run._resumes(parse_config.parse(arguments_of(root, "llada")))
+    assert training_run._resumes(parse_config.parse([*arguments_of(root, "llada"), *DENSE]))
+    with pytest.raises(UserError, match=r"holds adapters of a base without quantisation; set lora\.base to 'unquant"):
+        read(root, "llada", root / "dense-run/checkpoint/step-3")
+    for damaged in (None, {"type": "int8", "location": "", "fingerprint": ""}):
+        with pytest.raises(UserError, match=r"run\.json is damaged"):
+            base_model.saved_identity("step-2", {"base": damaged})
+
     def check(*arguments, sizes=LLADA["nf4"]):
         config = parse_config.parse([*arguments_of(root, "llada"), *arguments])
         config.parallelism.data_parallel_shard_degree = max(1, config.parallelism.data_parallel_shard_degree)
@@ -165,4 +176,6 @@ def test_mistakes(trained, tmp_path):
     assert "tensor_parallel_degree = 2" in check("--parallelism.tensor_parallel_degree", "2")
     assert "the linear gate of a layer has 160 x 64 elements" in check(sizes=LLADA["debug"])
     assert "which 4 ranks cannot share" in check("--parallelism.data_parallel_shard_degree", "4")
+    # An export needs whole experts on each rank.
+    assert nf4.misfit(LLADA_MOE["7B-A1B"], 128) == "a layer has 64 experts, which 128 ranks cannot share evenly"
     assert nf4.misfit(LLADA["8B"], 64) == nf4.misfit(LLADA_MOE["7B-A1B"], 64) == ""

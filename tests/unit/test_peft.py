@@ -146,6 +146,7 @@ CONFIG_MISTAKES = {
     "unknown": ({"use_novelty": 2}, "sets use_novelty to 2, which"),
     "type": ({"peft_type": "IA3"}, 'sets peft_type to "IA3", which'),
     "rank": ({"r": "8"}, 'sets r to "8", not a positive number'),
+    "dropout": ({"lora_dropout": "0.1"}, 'sets lora_dropout to "0.1", not a probability'),
 }
 SECTION_MISTAKES = {
     "rank": ({"rank": 16}, "has rank 8, but lora.rank is 16; set lora.rank = 8."),
