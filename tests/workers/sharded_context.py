@@ -58,7 +58,7 @@ DROPOUT = [
     "--model.converters", "lora", "--lora.rank", "8", "--lora.alpha", "8", "--lora.target_modules", "attention,up,down",
     "--lora.dropout", "0.3", MEMORY + "dropout", "0.2",
 ]  # fmt: skip
-MOE_DROPOUT = [*DROPOUT, "--lora.target_modules", "attention"]
+MOE_DROPOUT = [*DROPOUT, "--lora.target_modules", "attention,router"]
 MOE = ["--model.name", "llada_moe", "--model.flavor", "tiny"]
 # name -> (arguments, step, rows: "whole", "packed", or "quarter" with maskable tokens only in the first quarter)
 OPTIONS = {
