@@ -23,7 +23,8 @@ from memdlm_dist.compat import torch as compat_torch
 from memdlm_dist.config import parse_config
 from memdlm_dist.method import fast_weights
 from memdlm_dist.method.documents import PADDING
-from memdlm_dist.models import llada
+from memdlm_dist.models import initial_weights, llada
+from memdlm_dist.models.initial_weights import Uniform
 from memdlm_dist.performance.bench_steps import Bench
 from memdlm_dist.performance.collectives import by_kind
 from tests.support.ranks import fork_group
@@ -167,7 +168,8 @@ def common_adapters(bench):
     with torch.no_grad():
         for name, parameter in bench.model.named_parameters():
             if name.endswith("lora_B"):
-                parameter.fill_(0.02)
+                # Not a constant: the router's softmax would not see it, and the gradient of A would be 0.
+                initial_weights._fill(parameter, name.replace("_checkpoint_wrapped_module.", ""), Uniform(0.04))
             elif not name.endswith("lora_A"):
                 parameter.mul_(3)
 
