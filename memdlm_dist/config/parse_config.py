@@ -24,7 +24,8 @@ from memdlm_dist.compat.torchtitan import without_assets_warning
 from memdlm_dist.config import ranges
 from memdlm_dist.config.job_config import FORMAT, JobConfig
 from memdlm_dist.errors import UserError, require
-from memdlm_dist.method.trajectory import SINGLE_STATE
+from memdlm_dist.method.inner_loss import LOGIT_LOSSES
+from memdlm_dist.method.trajectory import SINGLE_STATE, Plan
 from memdlm_dist.runtime.rank_0 import one_line
 from memdlm_dist.runtime.storage import is_remote
 
@@ -313,6 +314,17 @@ def _check_values(config: JobConfig) -> None:
         memory.trajectory not in SINGLE_STATE or memory.inner_steps <= 2,
         f"parametric_memory.inner_steps = {memory.inner_steps} cannot be taken along the {memory.trajectory} "
         "trajectory, which has a single state; remove inner_steps, or choose anchor_consistent or progressive.",
+    )
+    distilled = [name for name, loss in LOGIT_LOSSES.items() if loss.teacher]
+    require(
+        memory.distillation_temperature == 1 or memory.inner_loss in distilled,
+        f"parametric_memory.distillation_temperature = {memory.distillation_temperature} has no effect on inner_loss = "
+        f"'{memory.inner_loss}'; remove it, or choose {' or '.join(distilled)}.",
+    )
+    require(
+        memory.progressive_end == Plan.progressive_end or memory.trajectory == "progressive",
+        f"parametric_memory.progressive_end = {memory.progressive_end} has no effect on trajectory = "
+        f"'{memory.trajectory}'; remove it, or choose progressive.",
     )
     require(
         bool(memory.target_modules),

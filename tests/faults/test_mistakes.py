@@ -60,6 +60,8 @@ MISTAKES = [
     Mistake("group and member", "names a linear twice: ffn, up expands to gate, up, down, up", ("--parametric_memory.target_modules", "ffn,up")),
     Mistake("inner steps", "inner_steps must be at least 1", ("--parametric_memory.inner_steps", "0")),
     Mistake("steps of a single state", "cannot be taken along the anchor_only trajectory", ("--parametric_memory.inner_steps", "3", "--parametric_memory.trajectory", "anchor_only")),
+    Mistake("temperature of no teacher", "distillation_temperature = 2.0 has no effect on inner_loss = 'cross_entropy'", ("--parametric_memory.distillation_temperature", "2")),
+    Mistake("end of no progression", "progressive_end = 0.3 has no effect on trajectory = 'anchor_consistent'", ("--parametric_memory.progressive_end", "0.3")),
     Mistake("inner loss", "error: --parametric_memory.inner_loss must be one of 'cross_entropy', 'kl', 'reverse_kl', 'hidden_mse', 'hidden_cosine', but is 'mse'", ("--parametric_memory.inner_loss", "mse")),
     Mistake("flavour", "choose among 8B, 1B, quickstart, needle, needle_gpu, bench, debug, ", ("--model.flavor", "7B")),
     Mistake("model", "is not a diffusion backbone", ("--model.name", "llama3")),

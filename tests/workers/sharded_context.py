@@ -23,7 +23,8 @@ from memdlm_dist.compat import torch as compat_torch
 from memdlm_dist.config import parse_config
 from memdlm_dist.method import fast_weights
 from memdlm_dist.method.documents import PADDING
-from memdlm_dist.models import llada
+from memdlm_dist.models import initial_weights, llada
+from memdlm_dist.models.initial_weights import Uniform
 from memdlm_dist.performance.bench_steps import Bench
 from memdlm_dist.performance.collectives import by_kind
 from tests.support.ranks import fork_group
@@ -58,7 +59,7 @@ DROPOUT = [
     "--model.converters", "lora", "--lora.rank", "8", "--lora.alpha", "8", "--lora.target_modules", "attention,up,down",
     "--lora.dropout", "0.3", MEMORY + "dropout", "0.2",
 ]  # fmt: skip
-MOE_DROPOUT = [*DROPOUT, "--lora.target_modules", "attention"]
+MOE_DROPOUT = [*DROPOUT, "--lora.target_modules", "attention,router"]
 MOE = ["--model.name", "llada_moe", "--model.flavor", "tiny"]
 # name -> (arguments, step, rows: "whole", "packed", or "quarter" with maskable tokens only in the first quarter)
 OPTIONS = {
@@ -167,7 +168,8 @@ def common_adapters(bench):
     with torch.no_grad():
         for name, parameter in bench.model.named_parameters():
             if name.endswith("lora_B"):
-                parameter.fill_(0.02)
+                # Not a constant: the router's softmax would not see it, and the gradient of A would be 0.
+                initial_weights._fill(parameter, name.replace("_checkpoint_wrapped_module.", ""), Uniform(0.04))
             elif not name.endswith("lora_A"):
                 parameter.mul_(3)
 
