@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -178,8 +178,14 @@ def _checkpoint_problem(location: str, shapes: Mapping[str, Tensor], ignore_adap
 
 
 @torch.no_grad()
-def restore(model: nn.Module, sd_adapter: BackboneStateDictAdapter, checkpoint: str, run: Mapping[str, Any]) -> None:
+def restore(
+    model: nn.Module, sd_adapter: BackboneStateDictAdapter, checkpoint: str, run: Mapping[str, Any], initial: str
+) -> None:
     """Load the base that a checkpoint's adapters were trained on; call on all ranks.
+
+    Args:
+        run: content of the checkpoint's run.json.
+        initial: another location where the base may be, if it is not where it was in training.
 
     Raises:
         UserError: if the model's base is not quantised, or the base cannot be read or has changed.
@@ -189,19 +195,21 @@ def restore(model: nn.Module, sd_adapter: BackboneStateDictAdapter, checkpoint: 
     if not is_quantized(model):
         raise needs_quantized_base(checkpoint)
     if saved["location"]:
-        from_rank_0(lambda: _check_unchanged(checkpoint, saved))
-        load(model, sd_adapter, saved["location"])
+        load(model, sd_adapter, from_rank_0(lambda: _find(checkpoint, saved, [initial])))
     else:
         sizes: Any = model.model_args
         initial_weights.draw(model, sizes, _seed(checkpoint, saved))
 
 
-def read(tensors: Mapping[str, Tensor], sd_adapter: BackboneStateDictAdapter, checkpoint: str) -> dict[str, Tensor]:
+def read(
+    tensors: Mapping[str, Tensor], sd_adapter: BackboneStateDictAdapter, checkpoint: str, copies: Sequence[str]
+) -> dict[str, Tensor]:
     """Read the base that a checkpoint's adapters were trained on, dequantised, in one process on the CPU.
 
     Args:
         tensors: the unquantised model's tensors without storage, in the compute dtype.
         checkpoint: location of the checkpoint.
+        copies: other locations where the base may be, if it is not where it was in training.
 
     Raises:
         UserError: if the base cannot be read or has changed.
@@ -218,7 +226,7 @@ def read(tensors: Mapping[str, Tensor], sd_adapter: BackboneStateDictAdapter, ch
     if not location:
         initial_weights.fill(state, sd_adapter.args, _seed(checkpoint, saved))
     else:
-        _check_unchanged(checkpoint, saved)
+        location = _find(checkpoint, saved, copies)
         if is_export(Storage(location).sizes()):
             hugging_face_folder.check(location, sd_adapter)
             state = hugging_face_folder.read_into(state, sd_adapter, location)
@@ -238,13 +246,15 @@ def needs_quantized_base(checkpoint: str) -> UserError:
     )
 
 
-def _check_unchanged(checkpoint: str, saved: Mapping[str, str]) -> None:
-    location = saved["location"]
-    if identity(location)["fingerprint"] != saved["fingerprint"]:
-        raise UserError(
-            f"The weights in {location}, on which the adapters in {checkpoint} were trained, are missing or have "
-            "changed; restore them."
-        )
+def _find(checkpoint: str, saved: Mapping[str, str], copies: Sequence[str]) -> str:
+    """Return the location of the base that a checkpoint's adapters were trained on: the saved one, or a copy."""
+    for location in (saved["location"], *filter(None, copies)):
+        if identity(location)["fingerprint"] == saved["fingerprint"]:
+            return location
+    raise UserError(
+        f"The weights in {saved['location']}, on which the adapters in {checkpoint} were trained, are missing or have "
+        "changed; restore them, or name a copy with checkpoint.initial_load_path."
+    )
 
 
 def _seed(checkpoint: str, saved: Mapping[str, str]) -> int:

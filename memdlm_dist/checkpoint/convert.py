@@ -164,7 +164,7 @@ def to_hugging_face(
         if on_quantized_base and not adapters_alone:
             progress("reading and dequantising the 4-bit base")
             with _single_process_dcp(f"The base of {location} cannot be read"):
-                state |= base_model.read(expected, sd_adapter, location)
+                state |= base_model.read(expected, sd_adapter, location, run.sources)
         progress(f"writing {output}")
         sources = [assets] if assets else list(run.sources)
         if adapters_alone:

@@ -47,22 +47,30 @@ def find(location: str) -> str:
 
 @torch.no_grad()
 def load_with_adapter(
-    model: nn.Module, location: str, sd_adapter: BackboneStateDictAdapter, adapter: str, section: LoRA
+    model: nn.Module,
+    location: str,
+    sd_adapter: BackboneStateDictAdapter,
+    adapter: str,
+    section: LoRA,
+    initial: str = "",
 ) -> str:
     """Load the base of a checkpoint, and an adapter in PEFT's format; otherwise like `load`.
 
     Args:
         adapter: folder of the adapter, which replaces those of the checkpoint.
         section: the adapter's settings.
+        initial: see `load`.
     """
     from_rank_0(lambda: peft_folder.check(adapter, sd_adapter, section))
-    path = load(model, location, sd_adapter, base_alone=True)
+    path = load(model, location, sd_adapter, base_alone=True, initial=initial)
     peft_folder.load(ModelWrapper(model).state_dict(), sd_adapter, adapter, section)
     return path
 
 
 @torch.no_grad()
-def load(model: nn.Module, location: str, sd_adapter: BackboneStateDictAdapter, base_alone: bool = False) -> str:
+def load(
+    model: nn.Module, location: str, sd_adapter: BackboneStateDictAdapter, base_alone: bool = False, initial: str = ""
+) -> str:
     """Load weights into a model with any parallel layout and return their location; call on all ranks.
 
     Each rank reads only its own shards.
@@ -70,6 +78,8 @@ def load(model: nn.Module, location: str, sd_adapter: BackboneStateDictAdapter, 
     Args:
         location: a checkpoint, a folder of checkpoints, or a folder of Hugging Face weights.
         base_alone: do not load adapters of the checkpoint.
+        initial: location of the run's initial weights. It is used for a checkpoint of adapters alone whose 4-bit base
+            is not where it was in training.
 
     Raises:
         UserError: if there is no checkpoint at `location`, or the checkpoint is damaged or of another model.
@@ -80,7 +90,7 @@ def load(model: nn.Module, location: str, sd_adapter: BackboneStateDictAdapter, 
     exported = from_rank_0(lambda: is_export(Storage(path).sizes()))
     run = {} if exported else from_rank_0(lambda: read_run(Storage(path)))
     if base_model.BASE in run:  # the checkpoint holds adapters alone
-        base_model.restore(model, sd_adapter, path, run)
+        base_model.restore(model, sd_adapter, path, run, initial)
         if base_alone:
             return path
         weights = base_model.AdapterWrapper(model)

@@ -106,6 +106,7 @@ class TrainedModel:
             model.init_weights()
         self.model: LLaDA = model.eval()
         self.checkpoint, self._lora = "", config.lora
+        self._initial: str = config.checkpoint.initial_load_path or ""
         self.load(checkpoint)
         self.trained_length: int = config.training.seq_len
         dtype = config.training.mixed_precision_param

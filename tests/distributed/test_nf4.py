@@ -127,6 +127,12 @@ def test_the_export_is_the_dequantised_base_with_its_adapters(run, tmp_path):
     model = read(root, name, root / "run/checkpoint/step-3")
     quantized = logits(model, tokens)
     model.close()
+    # The base has moved since the run.
+    moved = ["--checkpoint.initial_load_path", str((root / "weights").rename(root / "moved"))]
+    model = read(root, name, checkpoint, *moved)
+    (root / "moved").rename(root / "weights")
+    assert torch.equal(logits(model, tokens), quantized)
+    model.close()
     # The adapters alone, on the base that is quantised again.
     convert[-1] = str(tmp_path / "adapter")
     assert convert_checkpoint.main([*convert, "--adapter", *rest]) == 0
