@@ -129,7 +129,7 @@ def test_the_export_is_the_dequantised_base_with_its_adapters(run, tmp_path):
     model.close()
     # The base has moved since the run.
     moved = ["--checkpoint.initial_load_path", str((root / "weights").rename(root / "moved"))]
-    model = read(root, name, checkpoint, *moved)
+    model = read(root, name, root / "run/checkpoint/step-3", *moved)
     (root / "moved").rename(root / "weights")
     assert torch.equal(logits(model, tokens), quantized)
     model.close()
