@@ -124,10 +124,10 @@ class TrainedModel:
     def load(self, checkpoint: str) -> None:
         """Load the weights of a checkpoint, for the constructor's argument `checkpoint`, and the adapter again."""
         if self.adapter is None:
-            self.checkpoint = weights.load(self.model, checkpoint, self._sd_adapter)
+            self.checkpoint = weights.load(self.model, checkpoint, self._sd_adapter, initial=self._initial)
         else:
             self.checkpoint = weights.load_with_adapter(
-                self.model, checkpoint, self._sd_adapter, self.adapter, self._lora
+                self.model, checkpoint, self._sd_adapter, self.adapter, self._lora, self._initial
             )
 
     @property
