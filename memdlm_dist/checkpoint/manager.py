@@ -203,10 +203,12 @@ class ResumableCheckpoints(HookedCheckpoints):
             logger.info(f"Quantising the weights in {location}.")
             base_model.load(self._model, self.sd_adapter, location)
             logger.info(f"Quantised the weights in {time.perf_counter() - began:.1f} s.")
+        # Absolute, because tools look for the base from other folders.
+        location = os.path.abspath(location) if location and not is_remote(location) else location
         self.base = from_rank_0(lambda: base_model.identity(location))
 
     def _initial_location(self) -> str:
-        """Return the location of the initial weights, an absolute path or a URL; empty for weights drawn at random.
+        """Return the location of the initial weights; empty for weights drawn at random.
 
         Raises:
             UserError: if `checkpoint.initial_load_path` and `checkpoint.initial_load_in_hf` do not fit together.
@@ -214,7 +216,7 @@ class ResumableCheckpoints(HookedCheckpoints):
         location: str = self.initial_load_path or ""
         if self.initial_load_in_hf:
             location = location or self.sd_adapter.assets or ""
-            return location if is_remote(location) else os.path.abspath(location)
+            return location
         if not location:
             return ""
         files = from_rank_0(Storage(location).sizes)
@@ -225,7 +227,7 @@ class ResumableCheckpoints(HookedCheckpoints):
             if hub.parse(location) is not None:
                 remedy += ", or set checkpoint.initial_load_in_hf to start from a repository of the hub"
             raise UserError(f"There is no complete checkpoint in {location}; {remedy}.")
-        return location if is_remote(location) else os.path.abspath(location)
+        return location
 
     def _load_initial(self) -> bool:
         location = self._initial_location()

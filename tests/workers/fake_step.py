@@ -130,7 +130,7 @@ def read():
             data_parallel=DataParallel.from_layout(dims, trained.device),
             tokenizer=SimpleNamespace(mask_id=args.vocab_size - 1, eos_id=0), _amp=nullcontext(),
             _objective=replace(objective, plan=replace(objective.plan, loss_weight="uniform")),
-            _memory=replace(objective.memory, per_sample=True),
+            _memory=replace(objective.memory, per_sample=True), _vocab_size=args.vocab_size,
         )  # fmt: skip
         prompts = [[1, 2, 3, 4, 5], [6, 7]]
         generated = model.generate(prompts, 4, Decoding(block_size=2, stop_at_eos=False), memory=True)
