@@ -1,9 +1,11 @@
 """Session set-up, shared fixtures, and the distribution of test files over the pytest-xdist workers."""
 
+import contextlib
 import gc
 import logging
 import os
 import re
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -128,3 +130,19 @@ def trained(tmp_path_factory):
         status, output = zygote.run(processes, "tests.workers.reading:read_rank", folder, name)
         assert status == 0, output
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_open_files():
+    """Close the shared memory of streaming that a file's tests have left.
+
+    streaming keeps every data set's memory until the process exits, and each new data set opens all earlier ones: the
+    number of open files grows with the square of the number of data sets.
+    """
+    yield
+    if len(os.listdir("/proc/self/fd")) < 500:
+        return
+    for x in gc.get_objects():
+        if isinstance(x, SharedMemory):
+            with contextlib.suppress(BufferError):  # still in use
+                x.close()
