@@ -15,7 +15,7 @@ from memdlm_dist.checkpoint import hugging_face_folder
 from memdlm_dist.checkpoint.catalogue import METADATA, is_export, read_run
 from memdlm_dist.checkpoint.model_check import check_model
 from memdlm_dist.checkpoint.reading import load_states, read_metadata
-from memdlm_dist.compat.torchao import is_installed, is_nf4
+from memdlm_dist.compat.torchao import NOT_INSTALLED, is_installed, is_nf4
 from memdlm_dist.errors import UserError, require
 from memdlm_dist.models import initial_weights, lora, nf4
 from memdlm_dist.models.state_dict_adapters import BackboneStateDictAdapter
@@ -218,8 +218,7 @@ def read(
     assert saved is not None
     require(
         is_installed(),
-        f"The checkpoint {checkpoint} holds adapters of a 4-bit base, which needs torchao 0.18 or later; run pip "
-        "install 'memdlm_dist[nf4]'.",
+        f"The checkpoint {checkpoint} holds adapters of a 4-bit base, which needs {NOT_INSTALLED}.",
     )
     location, base = saved["location"], lora.without_adapters(tensors)
     state = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in base.items()}

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+NOT_INSTALLED = "torchao 0.18 or later, which is not installed; run .venv/bin/pip install -e '.[nf4]'"
+
 # Elements that share one scale, and scales that share one factor (double quantisation). Both are torchao's defaults.
 BLOCK, SCALES = 64, 256
 # Tensors of an NF4Tensor that are split along its rows, with the number of its elements that one entry stands for.

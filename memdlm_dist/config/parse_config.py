@@ -19,7 +19,7 @@ from torchtitan.config import ConfigManager
 
 from memdlm_dist.checkpoint.continuity import IDENTITY_KEYS as CONTINUITY
 from memdlm_dist.checkpoint.manager import MEMORY_OFF, MEMORY_ON
-from memdlm_dist.compat.torchao import is_installed
+from memdlm_dist.compat.torchao import NOT_INSTALLED, is_installed
 from memdlm_dist.compat.torchtitan import without_assets_warning
 from memdlm_dist.config import ranges
 from memdlm_dist.config.job_config import FORMAT, JobConfig
@@ -376,8 +376,7 @@ def _check_values(config: JobConfig) -> None:
     )
     require(
         not config.model.converters or config.lora.base == "unquantized" or is_installed(),
-        f"lora.base = {config.lora.base!r} needs torchao 0.18 or later, which is not installed; run .venv/bin/pip "
-        "install -e '.[nf4]', or set it to 'unquantized'.",
+        f"lora.base = {config.lora.base!r} needs {NOT_INSTALLED}, or set it to 'unquantized'.",
     )
     require(
         bool(config.lora.target_modules), "lora.target_modules is empty; name attention, ffn or some of their linears."

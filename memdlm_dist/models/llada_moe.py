@@ -254,10 +254,11 @@ class MixtureOfExperts(MoE):
         """
         x_ND = x_BLD.flatten(0, 1)
         gate, own = self.router.gate, dropout.at_linear(ROUTER_NUMBER).adapters
-        if own is not None and isinstance(gate, LoRALinear):
+        if own is None or not isinstance(gate, LoRALinear):
+            score_Nk, expert_Nk, load_E = self.router(x_ND)
+        else:
             gate.dropout = own._replace(key_BL=own.key_BL.flatten())
-        score_Nk, expert_Nk, load_E = self.router(x_ND)
-        if isinstance(gate, LoRALinear):
+            score_Nk, expert_Nk, load_E = self.router(x_ND)
             gate.dropout = None
         if self.tp_mesh is not None:
             # Each rank weights its partial outputs of the experts, so the gradient of the scores is a partial sum.
