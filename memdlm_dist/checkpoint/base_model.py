@@ -37,12 +37,6 @@ class AdapterWrapper(ModelWrapper):
         return {name: tensor for name, tensor in super().state_dict().items() if lora.is_adapter(name)}
 
 
-def experts(model: nn.Module) -> int:
-    """Return the number of experts of a layer; 1 without a mixture of experts."""
-    count: int = getattr(model.model_args, "n_experts", 1)
-    return count
-
-
 def base_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the state dict of the base, with quantised weights as they are stored."""
     return lora.without_adapters(ModelWrapper(model).state_dict())
@@ -133,7 +127,7 @@ def load(model: nn.Module, sd_adapter: BackboneStateDictAdapter, location: str, 
         UserError: if the folder does not hold exactly this model's weights, or cannot be read.
     """
     exported = from_rank_0(lambda: is_export(Storage(location).sizes()))
-    state, count = base_state(model), experts(model)
+    state, count = base_state(model), nf4.expert_count(model.model_args)
     plain = {name: tensor for name, tensor in state.items() if not is_nf4(tensor)}
     if exported:
         from_rank_0(lambda: hugging_face_folder.check(location, sd_adapter))
@@ -270,7 +264,7 @@ def exported_state(model: nn.Module, scale: float, dtype: torch.dtype | None) ->
         scale: alpha / R.
         dtype: dtype of the result; None for the compute dtype.
     """
-    state, count = ModelWrapper(model).state_dict(), experts(model)
+    state, count = ModelWrapper(model).state_dict(), nf4.expert_count(model.model_args)
     adapters: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
         if lora.is_adapter(name):

@@ -5,11 +5,9 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any, Final, Literal
 
 import torch
@@ -23,7 +21,6 @@ from memdlm_dist.checkpoint import base_model, continuity, hugging_face_folder, 
 from memdlm_dist.checkpoint.catalogue import (
     EXPORT,
     METADATA,
-    PARTIAL_EXPORT,
     RUN,
     Catalogue,
     folder_name,
@@ -31,12 +28,12 @@ from memdlm_dist.checkpoint.catalogue import (
     prunable_steps,
     read_run,
 )
+from memdlm_dist.checkpoint.exports import Exporter, tensor_bytes
 from memdlm_dist.checkpoint.model_check import check_model, matching_states
 from memdlm_dist.checkpoint.reading import load_states
-from memdlm_dist.compat.torch import end_saver, supports_reuse_of_stagers, tree_leaves
+from memdlm_dist.compat.torch import end_saver, supports_reuse_of_stagers
 from memdlm_dist.compat.torchtitan import HookedCheckpoints
 from memdlm_dist.errors import UserError
-from memdlm_dist.models import lora
 from memdlm_dist.models.lora import LoRA
 from memdlm_dist.runtime import hub, storage
 from memdlm_dist.runtime.rank_0 import (
@@ -45,9 +42,7 @@ from memdlm_dist.runtime.rank_0 import (
     from_rank_0,
     is_rank_0,
     log_unexpected,
-    on_all_ranks,
     one_line,
-    write_on_rank_0,
 )
 from memdlm_dist.runtime.storage import Storage, is_remote
 from memdlm_dist.runtime.writer import Claim
@@ -57,8 +52,6 @@ logger = logging.getLogger()
 # TensorBoard tags of the validation losses.
 MEMORY_OFF: Final = "validation/loss_memory_off"
 MEMORY_ON: Final = "validation/loss_memory_on"
-# Shortest timeout of collectives, in seconds, while an export is written.
-_EXPORT_TIMEOUT: Final = 3600.0
 KeepBest = Literal["", "validation/loss_memory_off", "validation/loss_memory_on"]
 
 
@@ -345,45 +338,19 @@ class ResumableCheckpoints(HookedCheckpoints):
             self.staging = False
 
     def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str, *rest: Any, **options: Any) -> Any:
-        """Save with DCP, or with `to_hf` as a Hugging Face folder: see `_write_export`."""
+        """Save with DCP, or with `to_hf` as a Hugging Face folder or an adapter."""
         if not options.get("to_hf"):
             return super().dcp_save(state_dict, checkpoint_id, *rest, **options)
-        with self._long_timeout():
-            self._write_export(state_dict, checkpoint_id)
+        self._exporter.write(state_dict, checkpoint_id)
         return None
 
-    def _write_export(self, state: dict[str, Any], folder: str) -> None:
-        """Export the model, with its adapters merged, or only the adapters; a collective call.
-
-        Raises:
-            CheckpointException, OSError: on all ranks, if a rank cannot write.
-        """
-        weights, tokenizer = self.initial_load_path, self.sd_adapter.assets
-        if self.lora is not None and self.lora.export == "adapter":
-            lora_, base = self.lora, weights or tokenizer or ""
-            adapters = on_all_ranks(lambda: peft_folder.gather(state), "Gathering the adapters")
-
-            def write() -> None:
-                peft_folder.write(adapters, folder, self.sd_adapter, lora_, base)
-
-            write_on_rank_0(write)
-            return
-
-        dtype = self._cast_of_exports()
-
-        def prepare() -> dict[str, Any]:
-            if self.base is not None:
-                assert self.lora is not None
-                return base_model.exported_state(self._model, self.lora.scale, dtype)
-            merged = state if self.lora is None else lora.merged(state, self.lora.scale)
-            return merged if dtype is None else {name: tensor.to(dtype) for name, tensor in merged.items()}
-
-        sources = [path for path in (weights, tokenizer) if path]
-        hugging_face_folder.export(prepare, folder, self.sd_adapter, sources, tokenizers=sources[::-1])
-
-    def _cast_of_exports(self) -> torch.dtype | None:
-        """Return the dtype that exports are cast to; None for float32, which keeps the weights' dtype in torchtitan."""
-        return None if self.export_dtype == torch.float32 else self.export_dtype
+    @property
+    def _exporter(self) -> Exporter:
+        # In torchtitan, float32 keeps the weights' dtype.
+        dtype = None if self.export_dtype == torch.float32 else self.export_dtype
+        return Exporter(
+            self._model, self.sd_adapter, self.lora, self.initial_load_path or "", dtype, self._catalogue, self.timeout
+        )
 
     def _export_if_due(self, step: int, last_step: bool) -> None:
         """Export the model beside the checkpoint of this step, with `checkpoint.save_in_hf`.
@@ -401,71 +368,20 @@ class ResumableCheckpoints(HookedCheckpoints):
             return
         began = time.perf_counter()
         location = self._catalogue.storage.url(f"{folder_name(step)}/{EXPORT}")
-        with self._long_timeout():
-            reason, _ = first_reason(self._try_to_export(step))
+        model, pending = self.states[MODEL].state_dict(), 0
+        if self._saving_step is not None:
+            pending = tensor_bytes(model) + tensor_bytes(self.states[OPTIMIZER].state_dict())
+        reason = self._exporter.write_beside(step, model, pending)
         if not reason:
             logger.info(f"Exported the model to {location} in {time.perf_counter() - began:.1f} s.")
             return
         reason = self._with_free_room(reason)
-        from_rank_0(lambda: _try_housekeeping(self._remove_partial_exports, "Removing an incomplete export"))
+        from_rank_0(lambda: _try_housekeeping(self._exporter.remove_partial, "Removing an incomplete export"))
         sentence = f"The export {location} could not be written ({reason}); its checkpoint is not affected"
         if last_step or self.stop_on_save_failure:
             self.wait()
             raise UserError(f"{sentence}: make room, and export it with tools/convert_checkpoint.py.")
         logger.error(f"{sentence}, and training goes on.")
-
-    @torch.no_grad()
-    def _try_to_export(self, step: int) -> str:
-        """Write an export under another name, then rename it; return the reason for a failure, or an empty string."""
-        folder = self._catalogue.storage.url(folder_name(step))
-        partial = f"{folder}/{PARTIAL_EXPORT}"
-        try:
-            needed = on_all_ranks(self._room_for_export, "Computing the size of an export")
-            write_on_rank_0(lambda: self._prepare_export(partial, needed))
-            self._write_export(self.states[MODEL].state_dict(), partial)
-            write_on_rank_0(lambda: os.replace(partial, f"{folder}/{EXPORT}"))
-        except (CheckpointException, Exception) as failure:
-            log_unexpected(failure, f"Exporting the model of step {step}")
-            return failure_reason(failure)
-        return ""
-
-    @contextmanager
-    def _long_timeout(self) -> Iterator[None]:
-        """Let ranks wait in collectives for at least an hour, while others write their files of an export.
-
-        The export must end with a collective, after which no rank waits for another one's files.
-        """
-        group = dist.group.WORLD
-        assert group is not None
-        group.set_timeout(timedelta(seconds=max(self.timeout, _EXPORT_TIMEOUT)))
-        try:
-            yield
-        finally:
-            group.set_timeout(timedelta(seconds=self.timeout))
-
-    def _room_for_export(self) -> int:
-        """Return the bytes that an export needs on the disk, and with it a checkpoint that is still being written."""
-        model = self.states[MODEL].state_dict()
-        if self.lora is not None and self.lora.export == "adapter":
-            needed = _size({name: tensor for name, tensor in model.items() if lora.is_adapter(name)})
-        else:  # the ranks' shards, and the files that they are consolidated into
-            base = base_model.base_state(self._model) if self.base is not None else lora.without_adapters(model)
-            needed = 2 * _size(base, self._cast_of_exports())
-        if self._saving_step is not None:
-            needed += _size(model) + _size(self.states[OPTIMIZER].state_dict())
-        return needed
-
-    def _prepare_export(self, folder: str, needed: int) -> None:
-        self._remove_partial_exports()
-        disk = shutil.disk_usage(self.folder)
-        if disk.total and disk.free < needed:  # some network file systems report a size of 0
-            raise UserError(f"it needs {needed / 2**20:,.0f} MiB")
-        os.makedirs(folder)
-
-    def _remove_partial_exports(self) -> None:
-        """Remove what interrupted or failed exports have left."""
-        for step in self._catalogue.steps():
-            shutil.rmtree(self._catalogue.storage.url(f"{folder_name(step)}/{PARTIAL_EXPORT}"), ignore_errors=True)
 
     def _finish_save(self) -> None:
         self._saving_step = None
@@ -588,12 +504,6 @@ class ResumableCheckpoints(HookedCheckpoints):
         super().close()
         if hasattr(self, "_remover"):
             self._remover.shutdown()
-
-
-def _size(state: Any, dtype: torch.dtype | None = None) -> int:
-    """Return the bytes of all tensors in a state dict, of all ranks together; in `dtype`, unless it is None."""
-    tensors = [x for x in tree_leaves(state) if isinstance(x, torch.Tensor)]
-    return sum(x.numel() * (dtype or x.dtype).itemsize for x in tensors)
 
 
 def _try_housekeeping(action: Any, task: str = "Removing a checkpoint") -> None:

@@ -49,7 +49,7 @@ def misfit(args: Any, shards: int) -> str:
         args: sizes of the backbone, `LLaDAArgs`.
         shards: number of ranks that shard the weights.
     """
-    experts = getattr(args, "n_experts", 1)
+    experts = expert_count(args)
     for name, linear in LINEARS.items():
         rows, columns = getattr(args, linear.out_size), getattr(args, linear.in_size)
         rows *= experts if linear.group == "ffn" else 1
@@ -66,6 +66,12 @@ def misfit(args: Any, shards: int) -> str:
         if of_experts and experts % shards:
             return f"a layer has {experts} experts, which {shards} ranks cannot share evenly"
     return ""
+
+
+def expert_count(args: Any) -> int:
+    """Return the number of experts of a layer; 1 without a mixture of experts."""
+    count: int = getattr(args, "n_experts", 1)
+    return count
 
 
 def materialize(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from memdlm_dist.checkpoint import hugging_face_folder
 from memdlm_dist.checkpoint.catalogue import Catalogue
-from memdlm_dist.checkpoint.manager import Checkpoint, ResumableCheckpoints
+from memdlm_dist.checkpoint.exports import Exporter
 from memdlm_dist.config import launch, parse_config
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import state_dict_adapters as names
@@ -385,18 +386,19 @@ def test_ranks_wait_longer_for_an_export_than_for_a_step(tmp_path):
         dist.barrier()
         group = dist.group.WORLD
         group.set_timeout(timedelta(seconds=0.3))
-        manager = object.__new__(ResumableCheckpoints)
-        manager.timeout, manager.save_now, manager.last_save_in_hf = 0.3, False, False
-        manager._config, manager._catalogue = Checkpoint(save_in_hf=True), Catalogue(str(tmp_path))
+        exporter = Exporter(torch.nn.Linear(2, 2), None, None, "", None, Catalogue(str(tmp_path)), timeout=0.3)
 
         def write(*_):
             time.sleep(0.6 * dist.get_rank())
             dist.barrier()
             return ""
 
-        manager._write_export = manager._try_to_export = write
-        manager.dcp_save({}, "", to_hf=True)
-        assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=0.3)
-        manager._export_if_due(1, last_step=False)
+        with (
+            mock.patch.object(Exporter, "_write", write),
+            mock.patch.object(Exporter, "_try_to_write_beside", write),
+        ):
+            exporter.write({}, "")
+            assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=0.3)
+            assert exporter.write_beside(1, {}, 0) == ""
 
     assert ranks.fork_group(2, body) == 0
