@@ -81,7 +81,7 @@ def all_runs(tmp_path_factory):
 def layout_runs(root):
     """Return runs of a few steps from scratch on every layout."""
     # All 41 held-out sequences, a number that no layout divides evenly into batches.
-    validation = ["--validation.enable", "--validation.local_batch_size", "4", "--validation.steps", "-1"]
+    validation = ["--validation.enable", "--validation.local_batch_size", "14", "--validation.steps", "-1"]
     data = ["--data.train", str(root / "data/train"), "--data.validation", str(root / "data/heldout")]
     pack(root / "data")
     layouts = {
