@@ -149,6 +149,11 @@ def to_hugging_face(
         raise UserError('The configuration trains no adapters; omit --adapter, or set model.converters = ["lora"].')
     sd_adapter, expected = run.sd_adapter, run.tensors
     on_quantized_base = base_model.BASE in read_run(Storage(location))
+    if on_quantized_base and run.lora is None:
+        raise UserError(
+            f"The checkpoint {location} holds adapters of a 4-bit base, but the configuration trains no adapters; set "
+            'model.converters = ["lora"], as in the run that saved it.'
+        )
     saved_tensors = {
         name: tensor for name, tensor in expected.items() if not on_quantized_base or lora.is_adapter(name)
     }

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -72,12 +72,12 @@ class Exporter:
         sources = [path for path in (self.weights, tokenizer) if path]
         hugging_face_folder.export(prepare, folder, self.sd_adapter, sources, tokenizers=sources[::-1])
 
-    def write_beside(self, step: int, state: dict[str, Any], pending: int) -> str:
+    def write_beside(self, step: int, state: dict[str, Any], pending: Callable[[], int]) -> str:
         """Export the model into the folder of a checkpoint, under another name until the export is complete.
 
         Args:
             state: state dict of the model, sharded.
-            pending: bytes on the disk that a save in progress still needs.
+            pending: returns the bytes on the disk that a save in progress still needs.
 
         Returns:
             The failure of the lowest rank that failed, or an empty string.
@@ -87,11 +87,11 @@ class Exporter:
         return reason
 
     @torch.no_grad()
-    def _try_to_write_beside(self, step: int, state: dict[str, Any], pending: int) -> str:
+    def _try_to_write_beside(self, step: int, state: dict[str, Any], pending: Callable[[], int]) -> str:
         folder = self.catalogue.storage.url(folder_name(step))
         partial = f"{folder}/{PARTIAL_EXPORT}"
         try:
-            needed = on_all_ranks(lambda: self._size(state) + pending, "Computing the size of an export")
+            needed = on_all_ranks(lambda: self._size(state) + pending(), "Computing the size of an export")
             write_on_rank_0(lambda: self._prepare_folder(partial, needed))
             self._write(state, partial)
             write_on_rank_0(lambda: os.replace(partial, f"{folder}/{EXPORT}"))

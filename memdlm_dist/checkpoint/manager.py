@@ -368,10 +368,7 @@ class ResumableCheckpoints(HookedCheckpoints):
             return
         began = time.perf_counter()
         location = self._catalogue.storage.url(f"{folder_name(step)}/{EXPORT}")
-        model, pending = self.states[MODEL].state_dict(), 0
-        if self._saving_step is not None:
-            pending = tensor_bytes(model) + tensor_bytes(self.states[OPTIMIZER].state_dict())
-        reason = self._exporter.write_beside(step, model, pending)
+        reason = self._exporter.write_beside(step, self.states[MODEL].state_dict(), self._pending_bytes)
         if not reason:
             logger.info(f"Exported the model to {location} in {time.perf_counter() - began:.1f} s.")
             return
@@ -382,6 +379,12 @@ class ResumableCheckpoints(HookedCheckpoints):
             self.wait()
             raise UserError(f"{sentence}: make room, and export it with tools/convert_checkpoint.py.")
         logger.error(f"{sentence}, and training goes on.")
+
+    def _pending_bytes(self) -> int:
+        """Return the bytes of a checkpoint that is still being written; 0 if none is."""
+        if self._saving_step is None:
+            return 0
+        return sum(tensor_bytes(self.states[name].state_dict()) for name in (MODEL, OPTIMIZER))
 
     def _finish_save(self) -> None:
         self._saving_step = None

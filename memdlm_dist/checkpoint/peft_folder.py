@@ -27,7 +27,7 @@ from memdlm_dist.models.state_dict_adapters import BackboneStateDictAdapter
 from memdlm_dist.runtime import hub
 from memdlm_dist.runtime.rank_0 import from_rank_0, on_all_ranks, one_line
 
-CONFIG, TENSORS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+CONFIG, TENSORS, _PICKLE = hub.ADAPTER_CONFIG, hub.ADAPTER_TENSORS, "adapter_model.bin"
 _PREFIX = "base_model.model."
 _DTYPES = ("F64", "F32", "F16", "BF16")  # by safetensors' names
 

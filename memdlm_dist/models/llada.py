@@ -179,23 +179,16 @@ class TransformerBlock(nn.Module):
         )
         return h_BLD, self.ffn_norm(h_BLD)
 
-    def ffn(
-        self,
-        x_BLD: Tensor,
-        fast: dict[str, FastLinear],
-        set_assignment: SetAssignment | None,
-        trains: bool,
-        dropout: TermDropout,
-    ) -> Tensor:
-        """Return the FFN's output `[B, L, D]` for normalised input; `trains` matters to mixtures of experts only."""
-        return self.feed_forward(x_BLD, fast=fast, set_assignment=set_assignment, dropout=dropout)
+    def ffn(self, x_BLD: Tensor, fast: dict[str, FastLinear], context: TokenContext) -> Tensor:
+        """Return the FFN's output `[B, L, D]` for normalised input."""
+        return self.feed_forward(x_BLD, fast=fast, set_assignment=context.set_assignment, dropout=context.dropout)
 
     def forward(self, x_BLD: Tensor, context: TokenContext, fast: dict[str, FastLinear] | None = None) -> Tensor:
         """Return the residual stream after the block, `[B, L, D]`; `fast` has this layer's fast weights by linear."""
-        frequencies, mask, set_assignment, trains, dropout = context
+        frequencies, mask, set_assignment, _, dropout = context
         attention_fast, ffn_fast = (_select_group(group, fast) for group in ("attention", "ffn"))
         h_BLD, normed_BLD = self.attend(x_BLD, frequencies, mask, set_assignment, attention_fast, dropout)
-        return h_BLD + self.ffn(normed_BLD, ffn_fast, set_assignment, trains, dropout)
+        return h_BLD + self.ffn(normed_BLD, ffn_fast, context)
 
 
 def _select_group(group: str, fast: dict[str, FastLinear] | None) -> dict[str, FastLinear]:

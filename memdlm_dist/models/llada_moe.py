@@ -28,6 +28,7 @@ from memdlm_dist.method.documents import SetAssignment
 from memdlm_dist.method.fast_weights import AdaptedLinear, ExpertProduct, FastLinear, adapted_experts
 from memdlm_dist.method.keyed_dropout import NO_DROPOUT, TermDropout
 from memdlm_dist.models import nf4
+from memdlm_dist.models.attention import TokenContext
 from memdlm_dist.models.linears import GROUPS, LINEAR_NUMBERS, LINEARS, ROUTER_NUMBER
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs, TransformerBlock
 from memdlm_dist.models.lora import LoRALinear
@@ -300,16 +301,15 @@ class MoEBlock(TransformerBlock):
     def _build_ffn(self, args: Any) -> None:
         self.moe = MixtureOfExperts(args)
 
-    def ffn(
-        self,
-        x_BLD: Tensor,
-        fast: dict[str, FastLinear],
-        set_assignment: SetAssignment | None,
-        trains: bool,
-        dropout: TermDropout,
-    ) -> Tensor:
+    def ffn(self, x_BLD: Tensor, fast: dict[str, FastLinear], context: TokenContext) -> Tensor:
         """Return the mixture's output `[B, L, D]` for normalised input."""
-        out = self.moe(x_BLD, fast=fast, set_assignment=set_assignment, trains=trains, dropout=dropout)
+        out = self.moe(
+            x_BLD,
+            fast=fast,
+            set_assignment=context.set_assignment,
+            trains=context.trains,
+            dropout=context.dropout,
+        )
         return cast(Tensor, out)
 
     def compile_around_experts(self, backend: str | Callable[..., Any]) -> None:

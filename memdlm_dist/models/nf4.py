@@ -7,8 +7,7 @@ The scales of a tensor are centred on their mean over the whole tensor. A weight
 sharded along its rows, so that all layouts have the same base. Experts' weights `[E, F, D]` are stored as `[E F, D]`.
 """
 
-from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from memdlm_dist.compat import torchao
 from memdlm_dist.compat.torch import local_block
 from memdlm_dist.compat.torchao import is_nf4
-from memdlm_dist.models.linears import GROUPS, LINEARS
+from memdlm_dist.models.linears import LINEARS
 
 # Elements in the smallest unit of a quantised tensor: 256 blocks of 64 elements, whose scales share one factor.
 UNIT = torchao.BLOCK * torchao.SCALES
@@ -25,21 +24,12 @@ UNIT = torchao.BLOCK * torchao.SCALES
 
 def quantize_linears(model: nn.Module) -> None:
     """Replace the weights of all layers' linears by quantised ones on the meta device, before parallelisation."""
-    for owner, name in _weights(model):
-        weight = owner.get_parameter(name)
-        flat = torch.empty(weight.shape, dtype=weight.dtype, device="meta").flatten(0, -2)
-        owner.register_parameter(name, nn.Parameter(torchao.quantize(flat), requires_grad=False))
-
-
-def _weights(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    for block in cast(nn.ModuleDict, model.layers).values():
-        layer: Any = block
-        for group, members in GROUPS.items():
-            if group == "ffn" and layer.moe_enabled:
-                yield from ((layer.moe.experts, LINEARS[name].weight) for name in members)
-                continue
-            parent = layer.attention if group == "attention" else layer.feed_forward
-            yield from ((parent.get_submodule(LINEARS[name].weight), "weight") for name in members)
+    for name, weight in list(model.named_parameters()):
+        if is_linear(name):
+            owner, _, parameter = name.rpartition(".")
+            flat = torch.empty(weight.shape, dtype=weight.dtype, device="meta").flatten(0, -2)
+            quantized = nn.Parameter(torchao.quantize(flat), requires_grad=False)
+            model.get_submodule(owner).register_parameter(parameter, quantized)
 
 
 def misfit(args: Any, shards: int) -> str:
@@ -127,6 +117,6 @@ def stored_shape(name: str, tensor: Tensor, experts: int) -> tuple[int, ...]:
 
 
 def is_linear(name: str) -> bool:
-    """Return whether a parameter of a backbone without adapters is a linear's weight that NF4 quantises."""
-    linear = name.removesuffix(".weight").rpartition(".")[2]
-    return name.startswith("layers.") and linear in {linear.weight for linear in LINEARS.values()}
+    """Return whether a parameter is the weight of a layer's linear, which NF4 quantises; adapters are not."""
+    last = name.removesuffix(".weight").rpartition(".")[2]
+    return name.startswith("layers.") and last in {linear.weight for linear in LINEARS.values()}

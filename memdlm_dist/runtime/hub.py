@@ -57,7 +57,7 @@ _DESCRIPTION_FILES = (
     "*.py",  # only copied to exports, never run
 )  # fmt: skip
 _WEIGHT_FILES = (*_DESCRIPTION_FILES, "*.safetensors", "*.safetensors.index.json")
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+ADAPTER_CONFIG, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"  # files of PEFT
 
 
 def parse(name: str) -> Repository | None:
@@ -120,7 +120,7 @@ def adapter(name: str) -> str:
     Raises:
         UserError: if the repository cannot be downloaded and has no cached copy, or has no adapter in safetensors.
     """
-    return _fetch(name, _Selection(_ADAPTER_FILES, "adapter_model.safetensors"))
+    return _fetch(name, _Selection((ADAPTER_CONFIG, ADAPTER_TENSORS), ADAPTER_TENSORS))
 
 
 def description(name: str) -> str:

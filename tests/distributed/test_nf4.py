@@ -14,6 +14,7 @@ from memdlm_dist.inference.trained_model import TrainedModel
 from memdlm_dist.models import nf4
 from memdlm_dist.models.flavours import LLADA, LLADA_MOE
 from memdlm_dist.training import run as training_run
+from memdlm_dist.training.backbone import get_conversion
 from tests.support.launching import run_many, scalars
 from tests.support.published import RECIPES, contents
 from tools import convert_checkpoint, random_weights
@@ -168,6 +169,11 @@ def test_mistakes(trained, tmp_path):
     assert training_run._resumes(parse_config.parse([*arguments_of(root, "llada"), *DENSE]))
     with pytest.raises(UserError, match=r"holds adapters of a base without quantisation; set lora\.base to 'unquant"):
         read(root, "llada", root / "dense-run/checkpoint/step-3")
+    plain = parse_config.parse(arguments_of(root, "llada"))
+    plain.model.converters = []
+    with pytest.raises(UserError, match="adapters of a 4-bit base, but the configuration trains no adapters; set"):
+        step_2 = str(root / "run/checkpoint/step-2")
+        convert_checkpoint.to_hugging_face(get_conversion(plain), step_2, str(tmp_path / "export"), None)
     for damaged in (None, {"type": "int8", "location": "", "fingerprint": ""}):
         with pytest.raises(UserError, match=r"run\.json is damaged"):
             base_model.saved_identity("step-2", {"base": damaged})

@@ -399,6 +399,6 @@ def test_ranks_wait_longer_for_an_export_than_for_a_step(tmp_path):
         ):
             exporter.write({}, "")
             assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=0.3)
-            assert exporter.write_beside(1, {}, 0) == ""
+            assert exporter.write_beside(1, {}, lambda: 0) == ""
 
     assert ranks.fork_group(2, body) == 0
