@@ -133,6 +133,19 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
+def no_process_group():
+    """Leave the process group that a file's tests have left, such as a model whose checkpoint could not be read.
+
+    The order of the files in a worker depends on their durations, and some files initialise a group themselves.
+    """
+    yield
+    import torch.distributed as dist  # here, so that the session's main process need not import torch
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module", autouse=True)
 def few_open_files():
     """Close the shared memory of streaming that a file's tests have left.
 
