@@ -146,8 +146,11 @@ def main() -> int:
     # failed rank in vain, so they get 5 seconds before they are killed.
     flags = ["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *shutdown_flags(run.get_args_parser(), seconds=5)]
     arguments = run.parse_args([*flags, *sys.argv[1:]])
-    # By default the workers share the rendezvous store, and a restart reads the previous start's connection keys.
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    # Workers share the rendezvous store by default. A restart would read the previous start's connection keys, so
+    # workers that may restart open a store of their own. Its port is chosen long before the workers listen on it, and
+    # another process may take it meanwhile; the shared store has no such gap.
+    if arguments.max_restarts:
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     set_process_environment(run.determine_local_world_size(arguments.nproc_per_node))
     os.environ.setdefault(JOB, job_name(arguments.rdzv_endpoint, arguments.rdzv_id))
     SignalForwarder().install()

@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import pytest
 
 from memdlm_dist.runtime import launcher, process_environment
+from memdlm_dist.runtime.single_process import free_port
 from tests.support.launching import Launched, debug, run_many, run_module, scalars
-from tests.support.ranks import free_port
 from tests.support.zygote import ROOT
 from tools import bench
 

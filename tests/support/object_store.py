@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tests.support.ranks import free_port
+from memdlm_dist.runtime.single_process import free_port
 
 BUCKET = "memdlm"
 

@@ -3,20 +3,13 @@
 import contextlib
 import os
 import signal
-import socket
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing import connection
 
 from memdlm_dist.runtime.preemption import EXIT_STATUS as PREEMPTED
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+from memdlm_dist.runtime.single_process import free_port
 
 
 def fork(world_size: int, body: Callable[[int], int]) -> int:

@@ -16,7 +16,7 @@ from memdlm_dist.checkpoint.saver import Saver
 from memdlm_dist.compat import torch as seam
 from memdlm_dist.runtime import preemption
 from memdlm_dist.runtime.preemption import StopRequest
-from tests.support.ranks import free_port
+from memdlm_dist.runtime.single_process import free_port
 
 
 class WaitingWriter(dcp.FileSystemWriter):
