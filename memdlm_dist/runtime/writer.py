@@ -240,19 +240,29 @@ class Lease:
         Raises:
             UserError: if another run holds the lease.
         """
-        lease, value = self._read(), asdict(self._writer)
-        if lease is not None:
-            holder = parse(lease)
-            if holder is not None and holder.job == self._writer.job and holder.attempt < self._writer.attempt:
-                logger.info(f"Taking over {self._storage.url()} from an earlier attempt of this job, {holder}.")
+        lease = self._read()
+        for _ in range(3):
+            if lease is None:
+                self._storage.create_json(LEASE, asdict(self._writer))
             else:
-                self._wait_for_expiry(lease)
-            self._storage.write_json(LEASE, value)
-        else:
-            self._storage.create_json(LEASE, value)
-        # Without conditional writes two leases may have been written: the store keeps the last one.
-        time.sleep(SETTLING)
+                if self._is_earlier_attempt(lease):
+                    url = self._storage.url()
+                    logger.info(f"Taking over {url} from an earlier attempt of this job, {parse(lease)}.")
+                else:
+                    self._wait_for_expiry(lease)
+                self._storage.write_json(LEASE, asdict(self._writer))
+            # Without conditional writes two leases may have been written: the store keeps the last one.
+            time.sleep(SETTLING)
+            lease = self._read()
+            # An earlier attempt may have been renewing its lease meanwhile. Its next renewal finds this one and stops.
+            if not self._is_earlier_attempt(lease):
+                break
         self.check()
+
+    def _is_earlier_attempt(self, lease: bytes | None) -> bool:
+        """Return whether a lease is that of an earlier attempt of this writer's job."""
+        holder = parse(lease) if lease is not None else None
+        return holder is not None and holder.job == self._writer.job and holder.attempt < self._writer.attempt
 
     def _wait_for_expiry(self, lease: bytes) -> None:
         """Wait until another run's lease has not changed for `EXPIRY` seconds.

@@ -120,6 +120,24 @@ def test_a_lease_in_a_store(url, soon, monkeypatch):
     first.release()
 
 
+def test_a_renewal_under_way_does_not_keep_a_restart_out(url, soon, monkeypatch):
+    """The earlier attempt has checked its lease, and writes it once more after the restart has written its own."""
+    first = claim(f"{url}-4", writer_of("a"))
+    kill(first)
+    write, late = Storage.write_json, [asdict(first._writer)]
+
+    def write_json(self, name, value):
+        write(self, name, value)
+        if late:
+            write(self, name, late.pop())
+
+    monkeypatch.setattr(Storage, "write_json", write_json)
+    second = claim(f"{url}-4", writer_of("a", process=2, attempt=(1, 0)))
+    assert not late
+    second.check()
+    second.release()
+
+
 def test_a_lease_that_cannot_be_read_expires(url, soon):
     assert writer.parse(b"") is writer.parse(b"[1]") is writer.parse(b'{"job": "a"}') is None
     storage = Storage(f"{url}-3")

@@ -42,7 +42,11 @@ class Proxy:
                 client, _ = listener.accept()
             except OSError:
                 return
-            pair = (client, socket.create_connection(("127.0.0.1", self._target_port)))
+            try:
+                pair = (client, socket.create_connection(("127.0.0.1", self._target_port)))
+            except OSError:  # the server has ended
+                client.close()
+                continue
             self._pairs.append(pair)
             threading.Thread(target=_pump, args=pair, daemon=True).start()
 
