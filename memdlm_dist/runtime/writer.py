@@ -240,23 +240,21 @@ class Lease:
         Raises:
             UserError: if another run holds the lease.
         """
-        lease = self._read()
-        for _ in range(3):
-            if lease is None:
-                self._storage.create_json(LEASE, asdict(self._writer))
-            else:
-                if self._is_earlier_attempt(lease):
-                    url = self._storage.url()
-                    logger.info(f"Taking over {url} from an earlier attempt of this job, {parse(lease)}.")
-                else:
-                    self._wait_for_expiry(lease)
-                self._storage.write_json(LEASE, asdict(self._writer))
-            # Without conditional writes two leases may have been written: the store keeps the last one.
+        lease, value = self._read(), asdict(self._writer)
+        if self._is_earlier_attempt(lease):
+            logger.info(f"Taking over {self._storage.url()} from an earlier attempt of this job.")
+        elif lease is not None:
+            self._wait_for_expiry(lease)
+        if lease is None:
+            self._storage.create_json(LEASE, value)
+        else:
+            self._storage.write_json(LEASE, value)
+        # Without conditional writes two leases may have been written: the store keeps the last one.
+        time.sleep(SETTLING)
+        if self._is_earlier_attempt(self._read()):
+            # The earlier attempt was renewing its lease meanwhile. Its next renewal finds this one and stops.
+            self._storage.write_json(LEASE, value)
             time.sleep(SETTLING)
-            lease = self._read()
-            # An earlier attempt may have been renewing its lease meanwhile. Its next renewal finds this one and stops.
-            if not self._is_earlier_attempt(lease):
-                break
         self.check()
 
     def _is_earlier_attempt(self, lease: bytes | None) -> bool:
