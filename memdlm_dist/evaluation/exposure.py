@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memdlm_dist.inference.sampler import Decoding
+from memdlm_dist.inference.decoding import Decoding
+from memdlm_dist.inference.sampler import Step
 from memdlm_dist.inference.trained_model import ANCHOR_RATIO, TrainedModel
 from memdlm_dist.method import trajectory
 from memdlm_dist.method.trajectory import IGNORE_INDEX
@@ -156,7 +157,7 @@ def _losses(
 
     start = start._replace(open_BL=response_BL)  # a [MASK] token in a prompt is not decoded
     one_per_step = Decoding(block_size=start.tokens_BL.shape[1], stop_at_eos=False)
-    for step in model.denoise(start, one_per_step, fast):
+    for step in map(Step.to_host, model.denoise(start, one_per_step, fast)):
         remaining_B = step.open_BL.sum(1)
         predicted_B, true_B = nll(step.tokens_BL, step.open_BL), nll(clean_BL, step.open_BL)
         is_reached_BR = remaining_B.unsqueeze(1) == count_BR

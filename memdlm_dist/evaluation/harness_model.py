@@ -16,9 +16,9 @@ from memdlm_dist.data import chat
 from memdlm_dist.errors import UserError
 from memdlm_dist.evaluation import harness_chat
 from memdlm_dist.evaluation.retrieval import MEMORY
-from memdlm_dist.inference import sampler
+from memdlm_dist.inference import canvas, sampler
+from memdlm_dist.inference.decoding import Decoding
 from memdlm_dist.inference.likelihood import Pass, passes
-from memdlm_dist.inference.sampler import Decoding
 from memdlm_dist.inference.trained_model import ANCHOR_RATIO, MEMORY_WEIGHTS, TrainedModel
 from memdlm_dist.method import fast_weights
 
@@ -200,7 +200,7 @@ class HarnessModel(TokenLM):
         stops = [stops] if isinstance(stops, str) else stops or []
         tokenizer = self._model.tokenizer
         stop_ids = {tokenizer.token_to_id(stop) for stop in stops} & tokenizer.special_ids
-        text = str(tokenizer.decode(sampler.until(ids, {*stop_ids, self._end_of_turn})))
+        text = str(tokenizer.decode(canvas.until(ids, {*stop_ids, self._end_of_turn})))
         for stop in filter(None, stops):
             text = text.split(stop)[0]
         return text

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from memdlm_dist.evaluation.needle import NeedleGenerator, Sample
-from memdlm_dist.inference.sampler import Decoding
+from memdlm_dist.inference.decoding import Decoding
 from memdlm_dist.inference.trained_model import ANCHOR_RATIO, TrainedModel
 from memdlm_dist.method.fast_weights import FastWeights
 

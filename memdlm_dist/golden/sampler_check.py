@@ -10,8 +10,10 @@ from torch import Tensor
 
 from memdlm_dist.golden.fixture import Unsupported, get_sd_adapter, load_model
 from memdlm_dist.inference import sampler
-from memdlm_dist.inference.sampler import Canvas, Decoding
-from memdlm_dist.models.llada import LLaDA
+from memdlm_dist.inference.canvas import canvas
+from memdlm_dist.inference.decoding import Decoding
+from memdlm_dist.inference.reader import ModelReader
+from memdlm_dist.inference.sampler import Decoder
 
 # Settings of which only one value is supported.
 _FIXED = {"stochastic_transfer": False, "temperature": 0.0}
@@ -38,7 +40,7 @@ def sampler_differences(folder: Path, manifest: dict[str, Any]) -> Iterator[tupl
         if f"prompt{i}" in tensors["inputs"]
     ]
     new_tokens, block = settings["max_new_tokens"], settings["block_size"]
-    start = sampler.canvas(prompts, new_tokens, manifest["mask_token_id"], manifest["eos_token_id"])
+    start = canvas(prompts, new_tokens, manifest["mask_token_id"], manifest["eos_token_id"])
     sd_adapter = get_sd_adapter(manifest["arch"], start.tokens_BL.shape[1])
     model = load_model(sd_adapter, folder / manifest["files"]["weights"])
     for steps in settings["steps"]:
@@ -49,10 +51,11 @@ def sampler_differences(folder: Path, manifest: dict[str, Any]) -> Iterator[tupl
             cfg_scale=settings.get("cfg_scale", 0.0),
         )
         canvases = [start.tokens_BL]
-        for step in sampler.denoise(
-            _make_predict(model, start), start, decoding, manifest["mask_token_id"], manifest["eos_token_id"]
-        ):
-            canvases.append(step.tokens_BL)
+        batch, length = start.tokens_BL.shape
+        reader = ModelReader(model, batch, length, torch.device("cpu"), guidance=decoding.cfg_scale)
+        decoder = Decoder(reader, decoding, batch, length, manifest["mask_token_id"], manifest["eos_token_id"])
+        decoder.load(range(batch), start)
+        canvases += [step.tokens_BL for step in sampler.steps(decoder, length)]
         outputs = tensors["outputs"]
         yield f"sequences in {steps} steps", _count_differing(canvases[-1], outputs[f"sequences_steps{steps}"])
         if f"histories_steps{steps}" in outputs:
@@ -64,13 +67,3 @@ def sampler_differences(folder: Path, manifest: dict[str, Any]) -> Iterator[tupl
 
 def _count_differing(ours: Tensor, theirs: Tensor) -> int:
     return int((ours != theirs).sum()) if ours.shape == theirs.shape else theirs.numel()
-
-
-def _make_predict(model: LLaDA, start: Canvas) -> sampler.Predict:
-    @torch.no_grad()
-    def predict(tokens_BL: Tensor, target_BL: Tensor) -> Tensor:
-        index_M = target_BL.flatten().nonzero().squeeze(1)
-        context = model.context(tokens_BL.shape[1], attended_BL=start.attended_BL)
-        return model(tokens_BL, index_M, context=context)
-
-    return predict

@@ -3,10 +3,11 @@
 import argparse
 import math
 from collections.abc import Sequence
+from typing import get_args
 
 from memdlm_dist.config import parse_config
 from memdlm_dist.errors import UserError
-from memdlm_dist.inference.sampler import Decoding
+from memdlm_dist.inference.decoding import Cache, Decoding
 from memdlm_dist.inference.trained_model import ANCHOR_RATIO, MEMORY_WEIGHTS, TrainedModel
 from memdlm_dist.method.diffusion import WEIGHTS
 from memdlm_dist.models import backbone_args
@@ -68,6 +69,19 @@ def add_decoding_arguments(p: argparse.ArgumentParser, new_tokens: int | None) -
                    help=f"[MASK] tokens appended to the prompt (default: {default})")  # fmt: skip
     g.add_argument("--block-size", type=positive, default=32, metavar="N", help="block size in tokens (default: 32)")
     g.add_argument("--steps", type=positive, metavar="N", help="denoising steps per block (default: one per token)")
+    g.add_argument("--threshold", type=float, metavar="P",
+                   help="keep all predictions with a confidence above this in each step, and at least one, instead of "
+                   "a fixed number of steps (default: none)")  # fmt: skip
+    g.add_argument("--cache", choices=get_args(Cache), default="none",
+                   help="keys and values that a step takes from an earlier pass: those before the present block "
+                   "(prefix), or those after it too (dual); faster, and approximate with full attention "
+                   "(default: none)")  # fmt: skip
+    g.add_argument("--cache-refresh", type=int, default=0, metavar="N",
+                   help="steps of a block between two passes that read the whole text; 0 reads it once per block "
+                   "(default: 0)")  # fmt: skip
+    g.add_argument("--attention", choices=("full", "block-causal"), default="full",
+                   help="tokens that each token attends to: all (full), or those of its block and of earlier ones, for "
+                   "backbones that were trained so (default: full)")  # fmt: skip
     g.add_argument("--temperature", type=float, default=0.0, metavar="T",
                    help="temperature of the Gumbel noise; 0 decodes greedily (default: 0)")  # fmt: skip
     g.add_argument("--remasking", choices=("low_confidence", "random"), default="low_confidence",
@@ -104,6 +118,10 @@ def get_decoding(options: argparse.Namespace) -> Decoding:
         seed=options.decoding_seed,
         cfg_scale=options.cfg_scale,
         suppress_tokens=options.suppress_tokens,
+        threshold=options.threshold,
+        cache=options.cache,
+        cache_refresh=options.cache_refresh,
+        attention=options.attention.replace("-", "_"),
     )
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from memdlm_dist.data import chat
 from memdlm_dist.errors import UserError
-from memdlm_dist.inference import sampler
-from memdlm_dist.inference.sampler import Decoding
+from memdlm_dist.inference import canvas
+from memdlm_dist.inference.decoding import Decoding
 from memdlm_dist.inference.screen import Screen
 from memdlm_dist.inference.trained_model import TrainedModel
 from memdlm_dist.runtime.rank_0 import is_rank_0
@@ -59,23 +59,23 @@ def respond(
     adapted = model.adapt([prompt], anchor_ratio) if memory else None
     start = model.canvas([prompt], new_tokens)
     screen = Screen(model) if watch else None
-    steps, tokens_BL = 0, start.tokens_BL
     began = time.perf_counter()
-    for step in model.denoise(start, decoding, adapted.fast if adapted else None):
-        steps, tokens_BL = steps + 1, step.tokens_BL
+    decoder = model.decoder(start, decoding, adapted.fast if adapted else None)
+    while decoder.step():
         if screen:
-            screen.draw(step, length)
+            screen.draw(decoder.state(length).to_host(), length)
     if screen:
         screen.clear()
-    (response,) = sampler.responses(tokens_BL, start, model.eos_id)
-    response = sampler.until(response, {end_of_turn})
+    tokens_BL = decoder.state(start.tokens_BL.shape[1]).to_host().tokens_BL
+    (response,) = canvas.responses(tokens_BL, start, model.eos_id)
+    response = canvas.until(response, {end_of_turn})
     filled = [*tokens_BL[0, : len(prompt)].tolist(), *response]
     return {
         "prompt": text,
         "response": model.tokenizer.decode(response),
         "text": model.tokenizer.decode(filled),
         "memory": "on" if memory else "off",
-        "steps": steps,
+        "passes": decoder.passes,
         "memory_seconds": round(adapted.seconds, 4) if adapted else 0.0,
         "decoding_seconds": round(time.perf_counter() - began, 4),
         "checkpoint": model.checkpoint,

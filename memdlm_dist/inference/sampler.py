@@ -1,242 +1,405 @@
-"""Denoising as in LLaDA: fills the [MASK] positions of a canvas block by block, the most confident first.
+"""Denoising as in LLaDA: fills the [MASK] positions of rows block by block, the most confident first.
 
-Shapes: B sequences, L tokens, N predicted positions, V vocabulary.
+The rows' state is on the model's device. Without a threshold, a step keeps a known share of a block's open positions,
+and the host counts them without reading. It reads one flag per row at the end of a block, to stop at end-of-text; with
+a threshold it reads one number per row in every step.
+
+Shapes: S slots, W columns of a slot (its positions and a spare one), R rows of a pass, L tokens of its longest row, T
+tokens that it reads of a row, K positions of a block, m the open ones among them, n = R m.
 """
 
-import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
-from typing import Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from memdlm_dist.errors import UserError
+from memdlm_dist.inference.canvas import MAX_LENGTH, Canvas
+from memdlm_dist.inference.decoding import Decoding
 from memdlm_dist.method import keyed_random
 from memdlm_dist.method.keyed_random import Stream
+from memdlm_dist.models.token_choice import TokenChoice
+from memdlm_dist.runtime.transfer import HostCopy, PinnedTree
 
-# (tokens [B, L], targets bool [B, L]) -> logits [N, V] of the targets in flattened order; all on the host.
-Predict = Callable[[Tensor, Tensor], Tensor]
-Remasking = Literal["low_confidence", "random"]
-
-# Upper limit of a canvas's length: the random key of a token is its row's id times this plus its position.
-_MAX_LENGTH = 2**24
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """Settings of decoding.
-
-    Attributes:
-        block_size: open positions per block; blocks are decoded from left to right.
-        steps: steps per block; each step keeps a near-equal number of tokens. None: one token per step.
-        temperature: factor of the Gumbel noise that is added to the logits; 0 is greedy.
-        remasking: choice of the predictions that a step keeps: the most probable ("low_confidence") or random ones.
-        stop_at_eos: end a row after the block in which its response contains end-of-text.
-        seed: seed of temperature and random remasking.
-        cfg_scale: scale s of classifier-free guidance as in LLaDA (arXiv 2502.09992). The logits are
-            u + (s + 1) (c - u), where c reads the canvas, and u reads it with [MASK]s in place of the prompt's tokens.
-            0: no guidance, and no second forward pass.
-        suppress_tokens: ids of tokens that are never predicted.
-    """
-
-    block_size: int = 32
-    steps: int | None = None
-    temperature: float = 0.0
-    remasking: Remasking = "low_confidence"
-    stop_at_eos: bool = True
-    seed: int = 0
-    cfg_scale: float = 0.0
-    suppress_tokens: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.block_size < 1 or (self.steps is not None and self.steps < 1) or self.temperature < 0:
-            raise UserError(
-                f"block_size = {self.block_size} and steps = {self.steps} must be at least 1, temperature = "
-                f"{self.temperature} not negative."
-            )
-        if self.remasking not in get_args(Remasking):
-            raise UserError(f"remasking must be one of {', '.join(get_args(Remasking))}, not {self.remasking}.")
-        if not 0 <= self.cfg_scale < math.inf:
-            raise UserError(f"cfg_scale must be a finite number of at least 0, but is {self.cfg_scale}.")
-
-    def check_vocabulary(self, size: int) -> None:
-        """Check the suppressed tokens against a vocabulary of `size` tokens.
-
-        Raises:
-            UserError: if a token is outside the vocabulary, or if no token but [MASK] is left.
-        """
-        for token_id in self.suppress_tokens:
-            if not 0 <= token_id < size:
-                raise UserError(
-                    f"The suppressed token {token_id} is outside the model's vocabulary, 0 to {size - 1}; remove it."
-                )
-        if len(set(self.suppress_tokens)) >= size - 1:
-            raise UserError("The suppressed tokens leave no token to predict; suppress fewer.")
-
-
-class Canvas(NamedTuple):
-    """Rows of prompts, [MASK]s for their responses and padding, on the host."""
-
-    tokens_BL: Tensor  # int64
-    attended_BL: Tensor  # bool: False on padding
-    open_BL: Tensor  # bool: [MASK] positions to fill in
-    response_BL: Tensor  # bool: positions of the response
-    ids_B: Tensor  # int64: row ids, which key each row's random numbers
-
-
-def canvas(
-    prompts: Sequence[Sequence[int]],
-    new_tokens: int | Sequence[int],
-    mask_id: int,
-    eos_id: int,
-    ids: Sequence[int] | None = None,
-    multiple: int = 1,
-) -> Canvas:
-    """Build a canvas of prompts of any length.
-
-    Args:
-        prompts: token ids; [MASK]s in a prompt are filled in too.
-        new_tokens: number of [MASK] positions to append, one for all prompts or one per prompt.
-        mask_id: token id of [MASK].
-        eos_id: token id of end-of-text, which pads the shorter rows and is not attended to there.
-        ids: ids of the rows; 0, 1, ... if None.
-        multiple: the canvas's length is rounded up to a multiple of this, the number of sequence shards.
-    """
-    counts = [new_tokens] * len(prompts) if isinstance(new_tokens, int) else list(new_tokens)
-    ends = torch.tensor([len(prompt) + count for prompt, count in zip(prompts, counts, strict=True)])
-    starts = torch.tensor([len(prompt) for prompt in prompts])
-    length = max(1, int(ends.max()))
-    length += -length % multiple
-    tokens_BL = torch.full((len(prompts), length), eos_id)
-    for row, prompt in enumerate(prompts):
-        tokens_BL[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
-    position_L = torch.arange(length)
-    attended_BL = position_L < ends[:, None]
-    response_BL = attended_BL & (position_L >= starts[:, None])
-    tokens_BL[response_BL] = mask_id
-    return Canvas(
-        tokens_BL,
-        attended_BL,
-        attended_BL & (tokens_BL == mask_id),
-        response_BL,
-        torch.tensor(range(len(prompts)) if ids is None else ids, dtype=torch.int64),
-    )
+# Upper limit of the tokens in a pass over several whole rows.
+PASS_TOKENS = 2**17
 
 
 class Step(NamedTuple):
-    """Canvas after a step."""
+    """Rows after a step."""
 
     tokens_BL: Tensor
     open_BL: Tensor  # bool: still [MASK]
     kept_BL: Tensor  # bool: filled in at this step
 
+    def to_host(self) -> "Step":
+        """Return a copy on the host; waits for the device."""
+        return Step(*(copy.read() for copy in [HostCopy(x) for x in self]))
 
-def denoise(
-    predict: Predict,
-    start: Canvas,
-    decoding: Decoding,
-    mask_id: int,
-    eos_id: int,
-    max_over_ranks: Callable[[int], int] = lambda count: count,
-) -> Iterator[Step]:
-    """Decode a canvas; yield it after every step, and again when end-of-text replaces the rest of a row.
 
-    A block is the next `block_size` open positions of a row; other tokens between them are not counted.
-    Tokens at positions that are not open never change. The result of a row does not depend on the other rows.
+class Reading(NamedTuple):
+    """What the passes over the same rows and blocks have in common, on the device.
+
+    Attributes:
+        slot_R: slots of the rows.
+        position_RT: positions that a pass reads; None for all. Padding has the position W - 1.
+        length: L, rounded up to the model's multiple.
+        row_RK: row in the head's input of each position of the block; -1 if another rank has it.
+        details: anything else that the reader needs.
+    """
+
+    slot_R: Tensor
+    position_RT: Tensor | None
+    length: int
+    row_RK: Tensor
+    details: Any = None
+
+
+class Reader(Protocol):
+    """Model, as the sampler uses it.
+
+    Attributes:
+        device: device of all tensors.
+        lookback: 1 if a token is predicted at the position before it, else 0.
+    """
+
+    device: torch.device
+    lookback: int
+
+    def plan(
+        self,
+        slots: Sequence[int],
+        lengths: Sequence[int],
+        targets: Sequence[Sequence[int]],
+        read: Sequence[range] | None,
+    ) -> Reading:
+        """Prepare passes over rows.
+
+        Args:
+            slots: slots of the rows.
+            lengths: number of tokens of each row.
+            targets: positions of each row's block.
+            read: positions that the pass reads of each row; None for all.
+        """
+        ...
+
+    def choose(self, reading: Reading, tokens_RT: Tensor, blank_RT: Tensor | None, choice: TokenChoice) -> Tensor:
+        """Run a pass; return the chosen ids and their confidences, float64 `[2, n]`.
+
+        Args:
+            reading: the plan.
+            tokens_RT: tokens at the positions that the pass reads.
+            blank_RT: with guidance, the same with [MASK]s in place of the prompt's tokens.
+            choice: rows of the head's input to choose tokens for.
+        """
+        ...
+
+    def idle(self) -> None:
+        """Take part in the collectives of another rank's pass."""
+        ...
+
+
+@dataclass
+class _Row:
+    """Progress of a row, as the host knows it."""
+
+    length: int
+    blocks: list[list[int]]  # open positions of the blocks that are left; the first is the present one
+    open: int = 0  # open positions of the present block
+    left: int = 0  # steps that are left in it
+    age: int | None = None  # steps since a pass read the whole row; None before the first step of a block
+    changed: int | None = None  # first position whose cached keys and values are outdated; None: all are
+
+    def enter(self, steps: int) -> None:
+        """Enter the first of the blocks that are left."""
+        self.open = len(self.blocks[0]) if self.blocks else 0
+        # More steps than open positions would predict from an unchanged row.
+        self.left, self.age = min(steps, self.open), None
+
+
+class Decoder:
+    """Rows in the slots of a batch, each at its own place of its own schedule.
+
+    A block is the next `block_size` open positions of a row; other tokens between them are not counted. Tokens at
+    positions that are not open never change. The result of a row does not depend on the other rows.
 
     Args:
-        predict: the model; called twice per step with classifier-free guidance.
-        start: canvas to decode; not modified.
+        reader: the model.
+        decoding: settings.
+        slots: S.
+        length: largest length of a row.
         mask_id: token id of [MASK], which is never predicted.
         eos_id: token id of end-of-text.
-        max_over_ranks: maximum of a number over all ranks that must call `predict` together.
+        max_over_ranks: maximum of a number over all ranks whose models run together.
+        pass_tokens: upper limit of the tokens in a pass over several whole rows.
+
+    Attributes:
+        passes: number of forward passes of the model so far.
     """
-    if decoding.cfg_scale:
-        predict = _guided(predict, start, decoding.cfg_scale, mask_id)
-    never_predicted = [mask_id, *decoding.suppress_tokens]
-    tokens_BL, open_BL = start.tokens_BL.clone(), start.open_BL.clone()
-    per_block = decoding.steps or decoding.block_size
-    block_BL = torch.where(open_BL, (open_BL.cumsum(1) - 1) // decoding.block_size, -1)
-    for block in range(max_over_ranks(int(block_BL.max()) + 1)):
-        block_open_BL = open_BL & (block_BL == block)
-        # More steps than open positions would predict from an unchanged canvas.
-        for left in range(min(per_block, max_over_ranks(int(block_open_BL.sum(1).max()))), 0, -1):
-            target_BL = block_open_BL & open_BL
+
+    def __init__(
+        self,
+        reader: Reader,
+        decoding: Decoding,
+        slots: int,
+        length: int,
+        mask_id: int,
+        eos_id: int,
+        max_over_ranks: Callable[[int], int] = lambda count: count,
+        pass_tokens: int = PASS_TOKENS,
+    ):
+        self._reader, self._decoding, self._mask_id, self._eos_id = reader, decoding, mask_id, eos_id
+        self._max_over_ranks, self._pass_tokens = max_over_ranks, pass_tokens
+        shape, device = (slots, length + 1), reader.device
+        self._tokens_SW = torch.full(shape, eos_id, device=device)
+        self._open_SW, self._given_SW, self._start_SW, self._response_SW, self._kept_SW = (
+            torch.zeros(shape, dtype=torch.bool, device=device) for _ in range(5)
+        )
+        self._id_S = torch.zeros(slots, dtype=torch.int64, device=device)
+        (self._suppressed,) = self._to_device([torch.tensor([mask_id, *decoding.suppress_tokens])])
+        self._rows: list[_Row | None] = [None] * slots
+        self._plans: dict[tuple[bool, tuple[tuple[int, int], ...]], tuple[Reading, Tensor]] = {}
+        self.passes = 0
+
+    def load(self, slots: Sequence[int], start: Canvas) -> None:
+        """Put the rows of a canvas into slots, in place of what they held."""
+        width = self._tokens_SW.shape[1]
+        given_BL = start.attended_BL & ~start.open_BL
+        states = (self._tokens_SW, self._open_SW, self._given_SW, self._start_SW, self._response_SW)
+        columns = (start.tokens_BL, start.open_BL, given_BL, start.open_BL, start.response_BL)
+        rows = [
+            torch.nn.functional.pad(x_BL[:, :width], (0, max(0, width - x_BL.shape[1])), value=fill)
+            for x_BL, fill in zip(columns, (self._eos_id, False, False, False, False), strict=True)
+        ]
+        slot_B, ids_B, *rows = self._to_device([torch.tensor(slots), start.ids_B, *rows])
+        for state, row_BW in zip((*states, self._id_S), (*rows, ids_B), strict=True):
+            state.index_copy_(0, slot_B, row_BW)
+        for slot, open_L, attended_L in zip(slots, start.open_BL, start.attended_BL, strict=True):
+            self._rows[slot] = row = _Row(max(1, int(attended_L.sum())), self._blocks(open_L.nonzero().flatten()))
+            row.enter(self._steps)
+        self._forget(slots)
+
+    def is_finished(self, slot: int) -> bool:
+        """Return whether a slot's row has no open position left, or the slot has no row."""
+        return not ((row := self._rows[slot]) and row.blocks)
+
+    def step(self) -> bool:
+        """Take a step of every row that is not finished; return whether any rank had one."""
+        active = {slot: row for slot, row in enumerate(self._rows) if row and row.blocks}
+        stale = [slot for slot, row in active.items() if self._is_stale(row)]
+        passes = [(group, True) for group in self._groups(stale)]
+        if cached := [slot for slot in active if slot not in stale]:
+            passes.append((cached, False))
+        count = self._max_over_ranks(len(passes))
+        self._kept_SW.zero_()
+        for slots, is_full in passes:
+            self._pass(slots, is_full)
+        for _ in range(self._forwards * (count - len(passes))):
+            self._reader.idle()
+        return count > 0
+
+    def state(self, length: int) -> Step:
+        """Return the first `length` positions of all slots after the last step, on the device."""
+        return Step(*(x[:, :length].clone() for x in (self._tokens_SW, self._open_SW, self._kept_SW)))
+
+    def tokens(self, slots: Sequence[int]) -> list[list[int]]:
+        """Return the tokens of some rows; waits for the device."""
+        (slot_B,) = self._to_device([torch.tensor(slots)])
+        rows = HostCopy(self._tokens_SW.index_select(0, slot_B)).read().tolist()
+        return [tokens[: self._row(slot).length] for slot, tokens in zip(slots, rows, strict=True)]
+
+    @property
+    def _steps(self) -> int:
+        return self._decoding.steps or self._decoding.block_size
+
+    @property
+    def _forwards(self) -> int:
+        """Number of forward passes of the model in a pass."""
+        return 2 if self._decoding.cfg_scale else 1
+
+    @property
+    def _is_block_causal(self) -> bool:
+        return self._decoding.attention == "block_causal"
+
+    def _to_device(self, tensors: list[Tensor]) -> list[Tensor]:
+        moved: list[Tensor] = PinnedTree(tensors, self._reader.device).to_device()
+        return moved
+
+    def _blocks(self, open_n: Tensor) -> list[list[int]]:
+        """Divide a row's open positions into blocks."""
+        size = self._decoding.block_size
+        number_n = open_n // size if self._is_block_causal else torch.arange(len(open_n)) // size
+        counts = number_n.unique_consecutive(return_counts=True)[1].tolist()
+        return [block.tolist() for block in open_n.split(counts)] if counts else []
+
+    def _forget(self, slots: Sequence[int]) -> None:
+        """Drop the plans that contain some slots."""
+        gone = set(slots)
+        self._plans = {key: plan for key, plan in self._plans.items() if gone.isdisjoint(slot for slot, _ in key[1])}
+
+    def _is_stale(self, row: _Row) -> bool:
+        """Return whether the row's next pass must read all of it."""
+        if self._decoding.cache == "none":
+            return True
+        if row.age is None:
+            return row.changed is None
+        return 0 < self._decoding.cache_refresh <= row.age
+
+    def _groups(self, slots: Sequence[int]) -> Iterator[list[int]]:
+        """Divide slots into passes over at most `pass_tokens` tokens each, or over one row."""
+        group: list[int] = []
+        longest = 0
+        for slot in slots:
+            length = self._row(slot).length
+            if group and max(longest, length) * (len(group) + 1) > self._pass_tokens:
+                yield group
+                group, longest = [], 0
+            group.append(slot)
+            longest = max(longest, length)
+        if group:
+            yield group
+
+    def _row(self, slot: int) -> _Row:
+        row = self._rows[slot]
+        assert row is not None
+        return row
+
+    def _range(self, row: _Row) -> range:
+        """Return the positions that a cached pass reads of a row."""
+        first, last = row.blocks[0][0], row.blocks[0][-1]
+        if self._is_block_causal:
+            # All positions of the block, because they attend to each other; and first those that changed before it.
+            size = self._decoding.block_size
+            first = first // size * size
+            if row.age is None and row.changed is not None:
+                first = min(first, row.changed)
+            last = min((last // size + 1) * size, row.length) - 1
+        elif self._decoding.cache == "prefix":
+            last = row.length - 1
+        return range(max(0, first - self._reader.lookback), last + 1)
+
+    def _plan(self, slots: Sequence[int], rows: Sequence[_Row], is_full: bool) -> tuple[Reading, Tensor]:
+        """Return the reading of a pass, and the positions of the rows' blocks `[R, K]`."""
+        read = None if is_full else [self._range(row) for row in rows]
+        firsts = [0] * len(rows) if read is None else [positions.start for positions in read]
+        key = (is_full, tuple(zip(slots, firsts, strict=True)))
+        if key not in self._plans:
+            blocks = [row.blocks[0] for row in rows]
+            # The spare position, which is never open, pads the shorter blocks.
+            spare = self._tokens_SW.shape[1] - 1
+            most = max(map(len, blocks))
+            target_RK = torch.tensor([[*block, *[spare] * (most - len(block))] for block in blocks])
+            reading = self._reader.plan(slots, [row.length for row in rows], blocks, read)
+            self._plans[key] = (reading, self._to_device([target_RK])[0])
+        return self._plans[key]
+
+    def _pass(self, slots: Sequence[int], is_full: bool) -> None:
+        """Run the model over some rows; each of them takes a step."""
+        rows = [self._row(slot) for slot in slots]
+        reading, target_RK = self._plan(slots, rows, is_full)
+        slot_R = reading.slot_R
+        tokens_RW, open_RW = (x.index_select(0, slot_R) for x in (self._tokens_SW, self._open_SW))
+        # The open positions of each block come first; only these reach the output head.
+        most = max(row.open for row in rows)
+        order_Rm = (~open_RW.gather(1, target_RK)).to(torch.int8).argsort(dim=1, stable=True)[:, :most]
+        position_Rm = target_RK.gather(1, order_Rm)
+        open_Rm = open_RW.gather(1, position_Rm)
+        chosen_2Rm = self._choose(reading, tokens_RW, open_RW, order_Rm, position_Rm)
+        confidence_Rm = chosen_2Rm[1].masked_fill(~open_Rm, -torch.inf)
+        rank_Rm = confidence_Rm.argsort(dim=1, descending=True, stable=True).argsort(1)
+        if (threshold := self._decoding.threshold) is not None:
+            keep_Rm = open_Rm & ((confidence_Rm > threshold) | (rank_Rm == 0))
+        else:
             # Equal share of the remaining positions, rounded half to even as in the published sampler.
-            share_B = (target_BL.sum(1).double() / left).round().long()
-            logits_NV = predict(tokens_BL, target_BL)
-            logits_NV[:, never_predicted] = -torch.inf
-            # Key of the random numbers. Not the step: the number of steps depends on the other rows.
-            decided_B = (start.open_BL & ~open_BL).sum(1)
-            chosen_N, confidence_N = _choose(logits_NV, decoding, target_BL, start.ids_B, decided_B)
-            kept_BL = _most_confident(confidence_N, target_BL, share_B)
-            tokens_BL = tokens_BL.masked_scatter(kept_BL, chosen_N[kept_BL[target_BL]])
-            open_BL = open_BL & ~kept_BL
-            yield Step(tokens_BL, open_BL, kept_BL)
-        if decoding.stop_at_eos:
-            ended_BL = (start.response_BL & ~open_BL & (tokens_BL == eos_id)).cumsum(1) > 0
-            rest_BL = open_BL & ended_BL
-            if rest_BL.any():
-                tokens_BL = tokens_BL.masked_fill(rest_BL, eos_id)
-                open_BL = open_BL & ~rest_BL
-                yield Step(tokens_BL, open_BL, rest_BL)
+            (share_R1,) = self._to_device([torch.tensor([[round(row.open / row.left)] for row in rows])])
+            keep_Rm = open_Rm & (rank_Rm < share_R1)
+        spare = self._tokens_SW.shape[1] - 1
+        position_Rm = torch.where(keep_Rm, position_Rm, spare)
+        tokens_RW.scatter_(1, position_Rm, chosen_2Rm[0].long())
+        open_RW.scatter_(1, position_Rm, False)
+        kept_RW = torch.zeros_like(open_RW).scatter_(1, position_Rm, True)
+        kept_RW[:, spare] = False
+        end_RW = self._response_SW.index_select(0, slot_R) & ~open_RW & (tokens_RW == self._eos_id)
+        ended = self._advance(slots, rows, is_full, keep_Rm, end_RW)
+        if any(ended):
+            # Blocks go from left to right, so all that is still open follows the end of text.
+            (ended_R1,) = self._to_device([torch.tensor(ended).unsqueeze(1)])
+            rest_RW = open_RW & ended_R1
+            tokens_RW = tokens_RW.masked_fill(rest_RW, self._eos_id)
+            open_RW, kept_RW = open_RW & ~rest_RW, kept_RW | rest_RW
+        for state, x_RW in ((self._tokens_SW, tokens_RW), (self._open_SW, open_RW), (self._kept_SW, kept_RW)):
+            state.index_copy_(0, slot_R, x_RW)
+
+    def _choose(
+        self, reading: Reading, tokens_RW: Tensor, open_RW: Tensor, order_Rm: Tensor, position_Rm: Tensor
+    ) -> Tensor:
+        """Return the ids and confidences chosen for some positions of the blocks, float64 `[2, R, m]`."""
+        settings, slot_R = self._decoding, reading.slot_R
+        key_n, is_random = None, settings.remasking == "random"
+        if settings.temperature or is_random:
+            # Not the step: the number of steps depends on the threshold.
+            decided_R1 = (self._start_SW.index_select(0, slot_R) & ~open_RW).sum(1, keepdim=True)
+            ids_Rm = self._id_S.index_select(0, slot_R).unsqueeze(1) * MAX_LENGTH + position_Rm
+            key_n = keyed_random.key(settings.seed, Stream.DECODING, decided_R1.expand_as(ids_Rm), ids_Rm).flatten()
+        choice = TokenChoice(
+            reading.row_RK.gather(1, order_Rm).flatten(),
+            self._suppressed,
+            settings.temperature,
+            key_n,
+            is_random,
+        )
+        blank_RW = None
+        if settings.cfg_scale:
+            blank_RW = tokens_RW.masked_fill(self._given_SW.index_select(0, slot_R), self._mask_id)
+
+        def read(x_RW: Tensor) -> Tensor:
+            return x_RW[:, : reading.length] if reading.position_RT is None else x_RW.gather(1, reading.position_RT)
+
+        self.passes += self._forwards
+        chosen_2n = self._reader.choose(
+            reading, read(tokens_RW), read(blank_RW) if blank_RW is not None else None, choice
+        )
+        return chosen_2n.unflatten(1, order_Rm.shape)
+
+    def _advance(
+        self, slots: Sequence[int], rows: Sequence[_Row], is_full: bool, keep_Rm: Tensor, end_RW: Tensor
+    ) -> list[bool]:
+        """Count a step of the rows; complete blocks are left. Return which rows end at end-of-text."""
+        has_threshold, stops = self._decoding.threshold is not None, self._decoding.stop_at_eos
+        if not has_threshold:
+            for row in rows:
+                row.open -= round(row.open / row.left)
+                row.left -= 1
+        kept, has_end = [0] * len(rows), [0] * len(rows)
+        if has_threshold or (stops and not all(row.open for row in rows)):
+            kept, has_end = HostCopy(torch.stack([keep_Rm.sum(1), end_RW.any(1)])).read().tolist()
+        ended, complete = [], []
+        for slot, row, count, end in zip(slots, rows, kept, has_end, strict=True):
+            if has_threshold:
+                row.open -= count
+            row.age = 1 if is_full or row.age is None else row.age + 1
+            ended.append(bool(stops and end and not row.open))
+            if not row.open:
+                if self._is_block_causal:
+                    row.changed = row.blocks[0][0] // self._decoding.block_size * self._decoding.block_size
+                row.blocks = [] if ended[-1] else row.blocks[1:]
+                row.enter(self._steps)
+                complete.append(slot)
+        if complete:
+            self._forget(complete)
+        return ended
 
 
-def _guided(predict: Predict, start: Canvas, scale: float, mask_id: int) -> Predict:
-    """Return the prediction with classifier-free guidance, from two calls of `predict`.
-
-    The second call reads [MASK] at the attended positions that are not open at the start: the tokens of the prompt.
-    """
-    given_BL = start.attended_BL & ~start.open_BL
-
-    def predict_guided(tokens_BL: Tensor, target_BL: Tensor) -> Tensor:
-        conditional_NV = predict(tokens_BL, target_BL)
-        unconditional_NV = predict(tokens_BL.masked_fill(given_BL, mask_id), target_BL)
-        return unconditional_NV + (scale + 1) * (conditional_NV - unconditional_NV)
-
-    return predict_guided
-
-
-def _choose(
-    logits_NV: Tensor, decoding: Decoding, target_BL: Tensor, ids_B: Tensor, decided_B: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the predicted token of each target and its confidence: its probability, or a random number."""
-    row_N, position_N = target_BL.nonzero(as_tuple=True)
-    keys_N = keyed_random.key(decoding.seed, Stream.DECODING, decided_B[row_N], ids_B[row_N] * _MAX_LENGTH + position_N)
-    noisy_NV = logits_NV
-    if decoding.temperature > 0:
-        u_NV = keyed_random.uniform(keys_N, torch.arange(1, 1 + logits_NV.shape[1]))
-        noisy_NV = logits_NV.double() - decoding.temperature * (-u_NV.clamp(min=2.0**-53).log()).log()
-    chosen_N = noisy_NV.argmax(-1)
-    if decoding.remasking == "random":
-        return chosen_N, keyed_random.uniform(keys_N, torch.zeros(1, dtype=torch.int64)).squeeze(-1)
-    return chosen_N, logits_NV.softmax(-1).gather(1, chosen_N.unsqueeze(1)).squeeze(1)
-
-
-def _most_confident(confidence_N: Tensor, target_BL: Tensor, share_B: Tensor) -> Tensor:
-    """Return the mask of the `share_B` most confident targets of each row, bool `[B, L]`."""
-    confidence_BL = torch.full(target_BL.shape, -torch.inf, dtype=confidence_N.dtype)
-    confidence_BL = confidence_BL.masked_scatter(target_BL, confidence_N)
-    rank_BL = confidence_BL.argsort(dim=1, descending=True, stable=True).argsort(1)
-    return target_BL & (rank_BL < share_B.unsqueeze(1))
+def steps(decoder: Decoder, length: int) -> Iterator[Step]:
+    """Decode all rows; yield their first `length` positions, on the device, after every step."""
+    while decoder.step():
+        yield decoder.state(length)
 
 
 def finished(steps: Iterator[Step], start: Canvas) -> Tensor:
-    """Run all steps and return the final tokens, `[B, L]`."""
-    tokens_BL = start.tokens_BL
+    """Run all steps and return the final tokens on the host, `[B, L]`."""
+    last = None
     for step in steps:
-        tokens_BL = step.tokens_BL
-    return tokens_BL
-
-
-def responses(tokens_BL: Tensor, start: Canvas, eos_id: int) -> list[list[int]]:
-    """Return the token ids of each row's response, up to end-of-text."""
-    rows = [tokens[response].tolist() for tokens, response in zip(tokens_BL, start.response_BL, strict=True)]
-    return [until(row, {eos_id}) for row in rows]
-
-
-def until(ids: Sequence[int], stops: Collection[int | None]) -> list[int]:
-    """Return the token ids before the first one in `stops`."""
-    return list(takewhile(lambda token_id: token_id not in stops, ids))
+        last = step
+    return start.tokens_BL if last is None else HostCopy(last.tokens_BL).read()

@@ -41,9 +41,9 @@ def inference_config(config: JobConfig) -> JobConfig:
     config.parametric_memory.enable = True
     config.activation_checkpoint.mode = "none"
     config.compile.enable = False
-    # Each rank adapts fast weights to its own prompts, so it needs all experts and whole prompts.
+    # Each rank adapts fast weights to its own prompts, so it needs all experts.
     config.parallelism.expert_parallel_degree = config.parallelism.expert_tensor_parallel_degree = 1
-    config.parallelism.context_parallel_degree = 1
+    config.parallelism.context_parallel_method = "ulysses"  # ring attention takes no mask for padding
     config.comm.trace_buf_size = 0  # a trace would create its folder in the current directory
     # Unused, because the caller chooses the batches of prompts; valid for any number of ranks.
     config.training.local_batch_size, config.training.global_batch_size = 1, -1

@@ -1,7 +1,7 @@
 """Trained model: loads on any layout, adapts fast weights to prompts, decodes and computes likelihoods.
 
-Shapes: B sequences, L tokens, N predicted positions, V vocabulary, M scored tokens of one shard, S sequence shards.
-Arguments and results are on the host.
+Shapes: B sequences, L tokens, N predicted positions, V vocabulary, M scored tokens of one shard, Z sequence shards.
+Arguments and results are on the host, unless stated.
 """
 
 import time
@@ -19,9 +19,12 @@ from memdlm_dist.config import check_layout, launch
 from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError
-from memdlm_dist.inference import sampler, setup
+from memdlm_dist.inference import canvas, sampler, setup
+from memdlm_dist.inference.canvas import Canvas
 from memdlm_dist.inference.data_parallel import DataParallel
-from memdlm_dist.inference.sampler import Canvas, Decoding, Step
+from memdlm_dist.inference.decoding import Decoding
+from memdlm_dist.inference.reader import FFN_TOKENS, ModelReader, SequenceShards
+from memdlm_dist.inference.sampler import Decoder, Step
 from memdlm_dist.method import bilevel, trajectory
 from memdlm_dist.method.diffusion import WEIGHTS, SetSum
 from memdlm_dist.method.fast_weights import FastWeights
@@ -57,6 +60,7 @@ class Generated:
     fast: FastWeights | None  # adapted to the prompts; None without memory
     memory_seconds: float
     decoding_seconds: float
+    passes: int  # forward passes of the model, over all rows
 
 
 class TrainedModel:
@@ -119,6 +123,14 @@ class TrainedModel:
         self._memory = replace(objective.memory, per_sample=True)
         self._objective = replace(objective, plan=replace(objective.plan, loss_weight=memory_weights))
         self._vocab_size = args.vocab_size
+        cp_mesh = parallel_dims.get_optional_mesh("cp")
+        self._shards = SequenceShards(
+            objective.tp_size,
+            objective.tp_rank,
+            objective.cp_size,
+            objective.cp_rank,
+            cp_mesh.get_group() if cp_mesh is not None else None,
+        )
         self.data_parallel = DataParallel.from_layout(parallel_dims, self.device)
 
     def load(self, checkpoint: str) -> None:
@@ -143,8 +155,8 @@ class TrainedModel:
     def canvas(
         self, prompts: Sequence[Sequence[int]], new_tokens: int | Sequence[int], ids: Sequence[int] | None = None
     ) -> Canvas:
-        """Build a canvas with this model's token ids and sequence sharding; see `sampler.canvas`."""
-        return sampler.canvas(prompts, new_tokens, self.mask_id, self.eos_id, ids, self._objective.tp_size)
+        """Build a canvas with this model's token ids and sequence sharding; see `canvas.canvas`."""
+        return canvas.canvas(prompts, new_tokens, self.mask_id, self.eos_id, ids, self._shards.count)
 
     def adapt(
         self, prompts: Sequence[Sequence[int]], anchor_ratio: float = ANCHOR_RATIO, ids: Sequence[int] | None = None
@@ -173,10 +185,10 @@ class TrainedModel:
             self._objective.plan.states(draw, anchor),
             self.mask_id,
             with_teacher=self._memory.loss.teacher is not None,
-            sequence_shards=self._objective.tp_size,
+            sequence_shards=self._shards.count,
             shifted=self._objective.shifted,
         )._replace(attended_BL=start.attended_BL)
-        batch = batch.to(self.device)
+        batch = batch.cp_slice(self._shards.cp_rank, self._shards.cp_size).to(self.device)
         self.model.extend_rope(start.tokens_BL.shape[1])
         initial = self._memory.draw(self._objective.seed, 0, batch.sample_ids_U)
         with self._amp:
@@ -192,8 +204,12 @@ class TrainedModel:
     ) -> Tensor:
         """Return the logits of the target positions, float32 `[N, V]`, in the order of the flattened canvas."""
         scored, index_N = self._gather(tokens_BL, target_BL)
-        out = self._forward(tokens_BL, scored, attended_BL, fast, "logits")
-        return full_tensor(out)[index_N.to(self.device)].float().cpu()
+        scored = scored.cp_slice(self._shards.cp_rank, self._shards.cp_size)
+        out_NV = full_tensor(self._forward(tokens_BL, scored, attended_BL, fast, "logits"))
+        index_N = index_N.to(self.device) - self._shards.cp_rank * len(out_NV)
+        is_mine_N = (index_N >= 0) & (index_N < len(out_NV))
+        logits_NV = out_NV[index_N.clamp(0, len(out_NV) - 1)].float()
+        return self._shards.sum_over_cp(torch.where(is_mine_N.unsqueeze(1), logits_NV, 0.0)).cpu()
 
     @torch.no_grad()
     def nll(
@@ -205,56 +221,106 @@ class TrainedModel:
         fast: FastWeights | None = None,
     ) -> Tensor:
         """Return the sum of -log p(clean token) over each row's targets, in nats, float64 `[B]`."""
-        scored, _ = self._gather(clean_BL, target_BL)
+        scored = self._gather(clean_BL, target_BL)[0].cp_slice(self._shards.cp_rank, self._shards.cp_size)
         sums = SetSum(scored.valid_N.float().to(self.device), scored.sample_N.to(self.device), len(tokens_BL))
         head = HeadLoss(cross_entropy, scored.label_N.to(self.device), sums)
-        return self._forward(tokens_BL, scored, attended_BL, fast, head).double().cpu()
+        nll_B = self._forward(tokens_BL, scored, attended_BL, fast, head)
+        return self._shards.sum_over_cp(nll_B).double().cpu()
+
+    def _check_first(self, target_BL: Tensor) -> None:
+        """Check that a backbone which predicts the next token need not predict a row's first token.
+
+        Raises:
+            UserError: if it must.
+        """
+        if self._objective.shifted and target_BL[:, 0].any():
+            raise UserError(
+                "This backbone predicts the next token, so the first token cannot be [MASK]; begin with text."
+            )
 
     def _gather(self, tokens_BL: Tensor, target_BL: Tensor) -> tuple[Scored, Tensor]:
-        """Return the targets as input of the output head, and the index of each target in the head's output, `[N]`.
+        """Return the targets as input of the output head, and the index of each target in all heads' outputs, `[N]`.
 
         Raises:
             UserError: if a backbone that predicts the next token is to predict a row's first token.
         """
-        tp_size, shifted = self._objective.tp_size, self._objective.shifted
-        if shifted and target_BL[:, 0].any():
-            raise UserError(
-                "This backbone predicts the next token, so the first token cannot be [MASK]; begin with text."
-            )
+        shards, shifted = self._shards.count, self._objective.shifted
+        self._check_first(target_BL)
         ones_B = torch.ones(len(tokens_BL))
-        scored = gather_scored(State(target_BL, target_BL, ones_B), tokens_BL, tp_size, shifted)
+        scored = gather_scored(State(target_BL, target_BL, ones_B), tokens_BL, shards, shifted)
         length = tokens_BL.shape[1]
-        width = length // tp_size
-        shard_S1 = torch.arange(tp_size).unsqueeze(1)
-        flat_N = (scored.index_SM // width * length + shard_S1 * width + scored.index_SM % width).flatten()
+        width = length // shards
+        shard_Z1 = torch.arange(shards).unsqueeze(1)
+        flat_N = (scored.index_SM // width * length + shard_Z1 * width + scored.index_SM % width).flatten()
         flat_N = torch.where(scored.valid_N, flat_N, target_BL.numel())
         return scored, flat_N.argsort()[: int(target_BL.sum())]
 
     def _forward(
         self, tokens_BL: Tensor, scored: Scored, attended_BL: Tensor, fast: FastWeights | None, readout: Any
     ) -> Tensor:
-        """Run the model and return the `readout` of the scored positions."""
+        """Run the model and return the `readout` of the scored positions of this context-parallel rank."""
         self.model.extend_rope(tokens_BL.shape[1])
-        index_M = scored.index_SM[self._objective.tp_rank].to(self.device)
+        index_M = scored.index_SM[self._shards.tp_rank].to(self.device)
         # Without padding pass no mask, so that the fastest attention kernels run.
         attended = None if bool(attended_BL.all()) else attended_BL.to(self.device)
-        context = self.model.context(tokens_BL.shape[1], attended_BL=attended)
+        width = tokens_BL.shape[1] // self._shards.cp_size
+        first = self._shards.cp_rank * width
+        context = self.model.context(width, first, attended)._replace(ffn_tokens=FFN_TOKENS)
         with self._amp:
-            return self.model(tokens_BL.to(self.device), index_M, fast, readout, context)
+            return self.model(tokens_BL[:, first : first + width].to(self.device), index_M, fast, readout, context)
+
+    def reader(self, decoding: Decoding, slots: int, length: int, fast: FastWeights | None = None) -> ModelReader:
+        """Build a reader of this model's rows for a `Decoder`.
+
+        Args:
+            decoding: settings of decoding.
+            slots: number of slots.
+            length: largest length of a row.
+            fast: fast weights, one set per slot.
+
+        Raises:
+            UserError: if a suppressed token is outside the vocabulary, or caches are used with context parallelism.
+        """
+        decoding.check_vocabulary(self._vocab_size)
+        if decoding.cache != "none" and self._shards.cp_size > 1:
+            raise UserError(
+                f"cache = {decoding.cache} does not work with parallelism.context_parallel_degree = "
+                f"{self._shards.cp_size} (a block is too short to divide among ranks); set cache = none."
+            )
+        return ModelReader(
+            self.model,
+            slots,
+            length,
+            self.device,
+            self._shards,
+            cached=decoding.cache != "none",
+            shifted=self._objective.shifted,
+            causal_block=decoding.block_size if decoding.attention == "block_causal" else None,
+            guidance=decoding.cfg_scale,
+            autocast=self._amp,
+            fast=fast,
+        )
+
+    def decoder(self, start: Canvas, decoding: Decoding, fast: FastWeights | None = None) -> Decoder:
+        """Build a decoder that holds a canvas; see `reader`."""
+        self._check_first(start.open_BL)
+        batch, length = start.tokens_BL.shape
+        decoder = Decoder(
+            self.reader(decoding, batch, length, fast), decoding, batch, length, self.mask_id, self.eos_id,
+            self.data_parallel.maximum,
+        )  # fmt: skip
+        decoder.load(range(batch), start)
+        return decoder
 
     def denoise(self, start: Canvas, decoding: Decoding, fast: FastWeights | None = None) -> Iterator[Step]:
-        """Decode a canvas with this model, with fast weights if given; see `sampler.denoise`.
+        """Decode a canvas with this model, with fast weights if given; yield it on the device after every step.
 
         With classifier-free guidance both forward passes of a step read the same fast weights.
 
         Raises:
-            UserError: if a suppressed token is outside the vocabulary.
+            UserError: as `reader` does.
         """
-        decoding.check_vocabulary(self._vocab_size)
-        return sampler.denoise(
-            lambda tokens_BL, target_BL: self.logits(tokens_BL, target_BL, start.attended_BL, fast),
-            start, decoding, self.mask_id, self.eos_id, self.data_parallel.maximum,
-        )  # fmt: skip
+        return sampler.steps(self.decoder(start, decoding, fast), start.tokens_BL.shape[1])
 
     def generate(
         self,
@@ -269,12 +335,16 @@ class TrainedModel:
         adapted = self.adapt(prompts, anchor_ratio, ids) if memory else None
         began = time.perf_counter()
         start = self.canvas(prompts, new_tokens, ids)
-        tokens_BL = sampler.finished(self.denoise(start, decoding, adapted.fast if adapted else None), start)
+        decoder = self.decoder(start, decoding, adapted.fast if adapted else None)
+        while decoder.step():
+            pass
+        tokens_BL = decoder.state(start.tokens_BL.shape[1]).to_host().tokens_BL
         return Generated(
-            sampler.responses(tokens_BL, start, self.eos_id),
+            canvas.responses(tokens_BL, start, self.eos_id),
             adapted.fast if adapted else None,
             adapted.seconds if adapted else 0.0,
             time.perf_counter() - began,
+            decoder.passes,
         )
 
     def __enter__(self) -> "TrainedModel":

@@ -20,6 +20,7 @@ from memdlm_dist.compat.torch import varlen_attention
 from memdlm_dist.method.documents import Documents, SetAssignment
 from memdlm_dist.method.fast_weights import FastLinear
 from memdlm_dist.method.keyed_dropout import NO_DROPOUT, TermDropout
+from memdlm_dist.models.key_value_cache import CachedPass
 from memdlm_dist.models.lora import adapted_linear
 from memdlm_dist.models.rope import rotate
 from memdlm_dist.runtime.device import has_flash_attention
@@ -41,15 +42,18 @@ Method = Literal["varlen", "blocks", "dense"]
 class TokenContext(NamedTuple):
     """Per-token arguments of the layers, shared by all passes of a micro-batch."""
 
-    frequencies: Tensor  # RoPE table for this rank's tokens: complex64 [L, j], or [B, L, j] for packed rows
+    frequencies: Tensor  # RoPE table for this rank's tokens: complex64 [L, j], or [B, L, j] where rows differ
     mask: Mask | None = None  # over whole rows; None: every token attends to its whole row
     set_assignment: SetAssignment | None = None  # None: one set of fast weights per row or per micro-batch
     trains: bool = False  # True in passes of the training loss, False in the inner loop and in validation
     dropout: TermDropout = NO_DROPOUT  # of the low-rank terms' inputs, one mask for all passes
+    cache: CachedPass | None = None  # in decoding: keys and values of earlier passes
+    ffn_tokens: int | None = None  # largest number of tokens in a product of the FFN; None: all tokens at once
 
     def at_layer(self, layer: int) -> "TokenContext":
-        """Return the arguments of a layer, whose number is part of the dropout's key."""
-        return self._replace(dropout=self.dropout.at_layer(layer))
+        """Return the arguments of a layer, whose number selects its part of the cache and of the dropout's keys."""
+        cache = self.cache._replace(number=layer) if self.cache is not None else None
+        return self._replace(dropout=self.dropout.at_layer(layer), cache=cache)
 
 
 def attention_method(device_type: str, head_dim: int, dtype: torch.dtype) -> Method:
@@ -137,6 +141,7 @@ class BidirectionalAttention(Attention):
         fast: dict[str, FastLinear] | None = None,
         set_assignment: SetAssignment | None = None,
         dropout: TermDropout = NO_DROPOUT,
+        cache: CachedPass | None = None,
     ) -> Tensor:
         """Return the attention output `[B, L, D]`.
 
@@ -146,6 +151,7 @@ class BidirectionalAttention(Attention):
             fast: fast weights by projection.
             set_assignment: `TokenContext.set_assignment`.
             dropout: `TokenContext.dropout` of this layer.
+            cache: `TokenContext.cache` of this layer.
         """
         # llama3's tensor-parallel plan fixes the order of the arguments; see `TransformerBlock.attend`.
         fast = fast or {}
@@ -160,6 +166,8 @@ class BidirectionalAttention(Attention):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, freqs_cis), rotate(k, freqs_cis)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        if cache is not None:
+            k, v = cache.update(k, v)
         y_BHLd = self.inner_attention(q, k, v, enable_gqa=self.enable_gqa, mask=attention_masks)
         y_BLD = y_BHLd.transpose(1, 2).reshape(batch, length, -1)
         return adapted_linear(self.wo, y_BLD, "o", fast, set_assignment, dropout)

@@ -1,6 +1,7 @@
-"""Output head: returns logits, losses of its logits, or its input hidden states.
+"""Output head: returns logits, losses of its logits, tokens chosen from them, or its input hidden states.
 
-Shapes: N scored tokens of all tensor-parallel ranks, D model dim, V vocabulary, G sets of fast weights.
+Shapes: N scored tokens of all tensor-parallel ranks, D model dim, V vocabulary, G sets of fast weights, n tokens to
+choose.
 """
 
 from collections.abc import Callable
@@ -12,15 +13,16 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from memdlm_dist.method.inner_loss import Hidden
 from memdlm_dist.method.logit_loss import HeadLoss, set_losses
+from memdlm_dist.models.token_choice import TokenChoice, choose_tokens
 
-# Output of the model: logits, or the hidden states before or after the final norm.
-Readout = Literal["logits"] | Hidden
+# Output of the model: logits, their losses, tokens, or the hidden states before or after the final norm.
+Readout = Literal["logits"] | Hidden | HeadLoss | TokenChoice
 
 
 class OutputHead(nn.Linear):
-    """Output head that returns logits, losses of its logits, or its unchanged input.
+    """Output head that returns logits, losses of its logits, chosen tokens, or its unchanged input.
 
-    All three outputs go through `forward`, for two reasons. FSDP2 gathers the head in one group with the final norm,
+    All outputs go through `forward`, for two reasons. FSDP2 gathers the head in one group with the final norm,
     and the group must run as a unit. Tensor parallelism all-gathers the sequence shards at the head's input.
     torchtitan's plan treats every output as logits and redistributes it to their placement.
     """
@@ -32,10 +34,12 @@ class OutputHead(nn.Linear):
         """Set the placement that torchtitan's tensor-parallel plan expects of the head's output."""
         self.placement = Shard(-1) if loss_parallel else Replicate()
 
-    def forward(self, x_1ND: Tensor, readout: Readout | HeadLoss = "logits") -> Tensor:
-        """Return logits `[1, N, V]` or, depending on `readout`, the input `[1, N, D]` or losses `[G]`."""
+    def forward(self, x_1ND: Tensor, readout: Readout = "logits") -> Tensor:
+        """Return logits `[1, N, V]` or, as `readout` asks, the input `[1, N, D]`, losses `[G]` or tokens `[2, n]`."""
         if isinstance(readout, HeadLoss):
             return self._losses(x_1ND, readout)
+        if isinstance(readout, TokenChoice):
+            return self._tokens(x_1ND, readout)
         return super().forward(x_1ND) if readout == "logits" else x_1ND
 
     def _losses(self, x_1ND: Tensor, head: HeadLoss) -> Tensor:
@@ -47,6 +51,15 @@ class OutputHead(nn.Linear):
         h_ND = cast(DTensor, x_1ND).to_local(grad_placements=[Partial()]).squeeze(0)
         loss_G = set_losses(h_ND, weight.to_local(), head, mesh.get_group())
         return DTensor.from_local(loss_G, mesh, [self.placement], run_check=False)
+
+    def _tokens(self, x_1ND: Tensor, choice: TokenChoice) -> Tensor:
+        x_1ND, weight = self._autocast(x_1ND, self.weight)
+        if not isinstance(weight, DTensor):
+            return choose_tokens(x_1ND.squeeze(0), weight, choice)
+        mesh = weight.device_mesh
+        h_ND = cast(DTensor, x_1ND).to_local().squeeze(0)
+        out_2n = choose_tokens(h_ND, weight.to_local(), choice, mesh.get_group())
+        return DTensor.from_local(out_2n, mesh, [self.placement], run_check=False)
 
     @staticmethod
     def _autocast(*tensors: Tensor) -> list[Tensor]:

@@ -37,9 +37,11 @@ from memdlm_dist.models.attention import (
 )
 from memdlm_dist.models.fsdp_schedule import FSDPSchedule, frozen
 from memdlm_dist.models.head import OutputHead, Readout
+from memdlm_dist.models.key_value_cache import CachedPass
 from memdlm_dist.models.linears import GROUPS, LINEAR_NUMBERS, LINEARS, linear_names
 from memdlm_dist.models.lora import adapted_linear
 from memdlm_dist.models.rope import RopeScaling, rescaled_base, rotary_frequencies
+from memdlm_dist.models.token_choice import TokenChoice
 from memdlm_dist.runtime.device import has_grouped_mm
 
 
@@ -165,6 +167,7 @@ class TransformerBlock(nn.Module):
         set_assignment: SetAssignment | None,
         fast: dict[str, FastLinear],
         dropout: TermDropout,
+        cache: CachedPass | None,
     ) -> tuple[Tensor, Tensor]:
         """Return the residual stream after the attention, and its normalised copy, the input of the FFN."""
         # llama3's tensor-parallel plan expects four positional arguments of the attention.
@@ -176,6 +179,7 @@ class TransformerBlock(nn.Module):
             fast=fast,
             set_assignment=set_assignment,
             dropout=dropout,
+            cache=cache,
         )
         return h_BLD, self.ffn_norm(h_BLD)
 
@@ -185,10 +189,14 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x_BLD: Tensor, context: TokenContext, fast: dict[str, FastLinear] | None = None) -> Tensor:
         """Return the residual stream after the block, `[B, L, D]`; `fast` has this layer's fast weights by linear."""
-        frequencies, mask, set_assignment, _, dropout = context
+        frequencies, mask, set_assignment, _, dropout, cache, ffn_tokens = context
         attention_fast, ffn_fast = (_select_group(group, fast) for group in ("attention", "ffn"))
-        h_BLD, normed_BLD = self.attend(x_BLD, frequencies, mask, set_assignment, attention_fast, dropout)
-        return h_BLD + self.ffn(normed_BLD, ffn_fast, context)
+        h_BLD, normed_BLD = self.attend(x_BLD, frequencies, mask, set_assignment, attention_fast, dropout, cache)
+        if ffn_tokens is None or normed_BLD.shape[:2].numel() <= ffn_tokens:
+            return h_BLD + self.ffn(normed_BLD, ffn_fast, context)
+        # Without gradients the FFN's hidden states are the largest activations of a long row.
+        chunks = normed_BLD.split(max(1, ffn_tokens // len(normed_BLD)), dim=1)
+        return h_BLD + torch.cat([self.ffn(chunk, ffn_fast, context) for chunk in chunks], dim=1)
 
 
 def _select_group(group: str, fast: dict[str, FastLinear] | None) -> dict[str, FastLinear]:
@@ -283,7 +291,7 @@ class LLaDA(ModelProtocol):
         tokens_BL: Tensor,
         index_M: Tensor,
         fast: FastWeights | None = None,
-        readout: Readout | HeadLoss = "logits",
+        readout: Readout = "logits",
         context: TokenContext | None = None,
     ) -> Tensor:
         """Run the whole model, and the output head at `index_M`.
@@ -332,7 +340,7 @@ class LLaDA(ModelProtocol):
         start: int,
         index_M: Tensor,
         fast: FastWeights | None,
-        readout: Readout | HeadLoss,
+        readout: Readout,
         context: TokenContext,
         outer: bool = False,
     ) -> Tensor:
@@ -371,14 +379,14 @@ class LLaDA(ModelProtocol):
             h_BLD = self.layers[name](h_BLD, context.at_layer(layer), (fast or {}).get(name))
         return h_BLD
 
-    def _head(self, h_BLD: Tensor, index_M: Tensor, readout: Readout | HeadLoss) -> Tensor:
+    def _head(self, h_BLD: Tensor, index_M: Tensor, readout: Readout) -> Tensor:
         # Select the scored tokens first, so that the final norm and, under tensor parallelism, the all-gather of the
         # sequence shards process only these.
         h_1MD = h_BLD.flatten(0, 1).index_select(0, index_M).unsqueeze(0)
         normed_1MD = self.norm(h_1MD)
         # `readout` by keyword: tensor parallelism's input hook keeps only the first positional argument.
         out = self.output(h_1MD if readout == "pre_final_norm" else normed_1MD, readout=readout)
-        if isinstance(readout, HeadLoss):
+        if isinstance(readout, HeadLoss | TokenChoice):
             return out.to_local() if isinstance(out, DTensor) else out
         # FSDP2 warns about returned views that require gradients. Hidden states are small enough to copy. Logits stay a
         # view, which is harmless: only tests and tools read them.
