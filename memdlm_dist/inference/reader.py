@@ -135,7 +135,7 @@ class ModelReader:
         on_device: dict[str, Any] = PinnedTree(tensors, self.device).to_device()
         fast = self.fast
         if fast is not None and list(slots) != list(range(self._slots)):
-            fast = fast_weights.select(fast, slots, self._slots)
+            fast = fast_weights.select(fast, on_device["slot_R"], self._slots)
         details = _Details(on_device.pop("index_M"), on_device.pop("mask"), fast)
         return Reading(length=length, details=details, **on_device)
 
