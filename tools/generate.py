@@ -128,7 +128,7 @@ def generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
                 continue
             print(answer["text"] if watch or MASK in text else answer["response"], flush=True)
             memory = f"memory {answer['memory_seconds']:.2f} s, " if options.memory == "on" else ""
-            print(f"[{memory}{answer['steps']} steps {answer['decoding_seconds']:.2f} s]", file=sys.stderr)
+            print(f"[{memory}{answer['passes']} passes {answer['decoding_seconds']:.2f} s]", file=sys.stderr)
     finally:
         model.close()
     return 0

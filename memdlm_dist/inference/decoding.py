@@ -60,16 +60,20 @@ class Decoding:
                 raise UserError(f"{name} must be one of {', '.join(get_args(kind))}, not {value}.")
         if not 0 <= self.cfg_scale < math.inf:
             raise UserError(f"cfg_scale must be a finite number of at least 0, but is {self.cfg_scale}.")
+        # The sentences also answer command-line flags, so they name the setting in words.
         if self.threshold is not None and not 0 <= self.threshold <= 1:
-            raise UserError(f"threshold must be a probability from 0 to 1, but is {self.threshold}.")
+            raise UserError(f"The confidence threshold must be a probability from 0 to 1, but is {self.threshold}.")
         if self.threshold is not None and self.steps is not None:
             raise UserError(
-                f"threshold = {self.threshold} and steps = {self.steps} exclude each other (a threshold decides how "
-                "many tokens a step keeps); omit one of them."
+                f"A confidence threshold ({self.threshold}) and a number of steps per block ({self.steps}) exclude "
+                "each other (the threshold decides how many tokens a step keeps); omit one of them."
             )
-        if self.cache_refresh < 0 or (self.cache_refresh and self.cache == "none"):
+        if self.cache_refresh < 0:
+            raise UserError(f"The cache refresh must be a number of steps of at least 0, but is {self.cache_refresh}.")
+        if self.cache_refresh and self.cache == "none":
             raise UserError(
-                f"cache_refresh = {self.cache_refresh} must not be negative, and needs cache = prefix or dual."
+                f"A cache refresh (every {self.cache_refresh} steps) needs a cache; choose the cache prefix or dual, "
+                "or omit the refresh."
             )
 
     def check_vocabulary(self, size: int) -> None:

@@ -76,7 +76,7 @@ def choose_tokens(
 def choose(
     logits_CV: Tensor, choice: TokenChoice, chunk: slice = slice(None), group: ProcessGroup | None = None
 ) -> Tensor:
-    """Choose tokens from float32 logits, which are overwritten; see `choose_tokens`.
+    """Choose tokens from logits in float32 or wider, which are overwritten; see `choose_tokens`.
 
     Args:
         logits_CV: this rank's logits of the chunk.
@@ -88,7 +88,8 @@ def choose(
     vocabulary = Vocabulary(size, group)
     first = size * get_rank(group) if group is not None else 0
     index_s, is_local_s = vocabulary.local_index(choice.suppressed)
-    logits_CV.index_add_(1, index_s, torch.where(is_local_s, -torch.inf, 0.0).expand(len(logits_CV), -1))
+    never_s = torch.where(is_local_s, -torch.inf, 0.0).type_as(logits_CV)
+    logits_CV.index_add_(1, index_s, never_s.expand(len(logits_CV), -1))
     noisy_CV = logits_CV
     if choice.temperature > 0:
         assert choice.key_n is not None

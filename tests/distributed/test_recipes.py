@@ -245,7 +245,7 @@ def test_generate_from_the_exported_folder(run, capsys):
     command = [recipe, "--prompt", "def read", "--new-tokens", "4", "--json", "--memory", "on"]
     assert generate.main([*command, *rest]) == 0
     response = json.loads(capsys.readouterr().out)
-    assert response["steps"] == 4 and response["memory"] == "on" and response["checkpoint"] == folder
+    assert response["passes"] == 4 and response["memory"] == "on" and response["checkpoint"] == folder
 
 
 def test_the_quickstart_reads_the_same_samples_on_four_ranks(tmp_path):

@@ -86,5 +86,5 @@ def test_a_response_with_memory_has_the_cpus_tokens(cuda, stopped):
         return json.loads(next(line for line in output.splitlines() if line.startswith("{")))
 
     on_device, on_cpu = generated(), generated(CUDA_VISIBLE_DEVICES="")
-    assert on_device["memory"] == "on" and on_device["steps"] == on_cpu["steps"] == 12
+    assert on_device["memory"] == "on" and on_device["passes"] == on_cpu["passes"] == 12
     assert on_device["text"] == on_cpu["text"]

@@ -4,48 +4,60 @@ from typing import NamedTuple
 
 import torch
 
-from memdlm_dist.inference.sampler import Reading
+from memdlm_dist.inference.sampler import Decoder, Reading
 from memdlm_dist.models.token_choice import choose
 
 
+class Pass(NamedTuple):
+    """Pass that the sampler asked for."""
+
+    slots: list[int]
+    read: list[range] | None  # positions that the pass reads of each row; None for all
+    targets: list[tuple[int, int]]  # (row of the pass, position) pairs; decided ones pad the rows with few open
+
+
 class _Details(NamedTuple):
-    lengths: list
-    positions: torch.Tensor  # of the head's input: (row, position) pairs
+    lengths: list[int]
+    read: list[range] | None
+    pairs: list[tuple[int, int]]  # (row, position) of each row of the head's input
 
 
 class ToyReader:
-    """Reader whose logits are a function of the rows' tokens.
+    """Reader whose logits are a function of whole rows, also in a pass that reads only a part of them.
 
     Args:
         predict: (rows as lists of tokens without padding, (row, position) pairs) -> logits `[N, V]`.
         guidance: scale of classifier-free guidance.
         lookback: see `Reader`.
+
+    Attributes:
+        passes: passes so far.
+        idle_passes: number of calls of `idle`.
     """
 
     device = torch.device("cpu")
 
     def __init__(self, predict, guidance=0.0, lookback=0):
         self.predict, self.guidance, self.lookback = predict, guidance, lookback
-        self.passes, self.idle_passes, self.read = [], 0, []
+        self.passes, self.idle_passes = [], 0
 
     def plan(self, slots, lengths, targets, read):
         pairs = [(row, position) for row, block in enumerate(targets) for position in block]
         numbers = {pair: number for number, pair in enumerate(pairs)}
         longest = max(map(len, targets))
-        row_RK = [
-            [numbers.get((row, p), 0) for p in block] + [0] * (longest - len(block))
-            for row, block in enumerate(targets)
-        ]
-        self.read.append(read)
-        return Reading(torch.tensor(slots), None, max(lengths), torch.tensor(row_RK), _Details(list(lengths), pairs))
+        row_RK = [[numbers.get((row, p), 0) for p in [*block, *[-1] * (longest - len(block))]]
+                  for row, block in enumerate(targets)]  # fmt: skip
+        details = _Details(list(lengths), read, pairs)
+        return Reading(torch.tensor(slots), None, max(lengths), torch.tensor(row_RK), details)
 
     def choose(self, reading, tokens_RT, blank_RT, choice):
-        pairs = [reading.details.positions[number] for number in choice.index_n.tolist()]
-        self.passes.append(pairs)
+        lengths, read, pairs = reading.details
+        targets = [pairs[number] for number in choice.index_n.tolist()]
+        self.passes.append(Pass(reading.slot_R.tolist(), read, targets))
 
-        def logits(tokens_RT):
-            rows = [tokens[:length].tolist() for tokens, length in zip(tokens_RT, reading.details.lengths, strict=True)]
-            return self.predict(rows, pairs).float()
+        def logits(x_RT):
+            rows = [tokens[:length].tolist() for tokens, length in zip(x_RT, lengths, strict=True)]
+            return self.predict(rows, targets)
 
         logits_nV = logits(tokens_RT)
         if blank_RT is not None:
@@ -55,3 +67,13 @@ class ToyReader:
 
     def idle(self):
         self.idle_passes += 1
+
+
+def toy_decoder(predict, decoding, start, mask_id, eos_id, slots=None, **options):
+    """Return a decoder of a toy reader; it holds the canvas `start`, unless another number of slots is given."""
+    rows, length = start.tokens_BL.shape
+    reader = ToyReader(predict, decoding.cfg_scale, options.pop("lookback", 0))
+    decoder = Decoder(reader, decoding, slots or rows, length, mask_id, eos_id, **options)
+    if slots is None:
+        decoder.load(range(rows), start)
+    return decoder, reader

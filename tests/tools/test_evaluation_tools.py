@@ -16,7 +16,7 @@ from memdlm_dist.config import parse_config
 from memdlm_dist.errors import UserError
 from memdlm_dist.evaluation.exposure import Row, measure, split_response
 from memdlm_dist.evaluation.harness import main as harness_command
-from memdlm_dist.inference import sampler
+from memdlm_dist.inference import canvas
 from memdlm_dist.inference.trained_model import TrainedModel
 from memdlm_dist.method import trajectory
 from memdlm_dist.method.trajectory import IGNORE_INDEX
@@ -45,10 +45,10 @@ def call(trained, capsys, monkeypatch):
 
 def test_generate(call, monkeypatch, tmp_path):
     status, out, err = call(generate.main, "--prompt", "def read(self):", "--new-tokens", "5", "--memory", "on")
-    assert status == 0 and "memory" in err and "5 steps" in err
+    assert status == 0 and "memory" in err and "5 passes" in err
     status, plain, err = call(generate.main, "--prompt", "def read(self):", "--new-tokens", "5", "--json")
     made = json.loads(plain)
-    assert made["memory"] == "off" and made["memory_seconds"] == 0 and made["steps"] <= 5 and not err
+    assert made["memory"] == "off" and made["memory_seconds"] == 0 and made["passes"] <= 5 and not err
     assert made["text"] == "def read(self):" + made["response"]
     status, again, _ = call(
         generate.main, "--prompt", "def read(self):", "--new-tokens", "5", "--json", "--memory", "on"
@@ -77,7 +77,7 @@ def test_generate(call, monkeypatch, tmp_path):
     template = tmp_path / "own.jinja"
     template.write_text("{% for m in messages %}{{ m.content }}<|mask|>\n{% endfor %}")
     ids = DEBUG_TOKENS.encode("yes<|mask|>\nno").ids
-    monkeypatch.setattr(sampler, "responses", lambda *_: [ids])
+    monkeypatch.setattr(canvas, "responses", lambda *_: [ids])
     assert call(generate.main, "--prompt", "x", "--chat-template", str(template))[1] == "yes\n", "the end of the turn"
 
 
@@ -85,7 +85,7 @@ def test_generate_fills_in(call, monkeypatch):
     _, out, _ = call(generate.main, "--prompt", "for [MASK] in [MASK][MASK]:", "--json")
     made = json.loads(out)
     assert made["text"].startswith("for") and " in" in made["text"] and made["text"].endswith(":")
-    assert made["response"] == "" and made["steps"] == 3
+    assert made["response"] == "" and made["passes"] == 3
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     _, out, _ = call(generate.main, "--prompt", "for [MASK] in [MASK][MASK]:")
     assert out.count("\x1b[1m") >= 3 and "░" in out and made["text"] in out.splitlines()[-1]
@@ -100,6 +100,12 @@ def test_generate_fills_in(call, monkeypatch):
         (["--prompt", "x", "--temperature", "-1"], "--temperature must not be negative"),
         (["--prompt", "x", "--anchor-ratio", "0"], "--anchor-ratio must be above 0"),
         (["--prompt", "x", "--cfg-scale", "inf"], "--cfg-scale must be a finite number of at least 0, but is inf"),
+        (
+            ["--prompt", "x", "--threshold", "2"],
+            "threshold must be a probability from 0 to 1, but is 2.0",
+        ),
+        (["--prompt", "x", "--threshold", "0.9", "--steps", "4"], "exclude each other"),
+        (["--prompt", "x", "--cache-refresh", "2"], "A cache refresh (every 2 steps) needs a cache"),
         (["--prompt", "x", "--suppress-tokens", "5,512"], "suppressed token 512 is outside the model's vocabulary"),
         (["--prompt", "x", "--parallelism.tensor_parallel_degree", "3"], "1 processes"),
         (["--prompt", "x", "--model.flavour", "tiny"], "did you mean model.flavor"),

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from memdlm_dist.errors import UserError
-from memdlm_dist.inference import sampler
+from memdlm_dist.inference import canvas, sampler
 from memdlm_dist.inference.data_parallel import DataParallel
 from memdlm_dist.inference.likelihood import passes
+from tests.support.toy_reader import toy_decoder
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -71,7 +72,7 @@ class ToyModel:
         )
 
     def canvas(self, prompts, new_tokens, ids=None):
-        return sampler.canvas(prompts, new_tokens, MASK, EOS, ids)
+        return canvas.canvas(prompts, new_tokens, MASK, EOS, ids)
 
     def nll(self, tokens_BL, target_BL, clean_BL, attended_BL, fast=None):
         self.calls += 1
@@ -83,21 +84,24 @@ class ToyModel:
             losses.append(sum(-math.log(table[p][clean[p]]) for p, masked in enumerate(target) if masked))
         return torch.tensor(losses, dtype=torch.float64)
 
-    def denoise(self, start, decoding, fast=None):
-        def predict(tokens_BL, target_BL):
-            rows = []
-            for row, position in target_BL.nonzero().tolist():
-                tokens = tokens_BL[row, :LENGTH].tolist()
-                table = self.joint.conditionals({p: token for p, token in enumerate(tokens) if token != MASK})
-                rows.append(torch.cat([table[position].log(), torch.full((2,), -torch.inf)]))
-            return torch.stack(rows)
+    def decoder(self, start, decoding, fast=None):
+        def predict(rows, targets):
+            logits = []
+            for row, position in targets:
+                table = self.joint.conditionals({p: token for p, token in enumerate(rows[row]) if token != MASK})
+                # A row with fewer open positions than another is also asked for some that it has decided.
+                logits.append(torch.cat([table.get(position, torch.ones(3)).log(), torch.full((2,), -torch.inf)]))
+            return torch.stack(logits)
 
-        return sampler.denoise(predict, start, decoding, MASK, EOS)
+        return toy_decoder(predict, decoding, start, MASK, EOS)[0]
+
+    def denoise(self, start, decoding, fast=None):
+        return sampler.steps(self.decoder(start, decoding, fast), start.tokens_BL.shape[1])
 
     def generate(self, prompts, new_tokens, decoding, memory, anchor_ratio, ids):
         start = self.canvas(prompts, new_tokens, ids)
         tokens_BL = sampler.finished(self.denoise(start, decoding), start)
-        return SimpleNamespace(responses=sampler.responses(tokens_BL, start, EOS), memory_seconds=0.0)
+        return SimpleNamespace(responses=canvas.responses(tokens_BL, start, EOS), memory_seconds=0.0)
 
 
 @pytest.fixture

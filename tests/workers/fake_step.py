@@ -21,7 +21,9 @@ from memdlm_dist.compat import torch as compat
 from memdlm_dist.config import parse_config
 from memdlm_dist.inference import setup
 from memdlm_dist.inference.data_parallel import DataParallel
-from memdlm_dist.inference.sampler import Decoding
+from memdlm_dist.inference.decoding import Decoding
+from memdlm_dist.inference.reader import SequenceShards
+from memdlm_dist.inference.sampler import Step
 from memdlm_dist.inference.trained_model import TrainedModel
 from memdlm_dist.models import llada
 from memdlm_dist.runtime import device
@@ -68,9 +70,24 @@ LOG_READS = {f"training.metrics:{name}" for name in ("log_step", "_reduce", "_la
 LOG_COPIES = {"training.trainer:_record_metrics"}
 TO_DEVICE, TO_HOST = "runtime.transfer:to_device", "runtime.transfer:__init__"
 VALIDATION = {"training.validator:validate"}
-# Intended reads and copies of decoding, which chooses tokens on the host.
-DECODING_READS = {f"inference.trained_model:{name}" for name in ("adapt", "logits", "nll")}
-DECODING_COPIES = {f"inference.trained_model:{name}" for name in ("logits", "nll", "_forward")}
+# Intended reads and copies around decoding, which itself has none.
+ADAPT, SCORE = "inference.trained_model:adapt", "inference.trained_model:nll"
+SCORE_COPIES = {SCORE, "inference.trained_model:_forward"}
+# name -> settings of decoding; copies to the host before the final one, and copies to the device. Two rows take 2 and 4
+# steps. The device has no values, so a threshold keeps nothing here.
+DECODINGS = {
+    # The host reads the number of kept tokens in every step.
+    "threshold, warm, dual cache": (Decoding(2, temperature=0.7, threshold=0.5, cache="dual"), 4, 2 + 2 * 2),
+    # Blocks of two absolute positions: a row of three blocks and one of one; the host reads at their ends.
+    "guided, prefix cache, block-causal": (
+        Decoding(
+            2, 2, 0.7, "random", cfg_scale=1.5, suppress_tokens=(3,), cache="prefix", cache_refresh=3,
+            attention="block_causal",
+        ),
+        4, 2 + 4 + 2 * 4,
+    ),
+}  # fmt: skip
+STATE = len(Step._fields)  # copies to the host of a finished canvas
 
 
 def sizes(config):
@@ -121,24 +138,37 @@ def read():
     """
     config = setup.inference_config(parse_config.parse([*COMMON, "--training.seq_len", "8"]))
     args, dims = sizes(config), get_layout(config, 1)
-    with FakeDevice(DECODING_READS, DECODING_COPIES) as fake:
+    prompts, new_tokens = [[1, 2, 3, 4, 5], [6, 7]], [4, 2]
+    with FakeDevice({ADAPT}) as fake:
         trained = trainer.build(config, args, dims, fake_device.DEVICE, draws=False)
         objective = trained.objective
         model = TrainedModel.__new__(TrainedModel)
         vars(model).update(
-            model=trained.model.eval(), device=trained.device,
+            model=trained.model.eval(), device=trained.device, _shards=SequenceShards(),
             data_parallel=DataParallel.from_layout(dims, trained.device),
             tokenizer=SimpleNamespace(mask_id=args.vocab_size - 1, eos_id=0), _amp=nullcontext(),
             _objective=replace(objective, plan=replace(objective.plan, loss_weight="uniform")),
             _memory=replace(objective.memory, per_sample=True), _vocab_size=args.vocab_size,
         )  # fmt: skip
-        prompts = [[1, 2, 3, 4, 5], [6, 7]]
-        generated = model.generate(prompts, 4, Decoding(block_size=2, stop_at_eos=False), memory=True)
+        generated = model.generate(prompts, new_tokens, Decoding(block_size=2, stop_at_eos=False), memory=True)
         assert [len(response) for response in generated.responses] == [0, 0], "all tokens are 0, end-of-text here"
-        start = model.canvas(prompts, 4)
+    assert generated.passes == 4 and fake.reads == {ADAPT: 1}, "one wait for the fast weights, for the time of adapting"
+    assert fake.transfers[TO_HOST] == STATE and not fake.copies
+    operators, start = fake.operators, model.canvas(prompts, new_tokens)
+    for name, (decoding, to_host, to_device) in DECODINGS.items():
+        with FakeDevice() as fake:
+            decoder = model.decoder(start, decoding, generated.fast)
+            for _ in range(4):
+                assert decoder.step()
+            decoder.state(start.tokens_BL.shape[1]).to_host()
+        assert decoder.passes == (8 if decoding.cfg_scale else 4), name
+        # Settings, canvas, the shares of a step without a threshold, and two copies for each change of rows or blocks.
+        assert fake.transfers == {TO_HOST: to_host + STATE, TO_DEVICE: to_device}, f"{name}: {fake.transfers}"
+        operators |= fake.operators
+    with FakeDevice({SCORE}, SCORE_COPIES) as fake:
         nll = model.nll(start.tokens_BL, start.response_BL, start.tokens_BL, start.attended_BL, generated.fast)
-        assert nll.shape == (2,)
-    return fake.operators
+        assert nll.shape == (2,) and fake.reads == {SCORE: 1}
+    return operators | fake.operators
 
 
 def pinned_like(y):

@@ -184,11 +184,11 @@ def _decoding(result: Result | None) -> str:
                 memory,
                 f"{numbers['new_tokens']}",
                 f"{numbers['tokens_per_second']:,.1f}",
-                f"{numbers['seconds_per_step']:.4f}",
+                f"{numbers['seconds_per_pass']:.4f}",
                 f"{numbers['memory_seconds']:.3f}",
             )
         )
-    return _table(("memory", "new tokens", "tokens/s", "seconds a step", "writing the memory (s)"), rows)
+    return _table(("memory", "new tokens", "tokens/s", "seconds a pass", "writing the memory (s)"), rows)
 
 
 def _runs(kept: Iterable[Result]) -> str:

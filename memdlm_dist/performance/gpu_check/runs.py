@@ -180,7 +180,7 @@ def measure_decoding(context: Context) -> None:
         context.numbers[f"memory_{memory}"] = {
             "new_tokens": new_tokens,
             "tokens_per_second": new_tokens / seconds,
-            "seconds_per_step": statistics.median(answer["decoding_seconds"] / answer["steps"] for answer in timed),
+            "seconds_per_pass": statistics.median(answer["decoding_seconds"] / answer["passes"] for answer in timed),
             "memory_seconds": statistics.median(answer["memory_seconds"] for answer in timed),
         }
 
