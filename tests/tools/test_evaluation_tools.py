@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import string
 import subprocess
@@ -16,7 +17,7 @@ from memdlm_dist.config import parse_config
 from memdlm_dist.errors import UserError
 from memdlm_dist.evaluation.exposure import Row, measure, split_response
 from memdlm_dist.evaluation.harness import main as harness_command
-from memdlm_dist.inference import sampler
+from memdlm_dist.inference import canvas, prompt_file
 from memdlm_dist.inference.trained_model import TrainedModel
 from memdlm_dist.method import trajectory
 from memdlm_dist.method.trajectory import IGNORE_INDEX
@@ -45,10 +46,10 @@ def call(trained, capsys, monkeypatch):
 
 def test_generate(call, monkeypatch, tmp_path):
     status, out, err = call(generate.main, "--prompt", "def read(self):", "--new-tokens", "5", "--memory", "on")
-    assert status == 0 and "memory" in err and "5 steps" in err
+    assert status == 0 and "memory" in err and "5 passes" in err
     status, plain, err = call(generate.main, "--prompt", "def read(self):", "--new-tokens", "5", "--json")
     made = json.loads(plain)
-    assert made["memory"] == "off" and made["memory_seconds"] == 0 and made["steps"] <= 5 and not err
+    assert made["memory"] == "off" and made["memory_seconds"] == 0 and made["passes"] <= 5 and not err
     assert made["text"] == "def read(self):" + made["response"]
     status, again, _ = call(
         generate.main, "--prompt", "def read(self):", "--new-tokens", "5", "--json", "--memory", "on"
@@ -77,7 +78,7 @@ def test_generate(call, monkeypatch, tmp_path):
     template = tmp_path / "own.jinja"
     template.write_text("{% for m in messages %}{{ m.content }}<|mask|>\n{% endfor %}")
     ids = DEBUG_TOKENS.encode("yes<|mask|>\nno").ids
-    monkeypatch.setattr(sampler, "responses", lambda *_: [ids])
+    monkeypatch.setattr(canvas, "responses", lambda *_: [ids])
     assert call(generate.main, "--prompt", "x", "--chat-template", str(template))[1] == "yes\n", "the end of the turn"
 
 
@@ -85,16 +86,75 @@ def test_generate_fills_in(call, monkeypatch):
     _, out, _ = call(generate.main, "--prompt", "for [MASK] in [MASK][MASK]:", "--json")
     made = json.loads(out)
     assert made["text"].startswith("for") and " in" in made["text"] and made["text"].endswith(":")
-    assert made["response"] == "" and made["steps"] == 3
+    assert made["response"] == "" and made["passes"] == 3
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     _, out, _ = call(generate.main, "--prompt", "for [MASK] in [MASK][MASK]:")
     assert out.count("\x1b[1m") >= 3 and "░" in out and made["text"] in out.splitlines()[-1]
+
+
+def test_generate_responds_to_a_file_of_prompts(call, tmp_path):
+    """The responses are those to each prompt alone, in the order of the file."""
+    rows = [
+        {"prompt": "import", "new_tokens": 3, "id": "short"},
+        {"prompt": "def read(self):"},
+        {"prompt": "for [MASK] in [MASK][MASK]:", "new_tokens": 0},
+    ]
+    file, output = tmp_path / "prompts.jsonl", tmp_path / "new/responses.jsonl"
+    file.write_text("\n\n".join(map(json.dumps, rows)))
+    settings = ["--new-tokens", "5", "--threshold", "0.3", "--cache", "dual"]
+    many = ["--prompts", str(file), *settings, "--output", str(output), "--batch-size", "2"]
+    status, out, err = call(generate.main, *many)
+    assert status == 0 and not out and "[3 prompts, " in err and "passes" in err and "3/3" in err
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [answer["id"] for answer in answers] == ["short", 3, 5]
+    for row, answer in zip(rows, answers, strict=True):
+        alone = call(generate.main, "--prompt", row["prompt"], *settings, "--new-tokens",
+                     str(row.get("new_tokens", 5)), "--json")[1]  # fmt: skip
+        assert answer == {"id": answer["id"], **{key: json.loads(alone)[key] for key in answer if key != "id"}}
+    status, _, err = call(generate.main, *many)
+    assert status == 2 and f"{output} exists; choose another --output, or pass --overwrite" in err
+    template = tmp_path / "own.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
+    status, out, _ = call(
+        generate.main, *many[:4], "--overwrite", "--memory", "on", "--chat-template", str(template), *many[-4:]
+    )
+    memory = [json.loads(line) for line in output.read_text().splitlines()]
+    assert status == 0 and [answer["memory"] for answer in memory] == ["on"] * 3
+    assert [answer["text"] for answer in memory] != [answer["text"] for answer in answers]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (b'{"prompt": "x"', "is not JSON (Expecting ',' delimiter"),
+        (b'{"prompt": "\xff"}', "is not JSON ('utf-8' codec can't decode"),
+        (b"[" * 10**5, "is not JSON (maximum recursion depth"),
+        (b'"x"', 'is not a JSON object; write {"prompt": "..."}'),
+        (b'{"text": "x"}', "has the unknown key 'text' (known: prompt, new_tokens, id); remove it"),
+        (b'{"id": 1}', "has no prompt that can be read (prompt is missing or not a string); correct it"),
+        (b'{"prompt": "\\ud800"}', "has no prompt that can be read (prompt is not valid Unicode); correct it"),
+        (b'{"prompt": "x", "new_tokens": true}', "has new_tokens = True, which is not an integer of at least 0"),
+        (b'{"prompt": "x", "id": [1]}', "has id = [1], which is neither a string nor an integer"),
+    ],
+)
+def test_a_bad_line_of_a_file_of_prompts_is_named(tmp_path, line, message):
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes(b'{"prompt": "x"}\n\n' + line + b"\n")
+    with pytest.raises(UserError, match=re.escape(f"Line 3 of {file} {message}")) as raised:
+        prompt_file.read(file)
+    assert str(raised.value).endswith(".") and "\n" not in str(raised.value)
+    file.write_text("\n")
+    with pytest.raises(UserError, match="has no prompts"):
+        prompt_file.read(file)
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["--prompt", "x", "--new-tokens", "0"], "nothing to fill in"),
+        (["--prompts", "/nowhere.jsonl"], "The prompts /nowhere.jsonl cannot be read"),
+        (["--prompts", "tests/assets/prompts.jsonl"], "Line 2 of tests/assets/prompts.jsonl has nothing to fill in"),
+        (["--prompt", "x", "--output", "out.jsonl"], "--output is for many prompts; name their file with --prompts"),
         (["--prompt", "x", "--checkpoint", "/nowhere"], "no checkpoint that can be used in /nowhere"),
         (["--file", "/nowhere.txt"], "The prompt /nowhere.txt cannot be read"),
         (["--prompt", "x", "--temperature", "-1"], "--temperature must not be negative"),
@@ -310,7 +370,7 @@ def test_the_harness_applies_the_chat_template_as_transformers_does(chat_model, 
 
         monkeypatch.setattr(owner, name, call)
 
-    record(TrainedModel, "generate")
+    record(TrainedModel, "serve")
     record(type(chat_model), "loglikelihoods")
     monkeypatch.setattr(evaluator, "add_env_info", lambda results: None)  # takes a second
     oracle = transformers.AutoTokenizer.from_pretrained(chat_model.tokenizer_name.partition(":")[0])
@@ -335,8 +395,8 @@ def test_the_harness_applies_the_chat_template_as_transformers_does(chat_model, 
             oracle.apply_chat_template(chat, continue_final_message=True)
             for chat in conversations("It is yes", ("assistant", "It is"))
         ]
-        *prompts, pairs = seen
-        assert sorted(prompt for batch in prompts for prompt in batch) == sorted(asked)
+        requests, pairs = seen
+        assert [request.prompt for request in requests] == asked
         assert [(context, text) for _, context, text in pairs] == [
             *((context, plain[text]) for context in asked for text in ("yes", "no")),
             *((context, plain[text]) for context in begun for text in (" yes", " no")),
