@@ -92,7 +92,7 @@ def test_generate_fills_in(call, monkeypatch):
     assert out.count("\x1b[1m") >= 3 and "░" in out and made["text"] in out.splitlines()[-1]
 
 
-def test_generate_responds_to_a_file_of_prompts(call, tmp_path):
+def test_generate_responds_to_a_file_of_prompts(call, trained, tmp_path):
     """The responses are those to each prompt alone, in the order of the file."""
     rows = [
         {"prompt": "import", "new_tokens": 3, "id": "short"},
@@ -101,27 +101,32 @@ def test_generate_responds_to_a_file_of_prompts(call, tmp_path):
     ]
     file, output = tmp_path / "prompts.jsonl", tmp_path / "new/responses.jsonl"
     file.write_text("\n\n".join(map(json.dumps, rows)))
-    settings = ["--new-tokens", "5", "--threshold", "0.3", "--cache", "dual"]
-    many = ["--prompts", str(file), *settings, "--output", str(output), "--batch-size", "2"]
-    status, out, err = call(generate.main, *many)
-    assert status == 0 and not out and "[3 prompts, " in err and "passes" in err and "3/3" in err
-    answers = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [answer["id"] for answer in answers] == ["short", 3, 5]
-    for row, answer in zip(rows, answers, strict=True):
-        alone = call(generate.main, "--prompt", row["prompt"], *settings, "--new-tokens",
-                     str(row.get("new_tokens", 5)), "--json")[1]  # fmt: skip
-        assert answer == {"id": answer["id"], **{key: json.loads(alone)[key] for key in answer if key != "id"}}
-    status, _, err = call(generate.main, *many)
-    assert status == 2 and f"{output} exists; choose another --output, or pass --overwrite" in err
     template = tmp_path / "own.jinja"
-    template.write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
-    status, out, _ = call(
-        generate.main, *many[:4], "--overwrite", "--memory", "on", "--chat-template", str(template), *many[-4:]
-    )
-    memory = [json.loads(line) for line in output.read_text().splitlines()]
-    assert status == 0 and [answer["memory"] for answer in memory] == ["on"] * 3
-    assert [answer["text"] for answer in memory] != [answer["text"] for answer in answers]
+    template.write_text("{% for m in messages %}{{ m.content[:12] }} {{ m.content[12:] }}{% endfor %}")
+    arguments = [
+        "--prompts", str(file), "--new-tokens", "5", "--batch-size", "2", "--memory", "on", "--threshold", "0.3",
+        "--cache", "dual", "--chat-template", str(template),
+    ]  # fmt: skip
+    status, out, err = call(generate.main, *arguments, "--output", str(output))
+    assert status == 0 and not out and "[3 prompts, " in err and " passes " in err and "3/3" in err
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [answer.pop("id") for answer in answers] == ["short", 3, 5]
+    status, _, err = call(generate.main, *arguments, "--output", str(output))
+    assert status == 2 and f"{output} exists; choose another --output, or pass --overwrite" in err
+    _, out, _ = call(generate.main, *arguments)
+    assert [json.loads(line) for line in out.splitlines()] == [
+        {"id": name, **answer} for name, answer in zip(["short", 3, 5], answers, strict=True)
+    ]
 
+    model = TrainedModel(parse_config.parse([*arguments_of(trained), *BOLD]))
+    decoding = Decoding(threshold=0.3, cache="dual")
+    settings = {"memory": True, "anchor_ratio": 0.2, "chat_template": str(template)}
+    for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+        requests = [Request([5], 0, 0)] * number  # answered without decoding
+        alone = respond(model, row["prompt"], decoding, new_tokens=row.get("new_tokens", 5), watch=False, **settings)
+        del requests
+        assert answer == {key: alone[key] for key in answer}
+    model.close()
 
 @pytest.mark.parametrize(
     "line, message",
