@@ -7,6 +7,7 @@ positions.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -59,7 +60,7 @@ class _Details(NamedTuple):
 
     index_M: Tensor  # positions of the blocks in this rank's flattened activations
     mask: Tensor | None  # bool, broadcasts to [R, H, T, L]
-    fast: FastWeights | None
+    all_slots: bool  # the rows are all slots, in order
 
 
 class ModelReader:
@@ -130,48 +131,58 @@ class ModelReader:
             "position_RT": position_RT,
             "row_RK": torch.where(is_mine_RK, row_RK - offset, -1),
             "index_M": index_ZM[shards.cp_rank * shards.tp_size + shards.tp_rank],
-            "mask": self._mask(lengths, length, position_RT),
+            "length_R": torch.tensor(lengths),
         }
         on_device: dict[str, Any] = PinnedTree(tensors, self.device).to_device()
-        fast = self.fast
-        if fast is not None and list(slots) != list(range(self._slots)):
-            fast = fast_weights.select(fast, slots, self._slots)
-        details = _Details(on_device.pop("index_M"), on_device.pop("mask"), fast)
+        is_padded = min(lengths) < length
+        mask = self._mask(on_device.pop("length_R"), length, on_device["position_RT"], is_padded)
+        details = _Details(on_device.pop("index_M"), mask, list(slots) == list(range(self._slots)))
         return Reading(length=length, details=details, **on_device)
 
-    def _mask(self, lengths: Sequence[int], length: int, position_RT: Tensor | None) -> Tensor | None:
-        """Return the attention mask on the host; None if every token attends to all, for the fastest kernels."""
-        position_L = torch.arange(length)
-        mask_R11L = (position_L < torch.tensor(lengths).unsqueeze(1))[:, None, None]
+    def _mask(self, length_R: Tensor, length: int, position_RT: Tensor | None, is_padded: bool) -> Tensor | None:
+        """Return the attention mask; None if every token attends to all, for the fastest kernels."""
+        position_L = torch.arange(length, device=self.device)
+        mask_R11L = (position_L < length_R.unsqueeze(1))[:, None, None]
         if self._causal_block is None:
-            return None if min(lengths) == length else mask_R11L
+            return mask_R11L if is_padded else None
         query_RT = position_L.unsqueeze(0) if position_RT is None else position_RT
         block_R1T1 = (query_RT // self._causal_block)[:, None, :, None]
-        # Padding attends to something, so that its softmax is defined.
         return mask_R11L & (position_L // self._causal_block <= block_R1T1)
 
     @torch.no_grad()
     def choose(self, reading: Reading, tokens_RT: Tensor, blank_RT: Tensor | None, choice: TokenChoice) -> Tensor:
         """Run a pass; see `sampler.Reader`."""
-        index_n = choice.index_n
+        choice, index_n = copy(choice), choice.index_n
         choice.index_n = index_n.clamp(min=0)  # a position of another context-parallel rank has no row here
+        # Selected again in every pass: a plan that kept them would hold a copy of the fast weights.
+        fast = self.fast
+        if fast is not None and not reading.details.all_slots:
+            fast = fast_weights.select(fast, reading.slot_R, self._slots)
         if blank_RT is not None:
-            hidden_ND = full_tensor(self._forward(reading, blank_RT, "post_final_norm", self._caches[1:]))
+            hidden_ND = full_tensor(self._forward(reading, blank_RT, fast, "post_final_norm", self._caches[1:]))
             choice.guidance = (self._guidance, hidden_ND[choice.index_n])
-        chosen_2n = self._forward(reading, tokens_RT, choice, self._caches)
+        chosen_2n = self._forward(reading, tokens_RT, fast, choice, self._caches)
+        if self._shards.cp_size == 1:
+            return chosen_2n
         return self._shards.sum_over_cp(torch.where(index_n >= 0, chosen_2n, 0.0))
 
-    def _forward(self, reading: Reading, tokens_RT: Tensor, readout: Any, caches: Sequence[KeyValueCache]) -> Tensor:
+    def _forward(
+        self,
+        reading: Reading,
+        tokens_RT: Tensor,
+        fast: FastWeights | None,
+        readout: Any,
+        caches: Sequence[KeyValueCache],
+    ) -> Tensor:
         details: _Details = reading.details
         context = self._context(reading, tokens_RT.shape[1])
         if caches:
-            all_slots = len(reading.slot_R) == self._slots
-            cached = CachedPass(caches[0], reading.slot_R, all_slots, reading.position_RT, reading.length)
+            cached = CachedPass(caches[0], reading.slot_R, details.all_slots, reading.position_RT, reading.length)
             context = context._replace(cache=cached)
         if self._shards.cp_size > 1:
             tokens_RT = tokens_RT.chunk(self._shards.cp_size, dim=1)[self._shards.cp_rank]
         with self._autocast:
-            return self._model(tokens_RT, details.index_M, details.fast, readout, context)
+            return self._model(tokens_RT, details.index_M, fast, readout, context)
 
     def _context(self, reading: Reading, tokens: int) -> TokenContext:
         frequencies = self._model.freqs_cis

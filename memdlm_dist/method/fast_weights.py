@@ -386,17 +386,18 @@ def map_leaves(function: Callable[..., Tensor], fast: FastWeights, *others: Sequ
     return {layer: {target: rebuild(linear) for target, linear in targets.items()} for layer, targets in fast.items()}
 
 
-def select(fast: FastWeights, index_B: Sequence[int], n_sets: int) -> FastWeights:
+def select(fast: FastWeights, index_B: Sequence[int] | Tensor, n_sets: int) -> FastWeights:
     """Select sets of fast weights by number.
 
     Args:
-        index_B: numbers of the sets, in any order; repeats are allowed.
+        index_B: numbers of the sets, in any order; repeats are allowed. A tensor must be on the sets' device.
         n_sets: G, the number of sets in `fast`.
     """
+    index = index_B if isinstance(index_B, Tensor) else list(index_B)
 
     def select_sets(x: Tensor) -> Tensor:
         local = x.to_local() if isinstance(x, DTensor) else x
-        chosen = local.unflatten(0, (-1, n_sets))[:, list(index_B)].flatten(0, 1)
+        chosen = local.unflatten(0, (-1, n_sets))[:, index].flatten(0, 1)
         if not isinstance(x, DTensor):
             return chosen
         return DTensor.from_local(chosen, x.device_mesh, x.placements, run_check=False)

@@ -386,9 +386,11 @@ class LLaDA(ModelProtocol):
         normed_1MD = self.norm(h_1MD)
         # `readout` by keyword: tensor parallelism's input hook keeps only the first positional argument.
         out = self.output(h_1MD if readout == "pre_final_norm" else normed_1MD, readout=readout)
-        if isinstance(readout, HeadLoss | TokenChoice):
+        if isinstance(readout, HeadLoss):
             return out.to_local() if isinstance(out, DTensor) else out
-        # FSDP2 warns about returned views that require gradients. Hidden states are small enough to copy. Logits stay a
+        if isinstance(readout, TokenChoice):
+            return out.to_local().clone() if isinstance(out, DTensor) else out
+        # FSDP2 warns about returned views. Chosen tokens and hidden states are small enough to copy. Logits stay a
         # view, which is harmless: only tests and tools read them.
         return out.flatten(0, 1) if readout == "logits" else out.flatten(0, 1).clone()
 

@@ -2,17 +2,22 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 from memdlm_dist.config import parse_config
 from memdlm_dist.errors import UserError
-from memdlm_dist.inference.sampler import Decoding, finished
+from memdlm_dist.inference.decoding import Decoding
+from memdlm_dist.inference.reader import ModelReader
+from memdlm_dist.inference.sampler import finished, steps
 from memdlm_dist.inference.trained_model import MEMORY_WEIGHTS, TrainedModel
 from memdlm_dist.method import fast_weights, trajectory
 from memdlm_dist.method.diffusion import WEIGHTS
 from memdlm_dist.models import backbone_args
+from memdlm_dist.models.llada_moe import LLaDAMoE
+from memdlm_dist.models.token_choice import TokenChoice
 from tests.oracles import naive
 from tests.workers.reading import BOLD, LAYOUTS, PROMPTS, SUPPRESSED, arguments_of
 
@@ -43,6 +48,9 @@ def test_every_layout_reads_alike(folder, layout):
             torch.testing.assert_close(torch.tensor(other[key]), torch.tensor(expected), rtol=1e-5, atol=1e-5)
         else:
             assert other[key] == expected, key
+    assert other["refreshed"] == other["memory True, temperature 0.0"] and other["guided, refreshed"] == other["guided"]
+    assert other["block-causal, cached"] == other["block-causal"] != one["memory True, temperature 1.0"]
+    assert other["threshold"] != one["memory True, temperature 1.0"]
     made = [one[key] for key in ("memory True, temperature 0.0", "memory True, temperature 1.0", "guided")]
     assert made[0] != made[1] and made[2] not in made[:2]
     used = [{token for response in responses for token in response} for responses in made]
@@ -137,24 +145,60 @@ def test_guidance_reads_the_same_memory_without_the_prompt(model, prompts, monke
     """Each step has a second pass: [MASK]s in place of given tokens, also between a prompt's holes; same memory."""
     prompts = [prompts[0], [*prompts[1], model.mask_id, *prompts[2]]]
     start, fast = model.canvas(prompts, 3), model.adapt(prompts).fast
-    calls, logits = [], model.logits
+    calls, forward = [], model.model.forward
 
-    def record(*arguments):
-        calls.append(arguments)
-        return logits(*arguments)
+    def record(tokens_BL, index_M, fast, readout, context):
+        calls.append((tokens_BL.clone(), fast, readout))
+        return forward(tokens_BL, index_M, fast, readout, context)
 
-    monkeypatch.setattr(model, "logits", record)
-    tokens_BL = finished(model.denoise(start, Decoding(2, stop_at_eos=False, cfg_scale=1.5), fast), start)
-    assert len(calls) == 2 * 4 and (tokens_BL[start.attended_BL & ~start.open_BL] != model.mask_id).all()
-    for first, second in zip(calls[::2], calls[1::2], strict=True):
-        assert first[3] is fast and second[3] is fast and torch.equal(first[1], second[1])
-        given_BL = start.attended_BL & ~start.open_BL
-        assert torch.equal(second[0], torch.where(given_BL, model.mask_id, first[0]))
-        assert torch.equal(first[0][given_BL], start.tokens_BL[given_BL])
+    monkeypatch.setattr(model.model, "forward", record)
+    decoder = model.decoder(start, Decoding(2, stop_at_eos=False, cfg_scale=1.5), fast)
+    (*_, last) = steps(decoder, start.tokens_BL.shape[1])
+    given_BL = start.attended_BL & ~start.open_BL
+    assert decoder.passes == 2 * 4 and (last.tokens_BL[given_BL] != model.mask_id).all()
+    lengths = [len(calls), *(len(tokens_BL) for tokens_BL, _, _ in calls)]
+    assert lengths == [8, *[2] * 6, 1, 1]  # the last step is of the row with one hole more
+    for (blank_BL, blank_fast, hidden), (tokens_BL, own_fast, _) in zip(calls[:6:2], calls[1:6:2], strict=True):
+        assert blank_fast is fast and own_fast is fast and hidden == "post_final_norm"
+        assert torch.equal(blank_BL, torch.where(given_BL, model.mask_id, tokens_BL))
+        assert torch.equal(tokens_BL[given_BL], start.tokens_BL[given_BL])
     with pytest.raises(UserError, match=r"token 512 is outside the model's vocabulary, 0 to 511; remove it"):
         model.denoise(start, Decoding(suppress_tokens=(5, 512)))
     with pytest.raises(UserError, match="leave no token to predict"):
         model.denoise(start, Decoding(suppress_tokens=tuple(range(512))))
+
+
+@pytest.mark.parametrize("case", ["full", "block_causal", "shifted", "experts"])
+def test_a_block_pass_after_a_full_pass_gives_the_same(folder, model, case):
+    """With the same tokens the cache is exact: for some rows, padded ones, with memory and guidance."""
+    if case == "shifted":
+        model = TrainedModel(parse_config.parse([*arguments_of(folder), "--model.flavor", "tiny_shifted"]))
+    prompts = [list(range(20, 29)), list(range(40, 46)), list(range(60, 73))]
+    start, fast = model.canvas(prompts, 8), model.adapt(prompts).fast
+    decoding = Decoding(4, cfg_scale=0.5, cache="dual", attention="block_causal" if case == "block_causal" else "full")
+    batch, length = start.tokens_BL.shape
+    reader = model.reader(decoding, batch, length, fast)
+    if case == "experts":
+        backbone = LLaDAMoE(replace(backbone_args("llada_moe", "tiny"), vocab_size=512))
+        backbone.init_weights()
+        reader = ModelReader(backbone.eval(), batch, length, model.device, cached=True, guidance=0.5)
+    suppressed = torch.tensor([model.mask_id])
+    for slots in (range(batch), [1], [0, 2]):
+        lengths = [int(start.attended_BL[slot].sum()) for slot in slots]
+        ends = [len(prompts[slot]) for slot in slots]
+        blocks = [list(range(end, end + 4)) for end in ends]
+        tokens_RW = torch.nn.functional.pad(start.tokens_BL[list(slots)], (0, 1))
+        blank_RW = torch.where(torch.arange(length + 1) < torch.tensor(ends).unsqueeze(1), model.mask_id, tokens_RW)
+        made = []
+        for read in (None, [range(end - 2, end + 4 + slot) for slot, end in zip(slots, ends, strict=True)]):
+            plan = reader.plan(slots, lengths, blocks, read)
+            tokens_RT, blank_RT = (
+                x[:, : plan.length] if read is None else x.gather(1, plan.position_RT) for x in (tokens_RW, blank_RW)
+            )
+            choice = TokenChoice(plan.row_RK.flatten(), suppressed)
+            made.append(reader.choose(plan, tokens_RT, blank_RT, choice))
+        assert torch.equal(made[0][0], made[1][0])
+        torch.testing.assert_close(made[0][1], made[1][1], rtol=1e-4, atol=0)  # float32, other summation order
 
 
 def test_nll_is_that_of_the_logits(model, prompts):

@@ -7,6 +7,7 @@ Trains two steps with memory in FOLDER/run, then writes FOLDER/LAYOUT.json for e
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,22 +18,33 @@ cpu.prepare()
 
 from memdlm_dist.config import parse_config
 from memdlm_dist.evaluation.exposure import Row, measure
-from memdlm_dist.inference.sampler import Decoding
+from memdlm_dist.inference.decoding import Decoding
 from memdlm_dist.inference.trained_model import TrainedModel
 from tests.support.launching import debug
 from tests.support.ranks import fork
 from tests.workers.run_many import train_rank
 
 SHARD, TP = "--parallelism.data_parallel_shard_degree", "--parallelism.tensor_parallel_degree"
+CP = "--parallelism.context_parallel_degree"
 LAYOUTS = {
     "one": (1, []),
     "fsdp2": (2, [SHARD, "2"]),
     "tp2": (2, [TP, "2"]),
+    "cp2": (2, [CP, "2"]),
     "fsdp2-tp2": (4, [SHARD, "2", TP, "2", "--parallelism.disable_loss_parallel"]),
 }
 # After two training steps inner gradients are small; this rate makes adaptation change the output.
 BOLD = ["--parametric_memory.learning_rate", "20", "--parametric_memory.gradient_clip", "0"]
 SUPPRESSED = (110, 300)  # frequent without suppression
+# Not approximate, so that context-parallel ranks, which do not use the cache, give the same.
+_CACHED = Decoding(4, 2, stop_at_eos=False, cache="prefix", cache_refresh=1)
+DECODINGS = {
+    "refreshed": _CACHED,
+    "guided, refreshed": replace(_CACHED, cfg_scale=1.5, suppress_tokens=SUPPRESSED, temperature=1.0),
+    "block-causal": Decoding(4, 2, 1.0, stop_at_eos=False, attention="block_causal"),
+    "block-causal, cached": Decoding(4, 2, 1.0, stop_at_eos=False, attention="block_causal", cache="dual"),
+    "threshold": Decoding(4, temperature=1.0, stop_at_eos=False, threshold=0.004),  # between these confidences
+}
 PROMPTS = ["def read(self, size):", "import", "class Reader:\n    def close(self):\n        return", "x = [", "", "for"]
 
 
@@ -55,6 +67,14 @@ def read(model: TrainedModel, new_tokens: int = 6) -> dict:
                 return model.generate(batch, new_tokens, decoding, memory=True, ids=ids).responses
 
             results["guided"] = model.data_parallel.map_batches(prompts, 2, guided)
+            for name, decoding in DECODINGS.items():
+                if model._shards.cp_size > 1:  # caches are refused
+                    decoding = replace(decoding, cache="none", cache_refresh=0)
+
+                def work(batch, ids, decoding=decoding):
+                    return model.generate(batch, new_tokens, decoding, memory=True, ids=ids).responses
+
+                results[name] = model.data_parallel.map_batches(prompts, 3, work)
         # No empty prompts: with only [MASK]s, all positions have equal confidence, and rounding chooses among them.
         rows = [Row(prompt, [5, 6, 7, 8]) for prompt in prompts if prompt]
         points = measure(model, rows, memory, ratios=(0.5, 1.0), batch_size=2)
