@@ -18,6 +18,9 @@ from memdlm_dist.errors import UserError
 from memdlm_dist.evaluation.exposure import Row, measure, split_response
 from memdlm_dist.evaluation.harness import main as harness_command
 from memdlm_dist.inference import canvas, prompt_file
+from memdlm_dist.inference.decoding import Decoding
+from memdlm_dist.inference.prompt_file import Prompt
+from memdlm_dist.inference.respond import respond_to_all
 from memdlm_dist.inference.trained_model import TrainedModel
 from memdlm_dist.method import trajectory
 from memdlm_dist.method.trajectory import IGNORE_INDEX
@@ -120,13 +123,22 @@ def test_generate_responds_to_a_file_of_prompts(call, trained, tmp_path):
 
     model = TrainedModel(parse_config.parse([*arguments_of(trained), *BOLD]))
     decoding = Decoding(threshold=0.3, cache="dual")
-    settings = {"memory": True, "anchor_ratio": 0.2, "chat_template": str(template)}
     for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):
-        requests = [Request([5], 0, 0)] * number  # answered without decoding
-        alone = respond(model, row["prompt"], decoding, new_tokens=row.get("new_tokens", 5), watch=False, **settings)
-        del requests
-        assert answer == {key: alone[key] for key in answer}
+        text = (row["prompt"][:12] + " " + row["prompt"][12:]).replace("[MASK]", model.tokenizer.mask_token)
+        (prompt,) = model.tokenizer.encode_plain([text])
+        made = model.generate([prompt], row.get("new_tokens", 5), decoding, memory=True, ids=[number])
+        assert answer["response"] == model.tokenizer.decode(made.responses[0]) and answer["memory"] == "on"
+        assert answer["prompt"] == row["prompt"] and answer["text"].endswith(answer["response"])
+    assert re.fullmatch(r"for.* in.*:", answers[2]["text"], re.DOTALL) and "mask" not in answers[2]["text"]
+    settings = {"memory": False, "anchor_ratio": 0.2, "chat_template": None, "slots": 1, "progress": list}
+    with pytest.raises(UserError, match=r"^Line 7 of F has nothing to fill in \(no \[MASK\] and no new"):
+        respond_to_all(model, [Prompt("Line 7 of F", "x", 0, 7)], decoding, new_tokens=None, **settings)
+    template.write_text("{{ raise_exception('no') }}")
+    with pytest.raises(UserError, match=r"^Line 7 of F: The chat template refuses the prompt \(no\)"):
+        settings["chat_template"] = str(template)
+        respond_to_all(model, [Prompt("Line 7 of F", "x", 3, 7)], decoding, new_tokens=None, **settings)
     model.close()
+
 
 @pytest.mark.parametrize(
     "line, message",
@@ -158,7 +170,6 @@ def test_a_bad_line_of_a_file_of_prompts_is_named(tmp_path, line, message):
     [
         (["--prompt", "x", "--new-tokens", "0"], "nothing to fill in"),
         (["--prompts", "/nowhere.jsonl"], "The prompts /nowhere.jsonl cannot be read"),
-        (["--prompts", "tests/assets/prompts.jsonl"], "Line 2 of tests/assets/prompts.jsonl has nothing to fill in"),
         (["--prompt", "x", "--output", "out.jsonl"], "--output is for many prompts; name their file with --prompts"),
         (["--prompt", "x", "--checkpoint", "/nowhere"], "no checkpoint that can be used in /nowhere"),
         (["--file", "/nowhere.txt"], "The prompt /nowhere.txt cannot be read"),
