@@ -7,6 +7,7 @@ import shutil
 import string
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -350,8 +351,9 @@ def chat_model(trained, tmp_path, monkeypatch):
         "model.hf_assets_path": str(folder),
     }
     model = HarnessModel(
-        "train_configs/debug.toml", f"{trained}/run/checkpoint", mc_samples=2, check_greedy=False, **overrides
-    )
+        "train_configs/debug.toml", f"{trained}/run/checkpoint", mc_samples=2, check_greedy=False, batch_size=2,
+        threshold="0.01", cache="dual", cache_refresh=3, attention="block_causal", **overrides
+    )  # fmt: skip
     yield model
     model.close()
 
@@ -422,6 +424,29 @@ def test_the_harness_applies_the_chat_template_as_transformers_does(chat_model, 
         chat_model.apply_chat_template([{"role": "user", "content": "x"}] * 2)
     with pytest.raises(UserError, match="loglikelihood_rolling have no conversation to render; omit"):
         chat_model.loglikelihood_rolling([])
+
+
+def test_the_harness_decodes_requests_of_different_lengths_and_temperatures(chat_model):
+    from lm_eval.api.instance import Instance
+
+    settings = [(3, 0.0), (9, 1.0), (5, 0.0), (2, 1.0), (4, 0.0)]
+    requests = [
+        Instance("generate_until", {}, ("x = " * number, {"max_gen_toks": n, "do_sample": True, "temperature": t}), 0)
+        for number, (n, t) in enumerate(settings, 1)
+    ]
+    decoding, model = chat_model._decoding, chat_model._model
+    assert decoding == Decoding(threshold=0.01, cache="dual", cache_refresh=3, attention="block_causal")
+    for number, answer in enumerate(chat_model.generate_until(requests)):
+        n, t = settings[number]
+        prompt = chat_model.tok_encode(requests[number].args[0])
+        made = model.generate([prompt], n, replace(decoding, temperature=t), ids=[number])
+        assert answer == model.tokenizer.decode(made.responses[0]) and answer
+    for setting, message in (
+        ({"threshold": "x"}, "argument threshold must be a number"),
+        ({"cache": "all"}, "not all"),
+    ):
+        with pytest.raises(UserError, match=message):
+            type(chat_model)("train_configs/debug.toml", **setting)
 
 
 def test_the_harness_truncates_responses_and_keys_its_cache(chat_model, tmp_path):
