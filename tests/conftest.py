@@ -18,7 +18,7 @@ from tests.support import zygote
 GROUPS = {
     "test_sharded_step": "pool", "test_experts": "pool", "test_context": "pool", "test_initial_weights": "pool",
     "test_skipped_steps": "pool",
-    "test_inference": "trained", "test_evaluation_tools": "trained",
+    "test_inference": "trained", "test_serving": "trained", "test_evaluation_tools": "trained",
 }  # fmt: skip
 # Groups that start first, the longest ones; the other groups follow, and the short unit tests are last.
 FIRST = ("test_distributed", "pool", "test_resume", "test_faults", "test_mistakes", "trained", "test_recipes")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lm_eval.api.instance import Instance
@@ -17,8 +17,9 @@ from memdlm_dist.errors import UserError
 from memdlm_dist.evaluation import harness_chat
 from memdlm_dist.evaluation.retrieval import MEMORY
 from memdlm_dist.inference import canvas, sampler
-from memdlm_dist.inference.decoding import Decoding
+from memdlm_dist.inference.decoding import Cache, Decoding, DecodingAttention
 from memdlm_dist.inference.likelihood import Pass, passes
+from memdlm_dist.inference.serving import Request
 from memdlm_dist.inference.trained_model import ANCHOR_RATIO, MEMORY_WEIGHTS, TrainedModel
 from memdlm_dist.method import fast_weights
 
@@ -41,6 +42,10 @@ class HarnessModel(TokenLM):
         anchor_ratio: fraction of the prompt's tokens that the anchor masks.
         memory_weights: uniform or schedule: the loss weights of the inner steps, see `TrainedModel`.
         block_size, steps: tokens per block and steps per block in decoding; one step per token by default.
+        threshold: confidence above which decoding keeps predictions, instead of a number of steps; none by default.
+        cache, cache_refresh: none, prefix or dual: keys and values that decoding takes from earlier passes, and the
+            steps between two passes that read the whole text; see `Decoding`.
+        attention: full or block_causal, see `Decoding`.
         cfg_scale: scale of classifier-free guidance in decoding, see `Decoding`.
         suppress_tokens: ids of tokens that decoding never predicts, joined by colons, because the harness separates its
             arguments by commas.
@@ -49,7 +54,7 @@ class HarnessModel(TokenLM):
         check_greedy: compare each text with greedy decoding of its context, one forward pass per token.
         max_length: length in tokens to which prompts are truncated on the left; unlimited by default.
         seed: seed of decoding and of the likelihood's masks.
-        batch_size: sequences per forward pass and rank.
+        batch_size: sequences per forward pass and rank; responses that a rank decodes at a time.
         overrides: keys of the configuration, section.key.
     """
 
@@ -63,6 +68,10 @@ class HarnessModel(TokenLM):
         memory_weights: str = MEMORY_WEIGHTS,
         block_size: int = 32,
         steps: int | None = None,
+        threshold: float | None = None,
+        cache: str = "none",
+        cache_refresh: int = 0,
+        attention: str = "full",
         cfg_scale: float = 0.0,
         suppress_tokens: str | int = "",
         mc_samples: int = 128,
@@ -89,6 +98,10 @@ class HarnessModel(TokenLM):
         self._decoding = Decoding(
             block_size=int(block_size),
             steps=int(steps) if steps else None,
+            threshold=None if threshold is None else _number("threshold", threshold),
+            cache=cast(Cache, cache),
+            cache_refresh=int(_number("cache_refresh", cache_refresh)),
+            attention=cast(DecodingAttention, attention),
             seed=int(seed),
             cfg_scale=_number("cfg_scale", cfg_scale),
             suppress_tokens=_token_ids(suppress_tokens),
@@ -160,37 +173,35 @@ class HarnessModel(TokenLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return a response to each prompt, truncated at the first of the task's stop strings."""
         del disable_tqdm
-        # Requests with the same decoding options share batches. The longest run first, so that one that does not fit
-        # into memory fails at once.
-        groups: dict[tuple[int, float], list[int]] = {}
+        # Requests with the same temperature share a queue.
+        queues: dict[float, list[int]] = {}
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         for number, request in enumerate(requests):
             options = request.args[1]
             temperature = float(options.get("temperature") or 0) if options.get("do_sample", True) else 0.0
-            groups.setdefault((int(options.get("max_gen_toks", _NEW_TOKENS)), temperature), []).append(number)
+            queues.setdefault(temperature, []).append(number)
         responses = [""] * len(requests)
-        with self._progress_bar(len(requests), "Generating") as bar:
-            for (new_tokens, temperature), numbers in groups.items():
-                numbers.sort(key=lambda number: -len(prompts[number]))
-                decoding = replace(self._decoding, temperature=temperature)
-                ids = self._map_batches(numbers, self._responder(prompts, new_tokens, decoding), bar)
-                for number, response in zip(numbers, ids, strict=True):
-                    responses[number] = self.response_text(response, requests[number].args[1].get("until"))
-                    self.cache_hook.add_partial("generate_until", requests[number].args, responses[number])
+        shares = [len(self._model.data_parallel.share(len(numbers))) for numbers in queues.values()]
+        with self._progress_bar(sum(shares), "Generating") as bar:
+            for temperature, numbers in queues.items():
+                queue = []
+                for number in numbers:
+                    new_tokens = int(requests[number].args[1].get("max_gen_toks", _NEW_TOKENS))
+                    queue.append(Request(self._prompt(prompts[number], new_tokens), new_tokens, number))
+                served = self._model.serve(
+                    queue,
+                    replace(self._decoding, temperature=temperature),
+                    self._batch_size,
+                    self._memory,
+                    self._anchor_ratio,
+                    lambda number, response: bar.update(),
+                )
+                self.memory_seconds += served.memory_seconds
+                for number, response in zip(numbers, served.responses, strict=True):
+                    text = self.response_text(response.response, requests[number].args[1].get("until"))
+                    responses[number] = text
+                    self.cache_hook.add_partial("generate_until", requests[number].args, text)
         return responses
-
-    def _responder(
-        self, prompts: list[list[int]], new_tokens: int, decoding: Decoding
-    ) -> Callable[[list[int], list[int]], list[list[int]]]:
-        """Return the function that generates the responses of one batch of request numbers."""
-
-        def respond(numbers: list[int], _: list[int]) -> list[list[int]]:
-            batch = [self._prompt(prompts[number], new_tokens) for number in numbers]
-            generated = self._model.generate(batch, new_tokens, decoding, self._memory, self._anchor_ratio, numbers)
-            self.memory_seconds += generated.memory_seconds
-            return generated.responses
-
-        return respond
 
     def response_text(self, ids: Sequence[int], stops: str | list[str] | None) -> str:
         """Return the text of a response, truncated at the first stop string or at the end of the turn.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -41,6 +41,18 @@ class DataParallel:
         dist.all_reduce(largest, dist.ReduceOp.MAX, self.group)
         return int(largest)
 
+    def share(self, count: int) -> range:
+        """Return this rank's share of `count` items, dealt in turn."""
+        return range(self.dp_rank, count, self.dp_size)
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all data-parallel ranks, in order of the ranks."""
+        if self.group is None:
+            return [value]
+        gathered: list[Any] = [None] * self.dp_size
+        dist.all_gather_object(gathered, value, group=self.group)
+        return gathered
+
     def map_batches(
         self,
         items: Sequence[T],
@@ -66,9 +78,5 @@ class DataParallel:
                 mine = list(dict.fromkeys(mine))
             results += zip(mine, work([items[index] for index in mine], mine), strict=True)
             progress(min(batch_size * self.dp_size, len(items) - first))
-        gathered: list[list[tuple[int, R]]] = [results]
-        if self.group is not None:
-            gathered = [[] for _ in range(self.dp_size)]
-            dist.all_gather_object(gathered, results, group=self.group)
-        result_of = dict(pair for of_rank in gathered for pair in of_rank)
+        result_of = dict(pair for of_rank in self.gather(results) for pair in of_rank)
         return [result_of[index] for index in range(len(items))]

@@ -1,19 +1,79 @@
-"""Response to one prompt, or its [MASK]s filled in, as text."""
+"""Responses to prompts, or their [MASK]s filled in, as text."""
 
 import sys
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from memdlm_dist.data import chat
 from memdlm_dist.errors import UserError
 from memdlm_dist.inference import canvas
 from memdlm_dist.inference.decoding import Decoding
+from memdlm_dist.inference.prompt_file import Prompt
 from memdlm_dist.inference.screen import Screen
+from memdlm_dist.inference.serving import Request, Served
 from memdlm_dist.inference.trained_model import TrainedModel
 from memdlm_dist.runtime.rank_0 import is_rank_0
 
 MASK = "[MASK]"
 _NEW_TOKENS = 64
+
+
+class _Texts:
+    """Prompts and responses of a model as texts.
+
+    Args:
+        chat_template: one of `chat.TEMPLATES` or the path of a Jinja file; None for plain prompts.
+    """
+
+    def __init__(self, model: TrainedModel, chat_template: str | None):
+        self._model = model
+        self._template = chat.chat_template(chat_template, model.tokenizer) if chat_template else None
+        self._end_of_turn = chat.end_of_turn(self._template, model.tokenizer) if self._template else None
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a prompt.
+
+        Raises:
+            UserError: if the template rejects it.
+        """
+        text = text.replace(MASK, self._model.tokenizer.mask_token)
+        if self._template:
+            text = chat.prompt(self._template, text)
+        (prompt,) = self._model.tokenizer.encode_plain([text])
+        return prompt
+
+    def answer(self, text: str, prompt: Sequence[int], response: Sequence[int], memory: bool) -> dict[str, Any]:
+        """Return the texts of a response; with a chat template, it ends before the end of the turn.
+
+        Args:
+            text: the prompt as the user wrote it.
+            prompt: the prompt's token ids with its [MASK]s filled in.
+            response: token ids of the response.
+            memory: the memory was adapted to the prompt.
+        """
+        response = canvas.until(response, {self._end_of_turn})
+        return {
+            "prompt": text,
+            "response": self._model.tokenizer.decode(response),
+            "text": self._model.tokenizer.decode([*prompt, *response]),
+            "memory": "on" if memory else "off",
+            "checkpoint": self._model.checkpoint,
+            "adapter": self._model.adapter,
+        }
+
+
+def _count_new_tokens(model: TrainedModel, prompt: Sequence[int], new_tokens: int | None) -> int:
+    """Return the number of [MASK]s to append to a prompt."""
+    if new_tokens is None:
+        return 0 if model.mask_id in prompt else _NEW_TOKENS
+    return new_tokens
+
+
+def _warn_if_long(model: TrainedModel, length: int) -> None:
+    """Warn if a row is longer than those of the training."""
+    if length > model.trained_length and is_rank_0():
+        print(f"warning: {length} tokens exceed training.seq_len = {model.trained_length}.", file=sys.stderr)
 
 
 def respond(
@@ -41,21 +101,13 @@ def respond(
     Raises:
         UserError: if there is no [MASK] to fill in, or if the template rejects the prompt.
     """
-    prompt_text = text.replace(MASK, model.tokenizer.mask_token)
-    end_of_turn = None
-    if chat_template:
-        template = chat.chat_template(chat_template, model.tokenizer)
-        prompt_text = chat.prompt(template, prompt_text)
-        end_of_turn = chat.end_of_turn(template, model.tokenizer)
-    (prompt,) = model.tokenizer.encode_plain([prompt_text])
-    masks = prompt.count(model.mask_id)
-    if new_tokens is None:
-        new_tokens = 0 if masks else _NEW_TOKENS
-    if not masks and not new_tokens:
+    texts = _Texts(model, chat_template)
+    prompt = texts.encode(text)
+    new_tokens = _count_new_tokens(model, prompt, new_tokens)
+    if not new_tokens and model.mask_id not in prompt:
         raise UserError(f"There is nothing to fill in: the prompt has no {MASK} and --new-tokens is 0.")
     length = len(prompt) + new_tokens
-    if length > model.trained_length and is_rank_0():
-        print(f"warning: {length} tokens exceed training.seq_len = {model.trained_length}.", file=sys.stderr)
+    _warn_if_long(model, length)
     adapted = model.adapt([prompt], anchor_ratio) if memory else None
     start = model.canvas([prompt], new_tokens)
     screen = Screen(model) if watch else None
@@ -68,16 +120,55 @@ def respond(
         screen.clear()
     tokens_BL = decoder.state(start.tokens_BL.shape[1]).to_host().tokens_BL
     (response,) = canvas.responses(tokens_BL, start, model.eos_id)
-    response = canvas.until(response, {end_of_turn})
-    filled = [*tokens_BL[0, : len(prompt)].tolist(), *response]
     return {
-        "prompt": text,
-        "response": model.tokenizer.decode(response),
-        "text": model.tokenizer.decode(filled),
-        "memory": "on" if memory else "off",
+        **texts.answer(text, tokens_BL[0, : len(prompt)].tolist(), response, memory),
         "passes": decoder.passes,
         "memory_seconds": round(adapted.seconds, 4) if adapted else 0.0,
         "decoding_seconds": round(time.perf_counter() - began, 4),
-        "checkpoint": model.checkpoint,
-        "adapter": model.adapter,
     }
+
+
+def respond_to_all(
+    model: TrainedModel,
+    prompts: Sequence[Prompt],
+    decoding: Decoding,
+    *,
+    slots: int,
+    memory: bool,
+    anchor_ratio: float,
+    new_tokens: int | None,
+    chat_template: str | None,
+    progress: Callable[[], object],
+) -> tuple[list[dict[str, Any]], Served]:
+    """Respond to many prompts by continuous batching; return one answer per prompt, and the counts.
+
+    The place of a prompt among all prompts keys its random numbers.
+
+    Args:
+        prompts: prompts of a file; their own number of new tokens precedes `new_tokens`.
+        slots: rows that each data-parallel rank decodes at a time.
+        progress: callback, called after each response of this data-parallel rank.
+
+    For the other arguments see `respond`.
+
+    Raises:
+        UserError: names the first prompt with no [MASK] to fill in, or that the template rejects.
+    """
+    texts = _Texts(model, chat_template)
+    requests = []
+    for number, prompt in enumerate(prompts):
+        try:
+            ids = texts.encode(prompt.text)
+        except UserError as error:
+            raise UserError(f"{prompt.label}: {error}") from None
+        count = _count_new_tokens(model, ids, new_tokens if prompt.new_tokens is None else prompt.new_tokens)
+        if not count and model.mask_id not in ids:
+            raise UserError(f"{prompt.label} has nothing to fill in (no {MASK} and no new tokens); remove the line.")
+        requests.append(Request(ids, count, number))
+    _warn_if_long(model, max(request.length for request in requests))
+    served = model.serve(requests, decoding, slots, memory, anchor_ratio, lambda number, response: progress())
+    answers = [
+        {"id": prompt.id, **texts.answer(prompt.text, response.prompt, response.response, memory)}
+        for prompt, response in zip(prompts, served.responses, strict=True)
+    ]
+    return answers, served

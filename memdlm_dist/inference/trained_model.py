@@ -5,7 +5,7 @@ Arguments and results are on the host, unless stated.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,12 +19,13 @@ from memdlm_dist.config import check_layout, launch
 from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError
-from memdlm_dist.inference import canvas, sampler, setup
+from memdlm_dist.inference import canvas, sampler, serving, setup
 from memdlm_dist.inference.canvas import Canvas
 from memdlm_dist.inference.data_parallel import DataParallel
 from memdlm_dist.inference.decoding import Decoding
 from memdlm_dist.inference.reader import FFN_TOKENS, ModelReader, SequenceShards
 from memdlm_dist.inference.sampler import Decoder, Step
+from memdlm_dist.inference.serving import Request, Response, Served
 from memdlm_dist.method import bilevel, trajectory
 from memdlm_dist.method.diffusion import WEIGHTS, SetSum
 from memdlm_dist.method.fast_weights import FastWeights
@@ -151,6 +152,11 @@ class TrainedModel:
     def eos_id(self) -> int:
         """Token id of end-of-text."""
         return self.tokenizer.eos_id
+
+    @property
+    def length_multiple(self) -> int:
+        """Number of sequence shards, which divides the length of every canvas."""
+        return self._shards.count
 
     def canvas(
         self, prompts: Sequence[Sequence[int]], new_tokens: int | Sequence[int], ids: Sequence[int] | None = None
@@ -346,6 +352,35 @@ class TrainedModel:
             time.perf_counter() - began,
             decoder.passes,
         )
+
+    def serve(
+        self,
+        requests: Sequence[Request],
+        decoding: Decoding,
+        slots: int = 8,
+        memory: bool = False,
+        anchor_ratio: float = ANCHOR_RATIO,
+        on_response: Callable[[int, Response], object] = lambda number, response: None,
+    ) -> Served:
+        """Answer requests by continuous batching: finished rows leave their slots, and new rows enter.
+
+        Data-parallel ranks divide the requests; all return all responses.
+
+        Args:
+            requests: prompts, equal on all ranks.
+            decoding: settings of decoding.
+            slots: rows that each data-parallel rank decodes at a time.
+            memory: adapt fast weights to each prompt first.
+            anchor_ratio: see `adapt`.
+            on_response: callback, called on the rank that made a response with the request's number and the response.
+
+        Raises:
+            UserError: as `reader` does.
+        """
+        firsts = [request.prompt[:1] for request in requests]
+        if firsts:
+            self._check_first(self.canvas(firsts, [min(1, request.new_tokens) for request in requests]).open_BL)
+        return serving.serve(self, requests, decoding, slots, anchor_ratio if memory else None, on_response)
 
     def __enter__(self) -> "TrainedModel":
         return self

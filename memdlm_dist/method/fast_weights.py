@@ -403,3 +403,17 @@ def select(fast: FastWeights, index_B: Sequence[int] | Tensor, n_sets: int) -> F
         return DTensor.from_local(chosen, x.device_mesh, x.placements, run_check=False)
 
     return map_leaves(select_sets, fast)
+
+
+@torch.no_grad()
+def replace_sets(fast: FastWeights, index_B: Sequence[int], n_sets: int, new: FastWeights) -> None:
+    """Replace sets of fast weights in place.
+
+    Args:
+        index_B: numbers of the sets to replace, without repeats, in the order of `new`'s sets.
+        n_sets: G, the number of sets in `fast`.
+        new: len(index_B) sets, sharded like `fast`.
+    """
+    for x, y in zip(leaves(fast), leaves(new), strict=True):
+        sets, values = _to_local(x).unflatten(0, (-1, n_sets)), _to_local(y).unflatten(0, (-1, len(index_B)))
+        sets[:, list(index_B)] = values

@@ -2,10 +2,12 @@
 
 import io
 import json
+import re
 import shutil
 import string
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +18,10 @@ from memdlm_dist.config import parse_config
 from memdlm_dist.errors import UserError
 from memdlm_dist.evaluation.exposure import Row, measure, split_response
 from memdlm_dist.evaluation.harness import main as harness_command
-from memdlm_dist.inference import canvas
+from memdlm_dist.inference import canvas, prompt_file
+from memdlm_dist.inference.decoding import Decoding
+from memdlm_dist.inference.prompt_file import Prompt
+from memdlm_dist.inference.respond import respond_to_all
 from memdlm_dist.inference.trained_model import TrainedModel
 from memdlm_dist.method import trajectory
 from memdlm_dist.method.trajectory import IGNORE_INDEX
@@ -91,10 +96,82 @@ def test_generate_fills_in(call, monkeypatch):
     assert out.count("\x1b[1m") >= 3 and "░" in out and made["text"] in out.splitlines()[-1]
 
 
+def test_generate_responds_to_a_file_of_prompts(call, trained, tmp_path):
+    """The responses are those to each prompt alone, in the order of the file."""
+    rows = [
+        {"prompt": "import", "new_tokens": 3, "id": "short"},
+        {"prompt": "def read(self):"},
+        {"prompt": "for [MASK] in [MASK][MASK]:", "new_tokens": 0},
+    ]
+    file, output = tmp_path / "prompts.jsonl", tmp_path / "new/responses.jsonl"
+    file.write_text("\n\n".join(map(json.dumps, rows)))
+    template = tmp_path / "own.jinja"
+    template.write_text("{% for m in messages %}{{ m.content[:12] }} {{ m.content[12:] }}{% endfor %}")
+    arguments = [
+        "--prompts", str(file), "--new-tokens", "5", "--batch-size", "2", "--memory", "on", "--threshold", "0.3",
+        "--cache", "dual", "--chat-template", str(template),
+    ]  # fmt: skip
+    status, out, err = call(generate.main, *arguments, "--output", str(output))
+    assert status == 0 and not out and "[3 prompts, " in err and " passes " in err and "3/3" in err
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [answer.pop("id") for answer in answers] == ["short", 3, 5]
+    status, _, err = call(generate.main, *arguments, "--output", str(output))
+    assert status == 2 and f"{output} exists; choose another --output, or pass --overwrite" in err
+    _, out, _ = call(generate.main, *arguments)
+    assert [json.loads(line) for line in out.splitlines()] == [
+        {"id": name, **answer} for name, answer in zip(["short", 3, 5], answers, strict=True)
+    ]
+
+    model = TrainedModel(parse_config.parse([*arguments_of(trained), *BOLD]))
+    decoding = Decoding(threshold=0.3, cache="dual")
+    for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+        text = (row["prompt"][:12] + " " + row["prompt"][12:]).replace("[MASK]", model.tokenizer.mask_token)
+        (prompt,) = model.tokenizer.encode_plain([text])
+        made = model.generate([prompt], row.get("new_tokens", 5), decoding, memory=True, ids=[number])
+        assert answer["response"] == model.tokenizer.decode(made.responses[0]) and answer["memory"] == "on"
+        assert answer["prompt"] == row["prompt"] and answer["text"].endswith(answer["response"])
+    assert re.fullmatch(r"for.* in.*:", answers[2]["text"], re.DOTALL) and "mask" not in answers[2]["text"]
+    settings = {"memory": False, "anchor_ratio": 0.2, "chat_template": None, "slots": 1, "progress": list}
+    with pytest.raises(UserError, match=r"^Line 7 of F has nothing to fill in \(no \[MASK\] and no new"):
+        respond_to_all(model, [Prompt("Line 7 of F", "x", 0, 7)], decoding, new_tokens=None, **settings)
+    template.write_text("{{ raise_exception('no') }}")
+    with pytest.raises(UserError, match=r"^Line 7 of F: The chat template refuses the prompt \(no\)"):
+        settings["chat_template"] = str(template)
+        respond_to_all(model, [Prompt("Line 7 of F", "x", 3, 7)], decoding, new_tokens=None, **settings)
+    model.close()
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (b'{"prompt": "x"', "is not JSON (Expecting ',' delimiter"),
+        (b'{"prompt": "\xff"}', "is not JSON ('utf-8' codec can't decode"),
+        (b"[" * 10**5, "is not JSON (maximum recursion depth"),
+        (b'"x"', 'is not a JSON object; write {"prompt": "..."}'),
+        (b'{"text": "x"}', "has the unknown key 'text' (known: prompt, new_tokens, id); remove it"),
+        (b'{"id": 1}', "has no prompt that can be read (prompt is missing or not a string); correct it"),
+        (b'{"prompt": "\\ud800"}', "has no prompt that can be read (prompt is not valid Unicode); correct it"),
+        (b'{"prompt": "x", "new_tokens": true}', "has new_tokens = True, which is not an integer of at least 0"),
+        (b'{"prompt": "x", "id": [1]}', "has id = [1], which is neither a string nor an integer"),
+    ],
+)
+def test_a_bad_line_of_a_file_of_prompts_is_named(tmp_path, line, message):
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes(b'{"prompt": "x"}\n\n' + line + b"\n")
+    with pytest.raises(UserError, match=re.escape(f"Line 3 of {file} {message}")) as raised:
+        prompt_file.read(file)
+    assert str(raised.value).endswith(".") and "\n" not in str(raised.value)
+    file.write_text("\n")
+    with pytest.raises(UserError, match="has no prompts"):
+        prompt_file.read(file)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["--prompt", "x", "--new-tokens", "0"], "nothing to fill in"),
+        (["--prompts", "/nowhere.jsonl"], "The prompts /nowhere.jsonl cannot be read"),
+        (["--prompt", "x", "--output", "out.jsonl"], "--output is for many prompts; name their file with --prompts"),
         (["--prompt", "x", "--checkpoint", "/nowhere"], "no checkpoint that can be used in /nowhere"),
         (["--file", "/nowhere.txt"], "The prompt /nowhere.txt cannot be read"),
         (["--prompt", "x", "--temperature", "-1"], "--temperature must not be negative"),
@@ -280,8 +357,9 @@ def chat_model(trained, tmp_path, monkeypatch):
         "model.hf_assets_path": str(folder),
     }
     model = HarnessModel(
-        "train_configs/debug.toml", f"{trained}/run/checkpoint", mc_samples=2, check_greedy=False, **overrides
-    )
+        "train_configs/debug.toml", f"{trained}/run/checkpoint", mc_samples=2, check_greedy=False, batch_size=2,
+        threshold="0.01", cache="dual", cache_refresh=3, attention="block_causal", **overrides
+    )  # fmt: skip
     yield model
     model.close()
 
@@ -316,7 +394,7 @@ def test_the_harness_applies_the_chat_template_as_transformers_does(chat_model, 
 
         monkeypatch.setattr(owner, name, call)
 
-    record(TrainedModel, "generate")
+    record(TrainedModel, "serve")
     record(type(chat_model), "loglikelihoods")
     monkeypatch.setattr(evaluator, "add_env_info", lambda results: None)  # takes a second
     oracle = transformers.AutoTokenizer.from_pretrained(chat_model.tokenizer_name.partition(":")[0])
@@ -341,8 +419,8 @@ def test_the_harness_applies_the_chat_template_as_transformers_does(chat_model, 
             oracle.apply_chat_template(chat, continue_final_message=True)
             for chat in conversations("It is yes", ("assistant", "It is"))
         ]
-        *prompts, pairs = seen
-        assert sorted(prompt for batch in prompts for prompt in batch) == sorted(asked)
+        requests, pairs = seen
+        assert [request.prompt for request in requests] == asked
         assert [(context, text) for _, context, text in pairs] == [
             *((context, plain[text]) for context in asked for text in ("yes", "no")),
             *((context, plain[text]) for context in begun for text in (" yes", " no")),
@@ -352,6 +430,29 @@ def test_the_harness_applies_the_chat_template_as_transformers_does(chat_model, 
         chat_model.apply_chat_template([{"role": "user", "content": "x"}] * 2)
     with pytest.raises(UserError, match="loglikelihood_rolling have no conversation to render; omit"):
         chat_model.loglikelihood_rolling([])
+
+
+def test_the_harness_decodes_requests_of_different_lengths_and_temperatures(chat_model):
+    from lm_eval.api.instance import Instance
+
+    settings = [(3, 0.0), (9, 1.0), (5, 0.0), (2, 1.0), (4, 0.0)]
+    requests = [
+        Instance("generate_until", {}, ("x = " * number, {"max_gen_toks": n, "do_sample": True, "temperature": t}), 0)
+        for number, (n, t) in enumerate(settings, 1)
+    ]
+    decoding, model = chat_model._decoding, chat_model._model
+    assert decoding == Decoding(threshold=0.01, cache="dual", cache_refresh=3, attention="block_causal")
+    for number, answer in enumerate(chat_model.generate_until(requests)):
+        n, t = settings[number]
+        prompt = chat_model.tok_encode(requests[number].args[0])
+        made = model.generate([prompt], n, replace(decoding, temperature=t), ids=[number])
+        assert answer == model.tokenizer.decode(made.responses[0]) and answer
+    for setting, message in (
+        ({"threshold": "x"}, "argument threshold must be a number"),
+        ({"cache": "all"}, "not all"),
+    ):
+        with pytest.raises(UserError, match=message):
+            type(chat_model)("train_configs/debug.toml", **setting)
 
 
 def test_the_harness_truncates_responses_and_keys_its_cache(chat_model, tmp_path):

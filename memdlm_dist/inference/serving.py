@@ -1,0 +1,190 @@
+"""Continuous batching: a queue of requests, answered in the slots of one decoder.
+
+A row leaves its slot as soon as it is finished, and the next request of the queue enters. A response does not depend on
+the other requests, their order or the number of slots: row ids key all random numbers.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from memdlm_dist.inference.canvas import until
+from memdlm_dist.inference.decoding import Decoding
+from memdlm_dist.inference.sampler import Decoder
+from memdlm_dist.method import fast_weights
+
+if TYPE_CHECKING:  # it imports this module
+    from memdlm_dist.inference.trained_model import TrainedModel
+
+
+class Request(NamedTuple):
+    """Prompt to respond to.
+
+    Attributes:
+        prompt: token ids; [MASK]s among them are filled in too.
+        new_tokens: number of [MASK]s to append.
+        id: row id, which keys the row's random numbers and the memory's.
+    """
+
+    prompt: Sequence[int]
+    new_tokens: int
+    id: int
+
+    @property
+    def length(self) -> int:
+        """Number of tokens of the row."""
+        return len(self.prompt) + self.new_tokens
+
+
+class Response(NamedTuple):
+    """Response to a request, as token ids.
+
+    Attributes:
+        prompt: the prompt with its [MASK]s filled in.
+        response: tokens after the prompt, up to end-of-text.
+    """
+
+    prompt: list[int]
+    response: list[int]
+
+
+@dataclass(frozen=True)
+class Served:
+    """Responses in the order of the requests. Passes and seconds are the largest of the data-parallel ranks.
+
+    Attributes:
+        responses: one response per request.
+        tokens: number of tokens in the responses and of [MASK]s filled in prompts.
+        passes: forward passes of the model.
+        memory_seconds: time of adapting to the prompts.
+        decoding_seconds: time of everything else.
+    """
+
+    responses: list[Response]
+    tokens: int
+    passes: int
+    memory_seconds: float
+    decoding_seconds: float
+
+
+class _Server:
+    """Queue of this data-parallel rank's requests, and the requests in the slots.
+
+    All ranks take every step together: a rank whose queue is empty takes part in the collectives of the others.
+    """
+
+    def __init__(
+        self,
+        model: "TrainedModel",
+        requests: Sequence[Request],
+        decoding: Decoding,
+        slots: int,
+        anchor_ratio: float | None,
+        on_response: Callable[[int, Response], object],
+    ):
+        ranks = model.data_parallel
+        self._model, self._requests, self._on_response = model, requests, on_response
+        self._anchor_ratio, self._slots = anchor_ratio, max(1, min(slots, -(-len(requests) // ranks.dp_size)))
+        longest = max((request.length for request in requests), default=1)
+        length = -(-max(longest, 1) // model.length_multiple) * model.length_multiple
+        self._reader = model.reader(decoding, self._slots, length)
+        self._decoder = Decoder(
+            self._reader, decoding, self._slots, length, model.mask_id, model.eos_id, ranks.maximum
+        )  # fmt: skip
+        self._in_slot: dict[int, int] = {}  # slot -> number of its request
+        self._queue: deque[int] = deque()
+        self.responses: dict[int, Response] = {}
+        self.memory_seconds = 0.0
+        # The longest first, so that one that does not fit into memory fails at once.
+        order = sorted(range(len(requests)), key=lambda number: -requests[number].length)
+        for number in map(order.__getitem__, ranks.share(len(order))):
+            request = requests[number]
+            if request.new_tokens or model.mask_id in request.prompt:
+                self._queue.append(number)
+            else:
+                self._hand_over(number, Response([*request.prompt], []))
+
+    @property
+    def passes(self) -> int:
+        """Number of forward passes of the model so far."""
+        return self._decoder.passes
+
+    def run(self) -> None:
+        """Answer all requests."""
+        self._admit()
+        while self._decoder.step():
+            self._release()
+            self._admit()
+
+    def _admit(self) -> None:
+        """Move requests from the queue into the free slots; adapt fast weights to their prompts first."""
+        free = [slot for slot in range(self._slots) if slot not in self._in_slot][: len(self._queue)]
+        entering = {slot: self._queue.popleft() for slot in free}
+        requests = [self._requests[number] for number in entering.values()]
+        if self._anchor_ratio is not None and self._model.data_parallel.maximum(len(requests)):
+            self._adapt(free, requests, self._anchor_ratio)
+        if not entering:
+            return
+        start = self._model.canvas(
+            [request.prompt for request in requests],
+            [request.new_tokens for request in requests],
+            [request.id for request in requests],
+        )
+        self._decoder.load(free, start)
+        self._in_slot |= entering
+
+    def _adapt(self, slots: Sequence[int], requests: Sequence[Request], anchor_ratio: float) -> None:
+        """Adapt fast weights to prompts, into the sets of their slots; without prompts, only run the collectives."""
+        adapted = self._model.adapt(
+            [request.prompt for request in requests] or [[]],
+            anchor_ratio,
+            [request.id for request in requests] or [0],
+        )
+        self.memory_seconds += adapted.seconds
+        if self._reader.fast is None:
+            # Sets of one's own for all slots, with any values.
+            self._reader.fast = fast_weights.select(adapted.fast, [0] * self._slots, max(1, len(requests)))
+        if requests:
+            fast_weights.replace_sets(self._reader.fast, slots, self._slots, adapted.fast)
+
+    def _release(self) -> None:
+        """Free the slots of finished rows and hand over their responses."""
+        finished = [slot for slot in self._in_slot if self._decoder.is_finished(slot)]
+        if not finished:
+            return
+        for slot, tokens in zip(finished, self._decoder.tokens(finished), strict=True):
+            number = self._in_slot.pop(slot)
+            length = len(self._requests[number].prompt)
+            self._hand_over(number, Response(tokens[:length], until(tokens[length:], {self._model.eos_id})))
+
+    def _hand_over(self, number: int, response: Response) -> None:
+        self.responses[number] = response
+        self._on_response(number, response)
+
+
+def serve(
+    model: "TrainedModel",
+    requests: Sequence[Request],
+    decoding: Decoding,
+    slots: int,
+    anchor_ratio: float | None,
+    on_response: Callable[[int, Response], object],
+) -> Served:
+    """Answer requests; see `TrainedModel.serve`. Without an anchor ratio there is no memory."""
+    began = time.perf_counter()
+    server = _Server(model, requests, decoding, slots, anchor_ratio, on_response)
+    server.run()
+    seconds = time.perf_counter() - began - server.memory_seconds
+    of_ranks = model.data_parallel.gather((server.responses, server.passes, server.memory_seconds, seconds))
+    merged = {number: response for responses, *_ in of_ranks for number, response in responses.items()}
+    responses = [merged[number] for number in range(len(requests))]
+    masks = sum(request.prompt.count(model.mask_id) for request in requests)
+    return Served(
+        responses,
+        masks + sum(len(response.response) for response in responses),
+        max(passes for _, passes, *_ in of_ranks),
+        max(memory for _, _, memory, _ in of_ranks),
+        max(decode for *_, decode in of_ranks),
+    )
