@@ -39,7 +39,7 @@ class Step(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What the passes over the same rows and blocks have in common, on the device.
+    """Plan of passes over the same rows and blocks, on the device.
 
     Attributes:
         slot_R: slots of the rows.

@@ -194,9 +194,21 @@ class TransformerBlock(nn.Module):
         h_BLD, normed_BLD = self.attend(x_BLD, frequencies, mask, set_assignment, attention_fast, dropout, cache)
         if ffn_tokens is None or normed_BLD.shape[:2].numel() <= ffn_tokens:
             return h_BLD + self.ffn(normed_BLD, ffn_fast, context)
-        # Without gradients the FFN's hidden states are the largest activations of a long row.
-        chunks = normed_BLD.split(max(1, ffn_tokens // len(normed_BLD)), dim=1)
-        return h_BLD + torch.cat([self.ffn(chunk, ffn_fast, context) for chunk in chunks], dim=1)
+        return h_BLD + self._ffn_in_chunks(normed_BLD, ffn_fast, context, ffn_tokens)
+
+    def _ffn_in_chunks(self, x_BLD: Tensor, fast: dict[str, FastLinear], context: TokenContext, tokens: int) -> Tensor:
+        """Return the FFN's output for normalised input, from products of at most `tokens` tokens, or of one per row.
+
+        Without gradients the FFN's hidden states are the largest activations of a long row. With tensor parallelism
+        each rank divides its sequence shard, and the ranks' chunks are gathered as whole shards are.
+        """
+        if not isinstance(x_BLD, DTensor):
+            chunks = x_BLD.split(max(1, tokens // len(x_BLD)), dim=1)
+        else:
+            mesh, placements = x_BLD.device_mesh, x_BLD.placements
+            locals_ = x_BLD.to_local().split(max(1, tokens // (len(x_BLD) * mesh.size())), dim=1)
+            chunks = tuple(DTensor.from_local(x, mesh, placements, run_check=False) for x in locals_)
+        return torch.cat([self.ffn(chunk, fast, context) for chunk in chunks], dim=1)
 
 
 def _select_group(group: str, fast: dict[str, FastLinear] | None) -> dict[str, FastLinear]:

@@ -60,6 +60,11 @@ def test_no_more_communication_than_plain_training(layout_results, layout, step)
     assert results["beyond_plain"] == []
 
 
+def test_a_sequence_shard_goes_through_the_ffn_in_chunks(results):
+    """Chunks of three tokens of each rank's shard change nothing but rounding in float64."""
+    assert results["fsdp2-tp2"]["change in chunks"] < 1e-12
+
+
 def test_the_backward_pass_prefetches(results):
     """All-gathers (a) are issued before the reduce-scatter (r) of the layer above: parameters are prefetched."""
     order = results["fsdp2"]["steps"]["float32 default"]["order"]

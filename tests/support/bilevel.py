@@ -7,7 +7,7 @@ import torch
 
 from memdlm_dist.method import fast_weights
 from memdlm_dist.method.bilevel import Memory
-from memdlm_dist.method.inner_loss import inner_loss
+from memdlm_dist.method.inner_loss import full_tensor, inner_loss
 from memdlm_dist.method.inner_sgd import InnerSGD
 from memdlm_dist.method.trajectory import IGNORE_INDEX, Plan
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs
@@ -79,6 +79,18 @@ def double(fast):
 
 def gradients(model):
     return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+
+@torch.no_grad()
+def change_in_chunks(model, length, ffn_tokens, tp_size=1, fast=None):
+    """Return the largest change of two rows' hidden states when the FFN takes at most `ffn_tokens` tokens at once."""
+    tokens = torch.randint(0, MASK_ID, (2, length), generator=torch.Generator().manual_seed(2))
+    index = torch.arange(tokens.numel() // tp_size)
+    whole, in_chunks = (
+        full_tensor(model(tokens, index, fast, "post_final_norm", model.context(length)._replace(ffn_tokens=n)))
+        for n in (None, ffn_tokens)
+    )
+    return (whole - in_chunks).abs().max()
 
 
 @contextmanager

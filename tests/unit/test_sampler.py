@@ -255,6 +255,16 @@ def test_rows_that_need_whole_and_cached_passes_share_a_step():
     assert [decoder.is_finished(slot) for slot in (0, 1)] == [False, True]
 
 
+def test_a_row_replaces_one_that_is_not_finished():
+    decoding = Decoding(3, stop_at_eos=False)
+    decoder, _ = decoder_of(canvas([[1, 2]], 4, MASK, EOS), decoding)
+    decoder.step()
+    decoder.load([0], canvas([[3, 4, 5]], 3, MASK, EOS, [9]))
+    while decoder.step():
+        pass
+    assert decoder.tokens([0]) == [naive_decode([3, 4, 5], 3, decoding, 9)]
+
+
 def test_what_follows_end_of_text_is_not_predicted():
     def certain(rows, targets):
         logits = torch.zeros(len(targets), VOCABULARY)

@@ -30,7 +30,7 @@ from memdlm_dist.method.inner_loss import inner_loss
 from memdlm_dist.performance.bench_steps import DATA_PARALLEL, KINDS, Bench
 from memdlm_dist.performance.collectives import by_kind
 from memdlm_dist.runtime.device import device_type
-from tests.support.bilevel import trained_in_each_pass
+from tests.support.bilevel import change_in_chunks, trained_in_each_pass
 from tests.support.ranks import fork_group
 
 # Three trunk layers and two tail layers, so that counts tell trunk from tail.
@@ -260,6 +260,8 @@ def find(part):
         # Options differ only in tensor-parallel collectives, so FSDP's are counted for all of them on one layout.
         count = layout == "fsdp2" or options == "default"
         result["steps"][step_name] = compare(with_options(bench, options), dtype, count)
+    if bench.dims.tp > 1:
+        result["change in chunks"] = change_in_chunks(bench.model, 16, 6, bench.dims.tp).item()
     return result
 
 
