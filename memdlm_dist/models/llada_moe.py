@@ -312,15 +312,6 @@ class MoEBlock(TransformerBlock):
         )
         return cast(Tensor, out)
 
-    def _ffn_in_chunks(self, x_BLD: Tensor, fast: dict[str, FastLinear], context: TokenContext, tokens: int) -> Tensor:
-        """Return the mixture's output in chunks, or at once if other ranks have some of the experts.
-
-        Those ranks take part in every call of the experts, with rows of another length and so another number of chunks.
-        """
-        if self.moe.local_experts < self.moe.experts.num_experts:
-            return self.ffn(x_BLD, fast, context)
-        return super()._ffn_in_chunks(x_BLD, fast, context, tokens)
-
     def compile_around_experts(self, backend: str | Callable[..., Any]) -> None:
         """Compile the attention, the routing and the combination of the outputs, as three functions.
 

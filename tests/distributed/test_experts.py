@@ -91,11 +91,6 @@ def test_experts_are_gathered_no_more_often_than_in_plain_training(results):
     assert gathers["fsdp2-ep2"] == {"plain": 6 + 5, "ours": 6 + 3}
 
 
-def test_experts_take_a_long_row_in_chunks(results):
-    """Chunks change nothing but rounding in float32, nor does another number of chunks on other ranks stop the run."""
-    assert all(results[layout]["change in chunks"] < 1e-5 for layout in LAYOUTS)
-
-
 def test_the_sets_matter(results):
     """Loss depends on the sets, so the comparisons above detect fast weights of the wrong set."""
     one, twice = (results[layout]["lora"]["loss"] for layout in ("one", "one-twice"))

@@ -31,7 +31,7 @@ from memdlm_dist.models.initial_weights import Uniform
 from memdlm_dist.models.lora import is_adapter
 from memdlm_dist.performance.bench_steps import Bench
 from memdlm_dist.performance.collectives import by_kind
-from tests.support.bilevel import change_in_chunks, trained_in_each_pass
+from tests.support.bilevel import trained_in_each_pass
 from tests.support.ranks import fork_group
 
 ROWS, LENGTH = 8, 16
@@ -194,11 +194,6 @@ def find(folder, name, some=None):
                 kind: torch.tensor(float(by_kind(bench.collectives(kind).on(*groups))["all_gather"]))
                 for kind in ("plain", "ours")
             }
-            if name == layout:
-                mesh = bench.dims.get_optional_mesh("batch")
-                # Data-parallel ranks have other numbers of chunks; expert-parallel ones must have the same.
-                chunk = 6 + 20 * (mesh.get_local_rank() if mesh is not None else 0)
-                results["change in chunks"] = change_in_chunks(bench.model, LENGTH, chunk, bench.dims.tp)
     if dist.get_rank() == 0:
         torch.save(results, f"{folder}/{name}.pt")
 
