@@ -115,7 +115,11 @@ def test_cached_keys_are_exact_with_block_causal_attention_alone(model):
             for cached in (False, True)
         )
         places = [[0, 1, 2], [9, 8, 8], [[4, 5, 7]] * 3]
-        read(cached, *places, None, before)
+        old, inside, later = read(cached, *places, None, before), before.clone(), before.clone()
+        inside[:, 6], later[:, 8:] = 7, 7
+        change = old[1] / read(plain, *places, None, inside)[1] - 1
+        assert change.abs().max() > 1e-3, "tokens attend to their whole block"
+        assert torch.equal(old, read(plain, *places, None, later)) == (causal_block is not None)
         results[causal_block] = (
             read(plain, *places, None, after),
             read(cached, *places, [range(4, 8)] * 3, after),
