@@ -9,7 +9,7 @@ tensor-parallel rank.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed import ProcessGroup, ReduceOp, all_reduce, get_rank
+from torch.distributed import ProcessGroup, ReduceOp, all_reduce, get_rank, get_world_size
 
 from memdlm_dist.method import keyed_random
 from memdlm_dist.method.logit_loss import Vocabulary, chunk_length
@@ -102,6 +102,7 @@ def choose(
     if group is not None:
         id_C = torch.where(best_C == top_C, id_C, torch.iinfo(torch.int64).max)
         all_reduce(id_C, ReduceOp.MIN, group)
+        id_C = id_C.clamp(max=size * get_world_size(group) - 1)  # NaN equals no maximum
     if choice.random_confidence:
         assert choice.key_n is not None
         confidence_C = keyed_random.uniform(choice.key_n[chunk], id_C.new_zeros(1)).squeeze(-1)
