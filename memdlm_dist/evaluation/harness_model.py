@@ -19,7 +19,7 @@ from memdlm_dist.evaluation.retrieval import MEMORY
 from memdlm_dist.inference import canvas, sampler
 from memdlm_dist.inference.decoding import Cache, Decoding, DecodingAttention
 from memdlm_dist.inference.likelihood import Pass, passes
-from memdlm_dist.inference.serving import Request
+from memdlm_dist.inference.serving import Request, serve
 from memdlm_dist.inference.trained_model import ANCHOR_RATIO, MEMORY_WEIGHTS, TrainedModel
 from memdlm_dist.method import fast_weights
 
@@ -188,7 +188,8 @@ class HarnessModel(TokenLM):
                 for number in numbers:
                     new_tokens = int(requests[number].args[1].get("max_gen_toks", _NEW_TOKENS))
                     queue.append(Request(self._prompt(prompts[number], new_tokens), new_tokens, number))
-                served = self._model.serve(
+                served = serve(
+                    self._model,
                     queue,
                     replace(self._decoding, temperature=temperature),
                     self._batch_size,

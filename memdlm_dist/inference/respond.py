@@ -11,7 +11,7 @@ from memdlm_dist.inference import canvas
 from memdlm_dist.inference.decoding import Decoding
 from memdlm_dist.inference.prompt_file import Prompt
 from memdlm_dist.inference.screen import Screen
-from memdlm_dist.inference.serving import Request, Served
+from memdlm_dist.inference.serving import Request, Served, serve
 from memdlm_dist.inference.trained_model import TrainedModel
 from memdlm_dist.runtime.rank_0 import is_rank_0
 
@@ -166,7 +166,7 @@ def respond_to_all(
             raise UserError(f"{prompt.label} has nothing to fill in (no {MASK} and no new tokens); remove the line.")
         requests.append(Request(ids, count, number))
     _warn_if_long(model, max(request.length for request in requests))
-    served = model.serve(requests, decoding, slots, memory, anchor_ratio, lambda number, response: progress())
+    served = serve(model, requests, decoding, slots, memory, anchor_ratio, lambda number, response: progress())
     answers = [
         {"id": prompt.id, **texts.answer(prompt.text, response.prompt, response.response, memory)}
         for prompt, response in zip(prompts, served.responses, strict=True)

@@ -8,15 +8,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from memdlm_dist.inference.canvas import until
 from memdlm_dist.inference.decoding import Decoding
 from memdlm_dist.inference.sampler import Decoder
+from memdlm_dist.inference.trained_model import ANCHOR_RATIO, TrainedModel
 from memdlm_dist.method import fast_weights
-
-if TYPE_CHECKING:  # it imports this module
-    from memdlm_dist.inference.trained_model import TrainedModel
 
 
 class Request(NamedTuple):
@@ -77,7 +75,7 @@ class _Server:
 
     def __init__(
         self,
-        model: "TrainedModel",
+        model: TrainedModel,
         requests: Sequence[Request],
         decoding: Decoding,
         slots: int,
@@ -165,16 +163,33 @@ class _Server:
 
 
 def serve(
-    model: "TrainedModel",
+    model: TrainedModel,
     requests: Sequence[Request],
     decoding: Decoding,
-    slots: int,
-    anchor_ratio: float | None,
-    on_response: Callable[[int, Response], object],
+    slots: int = 8,
+    memory: bool = False,
+    anchor_ratio: float = ANCHOR_RATIO,
+    on_response: Callable[[int, Response], object] = lambda number, response: None,
 ) -> Served:
-    """Answer requests; see `TrainedModel.serve`. Without an anchor ratio there is no memory."""
+    """Answer requests; data-parallel ranks divide them, and all return all responses.
+
+    Args:
+        model: the model.
+        requests: prompts, equal on all ranks.
+        decoding: settings of decoding.
+        slots: rows that each data-parallel rank decodes at a time.
+        memory: adapt fast weights to each prompt first.
+        anchor_ratio: share of each prompt's tokens that the memory's anchor masks.
+        on_response: callback, called on the rank that made a response with the request's number and the response.
+
+    Raises:
+        UserError: as `TrainedModel.reader` does.
+    """
+    if requests:
+        firsts = [request.prompt[:1] for request in requests]
+        model.check_first(model.canvas(firsts, [min(1, request.new_tokens) for request in requests]).open_BL)
     began = time.perf_counter()
-    server = _Server(model, requests, decoding, slots, anchor_ratio, on_response)
+    server = _Server(model, requests, decoding, slots, anchor_ratio if memory else None, on_response)
     server.run()
     seconds = time.perf_counter() - began - server.memory_seconds
     of_ranks = model.data_parallel.gather((server.responses, server.passes, server.memory_seconds, seconds))

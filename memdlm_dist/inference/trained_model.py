@@ -5,7 +5,7 @@ Arguments and results are on the host, unless stated.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,13 +19,12 @@ from memdlm_dist.config import check_layout, launch
 from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError
-from memdlm_dist.inference import canvas, sampler, serving, setup
+from memdlm_dist.inference import canvas, sampler, setup
 from memdlm_dist.inference.canvas import Canvas
 from memdlm_dist.inference.data_parallel import DataParallel
 from memdlm_dist.inference.decoding import Decoding
 from memdlm_dist.inference.reader import FFN_TOKENS, ModelReader, SequenceShards
 from memdlm_dist.inference.sampler import Decoder, Step
-from memdlm_dist.inference.serving import Request, Response, Served
 from memdlm_dist.method import bilevel, trajectory
 from memdlm_dist.method.diffusion import WEIGHTS, SetSum
 from memdlm_dist.method.fast_weights import FastWeights
@@ -233,8 +232,8 @@ class TrainedModel:
         nll_B = self._forward(tokens_BL, scored, attended_BL, fast, head)
         return self._shards.sum_over_cp(nll_B).double().cpu()
 
-    def _check_first(self, target_BL: Tensor) -> None:
-        """Check that a backbone which predicts the next token need not predict a row's first token.
+    def check_first(self, target_BL: Tensor) -> None:
+        """Check that a backbone which predicts the next token need not predict a row's first token, `[B, L]`.
 
         Raises:
             UserError: if it must.
@@ -251,7 +250,7 @@ class TrainedModel:
             UserError: if a backbone that predicts the next token is to predict a row's first token.
         """
         shards, shifted = self._shards.count, self._objective.shifted
-        self._check_first(target_BL)
+        self.check_first(target_BL)
         ones_B = torch.ones(len(tokens_BL))
         scored = gather_scored(State(target_BL, target_BL, ones_B), tokens_BL, shards, shifted)
         length = tokens_BL.shape[1]
@@ -309,7 +308,7 @@ class TrainedModel:
 
     def decoder(self, start: Canvas, decoding: Decoding, fast: FastWeights | None = None) -> Decoder:
         """Build a decoder that holds a canvas; see `reader`."""
-        self._check_first(start.open_BL)
+        self.check_first(start.open_BL)
         batch, length = start.tokens_BL.shape
         decoder = Decoder(
             self.reader(decoding, batch, length, fast), decoding, batch, length, self.mask_id, self.eos_id,
@@ -352,35 +351,6 @@ class TrainedModel:
             time.perf_counter() - began,
             decoder.passes,
         )
-
-    def serve(
-        self,
-        requests: Sequence[Request],
-        decoding: Decoding,
-        slots: int = 8,
-        memory: bool = False,
-        anchor_ratio: float = ANCHOR_RATIO,
-        on_response: Callable[[int, Response], object] = lambda number, response: None,
-    ) -> Served:
-        """Answer requests by continuous batching: finished rows leave their slots, and new rows enter.
-
-        Data-parallel ranks divide the requests; all return all responses.
-
-        Args:
-            requests: prompts, equal on all ranks.
-            decoding: settings of decoding.
-            slots: rows that each data-parallel rank decodes at a time.
-            memory: adapt fast weights to each prompt first.
-            anchor_ratio: see `adapt`.
-            on_response: callback, called on the rank that made a response with the request's number and the response.
-
-        Raises:
-            UserError: as `reader` does.
-        """
-        firsts = [request.prompt[:1] for request in requests]
-        if firsts:
-            self._check_first(self.canvas(firsts, [min(1, request.new_tokens) for request in requests]).open_BL)
-        return serving.serve(self, requests, decoding, slots, anchor_ratio if memory else None, on_response)
 
     def __enter__(self) -> "TrainedModel":
         return self

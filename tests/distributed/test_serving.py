@@ -8,7 +8,7 @@ import torch
 from memdlm_dist.config import parse_config
 from memdlm_dist.errors import UserError
 from memdlm_dist.inference.decoding import Decoding
-from memdlm_dist.inference.serving import Request, Response
+from memdlm_dist.inference.serving import Request, Response, serve
 from memdlm_dist.inference.trained_model import TrainedModel
 from memdlm_dist.method import fast_weights
 from memdlm_dist.method.fast_weights import AdaptedLinear
@@ -44,7 +44,7 @@ def test_a_response_is_as_if_its_request_were_alone(model, requests, name, memor
     alone = [model.generate([r.prompt], r.new_tokens, decoding, memory, ids=[r.id]) for r in requests]
     passes = {}
     for slots, order in ((1, 1), (2, -1), (3, 1), (8, -1)):
-        served = model.serve(requests[::order], decoding, slots, memory)
+        served = serve(model, requests[::order], decoding, slots, memory)
         responses = served.responses[::order]
         assert [response.response for response in responses] == [made.responses[0] for made in alone], (slots, order)
         for request, response in zip(requests, responses, strict=True):
@@ -70,8 +70,8 @@ def test_a_response_is_handed_over_at_once(model, requests, monkeypatch):
     monkeypatch.setattr(model, "adapt", record)
     lengths = [len(request.prompt) + request.new_tokens for request in requests]
     longest = sorted((number for number in range(6) if number != 4), key=lambda number: -lengths[number])
-    served = model.serve(
-        requests, SETTINGS["steps"], 2, memory=True, on_response=lambda *response: seen.append(response)
+    served = serve(
+        model, requests, SETTINGS["steps"], 2, memory=True, on_response=lambda *response: seen.append(response)
     )
     assert sorted(seen) == list(enumerate(served.responses)) and seen[0] == (4, Response([5, 6], []))
     assert [number for numbers, _ in entered for number in numbers] == [20 + number for number in longest]
@@ -79,9 +79,9 @@ def test_a_response_is_handed_over_at_once(model, requests, monkeypatch):
 
 
 def test_nothing_to_serve(model):
-    served = model.serve([], Decoding())
+    served = serve(model, [], Decoding())
     assert served.responses == [] and served.passes == served.tokens == 0
-    served = model.serve([Request([], 2, 0), Request([], 0, 1)], Decoding(stop_at_eos=False))
+    served = serve(model, [Request([], 2, 0), Request([], 0, 1)], Decoding(stop_at_eos=False))
     assert [len(response.response) for response in served.responses] == [2, 0]
 
 
@@ -89,7 +89,7 @@ def test_a_first_token_that_cannot_be_predicted_is_named(trained):
     shifted = TrainedModel(parse_config.parse([*arguments_of(trained), "--model.flavor", "tiny_shifted"]))
     for request in (Request([], 2, 0), Request([shifted.mask_id, 5], 0, 0)):
         with pytest.raises(UserError, match="the first token cannot be"):
-            shifted.serve([Request([5], 2, 0), request], Decoding())
+            serve(shifted, [Request([5], 2, 0), request], Decoding())
     shifted.close()
 
 

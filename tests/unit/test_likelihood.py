@@ -11,7 +11,7 @@ from memdlm_dist.errors import UserError
 from memdlm_dist.inference import canvas, sampler
 from memdlm_dist.inference.data_parallel import DataParallel
 from memdlm_dist.inference.likelihood import passes
-from tests.support.toy_reader import toy_decoder
+from tests.support.toy_reader import ToyReader
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -57,7 +57,7 @@ class Joint:
 class ToyModel:
     """TrainedModel stand-in that answers the harness from the joint distribution."""
 
-    trained_length, eos_id, mask_id = 8, EOS, MASK
+    trained_length, eos_id, mask_id, length_multiple = 8, EOS, MASK, 1
 
     def __init__(self):
         self.joint = Joint()
@@ -84,7 +84,7 @@ class ToyModel:
             losses.append(sum(-math.log(table[p][clean[p]]) for p, masked in enumerate(target) if masked))
         return torch.tensor(losses, dtype=torch.float64)
 
-    def decoder(self, start, decoding, fast=None):
+    def reader(self, decoding, slots, length):
         def predict(rows, targets):
             logits = []
             for row, position in targets:
@@ -93,15 +93,18 @@ class ToyModel:
                 logits.append(torch.cat([table.get(position, torch.ones(3)).log(), torch.full((2,), -torch.inf)]))
             return torch.stack(logits)
 
-        return toy_decoder(predict, decoding, start, MASK, EOS)[0]
+        return ToyReader(predict)
+
+    def check_first(self, target_BL):
+        pass
+
+    def decoder(self, start, decoding, fast=None):
+        decoder = sampler.Decoder(self.reader(decoding, 0, 0), decoding, *start.tokens_BL.shape, MASK, EOS)
+        decoder.load(range(len(start.tokens_BL)), start)
+        return decoder
 
     def denoise(self, start, decoding, fast=None):
         return sampler.steps(self.decoder(start, decoding, fast), start.tokens_BL.shape[1])
-
-    def generate(self, prompts, new_tokens, decoding, memory, anchor_ratio, ids):
-        start = self.canvas(prompts, new_tokens, ids)
-        tokens_BL = sampler.finished(self.denoise(start, decoding), start)
-        return SimpleNamespace(responses=canvas.responses(tokens_BL, start, EOS), memory_seconds=0.0)
 
 
 @pytest.fixture

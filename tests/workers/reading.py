@@ -19,7 +19,7 @@ cpu.prepare()
 from memdlm_dist.config import parse_config
 from memdlm_dist.evaluation.exposure import Row, measure
 from memdlm_dist.inference.decoding import Decoding
-from memdlm_dist.inference.serving import Request
+from memdlm_dist.inference.serving import Request, serve
 from memdlm_dist.inference.trained_model import TrainedModel
 from tests.support.launching import debug
 from tests.support.ranks import fork
@@ -79,7 +79,7 @@ def read(model: TrainedModel, new_tokens: int = 6) -> dict:
                 if name == "block-causal, cached":
                     # On two data-parallel ranks, the second queue leaves one without requests.
                     requests = [Request(prompt, new_tokens, number) for number, prompt in enumerate(prompts)]
-                    served = [model.serve(queue, decoding, 2, memory=True) for queue in (requests, requests[:1])]
+                    served = [serve(model, queue, decoding, 2, memory=True) for queue in (requests, requests[:1])]
                     results["served"] = [response.response for queue in served for response in queue.responses]
         # No empty prompts: with only [MASK]s, all positions have equal confidence, and rounding chooses among them.
         rows = [Row(prompt, [5, 6, 7, 8]) for prompt in prompts if prompt]
