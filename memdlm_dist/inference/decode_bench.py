@@ -90,9 +90,9 @@ def prompts(config: JobConfig, model: TrainedModel, count: int, length: int) -> 
             for row in corpus.builtin_rows(source):
                 text += model.tokenizer.encode_text([row.values["text"]])[0] if row.problem is None else []
     if len(text) < need:
-        source = ", ".join(locations) or "the standard library"
+        origin = ", ".join(locations) or "the standard library"
         raise UserError(
-            f"{count} prompts of {length} tokens need {need} tokens of text, but {source} has {len(text)}; lower "
+            f"{count} prompts of {length} tokens need {need} tokens of text, but {origin} has {len(text)}; lower "
             "--prompt-tokens or --batch-size."
         )
     return [text[start : start + length] for start in range(0, need, length)]

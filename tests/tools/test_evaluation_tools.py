@@ -217,7 +217,7 @@ def test_the_bench_of_decoding(call, trained, tmp_path):
             Setting("prefix"), Setting("none", 0.0),
         ]  # fmt: skip
         measured = decode_bench.measure(model, [prompt], settings, new_tokens=16, block_size=8, rounds=2)["settings"]
-        with pytest.raises(UserError, match="need 240000 tokens of text, but .*lower --prompt-tokens"):
+        with pytest.raises(UserError, match="need 240000 tokens of text"):
             decode_bench.prompts(config, model, 10, 24000)
     assert [row["passes"] for row in measured] == [16, 16, 16, 16, 2]
     agreement = [row["agreement"] for row in measured]
