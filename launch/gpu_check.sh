@@ -11,7 +11,7 @@
 # Selection:
 #   --only SECTION ...  sections to run (default: all)
 #   --quick             fewer rounds and sizes, at most 10 minutes in all; unless --only is given, only the sections
-#                       environment, bench_8b, lora_8b, run_dense and decoding
+#                       environment, bench_8b, lora_8b, run_dense and decode
 #   --list              list the sections and exit
 # Hardware:
 #   --budget SECONDS    time limit of the whole call (default: none; 600 with --quick)

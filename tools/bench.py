@@ -18,6 +18,8 @@ memdlm_dist/performance/straightforward.py.
 
 The command starts its own processes; under torchrun it runs as one rank. Override configuration keys with
 --section.key value.
+
+bench.py decode measures decoding instead; bench.py decode --help describes it.
 """
 
 import argparse
@@ -27,6 +29,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -39,17 +42,40 @@ cpu.prepare()
 from memdlm_dist.config import check_layout, launch, parse_config
 from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.errors import UserError
+from memdlm_dist.inference import decode_bench
+from memdlm_dist.inference.decoding import Cache
+from memdlm_dist.inference.model_arguments import add_model_arguments, load_model
 from memdlm_dist.models import backbone_args
 from memdlm_dist.performance.bench_steps import Bench
 from memdlm_dist.performance.length_mix import measure_mix, table_of_mix
-from memdlm_dist.performance.measure import measure, sweep, table, table_of_lengths
+from memdlm_dist.performance.measure import measure, say, sweep, table, table_of_lengths
 from memdlm_dist.runtime.device import device_module, device_type
-from memdlm_dist.runtime.entry_point import guarded, new_parser, positive
+from memdlm_dist.runtime.entry_point import guarded, new_parser, parse_with_overrides, positive
 from memdlm_dist.runtime.process_environment import set_process_environment
 from memdlm_dist.runtime.process_group import Processes, launched_processes
 from memdlm_dist.runtime.rank_0 import is_rank_0
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "train_configs/bench_cpu.toml"
+
+DECODE = """Measure the speed of decoding with caches and a confidence threshold, memory off and on.
+
+Examples:
+  # The quickstart's model, after bash launch/quickstart.sh
+  python tools/bench.py decode train_configs/quickstart.toml
+  # Random weights of the same sizes, which tools/random_weights.py has written
+  python tools/bench.py decode train_configs/quickstart.toml --checkpoint outputs/random
+  # Fewer settings and a longer prompt
+  python tools/bench.py decode train_configs/quickstart.toml --cache dual --memory off --prompt-tokens 4096
+
+CONFIG is the configuration of the run that trained the model. The prompts are the text of data.validation, or the
+Python standard library's sources if that is empty. In each round every setting decodes the same prompts. Ratios are
+computed within a round; the table shows their medians. Each setting is compared with the plain loop, which reads whole
+rows in every step and keeps one token per step: time, forward passes, and the share of equal tokens. With random
+weights the share says little.
+
+The command runs in one process. Start it under torchrun to use the configuration's layout; then each data-parallel rank
+decodes --batch-size prompts. Override configuration keys with --section.key value.
+"""
 
 
 def run(options: argparse.Namespace, argv: Sequence[str], overrides: Sequence[str]) -> int:
@@ -73,10 +99,7 @@ def run(options: argparse.Namespace, argv: Sequence[str], overrides: Sequence[st
         result |= measure(bench, options.rounds, options.warm_up, options.profile)
         text = table(result)
     if is_rank_0():
-        print(text, flush=True)
-        if options.json:
-            Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
-            print(f"Written to {options.json}.", flush=True)
+        _write(text, result, options.json)
     dist.destroy_process_group()
     return 0
 
@@ -146,6 +169,78 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def decode_parser() -> argparse.ArgumentParser:
+    """Return the parser of `bench.py decode`."""
+    p = new_parser("bench.py decode", DECODE)
+    p.usage = "bench.py decode CONFIG [options] [--section.key value ...]"
+    add_model_arguments(p)
+    decoding = p.add_argument_group("decoding")
+    decoding.add_argument(
+        "--prompt-tokens", type=positive, default=1024, metavar="N", help="tokens of a prompt (default: 1024)"
+    )
+    decoding.add_argument(
+        "--new-tokens", type=positive, default=128, metavar="N", help="tokens to decode per prompt (default: 128)"
+    )
+    decoding.add_argument(
+        "--batch-size", type=positive, default=1, metavar="N", help="prompts per data-parallel rank (default: 1)"
+    )
+    decoding.add_argument(
+        "--block-size", type=positive, default=32, metavar="N", help="block size in tokens (default: 32)"
+    )
+    decoding.add_argument(
+        "--cache", choices=get_args(Cache), nargs="+", default=get_args(Cache),
+        help="caches to compare with none, see generate.py --help (default: all)",
+    )  # fmt: skip
+    decoding.add_argument(
+        "--threshold", type=float, default=0.9, metavar="P",
+        help="confidence threshold that is compared with one token per step (default: 0.9)",
+    )  # fmt: skip
+    decoding.add_argument(
+        "--memory", choices=("off", "on"), nargs="+", default=("off", "on"),
+        help="memory settings to measure (default: both)",
+    )  # fmt: skip
+    sampling = p.add_argument_group("sampling")
+    sampling.add_argument("--rounds", type=positive, default=3, metavar="N", help="measured rounds (default: 3)")
+    output = p.add_argument_group("output")
+    output.add_argument(
+        "--json", default="outputs/bench_decode.json", metavar="FILE",
+        help="file for the numbers; '' writes none (default: outputs/bench_decode.json)",
+    )  # fmt: skip
+    return p
+
+
+def decode(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Run the bench of decoding and return its exit status; rank 0 prints the table and writes the JSON file.
+
+    Raises:
+        UserError: if a value is out of range, or if the model or the data does not fit.
+    """
+    chosen = decode_bench.settings(options.cache, options.threshold, [x == "on" for x in dict.fromkeys(options.memory)])
+    if is_rank_0():
+        _check_output(options.json)
+    with load_model(options, overrides, options.checkpoint) as model:
+        config = parse_config.parse(["--job.config_file", options.config, *overrides])
+        prompts = decode_bench.prompts(
+            config, model, options.batch_size * model.data_parallel.dp_size, options.prompt_tokens
+        )
+        result = {"config": options.config, "overrides": list(overrides), "checkpoint": model.checkpoint}
+        result |= decode_bench.measure(
+            model, prompts, chosen, new_tokens=options.new_tokens, block_size=options.block_size,
+            rounds=options.rounds, anchor_ratio=options.anchor_ratio, progress=say,
+        )  # fmt: skip
+        if is_rank_0():
+            _write(decode_bench.table(result), result, options.json)
+    return 0
+
+
+def _write(text: str, result: dict[str, Any], path: str | None) -> None:
+    """Print a table and write its numbers to a JSON file."""
+    print(text, flush=True)
+    if path:
+        Path(path).write_text(json.dumps(result, indent=2) + "\n")
+        print(f"Written to {path}.", flush=True)
+
+
 def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Parse the command line into the bench's options and the configuration's overrides."""
     # Only the first argument can be the file: a later word may be the value of a configuration key.
@@ -173,8 +268,11 @@ def start(options: argparse.Namespace, argv: Sequence[str], overrides: Sequence[
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status; without torchrun's environment, start the ranks first."""
+    """Run the command and return its exit status; without torchrun's environment, start the ranks of steps first."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["decode"]:
+        options, overrides = parse_with_overrides(decode_parser(), argv[1:])
+        return guarded(lambda: decode(options, overrides))
     options, overrides = _options(argv)
     if "RANK" not in os.environ:
         return guarded(lambda: start(options, argv, overrides))

@@ -18,7 +18,8 @@ from memdlm_dist.config import parse_config
 from memdlm_dist.errors import UserError
 from memdlm_dist.evaluation.exposure import Row, measure, split_response
 from memdlm_dist.evaluation.harness import main as harness_command
-from memdlm_dist.inference import canvas, prompt_file
+from memdlm_dist.inference import canvas, decode_bench, prompt_file
+from memdlm_dist.inference.decode_bench import Setting
 from memdlm_dist.inference.decoding import Decoding
 from memdlm_dist.inference.prompt_file import Prompt
 from memdlm_dist.inference.respond import respond_to_all
@@ -28,7 +29,7 @@ from memdlm_dist.method.trajectory import IGNORE_INDEX
 from tests.support.needles import SMALL
 from tests.support.zygote import ROOT
 from tests.workers.reading import BOLD, arguments_of
-from tools import evaluate, exposure_bias, generate
+from tools import bench, evaluate, exposure_bias, generate
 
 SIZES = [f"--{name.replace('_', '-')}={value}" for name, value in vars(SMALL).items()]
 PICTURE = b"\x89PNG"
@@ -266,6 +267,44 @@ def test_exposure_bias_tool(call, trained, tmp_path, capsys):
     overrides = [*arguments_of(trained)[1:], *BOLD, "--job.dump_folder", "missing"]
     assert exposure_bias.main([*overrides, "--output", str(tmp_path / "default")]) == 2
     assert "no checkpoint that can be used in missing/checkpoint; " in capsys.readouterr().err
+
+
+def test_the_bench_of_decoding(call, trained, tmp_path):
+    path, sizes = tmp_path / "decode.json", ["--prompt-tokens", "24", "--new-tokens", "8", "--block-size", "4"]
+    status, out, _ = call(
+        bench.main, *sizes, "--batch-size", "2", "--rounds", "1", "--threshold", "0", "--cache", "dual",
+        "--json", str(path), command=["decode"],
+    )  # fmt: skip
+    assert status == 0 and "agreement" in out and "2 prompts of 24 tokens, 8 new tokens" in out
+    result = json.loads(path.read_text())
+    rows = {(row["memory"], row["cache"], row["threshold"]): row for row in result["settings"]}
+    assert set(rows) == {(m, c, t) for m in ("off", "on") for c in ("none", "dual") for t in (None, 0)}
+    # A confidence is never 0, so each of the two blocks takes one pass.
+    assert all(row["passes"] == (8 if key[2] is None else 2) for key, row in rows.items())
+    for memory in ("off", "on"):
+        plain = rows[memory, "none", None]
+        assert plain["agreement"] == plain["over_plain"] == 1 and result["memory_seconds"] > 0
+        assert plain["tokens_per_second"] == pytest.approx(16 / plain["seconds"])
+    status, _, err = call(bench.main, *sizes, "--threshold", "1.5", command=["decode"])
+    assert status == 2 and "threshold must be a probability" in err
+    # Cached passes that read everything again give the tokens of the plain loop; fewer passes do not.
+    config = parse_config.parse([*arguments_of(trained), *BOLD])
+    with TrainedModel(config) as model:
+        (prompt,) = decode_bench.prompts(config, model, 1, 24)
+        assert len(prompt) == 24 and model.eos_id not in prompt
+        with torch.no_grad():  # after two training steps every position has the same most probable token
+            for parameter in model.model.parameters():
+                parameter.mul_(6)
+        settings = [
+            Setting(), Setting("prefix", cache_refresh=1), Setting("dual", 1.0, cache_refresh=1),
+            Setting("prefix"), Setting("none", 0.0),
+        ]  # fmt: skip
+        measured = decode_bench.measure(model, [prompt], settings, new_tokens=16, block_size=8, rounds=2)["settings"]
+        with pytest.raises(UserError, match="need 240000 tokens of text"):
+            decode_bench.prompts(config, model, 10, 24000)
+    assert [row["passes"] for row in measured] == [16, 16, 16, 16, 2]
+    agreement = [row["agreement"] for row in measured]
+    assert agreement[:3] == [1, 1, 1] and max(agreement[3:]) < 1
 
 
 @pytest.mark.parametrize("memory", [False, True])

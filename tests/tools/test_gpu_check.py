@@ -211,7 +211,7 @@ def test_results_of_another_shape_do_not_stop_a_report(tmp_path):
     folder = tmp_path / "results/cpu-debug-sizes"
     folder.mkdir(parents=True)
     shapes = [{}, {"numbers": []}, {"commands": [1]}, {"later": {}}, {"machine": 1}, {"seconds": "1"}]
-    shapes += [{"numbers": {"benches": [{}], "tests": 1, "lengths": [1], "runs": [1], "memory_on": 1}}] * 7
+    shapes += [{"numbers": {"benches": [{}], "tests": 1, "lengths": [1], "runs": [1], "settings": [1]}}] * 7
     for section, shape in zip(SECTIONS, shapes, strict=True):
         result = results.Result(section.name, "CPU, debug sizes", "2.13", "now", 1.0, "ok")
         (folder / f"{section.name}.json").write_text(json.dumps(vars(result) | shape))
@@ -455,16 +455,31 @@ def test_what_will_not_fit_does_not_start(repository):
 def test_what_is_missing_is_named(tmp_path, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "xdist" else find_spec(name))
-    assert run(tmp_path, [section for section in SECTIONS if section.name in ("tests", "decoding")], H100) == 0
-    reasons = [kept(tmp_path, name, "1-x-nvidia-h100-80gb-hbm3")["reason"] for name in ("tests", "decoding")]
+    assert run(tmp_path, [section for section in SECTIONS if section.name in ("tests", "decode")], H100) == 0
+    reasons = [kept(tmp_path, name, "1-x-nvidia-h100-80gb-hbm3")["reason"] for name in ("tests", "decode")]
     assert reasons[0] == "needs the dev extra: bash launch/setup.sh dev"
-    assert "--only run_dense decoding" in reasons[1]
+    assert "--only run_dense decode" in reasons[1]
 
 
 def test_commands_of_scripts_say_how_many_processes(tmp_path):
     section = Section("one", "a test", lambda context: context.run("bash", "-c", "true") and None, str, least=0.0)
     assert run(tmp_path, [section], H100, H100) == 0
     assert "\nNGPU=2 bash -c true\n" in (tmp_path / "report.md").read_text()
+
+
+def test_decoding_in_the_report(tmp_path):
+    row = {"memory": "off", "cache": "none", "threshold": None, "tokens_per_second": 20.5, "over_plain": 1.0,
+           "passes": 128, "agreement": 1.0}  # fmt: skip
+    fast = row | {"cache": "dual", "threshold": 0.9, "tokens_per_second": 164.0, "over_plain": 8.01, "passes": 31}
+    numbers = {"settings": [row, fast, fast | {"memory": "on", "over_plain": 9.0, "agreement": 0.875}]}
+    numbers |= {"prompt_tokens": 1024, "new_tokens": 128, "memory_seconds": 0.5}
+    (decode,) = (section for section in SECTIONS if section.name == "decode")
+    assert decode.headline(numbers) == "plain 20.5 tokens/s; cache dual, threshold 0.9: 8.01 times plain"
+    results.keep(tmp_path, results.Result("decode", "CPU, debug sizes", "2.13", "now", 1.0, "ok", numbers=numbers))
+    assert run(tmp_path, [*SECTIONS, command("good", "print(1)")], only=["good"]) == 0
+    report = (tmp_path / "report.md").read_text()
+    assert "| off | none | none | 20.5 | 1.00 | 128 | 100.0% |" in report
+    assert "| on | dual | 0.9 | 164.0 | 9.00 | 31 | 87.5% |" in report and "Writing the memory: 0.500 s" in report
 
 
 def test_json_of_generate_has_no_prompt_sign(monkeypatch, capsys):
@@ -501,7 +516,7 @@ def test_everything_with_debug_sizes(tmp_path, root):
         "| 128 |",
         "| run_packed, steps 1 to 2",
         "| run_128k, steps 1 to 2",
-        "| on | 8 |",
+        "| on | dual | 0.9 |",
     ):
         assert cell in said
     assert said.count("| not measured | debug sizes |") == len(GATES)

@@ -19,6 +19,13 @@ def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
     return {name: command for action in actions for name, command in action.choices.items()}
 
 
+def parsers(name: str) -> dict[str, argparse.ArgumentParser]:
+    """Return a tool's parsers by subcommand; the bench, whose first argument may be a file, has two of its own."""
+    module = importlib.import_module(f"tools.{name}")
+    alone = {"decode": module.decode_parser()} if name == "bench" else {}
+    return {"": module.parser(), **subcommands(module.parser()), **alone}
+
+
 def examples(text: str) -> list[list[str]]:
     """Return the example command lines of a help text, split into words."""
     lines = re.findall(r"^  ((?:echo .* \| )?(?:python|bash) .*)$", text.replace("\\\n", ""), re.MULTILINE)
@@ -27,9 +34,8 @@ def examples(text: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("name", TOOLS)
 def test_help_has_purpose_examples_and_groups(name):
-    main = importlib.import_module(f"tools.{name}").parser()
     script = f"launch/{name}.sh" if (ROOT / f"launch/{name}.sh").exists() else f"tools/{name}.py"
-    for command, parser in {"": main, **subcommands(main)}.items():
+    for command, parser in parsers(name).items():
         where = f"{name} {command}"
         purpose, blank, *rest = parser.description.splitlines()
         assert 20 < len(purpose) <= 120 and purpose.endswith(".") and not blank, where
@@ -42,7 +48,8 @@ def test_help_has_purpose_examples_and_groups(name):
             assert tool == script and (not command or arguments[0] == command), where
             for path in (word for word in arguments if word.endswith(".toml")):
                 assert (ROOT / path).is_file(), f"{where}: {path}"
-            _, rest = main.parse_known_args(arguments)  # exits on an option that is misspelt or missing
+            words = arguments[1:] if command else arguments
+            _, rest = parser.parse_known_args(words)  # exits on an option that is misspelt or missing
             assert all("." in word for word in rest if word.startswith("--")), f"{where}: {rest}"
 
         # The first two groups are argparse's own: positional arguments and options.

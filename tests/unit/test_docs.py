@@ -53,10 +53,13 @@ def test_commands_of_tools_can_be_parsed(root, capsys):
         if not named:
             continue
         name, argv = Path(words[named[0]]).stem, words[named[0] + 1 :]
-        if name == "bench" and argv and argv[0].endswith(".toml"):
+        module, parser = importlib.import_module(f"tools.{name}"), "parser"
+        if name == "bench" and argv[:1] == ["decode"]:
+            argv, parser = argv[1:], "decode_parser"
+        elif name == "bench" and argv and argv[0].endswith(".toml"):
             argv = argv[1:]  # the bench takes its configuration from the argument list itself
         try:
-            _, overrides = parse_with_overrides(importlib.import_module(f"tools.{name}").parser(), argv)
+            _, overrides = parse_with_overrides(getattr(module, parser)(), argv)
         except SystemExit:
             pytest.fail(f"{page}: {shlex.join(words)}: {capsys.readouterr().err}")
         check_keys(root, words, overrides)

@@ -80,7 +80,7 @@ def _chapter(machine: str, kept: dict[str, Result], sections: Sequence[Section])
         "### Length of a row",
         _lengths(kept.get("lengths")),
         "### Decoding",
-        _decoding(kept.get("decoding")),
+        _decoding(kept.get("decode")),
         "### Short runs",
         _runs(kept.values()),
         "### Tests",
@@ -172,23 +172,28 @@ def _lengths(result: Result | None) -> str:
 
 
 def _decoding(result: Result | None) -> str:
-    """Return the table of decoding speed, memory off and on."""
-    rows = []
-    for memory in ("off", "on"):
-        numbers = result.numbers.get(f"memory_{memory}") if result is not None else None
-        if numbers is None:
-            rows.append((memory, *[NOT_MEASURED] * 4))
-            continue
-        rows.append(
-            (
-                memory,
-                f"{numbers['new_tokens']}",
-                f"{numbers['tokens_per_second']:,.1f}",
-                f"{numbers['seconds_per_pass']:.4f}",
-                f"{numbers['memory_seconds']:.3f}",
-            )
+    """Return the table of decoding speed by memory, cache and threshold."""
+    if result is None or not result.numbers.get("settings"):
+        return NOT_MEASURED
+    rows = [
+        (
+            row["memory"],
+            row["cache"],
+            "none" if row["threshold"] is None else f"{row['threshold']:g}",
+            f"{row['tokens_per_second']:,.1f}",
+            f"{row['over_plain']:.2f}",
+            f"{row['passes']}",
+            f"{100 * row['agreement']:.1f}%",
         )
-    return _table(("memory", "new tokens", "tokens/s", "seconds a pass", "writing the memory (s)"), rows)
+        for row in result.numbers["settings"]
+    ]
+    numbers = result.numbers
+    header = ("memory", "cache", "threshold", "tokens/s", "times plain", "passes", "equal tokens")
+    return (
+        _table(header, rows) + f"\n\nPrompt: {numbers['prompt_tokens']} tokens, {numbers['new_tokens']} new ones. "
+        f"Writing the memory: {numbers['memory_seconds']:.3f} s. The model has had a few training steps, so the share "
+        "of equal tokens says little."
+    )
 
 
 def _runs(kept: Iterable[Result]) -> str:

@@ -1,15 +1,13 @@
 """Run sections: short trainings of each production path with launch/train.sh, and decoding with a checkpoint."""
 
-import json
 import math
 import shutil
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from memdlm_dist.performance.gpu_check.benches import BY_ESTIMATE, EXPERTS, EXPERTS_DEBUG, LORA, fits
-from memdlm_dist.performance.gpu_check.section import Context, Failure, Skip, last_words
+from memdlm_dist.performance.gpu_check.section import Context, Failure, Skip, read_json
 
 # Weights are float32, as in full training.
 _DENSE_1B = ("train_configs/bench_8b.toml", "--model.flavor", "1B", "--training.dtype", "float32")
@@ -112,7 +110,7 @@ def _fresh(context: Context, name: str, *arguments: str, disk_gib: float = 0.0) 
 
 
 def _dense(context: Context) -> list[str]:
-    """Return the arguments of section run_dense, whose checkpoint section decoding loads."""
+    """Return the arguments of section run_dense, whose checkpoint section decode loads."""
     return [*_training(context, "run_dense", context.scratch / "data"), "--checkpoint.enable"]
 
 
@@ -162,31 +160,28 @@ def runs_headline(numbers: dict[str, Any]) -> str:
 
 
 def measure_decoding(context: Context) -> None:
-    """Measure decoding with the checkpoint of `run_dense`, memory off and on."""
+    """Measure decoding with the checkpoint of `run_dense`: caches, threshold and memory, with tools/bench.py decode."""
     if not (context.scratch / "run_dense/checkpoint").is_dir():
-        raise Skip("section run_dense has no checkpoint here; run both with --only run_dense decoding")
-    new_tokens = 8 if context.debug else 64 if context.quick else 128
-    prompts = "import os\ndef read(self, size):\nclass Reader(object):\n"
-    for memory in ("off", "on"):
-        output = context.python(
-            "tools/generate.py", *_dense(context), "--interactive", "--json", "--memory", memory, "--no-eos-stop",
-            "--new-tokens", str(new_tokens), stdin=prompts,
-        )  # fmt: skip
-        answers = [json.loads(line) for line in output.splitlines() if line.startswith('{"prompt"')]
-        timed = answers[1:]  # the first one is the warm-up
-        if len(timed) != 2:
-            raise Failure(f"generate.py answered {len(answers)} of 3 prompts: {last_words(output)}")
-        seconds = statistics.median(answer["decoding_seconds"] for answer in timed)
-        context.numbers[f"memory_{memory}"] = {
-            "new_tokens": new_tokens,
-            "tokens_per_second": new_tokens / seconds,
-            "seconds_per_pass": statistics.median(answer["decoding_seconds"] / answer["passes"] for answer in timed),
-            "memory_seconds": statistics.median(answer["memory_seconds"] for answer in timed),
-        }
+        raise Skip("section run_dense has no checkpoint here; run both with --only run_dense decode")
+    path = context.log.with_suffix(".bench.json")
+    path.unlink(missing_ok=True)
+    prompt, new = ("24", "8") if context.debug else ("1024", "64" if context.quick else "128")
+    rounds = "1" if context.debug or context.quick else "3"
+    context.python(
+        "tools/bench.py", "decode", *_dense(context), "--data.validation", str(context.scratch / "data/train"),
+        "--prompt-tokens", prompt, "--new-tokens", new, "--rounds", rounds, "--json", str(path),
+    )  # fmt: skip
+    context.numbers.update(read_json(path))
 
 
 def decoding_headline(numbers: dict[str, Any]) -> str:
-    """Return decoding speed, memory off and on, as one line."""
-    speeds = (f"memory {x}: {numbers[f'memory_{x}']['tokens_per_second']:,.1f} tokens/s" for x in ("off", "on")
-            if f"memory_{x}" in numbers)  # fmt: skip
-    return ", ".join(speeds)
+    """Return the plain loop's speed and the fastest setting, memory off, as one line."""
+    rows = [row for row in numbers.get("settings", []) if row["memory"] == "off"]
+    if not rows:
+        return ""
+    best = max(rows, key=lambda row: row["over_plain"])
+    threshold = f", threshold {best['threshold']:g}" if best["threshold"] is not None else ""
+    return (
+        f"plain {rows[0]['tokens_per_second']:,.1f} tokens/s; cache {best['cache']}{threshold}: "
+        f"{best['over_plain']:.2f} times plain"
+    )

@@ -111,9 +111,9 @@ SECTIONS = (
         benches.measure_mix, benches.mix_headline,
     ),
     Section(
-        "decoding", "tools/generate.py on run_dense's checkpoint, memory off and on",
+        "decode", "tools/bench.py decode on run_dense's checkpoint: caches, threshold and memory",
         runs.measure_decoding, runs.decoding_headline,
     ),
 )  # fmt: skip
 # Sections of --quick, meant to take about ten minutes on an H100.
-QUICK = ("environment", "bench_8b", "lora_8b", "run_dense", "decoding")
+QUICK = ("environment", "bench_8b", "lora_8b", "run_dense", "decode")
