@@ -142,19 +142,26 @@ def check(options: argparse.Namespace) -> None:
     Raises:
         UserError: if an option does not fit, or the output exists.
     """
+    if options.overwrite and options.output is None:
+        raise UserError("--overwrite is for --output; name that file, or omit --overwrite.")
     if options.prompts is None:
         for flag in ("--batch-size", "--output"):
             if getattr(options, flag.strip("-").replace("-", "_")) is not None:
                 raise UserError(f"{flag} is for many prompts; name their file with --prompts, or omit {flag}.")
     elif options.output is not None:
+        if options.output.is_dir() or options.output.resolve() == options.prompts.resolve():
+            kind = "a folder" if options.output.is_dir() else "the file of the prompts"
+            raise UserError(f"--output {options.output} is {kind}; choose another file.")
         report.check_output(options.output.parent, options.output.name, overwrite=options.overwrite)
 
 
 def generate_all(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Answer the prompts of a file, print or write the responses on rank 0, and return the exit status."""
     decoding = get_decoding(options)
-    prompts = prompt_file.read(options.prompts)
+    # Rank 0 reads, before the model is loaded; the file need not exist on other nodes.
+    prompts = prompt_file.read(options.prompts) if is_rank_0() else []
     model = load_model(options, overrides, options.checkpoint, decoding)
+    prompts = from_rank_0(lambda: prompts)
     try:
         share = len(model.data_parallel.share(len(prompts)))
         with tqdm(total=share, unit=" prompts", disable=not is_rank_0()) as bar:

@@ -69,7 +69,7 @@ class HarnessModel(TokenLM):
         block_size: int = 32,
         steps: int | None = None,
         threshold: float | None = None,
-        cache: str = "none",
+        cache: str | None = "none",
         cache_refresh: int = 0,
         attention: str = "full",
         cfg_scale: float = 0.0,
@@ -96,12 +96,12 @@ class HarnessModel(TokenLM):
             raise UserError(f"There is no model argument {unknown[0]}; write keys of the configuration as section.key.")
         flags = [flag for key, value in overrides.items() for flag in _flags(key, value)]
         self._decoding = Decoding(
-            block_size=int(block_size),
-            steps=int(steps) if steps else None,
+            block_size=_integer("block_size", block_size),
+            steps=None if steps is None else _integer("steps", steps),
             threshold=None if threshold is None else _number("threshold", threshold),
-            cache=cast(Cache, cache),
-            cache_refresh=int(_number("cache_refresh", cache_refresh)),
-            attention=cast(DecodingAttention, attention),
+            cache=cast(Cache, "none" if cache is None else cache),  # the harness parses "none" as None
+            cache_refresh=_integer("cache_refresh", cache_refresh),
+            attention=cast(DecodingAttention, attention.replace("-", "_")),
             seed=int(seed),
             cfg_scale=_number("cfg_scale", cfg_scale),
             suppress_tokens=_token_ids(suppress_tokens),
@@ -242,12 +242,12 @@ class HarnessModel(TokenLM):
             pairs: (context, text), as token ids.
 
         Raises:
-            UserError: with guidance or suppressed tokens, under which the logits are no longer the model's.
+            UserError: with guidance, suppressed tokens or block-causal attention, which likelihoods do not have.
         """
-        if self._decoding.cfg_scale or self._decoding.suppress_tokens:
+        if self._decoding.cfg_scale or self._decoding.suppress_tokens or self._decoding.attention != "full":
             raise UserError(
-                "A task scores likelihoods, which are the model's own (cfg_scale and suppress_tokens change decoding "
-                "alone); run the task without these model arguments."
+                "A task scores likelihoods, which are the model's own with full attention (cfg_scale, suppress_tokens "
+                "and attention change decoding alone); run the task without these model arguments."
             )
         all_passes: list[Pass] = []
         for number, (_, text) in enumerate(pairs):
@@ -340,6 +340,18 @@ def _number(name: str, value: Any) -> float:
         return float(value)
     except (TypeError, ValueError):
         raise UserError(f"The model argument {name} must be a number, not '{value}'.") from None
+
+
+def _integer(name: str, value: Any) -> int:
+    """Return a model argument as an integer.
+
+    Raises:
+        UserError: if it is none.
+    """
+    try:
+        return int(str(value))
+    except ValueError:
+        raise UserError(f"The model argument {name} must be an integer, not '{value}'.") from None
 
 
 def _token_ids(value: str | int) -> tuple[int, ...]:

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from memdlm_dist.errors import UserError
+
 # Upper limit of a canvas's length: the random key of a token is its row's id times this plus its position.
 MAX_LENGTH = 2**24
 
@@ -41,12 +43,17 @@ def canvas(
         eos_id: token id of end-of-text, which pads the shorter rows and is not attended to there.
         ids: ids of the rows; 0, 1, ... if None.
         multiple: the canvas's length is rounded up to a multiple of this, the number of sequence shards.
+
+    Raises:
+        UserError: if a row is too long.
     """
     counts = [new_tokens] * len(prompts) if isinstance(new_tokens, int) else list(new_tokens)
     ends = torch.tensor([len(prompt) + count for prompt, count in zip(prompts, counts, strict=True)])
     starts = torch.tensor([len(prompt) for prompt in prompts])
     length = max(1, int(ends.max()))
     length += -length % multiple
+    if length >= MAX_LENGTH:
+        raise UserError(f"A prompt with its response has {length:,} tokens, more than {MAX_LENGTH - 1:,}; shorten it.")
     tokens_BL = torch.full((len(prompts), length), eos_id)
     for row, prompt in enumerate(prompts):
         tokens_BL[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.int64)

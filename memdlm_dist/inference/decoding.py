@@ -50,11 +50,10 @@ class Decoding:
     attention: DecodingAttention = "full"
 
     def __post_init__(self) -> None:
-        if self.block_size < 1 or (self.steps is not None and self.steps < 1) or self.temperature < 0:
-            raise UserError(
-                f"block_size = {self.block_size} and steps = {self.steps} must be at least 1, temperature = "
-                f"{self.temperature} not negative."
-            )
+        if self.block_size < 1 or (self.steps is not None and self.steps < 1):
+            raise UserError(f"block_size = {self.block_size} and steps = {self.steps} must be at least 1.")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"The temperature must be a finite number of at least 0, but is {self.temperature}.")
         for name, kind in (("remasking", Remasking), ("cache", Cache), ("attention", DecodingAttention)):
             if (value := getattr(self, name)) not in get_args(kind):
                 raise UserError(f"{name} must be one of {', '.join(get_args(kind))}, not {value}.")
@@ -68,12 +67,29 @@ class Decoding:
                 f"A confidence threshold ({self.threshold}) and a number of steps per block ({self.steps}) exclude "
                 "each other (the threshold decides how many tokens a step keeps); omit one of them."
             )
+        if self.threshold is not None and self.remasking == "random":
+            raise UserError(
+                "A confidence threshold and random remasking exclude each other (random remasking has no confidences); "
+                "omit one of them."
+            )
         if self.cache_refresh < 0:
             raise UserError(f"The cache refresh must be a number of steps of at least 0, but is {self.cache_refresh}.")
         if self.cache_refresh and self.cache == "none":
             raise UserError(
                 f"A cache refresh (every {self.cache_refresh} steps) needs a cache; choose the cache prefix or dual, "
                 "or omit the refresh."
+            )
+
+    def check_context_parallel(self, degree: int) -> None:
+        """Check the cache against the number of context-parallel ranks.
+
+        Raises:
+            UserError: if there are several.
+        """
+        if self.cache != "none" and degree > 1:
+            raise UserError(
+                f"The cache {self.cache} does not work with parallelism.context_parallel_degree = {degree} (a block is "
+                "too short to divide among ranks); choose the cache none, or a degree of 1."
             )
 
     def check_vocabulary(self, size: int) -> None:

@@ -133,7 +133,7 @@ def load_model(
 ) -> TrainedModel:
     """Load the model of the parsed arguments, without torchtitan's log lines.
 
-    The tokens that `decoding` suppresses are checked first, since loading can take minutes.
+    `decoding` is checked first, since loading can take minutes.
 
     Raises:
         UserError: if a value is out of range, or if the configuration or the checkpoint does not fit.
@@ -144,4 +144,5 @@ def load_model(
     config = parse_config.parse(["--job.config_file", options.config, *overrides])
     if decoding:
         decoding.check_vocabulary(backbone_args(config.model.name, config.model.flavor).vocab_size)
+        decoding.check_context_parallel(config.parallelism.context_parallel_degree)
     return TrainedModel(config, checkpoint, options.adapter, memory_weights=options.memory_weights)

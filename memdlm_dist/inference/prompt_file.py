@@ -50,7 +50,7 @@ def _prompt(label: str, number: int, line: bytes) -> Prompt:
         UserError: if the line is no prompt.
     """
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{label} is not JSON ({one_line(error)}); correct the line.") from None
     if not isinstance(row, dict):

@@ -145,7 +145,7 @@ def respond_to_all(
     The place of a prompt among all prompts keys its random numbers.
 
     Args:
-        prompts: prompts of a file; their own number of new tokens precedes `new_tokens`.
+        prompts: prompts of a file; their own number of new tokens overrides `new_tokens`.
         slots: rows that each data-parallel rank decodes at a time.
         progress: callback, called after each response of this data-parallel rank.
 

@@ -2,7 +2,8 @@
 
 The rows' state is on the model's device. Without a threshold, a step keeps a known share of a block's open positions,
 and the host counts them without reading. It reads one flag per row at the end of a block, to stop at end-of-text; with
-a threshold it reads one number per row in every step.
+a threshold it reads two numbers per row in every step, all rows at once. Data-parallel ranks also agree on the number
+of passes of every step, which waits for the device.
 
 Shapes: S slots, W columns of a slot (its positions and a spare one), R rows of a pass, L tokens of its longest row, T
 tokens that it reads of a row, K positions of a block, m the open ones among them, n = R m.
@@ -193,8 +194,9 @@ class Decoder:
             passes.append((cached, False))
         count = self._max_over_ranks(len(passes))
         self._kept_SW.zero_()
-        for slots, is_full in passes:
-            self._pass(slots, is_full)
+        counts_2R = [self._pass(slots, is_full) for slots, is_full in passes]
+        if passes:
+            self._advance(passes, counts_2R)
         for _ in range(self._forwards * (count - len(passes))):
             self._reader.idle()
         return count > 0
@@ -294,8 +296,12 @@ class Decoder:
             self._plans[key] = (reading, self._to_device([target_RK])[0])
         return self._plans[key]
 
-    def _pass(self, slots: Sequence[int], is_full: bool) -> None:
-        """Run the model over some rows; each of them takes a step."""
+    def _pass(self, slots: Sequence[int], is_full: bool) -> Tensor:
+        """Run the model over some rows; each of them takes a step.
+
+        Returns:
+            Number of tokens kept, and whether the response has end-of-text, int64 `[2, R]`.
+        """
         rows = [self._row(slot) for slot in slots]
         reading, target_RK = self._plan(slots, rows, is_full)
         slot_R = reading.slot_R
@@ -321,15 +327,9 @@ class Decoder:
         kept_RW = torch.zeros_like(open_RW).scatter_(1, position_Rm, True)
         kept_RW[:, spare] = False
         end_RW = self._response_SW.index_select(0, slot_R) & ~open_RW & (tokens_RW == self._eos_id)
-        ended = self._advance(slots, rows, is_full, keep_Rm, end_RW)
-        if any(ended):
-            # Blocks go from left to right, so all that is still open follows the end of text.
-            (ended_R1,) = self._to_device([torch.tensor(ended).unsqueeze(1)])
-            rest_RW = open_RW & ended_R1
-            tokens_RW = tokens_RW.masked_fill(rest_RW, self._eos_id)
-            open_RW, kept_RW = open_RW & ~rest_RW, kept_RW | rest_RW
         for state, x_RW in ((self._tokens_SW, tokens_RW), (self._open_SW, open_RW), (self._kept_SW, kept_RW)):
             state.index_copy_(0, slot_R, x_RW)
+        return torch.stack([keep_Rm.sum(1), end_RW.any(1).long()])
 
     def _choose(
         self, reading: Reading, tokens_RW: Tensor, open_RW: Tensor, order_Rm: Tensor, position_Rm: Tensor
@@ -362,33 +362,41 @@ class Decoder:
         )
         return chosen_2n.unflatten(1, order_Rm.shape)
 
-    def _advance(
-        self, slots: Sequence[int], rows: Sequence[_Row], is_full: bool, keep_Rm: Tensor, end_RW: Tensor
-    ) -> list[bool]:
-        """Count a step of the rows; complete blocks are left. Return which rows end at end-of-text."""
+    def _advance(self, passes: Sequence[tuple[list[int], bool]], counts_2R: Sequence[Tensor]) -> None:
+        """Count the step of all rows; leave the blocks that are complete, and end rows at end-of-text."""
+        stepped = [(slot, self._row(slot), is_full) for slots, is_full in passes for slot in slots]
         has_threshold, stops = self._decoding.threshold is not None, self._decoding.stop_at_eos
         if not has_threshold:
-            for row in rows:
+            for _, row, _ in stepped:
                 row.open -= round(row.open / row.left)
                 row.left -= 1
-        kept, has_end = [0] * len(rows), [0] * len(rows)
-        if has_threshold or (stops and not all(row.open for row in rows)):
-            kept, has_end = HostCopy(torch.stack([keep_Rm.sum(1), end_RW.any(1)])).read().tolist()
-        ended, complete = [], []
-        for slot, row, count, end in zip(slots, rows, kept, has_end, strict=True):
+        kept, has_end = [0] * len(stepped), [0] * len(stepped)
+        if has_threshold or (stops and not all(row.open for _, row, _ in stepped)):
+            kept, has_end = HostCopy(torch.cat(list(counts_2R), 1)).read().tolist()
+        complete, ended = [], []
+        for (slot, row, is_full), count, end in zip(stepped, kept, has_end, strict=True):
             if has_threshold:
                 row.open -= count
             row.age = 1 if is_full or row.age is None else row.age + 1
-            ended.append(bool(stops and end and not row.open))
-            if not row.open:
-                if self._is_block_causal:
-                    row.changed = row.blocks[0][0] // self._decoding.block_size * self._decoding.block_size
-                row.blocks = [] if ended[-1] else row.blocks[1:]
-                row.enter(self._steps)
-                complete.append(slot)
+            if row.open:
+                continue
+            complete.append(slot)
+            if self._is_block_causal:
+                row.changed = row.blocks[0][0] // self._decoding.block_size * self._decoding.block_size
+            row.blocks = row.blocks[1:]
+            if stops and end and row.blocks:
+                ended.append(slot)
+                row.blocks = []
+            row.enter(self._steps)
         if complete:
             self._forget(complete)
-        return ended
+        if ended:
+            # Blocks go from left to right, so all that is still open follows the end of text.
+            ended_S = [[slot in ended] for slot in range(len(self._rows))]
+            rest_SW = self._open_SW & self._to_device([torch.tensor(ended_S)])[0]
+            self._tokens_SW.masked_fill_(rest_SW, self._eos_id)
+            self._open_SW &= ~rest_SW
+            self._kept_SW |= rest_SW
 
 
 def steps(decoder: Decoder, length: int) -> Iterator[Step]:

@@ -43,7 +43,8 @@ def inference_config(config: JobConfig) -> JobConfig:
     config.compile.enable = False
     # Each rank adapts fast weights to its own prompts, so it needs all experts.
     config.parallelism.expert_parallel_degree = config.parallelism.expert_tensor_parallel_degree = 1
-    config.parallelism.context_parallel_method = "ulysses"  # ring attention takes no mask for padding
+    if config.parallelism.context_parallel_method == "ring":  # takes no mask, which padding needs
+        config.parallelism.context_parallel_method, config.parallelism.context_parallel_degree = "ulysses", 1
     config.comm.trace_buf_size = 0  # a trace would create its folder in the current directory
     # Unused, because the caller chooses the batches of prompts; valid for any number of ranks.
     config.training.local_batch_size, config.training.global_batch_size = 1, -1

@@ -287,11 +287,7 @@ class TrainedModel:
             UserError: if a suppressed token is outside the vocabulary, or caches are used with context parallelism.
         """
         decoding.check_vocabulary(self._vocab_size)
-        if decoding.cache != "none" and self._shards.cp_size > 1:
-            raise UserError(
-                f"cache = {decoding.cache} does not work with parallelism.context_parallel_degree = "
-                f"{self._shards.cp_size} (a block is too short to divide among ranks); set cache = none."
-            )
+        decoding.check_context_parallel(self._shards.cp_size)
         return ModelReader(
             self.model,
             slots,

@@ -16,6 +16,8 @@ from memdlm_dist.method.logit_loss import Vocabulary, chunk_length
 
 # Smallest number whose double logarithm is taken; `keyed_random.uniform` has 53 bits.
 _TINY = 2.0**-53
+# Memory of a chunk with noise, over that of its logits.
+_NOISE_FACTOR = 6
 
 
 class TokenChoice:
@@ -60,7 +62,9 @@ def choose_tokens(
         group: tensor-parallel group over which the vocabulary is sharded evenly; None if it is not sharded.
     """
     n = len(choice.index_n)
-    rows = chunk_length(max(n, 1), len(weight_VD), hidden_ND.dtype)
+    # Noise and noisy logits are float64, and so are the generator's temporary tensors.
+    width = len(weight_VD) * (_NOISE_FACTOR if choice.temperature > 0 else 1)
+    rows = chunk_length(max(n, 1), width, hidden_ND.dtype)
     chunks = []
     for start in range(0, n, rows):
         chunk = slice(start, start + rows)

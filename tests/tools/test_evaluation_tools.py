@@ -16,6 +16,7 @@ from tokenizers.processors import TemplateProcessing
 
 from memdlm_dist.config import parse_config
 from memdlm_dist.errors import UserError
+from memdlm_dist.evaluation import harness_model
 from memdlm_dist.evaluation.exposure import Row, measure, split_response
 from memdlm_dist.evaluation.harness import main as harness_command
 from memdlm_dist.inference import canvas, decode_bench, prompt_file
@@ -397,7 +398,7 @@ def chat_model(trained, tmp_path, monkeypatch):
     }
     model = HarnessModel(
         "train_configs/debug.toml", f"{trained}/run/checkpoint", mc_samples=2, check_greedy=False, batch_size=2,
-        threshold="0.01", cache="dual", cache_refresh=3, attention="block_causal", **overrides
+        threshold="0.01", cache="dual", cache_refresh=3, attention="full", **overrides
     )  # fmt: skip
     yield model
     model.close()
@@ -433,7 +434,7 @@ def test_the_harness_applies_the_chat_template_as_transformers_does(chat_model, 
 
         monkeypatch.setattr(owner, name, call)
 
-    record(TrainedModel, "serve")
+    record(harness_model, "serve")
     record(type(chat_model), "loglikelihoods")
     monkeypatch.setattr(evaluator, "add_env_info", lambda results: None)  # takes a second
     oracle = transformers.AutoTokenizer.from_pretrained(chat_model.tokenizer_name.partition(":")[0])
@@ -480,7 +481,7 @@ def test_the_harness_decodes_requests_of_different_lengths_and_temperatures(chat
         for number, (n, t) in enumerate(settings, 1)
     ]
     decoding, model = chat_model._decoding, chat_model._model
-    assert decoding == Decoding(threshold=0.01, cache="dual", cache_refresh=3, attention="block_causal")
+    assert decoding == Decoding(threshold=0.01, cache="dual", cache_refresh=3)
     for number, answer in enumerate(chat_model.generate_until(requests)):
         n, t = settings[number]
         prompt = chat_model.tok_encode(requests[number].args[0])

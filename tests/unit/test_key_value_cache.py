@@ -1,5 +1,7 @@
 """Cached keys and values in decoding against passes over whole rows; the FFN in chunks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from memdlm_dist.inference.reader import ModelReader
 from memdlm_dist.inference.sampler import Decoder
 from memdlm_dist.method import fast_weights
 from memdlm_dist.models.key_value_cache import CachedPass, KeyValueCache
+from memdlm_dist.models.llada import LLaDA
 from memdlm_dist.models.llada_moe import LLaDAMoE, LLaDAMoEArgs
 from memdlm_dist.models.token_choice import TokenChoice
 from tests.support.bilevel import ARGS, MASK_ID, build, change_in_chunks, double, memory
@@ -129,13 +132,13 @@ def test_cached_keys_are_exact_with_block_causal_attention_alone(model):
     assert (exact[1] / approximate[1] - 1).abs().max() > 1e-3, "an approximation with full attention"
 
 
-def decode(model, decoding, fast=None, **options):
+def decode(model, decoding, fast=None, autocast=None, **options):
     start = canvas([[5, 6, 7, 8, 9], [4], [MASK_ID, 3, 2]], 5, MASK_ID, EOS)
     rows, length = start.tokens_BL.shape
     causal_block = decoding.block_size if decoding.attention == "block_causal" else None
     reader = ModelReader(
         model, rows, length, torch.device("cpu"), cached=decoding.cache != "none", causal_block=causal_block,
-        guidance=decoding.cfg_scale, fast=fast,
+        guidance=decoding.cfg_scale, autocast=autocast, fast=fast,
     )  # fmt: skip
     decoder = Decoder(reader, decoding, rows, length, MASK_ID, EOS, **options)
     decoder.load(range(rows), start)
@@ -159,6 +162,24 @@ def test_exact_caches_give_the_tokens_of_whole_passes(model, settings, exact):
     assert torch.equal(decode(model, Decoding(**common), fast, pass_tokens=1), plain)
     for options in exact:
         assert torch.equal(decode(model, Decoding(**common, **options), fast), plain), options
+
+
+def test_exact_caches_are_exact_in_bfloat16():
+    """Autocast, and queries and keys from a norm, whose dtype is not that of the values; rows as long as the table."""
+    torch.manual_seed(0)
+    model = LLaDA(replace(ARGS, qk_norm=True, max_seq_len=10))
+    with torch.no_grad():
+        model.init_weights()
+        for name, weight in model.named_parameters():
+            if "layers" in name and "norm" not in name:
+                weight.mul_(6)
+    amp = torch.autocast("cpu", torch.bfloat16)
+    for settings in ({"cache_refresh": 1}, {"attention": "block_causal"}):
+        plain = Decoding(3, stop_at_eos=False, cfg_scale=1.0, attention=settings.get("attention", "full"))
+        cached = Decoding(3, stop_at_eos=False, cfg_scale=1.0, cache="dual", **settings)
+        tokens = decode(model, plain, autocast=amp)
+        assert tokens[:, 3:].unique().numel() > 4
+        assert torch.equal(decode(model, cached, autocast=amp), tokens), settings
 
 
 @pytest.mark.parametrize("ffn_tokens", [1, 7, 10, 47])

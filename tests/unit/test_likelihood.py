@@ -170,9 +170,9 @@ def test_responses_end_at_the_stop_strings_and_keep_their_order(model):
 
 
 def test_decoding_options_are_refused_for_likelihoods(model):
-    harness = model(suppress_tokens="0:1")
+    harness = model(suppress_tokens="0:1", cache=None)  # the harness parses "none" as None
     assert harness.generate_until(requests("generate_until", ("ab", {"max_gen_toks": 3}))) == ["ccc"]
-    for arguments in ({"suppress_tokens": 1}, {"cfg_scale": 0.5}):
+    for arguments in ({"suppress_tokens": 1}, {"cfg_scale": 0.5}, {"attention": "block-causal"}):
         with pytest.raises(UserError, match=r"likelihoods, which are the model's own .*; run the task without"):
             model(**arguments).loglikelihood(requests("loglikelihood", ("ab", "c")))
         with pytest.raises(UserError, match="likelihoods, which are the model's own"):

@@ -132,6 +132,8 @@ def test_rows_are_as_the_naive_ones(
     slots, pass_tokens,
 ):  # fmt: skip
     """Rows enter free slots at any time and share passes; toy predictions are exact in cached passes too."""
+    if "threshold" in pace:
+        remasking = "low_confidence"
     decoding = Decoding(
         block, temperature=temperature, remasking=remasking, stop_at_eos=stop, seed=3, cfg_scale=cfg_scale,
         suppress_tokens=suppressed, cache=caching[0], cache_refresh=caching[1], attention=attention, **pace,
@@ -289,13 +291,18 @@ def test_what_follows_end_of_text_is_not_predicted():
     "settings, message",
     [
         ({"block_size": 0}, "block_size = 0 and steps = None must be at least 1"),
-        ({"temperature": -0.5}, "temperature = -0.5 not negative"),
+        ({"temperature": -0.5}, "The temperature must be a finite number of at least 0, but is -0.5."),
         ({"remasking": "lowest"}, "remasking must be one of low_confidence, random, not lowest."),
         ({"cache": "all"}, "cache must be one of none, prefix, dual, not all."),
         ({"attention": "causal"}, "attention must be one of full, block_causal, not causal."),
         ({"cfg_scale": float("inf")}, "cfg_scale must be a finite number of at least 0, but is inf."),
         ({"threshold": 1.5}, "The confidence threshold must be a probability from 0 to 1, but is 1.5."),
         ({"threshold": float("nan")}, "The confidence threshold must be a probability from 0 to 1, but is nan."),
+        (
+            {"threshold": 0.9, "remasking": "random"},
+            "A confidence threshold and random remasking exclude each other (random remasking has no confidences); "
+            "omit one of them.",
+        ),
         (
             {"threshold": 0.9, "steps": 4},
             "A confidence threshold (0.9) and a number of steps per block (4) exclude each other (the threshold "

@@ -111,5 +111,7 @@ def test_a_sharded_vocabulary_gives_the_same_tokens(monkeypatch):
             of_all = [torch.empty_like(chosen) for _ in range(2)]
             dist.all_gather(of_all, chosen)
             assert torch.equal(*of_all), case
+        broken = ours("greedy", hidden * torch.nan, weight.chunk(2)[rank], None, group)
+        assert ((broken[0] >= 0) & (broken[0] < V)).all(), "NaN gives ids that the embedding has"
 
     assert ranks.fork_group(2, body) == 0

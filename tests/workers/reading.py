@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from memdlm_dist.runtime import cpu
@@ -17,6 +18,7 @@ from memdlm_dist.runtime import cpu
 cpu.prepare()
 
 from memdlm_dist.config import parse_config
+from memdlm_dist.errors import UserError
 from memdlm_dist.evaluation.exposure import Row, measure
 from memdlm_dist.inference.decoding import Decoding
 from memdlm_dist.inference.serving import Request, serve
@@ -37,7 +39,7 @@ LAYOUTS = {
 # After two training steps inner gradients are small; this rate makes adaptation change the output.
 BOLD = ["--parametric_memory.learning_rate", "20", "--parametric_memory.gradient_clip", "0"]
 SUPPRESSED = (110, 300)  # frequent without suppression
-# Not approximate, so that context-parallel ranks, which do not use the cache, give the same.
+# Exact caches; context-parallel ranks refuse them.
 _CACHED = Decoding(4, 2, stop_at_eos=False, cache="prefix", cache_refresh=1)
 DECODINGS = {
     "refreshed": _CACHED,
@@ -69,18 +71,20 @@ def read(model: TrainedModel, new_tokens: int = 6) -> dict:
 
             results["guided"] = model.data_parallel.map_batches(prompts, 2, guided)
             for name, decoding in DECODINGS.items():
-                if model._shards.cp_size > 1:  # caches are refused
-                    decoding = replace(decoding, cache="none", cache_refresh=0)
+                if model._shards.cp_size > 1 and decoding.cache != "none":
+                    with pytest.raises(UserError, match=r"parallelism\.context_parallel_degree = 2"):
+                        model.generate(prompts, new_tokens, decoding)
+                    continue
 
                 def work(batch, ids, decoding=decoding):
                     return model.generate(batch, new_tokens, decoding, memory=True, ids=ids).responses
 
                 results[name] = model.data_parallel.map_batches(prompts, 3, work)
-                if name == "block-causal, cached":
-                    # On two data-parallel ranks, the second queue leaves one without requests.
-                    requests = [Request(prompt, new_tokens, number) for number, prompt in enumerate(prompts)]
-                    served = [serve(model, queue, decoding, 2, memory=True) for queue in (requests, requests[:1])]
-                    results["served"] = [response.response for queue in served for response in queue.responses]
+            decoding = DECODINGS["block-causal, cached" if "block-causal, cached" in results else "block-causal"]
+            # On two data-parallel ranks, the second queue leaves one without requests.
+            requests = [Request(prompt, new_tokens, number) for number, prompt in enumerate(prompts)]
+            served = [serve(model, queue, decoding, 2, memory=True) for queue in (requests, requests[:1])]
+            results["served"] = [response.response for queue in served for response in queue.responses]
         # No empty prompts: with only [MASK]s, all positions have equal confidence, and rounding chooses among them.
         rows = [Row(prompt, [5, 6, 7, 8]) for prompt in prompts if prompt]
         points = measure(model, rows, memory, ratios=(0.5, 1.0), batch_size=2)
