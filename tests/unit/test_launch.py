@@ -43,8 +43,11 @@ def test_shipped_configurations_start_on_any_node(name):
         assert training.global_batch_size == expected
         assert expected % (training.local_batch_size * (ranks // others)) == 0
     # Inference has no batch to divide and reshards after the forward pass.
-    inference = launch.resolve(inference_config(config), 3 * config.parallelism.tensor_parallel_degree)
+    inference = launch.resolve(inference_config(config), 3 * others)
     assert inference.parallelism.fsdp_reshard_after_forward == "default"
+    assert inference.parallelism.context_parallel_degree == config.parallelism.context_parallel_degree
+    config.parallelism.context_parallel_method = "ring"  # takes no mask
+    assert inference_config(config).parallelism.context_parallel_degree == 1
     if name.endswith("longalpaca"):
         resolved = launch.resolve(config, 32, 8)
         assert resolved.parallelism.data_parallel_replicate_degree == 4 and resolved.training.local_batch_size == 2
