@@ -194,8 +194,7 @@ def _decode(
     def work(batch: list[list[int]], ids: list[int]) -> list[tuple[list[int], int]]:
         start = model.canvas(batch, new_tokens, ids)
         decoder = model.decoder(start, decoding, fast)
-        while decoder.step():
-            pass
+        decoder.run()
         tokens = decoder.tokens(range(len(batch)))
         return [(row[len(prompt) :], decoder.passes) for row, prompt in zip(tokens, batch, strict=True)]
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from memdlm_dist.inference.canvas import MAX_LENGTH, Canvas
@@ -169,10 +170,8 @@ class Decoder:
         given_BL = start.attended_BL & ~start.open_BL
         states = (self._tokens_SW, self._open_SW, self._given_SW, self._start_SW, self._response_SW)
         columns = (start.tokens_BL, start.open_BL, given_BL, start.open_BL, start.response_BL)
-        rows = [
-            torch.nn.functional.pad(x_BL[:, :width], (0, max(0, width - x_BL.shape[1])), value=fill)
-            for x_BL, fill in zip(columns, (self._eos_id, False, False, False, False), strict=True)
-        ]
+        # What follows a row is not attended to, so its tokens do not matter.
+        rows = [F.pad(x_BL, (0, width - x_BL.shape[1])) for x_BL in columns]
         slot_B, ids_B, *rows = self._to_device([torch.tensor(slots), start.ids_B, *rows])
         for state, row_BW in zip((*states, self._id_S), (*rows, ids_B), strict=True):
             state.index_copy_(0, slot_B, row_BW)
@@ -200,6 +199,12 @@ class Decoder:
         for _ in range(self._forwards * (count - len(passes))):
             self._reader.idle()
         return count > 0
+
+    def run(self) -> None:
+        """Decode all rows to their ends."""
+        running = True
+        while running:
+            running = self.step()
 
     def state(self, length: int) -> Step:
         """Return the first `length` positions of all slots after the last step, on the device."""

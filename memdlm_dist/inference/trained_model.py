@@ -337,8 +337,7 @@ class TrainedModel:
         began = time.perf_counter()
         start = self.canvas(prompts, new_tokens, ids)
         decoder = self.decoder(start, decoding, adapted.fast if adapted else None)
-        while decoder.step():
-            pass
+        decoder.run()
         tokens_BL = decoder.state(start.tokens_BL.shape[1]).to_host().tokens_BL
         return Generated(
             canvas.responses(tokens_BL, start, self.eos_id),

@@ -173,7 +173,7 @@ def test_guidance_reads_the_same_memory_without_the_prompt(model, prompts, monke
 
 @pytest.mark.parametrize("case", ["full", "block_causal", "shifted", "experts"])
 def test_a_block_pass_after_a_full_pass_gives_the_same(folder, model, case):
-    """With the same tokens the cache is exact: for some rows, padded ones, with memory and guidance."""
+    """Equal tokens make the cache exact: for some rows, padded ones, with memory and guidance."""
     if case == "shifted":
         model = TrainedModel(parse_config.parse([*arguments_of(folder), "--model.flavor", "tiny_shifted"]))
     prompts = [list(range(20, 29)), list(range(40, 46)), list(range(60, 73))]

@@ -155,7 +155,7 @@ def decode(model, decoding, fast=None, autocast=None, **options):
     ],
 )
 def test_exact_caches_give_the_tokens_of_whole_passes(model, settings, exact):
-    """With memory; rows in one pass or in passes of their own."""
+    """Rows read with memory, in one pass or in passes of their own."""
     fast, common = fast_weights_of(ARGS), {"block_size": 3, "stop_at_eos": False} | settings
     plain = decode(model, Decoding(**common), fast)
     assert plain[:, 3:].unique().numel() > 6
