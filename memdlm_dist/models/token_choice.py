@@ -33,6 +33,8 @@ class TokenChoice:
         random_confidence: the confidence is a random number instead of the chosen token's probability.
         guidance: scale s and the rows h `[n, D]` of a second pass: the logits are u + (s + 1) (c - u), with c of this
             pass and u of h; None without.
+        mask_id: id of [MASK] if it is among `suppressed` and its probability still counts: the confidences are then
+            those of a softmax with [MASK] in it, as in the published samplers. None: suppressed ids have probability 0.
     """
 
     def __init__(
@@ -43,9 +45,10 @@ class TokenChoice:
         key_n: Tensor | None = None,
         random_confidence: bool = False,
         guidance: tuple[float, Tensor] | None = None,
+        mask_id: int | None = None,
     ):
         self.index_n, self.suppressed, self.temperature = index_n, suppressed, temperature
-        self.key_n, self.random_confidence, self.guidance = key_n, random_confidence, guidance
+        self.key_n, self.random_confidence, self.guidance, self.mask_id = key_n, random_confidence, guidance, mask_id
 
 
 def choose_tokens(
@@ -91,6 +94,15 @@ def choose(
     size = logits_CV.shape[1]
     vocabulary = Vocabulary(size, group)
     first = size * get_rank(group) if group is not None else 0
+    mask_logit_C = None
+    if choice.mask_id is not None and 0 <= choice.mask_id - first < size:
+        mask_logit_C = logits_CV[:, choice.mask_id - first].clone()
+
+    def total(top_C: Tensor) -> Tensor:
+        """Return the local sum of exp(logit - top); overwrites the logits."""
+        total_C = logits_CV.sub_(top_C.unsqueeze(1)).exp_().sum(-1)
+        return total_C if mask_logit_C is None else total_C + (mask_logit_C - top_C).exp()
+
     index_s, is_local_s = vocabulary.local_index(choice.suppressed)
     never_s = torch.where(is_local_s, -torch.inf, 0.0).type_as(logits_CV)
     logits_CV.index_add_(1, index_s, never_s.expand(len(logits_CV), -1))
@@ -111,13 +123,12 @@ def choose(
         assert choice.key_n is not None
         confidence_C = keyed_random.uniform(choice.key_n[chunk], id_C.new_zeros(1)).squeeze(-1)
     elif choice.temperature == 0:
-        # The chosen logit is the largest one: its share of the total is 1.
-        confidence_C = 1 / vocabulary.sum(logits_CV.sub_(top_C.unsqueeze(1)).exp_().sum(-1))
+        # The chosen logit is the largest one that is left: its share of the total is 1.
+        confidence_C = 1 / vocabulary.sum(total(top_C))
     else:
         index_C, is_local_C = vocabulary.local_index(id_C)
         logit_C = torch.where(is_local_C, logits_CV.gather(1, index_C.unsqueeze(1)).squeeze(1), 0.0)
         top_C = vocabulary.max(logits_CV.amax(-1))
-        total_C = logits_CV.sub_(top_C.unsqueeze(1)).exp_().sum(-1)
-        logit_C, total_C = vocabulary.sum(torch.stack([logit_C, total_C]))
+        logit_C, total_C = vocabulary.sum(torch.stack([logit_C, total(top_C)]))
         confidence_C = (logit_C - top_C).exp() / total_C
     return torch.stack([id_C.double(), confidence_C.double()])

@@ -20,6 +20,8 @@ CASES = {
     "warm, random confidence": {"temperature": 2.0, "random_confidence": True, "key_n": KEY},
     "guided": {"guidance": 1.5},
     "guided, warm": {"guidance": 0.5, "temperature": 0.7, "key_n": KEY},
+    "mask counts": {"mask_id": 50},  # the last id of the first tensor-parallel rank
+    "mask counts, warm": {"mask_id": 101, "temperature": 0.7, "key_n": KEY},
 }
 
 
@@ -52,10 +54,13 @@ def naive(case, hidden, weight, unguided):
         if "guidance" in options:
             blank = weight.double() @ unguided[row].double()
             logits = blank + (options["guidance"] + 1) * (logits - blank)
+        whole = logits.clone()
         logits[SUPPRESSED] = -torch.inf
         u = keyed_random.uniform(key.unsqueeze(0), torch.arange(V + 1)).squeeze(0)
         noisy = logits - temperature * (-u[1:].clamp(min=2.0**-53).log()).log()
         token = min(v for v in range(V) if noisy[v] == noisy.max())
+        if "mask_id" in options:
+            logits[options["mask_id"]] = whole[options["mask_id"]]
         confidence = u[0] if options.get("random_confidence") else logits.softmax(0)[token]
         result.append((token, float(confidence)))
     return torch.tensor(result, dtype=torch.float64).T
