@@ -18,7 +18,9 @@ class Decoding:
     Attributes:
         block_size: open positions per block; blocks are decoded from left to right. With block-causal attention:
             positions per block.
-        steps: steps per block; each step keeps a near-equal number of tokens. None: one token per step.
+        steps: steps per block; each step keeps a near-equal number of tokens. None: one token per step. With a
+            threshold, step k = 0, 1, ... of any block has the quota floor(block_size / steps), plus 1 if
+            k < block_size mod steps.
         temperature: factor of the Gumbel noise that is added to the logits; 0 is greedy.
         remasking: choice of the predictions that a step keeps: the most probable ("low_confidence") or random ones.
         stop_at_eos: end a row after the block in which its response contains end-of-text.
@@ -27,8 +29,15 @@ class Decoding:
             u + (s + 1) (c - u), where c reads the row, and u reads it with [MASK]s in place of the prompt's tokens.
             0: no guidance, and no second forward pass.
         suppress_tokens: ids of tokens that are never predicted.
-        threshold: a step keeps all predictions with a confidence above this, and at least the most confident one
-            (Fast-dLLM, arXiv 2505.22618). None: a fixed number of steps.
+        threshold: a step keeps all predictions with a confidence above this, and at least as many of the most
+            confident ones as its quota (Fast-dLLM, arXiv 2505.22618). None: a fixed number of steps.
+        min_tokens: quota of every step with a threshold, unless `steps` is given.
+        edit_threshold: a step also replaces decided tokens of the present block, except the prompt's, by the same
+            pass's predictions with a confidence above this (LLaDA2.1, arXiv 2602.08676). None: decided tokens stay.
+        post_steps: with editing, largest number of steps in a block after its last open position is filled in. The
+            first of them that replaces nothing is the last one.
+        leave_masks: end a block as soon as it contains end-of-text, also in the prompt's part, and leave its [MASK]s;
+            decoding continues in the next block. Only for comparison with MemDLM's published sampler, which does so.
         cache: keys and values that a step takes from earlier passes. "prefix": those before the present block. "dual":
             those after it too. "none": every step reads whole rows.
         cache_refresh: steps of a block between two passes that read whole rows; 0: only the first step of a block.
@@ -45,6 +54,10 @@ class Decoding:
     cfg_scale: float = 0.0
     suppress_tokens: tuple[int, ...] = ()
     threshold: float | None = None
+    min_tokens: int = 1
+    edit_threshold: float | None = None
+    post_steps: int = 16
+    leave_masks: bool = False
     cache: Cache = "none"
     cache_refresh: int = 0
     attention: DecodingAttention = "full"
@@ -62,22 +75,45 @@ class Decoding:
         # The sentences also answer command-line flags, so they name the setting in words.
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise UserError(f"The confidence threshold must be a probability from 0 to 1, but is {self.threshold}.")
-        if self.threshold is not None and self.steps is not None:
-            raise UserError(
-                f"A confidence threshold ({self.threshold}) and a number of steps per block ({self.steps}) exclude "
-                "each other (the threshold decides how many tokens a step keeps); omit one of them."
-            )
         if self.threshold is not None and self.remasking == "random":
             raise UserError(
                 "A confidence threshold and random remasking exclude each other (random remasking has no confidences); "
                 "omit one of them."
             )
+        self._check_quota_and_editing()
         if self.cache_refresh < 0:
             raise UserError(f"The cache refresh must be a number of steps of at least 0, but is {self.cache_refresh}.")
         if self.cache_refresh and self.cache == "none":
             raise UserError(
                 f"A cache refresh (every {self.cache_refresh} steps) needs a cache; choose the cache prefix or dual, "
                 "or omit the refresh."
+            )
+
+    def _check_quota_and_editing(self) -> None:
+        if self.min_tokens < 1:
+            raise UserError(f"The number of tokens kept per step must be at least 1, but is {self.min_tokens}.")
+        if self.min_tokens > 1 and (self.threshold is None or self.steps is not None):
+            raise UserError(
+                f"A least number of tokens per step ({self.min_tokens}) needs a confidence threshold, and no number of "
+                "steps per block (which decides it); omit the least number or the steps, or give a threshold."
+            )
+        if self.edit_threshold is not None and not 0 <= self.edit_threshold <= 1:
+            raise UserError(
+                f"The confidence threshold of editing must be a probability from 0 to 1, but is {self.edit_threshold}."
+            )
+        if self.edit_threshold is not None and self.threshold is None:
+            raise UserError(
+                f"Editing above a confidence ({self.edit_threshold}) needs a confidence threshold (a fixed number of "
+                "steps has none); give a threshold too."
+            )
+        if self.post_steps < 0:
+            raise UserError(
+                f"The steps of editing after a complete block must be at least 0, but are {self.post_steps}."
+            )
+        if self.leave_masks and (self.threshold is None or self.attention != "block_causal" or self.stop_at_eos):
+            raise UserError(
+                "leave_masks needs a threshold, attention = block_causal and stop_at_eos = False (the settings of the "
+                "published sampler that it repeats); set these, or omit leave_masks."
             )
 
     def check_context_parallel(self, degree: int) -> None:

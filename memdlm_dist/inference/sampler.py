@@ -1,16 +1,16 @@
 """Denoising as in LLaDA: fills the [MASK] positions of rows block by block, the most confident first.
 
-The rows' state is on the model's device. Without a threshold, a step keeps a known share of a block's open positions,
-and the host counts them without reading. It reads one flag per row at the end of a block, to stop at end-of-text; with
-a threshold it reads two numbers per row in every step, all rows at once. Data-parallel ranks also agree on the number
-of passes of every step, which waits for the device.
+The rows' state is on the model's device, and their schedules are on the host. Without a threshold, a step keeps a known
+share of a block's open positions, and the host counts them without reading. It reads one flag per row at the end of a
+block, to stop at end-of-text; with a threshold it reads three numbers per row in every step, all rows at once.
+Data-parallel ranks also agree on the number of passes of every step, which waits for the device.
 
 Shapes: S slots, W columns of a slot (its positions and a spare one), R rows of a pass, L tokens of its longest row, T
-tokens that it reads of a row, K positions of a block, m the open ones among them, n = R m.
+tokens that it reads of a row, K positions of a block, m those among them that a step predicts, n = R m.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from memdlm_dist.inference.canvas import MAX_LENGTH, Canvas
 from memdlm_dist.inference.decoding import Decoding
+from memdlm_dist.inference.row_schedule import Outcome, RowSchedule
 from memdlm_dist.method import keyed_random
 from memdlm_dist.method.keyed_random import Stream
 from memdlm_dist.models.token_choice import TokenChoice
@@ -33,7 +34,7 @@ class Step(NamedTuple):
 
     tokens_BL: Tensor
     open_BL: Tensor  # bool: still [MASK]
-    kept_BL: Tensor  # bool: filled in at this step
+    kept_BL: Tensor  # bool: filled in or replaced at this step
 
     def to_host(self) -> "Step":
         """Return a copy on the host; waits for the device."""
@@ -102,29 +103,11 @@ class Reader(Protocol):
         ...
 
 
-@dataclass
-class _Row:
-    """Progress of a row, as the host knows it."""
-
-    length: int
-    blocks: list[list[int]]  # open positions of the blocks that are left; the first is the present one
-    open: int = 0  # open positions of the present block
-    left: int = 0  # steps that are left in it
-    age: int | None = None  # steps since a pass read the whole row; None before the first step of a block
-    changed: int | None = None  # first position whose cached keys and values are outdated; None: all are
-
-    def enter(self, steps: int) -> None:
-        """Enter the first of the blocks that are left."""
-        self.open = len(self.blocks[0]) if self.blocks else 0
-        # More steps than open positions would predict from an unchanged row.
-        self.left, self.age = min(steps, self.open), None
-
-
 class Decoder:
     """Rows in the slots of a batch, each at its own place of its own schedule.
 
-    A block is the next `block_size` open positions of a row; other tokens between them are not counted. Tokens at
-    positions that are not open never change. The result of a row does not depend on the other rows.
+    Tokens that are not open at the start never change, and those of complete blocks do not change any more. The result
+    of a row does not depend on the other rows.
 
     Args:
         reader: the model.
@@ -160,7 +143,7 @@ class Decoder:
         )
         self._id_S = torch.zeros(slots, dtype=torch.int64, device=device)
         (self._suppressed,) = self._to_device([torch.tensor([mask_id, *decoding.suppress_tokens])])
-        self._rows: list[_Row | None] = [None] * slots
+        self._rows: list[RowSchedule | None] = [None] * slots
         self._plans: dict[tuple[bool, tuple[tuple[int, int], ...]], tuple[Reading, Tensor]] = {}
         self.passes = 0
 
@@ -176,26 +159,26 @@ class Decoder:
         for state, row_BW in zip((*states, self._id_S), (*rows, ids_B), strict=True):
             state.index_copy_(0, slot_B, row_BW)
         for slot, open_L, attended_L in zip(slots, start.open_BL, start.attended_BL, strict=True):
-            self._rows[slot] = row = _Row(max(1, int(attended_L.sum())), self._blocks(open_L.nonzero().flatten()))
-            row.enter(self._steps)
+            length = max(1, int(attended_L.sum()))
+            self._rows[slot] = RowSchedule(self._decoding, length, open_L.nonzero().flatten().tolist())
         self._forget(slots)
 
     def is_finished(self, slot: int) -> bool:
-        """Return whether a slot's row has no open position left, or the slot has no row."""
-        return not ((row := self._rows[slot]) and row.blocks)
+        """Return whether a slot's row has no block left, or the slot has no row."""
+        return (row := self._rows[slot]) is None or row.is_finished
 
     def step(self) -> bool:
         """Take a step of every row that is not finished; return whether any rank had one."""
-        active = {slot: row for slot, row in enumerate(self._rows) if row and row.blocks}
-        stale = [slot for slot, row in active.items() if self._is_stale(row)]
+        active = {slot: row for slot, row in enumerate(self._rows) if row and not row.is_finished}
+        stale = [slot for slot, row in active.items() if row.is_stale]
         passes = [(group, True) for group in self._groups(stale)]
         if cached := [slot for slot in active if slot not in stale]:
             passes.append((cached, False))
         count = self._max_over_ranks(len(passes))
         self._kept_SW.zero_()
-        counts_2R = [self._pass(slots, is_full) for slots, is_full in passes]
+        counts_3R = [self._pass(slots, is_full) for slots, is_full in passes]
         if passes:
-            self._advance(passes, counts_2R)
+            self._advance(passes, counts_3R)
         for _ in range(self._forwards * (count - len(passes))):
             self._reader.idle()
         return count > 0
@@ -217,41 +200,18 @@ class Decoder:
         return [tokens[: self._row(slot).length] for slot, tokens in zip(slots, rows, strict=True)]
 
     @property
-    def _steps(self) -> int:
-        return self._decoding.steps or self._decoding.block_size
-
-    @property
     def _forwards(self) -> int:
         """Number of forward passes of the model in a pass."""
         return 2 if self._decoding.cfg_scale else 1
-
-    @property
-    def _is_block_causal(self) -> bool:
-        return self._decoding.attention == "block_causal"
 
     def _to_device(self, tensors: list[Tensor]) -> list[Tensor]:
         moved: list[Tensor] = PinnedTree(tensors, self._reader.device).to_device()
         return moved
 
-    def _blocks(self, open_n: Tensor) -> list[list[int]]:
-        """Divide a row's open positions into blocks."""
-        size = self._decoding.block_size
-        number_n = open_n // size if self._is_block_causal else torch.arange(len(open_n)) // size
-        counts = number_n.unique_consecutive(return_counts=True)[1].tolist()
-        return [block.tolist() for block in open_n.split(counts)] if counts else []
-
     def _forget(self, slots: Sequence[int]) -> None:
         """Drop the plans that contain some slots."""
         gone = set(slots)
         self._plans = {key: plan for key, plan in self._plans.items() if gone.isdisjoint(slot for slot, _ in key[1])}
-
-    def _is_stale(self, row: _Row) -> bool:
-        """Return whether the row's next pass must read all of it."""
-        if self._decoding.cache == "none":
-            return True
-        if row.age is None:
-            return row.changed is None
-        return 0 < self._decoding.cache_refresh <= row.age
 
     def _groups(self, slots: Sequence[int]) -> Iterator[list[int]]:
         """Divide slots into passes over at most `pass_tokens` tokens each, or over one row."""
@@ -267,32 +227,18 @@ class Decoder:
         if group:
             yield group
 
-    def _row(self, slot: int) -> _Row:
+    def _row(self, slot: int) -> RowSchedule:
         row = self._rows[slot]
         assert row is not None
         return row
 
-    def _range(self, row: _Row) -> range:
-        """Return the positions that a cached pass reads of a row."""
-        first, last = row.blocks[0][0], row.blocks[0][-1]
-        if self._is_block_causal:
-            # All positions of the block, because they attend to each other; and first those that changed before it.
-            size = self._decoding.block_size
-            first = first // size * size
-            if row.age is None and row.changed is not None:
-                first = min(first, row.changed)
-            last = min((last // size + 1) * size, row.length) - 1
-        elif self._decoding.cache == "prefix":
-            last = row.length - 1
-        return range(max(0, first - self._reader.lookback), last + 1)
-
-    def _plan(self, slots: Sequence[int], rows: Sequence[_Row], is_full: bool) -> tuple[Reading, Tensor]:
+    def _plan(self, slots: Sequence[int], rows: Sequence[RowSchedule], is_full: bool) -> tuple[Reading, Tensor]:
         """Return the reading of a pass, and the positions of the rows' blocks `[R, K]`."""
-        read = None if is_full else [self._range(row) for row in rows]
+        read = None if is_full else [row.cached_range(self._reader.lookback) for row in rows]
         firsts = [0] * len(rows) if read is None else [positions.start for positions in read]
         key = (is_full, tuple(zip(slots, firsts, strict=True)))
         if key not in self._plans:
-            blocks = [row.blocks[0] for row in rows]
+            blocks = [row.block for row in rows]
             # The spare position, which is never open, pads the shorter blocks.
             spare = self._tokens_SW.shape[1] - 1
             most = max(map(len, blocks))
@@ -305,36 +251,59 @@ class Decoder:
         """Run the model over some rows; each of them takes a step.
 
         Returns:
-            Number of tokens kept, and whether the response has end-of-text, int64 `[2, R]`.
+            The fields of each row's `Outcome`, int64 `[3, R]`.
         """
         rows = [self._row(slot) for slot in slots]
         reading, target_RK = self._plan(slots, rows, is_full)
         slot_R = reading.slot_R
         tokens_RW, open_RW = (x.index_select(0, slot_R) for x in (self._tokens_SW, self._open_SW))
-        # The open positions of each block come first; only these reach the output head.
-        most = max(row.open for row in rows)
+        # The open positions of each block come first; without editing, only these reach the output head.
+        most = max(row.candidates for row in rows)
         order_Rm = (~open_RW.gather(1, target_RK)).to(torch.int8).argsort(dim=1, stable=True)[:, :most]
         position_Rm = target_RK.gather(1, order_Rm)
-        open_Rm = open_RW.gather(1, position_Rm)
         chosen_2Rm = self._choose(reading, tokens_RW, open_RW, order_Rm, position_Rm)
-        confidence_Rm = chosen_2Rm[1].masked_fill(~open_Rm, -torch.inf)
-        rank_Rm = confidence_Rm.argsort(dim=1, descending=True, stable=True).argsort(1)
-        if (threshold := self._decoding.threshold) is not None:
-            keep_Rm = open_Rm & ((confidence_Rm > threshold) | (rank_Rm == 0))
-        else:
-            # Equal share of the remaining positions, rounded half to even as in the published sampler.
-            (share_R1,) = self._to_device([torch.tensor([[round(row.open / row.left)] for row in rows])])
-            keep_Rm = open_Rm & (rank_Rm < share_R1)
+        keep_Rm = self._kept(rows, open_RW.gather(1, position_Rm), chosen_2Rm[1])
+        edit_Rm = self._edited(slot_R, tokens_RW, open_RW, position_Rm, chosen_2Rm)
         spare = self._tokens_SW.shape[1] - 1
-        position_Rm = torch.where(keep_Rm, position_Rm, spare)
+        position_Rm = torch.where(keep_Rm | edit_Rm, position_Rm, spare)
         tokens_RW.scatter_(1, position_Rm, chosen_2Rm[0].long())
         open_RW.scatter_(1, position_Rm, False)
         kept_RW = torch.zeros_like(open_RW).scatter_(1, position_Rm, True)
         kept_RW[:, spare] = False
-        end_RW = self._response_SW.index_select(0, slot_R) & ~open_RW & (tokens_RW == self._eos_id)
+        end_RW = self._scope(slot_R, target_RK) & ~open_RW & (tokens_RW == self._eos_id)
         for state, x_RW in ((self._tokens_SW, tokens_RW), (self._open_SW, open_RW), (self._kept_SW, kept_RW)):
             state.index_copy_(0, slot_R, x_RW)
-        return torch.stack([keep_Rm.sum(1), end_RW.any(1).long()])
+        return torch.stack([keep_Rm.sum(1), edit_Rm.sum(1), end_RW.any(1).long()])
+
+    def _kept(self, rows: Sequence[RowSchedule], open_Rm: Tensor, confidence_Rm: Tensor) -> Tensor:
+        """Return which of the open positions a step fills in, bool `[R, m]`."""
+        confidence_Rm = confidence_Rm.masked_fill(~open_Rm, -torch.inf)
+        rank_Rm = confidence_Rm.argsort(dim=1, descending=True, stable=True).argsort(1)
+        threshold, quotas = self._decoding.threshold, [row.quota for row in rows]
+        quota_R1: Tensor | int = quotas[0]
+        if len(set(quotas)) > 1:
+            (quota_R1,) = self._to_device([torch.tensor(quotas).unsqueeze(1)])
+        # All above the threshold, or as many of the most confident ones as the quota if these are more.
+        above_Rm = confidence_Rm > (math.inf if threshold is None else threshold)
+        return open_Rm & (above_Rm | (rank_Rm < quota_R1))
+
+    def _edited(
+        self, slot_R: Tensor, tokens_RW: Tensor, open_RW: Tensor, position_Rm: Tensor, chosen_2Rm: Tensor
+    ) -> Tensor:
+        """Return which of the decided positions get another token, bool `[R, m]`."""
+        if (threshold := self._decoding.edit_threshold) is None:
+            return torch.zeros_like(position_Rm, dtype=torch.bool)
+        decided_RW = self._start_SW.index_select(0, slot_R) & ~open_RW
+        differs_Rm = chosen_2Rm[0].long() != tokens_RW.gather(1, position_Rm)
+        return decided_RW.gather(1, position_Rm) & differs_Rm & (chosen_2Rm[1] > threshold)
+
+    def _scope(self, slot_R: Tensor, target_RK: Tensor) -> Tensor:
+        """Return the positions where end-of-text matters, bool `[R, W]`: the response, or see `leave_masks`."""
+        if not self._decoding.leave_masks:
+            return self._response_SW.index_select(0, slot_R)
+        attended_RW = (self._given_SW | self._start_SW).index_select(0, slot_R)
+        number_W = torch.arange(attended_RW.shape[1], device=slot_R.device) // self._decoding.block_size
+        return attended_RW & (number_W == target_RK[:, :1] // self._decoding.block_size)
 
     def _choose(
         self, reading: Reading, tokens_RW: Tensor, open_RW: Tensor, order_Rm: Tensor, position_Rm: Tensor
@@ -343,7 +312,8 @@ class Decoder:
         settings, slot_R = self._decoding, reading.slot_R
         key_n, is_random = None, settings.remasking == "random"
         if settings.temperature or is_random:
-            # Not the step: the number of steps depends on the threshold.
+            # Not the step: the number of steps depends on the threshold. Editing repeats the noise in a complete block,
+            # so that its tokens settle.
             decided_R1 = (self._start_SW.index_select(0, slot_R) & ~open_RW).sum(1, keepdim=True)
             ids_Rm = self._id_S.index_select(0, slot_R).unsqueeze(1) * MAX_LENGTH + position_Rm
             key_n = keyed_random.key(settings.seed, Stream.DECODING, decided_R1.expand_as(ids_Rm), ids_Rm).flatten()
@@ -353,6 +323,7 @@ class Decoder:
             settings.temperature,
             key_n,
             is_random,
+            mask_id=None if self._mask_id in settings.suppress_tokens else self._mask_id,
         )
         blank_RW = None
         if settings.cfg_scale:
@@ -367,32 +338,25 @@ class Decoder:
         )
         return chosen_2n.unflatten(1, order_Rm.shape)
 
-    def _advance(self, passes: Sequence[tuple[list[int], bool]], counts_2R: Sequence[Tensor]) -> None:
-        """Count the step of all rows; leave the blocks that are complete, and end rows at end-of-text."""
+    def _advance(self, passes: Sequence[tuple[list[int], bool]], counts_3R: Sequence[Tensor]) -> None:
+        """Count the step of all rows, and end rows at end-of-text."""
         stepped = [(slot, self._row(slot), is_full) for slots, is_full in passes for slot in slots]
         has_threshold, stops = self._decoding.threshold is not None, self._decoding.stop_at_eos
-        if not has_threshold:
-            for _, row, _ in stepped:
-                row.open -= round(row.open / row.left)
-                row.left -= 1
-        kept, has_end = [0] * len(stepped), [0] * len(stepped)
-        if has_threshold or (stops and not all(row.open for _, row, _ in stepped)):
-            kept, has_end = HostCopy(torch.cat(list(counts_2R), 1)).read().tolist()
+        outcomes = [Outcome(row.quota) for _, row, _ in stepped]
+        completes = any(row.open == outcome.kept for (_, row, _), outcome in zip(stepped, outcomes, strict=True))
+        if has_threshold or (stops and completes):
+            kept, edited, has_end = HostCopy(torch.cat(list(counts_3R), 1)).read().tolist()
+            if not has_threshold:
+                kept = [outcome.kept for outcome in outcomes]
+            outcomes = [Outcome(*counts) for counts in zip(kept, edited, map(bool, has_end), strict=True)]
         complete, ended = [], []
-        for (slot, row, is_full), count, end in zip(stepped, kept, has_end, strict=True):
-            if has_threshold:
-                row.open -= count
-            row.age = 1 if is_full or row.age is None else row.age + 1
-            if row.open:
+        for (slot, row, is_full), outcome in zip(stepped, outcomes, strict=True):
+            if not row.advance(outcome, is_full):
                 continue
             complete.append(slot)
-            if self._is_block_causal:
-                row.changed = row.blocks[0][0] // self._decoding.block_size * self._decoding.block_size
-            row.blocks = row.blocks[1:]
-            if stops and end and row.blocks:
+            if stops and outcome.has_end and not row.is_finished:
                 ended.append(slot)
-                row.blocks = []
-            row.enter(self._steps)
+                row.end()
         if complete:
             self._forget(complete)
         if ended:

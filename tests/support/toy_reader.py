@@ -69,6 +69,48 @@ class ToyReader:
         self.idle_passes += 1
 
 
+class CachedToyReader(ToyReader):
+    """Toy reader with block-causal attention and a cache: a pass renews the keys of the positions that it reads.
+
+    The key of a position is a hash of the tokens up to the end of its block, and so are its logits of the keys.
+
+    Args:
+        table: logits `[E, V]`; a hash selects a row.
+        block: tokens of a block.
+        lookback: see `Reader`.
+    """
+
+    def __init__(self, table, block, lookback=0):
+        super().__init__(None, lookback=lookback)
+        self.table, self.block, self.keys = table, block, {}
+
+    def end(self, position):
+        """Return the end of a position's block."""
+        return (position // self.block + 1) * self.block
+
+    def new_keys(self, tokens, positions):
+        """Return the keys of some positions of a row."""
+        return {p: hash((p, *tokens[: self.end(p)])) for p in positions}
+
+    def entry(self, keys, target):
+        """Return the row of the table with the logits of a token."""
+        source = target - self.lookback
+        return hash((target, *(keys[p] for p in range(self.end(source)) if p in keys))) % len(self.table)
+
+    def choose(self, reading, tokens_RT, blank_RT, choice):
+        lengths, read, pairs = reading.details
+        slots = reading.slot_R.tolist()
+        for row, (slot, tokens, length) in enumerate(zip(slots, tokens_RT.tolist(), lengths, strict=True)):
+            positions = range(length) if read is None else read[row]
+            kept = {} if read is None else self.keys[slot]
+            self.keys[slot] = kept | self.new_keys(tokens[:length], positions)
+        targets = [pairs[number] for number in choice.index_n.tolist()]
+        assert read is None or all(target - self.lookback in read[row] for row, target in targets)
+        self.passes.append(Pass(slots, read, targets))
+        entries = [self.entry(self.keys[slots[row]], target) for row, target in targets]
+        return choose(self.table[entries], choice)
+
+
 def toy_decoder(predict, decoding, start, mask_id, eos_id, slots=None, **options):
     """Return a decoder of a toy reader; it holds the canvas `start`, unless another number of slots is given."""
     rows, length = start.tokens_BL.shape

@@ -152,6 +152,8 @@ def decode(model, decoding, fast=None, autocast=None, **options):
         ({"cfg_scale": 1.0, "temperature": 0.5}, [{"cache": "dual", "cache_refresh": 1}]),
         ({"attention": "block_causal"}, [{"cache": "prefix"}, {"cache": "dual", "cache_refresh": 2}]),
         ({"attention": "block_causal", "cfg_scale": 1.0, "threshold": 0.3}, [{"cache": "dual"}]),
+        ({"attention": "block_causal", "threshold": 0.3, "steps": 2}, [{"cache": "prefix"}]),
+        ({"attention": "block_causal", "threshold": 0.1, "edit_threshold": 0.05, "post_steps": 2}, [{"cache": "dual"}]),
     ],
 )
 def test_exact_caches_give_the_tokens_of_whole_passes(model, settings, exact):

@@ -79,8 +79,10 @@ def naive_decode(prompt, new_tokens, decoding, row_id):
                 if decoding.cfg_scale:
                     blank = toy_logits([x if i in holes else MASK for i, x in enumerate(row)], position)
                     logits = blank + (decoding.cfg_scale + 1) * (logits - blank)
-                for never in (MASK, *decoding.suppress_tokens):
+                for never in decoding.suppress_tokens:
                     logits[never] = -torch.inf
+                probability = logits.softmax(0)  # [MASK] is never predicted, but is as probable as it is
+                logits[MASK] = -torch.inf
                 key = keyed_random.key(
                     decoding.seed, Stream.DECODING, n_decoded, torch.tensor([row_id * 2**24 + position])
                 )  # fmt: skip
@@ -90,7 +92,7 @@ def naive_decode(prompt, new_tokens, decoding, row_id):
                     noisy = logits - decoding.temperature * torch.log(-torch.log(u[1:].clamp(min=2**-53)))
                 token[position] = int(noisy.argmax())
                 random = decoding.remasking == "random"
-                confidence[position] = float(u[0]) if random else float(logits.softmax(0)[token[position]])
+                confidence[position] = float(u[0]) if random else float(probability[token[position]])
             best = sorted(block, key=lambda position: -confidence[position])
             if decoding.threshold is not None:
                 share = max(1, sum(confidence[position] > decoding.threshold for position in block))
@@ -303,11 +305,20 @@ def test_what_follows_end_of_text_is_not_predicted():
             "A confidence threshold and random remasking exclude each other (random remasking has no confidences); "
             "omit one of them.",
         ),
+        ({"threshold": 0.9, "min_tokens": 0}, "The number of tokens kept per step must be at least 1, but is 0."),
+        ({"min_tokens": 2}, "A least number of tokens per step (2) needs a confidence threshold"),
+        ({"threshold": 0.9, "steps": 4, "min_tokens": 2}, "and no number of steps per block (which decides it)"),
         (
-            {"threshold": 0.9, "steps": 4},
-            "A confidence threshold (0.9) and a number of steps per block (4) exclude each other (the threshold "
-            "decides how many tokens a step keeps); omit one of them.",
+            {"threshold": 0.9, "edit_threshold": -0.1},
+            "The confidence threshold of editing must be a probability from 0 to 1, but is -0.1.",
         ),
+        (
+            {"edit_threshold": 0.9, "remasking": "random"},
+            "Editing above a confidence (0.9) needs a confidence threshold (a fixed number of steps has none); give a "
+            "threshold too.",
+        ),
+        ({"post_steps": -1}, "The steps of editing after a complete block must be at least 0, but are -1."),
+        ({"threshold": 0.9, "leave_masks": True, "stop_at_eos": False}, "leave_masks needs a threshold, attention ="),
         (
             {"cache": "dual", "cache_refresh": -1},
             "The cache refresh must be a number of steps of at least 0, but is -1.",
