@@ -21,8 +21,9 @@ from memdlm_dist.compat.torch import local_block
 from memdlm_dist.errors import UserError, require
 from memdlm_dist.models import lora
 from memdlm_dist.models.linears import ALL_LINEAR, GROUPS, LINEARS, ROUTER, adapter_linear_names
-from memdlm_dist.models.llada_moe import LLaDAMoE
 from memdlm_dist.models.lora import LoRA, add_adapters
+from memdlm_dist.models.mixture import LLaDAMixture
+from memdlm_dist.models.row_slices import RowSlice
 from memdlm_dist.models.state_dict_adapters import BackboneStateDictAdapter
 from memdlm_dist.runtime import hub
 from memdlm_dist.runtime.rank_0 import from_rank_0, on_all_ranks, one_line
@@ -102,7 +103,7 @@ def check(folder: str, sd_adapter: BackboneStateDictAdapter, section: LoRA) -> A
         UserError: see `read`; also if rank, alpha or targets differ, naming the key to change.
     """
     adapter = read(folder, sd_adapter)
-    has_router = issubclass(sd_adapter.model_cls, LLaDAMoE)
+    has_router = issubclass(sd_adapter.model_cls, LLaDAMixture)
     ours, theirs = (set(adapter_linear_names(x, has_router)) for x in (section.target_modules, adapter.targets))
     values = {
         "rank": (adapter.rank, section.rank, adapter.rank == section.rank),
@@ -249,6 +250,8 @@ def _places(shapes: Mapping[str, torch.Size], sd_adapter: BackboneStateDictAdapt
         stacked = len(shape) == 3
         full = torch.empty(shape, device="meta")
         for expert, weight in enumerate(sd_adapter.to_hf({lora.base_weight_name(name): full})):
+            if RowSlice.parse(weight):
+                continue  # PEFT adapts the whole tensor
             places[_key(weight, name)] = _Place(name, expert if stacked else None, tuple(shape[-2:]))
     return places
 

@@ -26,6 +26,7 @@ from memdlm_dist.method.bilevel import Memory, outer_loss
 from memdlm_dist.method.fast_weights import FastWeights, map_leaves
 from memdlm_dist.method.micro_batch import MicroBatch, micro_batch
 from memdlm_dist.method.trajectory import IGNORE_INDEX, Draw, Plan, State
+from memdlm_dist.models import row_slices
 from memdlm_dist.models.llada import LLaDA
 from memdlm_dist.models.state_dict_adapters import BackboneStateDictAdapter
 
@@ -236,9 +237,8 @@ def compare_outer(
             detached = map_leaves(lambda x: x.detach(), fast) if fast else None
             logits = model(batch.inputs[0], all_positions, detached)
         yield compare(f"{label} logits", logits.view_as(theirs["logits"]), theirs["logits"], LOGITS_ATOL)
-    gradients = sd_adapter.to_hf(
-        {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
-    )
+    grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    gradients = row_slices.joined(sd_adapter.to_hf(grads))
     pairs = {
         key.removeprefix("grad."): (gradients[key.removeprefix("grad.")], tensor)
         for key, tensor in theirs.items()

@@ -126,6 +126,12 @@ class BidirectionalAttention(Attention):
 
     def __init__(self, args: Any):
         super().__init__(args)
+        self.head_dim: int = args.head_dim
+        if args.query_dim != args.dim:  # llama3 divides the width among the heads
+            self.wq, self.wo = (
+                nn.Linear(*sizes, bias=False) for sizes in ((args.dim, args.query_dim), (args.query_dim, args.dim))
+            )
+            self.wk, self.wv = (nn.Linear(args.dim, args.kv_dim, bias=False) for _ in range(2))
         self.inner_attention: nn.Module = BidirectionalAttentionKernel()
         self.qk_norm: bool = args.qk_norm
         if self.qk_norm:
