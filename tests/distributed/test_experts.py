@@ -264,7 +264,7 @@ def test_blocks_compiled_around_their_experts_are_the_eager_ones():
 
     torch._dynamo.reset()
     for block in models[1].layers.values():
-        block.compile_around_experts(backend)
+        block.compile_parts(backend)
     memory = memory_of(layers=1)
     documents = (torch.arange(24) * 3 // 24).expand(3, -1)
     compiled, loads = [], []
