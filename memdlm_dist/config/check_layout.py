@@ -53,10 +53,10 @@ def check_backbone(config: JobConfig, args: LLaDAArgs) -> None:
         )
     fused = set(adapter_linear_names(config.lora.target_modules, has_router)) & set(args.fused_linears)
     require(
-        not (config.model.converters and config.lora.export == "adapter" and fused),
-        f"lora.export = 'adapter' is not supported for adapters of {', '.join(sorted(fused))} in model "
-        f"{config.model.name}, whose published weights hold them as one linear; set lora.export to 'merged', or leave "
-        "them out of lora.target_modules.",
+        not (config.model.converters and config.lora.export == "adapter") or len(fused) in (0, len(args.fused_linears)),
+        f"lora.export = 'adapter' needs adapters of all or none of {', '.join(args.fused_linears)} in model "
+        f"{config.model.name}, whose published weights hold them as one linear; change lora.target_modules, or set "
+        "lora.export to 'merged'.",
     )
     coefficient = config.model.load_balance_coeff
     require(

@@ -316,11 +316,11 @@ class LLaDAMixture(LLaDA):
         return [mixture.expert_bias for mixture in trained if mixture.expert_bias is not None]
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
-        """Draw all weights from torch's seed, and reset the RoPE table and the expert load; torchtitan's hook."""
+        """Draw all weights from torch's seed, and reset the RoPE table, biases and expert load; torchtitan's hook."""
         super().init_weights(buffer_device)
         for mixture in self.mixtures():
-            for name in ("tokens_per_expert", "load"):
-                setattr(mixture, name, torch.zeros_like(mixture.get_buffer(name), device=buffer_device))
+            for name, buffer in list(mixture.named_buffers(recurse=False)):
+                setattr(mixture, name, torch.zeros_like(buffer, device=buffer_device))
 
     def take_load(self) -> Tensor:
         """Return this rank's tokens per expert since the last call, `[X, E]` for X layers, and reset the counts.
