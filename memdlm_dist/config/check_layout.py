@@ -58,17 +58,7 @@ def check_backbone(config: JobConfig, args: LLaDAArgs) -> None:
         f"{config.model.name}, whose published weights hold them as one linear; change lora.target_modules, or set "
         "lora.export to 'merged'.",
     )
-    coefficient = config.model.load_balance_coeff
-    require(
-        coefficient is None or (isinstance(args, MixtureArgs) and args.has_expert_bias),
-        f"model.load_balance_coeff = {coefficient} needs a router with a bias per expert, which model "
-        f"{config.model.name} does not have; remove it.",
-    )
-    require(
-        coefficient is None or 0 < coefficient < math.inf,
-        f"model.load_balance_coeff = {coefficient} is not a positive number; correct it, or remove it to keep the "
-        "experts' biases.",
-    )
+    _check_load_balance(config, args)
     if isinstance(args, MixtureArgs):
         _check_experts(config, args)
     else:
@@ -93,6 +83,27 @@ def check_backbone(config: JobConfig, args: LLaDAArgs) -> None:
         require(
             size % tp_size == 0,
             f"{name} ({size}) is not divisible by parallelism.tensor_parallel_degree ({tp_size}); change one of them.",
+        )
+
+
+def _check_load_balance(config: JobConfig, args: LLaDAArgs) -> None:
+    """Check that the router has biases, and that what a run saves holds them if it trains them."""
+    coefficient = config.model.load_balance_coeff
+    require(
+        coefficient is None or (isinstance(args, MixtureArgs) and args.has_expert_bias),
+        f"model.load_balance_coeff = {coefficient} needs a router with a bias per expert, which model "
+        f"{config.model.name} does not have; remove it.",
+    )
+    require(
+        coefficient is None or 0 < coefficient < math.inf,
+        f"model.load_balance_coeff = {coefficient} is not a positive number; correct it, or remove it to keep the "
+        "experts' biases.",
+    )
+    for key, value in (("base", "nf4"), ("export", "adapter")):
+        require(
+            not (coefficient and config.model.converters and getattr(config.lora, key) == value),
+            f"model.load_balance_coeff = {coefficient} is not supported with lora.{key} = '{value}', which saves the "
+            "adapters alone and not the experts' biases; change one of them.",
         )
 
 
