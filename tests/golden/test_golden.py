@@ -9,7 +9,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.support.computed_fixture import write_fixture
+from tests.support.computed_fixture import DenseLayer, LLaDA2, write_fixture
 from tools import check_golden
 
 CASES = (
@@ -249,13 +249,27 @@ COMPUTED = {
         (2, 19),
         ("labels", "t", "outer"),
     ),
+    "LLaDA2.1 of other sizes, three steps, reverse KL": (
+        {"masking": "pmc", "steps": 3, "loss": "distill_reverse"},
+        ["gate_proj", "up_proj", "down_proj"],
+        (2, 13),
+        (),
+        LLaDA2,
+    ),
+    "LLaDA2.1, dense layer adapted, hidden": (
+        {"masking": "pmc", "steps": 2, "loss": "distill_hidden", "hidden_type": "mse", "adapter_type": "full"},
+        ["gate_proj", "down_proj"],
+        (2, 11),
+        (),
+        DenseLayer,
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", COMPUTED)
 def test_other_fixtures_of_the_format(name, tmp_path, capsys):
-    memory, targets, shape, absent = COMPUTED[name]
-    write_fixture(tmp_path, memory, targets, shape, absent)
+    memory, targets, shape, absent, *backbone = COMPUTED[name]
+    write_fixture(tmp_path, memory, targets, shape, absent, *backbone)
     assert check_golden.main([str(tmp_path)]) == 0, capsys.readouterr().out
     lines = report_lines(capsys)
     assert any("inner losses" in line for line in lines) and any("trajectory: masks" in line for line in lines)
