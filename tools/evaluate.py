@@ -118,7 +118,7 @@ def run_needle(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     report.check_output(options.output, JSON, PNG, overwrite=options.overwrite)
     report.pyplot()  # fails before the measurement if matplotlib is missing
     hay = Haystack.read(options.part, options.haystack)
-    model = load_model(options, overrides, options.checkpoint, decoding)
+    model = load_model(options, overrides, options.checkpoint, decoding, memory="on" in memories)
     try:
         needles = NeedleGenerator(model.tokenizer, hay, options.part, sizes, options.seed)
         for task in tasks:

@@ -97,7 +97,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise UserError(f"--names gives {len(names)} names for {len(checkpoints)} checkpoints; give one for each.")
     if options.checkpoint:  # the run's own folder is never a repository
         checkpoints = [hub.weights(path) for path in checkpoints]
-    model = load_model(options, overrides, checkpoints[0] if options.checkpoint else None)
+    model = load_model(options, overrides, checkpoints[0] if options.checkpoint else None, memory="on" in memories)
     try:
         rows = load_rows(config, model, options.data, options.samples, options.prompt_share)
         results, lines = [], []

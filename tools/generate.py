@@ -160,7 +160,7 @@ def generate_all(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     decoding = get_decoding(options)
     # Rank 0 reads, before the model is loaded; the file need not exist on other nodes.
     prompts = prompt_file.read(options.prompts) if is_rank_0() else []
-    model = load_model(options, overrides, options.checkpoint, decoding)
+    model = load_model(options, overrides, options.checkpoint, decoding, memory=options.memory == "on")
     prompts = from_rank_0(lambda: prompts)
     try:
         share = len(model.data_parallel.share(len(prompts)))
@@ -201,7 +201,7 @@ def generate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if options.prompts is not None:
         return generate_all(options, overrides)
     decoding = get_decoding(options)
-    model = load_model(options, overrides, options.checkpoint, decoding)
+    model = load_model(options, overrides, options.checkpoint, decoding, memory=options.memory == "on")
     try:
         watch = is_rank_0() and sys.stdout.isatty() and not (options.json or options.no_watch)
         for text in prompts(options):

@@ -23,6 +23,7 @@ cpu.prepare()
 from memdlm_dist.checkpoint import hugging_face_folder
 from memdlm_dist.config import parse_config
 from memdlm_dist.errors import require
+from memdlm_dist.models.state_dict_adapters import in_dtype
 from memdlm_dist.runtime import hub
 from memdlm_dist.runtime.entry_point import guarded, new_parser, parse_with_overrides, quiet
 from memdlm_dist.training.backbone import get_sd_adapter
@@ -60,7 +61,7 @@ def make(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     model = sd_adapter.model_cls(sd_adapter.args)
     with torch.no_grad():
         model.init_weights()
-    state = {name: tensor.to(getattr(torch, options.dtype)) for name, tensor in model.state_dict().items()}
+    state = in_dtype(model.state_dict(), getattr(torch, options.dtype))
     hugging_face_folder.write(sd_adapter.to_hf(state), str(output))
     written = hugging_face_folder.describe(str(output), sd_adapter, [hub.tokenizer(config.model.hf_assets_path)])
     parameters = sum(tensor.numel() for tensor in state.values())

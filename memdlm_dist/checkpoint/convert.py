@@ -25,7 +25,8 @@ from memdlm_dist.checkpoint.reading import load_states, read_metadata
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import lora
 from memdlm_dist.models.lora import LoRA
-from memdlm_dist.models.state_dict_adapters import BackboneStateDictAdapter
+from memdlm_dist.models.row_slices import RowSlice
+from memdlm_dist.models.state_dict_adapters import BackboneStateDictAdapter, in_dtype, stored_dtype
 from memdlm_dist.runtime.rank_0 import failure_reason
 from memdlm_dist.runtime.storage import Storage, is_remote
 
@@ -102,7 +103,7 @@ def merge_adapter(
         peft_folder.load(adapters, sd_adapter, adapter, run.lora)
         progress(f"writing {output}")
         state = lora.merged(state | adapters, run.lora.scale)
-        hugging_face_folder.write(sd_adapter.to_hf(_cast(state, dtype)), folder)
+        hugging_face_folder.write(sd_adapter.to_hf(in_dtype(state, dtype)), folder)
         hugging_face_folder.describe(folder, sd_adapter, [source])
 
 
@@ -112,8 +113,10 @@ def _read_base(run: Run, source: str, dtype: torch.dtype | None, progress: Progr
     state = {}
     for name, tensor in lora.without_adapters(run.tensors).items():
         # The experts of a layer are one tensor here; the first expert determines the dtype.
-        first: Any = saved[next(iter(run.sd_adapter.to_hf({name: tensor})))]
-        state[name] = torch.empty(tensor.shape, dtype=dtype or first.properties.dtype)
+        first = next(iter(run.sd_adapter.to_hf({name: tensor})))
+        part = RowSlice.parse(first)
+        file_tensor: Any = saved[part.whole if part else first]
+        state[name] = torch.empty(tensor.shape, dtype=stored_dtype(name, dtype or file_tensor.properties.dtype))
     progress(f"reading {_size(state)} from {source}")
     return hugging_face_folder.read_into(state, run.sd_adapter, source)
 
@@ -175,17 +178,13 @@ def to_hugging_face(
         if adapters_alone:
             assert run.lora is not None
             base = sources[0] if sources else ""
-            peft_folder.write(_cast(state, dtype), folder, sd_adapter, run.lora, base)
+            peft_folder.write(in_dtype(state, dtype), folder, sd_adapter, run.lora, base)
             return location
         state = lora.merged(state, run.lora.scale) if run.lora is not None else state
-        hugging_face_folder.write(sd_adapter.to_hf(_cast(state, dtype)), folder)
+        hugging_face_folder.write(sd_adapter.to_hf(in_dtype(state, dtype)), folder)
         first = [] if assets or is_remote(location) else [location]  # a checkpoint that was converted has all files
         hugging_face_folder.describe(folder, sd_adapter, [*first, *sources], tokenizers=[*first, *sources[::-1]])
     return location
-
-
-def _cast(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    return {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in state.items()}
 
 
 def _size(state: Mapping[str, Tensor]) -> str:

@@ -19,7 +19,7 @@ from memdlm_dist.compat.torch import tree_leaves
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import lora
 from memdlm_dist.models.lora import LoRA
-from memdlm_dist.models.state_dict_adapters import BackboneStateDictAdapter
+from memdlm_dist.models.state_dict_adapters import BackboneStateDictAdapter, in_dtype
 from memdlm_dist.runtime.rank_0 import failure_reason, first_reason, log_unexpected, on_all_ranks, write_on_rank_0
 
 # Shortest timeout of collectives, in seconds, while an export is written.
@@ -67,7 +67,7 @@ class Exporter:
                 assert self.lora is not None
                 return base_model.exported_state(self.model, self.lora.scale, self.dtype)
             merged = state if self.lora is None else lora.merged(state, self.lora.scale)
-            return merged if self.dtype is None else {name: tensor.to(self.dtype) for name, tensor in merged.items()}
+            return in_dtype(merged, self.dtype)
 
         sources = [path for path in (self.weights, tokenizer) if path]
         hugging_face_folder.export(prepare, folder, self.sd_adapter, sources, tokenizers=sources[::-1])

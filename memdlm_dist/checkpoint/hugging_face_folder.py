@@ -19,15 +19,16 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
 from memdlm_dist.checkpoint import peft_folder
 from memdlm_dist.checkpoint.catalogue import EXPORT
+from memdlm_dist.checkpoint.slice_reader import SliceReader
 from memdlm_dist.compat.torch import consolidate_safetensors
 from memdlm_dist.errors import UserError
-from memdlm_dist.models import lora
-from memdlm_dist.models.state_dict_adapters import BackboneStateDictAdapter, fqn_to_index_mapping
+from memdlm_dist.models import lora, row_slices
+from memdlm_dist.models.state_dict_adapters import BackboneStateDictAdapter, fqn_to_index_mapping, stored_dtype
 from memdlm_dist.runtime.rank_0 import failure_reason, from_rank_0, on_all_ranks, one_line, write_on_rank_0
 from memdlm_dist.runtime.storage import is_remote
 
@@ -154,7 +155,7 @@ def read_into(state: dict[str, Any], sd_adapter: BackboneStateDictAdapter, folde
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as intended
-            dcp.load(hf_state, storage_reader=HuggingFaceStorageReader(folder), no_dist=not dist.is_initialized())
+            dcp.load(hf_state, storage_reader=SliceReader(folder, hf_state), no_dist=not dist.is_initialized())
     except (CheckpointException, OSError, SafetensorError) as failure:
         raise UserError(
             f"The weights in {folder} cannot be read ({failure_reason(failure)}); download them again."
@@ -180,11 +181,12 @@ def write(tensors: Mapping[str, Tensor], folder: str) -> None:
     """Write unsharded tensors to a folder, in one process: safetensors files of at most 5 GB, and their index.
 
     Args:
-        tensors: by Hugging Face name.
+        tensors: by Hugging Face name; row slices are joined.
 
     Raises:
         UserError: if the folder cannot be written to.
     """
+    tensors = row_slices.joined(tensors)
     writer = HuggingFaceStorageWriter(folder, fqn_to_index_mapping=fqn_to_index_mapping(tensors))
     try:
         with warnings.catch_warnings():
@@ -210,14 +212,15 @@ def export(
     complete.
 
     Args:
-        prepare: returns the tensors, of one dtype, sharded or not, by parameter name; without adapters.
+        prepare: returns the tensors, cast with `in_dtype`, sharded or not, by parameter name; without adapters.
         sources, tokenizers: see `describe`.
 
     Raises:
         CheckpointException, OSError: on all ranks, if a rank fails.
     """
     # DCP has collectives, in which the other ranks would wait for a rank that has failed before.
-    tensors = on_all_ranks(lambda: sd_adapter.to_hf(dict(prepare())), "Preparing the tensors of an export")
+    prepared = on_all_ranks(lambda: sd_adapter.to_hf(dict(prepare())), "Preparing the tensors of an export")
+    tensors = row_slices.joined(prepared)
     # A rank names only its own experts, so the list of all tensors comes from the backbone.
     expected, dtype = sd_adapter.expected(), next(iter(tensors.values())).dtype
     numbers = fqn_to_index_mapping(expected, dtype)
@@ -239,7 +242,7 @@ def export(
     def complete() -> None:
         shutil.rmtree(shards)
         describe(folder, sd_adapter, sources, tokenizers)
-        size = sum(math.prod(tensor.shape) * dtype.itemsize for tensor in expected.values())
+        size = sum(math.prod(x.shape) * stored_dtype(name, dtype).itemsize for name, x in expected.items())
         index = {"metadata": {"total_size": size}, "weight_map": files}
         (Path(folder) / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 

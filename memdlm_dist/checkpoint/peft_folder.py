@@ -2,11 +2,15 @@
 
 PEFT names a tensor after the base model's module: base_model.model.<module>.lora_A.weight. The adapters of a layer's
 experts are one stacked tensor here, `[E, R, in]` or `[E, out, R]`, and one tensor per expert there.
+
+Some linears here are rows of one fused linear there, such as queries, keys and values, n = 3. Their adapters are one
+adapter of rank n R there: A `[n R, in]` stacks theirs, and B `[out, n R]` has theirs as blocks. An adapter of rank R
+that was trained on the fused linear gives each of them a copy of A, and its rows of B.
 """
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +25,9 @@ from memdlm_dist.compat.torch import local_block
 from memdlm_dist.errors import UserError, require
 from memdlm_dist.models import lora
 from memdlm_dist.models.linears import ALL_LINEAR, GROUPS, LINEARS, ROUTER, adapter_linear_names
-from memdlm_dist.models.llada_moe import LLaDAMoE
 from memdlm_dist.models.lora import LoRA, add_adapters
+from memdlm_dist.models.mixture import LLaDAMixture
+from memdlm_dist.models.row_slices import RowSlice
 from memdlm_dist.models.state_dict_adapters import BackboneStateDictAdapter
 from memdlm_dist.runtime import hub
 from memdlm_dist.runtime.rank_0 import from_rank_0, on_all_ranks, one_line
@@ -57,6 +62,7 @@ class Adapter:
         targets: linears with an adapter, in all layers, as values of lora.target_modules.
         dropout: dropout that the adapter was trained with.
         base: name or path of the base model, as written in the folder; may be empty.
+        stacked: adapters of fused linears have the rank n R.
     """
 
     rank: int
@@ -64,6 +70,7 @@ class Adapter:
     targets: tuple[str, ...]
     dropout: float
     base: str
+    stacked: bool = False
 
     def settings(self, section: LoRA) -> LoRA:
         """Return a copy of a [lora] section with the rank, alpha and targets of this adapter."""
@@ -71,11 +78,17 @@ class Adapter:
 
 
 class _Place(NamedTuple):
-    """Place of a PEFT tensor in the model: parameter, index of the expert in it, shape of the tensor."""
+    """Place of a PEFT tensor's block in the model: parameter, index of the expert in it, shape and offset."""
 
     name: str
     expert: int | None
     shape: tuple[int, ...]
+    offset: tuple[int, int] = (0, 0)  # of the block in the PEFT tensor
+
+    def block(self) -> tuple[slice, slice]:
+        """Return the rows and columns of the PEFT tensor that the block takes."""
+        rows, columns = (slice(start, start + size) for start, size in zip(self.offset, self.shape, strict=True))
+        return rows, columns
 
 
 def read(folder: str, sd_adapter: BackboneStateDictAdapter) -> Adapter:
@@ -87,12 +100,14 @@ def read(folder: str, sd_adapter: BackboneStateDictAdapter) -> Adapter:
     path = Path(folder)
     if not path.is_dir():
         raise UserError(f"There is no folder {folder} with an adapter in PEFT's format; correct the path.")
-    config = _read_config(path / CONFIG)
+    fused = _fused(sd_adapter)
+    config = _read_config(path / CONFIG, fused)
     rank, alpha = config["r"], float(config["lora_alpha"])
+    stacked = bool(config.get("rank_pattern"))
     alpha *= math.sqrt(rank) if config.get("use_rslora") else 1.0  # the scale is then alpha / sqrt(rank)
-    targets = _check_tensors(path, sd_adapter, rank)
+    targets = _check_tensors(path, sd_adapter, rank, stacked)
     dropout, base = config.get("lora_dropout") or 0.0, config.get("base_model_name_or_path") or ""
-    return Adapter(rank, alpha, targets, float(dropout), str(base))
+    return Adapter(rank, alpha, targets, float(dropout), str(base), stacked)
 
 
 def check(folder: str, sd_adapter: BackboneStateDictAdapter, section: LoRA) -> Adapter:
@@ -102,7 +117,7 @@ def check(folder: str, sd_adapter: BackboneStateDictAdapter, section: LoRA) -> A
         UserError: see `read`; also if rank, alpha or targets differ, naming the key to change.
     """
     adapter = read(folder, sd_adapter)
-    has_router = issubclass(sd_adapter.model_cls, LLaDAMoE)
+    has_router = issubclass(sd_adapter.model_cls, LLaDAMixture)
     ours, theirs = (set(adapter_linear_names(x, has_router)) for x in (section.target_modules, adapter.targets))
     values = {
         "rank": (adapter.rank, section.rank, adapter.rank == section.rank),
@@ -132,24 +147,28 @@ def load(state: Mapping[str, Tensor], sd_adapter: BackboneStateDictAdapter, fold
     """
     adapter: Adapter = from_rank_0(lambda: check(folder, sd_adapter, section))
     try:
-        on_all_ranks(lambda: _read_shards(state, sd_adapter, folder), "Reading an adapter")
+        on_all_ranks(lambda: _read_shards(state, sd_adapter, folder, adapter.stacked), "Reading an adapter")
     except OSError as error:
         raise UserError(f"The adapter in {folder} cannot be read ({one_line(error)}); copy it to all nodes.") from None
     return adapter
 
 
 @torch.no_grad()
-def _read_shards(state: Mapping[str, Tensor], sd_adapter: BackboneStateDictAdapter, folder: str) -> None:
+def _read_shards(state: Mapping[str, Tensor], sd_adapter: BackboneStateDictAdapter, folder: str, stacked: bool) -> None:
     adapters = _adapters(state)
+    places = _places({name: x.shape for name, x in adapters.items()}, sd_adapter, stacked)
     try:
         with safe_open(Path(folder) / TENSORS, framework="pt") as opened:
-            for key, place in _places({name: x.shape for name, x in adapters.items()}, sd_adapter).items():
+            for key, place in ((key, place) for key, blocks in places.items() for place in blocks):
                 local, first = local_block(adapters[place.name])
                 if place.expert is not None:
                     if not 0 <= place.expert - first[0] < len(local):
                         continue  # another rank's expert
                     local, first = local[place.expert - first[0]], first[1:]
-                rows, columns = (slice(start, start + size) for start, size in zip(first, local.shape, strict=True))
+                rows, columns = (
+                    slice(offset + start, offset + start + size)
+                    for offset, start, size in zip(place.offset, first, local.shape, strict=True)
+                )
                 if local.numel():
                     local.copy_(opened.get_slice(key)[rows, columns])
     except SafetensorError as error:
@@ -160,14 +179,21 @@ def _adapters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if lora.is_adapter(name)}
 
 
-def _read_config(file: Path) -> dict[str, Any]:
-    """Return the keys of adapter_config.json; raises UserError if one of them is not supported."""
+def _read_config(file: Path, fused: Mapping[str, int]) -> dict[str, Any]:
+    """Return the keys of adapter_config.json; raises UserError if one of them is not supported.
+
+    Args:
+        fused: see `_fused`.
+    """
     try:
         config = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({one_line(error)}); name a folder that PEFT has saved.") from None
     require(isinstance(config, dict), f"{file} is not a JSON object; name a folder that PEFT has saved.")
+    patterns = _patterns(config.get("r"), config.get("lora_alpha"), fused)
     for key, value in {"peft_type": None, **config}.items():
+        if key in patterns and value == patterns[key] and not config.get("use_rslora"):
+            continue
         accepted = value in _ACCEPTED[key] if key in _ACCEPTED else key in _READ_OR_IGNORED or not value
         require(
             accepted,
@@ -186,7 +212,28 @@ def _read_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def _check_tensors(path: Path, sd_adapter: BackboneStateDictAdapter, rank: int) -> tuple[str, ...]:
+def _fused(sd_adapter: BackboneStateDictAdapter) -> dict[str, int]:
+    """Return the fused linears of the published weights, and the number n of linears here that each of them holds."""
+    names: dict[str, set[RowSlice]] = {}
+    with torch.device("meta"):
+        state = sd_adapter.to_hf(dict(sd_adapter.model_cls(sd_adapter.args).state_dict()))
+    for part in filter(None, map(RowSlice.parse, state)):
+        linear = part.whole.removesuffix(".weight").rpartition(".")[2]
+        names.setdefault(linear, set()).add(part._replace(whole=linear))
+    return {linear: len(parts) for linear, parts in names.items()}
+
+
+def _patterns(rank: Any, alpha: Any, fused: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """Return the keys of adapter_config.json that give adapters of fused linears the rank n R, with the same scale."""
+    if not fused or not isinstance(rank, int) or not isinstance(alpha, (int, float)):
+        return {}
+    return {
+        "rank_pattern": {linear: n * rank for linear, n in fused.items()},
+        "alpha_pattern": {linear: n * alpha for linear, n in fused.items()},
+    }
+
+
+def _check_tensors(path: Path, sd_adapter: BackboneStateDictAdapter, rank: int, stacked: bool) -> tuple[str, ...]:
     """Check names, shapes and dtypes of all tensors; return the linears with adapters, grouped if complete."""
     file = path / TENSORS
     require(
@@ -197,7 +244,7 @@ def _check_tensors(path: Path, sd_adapter: BackboneStateDictAdapter, rank: int) 
     with torch.device("meta"):
         model = sd_adapter.model_cls(sd_adapter.args)
     add_adapters(model, LoRA(rank=rank, target_modules=[ALL_LINEAR]), torch.float32, torch.float32)
-    known = _places({name: x.shape for name, x in _adapters(model.state_dict()).items()}, sd_adapter)
+    known = _places({name: x.shape for name, x in _adapters(model.state_dict()).items()}, sd_adapter, stacked)
     try:
         with safe_open(file, framework="pt") as opened:
             found = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
@@ -211,9 +258,10 @@ def _check_tensors(path: Path, sd_adapter: BackboneStateDictAdapter, rank: int) 
             f"The adapter in {path} holds a tensor that has no place in this model, {key}; choose the model.name and "
             "model.flavor of its base, or an adapter of attention, FFN and router linears alone.",
         )
+        expected = _size(known[key])
         require(
-            shape == known[key].shape,
-            f"The tensor {key} of the adapter in {path} has shape {shape}, but {known[key].shape} in this model with "
+            shape == expected,
+            f"The tensor {key} of the adapter in {path} has shape {shape}, but {expected} in this model with "
             f"rank {rank}; choose the model.flavor of its base.",
         )
         require(
@@ -221,14 +269,31 @@ def _check_tensors(path: Path, sd_adapter: BackboneStateDictAdapter, rank: int) 
             f"The tensor {key} of the adapter in {path} is of type {dtype}, not one of {', '.join(_DTYPES)}; save it "
             "in floating point.",
         )
-    adapted = {lora.target_name(known[key].name) for key in headers}
-    for key, place in known.items():
+    adapted = {lora.target_name(place.name) for key in headers for place in known[key]}
+    for key, (place, *_) in known.items():
         require(
             key in headers or lora.target_name(place.name) not in adapted,
             f"The adapter in {path} lacks the tensor {key}, though it has other tensors of that kind; all layers and "
             "experts must have adapters of the same linears.",
         )
+    if stacked:
+        _check_blocks(path, {key: blocks for key, blocks in known.items() if key in headers})
     return _grouped(adapted)
+
+
+def _check_blocks(path: Path, places: Mapping[str, Sequence[_Place]]) -> None:
+    """Check that the adapters of fused linears have no elements outside the blocks of the linears here."""
+    with safe_open(path / TENSORS, framework="pt") as opened:
+        for key, blocks in places.items():
+            if len(blocks) == 1 or all(block.offset[1] == 0 for block in blocks):
+                continue
+            rest = opened.get_tensor(key)
+            for block in blocks:
+                rest[block.block()] = 0
+            require(
+                not rest.any(),
+                f"The adapter in {path} mixes the parts of a fused linear in {key}; merge it into its base with PEFT.",
+            )
 
 
 def _grouped(names: set[str]) -> tuple[str, ...]:
@@ -238,19 +303,33 @@ def _grouped(names: set[str]) -> tuple[str, ...]:
     return (*groups, *(name for name in (*LINEARS, ROUTER) if name in single))
 
 
-def _places(shapes: Mapping[str, torch.Size], sd_adapter: BackboneStateDictAdapter) -> dict[str, _Place]:
-    """Return the place of every tensor of a PEFT folder, by its key.
+def _places(
+    shapes: Mapping[str, torch.Size], sd_adapter: BackboneStateDictAdapter, stacked: bool
+) -> dict[str, list[_Place]]:
+    """Return the places of the blocks of every tensor of a PEFT folder, by its key.
 
     Args:
         shapes: unsharded shapes of the model's adapters, by parameter name.
+        stacked: adapters of fused linears have the rank n R.
     """
-    places = {}
+    places: dict[str, list[_Place]] = {}
     for name, shape in shapes.items():
-        stacked = len(shape) == 3
+        of_experts = len(shape) == 3
         full = torch.empty(shape, device="meta")
         for expert, weight in enumerate(sd_adapter.to_hf({lora.base_weight_name(name): full})):
-            places[_key(weight, name)] = _Place(name, expert if stacked else None, tuple(shape[-2:]))
+            part = RowSlice.parse(weight)
+            blocks = places.setdefault(_key(part.whole if part else weight, name), [])
+            number, start = (len(blocks) * stacked, part.start) if part else (0, 0)
+            rank = shape[-2] if name.endswith(lora.A) else shape[-1]
+            offset = (number * rank, 0) if name.endswith(lora.A) else (start, number * rank)
+            blocks.append(_Place(name, expert if of_experts else None, tuple(shape[-2:]), offset))
     return places
+
+
+def _size(blocks: Sequence[_Place]) -> tuple[int, int]:
+    """Return the shape of a PEFT tensor with these blocks."""
+    rows, columns = (max(block.offset[i] + block.shape[i] for block in blocks) for i in range(2))
+    return rows, columns
 
 
 def _key(weight: str, name: str) -> str:
@@ -270,11 +349,15 @@ def write(
     """
     repository = hub.origin(base)
     adapters = _adapters(state)
+    places = _places({name: x.shape for name, x in adapters.items()}, sd_adapter, stacked=True)
+    fused = _fused(sd_adapter) if any(len(blocks) > 1 for blocks in places.values()) else {}
     tensors, modules = {}, set()
-    for key, place in _places({name: x.shape for name, x in adapters.items()}, sd_adapter).items():
-        tensor = adapters[place.name]
-        # Cloned, because tensors of one file may not share memory.
-        tensors[key] = (tensor if place.expert is None else tensor[place.expert]).clone().contiguous()
+    for key, blocks in places.items():
+        # New tensors, because tensors of one file may not share memory.
+        tensors[key] = adapters[blocks[0].name].new_zeros(_size(blocks))
+        for place in blocks:
+            tensor = adapters[place.name]
+            tensors[key][place.block()] = tensor if place.expert is None else tensor[place.expert]
         modules.add(key.removeprefix(_PREFIX).rpartition(".lora_")[0])
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_file(tensors, Path(folder) / TENSORS, metadata={"format": "pt"})
@@ -286,6 +369,7 @@ def write(
         "bias": "none", "fan_in_fan_out": False,
         # Full names, because LLaDA-8B's output head has the same last component as the down projections.
         "target_modules": sorted(modules),
+        **_patterns(section.rank, section.alpha, fused),
     }  # fmt: skip
     (Path(folder) / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 

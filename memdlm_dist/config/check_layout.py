@@ -1,11 +1,13 @@
 """Checks of a resolved configuration against the device and the backbone, before anything is built."""
 
+import math
+
 from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.errors import require
 from memdlm_dist.models import nf4
-from memdlm_dist.models.linears import ALL_LINEAR, GROUPS, LINEARS, ROUTER, adapter_linear_names, linear_names
+from memdlm_dist.models.linears import ALL_LINEAR, GROUPS, LINEARS, ROUTER, adapter_linear_names
 from memdlm_dist.models.llada import LLaDAArgs
-from memdlm_dist.models.llada_moe import LLaDAMoEArgs
+from memdlm_dist.models.mixture import MixtureArgs
 from memdlm_dist.runtime.device import has_grouped_mm
 
 
@@ -32,7 +34,7 @@ def check_backbone(config: JobConfig, args: LLaDAArgs) -> None:
     Raises:
         UserError: naming the size, the degree or the module that does not fit.
     """
-    has_router, fast = isinstance(args, LLaDAMoEArgs), [*GROUPS, *LINEARS]
+    has_router, fast = isinstance(args, MixtureArgs), [*GROUPS, *LINEARS]
     outer = [*fast, *([ROUTER] if has_router else []), ALL_LINEAR]
     for key, targets, known in (
         ("parametric_memory.target_modules", config.parametric_memory.target_modules, fast),
@@ -49,7 +51,15 @@ def check_backbone(config: JobConfig, args: LLaDAArgs) -> None:
             len(set(chosen)) == len(chosen),
             f"{key} names a linear twice: {', '.join(targets)} expands to {', '.join(chosen)}; remove one.",
         )
-    if isinstance(args, LLaDAMoEArgs):
+    fused = set(adapter_linear_names(config.lora.target_modules, has_router)) & set(args.fused_linears)
+    require(
+        not (config.model.converters and config.lora.export == "adapter") or len(fused) in (0, len(args.fused_linears)),
+        f"lora.export = 'adapter' needs adapters of all or none of {', '.join(args.fused_linears)} in model "
+        f"{config.model.name}, whose published weights hold them as one linear; change lora.target_modules, or set "
+        "lora.export to 'merged'.",
+    )
+    _check_load_balance(config, args)
+    if isinstance(args, MixtureArgs):
         _check_experts(config, args)
     else:
         require(
@@ -66,13 +76,34 @@ def check_backbone(config: JobConfig, args: LLaDAArgs) -> None:
         "training.seq_len": config.training.seq_len,
         f"The number of attention heads of {flavour}": args.n_heads,
         f"The number of key-value heads of {flavour}": args.n_kv_heads or args.n_heads,
-        f"The FFN width of {flavour}": args.hidden_dim,
+        f"The FFN width of {flavour}": math.gcd(*(x.in_features for x in args.adapted_linears(0, ["down"]))),
         f"The vocabulary size of {flavour}": args.vocab_size,
     }
     for name, size in sizes.items():
         require(
             size % tp_size == 0,
             f"{name} ({size}) is not divisible by parallelism.tensor_parallel_degree ({tp_size}); change one of them.",
+        )
+
+
+def _check_load_balance(config: JobConfig, args: LLaDAArgs) -> None:
+    """Check that the router has biases, and that what a run saves holds them if it trains them."""
+    coefficient = config.model.load_balance_coeff
+    require(
+        coefficient is None or (isinstance(args, MixtureArgs) and args.has_expert_bias),
+        f"model.load_balance_coeff = {coefficient} needs a router with a bias per expert, which model "
+        f"{config.model.name} does not have; remove it.",
+    )
+    require(
+        coefficient is None or 0 < coefficient < math.inf,
+        f"model.load_balance_coeff = {coefficient} is not a positive number; correct it, or remove it to keep the "
+        "experts' biases.",
+    )
+    for key, value in (("base", "nf4"), ("export", "adapter")):
+        require(
+            not (coefficient and config.model.converters and getattr(config.lora, key) == value),
+            f"model.load_balance_coeff = {coefficient} is not supported with lora.{key} = '{value}', which saves the "
+            "adapters alone and not the experts' biases; change one of them.",
         )
 
 
@@ -122,21 +153,15 @@ def _check_context_parallel(config: JobConfig, args: LLaDAArgs) -> None:
     )
 
 
-def _check_experts(config: JobConfig, args: LLaDAMoEArgs) -> None:
+def _check_experts(config: JobConfig, args: MixtureArgs) -> None:
     """Check expert parallelism, sharding, the memory and the adapters of a mixture-of-experts backbone."""
     memory, parallel = config.parametric_memory, config.parallelism
     ep_size, tp_size = parallel.expert_parallel_degree, parallel.tensor_parallel_degree
     name = f"model {config.model.name}"
-    expert_targets = set(linear_names(memory.target_modules)) & set(GROUPS["ffn"])
     require(
         not memory.enable or memory.granularity == "batch" or ep_size == 1,
         "parametric_memory.granularity = 'sample' is not supported with expert parallelism, whose ranks share one set "
         "of fast weights; set it to 'batch', or parallelism.expert_parallel_degree to 1.",
-    )
-    require(
-        not memory.enable or ep_size == 1 or expert_targets == set(linear_names(memory.target_modules)),
-        "parametric_memory.target_modules can only be the experts' linears with expert parallelism, whose ranks share "
-        'one set of fast weights; set it to ["ffn"], or parallelism.expert_parallel_degree to 1.',
     )
     require(
         not memory.enable or not has_grouped_mm() or memory.adapter == "full" or memory.rank % 8 == 0,

@@ -57,6 +57,10 @@ class Model(TitanModel):
     models; diffusion_ntk: computed from the distances in both directions that a bidirectional model has learnt
     (arXiv 2510.10481)."""
 
+    load_balance_coeff: float | None = None
+    """Change of the router's bias of every expert in each step, up or down towards a balanced load (arXiv 2408.15664),
+    for backbones whose router has a bias; not set: the bias keeps its value."""
+
 
 @dataclass
 class Diffusion:

@@ -107,7 +107,7 @@ class HarnessModel(TokenLM):
             suppress_tokens=_token_ids(suppress_tokens),
         )
         parsed = parse_config.parse(["--job.config_file", config, *flags])
-        self._model = TrainedModel(parsed, checkpoint, adapter, memory_weights=memory_weights)
+        self._model = TrainedModel(parsed, checkpoint, adapter, memory_weights=memory_weights, memory=MEMORY[memory])
         self._memory, self._anchor_ratio = MEMORY[memory], float(anchor_ratio)
         self._samples, self._check_greedy, self._seed = int(mc_samples), bool(check_greedy), int(seed)
         self._max_length, self._batch_size = max_length, int(batch_size)

@@ -5,6 +5,7 @@ Shapes: B rows, L tokens, K inner steps.
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from memdlm_dist.method.bilevel import Memory, outer_loss
 from memdlm_dist.method.fast_weights import FastWeights, map_leaves
 from memdlm_dist.method.micro_batch import MicroBatch, micro_batch
 from memdlm_dist.method.trajectory import IGNORE_INDEX, Draw, Plan, State
+from memdlm_dist.models import row_slices
+from memdlm_dist.models.attention import TokenContext, block_causal_mask
 from memdlm_dist.models.llada import LLaDA
 from memdlm_dist.models.state_dict_adapters import BackboneStateDictAdapter
 
@@ -131,7 +134,9 @@ def check(folder: Path, device: str = "cpu") -> Iterator[Comparison]:
     model = load_model(sd_adapter, folder / files["weights"]).to(device)
     parameters = dict(model.named_parameters())
     if "anchor_mask" not in inputs and "memory" not in manifest:
-        yield from compare_forward(model, inputs, tensors["outputs"])
+        yield from compare_forward(model, inputs, tensors["outputs"], manifest.get("block_length"))
+        if "router_row" in manifest:
+            yield from compare_routers(model, inputs, tensors["outputs"], manifest)
         return
     maskable_BL = inputs.get("labels", tokens_BL) != IGNORE_INDEX
     n_maskable = maskable_BL.sum().clamp(min=1)
@@ -193,20 +198,85 @@ def check(folder: Path, device: str = "cpu") -> Iterator[Comparison]:
     yield from compare_norm("outer", parameters.values(), results, "outer_grad_norm_base")
 
 
-def compare_forward(model: LLaDA, inputs: dict[str, Tensor], theirs: dict[str, Tensor]) -> Iterator[Comparison]:
-    """Compare the logits of a forward pass at every position; with a padding mask, at the attended positions only."""
+def compare_forward(
+    model: LLaDA, inputs: dict[str, Tensor], theirs: dict[str, Tensor], block: int | None = None
+) -> Iterator[Comparison]:
+    """Compare the logits of a forward pass at every position; with a padding mask, at the attended positions only.
+
+    Args:
+        block: tokens of a block of block-causal attention; None if the fixture has no such logits.
+    """
     tokens_BL = inputs["input_ids"]
     device = model.tok_embeddings.weight.device
     tokens_BL = tokens_BL.to(device)
     all_positions = torch.arange(tokens_BL.numel(), device=device)
-    for name, mask in (("logits", None), ("logits_padded", "attention_mask_padded")):
+    attended_BL = torch.ones_like(tokens_BL).bool()
+    whole = model.context(tokens_BL.shape[1])
+    cases = {"logits": (whole, attended_BL)}
+    if "attention_mask_padded" in inputs:
+        padded_BL = inputs["attention_mask_padded"].bool().to(device)
+        cases["logits_padded"] = (model.context(tokens_BL.shape[1], attended_BL=padded_BL), padded_BL)
+    if block is not None:
+        cases["logits_block_causal"] = (_context(model, tokens_BL.shape[1], block), attended_BL)
+    for name, (context, chosen) in cases.items():
         if name in theirs:
-            attended_BL = inputs[mask].bool().to(device) if mask else None
-            context = model.context(tokens_BL.shape[1], attended_BL=attended_BL)
             with torch.no_grad():
                 logits = model(tokens_BL, all_positions, context=context).view_as(theirs[name])
-            chosen = attended_BL if attended_BL is not None else torch.ones_like(tokens_BL).bool()
             yield compare(name, logits[chosen], theirs[name][chosen.cpu()], LOGITS_ATOL)
+
+
+@torch.no_grad()
+def compare_routers(
+    model: LLaDA, inputs: dict[str, Tensor], theirs: dict[str, Tensor], manifest: dict[str, Any]
+) -> Iterator[Comparison]:
+    """Compare logits, selected experts and weights of all routers for one row, under full and block-causal attention.
+
+    The experts of a token are compared as a set, with the weight of each.
+    """
+    tokens_1L = inputs["input_ids"][manifest["router_row"]].unsqueeze(0).to(model.tok_embeddings.weight.device)
+    length, n_experts = tokens_1L.shape[1], manifest["arch"]["experts"]
+    for suffix, block in (("", None), ("_block_causal", manifest.get("block_length"))):
+        if f"router_logits{suffix}" not in theirs:
+            continue
+        logits: list[Tensor] = []
+        weights: list[Tensor] = []
+        with routers_recorded(model, logits, weights):
+            model(tokens_1L, torch.zeros_like(tokens_1L[0, :1]), context=_context(model, length, block))
+        published = theirs[f"router_weights{suffix}"]
+        expert = theirs[f"router_experts{suffix}"].long()
+        by_expert = published.new_zeros(*published.shape[:2], n_experts).scatter(2, expert, published)
+        yield compare(f"router logits{suffix}", torch.stack(logits), theirs[f"router_logits{suffix}"], LOGITS_ATOL)
+        yield compare(f"router weights{suffix}", torch.stack(weights), by_expert, FAST_ATOL)
+
+
+@contextmanager
+def routers_recorded(model: LLaDA, logits: list[Tensor], weights: list[Tensor]) -> Iterator[None]:
+    """Append the outputs of every router to two lists in this context: logits, and weights by expert, `[L, E]` each."""
+
+    def record(router: Any, arguments: Any, outputs: tuple[Tensor, ...]) -> None:
+        score_Nk, expert_Nk, _ = outputs
+        weights.append(score_Nk.new_zeros(len(score_Nk), router.num_experts).scatter(1, expert_Nk, score_Nk))
+
+    handles = []
+    for layer in model.layers.values():
+        block: Any = layer
+        if block.moe_enabled:
+            router = block.moe.router
+            handles.append(router.gate.register_forward_hook(lambda gate, arguments, out: logits.append(out)))
+            handles.append(router.register_forward_hook(record))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _context(model: LLaDA, length: int, block: int | None) -> TokenContext:
+    """Return the context of whole rows, under block-causal attention unless `block` is None."""
+    context = model.context(length)
+    if block is None:
+        return context
+    return context._replace(mask=block_causal_mask(length, block).to(model.tok_embeddings.weight.device))
 
 
 def compare_norm(label: str, parameters: Iterable[Tensor], results: dict, key: str) -> Iterator[Comparison]:
@@ -236,9 +306,8 @@ def compare_outer(
             detached = map_leaves(lambda x: x.detach(), fast) if fast else None
             logits = model(batch.inputs[0], all_positions, detached)
         yield compare(f"{label} logits", logits.view_as(theirs["logits"]), theirs["logits"], LOGITS_ATOL)
-    gradients = sd_adapter.to_hf(
-        {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
-    )
+    grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    gradients = row_slices.joined(sd_adapter.to_hf(grads))
     pairs = {
         key.removeprefix("grad."): (gradients[key.removeprefix("grad.")], tensor)
         for key, tensor in theirs.items()

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -18,11 +18,14 @@ from memdlm_dist.method.fast_weights import FastLinear, FastWeights, Full, LowRa
 from memdlm_dist.method.inner_loss import InnerLoss, inner_loss
 from memdlm_dist.method.inner_sgd import InnerSGD
 from memdlm_dist.method.trajectory import Plan, State
-from memdlm_dist.models.linears import LINEARS
+from memdlm_dist.models.linears import LINEARS, SHARED
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs
+from memdlm_dist.models.llada2 import LLaDA2Args
 from memdlm_dist.models.llada_moe import LLaDAMoEArgs
+from memdlm_dist.models.mixture import RouterScore
 from memdlm_dist.models.state_dict_adapters import (
     BackboneStateDictAdapter,
+    LLaDA2StateDictAdapter,
     LLaDAMoEStateDictAdapter,
     LLaDAStateDictAdapter,
 )
@@ -66,7 +69,7 @@ def get_sd_adapter(arch: dict[str, Any], length: int) -> BackboneStateDictAdapte
         Unsupported: no backbone has this architecture.
     """
     kind = arch["kind"]
-    if kind not in ("dense", "moe", "llada8b") or arch.get("tied"):
+    if kind not in ("dense", "moe", "llada8b", "llada2") or arch.get("tied"):
         raise Unsupported(
             f"architecture {kind!r}{' with tied embeddings' if arch.get('tied') else ''} is not supported yet."
         )
@@ -75,7 +78,7 @@ def get_sd_adapter(arch: dict[str, Any], length: int) -> BackboneStateDictAdapte
         "n_layers": arch["layers"],
         "n_heads": arch["heads"],
         "n_kv_heads": arch.get("kv_heads"),
-        "hidden_dim": arch["expert_intermediate" if kind == "moe" else "intermediate"],
+        "hidden_dim": arch["expert_intermediate" if kind in ("moe", "llada2") else "intermediate"],
         "vocab_size": arch["vocab"],
         "norm_eps": arch["eps"],
         "rope_theta": arch["rope_theta"],
@@ -85,12 +88,37 @@ def get_sd_adapter(arch: dict[str, Any], length: int) -> BackboneStateDictAdapte
         return LLaDAStateDictAdapter(LLaDAArgs(**sizes))
     if kind == "dense":
         return DenseStateDictAdapter(LLaDAArgs(**sizes))
+    if kind == "llada2":
+        return LLaDA2StateDictAdapter(_llada2_args(arch, sizes))
     if arch.get("renormalise_top_k") or arch.get("shared_experts"):
         raise Unsupported("shared experts and renormalised expert weights are not supported yet.")
     return LLaDAMoEStateDictAdapter(
         LLaDAMoEArgs(
             **sizes, n_experts=arch["experts"], experts_per_token=arch["top_k"], qk_norm=arch.get("qk_norm", True)
         )
+    )
+
+
+def _llada2_args(arch: dict[str, Any], sizes: dict[str, Any]) -> LLaDA2Args:
+    """Return the sizes of a `llada2` backbone from a manifest's architecture and the sizes that all kinds have."""
+    if arch["router_score"] not in get_args(RouterScore):
+        raise Unsupported(f"arch.router_score = {arch['router_score']!r} is not supported yet.")
+    return LLaDA2Args(
+        **sizes,
+        head_width=arch["head_dim"],
+        partial_rotary_factor=arch["partial_rotary_factor"],
+        qk_norm=arch["qk_norm"],
+        n_experts=arch["experts"],
+        experts_per_token=arch["top_k"],
+        router_score=arch["router_score"],
+        normalizes_scores=arch["renormalise_top_k"],
+        score_scale=arch["routed_scaling_factor"],
+        expert_groups=arch["n_group"],
+        groups_per_token=arch["topk_group"],
+        has_expert_bias=arch["expert_bias"],
+        shared_hidden_dim=arch["shared_experts"] * arch["expert_intermediate"],
+        n_dense_layers=arch["first_dense_layers"],
+        dense_hidden_dim=arch["intermediate"],
     )
 
 
@@ -117,7 +145,8 @@ def load_model(sd_adapter: BackboneStateDictAdapter, weights: Path) -> LLaDA:
 def parse_linear_name(name: str) -> tuple[str, str, int | None]:
     """Split a published linear's name into (layer, target, expert).
 
-    `model.layers.3.mlp.gate_proj` -> ("3", "gate", None); `model.layers.3.mlp.experts.5.gate_proj` -> ("3", "gate", 5).
+    `model.layers.3.mlp.gate_proj` -> ("3", "gate", None); `model.layers.3.mlp.experts.5.gate_proj` -> ("3", "gate", 5);
+    `model.layers.3.mlp.shared_experts.gate_proj` -> ("3", "shared_gate", None).
 
     Raises:
         Unsupported: fast weights cannot attach to this linear.
@@ -127,7 +156,8 @@ def parse_linear_name(name: str) -> tuple[str, str, int | None]:
     if target not in LINEARS:
         raise Unsupported(f"fast weights on {linear!r} are not supported yet.")
     expert = re.search(r"experts\.(\d+)\.", linear)
-    return layer, target, int(expert[1]) if expert else None
+    shared = SHARED if "shared_experts" in linear else ""
+    return layer, shared + target, int(expert[1]) if expert else None
 
 
 def find_fast_linear(fast: FastWeights, name: str) -> tuple[FastLinear, int]:

@@ -130,10 +130,11 @@ def load_model(
     overrides: Sequence[str],
     checkpoint: str | None = None,
     decoding: Decoding | None = None,
+    memory: bool = True,
 ) -> TrainedModel:
     """Load the model of the parsed arguments, without torchtitan's log lines.
 
-    `decoding` is checked first, since loading can take minutes.
+    `decoding` is checked first, since loading can take minutes. For `memory` see `TrainedModel`.
 
     Raises:
         UserError: if a value is out of range, or if the configuration or the checkpoint does not fit.
@@ -145,4 +146,4 @@ def load_model(
     if decoding:
         decoding.check_vocabulary(backbone_args(config.model.name, config.model.flavor).vocab_size)
         decoding.check_context_parallel(config.parallelism.context_parallel_degree)
-    return TrainedModel(config, checkpoint, options.adapter, memory_weights=options.memory_weights)
+    return TrainedModel(config, checkpoint, options.adapter, memory_weights=options.memory_weights, memory=memory)

@@ -19,7 +19,7 @@ from memdlm_dist.inference.sampler import Reading
 from memdlm_dist.method import fast_weights
 from memdlm_dist.method.fast_weights import FastWeights
 from memdlm_dist.method.inner_loss import full_tensor
-from memdlm_dist.models.attention import TokenContext
+from memdlm_dist.models.attention import TokenContext, block_causal_mask
 from memdlm_dist.models.key_value_cache import CachedPass, KeyValueCache
 from memdlm_dist.models.llada import LLaDA
 from memdlm_dist.models.token_choice import TokenChoice
@@ -146,8 +146,7 @@ class ModelReader:
         if self._causal_block is None:
             return mask_R11L if is_padded else None
         query_RT = position_L.unsqueeze(0) if position_RT is None else position_RT
-        block_R1T1 = (query_RT // self._causal_block)[:, None, :, None]
-        return mask_R11L & (position_L // self._causal_block <= block_R1T1)
+        return mask_R11L & block_causal_mask(length, self._causal_block, query_RT)
 
     @torch.no_grad()
     def choose(self, reading: Reading, tokens_RT: Tensor, blank_RT: Tensor | None, choice: TokenChoice) -> Tensor:

@@ -34,15 +34,22 @@ def adapter_config(config: JobConfig, adapter: str) -> JobConfig:
     return config
 
 
-def inference_config(config: JobConfig) -> JobConfig:
-    """Return a copy of a training configuration with memory on and training-only features off."""
+def inference_config(config: JobConfig, memory: bool = True) -> JobConfig:
+    """Return a copy of a training configuration with training-only features off.
+
+    Args:
+        memory: fast weights are adapted to prompts; False keeps expert parallelism.
+    """
     config = copy.deepcopy(config)
     # Any model can be used with the memory, also one that was trained without it.
     config.parametric_memory.enable = True
     config.activation_checkpoint.mode = "none"
     config.compile.enable = False
-    # Each rank adapts fast weights to its own prompts, so it needs all experts.
-    config.parallelism.expert_parallel_degree = config.parallelism.expert_tensor_parallel_degree = 1
+    if memory:
+        # Each rank adapts fast weights to its own prompts, so it needs all experts.
+        config.parallelism.expert_parallel_degree = config.parallelism.expert_tensor_parallel_degree = 1
+    else:
+        config.parametric_memory.granularity = "batch"  # the only one with expert parallelism
     if config.parallelism.context_parallel_method == "ring":  # takes no mask, which padding needs
         config.parallelism.context_parallel_method, config.parallelism.context_parallel_degree = "ulysses", 1
     config.comm.trace_buf_size = 0  # a trace would create its folder in the current directory

@@ -76,6 +76,8 @@ class TrainedModel:
             the base is then loaded from the checkpoint.
         memory_weights: loss weights of the inner steps on prompts. "uniform": 1; "schedule": w(mask ratio of the state)
             of the run's noise schedule, as in training.
+        memory: fast weights can be adapted to prompts. False keeps the configured expert parallelism, which has no fast
+            weights per prompt.
 
     Raises:
         UserError: if `memory_weights` is unknown, or the launch, the tokenizer or the checkpoint does not fit.
@@ -88,13 +90,14 @@ class TrainedModel:
         adapter: str | None = None,
         *,
         memory_weights: str = MEMORY_WEIGHTS,
+        memory: bool = True,
     ):
         if memory_weights not in WEIGHTS:
             raise UserError(f"memory_weights must be one of {', '.join(WEIGHTS)}, not '{memory_weights}'.")
         self.adapter = hub.adapter(adapter) if adapter else None
         if self.adapter is not None:
             config = setup.adapter_config(config, self.adapter)
-        config = launch.resolve(setup.inference_config(config), *process_group.launched_processes())
+        config = launch.resolve(setup.inference_config(config, memory), *process_group.launched_processes())
         args = backbone_args(config.model.name, config.model.flavor)
         check_layout.check_backbone(config, args)
         # Before the process group is initialised, since a download takes longer than a collective may.
@@ -173,7 +176,15 @@ class TrainedModel:
         Args:
             anchor_ratio: share of each prompt's tokens that the anchor masks.
             ids: row ids, which key the masks and the initial fast weights; 0, 1, ... if None.
+
+        Raises:
+            UserError: with expert parallelism.
         """
+        if self._memory.ep_mesh is not None:
+            raise UserError(
+                "This model was loaded without memory (its expert parallelism has no fast weights per prompt); load it "
+                "with memory, or set parallelism.expert_parallel_degree to 1."
+            )
         began = time.perf_counter()
         start = self.canvas(prompts, 0, ids)
         maskable_BL = start.attended_BL & ~start.open_BL

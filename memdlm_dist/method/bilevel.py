@@ -123,7 +123,8 @@ class Memory:
     per_sample: bool  # one set of fast weights per sample; False: one for the micro-batch
     inner_epochs: int = 1  # passes of the inner loop over the trajectory
     tp_mesh: DeviceMesh | None = None
-    # The ranks of an expert-parallel group share one set. Each rank stores the fast weights of its local experts.
+    # The ranks of an expert-parallel group share one set. Each rank stores the fast weights of its local experts, and
+    # those of all other linears.
     ep_mesh: DeviceMesh | None = None
     # The ranks of a context-parallel group hold slices of the same rows. Each rank stores all sets of these rows.
     cp_mesh: DeviceMesh | None = None
@@ -132,8 +133,11 @@ class Memory:
     def group(self) -> FastWeightGroup | None:
         """Ranks that share sets of fast weights, this rank included; None without sharing."""
         if self.cp_mesh is not None:
-            return FastWeightGroup(self.cp_mesh.get_group(), replicated=True)
-        return FastWeightGroup(self.ep_mesh.get_group(), replicated=False) if self.ep_mesh is not None else None
+            return FastWeightGroup(self.cp_mesh.get_group(), shares_rows=True)
+        if self.ep_mesh is None:
+            return None
+        experts = frozenset((linear.layer, linear.target) for linear in self.linears if linear.experts)
+        return FastWeightGroup(self.ep_mesh.get_group(), shares_rows=False, experts=experts)
 
     def count_sets(self, batch: MicroBatch) -> int:
         """Return G, the number of sets of fast weights of a micro-batch."""

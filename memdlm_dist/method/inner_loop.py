@@ -76,7 +76,7 @@ def adapt(
             skipped.append(~finite_G)
     with torch.no_grad():
         change = [new - old for new, old in zip(*map(fast_weights.leaves, (fast, initial)), strict=True)]
-        written_G = inner_sgd.set_totals(inner_sgd.squared_norms(change), n_sets, group).sqrt()
+        written_G = inner_sgd.set_totals(fast, inner_sgd.squared_norms(change), n_sets, group).sqrt()
     statistics = InnerStatistics(
         torch.stack(losses), torch.stack(norms), torch.stack(counted), torch.stack(skipped), written_G
     )
@@ -88,7 +88,7 @@ def _set_means(tokens: Scored, n_sets: int, dtype: torch.dtype, group: FastWeigh
     set_N, count_G = tokens.sample_N, tokens.count_U
     if n_sets == 1:
         set_N, count_G = torch.zeros_like(set_N), count_G.sum(0, keepdim=True)
-    if group is not None and not group.replicated:
+    if group is not None and not group.shares_rows:
         count_G = group.sum(count_G)  # the other ranks hold different rows
     coefficient_N = tokens.valid_N.to(dtype) * tokens.weight_N / count_G.clamp(min=1)[set_N]
     return SetSum(coefficient_N, set_N, n_sets), count_G

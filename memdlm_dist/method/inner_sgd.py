@@ -45,11 +45,22 @@ class FastWeightGroup:
 
     Expert-parallel group: each rank holds other rows. All ranks share one set, and each stores the terms of its local
     experts. The experts' all-to-all has brought the gradients of all tokens to these terms. Squared norms add up over
-    the group.
+    the group. Each rank stores all terms of the other linears; their gradients add up over the group.
     """
 
     process_group: ProcessGroup
-    replicated: bool  # each rank stores all terms of the sets
+    shares_rows: bool  # the ranks hold tokens of the same rows
+    experts: frozenset[tuple[str, str]] = frozenset()  # (layer, target) of linears with terms of local experts alone
+
+    def is_local(self, fast: FastWeights) -> list[bool]:
+        """Return for every tensor in `leaves(fast)` whether it holds terms of local experts alone."""
+        return [
+            (layer, target) in self.experts
+            for layer, linears in fast.items()
+            for target, linear in linears.items()
+            for x in linear
+            if isinstance(x, Tensor)
+        ]
 
     def sum(self, x: Tensor) -> Tensor:
         """All-reduce a copy of `x` over the group."""
@@ -57,30 +68,40 @@ class FastWeightGroup:
         all_reduce(x, group=self.process_group)
         return x
 
-    def gradients(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        """Return the gradients of the sum of all ranks' losses; DTensors must not be partial."""
-        if not self.replicated:
-            return list(grads)
-        grads = [g.clone(memory_format=torch.contiguous_format) for g in grads]
-        works = [
-            all_reduce(g.to_local() if isinstance(g, DTensor) else g, group=self.process_group, async_op=True)
-            for g in grads
-        ]
+    def gradients(self, fast: FastWeights, grads: Sequence[Tensor]) -> list[Tensor]:
+        """Return the gradients of the sum of all ranks' losses.
+
+        Args:
+            grads: gradients of `leaves(fast)`; DTensors must not be partial.
+        """
+        totals, works = [], []
+        for g, is_local in zip(grads, self.is_local(fast), strict=True):
+            if not is_local:
+                g = g.clone(memory_format=torch.contiguous_format)
+                local = g.to_local() if isinstance(g, DTensor) else g
+                works.append(all_reduce(local, group=self.process_group, async_op=True))
+            totals.append(g)
         for work in works:
             work.wait()
-        return grads
+        return totals
 
 
-def set_totals(squares: Sequence[Tensor], n_sets: int, group: FastWeightGroup | None = None) -> Tensor:
+def set_totals(
+    fast: FastWeights, squares: Sequence[Tensor], n_sets: int, group: FastWeightGroup | None = None
+) -> Tensor:
     """Compute the squared 2-norm of every set, over all its tensors and experts, `[G]`.
 
     Args:
-        squares: result of `squared_norms`.
+        fast: sets of fast weights.
+        squares: `squared_norms` of tensors like `leaves(fast)`.
         n_sets: G.
         group: ranks that share the sets.
     """
-    total_G = torch.stack([x.view(-1, n_sets).sum(0) for x in squares]).sum(0)
-    return total_G if group is None or group.replicated else group.sum(total_G)
+    total_nG = torch.stack([x.view(-1, n_sets).sum(0) for x in squares])
+    if group is None or not any(local := group.is_local(fast)):
+        return total_nG.sum(0)
+    is_local_n1 = torch.tensor(local, device=total_nG.device).unsqueeze(1)
+    return torch.where(is_local_n1, 0.0, total_nG).sum(0) + group.sum(torch.where(is_local_n1, total_nG, 0.0).sum(0))
 
 
 def _repeat_for_experts(value_G: Tensor, like_n: Tensor) -> Tensor:
@@ -128,9 +149,9 @@ def sgd_update(
         g.redistribute(placements=x.placements) if isinstance(x, DTensor) and isinstance(g, DTensor) else g
         for x, g in zip(leaves(fast), grads, strict=True)
     ]
-    grads = group.gradients(grads) if group is not None else grads
+    grads = group.gradients(fast, grads) if group is not None else grads
     squares = squared_norms(grads)
-    total_G = set_totals(squares, len(update_G), group)
+    total_G = set_totals(fast, squares, len(update_G), group)
     update_G = update_G & total_G.isfinite()
     clip = optimiser.clip
 

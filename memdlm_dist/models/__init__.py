@@ -7,9 +7,10 @@ from typing import NamedTuple
 from memdlm_dist.errors import UserError
 from memdlm_dist.models import flavours
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs
-from memdlm_dist.models.llada_moe import LLaDAMoE
+from memdlm_dist.models.mixture import LLaDAMixture
 from memdlm_dist.models.state_dict_adapters import (
     BackboneStateDictAdapter,
+    LLaDA2StateDictAdapter,
     LLaDAMoEStateDictAdapter,
     LLaDAStateDictAdapter,
 )
@@ -25,7 +26,8 @@ class BackboneSpec(NamedTuple):
 
 BACKBONES = {
     "llada": BackboneSpec(LLaDA, flavours.LLADA, LLaDAStateDictAdapter),
-    "llada_moe": BackboneSpec(LLaDAMoE, flavours.LLADA_MOE, LLaDAMoEStateDictAdapter),
+    "llada2": BackboneSpec(LLaDAMixture, flavours.LLADA2, LLaDA2StateDictAdapter),
+    "llada_moe": BackboneSpec(LLaDAMixture, flavours.LLADA_MOE, LLaDAMoEStateDictAdapter),
 }
 
 

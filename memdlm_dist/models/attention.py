@@ -90,6 +90,24 @@ def document_mask(documents: Documents, method: Method) -> Mask:
     return mask
 
 
+def block_causal_mask(length: int, block: int, query_RT: Tensor | None = None) -> Tensor:
+    """Build the dense mask of block-causal attention: a token attends to its block and to all blocks before it.
+
+    Blocks are counted from position 0.
+
+    Args:
+        length: L, number of keys.
+        block: tokens of a block.
+        query_RT: positions of the queries; None for all positions, in order, on torch's default device.
+
+    Returns:
+        bool `[R, 1, T, L]`; `[1, 1, L, L]` for all positions.
+    """
+    key_L = torch.arange(length, device=None if query_RT is None else query_RT.device)
+    query_RT = key_L.unsqueeze(0) if query_RT is None else query_RT
+    return key_L // block <= (query_RT // block)[:, None, :, None]
+
+
 class BidirectionalAttentionKernel(ScaledDotProductAttentionWrapper):
     """Attention kernel without causal masking, which dispatches on the type of the mask.
 
@@ -126,6 +144,12 @@ class BidirectionalAttention(Attention):
 
     def __init__(self, args: Any):
         super().__init__(args)
+        self.head_dim: int = args.head_dim
+        if args.query_dim != args.dim:  # llama3 divides the width among the heads
+            self.wq, self.wo = (
+                nn.Linear(*sizes, bias=False) for sizes in ((args.dim, args.query_dim), (args.query_dim, args.dim))
+            )
+            self.wk, self.wv = (nn.Linear(args.dim, args.kv_dim, bias=False) for _ in range(2))
         self.inner_attention: nn.Module = BidirectionalAttentionKernel()
         self.qk_norm: bool = args.qk_norm
         if self.qk_norm:

@@ -1,6 +1,7 @@
 """Backbone sizes by `model.flavor`: published models, this repository's experiments, and small test models."""
 
 from memdlm_dist.models.llada import LLaDAArgs
+from memdlm_dist.models.llada2 import LLaDA2Args
 from memdlm_dist.models.llada_moe import LLaDAMoEArgs
 
 LLADA = {
@@ -45,3 +46,17 @@ LLADA_MOE = {
     # The smallest model with a trunk and a tail, one layer each; two experts for each of two expert-parallel ranks.
     "tiny": LLaDAMoEArgs(dim=32, n_layers=2, n_heads=4, hidden_dim=16, vocab_size=64, n_experts=4, experts_per_token=2),
 }
+
+LLADA2 = {
+    "mini": LLaDA2Args(),
+    # For up to four tensor-parallel or expert-parallel ranks.
+    "debug": LLaDA2Args(
+        dim=64, n_layers=4, n_heads=8, n_kv_heads=4, hidden_dim=32, vocab_size=512, n_experts=16, experts_per_token=4,
+        expert_groups=4, groups_per_token=2, shared_hidden_dim=32, dense_hidden_dim=96,
+    ),
+    # A dense trunk, one layer with a mixture in the tail.
+    "tiny": LLaDA2Args(
+        dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=16, vocab_size=64, n_experts=8, experts_per_token=2,
+        expert_groups=2, groups_per_token=1, shared_hidden_dim=16, dense_hidden_dim=48,
+    ),
+}  # fmt: skip

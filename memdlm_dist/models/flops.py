@@ -20,11 +20,9 @@ from memdlm_dist.method.bilevel import Memory
 from memdlm_dist.method.fast_weights import AdaptedLinear, can_group
 from memdlm_dist.method.micro_batch import MicroBatch
 from memdlm_dist.method.passes import count_passes
-from memdlm_dist.models.linears import GROUPS, LINEARS
+from memdlm_dist.models.linears import GROUPS, LINEAR_NUMBERS, SHARED, layer_linear
 from memdlm_dist.models.llada import LLaDAArgs
 
-# Names of the linears in the order in which a layer runs them.
-_EXECUTION_ORDER = sorted(LINEARS, key=lambda name: LINEARS[name].stage)
 # Flash attention runs 2 products forward and 5 backward, one of which is recomputation.
 _ATTENTION_BACKWARD = 2.5
 
@@ -66,6 +64,13 @@ class Recomputation:
         return sum(list(linears.values())[1::2])
 
 
+def _execution_order(linear: AdaptedLinear) -> tuple[bool, int, int]:
+    """Return the place of a linear in the order in which a layer runs them; a shared expert runs last."""
+    target = linear.target
+    stage = layer_linear(target).stage
+    return target.startswith(SHARED), stage, LINEAR_NUMBERS[target.removeprefix(SHARED)]
+
+
 class _Layer:
     """FLOPs of one block's passes over one state."""
 
@@ -80,13 +85,12 @@ class _Layer:
         frozen: bool,
         sets: int,
     ):
-        # All layers have the same sizes; listing from the last layer on gives one layer's linears.
-        sizes = {linear.target: linear for linear in args.adapted_linears(args.n_layers - 1, list(GROUPS))}
+        own = [linear for linear in args.adapted_linears(layer, list(GROUPS)) if linear.layer == str(layer)]
         self.linears = {
-            name: 2.0 * tokens * x.experts_per_token * x.in_features * x.out_features
-            for name, x in ((name, sizes[name]) for name in _EXECUTION_ORDER)
+            x.target: 2.0 * tokens * x.experts_per_token * x.in_features * x.out_features
+            for x in sorted(own, key=_execution_order)
         }
-        self.attention = 4.0 * tokens * attended * args.dim
+        self.attention = 4.0 * tokens * attended * args.query_dim
         self.forward = sum(self.linears.values()) + self.attention
         self.recomputed = recomputation.layer_flops(layer, self.linears, self.attention)
         # Gradients of the linears' inputs and, if the weights are trained, of the weights.
@@ -108,12 +112,12 @@ class _Layer:
         Args:
             lowest: this is the lowest adapted layer, whose backward pass ends at its first adapted linears.
         """
-        first_stage = min(LINEARS[target].stage for target in self.fast) if lowest else -1
-        total = sum(flops for name, flops in self.linears.items() if LINEARS[name].stage > first_stage)
+        first_stage = min(layer_linear(target).stage for target in self.fast) if lowest else -1
+        total = sum(flops for name, flops in self.linears.items() if layer_linear(name).stage > first_stage)
         total += _ATTENTION_BACKWARD * self.attention if first_stage < 1 else 0.0
         for target, (first, second) in self.fast.items():
             # Gradients of the fast weights, of the low-rank intermediate, and of the linear's input.
-            total += first + second + second + (first if LINEARS[target].stage > first_stage else 0.0)
+            total += first + second + second + (first if layer_linear(target).stage > first_stage else 0.0)
         return total + self.recomputed + self.fast_recomputed
 
 

@@ -79,6 +79,8 @@ def distribution(name: str, shape: torch.Size, sizes: Sizes) -> Distribution:
     linear = name.removesuffix(".weight").rpartition(".")[2]
     if linear.endswith("norm"):
         return 1.0
+    if linear == "expert_bias":
+        return 0.0
     layer = int(name.split(".")[1])
     return Normal(sizes.init_std / math.sqrt(2 * (layer + 1)) if _DEPTH_SCALED[linear] else sizes.init_std)
 

@@ -29,18 +29,26 @@ LINEARS = {
     "gate": LayerLinear("ffn", "w1", "dim", "hidden_dim", False, 2),
     "up": LayerLinear("ffn", "w3", "dim", "hidden_dim", False, 2),
     "down": LayerLinear("ffn", "w2", "hidden_dim", "dim", True, 3),
-    "q": LayerLinear("attention", "wq", "dim", "dim", False, 0),
+    "q": LayerLinear("attention", "wq", "dim", "query_dim", False, 0),
     "k": LayerLinear("attention", "wk", "dim", "kv_dim", False, 0),
     "v": LayerLinear("attention", "wv", "dim", "kv_dim", False, 0),
-    "o": LayerLinear("attention", "wo", "dim", "dim", True, 1),
+    "o": LayerLinear("attention", "wo", "query_dim", "dim", True, 1),
 }
 LINEAR_NUMBERS = {name: number for number, name in enumerate(LINEARS)}
-ROUTER_NUMBER = 2**15  # number of the router in the keys of dropout, beyond those of later linears
+# Numbers in the keys of dropout, beyond those of later linears: of the router, and of a shared expert's first linear.
+ROUTER_NUMBER, SHARED_NUMBER = 2**15, 2**14
+# Prefix of a shared expert's linears among the fast weights of a layer; without it, they are the linears of an FFN.
+SHARED = "shared_"
 # Targets of outer adapters alone: the router of a mixture of experts, and all linears of a layer.
 ROUTER, ALL_LINEAR = "router", "all-linear"
 GROUPS = {
     group: tuple(name for name, linear in LINEARS.items() if linear.group == group) for group in ("ffn", "attention")
 }
+
+
+def layer_linear(name: str) -> LayerLinear:
+    """Return the description of a linear that has fast weights, which may be a shared expert's."""
+    return LINEARS[name.removeprefix(SHARED)]
 
 
 def linear_names(targets: Sequence[str]) -> list[str]:

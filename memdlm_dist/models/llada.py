@@ -9,7 +9,7 @@ N scored tokens of all tensor-parallel ranks. Under tensor parallelism the activ
 sequence dimension, [B, L / tp_size, D].
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -38,7 +38,7 @@ from memdlm_dist.models.attention import (
 from memdlm_dist.models.fsdp_schedule import FSDPSchedule, frozen
 from memdlm_dist.models.head import OutputHead, Readout
 from memdlm_dist.models.key_value_cache import CachedPass
-from memdlm_dist.models.linears import GROUPS, LINEAR_NUMBERS, LINEARS, linear_names
+from memdlm_dist.models.linears import LINEAR_NUMBERS, LINEARS, layer_linear, linear_names
 from memdlm_dist.models.lora import adapted_linear
 from memdlm_dist.models.rope import RopeScaling, rescaled_base, rotary_frequencies
 from memdlm_dist.models.token_choice import TokenChoice
@@ -50,6 +50,7 @@ class LLaDAArgs(BaseModelArgs):
     """Sizes of a `llada` backbone; the defaults are LLaDA-8B's."""
 
     enable_weight_tying: ClassVar[bool] = False  # read by torchtitan's state-dict adapters
+    fused_linears: ClassVar[tuple[str, ...]] = ()  # linears that are one tensor in the published weights
 
     dim: int = 4096
     n_layers: int = 32
@@ -72,6 +73,10 @@ class LLaDAArgs(BaseModelArgs):
     head_from_embedding: bool = False
     # RMS-normalise queries and keys per head.
     qk_norm: bool = False
+    # Width of one attention head; None: dim / n_heads.
+    head_width: int | None = None
+    # Share of a head's dimensions that RoPE rotates, the first ones.
+    partial_rotary_factor: float = 1.0
     # The output at a position predicts the next token, as in backbones converted from autoregressive models.
     shifted: bool = False
     # Use grouped matrix products for experts and for the fast weights of packed documents: bfloat16, on devices that
@@ -88,7 +93,17 @@ class LLaDAArgs(BaseModelArgs):
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
-        return self.dim // self.n_heads
+        return self.head_width or self.dim // self.n_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Number of a head's dimensions that RoPE rotates."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def query_dim(self) -> int:
+        """Total width of all query heads."""
+        return self.head_dim * self.n_heads
 
     @property
     def kv_dim(self) -> int:
@@ -99,12 +114,16 @@ class LLaDAArgs(BaseModelArgs):
     def rotary_base(self) -> float:
         """RoPE base theta for this context length."""
         return rescaled_base(
-            self.rope_theta, self.head_dim, self.native_length, self.rope_scaling, self.rope_scaling_method
+            self.rope_theta, self.rotary_dim, self.native_length, self.rope_scaling, self.rope_scaling_method
         )
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
         """Return the number of parameters and the training FLOPs per token, as torchtitan counts them for MFU."""
         return get_dense_model_nparams_and_flops(self, model, 2 * self.head_dim, seq_len)
+
+    def hidden_dim_of(self, layer: int) -> int:
+        """Return the width of a layer's FFN."""
+        return self.hidden_dim
 
     def adapted_linears(self, first_layer: int, targets: Sequence[str]) -> list[AdaptedLinear]:
         """Return the linears of layers `first_layer .. n_layers - 1` that get fast weights.
@@ -113,18 +132,21 @@ class LLaDAArgs(BaseModelArgs):
             first_layer: lowest adapted layer.
             targets: names of linears ("gate", "q", ...) or of groups ("ffn", "attention").
         """
-        return [
-            AdaptedLinear(
-                str(layer),
-                name,
-                getattr(self, LINEARS[name].in_size),
-                getattr(self, LINEARS[name].out_size),
-                LINEARS[name].row_wise,
-                number=layer * len(LINEARS) + LINEAR_NUMBERS[name],
-            )
-            for layer in range(first_layer, self.n_layers)
-            for name in linear_names(targets)
-        ]
+        linears = []
+        for layer in range(first_layer, self.n_layers):
+            sizes = replace(self, hidden_dim=self.hidden_dim_of(layer))
+            linears += [
+                AdaptedLinear(
+                    str(layer),
+                    name,
+                    getattr(sizes, LINEARS[name].in_size),
+                    getattr(sizes, LINEARS[name].out_size),
+                    LINEARS[name].row_wise,
+                    number=layer * len(LINEARS) + LINEAR_NUMBERS[name],
+                )
+                for name in linear_names(targets)
+            ]
+        return linears
 
 
 class AdaptableFeedForward(FeedForward):
@@ -187,6 +209,10 @@ class TransformerBlock(nn.Module):
         """Return the FFN's output `[B, L, D]` for normalised input."""
         return self.feed_forward(x_BLD, fast=fast, set_assignment=context.set_assignment, dropout=context.dropout)
 
+    def compile_parts(self, backend: str | Callable[..., Any]) -> None:
+        """Compile the attention and the FFN as two functions, for a dense layer of a backbone with mixtures."""
+        compile_methods([(self, "attend"), (self.feed_forward, "forward")], backend)
+
     def forward(self, x_BLD: Tensor, context: TokenContext, fast: dict[str, FastLinear] | None = None) -> Tensor:
         """Return the residual stream after the block, `[B, L, D]`; `fast` has this layer's fast weights by linear."""
         frequencies, mask, set_assignment, _, dropout, cache, ffn_tokens = context
@@ -212,7 +238,13 @@ class TransformerBlock(nn.Module):
 
 
 def _select_group(group: str, fast: dict[str, FastLinear] | None) -> dict[str, FastLinear]:
-    return {name: linear for name, linear in (fast or {}).items() if name in GROUPS[group]}
+    return {name: linear for name, linear in (fast or {}).items() if layer_linear(name).group == group}
+
+
+def compile_methods(parts: Iterable[tuple[nn.Module, str]], backend: str | Callable[..., Any]) -> None:
+    """Compile methods of modules, each as one graph."""
+    for owner, name in parts:
+        setattr(owner, name, torch.compile(getattr(owner, name), backend=backend, fullgraph=True))
 
 
 class LLaDA(ModelProtocol):
@@ -222,7 +254,6 @@ class LLaDA(ModelProtocol):
     fast weights, so inner steps and the outer step share them.
     """
 
-    block: ClassVar[type[TransformerBlock]] = TransformerBlock
     freqs_cis: Tensor
     layers: nn.ModuleDict
     fsdp_schedule = FSDPSchedule()  # without effect; `parallelize` replaces it if FSDP2 shards the backbone
@@ -233,13 +264,16 @@ class LLaDA(ModelProtocol):
         self.model_args = args
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.register_buffer("freqs_cis", self._rotary(), persistent=False)
-        self.layers = nn.ModuleDict({str(i): self.block(args) for i in range(args.n_layers)})
+        self.layers = nn.ModuleDict({str(i): self._build_block(args, i) for i in range(args.n_layers)})
         self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.output = OutputHead(args.dim, args.vocab_size, bias=False)
 
+    def _build_block(self, args: Any, layer: int) -> TransformerBlock:
+        return TransformerBlock(args)
+
     def _rotary(self) -> Tensor:
         args = self.model_args
-        return rotary_frequencies(args.head_dim, args.max_seq_len, args.rotary_base)
+        return rotary_frequencies(args.rotary_dim, args.max_seq_len, args.rotary_base)
 
     def context(
         self,

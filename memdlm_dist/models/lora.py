@@ -6,7 +6,7 @@ output of a linear with its adapter. Frozen weights are stored in the compute dt
 trained weights, and all-gathers need no float32. With a 4-bit base they are quantised (see `nf4.py`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, cast
@@ -36,6 +36,8 @@ class LoRALinear(nn.Linear):
         self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.empty(linear.out_features, rank, dtype=dtype, device=device))
         self.scale = scale  # alpha / R
+        # Product of the linear that this module replaces; a router's may be in float32.
+        self.product: Callable[[Tensor, Tensor], Tensor] = getattr(linear, "product", F.linear)
         # Dropout of calls without that argument: torchtitan's router calls its gate so.
         self.dropout: Dropout | None = None
 
@@ -43,7 +45,8 @@ class LoRALinear(nn.Linear):
         """Return W x + (alpha / R) B A drop(x); None drops nothing."""
         dropout = self.dropout if dropout is None else dropout
         dropped = x if dropout is None else dropout(x)
-        return F.linear(x, self.weight) + self.scale * F.linear(F.linear(dropped, self.lora_A), self.lora_B)
+        product = self.product
+        return product(x, self.weight) + self.scale * product(product(dropped, self.lora_A), self.lora_B)
 
 
 def adapted_linear(
@@ -85,8 +88,8 @@ class LoRA:
     target_modules: list[str] = field(default_factory=lambda: ["attention", "ffn"])
     """Linears of every layer that get an adapter.
 
-    ffn (gate, up, down), attention (q, k, v, o), llada_moe's router, linears by name, or all-linear for all of these.
-    In llada_moe every expert's linears get separate adapters."""
+    ffn (gate, up, down), attention (q, k, v, o), the router of a mixture of experts, linears by name, or all-linear for
+    all of these. In a mixture every expert's linears get separate adapters, and the shared expert's too."""
 
     base: Literal["unquantized", "nf4"] = "unquantized"
     """Storage of the frozen base. unquantized: training.mixed_precision_param. nf4: 4 bits with double quantisation for
@@ -124,6 +127,8 @@ def add_adapters(model: nn.Module, lora: LoRA, frozen_dtype: torch.dtype, dtype:
         if layer.moe_enabled:
             _adapt(layer.moe.router, [_ROUTER_WEIGHT] if ROUTER in names else [], lora, dtype)
             layer.moe.experts.add_adapters(ffn, lora.rank, lora.scale, dtype)
+            if layer.shared_experts is not None:
+                _adapt(layer.shared_experts, ffn, lora, dtype)
         else:
             _adapt(layer.feed_forward, ffn, lora, dtype)
     if lora.base == "nf4":

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from memdlm_dist.compat import torchao
 from memdlm_dist.compat.torch import local_block
 from memdlm_dist.compat.torchao import is_nf4
-from memdlm_dist.models.linears import LINEARS
+from memdlm_dist.models.linears import GROUPS, LINEARS
 
 # Elements in the smallest unit of a quantised tensor: 256 blocks of 64 elements, whose scales share one factor.
 UNIT = torchao.BLOCK * torchao.SCALES
@@ -39,12 +39,9 @@ def misfit(args: Any, shards: int) -> str:
         args: sizes of the backbone, `LLaDAArgs`.
         shards: number of ranks that shard the weights.
     """
-    experts = expert_count(args)
-    for name, linear in LINEARS.items():
-        rows, columns = getattr(args, linear.out_size), getattr(args, linear.in_size)
-        rows *= experts if linear.group == "ffn" else 1
-        of_experts = linear.group == "ffn" and experts > 1
-        size = f"the linear {name} of {'all experts' if of_experts else 'a layer'}"
+    for linear in args.adapted_linears(0, list(GROUPS)):
+        rows, columns = linear.out_features * max(1, linear.experts), linear.in_features
+        size = f"the linear {linear.target} of {'all experts' if linear.experts else 'a layer'}"
         if rows * columns % UNIT:
             return f"{size} has {rows} x {columns} elements, which {UNIT:,} does not divide"
         if rows % shards or rows * columns // UNIT % shards:
@@ -53,8 +50,8 @@ def misfit(args: Any, shards: int) -> str:
                 "cannot share evenly"
             )
         # Adapters and exports are sharded by expert.
-        if of_experts and experts % shards:
-            return f"a layer has {experts} experts, which {shards} ranks cannot share evenly"
+        if linear.experts % shards:
+            return f"a layer has {linear.experts} experts, which {shards} ranks cannot share evenly"
     return ""
 
 

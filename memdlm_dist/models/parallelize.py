@@ -23,8 +23,8 @@ from memdlm_dist.models.expert_parallel import parallelize_experts
 from memdlm_dist.models.fsdp_schedule import FSDPSchedule
 from memdlm_dist.models.layout import Parallelism
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs, TransformerBlock
-from memdlm_dist.models.llada_moe import LLaDAMoE, MoEBlock
 from memdlm_dist.models.lora import LoRA, add_adapters
+from memdlm_dist.models.mixture import LLaDAMixture
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def parallelize(model: LLaDA, dims: ParallelDims, recipe: Recipe) -> LLaDA:
 
     if dims.tp_enabled:
         _apply_tp(model, dims.get_mesh("tp"), recipe)
-    if isinstance(model, LLaDAMoE):
+    if isinstance(model, LLaDAMixture):
         parallelize_experts(model, dims)
     if dims.cp_enabled:
         apply_cp(
@@ -103,7 +103,7 @@ def parallelize(model: LLaDA, dims: ParallelDims, recipe: Recipe) -> LLaDA:
         # A block is compiled once per kind of pass (without gradients, or with gradients of activations, fast weights
         # or both) and per batch size.
         raise_recompile_limit(64)
-        if isinstance(model, LLaDAMoE):
+        if isinstance(model, LLaDAMixture):
             _compile_around_experts(model, recipe.compile)
         elif dims.tp_enabled:
             _compile_below_checkpoints(model, recipe.compile)
@@ -155,14 +155,14 @@ def _apply_tp(model: LLaDA, mesh: DeviceMesh, recipe: Recipe) -> None:
     model.output.follow_plan(loss_parallel)
 
 
-def _compile_around_experts(model: LLaDAMoE, config: Compile) -> None:
+def _compile_around_experts(model: LLaDAMixture, config: Compile) -> None:
     """Compile every block inside its activation checkpoint, except for its experts.
 
     torchtitan's recipe compiles each module around the experts separately. That makes more graphs, leaves the products
     with the router's scores eager between them, and adds wrappers that appear in parameter names.
     """
     for block in model.layers.values():
-        cast(MoEBlock, checkpointed(block) or block).compile_around_experts(config.backend)
+        cast(TransformerBlock, checkpointed(block) or block).compile_parts(config.backend)
 
 
 def _compile_below_checkpoints(model: LLaDA, config: Compile) -> None:

@@ -13,8 +13,10 @@ from torch import Tensor
 RopeScaling = Literal["ntk", "diffusion_ntk"]
 
 
-def rescaled_base(theta: float, head_dim: int, native_length: int, factor: float, method: RopeScaling) -> float:
-    """Return the RoPE base for a context of s = `factor` times the native length T, with head dim d.
+def rescaled_base(theta: float, rotary_dim: int, native_length: int, factor: float, method: RopeScaling) -> float:
+    """Return the RoPE base for a context of s = `factor` times the native length T.
+
+    d dimensions of a head are rotated.
 
     ntk: theta s^(d / (d - 2)). Over the longer context, the slowest pair rotates by the same angle as over the native
     one.
@@ -25,7 +27,7 @@ def rescaled_base(theta: float, head_dim: int, native_length: int, factor: float
     """
     if factor == 1:
         return theta
-    d = head_dim
+    d = rotary_dim
     if method == "ntk":
         return float(theta * factor ** (d / (d - 2)))
     native = native_length / math.pi
@@ -33,19 +35,24 @@ def rescaled_base(theta: float, head_dim: int, native_length: int, factor: float
     return float((factor * native) ** (d / critical))
 
 
-def rotary_frequencies(head_dim: int, length: int, theta: float) -> Tensor:
+def rotary_frequencies(rotary_dim: int, length: int, theta: float) -> Tensor:
     """Return the RoPE table exp(i p theta^(-2j/d)) for position p and pair j, complex64 `[L, d/2]`.
 
     The table is complex, as in torchtitan's llama3, so that mixed precision does not cast it below float32.
     """
-    inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    inverse = 1.0 / theta ** (torch.arange(0, rotary_dim, 2).float() / rotary_dim)
     angle = torch.outer(torch.arange(length).float(), inverse)
     return torch.polar(torch.ones_like(angle), angle)
 
 
 def rotate(x_BLHd: Tensor, frequencies_Lj: Tensor) -> Tensor:
-    """Apply RoPE in half-rotation form, on pairs (x_j, x_{j + d/2}), in float32 or higher precision."""
+    """Apply RoPE in half-rotation form, in float32 or higher precision.
+
+    The table's number of pairs decides how many of a head's first dimensions are rotated, d': those in the pairs
+    (x_j, x_{j + d'/2}). The others stay as they are.
+    """
     cos, sin = (component.unsqueeze(-2) for component in torch.view_as_real(frequencies_Lj).unbind(-1))
     x = x_BLHd.to(torch.promote_types(x_BLHd.dtype, torch.float32))
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x_BLHd)
+    pairs = frequencies_Lj.shape[-1]
+    first, second, rest = x.split((pairs, pairs, x.shape[-1] - 2 * pairs), dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1).type_as(x_BLHd)

@@ -16,8 +16,12 @@ from torch import Tensor
 from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 
 from memdlm_dist.compat.torchtitan import ReplicatedExpertsAdapter
+from memdlm_dist.models import row_slices
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs
-from memdlm_dist.models.llada_moe import LLaDAMoE, LLaDAMoEArgs
+from memdlm_dist.models.llada2 import LLaDA2Args
+from memdlm_dist.models.llada_moe import LLaDAMoEArgs
+from memdlm_dist.models.mixture import LLaDAMixture
+from memdlm_dist.models.row_slices import RowSlice
 
 # Maximum size in bytes of one file of an export, as is usual for checkpoints on the Hugging Face hub.
 FILE_BYTES = 5 * 10**9
@@ -39,6 +43,33 @@ _LLADA_NAMES = {
 }
 _FROM_LLADA = {f"{theirs}.weight": f"{ours}.weight" for theirs, ours in _LLADA_NAMES.items()}
 _TO_LLADA = {ours: theirs for theirs, ours in _FROM_LLADA.items()}
+
+# LLaDA2's names -> our names; the second {} is the expert. Queries, keys and values are slices of one projection there.
+_LLADA2_NAMES = {
+    "model.word_embeddings.weight": "tok_embeddings.weight",
+    "model.layers.{}.attention.dense.weight": "layers.{}.attention.wo.weight",
+    "model.layers.{}.attention.query_layernorm.weight": "layers.{}.attention.q_norm.weight",
+    "model.layers.{}.attention.key_layernorm.weight": "layers.{}.attention.k_norm.weight",
+    "model.layers.{}.mlp.gate_proj.weight": "layers.{}.feed_forward.w1.weight",
+    "model.layers.{}.mlp.up_proj.weight": "layers.{}.feed_forward.w3.weight",
+    "model.layers.{}.mlp.down_proj.weight": "layers.{}.feed_forward.w2.weight",
+    "model.layers.{}.mlp.experts.{}.gate_proj.weight": "layers.{}.moe.experts.w1",
+    "model.layers.{}.mlp.experts.{}.up_proj.weight": "layers.{}.moe.experts.w3",
+    "model.layers.{}.mlp.experts.{}.down_proj.weight": "layers.{}.moe.experts.w2",
+    "model.layers.{}.mlp.gate.weight": "layers.{}.moe.router.gate.weight",
+    "model.layers.{}.mlp.gate.expert_bias": "layers.{}.moe.expert_bias",
+    "model.layers.{}.mlp.shared_experts.gate_proj.weight": "layers.{}.shared_experts.w1.weight",
+    "model.layers.{}.mlp.shared_experts.up_proj.weight": "layers.{}.shared_experts.w3.weight",
+    "model.layers.{}.mlp.shared_experts.down_proj.weight": "layers.{}.shared_experts.w2.weight",
+    "model.layers.{}.input_layernorm.weight": "layers.{}.attention_norm.weight",
+    "model.layers.{}.post_attention_layernorm.weight": "layers.{}.ffn_norm.weight",
+    "model.norm.weight": "norm.weight",
+    "lm_head.weight": "output.weight",
+}
+_LLADA2_FUSED = "model.layers.{}.attention.query_key_value.weight"
+
+# Suffix of tensors that stay in float32: training changes them by less than bfloat16 resolves.
+_FLOAT32 = "expert_bias"
 
 # config.json keys that do not affect the forward pass.
 _IGNORED_KEYS = ("architectures", "model_type", "max_sequence_length", "max_position_embeddings")
@@ -66,9 +97,9 @@ class BackboneStateDictAdapter(StateDictAdapter):
         """Return the backbone's config.json as a dict."""
 
     def expected(self) -> dict[str, Tensor]:
-        """Return all tensors of the backbone by Hugging Face name, on the meta device."""
+        """Return all tensors of the backbone's files by Hugging Face name, on the meta device."""
         with torch.device("meta"):
-            return self.to_hf(dict(self.model_cls(self.args).state_dict()))
+            return row_slices.joined(self.to_hf(dict(self.model_cls(self.args).state_dict())))
 
     def differences(self, config_json: str) -> list[str]:
         """List the differences between a config.json and the backbone, one phrase per key.
@@ -131,7 +162,7 @@ class LLaDAMoEStateDictAdapter(BackboneStateDictAdapter, ReplicatedExpertsAdapte
     torchtitan's adapter leaves each expert's matrix on the rank that holds it, so each rank reads and writes its own.
     """
 
-    model_cls = LLaDAMoE
+    model_cls = LLaDAMixture
 
     def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Split the experts' tensors into one matrix per expert, under Hugging Face names."""
@@ -158,6 +189,57 @@ class LLaDAMoEStateDictAdapter(BackboneStateDictAdapter, ReplicatedExpertsAdapte
         }  # fmt: skip
 
 
+class LLaDA2StateDictAdapter(LLaDAMoEStateDictAdapter):
+    """State-dict adapter for LLaDA2: the projections of queries, keys and values are slices of one tensor there."""
+
+    def __init__(self, model_args: Any, hf_assets_path: str | None = None):
+        super().__init__(model_args, hf_assets_path)
+        self.from_hf_map = _LLADA2_NAMES | {
+            RowSlice(_LLADA2_FUSED, *rows).name: f"layers.{{}}.attention.{weight}.weight"
+            for weight, rows in self._fused_rows().items()
+        }
+
+    def _fused_rows(self) -> dict[str, tuple[int, int]]:
+        """Return the rows of the fused projection that belong to each of our linears."""
+        args: LLaDA2Args = self.args
+        ends = args.query_dim, args.query_dim + args.kv_dim, args.query_dim + 2 * args.kv_dim
+        return {"wq": (0, ends[0]), "wk": (ends[0], ends[1]), "wv": (ends[1], ends[2])}
+
+    def config(self) -> dict[str, Any]:
+        """Return LLaDA2's config.json with this backbone's sizes."""
+        args: LLaDA2Args = self.args
+        return {
+            "architectures": ["LLaDA2MoeModelLM"], "model_type": "llada2_moe", "hidden_size": args.dim,
+            "intermediate_size": args.dense_hidden_dim, "moe_intermediate_size": args.hidden_dim,
+            "num_hidden_layers": args.n_layers, "first_k_dense_replace": args.n_dense_layers,
+            "num_attention_heads": args.n_heads, "num_key_value_heads": args.n_kv_heads or args.n_heads,
+            "head_dim": args.head_dim, "num_experts": args.n_experts, "num_experts_per_tok": args.experts_per_token,
+            "num_shared_experts": args.shared_hidden_dim // args.hidden_dim, "n_group": args.expert_groups,
+            "topk_group": args.groups_per_token, "routed_scaling_factor": args.score_scale,
+            "norm_topk_prob": args.normalizes_scores, "score_function": args.router_score,
+            "moe_router_enable_expert_bias": args.has_expert_bias, "vocab_size": args.vocab_size,
+            "rms_norm_eps": args.norm_eps, "rope_theta": args.rotary_base, "rope_scaling": None,
+            "partial_rotary_factor": args.partial_rotary_factor, "rotary_dim": args.rotary_dim, "hidden_act": "silu",
+            "use_qk_norm": args.qk_norm, "use_bias": False, "use_qkv_bias": False, "tie_word_embeddings": False,
+            "max_position_embeddings": args.max_seq_len,
+        }  # fmt: skip
+
+
+def in_dtype(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Cast a state dict, except for tensors that stay in float32.
+
+    Args:
+        state: tensors by our names or Hugging Face's.
+        dtype: None to keep each tensor's dtype.
+    """
+    return {name: tensor.to(stored_dtype(name, dtype or tensor.dtype)) for name, tensor in state.items()}
+
+
+def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a tensor in weights of `dtype`."""
+    return torch.float32 if name.endswith(_FLOAT32) else dtype
+
+
 def _translate(name: str, names: Mapping[str, str]) -> str:
     """Translate a tensor name by a table with {} for the layer; raises KeyError for unknown names."""
     layer = re.search(r"\d+", name)
@@ -180,7 +262,7 @@ def fqn_to_index_mapping(
     """
     index, filled, mapping = 1, 0, {}
     for name, tensor in tensors.items():
-        size = math.prod(tensor.shape) * (dtype or tensor.dtype).itemsize
+        size = math.prod(tensor.shape) * stored_dtype(name, dtype or tensor.dtype).itemsize
         if filled and filled + size > limit:
             index, filled = index + 1, 0
         filled += size

@@ -25,7 +25,7 @@ from memdlm_dist.method.passes import Passes, planned_passes
 from memdlm_dist.models.flops import Recomputation, step_flops
 from memdlm_dist.models.layout import Layout
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs
-from memdlm_dist.models.llada_moe import LLaDAMoEArgs
+from memdlm_dist.models.mixture import MixtureArgs
 from memdlm_dist.training.backbone import get_lora
 from memdlm_dist.training.objective import build_objective, first_adapted_layer, get_inner_loss, get_plan
 
@@ -138,7 +138,7 @@ def estimate(
 
 def _active_parameters(model: LLaDA, args: LLaDAArgs) -> int:
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
-    share = args.experts_per_token / args.n_experts if isinstance(args, LLaDAMoEArgs) else 1.0
+    share = args.experts_per_token / args.n_experts if isinstance(args, MixtureArgs) else 1.0
     return int(sum(p.numel() for p in model.parameters()) - experts * (1 - share))
 
 
@@ -266,20 +266,21 @@ def _tokens(training: Training, dims: Layout) -> float:
 
 
 def saved_elements(args: LLaDAArgs, tp_size: int = 1) -> tuple[float, float]:
-    """Return the elements per token that autograd saves for a layer: with full checkpointing, and without.
+    """Return the elements per token that autograd saves for an average layer: with full checkpointing, and without.
 
     Full checkpointing saves only the layer's input. Without it, the norms, the attention and the FFN save their inputs.
     The attention also saves queries, keys, values, its output, and the copy of the output that the last projection
     reads. The FFN also saves gate, up, silu(gate) and the product.
     """
-    heads, kv = args.dim, (args.dim // args.n_heads) * (args.n_kv_heads or args.n_heads)
+    heads, kv = args.query_dim, args.kv_dim
     attention = 2 * args.dim / tp_size + args.dim + (3 * heads + 2 * kv) / tp_size
     if args.qk_norm:
         attention += (heads + kv) / tp_size
-    if isinstance(args, LLaDAMoEArgs):
+    if isinstance(args, MixtureArgs):
         # Input, intermediates and output of each expert, and the reordered output in float32 for the weighted sum.
-        k = args.experts_per_token
-        ffn = args.dim + k * (args.dim + 4 * args.hidden_dim / tp_size + 3 * args.dim)
+        k, dense = args.experts_per_token, args.n_dense_layers / args.n_layers
+        mixture = k * (args.dim + 4 * args.hidden_dim / tp_size + 3 * args.dim) + 4 * args.shared_hidden_dim / tp_size
+        ffn = args.dim + (1 - dense) * mixture + dense * 4 * args.dense_hidden_dim / tp_size
     else:
         ffn = args.dim + 4 * args.hidden_dim / tp_size
     return args.dim / tp_size, attention + ffn
@@ -381,12 +382,15 @@ def _communication(
     # A pass all-gathers the inputs of attention and FFN, and reduce-scatters their outputs.
     tp_sent = n_passes * 4 * compute * tokens * args.dim * (dims.tp - 1) / dims.tp
     ep_sent = 0.0
-    if isinstance(args, LLaDAMoEArgs):
+    if isinstance(args, MixtureArgs):
         routed = tokens * args.experts_per_token
-        ep_sent = n_passes * 2 * compute * routed * args.dim * (dims.ep - 1) / dims.ep
+        n_mixture_passes = sum(x.communicating(recomputed) for x in passes[args.n_dense_layers :])
+        ep_sent = n_mixture_passes * 2 * compute * routed * args.dim * (dims.ep - 1) / dims.ep
+        if args.shared_hidden_dim:  # it is sharded like an FFN of its own
+            tp_sent += n_mixture_passes * 2 * compute * tokens * args.dim * (dims.tp - 1) / dims.tp
     cp_sent = 0.0
     if dims.cp > 1:
-        heads, kv = args.dim, (args.dim // args.n_heads) * (args.n_kv_heads or args.n_heads)
+        heads, kv = args.query_dim, args.kv_dim
         # Ulysses: queries, keys, values and the output. Ring attention, which rotates keys and values, counts the same.
         cp_sent = n_passes * compute * tokens * 2 * (heads + kv) / dims.tp * (dims.cp - 1) / dims.cp
         if config.parametric_memory.enable:

@@ -40,6 +40,7 @@ class StepConsensus:
         optimizers: optimizers that take or skip the step.
         config: the [reliability] section.
         device: device of the all-reduce.
+        buffers: what the optimizers' hooks change besides the parameters, such as experts' biases.
     """
 
     def __init__(
@@ -48,7 +49,9 @@ class StepConsensus:
         optimizers: OptimizersContainer,
         config: Reliability,
         device: torch.device,
+        buffers: Sequence[Tensor] = (),
     ):
+        self._buffers = buffers
         self._parameters = dict(pair for part in model_parts for pair in part.named_parameters())
         self._optimizers, self._config, self._device = optimizers, config, device
         self.skipped = 0  # batches skipped in the whole run
@@ -83,16 +86,19 @@ class StepConsensus:
             UserError: see `finish`.
         """
         assert self._pending is not None, "reduce() must come first"
+        is_skipped, before = self._pending.flags[0].bool(), [x.clone() for x in self._buffers]
         if self._pending.host_copy is not None:
             with skip_if_flagged(self._optimizers, self._pending.flags[0]):
                 self._optimizers.step()
-            return
-        skipped = self.skipped
-        self.finish()
-        if self.skipped > skipped:
-            # An optimizer changes neither a parameter that has no gradient nor its optimizer state.
-            self._optimizers.zero_grad(set_to_none=True)
-        self._optimizers.step()
+        else:
+            skipped = self.skipped
+            self.finish()
+            if self.skipped > skipped:
+                # An optimizer changes neither a parameter that has no gradient nor its optimizer state.
+                self._optimizers.zero_grad(set_to_none=True)
+            self._optimizers.step()
+        for buffer, old in zip(self._buffers, before, strict=True):
+            buffer.copy_(torch.where(is_skipped, old, buffer))
 
     def finish(self) -> None:
         """Read the flags of the last step if they are still unread: count a skipped batch, set `stop`.

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.components.lr_scheduler import build_lr_schedulers
-from torchtitan.components.optimizer import build_optimizers
+from torchtitan.components.optimizer import build_optimizers_with_moe_load_balancing
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.model_converter import register_model_converter
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
@@ -95,7 +95,7 @@ def register() -> None:
             model_args={flavour: backbone_args(name, flavour) for flavour in backbone.flavours},
             parallelize_fn=_parallelize,
             pipelining_fn=None,
-            build_optimizers_fn=build_optimizers,
+            build_optimizers_fn=build_optimizers_with_moe_load_balancing,
             build_lr_schedulers_fn=build_lr_schedulers,
             build_dataloader_fn=_build_dataloader,
             build_tokenizer_fn=_build_tokenizer,

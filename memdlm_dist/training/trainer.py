@@ -25,7 +25,7 @@ from memdlm_dist.method.documents import PADDING, power_of_two
 from memdlm_dist.method.inner_loop import InnerStatistics
 from memdlm_dist.method.micro_batch import MicroBatch
 from memdlm_dist.models.flops import Recomputation, step_flops
-from memdlm_dist.models.llada_moe import LLaDAMoE
+from memdlm_dist.models.mixture import LLaDAMixture
 from memdlm_dist.runtime.preemption import StopRequest
 from memdlm_dist.runtime.rank_0 import is_rank_0
 from memdlm_dist.runtime.watchdog import start_watchdog
@@ -72,7 +72,8 @@ class MemDLMTrainer(Trainer):
         self.checkpointer.experiment, self.checkpointer.length = get_experiment(job_config), get_length(job_config)
         self.checkpointer.lora = get_lora(job_config)
         self.checkpointer.stop_on_save_failure = job_config.reliability.on_save_failure == "stop"
-        self.consensus = StepConsensus(self.model_parts, self.optimizers, job_config.reliability, self.device)
+        biases = self.model.expert_biases() if isinstance(self.model, LLaDAMixture) else []
+        self.consensus = StepConsensus(self.model_parts, self.optimizers, job_config.reliability, self.device, biases)
         self.watchdog = start_watchdog(job_config.comm.init_timeout_seconds)
         self.checkpointer.timeout = job_config.comm.init_timeout_seconds
         if job_config.validation.enable:
@@ -171,7 +172,7 @@ class MemDLMTrainer(Trainer):
 
         if metrics.should_log(self.step):
             self.consensus.finish()
-            if isinstance(self.model, LLaDAMoE):
+            if isinstance(self.model, LLaDAMixture):
                 metrics.record_expert_load(self.model.take_load())
             metrics.totals[SKIPPED_BATCHES] = self.consensus.skipped
             metrics.log_step(self.step, torch.stack(losses).sum(), grad_norm, lr, self.tokens_seen)

@@ -13,9 +13,11 @@ from memdlm_dist.method.fast_weights import LowRank, leaves, map_leaves, select
 from memdlm_dist.method.inner_loss import inner_loss
 from memdlm_dist.method.inner_sgd import InnerSGD
 from memdlm_dist.method.trajectory import Plan
-from memdlm_dist.models import flavours, llada_moe
-from memdlm_dist.models.llada_moe import AdaptableExperts, LLaDAMoE, LLaDAMoEArgs
+from memdlm_dist.models import experts, flavours
+from memdlm_dist.models.experts import AdaptableExperts
+from memdlm_dist.models.llada_moe import LLaDAMoEArgs
 from memdlm_dist.models.lora import LoRA, add_adapters
+from memdlm_dist.models.mixture import LLaDAMixture
 from memdlm_dist.training.objective import Objective
 from tests.workers.sharded_experts import COMPILED, LAYOUTS, options_of
 
@@ -100,7 +102,7 @@ def test_the_sets_matter(results):
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    model = LLaDAMoE(ARGS)
+    model = LLaDAMixture(ARGS)
     with torch.no_grad():
         model.init_weights()
         for parameter in model.parameters():
@@ -138,7 +140,7 @@ def test_a_sequence_has_its_own_fast_weights_in_every_expert(model, monkeypatch,
     """Three rows together equal each row alone, with and without groups padded for grouped products."""
     if padded:
         # The loop on padded groups stands in for a grouped product.
-        monkeypatch.setattr(llada_moe, "_grouped", lambda counts: padded_loop(counts))
+        monkeypatch.setattr(experts, "_grouped", lambda counts: padded_loop(counts))
         for mixture in model.mixtures()[1:]:
             monkeypatch.setattr(mixture.experts, "use_grouped_mm", True)
     memory = memory_of(fast_weight_type, norm)
@@ -157,7 +159,7 @@ def test_a_sequence_has_its_own_fast_weights_in_every_expert(model, monkeypatch,
 
 def padded_loop(counts):
     assert (counts % 8 == 0).all() and (counts > 0).all()
-    return llada_moe._loop(counts)
+    return experts._loop(counts)
 
 
 def test_the_grouped_product_computes_what_the_loop_does():
@@ -210,7 +212,7 @@ def test_more_groups_than_a_grouped_product_takes_are_multiplied_in_parts(monkey
         return y[:last], dx[:last], dw
 
     unsplit, *splits = (run(lambda x, weight: compat.grouped_mm(x, weight, ends), limit) for limit in (1023, 7, 4, 3))
-    loop = run(lambda x, weight: llada_moe._loop(counts)(x[:last], weight), 1023)
+    loop = run(lambda x, weight: experts._loop(counts)(x[:last], weight), 1023)
     # The loop sums in another order: rounding to 24 bits in float32, to 8 in bfloat16.
     close = {"rtol": 0, "atol": {torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype]}
     for i, value in enumerate(unsplit):
@@ -249,7 +251,7 @@ def test_blocks_compiled_around_their_experts_are_the_eager_ones():
     """
     models, graphs = [], []
     for _ in range(2):
-        model = LLaDAMoE(replace(ARGS, n_layers=1))
+        model = LLaDAMixture(replace(ARGS, n_layers=1))
         add_adapters(model, LoRA(rank=4), torch.float32, torch.float32)
         generator = torch.Generator().manual_seed(1)
         for parameter in model.parameters():
@@ -262,7 +264,7 @@ def test_blocks_compiled_around_their_experts_are_the_eager_ones():
 
     torch._dynamo.reset()
     for block in models[1].layers.values():
-        block.compile_around_experts(backend)
+        block.compile_parts(backend)
     memory = memory_of(layers=1)
     documents = (torch.arange(24) * 3 // 24).expand(3, -1)
     compiled, loads = [], []
@@ -296,7 +298,7 @@ def test_experts_without_fast_weights_are_torchtitans(model):
 def test_sizes_of_the_published_model():
     args = flavours.LLADA_MOE["7B-A1B"]
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in LLaDAMoE(replace(args, max_seq_len=16)).parameters())
+        parameters = sum(p.numel() for p in LLaDAMixture(replace(args, max_seq_len=16)).parameters())
     # 7B parameters, 1B active per token: embedding, head, attention, router and 8 of 64 experts.
     assert parameters == 7_356_880_896
     linears = args.adapted_linears(14, ["ffn"])

@@ -16,7 +16,7 @@ from memdlm_dist.inference.trained_model import MEMORY_WEIGHTS, TrainedModel
 from memdlm_dist.method import fast_weights, trajectory
 from memdlm_dist.method.diffusion import WEIGHTS
 from memdlm_dist.models import backbone_args
-from memdlm_dist.models.llada_moe import LLaDAMoE
+from memdlm_dist.models.mixture import LLaDAMixture
 from memdlm_dist.models.token_choice import TokenChoice
 from tests.oracles import naive
 from tests.workers.reading import BOLD, LAYOUTS, PROMPTS, SUPPRESSED, arguments_of
@@ -182,7 +182,7 @@ def test_a_block_pass_after_a_full_pass_gives_the_same(folder, model, case):
     batch, length = start.tokens_BL.shape
     reader = model.reader(decoding, batch, length, fast)
     if case == "experts":
-        backbone = LLaDAMoE(replace(backbone_args("llada_moe", "tiny"), vocab_size=512))
+        backbone = LLaDAMixture(replace(backbone_args("llada_moe", "tiny"), vocab_size=512))
         backbone.init_weights()
         reader = ModelReader(backbone.eval(), batch, length, model.device, cached=True, guidance=0.5)
     suppressed = torch.tensor([model.mask_id])

@@ -11,7 +11,8 @@ from memdlm_dist.models import initial_weights
 from memdlm_dist.models.flavours import LLADA, LLADA_MOE
 from memdlm_dist.models.initial_weights import Normal, Uniform
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs
-from memdlm_dist.models.llada_moe import LLaDAMoE, LLaDAMoEArgs
+from memdlm_dist.models.llada_moe import LLaDAMoEArgs
+from memdlm_dist.models.mixture import LLaDAMixture
 from tests.workers.sharded_weights import BACKBONES, LAYOUTS
 
 
@@ -99,7 +100,7 @@ def test_distributions_are_those_of_torchtitans_experts():
     theirs = MoE(MOE_ARGS.moe_args, MOE_ARGS.dim, MOE_ARGS.hidden_dim)
     with torch.no_grad():
         theirs.init_weights(0.02 / math.sqrt(2), torch.device("cpu"))
-    ours = drawn(LLaDAMoE, MOE_ARGS)
+    ours = drawn(LLaDAMixture, MOE_ARGS)
     for name, x in theirs.named_parameters():
         assert_same_distribution(ours[f"layers.0.moe.{name}"], x.detach(), name)
 
@@ -146,7 +147,7 @@ def test_a_block_is_the_block_of_the_whole(monkeypatch, chosen, threads):
 
 
 def test_every_parameter_of_every_flavour_has_a_distribution():
-    for args, model_class in [*((x, LLaDA) for x in LLADA.values()), *((x, LLaDAMoE) for x in LLADA_MOE.values())]:
+    for args, model_class in [*((x, LLaDA) for x in LLADA.values()), *((x, LLaDAMixture) for x in LLADA_MOE.values())]:
         with torch.device("meta"):
             model = model_class(args)
         for name, x in model.named_parameters():

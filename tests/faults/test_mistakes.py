@@ -19,7 +19,7 @@ from memdlm_dist.errors import EXIT_STATUS, UserError
 from tools import generate, prepare_data, random_weights
 
 DEBUG = "tests/assets/debug"
-MOE = ("--model.name", "llada_moe")
+MOE, LLADA2 = ("--model.name", "llada_moe"), ("--model.name", "llada2")
 POOLED = ("--parametric_memory.granularity", "batch")
 
 
@@ -74,7 +74,10 @@ MISTAKES = [
     Mistake("adapter without a base", "checkpoint.initial_adapter needs the base that the adapter was trained on", ("--checkpoint.initial_adapter", "x", "--model.converters", "lora", "--checkpoint.enable")),
     Mistake("experts", "expert_parallel_degree = 2 needs a mixture-of-experts", ("--parallelism.expert_parallel_degree", "2"), env={"WORLD_SIZE": "2"}),
     Mistake("experts of each sequence", "granularity = 'sample' is not supported with expert parallelism", (*MOE, "--parallelism.expert_parallel_degree", "2"), env={"WORLD_SIZE": "2"}),
-    Mistake("experts and attention", "can only be the experts' linears with expert parallelism", (*MOE, *POOLED, "--parametric_memory.target_modules", "ffn,attention", "--parallelism.expert_parallel_degree", "2"), env={"WORLD_SIZE": "2"}),
+    Mistake("load balance without biases", "model.load_balance_coeff = 0.001 needs a router with a bias per expert", (*MOE, "--model.load_balance_coeff", "0.001")),
+    Mistake("load balance of 0", "model.load_balance_coeff = 0.0 is not a positive number", (*LLADA2, "--model.load_balance_coeff", "0")),
+    Mistake("biases without a save", "load_balance_coeff = 0.001 is not supported with lora.base = 'nf4'", (*LLADA2, "--model.load_balance_coeff", "0.001", "--model.converters", "lora", "--lora.base", "nf4")),
+    Mistake("an adapter of a part", "lora.export = 'adapter' needs adapters of all or none of q, k, v", (*LLADA2, "--model.converters", "lora", "--lora.export", "adapter", "--lora.target_modules", "q,v")),
     Mistake("experts over ranks", "The 8 experts of model.flavor debug are not divisible by parallelism.expert_parallel_degree (3)", (*MOE, *POOLED, "--parallelism.expert_parallel_degree", "3"), env={"WORLD_SIZE": "3"}),
     Mistake("experts over shards", "The 8 experts of model.flavor debug cannot be sharded evenly over data_parallel_shard_degree 16", MOE, env={"WORLD_SIZE": "16"}),
     Mistake("experts of too few ranks", "expert_parallel_degree (4) must divide data_parallel_shard_degree (2)", (*MOE, *POOLED, "--parallelism.expert_parallel_degree", "4"), env={"WORLD_SIZE": "2"}),

@@ -9,11 +9,12 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.support.computed_fixture import write_fixture
+from tests.support.computed_fixture import DenseLayer, LLaDA2, write_fixture
 from tools import check_golden
 
 CASES = (
     "dense_pmc_ce", "dense_pmc_distill", "dense_pmc_full", "dense_pre_only", "dense_progressive_memory", "moe_pmc_ce",
+    "llada21_pmc_ce",
 )  # fmt: skip
 
 
@@ -74,6 +75,35 @@ def test_the_architecture_of_llada_8b(root, tmp_path, capsys):
     assert check_golden.main([copy(root, tmp_path, "llada8b_forward", change)]) == 1
 
 
+def test_the_architecture_of_llada21(root, tmp_path, capsys):
+    """Logits and routers under full and block-causal attention; every value of the manifest has an effect."""
+    assert check_golden.main([str(root / "tests/golden/llada21_forward")]) == 0
+    assert [line[2:36].strip() for line in report_lines(capsys)] == [
+        "logits", "logits_block_causal", "router logits", "router weights", "router logits_block_causal",
+        "router weights_block_causal",
+    ]  # fmt: skip
+    changes = {
+        "eps": 1e-5, "rope_theta": 5e5, "partial_rotary_factor": 1.0, "top_k": 3, "n_group": 2, "topk_group": 3,
+        "renormalise_top_k": False, "routed_scaling_factor": 1.0,
+    }  # fmt: skip
+    for key, value in changes.items():
+
+        def change(manifest, key=key, value=value):
+            manifest["arch"][key] = value
+
+        assert check_golden.main([copy(root, tmp_path, "llada21_forward", change)]) == 1, key
+
+    def blocks(manifest):
+        manifest["block_length"] += 1
+
+    assert check_golden.main([copy(root, tmp_path, "llada21_forward", blocks)]) == 1
+    without = {
+        "weights": lambda tensors: {k: x for k, x in tensors.items() if "layers.2.mlp.gate.expert_bias" not in k}
+    }
+    assert check_golden.main([copy(root, tmp_path, "llada21_forward", **without)]) == 2
+    assert "lack the tensor model.layers.2.mlp.gate.expert_bias" in capsys.readouterr().out
+
+
 def test_weights_that_do_not_fit_are_named(root, tmp_path, capsys):
     without = {"weights": lambda tensors: {k: x for k, x in tensors.items() if "experts.3.up" not in k}}
     assert check_golden.main([copy(root, tmp_path, "moe_pmc_ce", **without)]) == 2
@@ -95,6 +125,9 @@ def scale(name):
         ("moe_pmc_ce", "outputs", "B_final.model.layers.3.mlp.experts.1.up_proj", "fast weights"),
         ("moe_pmc_ce", "outputs", "grad.model.layers.1.mlp.experts.2.down_proj.weight", "outer base gradients"),
         ("moe_pmc_ce", "plain", "grad.model.layers.0.mlp.gate.weight", "plain base gradients"),
+        ("llada21_pmc_ce", "outputs", "B_final.model.layers.4.mlp.shared_experts.down_proj", "fast weights"),
+        ("llada21_pmc_ce", "outputs", "grad.model.layers.1.mlp.gate.weight", "outer base gradients"),
+        ("llada21_pmc_ce", "plain", "grad.model.layers.0.attention.query_key_value.weight", "plain base gradients"),
         ("dense_pmc_ce", "inputs", "step_t", "trajectory: weights"),
         ("dense_pmc_full", "outputs", "delta_final.model.layers.3.mlp.up_proj", "fast weights"),
         ("dense_progressive_memory", "outputs", "grad.model.layers.0.self_attn.q_proj.weight", "outer base gradients"),
@@ -216,13 +249,27 @@ COMPUTED = {
         (2, 19),
         ("labels", "t", "outer"),
     ),
+    "LLaDA2.1 of other sizes, three steps, reverse KL": (
+        {"masking": "pmc", "steps": 3, "loss": "distill_reverse"},
+        ["gate_proj", "up_proj", "down_proj"],
+        (2, 13),
+        (),
+        LLaDA2,
+    ),
+    "LLaDA2.1, dense layer adapted, hidden": (
+        {"masking": "pmc", "steps": 2, "loss": "distill_hidden", "hidden_type": "mse", "adapter_type": "full"},
+        ["gate_proj", "down_proj"],
+        (2, 11),
+        (),
+        DenseLayer,
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", COMPUTED)
 def test_other_fixtures_of_the_format(name, tmp_path, capsys):
-    memory, targets, shape, absent = COMPUTED[name]
-    write_fixture(tmp_path, memory, targets, shape, absent)
+    memory, targets, shape, absent, *backbone = COMPUTED[name]
+    write_fixture(tmp_path, memory, targets, shape, absent, *backbone)
     assert check_golden.main([str(tmp_path)]) == 0, capsys.readouterr().out
     lines = report_lines(capsys)
     assert any("inner losses" in line for line in lines) and any("trajectory: masks" in line for line in lines)

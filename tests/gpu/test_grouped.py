@@ -14,7 +14,9 @@ from memdlm_dist.method.fast_weights import AdaptedLinear, map_leaves
 from memdlm_dist.method.inner_loss import inner_loss
 from memdlm_dist.method.inner_sgd import InnerSGD
 from memdlm_dist.method.trajectory import Plan
-from memdlm_dist.models.llada_moe import AdaptableExperts, LLaDAMoE, LLaDAMoEArgs
+from memdlm_dist.models.experts import AdaptableExperts
+from memdlm_dist.models.llada_moe import LLaDAMoEArgs
+from memdlm_dist.models.mixture import LLaDAMixture
 from memdlm_dist.runtime.device import has_grouped_mm
 from memdlm_dist.training.objective import Objective
 
@@ -97,7 +99,7 @@ def test_a_step_with_grouped_products_is_the_step_with_the_loop(device):
 
     def step(grouped):
         torch.manual_seed(0)
-        model = LLaDAMoE(replace(ARGS, grouped=grouped)).to(device)
+        model = LLaDAMixture(replace(ARGS, grouped=grouped)).to(device)
         with torch.no_grad():
             model.init_weights()
         loss, statistics = outer_loss(model, batch, memory, memory.draw(0, 1, batch.sample_ids_U))

@@ -12,7 +12,8 @@ from memdlm_dist.method.keyed_random import Stream
 from memdlm_dist.method.logit_loss import HeadLoss, cross_entropy, kl, reverse_kl, set_losses
 from memdlm_dist.models.initial_weights import Normal, Uniform, distribution
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs
-from memdlm_dist.models.llada_moe import LLaDAMoE, LLaDAMoEArgs
+from memdlm_dist.models.llada_moe import LLaDAMoEArgs
+from memdlm_dist.models.mixture import LLaDAMixture
 from memdlm_dist.performance.straightforward import DISTANCES
 from tests.support.zygote import ROOT
 
@@ -22,7 +23,7 @@ IDS = torch.arange(5) * 2**40 + 17
 SIZES = {"dim": 96, "n_layers": 2, "n_heads": 6, "vocab_size": 1000, "max_seq_len": 16}
 BACKBONES = {
     "dense": (LLaDA, LLaDAArgs(**SIZES, hidden_dim=160)),
-    "experts": (LLaDAMoE, LLaDAMoEArgs(**SIZES, hidden_dim=40, n_experts=4, experts_per_token=2)),
+    "experts": (LLaDAMixture, LLaDAMoEArgs(**SIZES, hidden_dim=40, n_experts=4, experts_per_token=2)),
 }
 
 

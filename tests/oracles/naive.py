@@ -322,7 +322,7 @@ def bilevel(model, tokens_BL, maskable_BL, u_BL, v_BL, t_B, sets, fast_of_set, o
                 losses.append(0.0)
                 norms.append(0.0)
                 continue
-            grads = torch.autograd.grad(total / count, flat)
+            grads = torch.autograd.grad(total / count, flat, materialize_grads=True)  # experts without tokens
             losses.append((total / count).item())
             norms.append(math.sqrt(sum(g.norm().item() ** 2 for g in grads)))
             moved = []

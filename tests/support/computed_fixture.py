@@ -1,6 +1,7 @@
 """Fixtures for any options, computed in float64 by naive.py, in the format of the published fixtures."""
 
 import json
+from typing import ClassVar
 
 import torch
 from safetensors.torch import save_file
@@ -12,13 +13,101 @@ cpu.prepare()
 from memdlm_dist.golden import fixture as golden_fixture
 from memdlm_dist.models.llada import LLaDAArgs
 from tests.oracles import naive
+from tests.oracles.llada2 import LLaDA2Model
 from tests.support.bilevel import scaled_model
 
 OURS = {"ce": "cross_entropy", "distill": "kl", "distill_reverse": "reverse_kl"}
 
 
-def write_fixture(folder, memory, targets, shape, absent):
-    """Write a fixture with two adapted layers.
+class Dense:
+    """Dense backbone of the fixtures: its architecture, weights by published name, and naive model."""
+
+    arch: ClassVar[dict] = {
+        "kind": "dense", "vocab": 41, "hidden": 24, "intermediate": 36, "layers": 3, "heads": 3, "kv_heads": 1,
+        "rope_theta": 500_000.0, "eps": 1e-5, "tied": False,
+    }  # fmt: skip
+
+    def __init__(self, length):
+        self.args = LLaDAArgs(
+            dim=24, n_layers=3, n_heads=3, n_kv_heads=1, hidden_dim=36, vocab_size=41, max_seq_len=length
+        )
+        sd_adapter = golden_fixture.DenseStateDictAdapter(self.args)
+        self.weights, self.ours = {}, {}
+        for ours, parameter in scaled_model(self.args).named_parameters():
+            (name,) = sd_adapter.to_hf({ours: parameter})
+            self.weights[name], self.ours[name] = parameter.detach(), ours
+
+    def adapters(self, targets):
+        """Return (published name, layer, key of the model's fast weights) of the target linears of two layers."""
+        return [
+            (name.removesuffix(".weight"), layer, target.removesuffix("_proj"))
+            for layer in ("1", "2")
+            for target in targets
+            for name in self.weights
+            if f"layers.{layer}." in name and name.endswith(f"{target}.weight")
+        ]
+
+    def model(self, weights):
+        """Return the naive model of these weights."""
+        return naive.DenseModel({self.ours[name]: x for name, x in weights.items()}, self.args)
+
+
+class LLaDA2:
+    """LLaDA2.1 with other sizes than the published fixtures': wide heads, no dense layer, two shared experts."""
+
+    arch: ClassVar[dict] = {
+        "kind": "llada2", "vocab": 41, "hidden": 20, "intermediate": 28, "expert_intermediate": 12, "layers": 2,
+        "first_dense_layers": 0, "heads": 3, "kv_heads": 1, "head_dim": 8, "rope_theta": 6e5,
+        "partial_rotary_factor": 0.75, "rotary_dim": 6, "eps": 1e-6, "tied": False, "experts": 6, "top_k": 2,
+        "n_group": 3, "topk_group": 2, "router_score": "sigmoid", "expert_bias": True, "renormalise_top_k": True,
+        "routed_scaling_factor": 1.5, "shared_experts": 2, "qk_norm": True,
+    }  # fmt: skip
+    changes: ClassVar[dict] = {}
+
+    def __init__(self, length):
+        self.arch = type(self).arch | self.changes
+        generator = torch.Generator().manual_seed(3)
+        expected = golden_fixture.get_sd_adapter(self.arch, length).expected()
+        self.weights = {
+            name: (1 if "norm" in name else 0) + 0.3 * torch.randn(x.shape, generator=generator).double()
+            for name, x in expected.items()
+        }
+
+    def adapters(self, targets):
+        """Return (published name, layer, key of the model's fast weights) of the target linears of the last layer."""
+        layer = self.arch["layers"] - 1
+        prefix = f"model.layers.{layer}."
+        return [
+            (name.removesuffix(".weight"), str(layer), name.removesuffix(".weight").removeprefix(prefix))
+            for target in targets
+            for name in self.weights
+            if name.startswith(prefix) and name.endswith(f"{target}.weight")
+        ]
+
+    def model(self, weights):
+        """Return the naive model of these weights."""
+        return LLaDA2Model(weights, self.arch)
+
+
+class DenseLayer(LLaDA2):
+    """LLaDA2.1 whose adapted layers are a dense one and one with experts in a single group."""
+
+    changes: ClassVar[dict] = {
+        "first_dense_layers": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "shared_experts": 1,
+        "partial_rotary_factor": 1.0,
+    }
+
+    def adapters(self, targets):
+        """Return the adapters of both layers."""
+        dense = [(f"model.layers.0.mlp.{target}", "0", f"mlp.{target}") for target in targets]
+        return dense + super().adapters(targets)
+
+
+def write_fixture(folder, memory, targets, shape, absent, backbone=Dense):
+    """Write a fixture.
 
     Args:
         folder: existing folder to write to.
@@ -26,10 +115,10 @@ def write_fixture(folder, memory, targets, shape, absent):
         targets: published names of the adapted linears.
         shape: (rows, length) of the batch.
         absent: input tensors to leave out; "outer" leaves out the outer results.
+        backbone: class of the backbone.
     """
-    args = LLaDAArgs(dim=24, n_layers=3, n_heads=3, n_kv_heads=1, hidden_dim=36, vocab_size=41, max_seq_len=shape[1])
+    published = backbone(shape[1])
     mask_id, (rows, length) = 40, shape
-    state = {name: p.detach() for name, p in scaled_model(args).named_parameters()}
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randint(0, mask_id, shape, generator=generator)
     maskable = torch.ones(shape, dtype=torch.bool)
@@ -53,30 +142,22 @@ def write_fixture(folder, memory, targets, shape, absent):
         gradient_clip=settings["grad_clip"],
         loss_weight=loss_weight,
     )
-    published = golden_fixture.DenseStateDictAdapter(args)
-    our_names = {theirs: name for name in state for theirs in published.to_hf({name: state[name]})}
-
-    def published_name(name):
-        return next(iter(published.to_hf({name: state[name]})))
-
     adapters, fast, inputs = [], {}, {}
-    for layer in ("1", "2"):
-        for target in targets:
-            name = next(x for x in our_names if f"layers.{layer}." in x and x.endswith(f"{target}.weight"))
-            adapters.append(name := name.removesuffix(".weight"))
-            out, width = state[our_names[f"{name}.weight"]].shape
-            if settings.get("adapter_type") == "full":
-                start = (torch.zeros(out, width).double(),)
-            else:
-                A = (torch.rand(3, width, generator=generator) * 2 - 1) / width**0.5
-                inputs[f"A_init.{name}"] = A
-                start = (A.double(), torch.zeros(out, 3).double(), settings["alpha"] / 3)
-            fast.setdefault(layer, {})[target.removesuffix("_proj")] = start
+    for name, layer, key in published.adapters(targets):
+        adapters.append((name, layer, key))
+        out, width = published.weights[f"{name}.weight"].shape
+        if settings.get("adapter_type") == "full":
+            start = (torch.zeros(out, width).double(),)
+        else:
+            A = (torch.rand(3, width, generator=generator) * 2 - 1) / width**0.5
+            inputs[f"A_init.{name}"] = A
+            start = (A.double(), torch.zeros(out, 3).double(), settings["alpha"] / 3)
+        fast.setdefault(layer, {})[key] = start
 
-    state = {name: p.requires_grad_() for name, p in state.items()}
-    model = naive.DenseModel(state, args)
+    # As the fixture holds them: float32.
+    weights = {name: x.float().double().requires_grad_() for name, x in published.weights.items()}
     outer, ((losses, norms, final),) = naive.bilevel(
-        model, tokens, maskable, u, v, t.double(), [list(range(rows))], [fast], options, mask_id
+        published.model(weights), tokens, maskable, u, v, t.double(), [list(range(rows))], [fast], options, mask_id
     )
     n_maskable = maskable.sum()
     (outer / n_maskable).backward()
@@ -109,30 +190,22 @@ def write_fixture(folder, memory, targets, shape, absent):
         "teacher_input_ids": torch.where(as_masks(teachers), mask_id, tokens),
     }  # fmt: skip
     outputs = {}
-    for name in adapters:
-        layer, target, _ = golden_fixture.parse_linear_name(name)
-        letters = ("delta",) if len(final[layer][target]) == 1 else ("A", "B")
-        outputs |= {f"{letter}_final.{name}": x for letter, x in zip(letters, final[layer][target], strict=False)}
+    for name, layer, key in adapters:
+        letters = ("delta",) if len(final[layer][key]) == 1 else ("A", "B")
+        outputs |= {f"{letter}_final.{name}": x for letter, x in zip(letters, final[layer][key], strict=False)}
     results = {"inner_losses": losses, "inner_grad_norms": norms}
     if "outer" not in absent:
-        outputs |= {f"grad.{published_name(name)}": p.grad for name, p in state.items()}
+        outputs |= {f"grad.{name}": x.grad for name, x in weights.items() if x.grad is not None}
         results["outer_loss"] = (outer / n_maskable).item()
     for name in absent:
         inputs.pop(name, None)
-    files = {
-        "inputs": inputs,
-        "outputs": outputs,
-        "weights": {published_name(name): p.detach() for name, p in state.items()},
-    }
+    files = {"inputs": inputs, "outputs": outputs, "weights": weights}
     for file, tensors in files.items():
         rounded = {k: (x.detach().float() if x.is_floating_point() else x).clone() for k, x in tensors.items()}
         save_file(rounded, folder / f"{file}.safetensors")
-    arch = {
-        "kind": "dense", "vocab": 41, "hidden": 24, "intermediate": 36, "layers": 3, "heads": 3, "kv_heads": 1,
-        "rope_theta": args.rope_theta, "eps": args.norm_eps, "tied": False,
-    }  # fmt: skip
     manifest = {
-        "arch": arch, "mask_token_id": mask_id, "memory": settings, "adapters": adapters, "results": results,
+        "arch": published.arch, "mask_token_id": mask_id, "memory": settings,
+        "adapters": [name for name, _, _ in adapters], "results": results,
         "files": {file: f"{file}.safetensors" for file in files},
     }  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps(manifest))

@@ -23,7 +23,8 @@ from memdlm_dist.method.inner_loss import inner_loss
 from memdlm_dist.method.inner_sgd import InnerSGD
 from memdlm_dist.models import attention, llada
 from memdlm_dist.models.flops import step_flops
-from memdlm_dist.models.llada_moe import LLaDAMoE, LLaDAMoEArgs
+from memdlm_dist.models.llada_moe import LLaDAMoEArgs
+from memdlm_dist.models.mixture import LLaDAMixture
 from memdlm_dist.performance.bench_steps import Bench
 from memdlm_dist.runtime.device import has_grouped_mm
 from memdlm_dist.training.validator import even_levels
@@ -186,7 +187,7 @@ def test_experts_have_fast_weights_for_every_document(fast_weight_type):
         dim=32, n_layers=3, n_heads=4, hidden_dim=16, vocab_size=61, n_experts=4, experts_per_token=2, max_seq_len=24
     )
     torch.manual_seed(0)
-    model = LLaDAMoE(args)
+    model = LLaDAMixture(args)
     with torch.no_grad():
         model.init_weights()
         for parameter in model.parameters():

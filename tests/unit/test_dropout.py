@@ -11,10 +11,11 @@ from memdlm_dist.method import fast_weights
 from memdlm_dist.method.fast_weights import FAST_WEIGHT_TYPES, AdaptedLinear
 from memdlm_dist.method.keyed_dropout import Dropout, TermDropout
 from memdlm_dist.method.keyed_random import Stream
-from memdlm_dist.models import backbone_args, llada_moe
+from memdlm_dist.models import backbone_args, experts
 from memdlm_dist.models.linears import LINEAR_NUMBERS
-from memdlm_dist.models.llada_moe import LLaDAMoE, LLaDAMoEArgs
+from memdlm_dist.models.llada_moe import LLaDAMoEArgs
 from memdlm_dist.models.lora import LoRA, add_adapters
+from memdlm_dist.models.mixture import LLaDAMixture
 from tests.oracles import naive
 from tests.support.bilevel import build, data, memory, objective
 
@@ -136,9 +137,9 @@ def test_every_expert_drops_its_own_features_of_a_token(monkeypatch, grouped):
     """Adapters and fast weights, one token and one expert at a time with naive masks."""
     if grouped:  # float32 stands in for the accelerator's bfloat16
         monkeypatch.setattr(torch.Tensor, "bfloat16", lambda x: x)
-        monkeypatch.setattr(llada_moe, "run_padded", with_cpu_permutation)
+        monkeypatch.setattr(experts, "run_padded", with_cpu_permutation)
     torch.manual_seed(0)
-    model = LLaDAMoE(replace(ARGS, grouped=grouped))
+    model = LLaDAMixture(replace(ARGS, grouped=grouped))
     model.init_weights()
     add_adapters(model, LoRA(rank=8, alpha=8.0, target_modules=["all-linear"]), torch.float32, torch.float32)
     moe, expert_linears = model.layers["0"].moe, {"gate": "w1", "up": "w3", "down": "w2"}

@@ -15,7 +15,8 @@ from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 from memdlm_dist.method.bilevel import outer_loss
 from memdlm_dist.models.flops import Recomputation, step_flops
 from memdlm_dist.models.fsdp_schedule import frozen
-from memdlm_dist.models.llada_moe import LLaDAMoE, LLaDAMoEArgs
+from memdlm_dist.models.llada_moe import LLaDAMoEArgs
+from memdlm_dist.models.mixture import LLaDAMixture
 from tests.support.bilevel import ARGS, build, data, memory, objective
 
 
@@ -162,7 +163,7 @@ def test_experts_count_as_often_as_a_token_sees_them():
         dim=32, n_layers=3, n_heads=4, hidden_dim=64, vocab_size=61, n_experts=4, experts_per_token=2, max_seq_len=24
     )
     torch.manual_seed(0)
-    model = LLaDAMoE(args)
+    model = LLaDAMixture(args)
     with torch.no_grad():
         model.init_weights()
     settings = replace(memory(), linears=args.adapted_linears(1, ["ffn"]), first_layer=1)

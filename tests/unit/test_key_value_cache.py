@@ -13,7 +13,8 @@ from memdlm_dist.inference.sampler import Decoder
 from memdlm_dist.method import fast_weights
 from memdlm_dist.models.key_value_cache import CachedPass, KeyValueCache
 from memdlm_dist.models.llada import LLaDA
-from memdlm_dist.models.llada_moe import LLaDAMoE, LLaDAMoEArgs
+from memdlm_dist.models.llada_moe import LLaDAMoEArgs
+from memdlm_dist.models.mixture import LLaDAMixture
 from memdlm_dist.models.token_choice import TokenChoice
 from tests.support.bilevel import ARGS, MASK_ID, build, change_in_chunks, double, memory
 
@@ -199,7 +200,7 @@ def test_the_ffn_in_chunks_is_the_whole_one(model, ffn_tokens):
 def test_experts_in_chunks_are_the_whole_ones():
     torch.manual_seed(0)
     args = LLaDAMoEArgs(dim=32, n_layers=2, n_heads=4, hidden_dim=16, vocab_size=61, n_experts=4, experts_per_token=2)
-    model = LLaDAMoE(args)
+    model = LLaDAMixture(args)
     with torch.no_grad():
         model.init_weights()
     linears = args.adapted_linears(1, ["ffn"])
