@@ -63,7 +63,7 @@ def _compare_steps(
             stop_at_eos=False,
             cfg_scale=settings.get("cfg_scale", 0.0),
         )
-        canvases = _decode(model, decoding, start, mask_id, eos_id)
+        canvases = decode(model, decoding, start, mask_id, eos_id)
         yield f"sequences in {steps} steps", _count_differing(canvases[-1], outputs[f"sequences_steps{steps}"])
         if f"histories_steps{steps}" in outputs:
             yield f"canvases of {steps} steps", _count_differing(canvases, outputs[f"histories_steps{steps}"])
@@ -74,7 +74,7 @@ def _compare_runs(
 ) -> Iterator[tuple[str, int]]:
     """Compare runs of LLaDA2.1's algorithms, each with prompts of its own, one at a time."""
     runs, mask_id = manifest["sampler"]["runs"], manifest["mask_token_id"]
-    decodings = [_run_decoding(run) for run in runs]
+    decodings = [run_decoding(run) for run in runs]
     model = load_model(get_sd_adapter(manifest["arch"], max(len(x) for x in outputs.values() if x.ndim == 1)), weights)
     for run, decoding in zip(runs, decodings, strict=True):
         differing = {"sequences": 0, "canvases": 0}
@@ -82,7 +82,7 @@ def _compare_runs(
             # The published canvas ends with a whole block.
             blocks = -(-(len(prompt) + run["max_new_tokens"]) // run["block_size"])
             start = canvas([prompt], blocks * run["block_size"] - len(prompt), mask_id, run["eos_id"])
-            canvases = _decode(model, decoding, start, mask_id, run["eos_id"])[:, 0]
+            canvases = decode(model, decoding, start, mask_id, run["eos_id"])[:, 0]
             sequence, history = (outputs[f"{kind}.{run['name']}.prompt{number}"] for kind in ("sequences", "histories"))
             if decoding.stop_at_eos:
                 # The published sampler leaves the blocks after end-of-text masked; ours fills them with end-of-text.
@@ -93,7 +93,7 @@ def _compare_runs(
         yield from ((f"{kind} of {run['name']}", count) for kind, count in differing.items())
 
 
-def _run_decoding(run: dict[str, Any]) -> Decoding:
+def run_decoding(run: dict[str, Any]) -> Decoding:
     """Return the decoding settings of a run.
 
     Raises:
@@ -122,7 +122,7 @@ def _prompts(inputs: dict[str, Tensor], prefix: str = "") -> list[list[int]]:
     return [inputs[name].tolist() for name in names]
 
 
-def _decode(model: LLaDA, decoding: Decoding, start: Canvas, mask_id: int, eos_id: int) -> Tensor:
+def decode(model: LLaDA, decoding: Decoding, start: Canvas, mask_id: int, eos_id: int) -> Tensor:
     """Return the canvases before the first step and after every step, `[steps + 1, B, L]`."""
     batch, length = start.tokens_BL.shape
     reader = ModelReader(
@@ -130,6 +130,7 @@ def _decode(model: LLaDA, decoding: Decoding, start: Canvas, mask_id: int, eos_i
         batch,
         length,
         torch.device("cpu"),
+        cached=decoding.cache != "none",
         causal_block=decoding.block_size if decoding.attention == "block_causal" else None,
         guidance=decoding.cfg_scale,
     )

@@ -5,10 +5,15 @@ The fixtures in tests/golden do not contain the inner gradients of each step, wh
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
+from memdlm_dist.golden import sampler_check
+from memdlm_dist.golden.fixture import get_sd_adapter, load_model
+from memdlm_dist.inference.canvas import canvas
 from tests.support.computed_fixture import DenseLayer, LLaDA2, write_fixture
 from tools import check_golden
 
@@ -102,6 +107,69 @@ def test_the_architecture_of_llada21(root, tmp_path, capsys):
     }
     assert check_golden.main([copy(root, tmp_path, "llada21_forward", **without)]) == 2
     assert "lack the tensor model.layers.2.mlp.gate.expert_bias" in capsys.readouterr().out
+
+
+def test_the_sampler_of_llada(root, capsys):
+    assert check_golden.main([str(root / "tests/golden/sampler_low_confidence")]) == 0
+    lines = report_lines(capsys)
+    assert len(lines) == 6 and all(line.split()[1] in ("in", "of") for line in lines)
+
+
+def test_the_samplers_of_llada21(root, tmp_path, capsys):
+    """Canvases after every step of both algorithms; every setting of a run has an effect."""
+    case = root / "tests/golden/sampler_llada21"
+    assert check_golden.main([str(case)]) == 0
+    runs = {run["name"]: run for run in json.loads((case / "manifest.json").read_text())["sampler"]["runs"]}
+    quantities = [line[2:36].strip() for line in report_lines(capsys)]
+    assert quantities == [f"{kind} of {name}" for name in runs for kind in ("sequences", "canvases")]
+    changes = [
+        ("schedule_low", "block_size", 16), ("schedule_low", "threshold", 0.5), ("schedule_3steps", "minimal_topk", 10),
+        ("schedule_3steps", "steps_per_block", 4), ("schedule_eos", "eos_early_stop", False),
+        ("schedule_eos", "eos_id", 2), ("edit", "max_new_tokens", 12), ("edit", "threshold", 0.5),
+        ("edit", "editing_threshold", 0.7), ("edit_low", "max_post_steps", 3), ("edit_two", "num_to_transfer", 1),
+        ("edit_eos", "eos_early_stop", False),
+    ]  # fmt: skip
+
+    def change(manifest):
+        manifest["sampler"]["runs"] = [runs[name] | {key: value} for name, key, value in changes]
+
+    assert check_golden.main([copy(root, tmp_path, "sampler_llada21", change)]) == 1
+    verdicts = [line.endswith("NOT OK") for line in report_lines(capsys)]
+    wrong = [each for number, each in enumerate(changes) if any(verdicts[2 * number : 2 * number + 2])]
+    assert wrong == changes
+    for key, value, message in (
+        ("algorithm", "revise", "sampler.runs.algorithm = 'revise' is not supported"),
+        ("top_p", 0.9, "sampler.runs.top_p is not supported with the algorithm 'edit'"),
+    ):
+
+        def refused(manifest, run=runs["edit"] | {key: value}):
+            manifest["sampler"]["runs"] = [run]
+
+        assert check_golden.main([copy(root, tmp_path, "sampler_llada21", refused)]) == 2
+        assert message in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cache", ["none", "dual"])
+def test_prompts_decoded_together_with_a_cache_have_the_canvases_of_llada21(root, cache):
+    """The published samplers take one prompt at a time and have no cache; ours takes both prompts of a run."""
+    case = root / "tests/golden/sampler_llada21"
+    manifest = json.loads((case / "manifest.json").read_text())
+    tensors, mask_id = {name: load_file(case / path) for name, path in manifest["files"].items()}, 127
+    model = load_model(get_sd_adapter(manifest["arch"], 40), case / manifest["files"]["weights"])
+    for run in manifest["sampler"]["runs"]:
+        decoding = replace(sampler_check.run_decoding(run), cache=cache)
+        prompts = [tensors["inputs"][f"{run['name']}.prompt{number}"].tolist() for number in (0, 1)]
+        histories = [tensors["outputs"][f"histories.{run['name']}.prompt{number}"] for number in (0, 1)]
+        new_tokens = [history.shape[1] - len(prompt) for prompt, history in zip(prompts, histories, strict=True)]
+        start = canvas(prompts, new_tokens, mask_id, run["eos_id"])
+        ours = sampler_check.decode(model, decoding, start, mask_id, run["eos_id"])
+        for row, history in enumerate(histories):
+            expected = history.long()
+            if decoding.stop_at_eos:
+                expected[-1][expected[-1] == mask_id] = run["eos_id"]
+            steps, length = expected.shape
+            assert torch.equal(ours[:steps, row, :length], expected), run["name"]
+            assert (ours[steps:, row, :length] == expected[-1]).all()
 
 
 def test_weights_that_do_not_fit_are_named(root, tmp_path, capsys):
