@@ -29,17 +29,18 @@ SHARD, TP = "--parallelism.data_parallel_shard_degree", "--parallelism.tensor_pa
 EP, ETP = "--parallelism.expert_parallel_degree", "--parallelism.expert_tensor_parallel_degree"
 LAYOUTS = {
     "one": (1, []),
-    "fsdp2": (2, [SHARD, "2"]),
-    "tp2": (2, [TP, "2"]),
+    "fsdp2-tp2": (4, [SHARD, "2", TP, "2"]),
     "ep2-tp2": (4, [SHARD, "2", EP, "2", TP, "2", ETP, "2"]),
 }
 ARGUMENTS = [
     "--job.config_file", "train_configs/debug.toml", "--model.name", "llada2", "--model.flavor", "tiny",
-    "--training.seq_len", "64", "--parametric_memory.learning_rate", "1", "--parametric_memory.layer_fraction", "0.5",
+    "--training.seq_len", "64", "--parametric_memory.learning_rate", "0.1", "--parametric_memory.layer_fraction", "0.5",
 ]  # fmt: skip
 # The two algorithms of LLaDA2.1; the thresholds are between the confidences of these weights.
-SCHEDULE = Decoding(8, None, attention="block_causal", threshold=0.03, stop_at_eos=False)
-EDIT = replace(SCHEDULE, steps=None)
+SCHEDULE = Decoding(8, 4, attention="block_causal", threshold=0.3, stop_at_eos=False)
+EDIT = replace(SCHEDULE, steps=None, min_tokens=2, edit_threshold=0.2, post_steps=3)
+# name -> (settings, memory)
+CASES = {"schedule": (SCHEDULE, False), "edit": (EDIT, False), "edit, memory": (EDIT, True)}
 LENGTHS = (9, 16, 3)
 
 
@@ -70,12 +71,12 @@ def decode_rank(rank: int, folder: Path, name: str) -> int:
     prompts = [torch.randint(5, 60, (length,), generator=generator).tolist() for length in LENGTHS]
     requests = [Request(prompt, 13, number) for number, prompt in enumerate(prompts)]
     results = {}
-    for memory in (False, True) if has_memory else (False,):
-        for kind, decoding in {"schedule": SCHEDULE, "edit": EDIT}.items():
-            for cache in ("none", "prefix"):
-                served = serve(model, requests, replace(decoding, cache=cache), 2, memory=memory)
-                responses = [response.response for response in served.responses]
-                results[f"{kind}, memory {memory}, cache {cache}"] = responses
+    for kind, (decoding, memory) in CASES.items():
+        if memory and not has_memory:
+            continue
+        for cache in ("none", "prefix") if name == "one" else ("prefix",):
+            served = serve(model, requests, replace(decoding, cache=cache), 2, memory=memory)
+            results[f"{kind}, cache {cache}"] = [response.response for response in served.responses]
     if rank == 0:
         (folder / f"{name}.json").write_text(json.dumps(results))
     model.close()
