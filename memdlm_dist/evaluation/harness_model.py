@@ -42,7 +42,10 @@ class HarnessModel(TokenLM):
         anchor_ratio: fraction of the prompt's tokens that the anchor masks.
         memory_weights: uniform or schedule: the loss weights of the inner steps, see `TrainedModel`.
         block_size, steps: tokens per block and steps per block in decoding; one step per token by default.
-        threshold: confidence above which decoding keeps predictions, instead of a number of steps; none by default.
+        threshold: confidence above which decoding keeps predictions, also with a number of steps; none by default.
+        min_tokens: tokens that a step keeps at least, with a threshold and without steps.
+        edit_threshold, post_steps: confidence above which decoding replaces tokens of the present block, none by
+            default, and the most steps in a block after its last [MASK]; see `Decoding`.
         cache, cache_refresh: none, prefix or dual: keys and values that decoding takes from earlier passes, and the
             steps between two passes that read the whole text; see `Decoding`.
         attention: full or block_causal, see `Decoding`.
@@ -69,6 +72,9 @@ class HarnessModel(TokenLM):
         block_size: int = 32,
         steps: int | None = None,
         threshold: float | None = None,
+        min_tokens: int = 1,
+        edit_threshold: float | None = None,
+        post_steps: int = Decoding.post_steps,
         cache: str | None = "none",
         cache_refresh: int = 0,
         attention: str = "full",
@@ -99,6 +105,9 @@ class HarnessModel(TokenLM):
             block_size=_integer("block_size", block_size),
             steps=None if steps is None else _integer("steps", steps),
             threshold=None if threshold is None else _number("threshold", threshold),
+            min_tokens=_integer("min_tokens", min_tokens),
+            edit_threshold=None if edit_threshold is None else _number("edit_threshold", edit_threshold),
+            post_steps=_integer("post_steps", post_steps),
             cache=cast(Cache, "none" if cache is None else cache),  # the harness parses "none" as None
             cache_refresh=_integer("cache_refresh", cache_refresh),
             attention=cast(DecodingAttention, attention.replace("-", "_")),

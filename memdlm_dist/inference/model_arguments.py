@@ -68,10 +68,20 @@ def add_decoding_arguments(p: argparse.ArgumentParser, new_tokens: int | None) -
     g.add_argument("--new-tokens", type=int, default=new_tokens, metavar="N",
                    help=f"[MASK] tokens appended to the prompt (default: {default})")  # fmt: skip
     g.add_argument("--block-size", type=positive, default=32, metavar="N", help="block size in tokens (default: 32)")
-    g.add_argument("--steps", type=positive, metavar="N", help="denoising steps per block (default: one per token)")
+    g.add_argument("--steps", type=positive, metavar="N",
+                   help="denoising steps per block; an upper limit with --threshold (default: one per token)"
+                   )  # fmt: skip
     g.add_argument("--threshold", type=float, metavar="P",
-                   help="keep all predictions with a confidence above this in each step, and at least one, instead of "
-                   "a fixed number of steps (default: none)")  # fmt: skip
+                   help="keep all predictions with a confidence above this in each step, and at least its quota of the "
+                   "most confident ones (default: none, a fixed number of steps)")  # fmt: skip
+    g.add_argument("--min-tokens", type=positive, default=1, metavar="N",
+                   help="quota of a step with --threshold and without --steps (default: 1)")  # fmt: skip
+    g.add_argument("--edit-threshold", type=float, metavar="P",
+                   help="replace decoded tokens of the present block by predictions with a confidence above this; "
+                   "needs --threshold (default: none, decoded tokens stay)")  # fmt: skip
+    g.add_argument("--post-steps", type=int, default=Decoding.post_steps, metavar="N",
+                   help="with --edit-threshold, most steps in a block after its last [MASK] (default: "
+                   f"{Decoding.post_steps})")  # fmt: skip
     g.add_argument("--cache", choices=get_args(Cache), default="none",
                    help="keys and values that a step takes from an earlier pass: those before the present block "
                    "(prefix), or those after it too (dual); faster, and approximate with full attention "
@@ -119,6 +129,9 @@ def get_decoding(options: argparse.Namespace) -> Decoding:
         cfg_scale=options.cfg_scale,
         suppress_tokens=options.suppress_tokens,
         threshold=options.threshold,
+        min_tokens=options.min_tokens,
+        edit_threshold=options.edit_threshold,
+        post_steps=options.post_steps,
         cache=options.cache,
         cache_refresh=options.cache_refresh,
         attention=options.attention.replace("-", "_"),

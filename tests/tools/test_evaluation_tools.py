@@ -111,7 +111,8 @@ def test_generate_responds_to_a_file_of_prompts(call, trained, tmp_path):
     template.write_text("{% for m in messages %}{{ m.content[:12] }} {{ m.content[12:] }}{% endfor %}")
     arguments = [
         "--prompts", str(file), "--new-tokens", "5", "--batch-size", "2", "--memory", "on", "--threshold", "0.3",
-        "--cache", "dual", "--chat-template", str(template),
+        "--cache", "dual", "--chat-template", str(template), "--min-tokens", "2", "--edit-threshold", "0",
+        "--post-steps", "3",
     ]  # fmt: skip
     status, out, err = call(generate.main, *arguments, "--output", str(output))
     assert status == 0 and not out and "[3 prompts, " in err and " passes " in err and "3/3" in err
@@ -125,7 +126,7 @@ def test_generate_responds_to_a_file_of_prompts(call, trained, tmp_path):
     ]
 
     model = TrainedModel(parse_config.parse([*arguments_of(trained), *BOLD]))
-    decoding = Decoding(threshold=0.3, cache="dual")
+    decoding = Decoding(threshold=0.3, min_tokens=2, edit_threshold=0.0, post_steps=3, cache="dual")
     for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):
         text = (row["prompt"][:12] + " " + row["prompt"][12:]).replace("[MASK]", model.tokenizer.mask_token)
         (prompt,) = model.tokenizer.encode_plain([text])
@@ -183,7 +184,12 @@ def test_a_bad_line_of_a_file_of_prompts_is_named(tmp_path, line, message):
             ["--prompt", "x", "--threshold", "2"],
             "threshold must be a probability from 0 to 1, but is 2.0",
         ),
-        (["--prompt", "x", "--threshold", "0.9", "--steps", "4"], "exclude each other"),
+        (["--prompt", "x", "--min-tokens", "2"], "A least number of tokens per step (2) needs a confidence threshold"),
+        (["--prompt", "x", "--edit-threshold", "0.9"], "Editing above a confidence (0.9) needs a confidence threshold"),
+        (
+            ["--prompt", "x", "--threshold", "0.9", "--edit-threshold", "0.5", "--post-steps", "-1"],
+            "The steps of editing after a complete block must be at least 0, but are -1",
+        ),
         (["--prompt", "x", "--cache-refresh", "2"], "A cache refresh (every 2 steps) needs a cache"),
         (["--prompt", "x", "--suppress-tokens", "5,512"], "suppressed token 512 is outside the model's vocabulary"),
         (["--prompt", "x", "--parallelism.tensor_parallel_degree", "3"], "1 processes"),
@@ -398,7 +404,8 @@ def chat_model(trained, tmp_path, monkeypatch):
     }
     model = HarnessModel(
         "train_configs/debug.toml", f"{trained}/run/checkpoint", mc_samples=2, check_greedy=False, batch_size=2,
-        threshold="0.01", cache="dual", cache_refresh=3, attention="full", **overrides
+        threshold="0.01", min_tokens="2", edit_threshold="0.005", post_steps="3", cache="dual", cache_refresh=3,
+        attention="full", **overrides
     )  # fmt: skip
     yield model
     model.close()
@@ -481,7 +488,9 @@ def test_the_harness_decodes_requests_of_different_lengths_and_temperatures(chat
         for number, (n, t) in enumerate(settings, 1)
     ]
     decoding, model = chat_model._decoding, chat_model._model
-    assert decoding == Decoding(threshold=0.01, cache="dual", cache_refresh=3)
+    assert decoding == Decoding(
+        threshold=0.01, min_tokens=2, edit_threshold=0.005, post_steps=3, cache="dual", cache_refresh=3
+    )
     for number, answer in enumerate(chat_model.generate_until(requests)):
         n, t = settings[number]
         prompt = chat_model.tok_encode(requests[number].args[0])
@@ -489,6 +498,7 @@ def test_the_harness_decodes_requests_of_different_lengths_and_temperatures(chat
         assert answer == model.tokenizer.decode(made.responses[0]) and answer
     for setting, message in (
         ({"threshold": "x"}, "argument threshold must be a number"),
+        ({"edit_threshold": "x", "threshold": 0.5}, "argument edit_threshold must be a number"),
         ({"cache": "all"}, "not all"),
     ):
         with pytest.raises(UserError, match=message):

@@ -78,13 +78,14 @@ SCORE_COPIES = {SCORE, "inference.trained_model:_forward"}
 DECODINGS = {
     # The host reads the number of kept tokens in every step.
     "threshold, warm, dual cache": (Decoding(2, temperature=0.7, threshold=0.5, cache="dual"), 4, 2 + 2 * 2),
+    "quota, editing": (Decoding(2, 2, threshold=0.5, edit_threshold=0.5, attention="block_causal"), 4, 2 + 2),
     # Blocks of two absolute positions: a row of three blocks and one of one; the host reads at their ends.
     "guided, prefix cache, block-causal": (
         Decoding(
             2, 2, 0.7, "random", cfg_scale=1.5, suppress_tokens=(3,), cache="prefix", cache_refresh=3,
             attention="block_causal",
         ),
-        4, 2 + 4 + 2 * 4,
+        4, 2 + 2 * 4,
     ),
 }  # fmt: skip
 STATE = len(Step._fields)  # copies to the host of a finished canvas
@@ -162,7 +163,7 @@ def read():
                 assert decoder.step()
             decoder.state(start.tokens_BL.shape[1]).to_host()
         assert decoder.passes == (8 if decoding.cfg_scale else 4), name
-        # Settings, canvas, the shares of a step without a threshold, and two copies for each change of rows or blocks.
+        # Settings, canvas, and two copies for each change of rows or blocks. The rows' quotas are equal in every step.
         assert fake.transfers == {TO_HOST: to_host + STATE, TO_DEVICE: to_device}, f"{name}: {fake.transfers}"
         operators |= fake.operators
     with FakeDevice({SCORE}, SCORE_COPIES) as fake:
