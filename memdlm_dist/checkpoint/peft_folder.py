@@ -270,9 +270,18 @@ def write(
         state: unsharded tensors; those that are not adapters are ignored.
         section: the adapters' settings.
         base: name or path of the base model. For a folder in the hub's cache, the repository is written instead.
+
+    Raises:
+        UserError: if a linear with an adapter is a part of a tensor in the published weights.
     """
     repository = hub.origin(base)
     adapters = _adapters(state)
+    fused = sorted({lora.target_name(name) for name in adapters} & set(sd_adapter.args.fused_linears))
+    require(
+        not fused,
+        f"Adapters of {', '.join(fused)} cannot be written in PEFT's format (the published weights hold these linears "
+        "as one); export the merged model, or train without them in lora.target_modules.",
+    )
     tensors, modules = {}, set()
     for key, place in _places({name: x.shape for name, x in adapters.items()}, sd_adapter).items():
         tensor = adapters[place.name]
