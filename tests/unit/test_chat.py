@@ -82,6 +82,29 @@ def test_the_chat_template_of_llada2(tmp_path):
         chat.chat_template("llada2", DiffusionTokenizer("tests/assets/debug/tokenizer"))
 
 
+def test_the_published_tokenizer_of_llada2(tmp_path, capsys):
+    """Its vocabulary has the mask token, and its configuration does not name it."""
+    pieces = templated(tmp_path, tokens=["<|role_end|>"])
+    folder = Path(pieces.tokenizer_path)
+    unnamed = {key: value for key, value in pieces.config.items() if key not in ("mask_token", "chat_template")}
+    (folder / "tokenizer_config.json").write_text(json.dumps(unnamed))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": CONVERSATION}) + "\n")
+    arguments = [
+        "--input", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out"), "--seq-len", "160",
+        "--held-out", "0", "--tokenizer", str(folder), "--chat-template", "llada2",
+    ]  # fmt: skip
+    assert prepare_data.main(arguments) == 2
+    assert "names no mask_token; give --mask-token NAME" in capsys.readouterr().err
+    assert prepare_data.main([*arguments, "--mask-token", "<|mask|>"]) == 0
+    adopted = DiffusionTokenizer(str(tmp_path / "out/tokenizer"))
+    assert adopted.mask_id == pieces.mask_id and adopted.get_vocab_size() == pieces.get_vocab_size()
+    sample = TokenDataset(local=str(tmp_path / "out/train"), batch_size=1, shuffle=False, check_hash="xxh64")[0]
+    turn_end = pieces.tokenizer.token_to_id("<|role_end|>")
+    assert sample["tokens"].tolist().count(turn_end) == 4
+    learnt = sample["tokens"][sample["labels"] != IGNORE_INDEX].tolist()
+    assert learnt.count(turn_end) == 2 and pieces.tokenizer.decode(learnt) == "37"
+
+
 def test_the_chat_template_of_a_tokenizer(tmp_path):
     source = (
         "{% for m in messages %}<role>{{ m.role | upper }}</role>{{ m['content'] }}{% endfor %}"
