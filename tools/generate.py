@@ -69,8 +69,8 @@ def parser() -> argparse.ArgumentParser:
         "--chat-template",
         type=chat.name_or_path,
         metavar="NAME",
-        help="template that formats the prompt as a user's turn: LLaDA-8B's (llada), the tokenizer's own (tokenizer), "
-        "or a file (PATH.jinja) (default: none)",
+        help="template that formats the prompt as a user's turn: LLaDA-8B's (llada), LLaDA2's (llada2), the "
+        "tokenizer's own (tokenizer), or a file (PATH.jinja) (default: none)",
     )
     decoding = add_decoding_arguments(p, None)
     decoding.add_argument(

@@ -94,8 +94,9 @@ def parser() -> argparse.ArgumentParser:
         "--chat-template",
         type=name_or_path,
         metavar="NAME",
-        help="template that formats fine-tuning rows as conversations: LLaDA-8B's (llada), the tokenizer's own "
-        "(tokenizer), or a file (PATH.jinja); its generation blocks, if any, are the responses (default: plain text)",
+        help="template that formats fine-tuning rows as conversations: LLaDA-8B's (llada), LLaDA2's (llada2), the "
+        "tokenizer's own (tokenizer), or a file (PATH.jinja); its generation blocks, if any, are the responses "
+        "(default: plain text)",
     )
     tokens.add_argument(
         "--parse-special-tokens",

@@ -35,6 +35,7 @@ from memdlm_dist.compat.torch import end_saver, supports_reuse_of_stagers
 from memdlm_dist.compat.torchtitan import HookedCheckpoints
 from memdlm_dist.errors import UserError
 from memdlm_dist.models.lora import LoRA
+from memdlm_dist.models.state_dict_adapters import in_dtype
 from memdlm_dist.runtime import hub, storage
 from memdlm_dist.runtime.rank_0 import (
     failure_reason,
@@ -338,11 +339,17 @@ class ResumableCheckpoints(HookedCheckpoints):
             self.staging = False
 
     def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str, *rest: Any, **options: Any) -> Any:
-        """Save with DCP, or with `to_hf` as a Hugging Face folder or an adapter."""
-        if not options.get("to_hf"):
-            return super().dcp_save(state_dict, checkpoint_id, *rest, **options)
-        self._exporter.write(state_dict, checkpoint_id)
-        return None
+        """Save with DCP, or with `to_hf` as a Hugging Face folder or an adapter.
+
+        torchtitan has cast all tensors of a model that is saved alone. Here such a model is cast again, since some
+        tensors stay in float32, and adapters are merged before the cast.
+        """
+        if options.get("to_hf"):
+            self._exporter.write(self.states[MODEL].state_dict(), checkpoint_id)
+            return None
+        if OPTIMIZER not in state_dict:
+            state_dict = in_dtype(self.states[MODEL].state_dict(), self._exporter.dtype)
+        return super().dcp_save(state_dict, checkpoint_id, *rest, **options)
 
     @property
     def _exporter(self) -> Exporter:

@@ -1,13 +1,14 @@
 """Chat templates, which render a conversation as the text that an instruction-tuned model expects.
 
-`llada` is LLaDA-8B's template, `tokenizer` the template in the tokenizer's folder, and PATH.jinja a user's own. The
-last two are untrusted code, so `TemplateProcess` renders them in a separate process.
+`llada` is LLaDA-8B's template and `llada2` that of LLaDA2.0 and 2.1, `tokenizer` is the template in the tokenizer's
+folder, and PATH.jinja a user's own. The last two are untrusted code, so `TemplateProcess` renders them in a separate
+process.
 """
 
 import argparse
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,64 @@ from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError
 from memdlm_dist.runtime.rank_0 import one_line
 
-TEMPLATES = ("llada", "tokenizer")
-
 _SUFFIX = ".jinja"
 
 _PROBE = "\ue000"  # private-use character, which no template writes
 
-_LLADA_START = "<|startoftext|>"
-_LLADA_TOKENS = (_LLADA_START, "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """Format of a built-in template: `start`, then a header, the content and `end` for each turn.
+
+    Attributes:
+        model: published model whose tokenizer has the tokens.
+        start: text before the first turn.
+        header: format string of a turn's header, which takes the role's name.
+        end: special token that ends a turn.
+        tokens: special tokens that the format cannot do without.
+        roles: the format's names of roles, which has no others; None to keep the names of all roles.
+    """
+
+    model: str
+    start: str
+    header: str
+    end: str
+    tokens: tuple[str, ...]
+    roles: Mapping[str, str] | None = None
+
+    def render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool) -> Rendering:
+        """Render a conversation, followed by the header of the assistant's turn if `add_generation_prompt`.
+
+        Raises:
+            jinja2.TemplateError: if the format does not have a role, as a template of a tokenizer does.
+        """
+        turns = [f"{self._header(message['role'])}{message['content']}{self.end}" for message in messages]
+        return Rendering(self.start + "".join(turns) + (self._header("assistant") if add_generation_prompt else ""), [])
+
+    def _header(self, role: str) -> str:
+        if self.roles is not None and role not in self.roles:
+            raise jinja2.TemplateError(f"it has no role {role}, only {', '.join(self.roles)}")
+        return self.header.format(role if self.roles is None else self.roles[role])
+
+
+_BUILT_IN = {
+    "llada": BuiltIn(
+        model="LLaDA-8B",
+        start="<|startoftext|>",
+        header="<|start_header_id|>{}<|end_header_id|>\n\n",
+        end="<|eot_id|>",
+        tokens=("<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    ),
+    "llada2": BuiltIn(
+        model="LLaDA2",
+        start="",
+        header="<role>{}</role>",
+        end="<|role_end|>",
+        tokens=("<|role_end|>",),
+        roles={"system": "SYSTEM", "user": "HUMAN", "assistant": "ASSISTANT"},
+    ),
+}
+TEMPLATES = (*_BUILT_IN, "tokenizer")
 
 
 @dataclass(frozen=True)
@@ -73,27 +124,18 @@ def chat_template(name: str, tokenizer: DiffusionTokenizer) -> ChatTemplate:
     Raises:
         UserError: if the template cannot be read, or the tokenizer lacks it or its special tokens.
     """
-    if name == "llada":
-        missing = [token for token in _LLADA_TOKENS if tokenizer.token_to_id(token) is None]
+    if built_in := _BUILT_IN.get(name):
+        missing = [token for token in built_in.tokens if tokenizer.token_to_id(token) is None]
         if missing:
             raise UserError(
-                f"The tokenizer in {tokenizer.tokenizer_path} lacks {missing[0]}, which the chat template llada needs; "
-                "use LLaDA's own tokenizer, or another chat template."
+                f"The tokenizer in {tokenizer.tokenizer_path} lacks {missing[0]}, which the chat template {name} "
+                f"needs; use {built_in.model}'s own tokenizer, or another chat template."
             )
-        return ChatTemplate(lambda messages, prompt: Rendering(_llada(messages, prompt), []), name)
+        return ChatTemplate(built_in.render, name)
     if name != "tokenizer":
         return _jinja_template(_read(Path(name)), f"The chat template {name}", tokenizer)
     source = _tokenizer_template(tokenizer)
     return _jinja_template(source, f"The chat template of {tokenizer.tokenizer_path}", tokenizer)
-
-
-def _llada(messages: Sequence[dict[str, str]], add_generation_prompt: bool) -> str:
-    turns = [f"{_llada_header(message['role'])}{message['content']}<|eot_id|>" for message in messages]
-    return _LLADA_START + "".join(turns) + (_llada_header("assistant") if add_generation_prompt else "")
-
-
-def _llada_header(role: str) -> str:
-    return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
 
 
 def _read(file: Path) -> str:

@@ -54,6 +54,11 @@ LLADA2 = {
         dim=64, n_layers=4, n_heads=8, n_kv_heads=4, hidden_dim=32, vocab_size=512, n_experts=16, experts_per_token=4,
         expert_groups=4, groups_per_token=2, shared_hidden_dim=32, dense_hidden_dim=96,
     ),
+    # For a 4-bit base, as the flavour of llada.
+    "nf4": LLaDA2Args(
+        dim=256, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=32, vocab_size=512, n_experts=8, experts_per_token=2,
+        expert_groups=2, groups_per_token=1, shared_hidden_dim=128, dense_hidden_dim=128,
+    ),
     # A dense trunk, one layer with a mixture in the tail.
     "tiny": LLaDA2Args(
         dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=16, vocab_size=64, n_experts=8, experts_per_token=2,

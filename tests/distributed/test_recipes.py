@@ -1,4 +1,4 @@
-"""Both recipes from published weights to an export, and the quickstart, with debug-size models."""
+"""LLaDA-8B's and LLaDA-MoE's recipes from published weights to an export, and the quickstart, of debug size."""
 
 import json
 from pathlib import Path
@@ -13,19 +13,10 @@ from memdlm_dist.checkpoint.hugging_face_folder import INDEX
 from memdlm_dist.config import parse_config
 from memdlm_dist.inference.trained_model import TrainedModel
 from tests.support.launching import run_many, scalars
-from tests.support.published import RECIPES, contents
+from tests.support.published import RECIPES, SMALL, contents
 from tools import convert_checkpoint, generate, random_weights
 
-TOKENIZER = "tests/assets/debug/tokenizer"
-SMALL = [
-    "--model.flavor", "debug", "--model.hf_assets_path", TOKENIZER, "--data.train", "tests/assets/debug/train",
-    "--data.validation", "tests/assets/debug/heldout", "--validation.steps", "1", "--training.seq_len", "128",
-    "--training.steps", "3", "--training.global_batch_size", "4", "--training.local_batch_size", "1",
-    "--training.mixed_precision_param", "float32", "--optimizer.implementation", "foreach", "--optimizer.lr", "0.02",
-    "--lr_scheduler.warmup_steps", "1", "--checkpoint.interval", "2", "--checkpoint.async_mode", "disabled",
-    "--compile.no-enable", "--parametric_memory.rank", "8", "--metrics.log_freq", "1",
-    "--lora.base", "unquantized", "--lora.dropout", "0",
-]  # fmt: skip
+NAMES = ("llada", "llada_moe")
 CODE = "raise AssertionError('executed')\n"  # modelling code beside the weights
 EXPORT = ["--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only"]
 POOLED = ["--parallelism.expert_parallel_degree", "2", "--parametric_memory.granularity", "batch"]
@@ -41,7 +32,7 @@ def arguments_of(root, name, run="run"):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Return each recipe's folder with generated weights and the runs that start from them."""
-    roots = {name: tmp_path_factory.mktemp(name) for name in RECIPES}
+    roots = {name: tmp_path_factory.mktemp(name) for name in NAMES}
     runs = []
     for name, root in roots.items():
         recipe, *rest = arguments_of(root, name)[1:]
@@ -71,7 +62,7 @@ def trained(tmp_path_factory):
     return roots
 
 
-@pytest.fixture(params=RECIPES)
+@pytest.fixture(params=NAMES)
 def run(request, trained):
     return request.param, trained[request.param]
 
@@ -270,7 +261,12 @@ def test_the_quickstart_reads_the_same_samples_on_four_ranks(tmp_path):
 
 
 def test_recipes_are_what_the_paper_trains():
-    for path in RECIPES.values():
+    targets = {
+        "llada": ["all-linear"],
+        "llada_moe": ["all-linear"],
+        "llada2": ["attention", "ffn"],
+    }  # its router has none
+    for name, path in RECIPES.items():
         config = parse_config.parse(["--job.config_file", path])
         memory, lora = config.parametric_memory, config.lora
         assert (memory.rank, memory.alpha, memory.layer_fraction, memory.learning_rate) == (32, 64.0, 0.1, 0.1)
@@ -280,7 +276,7 @@ def test_recipes_are_what_the_paper_trains():
         assert config.lr_scheduler.decay_type == "cosine" and config.lr_scheduler.decay_ratio is None
         optimizer = config.optimizer
         assert (optimizer.beta1, optimizer.beta2, optimizer.eps, optimizer.weight_decay) == (0.9, 0.999, 1e-8, 0.0)
-        assert (lora.base, lora.dropout, lora.target_modules) == ("nf4", 0.05, ["all-linear"])
+        assert (config.model.name, lora.base, lora.dropout, lora.target_modules) == (name, "nf4", 0.05, targets[name])
         assert (memory.granularity, config.training.local_batch_size) == ("batch", 2)
         assert (config.training.max_norm, config.debug.seed, config.data.group_by_length) == (1.0, 42, True)
         assert config.checkpoint.initial_load_in_hf

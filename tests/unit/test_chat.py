@@ -1,4 +1,4 @@
-"""Chat templates: the built-in LLaDA template, and templates shipped with a tokenizer."""
+"""Chat templates: the built-in ones of LLaDA and LLaDA2, and templates shipped with a tokenizer."""
 
 import json
 import re
@@ -59,6 +59,52 @@ def test_the_chat_template_of_llada(tmp_path):
         chat.chat_template("llada", DiffusionTokenizer("tests/assets/debug/tokenizer"))
 
 
+def test_the_chat_template_of_llada2(tmp_path):
+    pieces = templated(tmp_path, tokens=["<|role_end|>"])
+    template = chat.chat_template("llada2", pieces)
+    assert chat.segments(template, [{"role": "system", "content": "Be brief."}, *CONVERSATION]) == [
+        (
+            "<role>SYSTEM</role>Be brief.<|role_end|><role>HUMAN</role>Add 1 and 2.<|role_end|><role>ASSISTANT</role>",
+            False,
+        ),
+        ("3<|role_end|>", True),
+        ("<role>HUMAN</role>And 4?<|role_end|><role>ASSISTANT</role>", False),
+        ("7<|role_end|>", True),
+    ]
+    assert chat.prompt(template, "Add.") == "<role>HUMAN</role>Add.<|role_end|><role>ASSISTANT</role>"
+    assert template.fingerprint == "llada2"
+    assert chat.end_of_turn(template, pieces) == pieces.tokenizer.token_to_id("<|role_end|>")
+    with pytest.raises(BadRow, match=r"refuses the conversation \(it has no role tool, only system, user, assistant\)"):
+        chat.segments(template, [CONVERSATION[0], {"role": "tool", "content": "3"}, CONVERSATION[1]])
+    with pytest.raises(
+        UserError, match=r"lacks <\|role_end\|>, which the chat template llada2 needs; use LLaDA2's own"
+    ):
+        chat.chat_template("llada2", DiffusionTokenizer("tests/assets/debug/tokenizer"))
+
+
+def test_the_published_tokenizer_of_llada2(tmp_path, capsys):
+    """Its vocabulary has the mask token, and its configuration does not name it."""
+    pieces = templated(tmp_path, tokens=["<|role_end|>"])
+    folder = Path(pieces.tokenizer_path)
+    unnamed = {key: value for key, value in pieces.config.items() if key not in ("mask_token", "chat_template")}
+    (folder / "tokenizer_config.json").write_text(json.dumps(unnamed))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": CONVERSATION}) + "\n")
+    arguments = [
+        "--input", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out"), "--seq-len", "160",
+        "--held-out", "0", "--tokenizer", str(folder), "--chat-template", "llada2",
+    ]  # fmt: skip
+    assert prepare_data.main(arguments) == 2
+    assert "names no mask_token; give --mask-token NAME" in capsys.readouterr().err
+    assert prepare_data.main([*arguments, "--mask-token", "<|mask|>"]) == 0
+    adopted = DiffusionTokenizer(str(tmp_path / "out/tokenizer"))
+    assert adopted.mask_id == pieces.mask_id and adopted.get_vocab_size() == pieces.get_vocab_size()
+    sample = TokenDataset(local=str(tmp_path / "out/train"), batch_size=1, shuffle=False, check_hash="xxh64")[0]
+    turn_end = pieces.tokenizer.token_to_id("<|role_end|>")
+    assert sample["tokens"].tolist().count(turn_end) == 4
+    learnt = sample["tokens"][sample["labels"] != IGNORE_INDEX].tolist()
+    assert learnt.count(turn_end) == 2 and pieces.tokenizer.decode(learnt) == "37"
+
+
 def test_the_chat_template_of_a_tokenizer(tmp_path):
     source = (
         "{% for m in messages %}<role>{{ m.role | upper }}</role>{{ m['content'] }}{% endfor %}"
@@ -100,7 +146,7 @@ def test_the_choice_of_a_template(tmp_path, capsys):
         chat.chat_template(str(own), pieces)
     required = ["--builtin", "--tokenizer", "x", "--seq-len", "8", "--output", "x", "--chat-template"]
     for name, message in [
-        ("lada", "'lada' is neither llada nor tokenizer nor a file *.jinja"),
+        ("lada", "'lada' is neither llada nor llada2 nor tokenizer nor a file *.jinja"),
         ("none.jinja", "there is no file none.jinja"),
     ]:
         with pytest.raises(SystemExit):
@@ -276,9 +322,9 @@ def test_a_template_has_bounds(tmp_path, source, message, monkeypatch):
 @pytest.mark.parametrize("name", chat.TEMPLATES)
 def test_messages_are_text(tmp_path, name):
     """Only the template's own markup is parsed: a message that contains special tokens makes a bad row."""
-    tokens = ["<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eot|>"]
+    end = {"llada": "<|eot_id|>", "llada2": "<|role_end|>", "tokenizer": "<|eot|>"}[name]
+    tokens = ["<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|role_end|>", "<|eot|>"]
     pieces = templated(tmp_path, PLAIN, tokens)
-    end = "<|eot_id|>" if name == "llada" else "<|eot|>"
     rows = [
         [{"role": role, "content": content}, {"role": "assistant", "content": "yes"}]
         for role, content in [

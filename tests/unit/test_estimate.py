@@ -190,6 +190,26 @@ def test_dry_run_of_the_recipes(tmp_path, capsys):
     assert moe["8"]["active"] < 2e9
 
 
+@pytest.mark.slow  # 257 experts in 19 layers
+def test_dry_run_of_llada21_mini(tmp_path):
+    file = tmp_path / "found.json"
+    recipe = "train_configs/llada21_mini_longalpaca.toml"
+    assert dry_run.main([recipe, "--world-size", "8", "--json", str(file)]) == 0
+    found = json.loads(file.read_text())["8"]
+    # Embedding and head; attention, and the FFN of the dense layer; norms; experts, shared expert and router.
+    outside, attention = 2 * 157_184 * 2048, 20 * (2 * 2048**2 + 2 * 512 * 2048) + 3 * 2048 * 5120
+    norms = 20 * (2 * 2048 + 2 * 128) + 2048
+    experts = {count: 19 * 2048 * (3 * 512 * (count + 1) + 256) for count in (256, 8)}
+    adapters = {
+        count: 32 * (20 * (2 * 4096 + 2 * 2560) + 3 * (2048 + 5120) + 19 * (count + 1) * 3 * 2560) for count in (256, 8)
+    }
+    assert found["trained"] == adapters[256]
+    assert found["parameters"] - found["trained"] == outside + attention + norms + experts[256] == 16_255_638_528
+    assert found["active"] == outside + attention + norms + experts[8] + adapters[8]
+    # One set of fast weights, its gradients and the updated set: all experts of two layers, in float32.
+    assert found["memory"]["fast_weights"] == 3 * 4 * 126_320_640 == 3 * 4 * (2 * 257 * 3 * 32 * 2560)
+
+
 @pytest.mark.parametrize(
     "recipe, arguments",
     [

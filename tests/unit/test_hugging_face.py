@@ -27,7 +27,7 @@ from memdlm_dist.models import state_dict_adapters as names
 from memdlm_dist.runtime.process_group import init_fake_process_group
 from memdlm_dist.training.backbone import get_layout, get_model_args, get_sd_adapter, model_on_meta
 from tests.support import ranks
-from tests.support.published import RECIPES, contents
+from tests.support.published import RECIPES, contents, draw_expert_biases
 from tools import convert_checkpoint, random_weights
 
 PLAIN = [
@@ -53,6 +53,7 @@ def weights(recipe, tmp_path_factory):
             lambda tensors: names.fqn_to_index_mapping(tensors, limit=2**17),
         )
         assert random_weights.main([recipe, "--output", str(folder), *PLAIN]) == 0
+    draw_expert_biases(folder)
     assert len(list(folder.glob("*.safetensors"))) > 2
     return folder
 
@@ -72,7 +73,8 @@ def test_there_and_back_again_is_the_same_bit_for_bit(recipe, weights, tmp_path,
     theirs, ours = contents(weights), contents(back)
     assert theirs.keys() == ours.keys()
     for name, tensor in theirs.items():
-        assert tensor.dtype == ours[name].dtype == torch.bfloat16 and torch.equal(tensor, ours[name]), name
+        dtype = torch.float32 if name.endswith("expert_bias") else torch.bfloat16
+        assert tensor.dtype == ours[name].dtype == dtype and torch.equal(tensor, ours[name]), name
     index = json.loads((back / hugging_face_folder.INDEX).read_text())["weight_map"]
     assert index.keys() == ours.keys()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
@@ -83,7 +85,8 @@ def test_there_and_back_again_is_the_same_bit_for_bit(recipe, weights, tmp_path,
     assert convert_checkpoint.main(["from-hf", str(config), "--input", str(weights), "--output", wide, *more]) == 0
     more = ["--dtype", "bfloat16", *plain]
     assert convert_checkpoint.main(["to-hf", str(config), "--checkpoint", wide, "--output", str(narrow), *more]) == 0
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in contents(narrow).items())
+    for name, tensor in contents(narrow).items():
+        assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]), name
     # An existing folder is not overwritten.
     assert convert_checkpoint.main(["to-hf", str(config), "--checkpoint", there, "--output", str(back), *plain]) == 2
     assert "exists and is not an empty folder" in capsys.readouterr().err
@@ -91,16 +94,24 @@ def test_there_and_back_again_is_the_same_bit_for_bit(recipe, weights, tmp_path,
 
 def test_published_names(sd_adapter):
     expected = set(sd_adapter.expected())
-    if sd_adapter.config()["architectures"] == ["LLaDAModelLM"]:
-        assert len(expected) == 3 + 4 * 9 and {
+    architecture = sd_adapter.config()["architectures"][0]
+    count, some = {
+        "LLaDAModelLM": (3 + 4 * 9, {
             "model.transformer.wte.weight", "model.transformer.blocks.3.ff_proj.weight",
             "model.transformer.blocks.0.attn_out.weight", "model.transformer.ff_out.weight",
-        } <= expected  # fmt: skip
-    else:
-        assert len(expected) == 3 + 4 * (9 + 3 * 8) and {
+        }),
+        "LLaDAMoEModelLM": (3 + 4 * (9 + 3 * 8), {
             "model.embed_tokens.weight", "model.layers.3.mlp.experts.7.down_proj.weight", "lm_head.weight",
             "model.layers.0.mlp.gate.weight", "model.layers.1.self_attn.q_norm.weight",
-        } <= expected  # fmt: skip
+        }),
+        "LLaDA2MoeModelLM": (3 + 4 * 6 + 3 + 3 * (5 + 3 * 16), {
+            "model.word_embeddings.weight", "model.layers.0.attention.query_key_value.weight",
+            "model.layers.0.mlp.gate_proj.weight", "model.layers.1.mlp.gate.expert_bias",
+            "model.layers.3.mlp.experts.15.down_proj.weight", "model.layers.2.mlp.shared_experts.up_proj.weight",
+            "model.layers.1.attention.dense.weight", "model.layers.1.attention.key_layernorm.weight",
+        }),
+    }[architecture]  # fmt: skip
+    assert len(expected) == count and some <= expected
 
 
 def damaged(weights, folder, change):

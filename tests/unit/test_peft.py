@@ -19,7 +19,7 @@ from memdlm_dist.errors import UserError
 from memdlm_dist.inference.trained_model import TrainedModel
 from memdlm_dist.models import backbone_args
 from memdlm_dist.models.lora import LoRA
-from memdlm_dist.training.backbone import get_sd_adapter
+from memdlm_dist.training.backbone import get_conversion, get_sd_adapter
 from tests.oracles.hugging_face import Backbone
 from tests.support.published import RECIPES, contents
 from tools import convert_checkpoint, random_weights
@@ -84,7 +84,7 @@ class Case:
         return get_sd_adapter(configuration(self.name))
 
 
-@pytest.fixture(scope="module", params=RECIPES)
+@pytest.fixture(scope="module", params=SUFFIXES)
 def case(request, tmp_path_factory):
     return Case(request.param, tmp_path_factory.mktemp(request.param))
 
@@ -193,3 +193,19 @@ def test_what_does_not_fit_is_named(case, tmp_path):
     assert "is a pickle (adapter_model.bin), which is not read" in refusal()
     with pytest.raises(UserError, match="There is no folder missing with an adapter"):
         peft_folder.read("missing", sd_adapter)
+
+
+def test_adapters_of_llada2(tmp_path):
+    """They come back unchanged, except those of queries, keys and values, which are one linear in its files."""
+    run = get_conversion(configuration("llada2", "--lora.target_modules", "ffn,o"))
+    adapters = {name: torch.randn(x.shape) for name, x in run.tensors.items() if "lora_" in name}
+    peft_folder.write(adapters, str(tmp_path), run.sd_adapter, run.lora, "")
+    shared = "base_model.model.model.layers.1.mlp.shared_experts.up_proj.lora_A.weight"
+    written = load_file(tmp_path / peft_folder.TENSORS)
+    assert torch.equal(written[shared], adapters["layers.1.shared_experts.w3.lora_A"])
+    state = {name: torch.zeros_like(x) for name, x in adapters.items()}
+    peft_folder.load(state, run.sd_adapter, str(tmp_path), run.lora)
+    assert len(state) == 2 * (3 + 3 + 3 + 2) and all(torch.equal(x, adapters[name]) for name, x in state.items())
+    run = get_conversion(configuration("llada2"))
+    with pytest.raises(UserError, match="Adapters of k, q, v cannot be written in PEFT's format"):
+        peft_folder.write(run.tensors, str(tmp_path / "fused"), run.sd_adapter, run.lora, "")
