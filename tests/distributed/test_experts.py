@@ -1,5 +1,6 @@
 """Mixture of experts: equal numbers on every layout, and fast weights per sample."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -19,7 +20,9 @@ from memdlm_dist.models.llada2 import LLaDA2Args
 from memdlm_dist.models.llada_moe import LLaDAMoEArgs
 from memdlm_dist.models.lora import LoRA, add_adapters
 from memdlm_dist.models.mixture import LLaDAMixture
+from memdlm_dist.training.metrics import LARGEST_LOAD, LOAD_ENTROPY, UNUSED
 from memdlm_dist.training.objective import Objective
+from tests.workers.balanced_experts import COEFFICIENT
 from tests.workers.sharded_experts import COMPILED, LAYOUTS, USUAL, options_of
 
 # Layouts sum in different orders: float32 rounding of quantities of order 1, 4e-6 measured.
@@ -136,6 +139,42 @@ def test_the_sets_and_the_biases_matter(results):
     one, twice = (results[layout]["lora"]["loss"] for layout in ("one", "one-twice"))
     assert abs(one - twice) > 1e-3 * one
     assert abs(one - results["one"]["loss without biases"]) > 1e-3 * one
+
+
+@pytest.fixture(scope="module")
+def balanced(pools):
+    return pools(1).call("tests.workers.balanced_experts:find", "one")
+
+
+def test_the_bias_of_an_expert_follows_its_load(balanced):
+    """It rises below the mean load and falls above; the changes are centred, which selects the same experts.
+
+    Loads are counted from the routers' selections in the passes of the training loss. A skipped step changes no bias.
+    """
+    (first, second, third), (load, other), metrics = balanced
+    mean = sum(load) / len(load)
+    change = [COEFFICIENT * ((mean > x) - (mean < x)) for x in load]
+    assert second == pytest.approx([b + x - sum(change) / len(change) for b, x in zip(first, change, strict=True)])
+    assert third == second
+    assert sum(load) == sum(other) == 2 * 2 * 16 * 2 and len(set(load)) > 4
+    shares = [x / sum(load) for x in load if x]
+    assert metrics == {
+        LARGEST_LOAD: pytest.approx(max(load) / mean),
+        UNUSED: load.count(0) / len(load),
+        LOAD_ENTROPY: pytest.approx(-sum(x * math.log(x) for x in shares) / math.log(len(load))),
+    }
+
+
+@pytest.mark.parametrize("layout", ["fsdp2-full", "ep2", pytest.param("tp2", marks=pytest.mark.slow)])
+def test_biases_and_loads_are_equal_on_every_layout(pools, balanced, layout):
+    assert pools(2).call("tests.workers.balanced_experts:find", layout) == balanced
+
+
+def test_a_checkpoint_holds_the_biases_and_no_coefficient_keeps_them(pools, tmp_path):
+    once, again = pools(1).call("tests.workers.balanced_experts:resume", str(tmp_path))
+    assert once == again
+    before, after = pools(1).call("tests.workers.balanced_experts:keep")
+    assert before == after and any(before)
 
 
 @pytest.fixture(scope="module")
