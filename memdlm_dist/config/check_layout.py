@@ -69,6 +69,16 @@ def check_backbone(config: JobConfig, args: LLaDAArgs) -> None:
         f"model.load_balance_coeff = {coefficient} is not a positive number; correct it, or remove it to keep the "
         "experts' biases.",
     )
+    has_adapters = bool(config.model.converters)
+    for key, value, why in (
+        ("export", "adapter", "an adapter in PEFT's format"),
+        ("base", "nf4", "a checkpoint with a 4-bit base"),
+    ):
+        require(
+            coefficient is None or not has_adapters or getattr(config.lora, key) != value,
+            f"model.load_balance_coeff = {coefficient} is not supported with lora.{key} = {value!r}, because {why} does "
+            "not hold the experts' biases; remove it to keep the biases of the base.",
+        )
     if isinstance(args, MixtureArgs):
         _check_experts(config, args)
     else:

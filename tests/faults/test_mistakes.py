@@ -20,6 +20,7 @@ from tools import generate, prepare_data, random_weights
 
 DEBUG = "tests/assets/debug"
 MOE = ("--model.name", "llada_moe")
+LLADA2 = ("--model.name", "llada2")
 POOLED = ("--parametric_memory.granularity", "batch")
 
 
@@ -100,6 +101,10 @@ MISTAKES = [
     Mistake("balanced context", "context_parallel_load_balancer = 'headtail' is for causal", ("--parallelism.context_parallel_load_balancer", "headtail")),
     Mistake("experts and CP", "context_parallel_degree = 2 is not supported with expert_parallel_degree = 2", (*MOE, *POOLED, "--parallelism.expert_parallel_degree", "2", "--parallelism.context_parallel_degree", "2"), env={"WORLD_SIZE": "4"}),
     Mistake("experts sharded over CP", "cannot be sharded evenly over data_parallel_shard_degree 8 x context_parallel_degree 2", (*MOE, "--parallelism.context_parallel_degree", "2"), env={"WORLD_SIZE": "16"}),
+    Mistake("no biases to balance", "load_balance_coeff = 0.001 needs a router with a bias per expert, which model llada_moe does not have; remove it", (*MOE, "--model.load_balance_coeff", "0.001")),
+    Mistake("balancing coefficient", "load_balance_coeff = 0.0 is not a positive number", (*LLADA2, "--model.load_balance_coeff", "0")),
+    Mistake("biases in an adapter", "load_balance_coeff = 0.001 is not supported with lora.export = 'adapter', because an adapter in PEFT's format does not hold", (*LLADA2, "--model.load_balance_coeff", "0.001", "--model.converters", "lora", "--lora.export", "adapter", "--lora.target_modules", "ffn")),
+    Mistake("biases beside a 4-bit base", "is not supported with lora.base = 'nf4', because a checkpoint with a 4-bit base does not hold", (*LLADA2, "--model.load_balance_coeff", "0.001", "--model.converters", "lora", "--lora.base", "nf4")),
     Mistake("shorter context", "model.rope_scaling must be at least 1", ("--model.rope_scaling", "0.5")),
     Mistake("proportions", "data.proportions has 2 entries for 1 stream", ("--data.proportions", "1", "2")),
     Mistake("validation steps", "validation.steps must be at least 1, or -1 (all held-out sequences), but is 0", ("--validation.steps", "0")),
