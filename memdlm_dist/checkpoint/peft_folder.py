@@ -346,9 +346,6 @@ def write(
         state: unsharded tensors; those that are not adapters are ignored.
         section: the adapters' settings.
         base: name or path of the base model. For a folder in the hub's cache, the repository is written instead.
-
-    Raises:
-        UserError: if a linear with an adapter is a part of a tensor in the published weights.
     """
     repository = hub.origin(base)
     adapters = _adapters(state)

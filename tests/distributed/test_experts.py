@@ -1,5 +1,6 @@
 """Mixture of experts: equal numbers on every layout, and fast weights per sample."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -13,27 +14,42 @@ from memdlm_dist.method.fast_weights import LowRank, leaves, map_leaves, select
 from memdlm_dist.method.inner_loss import inner_loss
 from memdlm_dist.method.inner_sgd import InnerSGD
 from memdlm_dist.method.trajectory import Plan
-from memdlm_dist.models import experts, flavours
+from memdlm_dist.models import backbone_args, experts, flavours
 from memdlm_dist.models.experts import AdaptableExperts
+from memdlm_dist.models.llada2 import LLaDA2Args
 from memdlm_dist.models.llada_moe import LLaDAMoEArgs
 from memdlm_dist.models.lora import LoRA, add_adapters
 from memdlm_dist.models.mixture import LLaDAMixture
+from memdlm_dist.training.metrics import LARGEST_LOAD, LOAD_ENTROPY, UNUSED
 from memdlm_dist.training.objective import Objective
-from tests.workers.sharded_experts import COMPILED, LAYOUTS, options_of
+from tests.workers.balanced_experts import COEFFICIENT
+from tests.workers.sharded_experts import COMPILED, LAYOUTS, USUAL, options_of
 
 # Layouts sum in different orders: float32 rounding of quantities of order 1, 4e-6 measured.
 TOLERANCE = 1e-5
-ARGS = LLaDAMoEArgs(
-    dim=32, n_layers=3, n_heads=4, hidden_dim=16, vocab_size=61, n_experts=4, experts_per_token=2, max_seq_len=24
-)
+# One dense layer and two mixtures. The router's product follows the dtype of a model in float64.
+ARGS = LLaDA2Args(
+    dim=32, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=16, vocab_size=61, max_seq_len=24, n_experts=8,
+    experts_per_token=2, expert_groups=4, groups_per_token=2, float32_router=False, shared_hidden_dim=24,
+    dense_hidden_dim=40,
+)  # fmt: skip
+
+
+def find(pools, root, options_of_layout):
+    for layout, options in options_of_layout.items():
+        pools(LAYOUTS[layout][0]).call("tests.workers.sharded_experts:find", str(root), layout, options)
+    return {layout: torch.load(root / f"{layout}.pt") for layout in LAYOUTS}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, pools):
-    root = tmp_path_factory.mktemp("experts")
-    for layout, (processes, _, _) in LAYOUTS.items():
-        pools(processes).call("tests.workers.sharded_experts:find", str(root), layout)
-    return {layout: torch.load(root / f"{layout}.pt") for layout in LAYOUTS}
+    return find(pools, tmp_path_factory.mktemp("experts"), USUAL)
+
+
+@pytest.fixture(scope="module")
+def other_results(tmp_path_factory, pools):
+    single = {layout: options_of(layout) for layout in ("one", "one-twice")}
+    return find(pools, tmp_path_factory.mktemp("others"), single | OTHERS)
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +69,31 @@ def test_a_layout_compiled_around_its_experts_takes_the_eager_steps(compiled_res
     for name, value in eager["lora"].items():
         assert torch.equal(compiled["lora"][name], value), name
     assert compiled["gathers"] == eager["gathers"]
-    # Two graphs before the experts and one after: for the trunk with and without gradient, and for inner steps.
-    assert compiled["graphs"].tolist() == [9, 9] and eager["graphs"].tolist() == [0, 0]
+    # The dense layer's two graphs, with and without gradient. Two graphs before the experts and two after, for inner
+    # steps and for the outer step.
+    assert compiled["graphs"].tolist() == [12, 12] and eager["graphs"].tolist() == [0, 0]
 
 
-STEPS = [(layout, options) for layout in LAYOUTS if not layout.startswith("one") for options in options_of(layout)]
+SHARDED = [layout for layout in LAYOUTS if not layout.startswith("one")]
+OTHERS = {layout: [name for name in options_of(layout) if name not in USUAL[layout]] for layout in SHARDED}
 
 
-@pytest.mark.parametrize("layout, options", STEPS)
+def steps_of(options_of_layout):
+    return [(layout, options) for layout in SHARDED for options in options_of_layout[layout]]
+
+
+@pytest.mark.parametrize("layout, options", steps_of(USUAL))
 def test_a_layout_gives_the_single_process_loss_and_gradients(results, layout, options):
+    check(results, layout, options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout, options", steps_of(OTHERS))
+def test_a_layout_gives_the_single_process_step_with_other_options(other_results, layout, options):
+    check(other_results, layout, options)
+
+
+def check(results, layout, options):
     ours = results[layout][options]
     # One set of fast weights per micro-batch of a rank, or of an expert-parallel group.
     single = results["one-twice" if LAYOUTS[layout][2] == 2 else "one"][options]
@@ -75,10 +107,13 @@ def test_a_layout_gives_the_single_process_loss_and_gradients(results, layout, o
 
 
 def test_a_rank_reads_its_part_of_the_weights(results):
-    """DCP's reader reads only a rank's part of the Hugging Face folder, plus replicated routers and norms."""
+    """DCP's reader reads only a rank's part of the Hugging Face folder, plus replicated routers, biases and norms.
+
+    Queries, keys and values are rows of one tensor there.
+    """
     total = results["one"]["read"]
     weights = (x for name, x in results["one"]["lora"].items() if "weight" in name or "experts" in name)
-    assert total == sum(x.numel() for x in weights)
+    assert total == sum(x.numel() for x in weights) + backbone_args("llada2", "tiny").n_experts
     for layout, (ranks, _, _) in LAYOUTS.items():
         assert results[layout]["read"] < total * (1 / ranks + 0.02), layout
 
@@ -86,17 +121,60 @@ def test_a_rank_reads_its_part_of_the_weights(results):
 def test_experts_are_gathered_no_more_often_than_in_plain_training(results):
     """Only the trunk (embedding and lower layer) is gathered again in the backward pass.
 
-    FSDP groups are embedding, two layers and head; with expert parallelism, a layer's experts form another group.
+    FSDP groups are embedding, two layers and head; with expert parallelism, a layer's experts form another group. The
+    lower layer is dense.
     """
-    gathers = {layout: {kind: int(n) for kind, n in results[layout]["gathers"].items()} for layout in LAYOUTS}
-    assert gathers["fsdp2"] == {"plain": 4 + 3, "ours": 4 + 2}
-    assert gathers["fsdp2-ep2"] == {"plain": 6 + 5, "ours": 6 + 3}
+    assert results["fsdp2"]["gathers"] == {"plain": 4 + 3, "ours": 4 + 2}
+    assert results["fsdp2-ep2"]["gathers"] == {"plain": 5 + 4, "ours": 5 + 2}
 
 
-def test_the_sets_matter(results):
-    """Loss depends on the sets, so the comparisons above detect fast weights of the wrong set."""
+@pytest.mark.slow
+def test_the_experts_of_a_trunk_are_gathered_again(other_results):
+    """Both layers have mixtures, in two groups each."""
+    assert other_results["fsdp2-ep2"]["gathers of two mixtures"] == {"plain": 6 + 5, "ours": 6 + 3}
+
+
+def test_the_sets_and_the_biases_matter(results):
+    """Loss depends on both, so the comparisons above detect fast weights of the wrong set and missing biases."""
     one, twice = (results[layout]["lora"]["loss"] for layout in ("one", "one-twice"))
     assert abs(one - twice) > 1e-3 * one
+    assert abs(one - results["one"]["loss without biases"]) > 1e-3 * one
+
+
+@pytest.fixture(scope="module")
+def balanced(pools):
+    return pools(1).call("tests.workers.balanced_experts:find", "one")
+
+
+def test_the_bias_of_an_expert_follows_its_load(balanced):
+    """It rises below the mean load and falls above; the changes are centred, which selects the same experts.
+
+    Loads are counted from the routers' selections in the passes of the training loss. A skipped step changes no bias.
+    """
+    (first, second, third), (load, other), metrics = balanced
+    mean = sum(load) / len(load)
+    change = [COEFFICIENT * ((mean > x) - (mean < x)) for x in load]
+    assert second == pytest.approx([b + x - sum(change) / len(change) for b, x in zip(first, change, strict=True)])
+    assert third == second
+    assert sum(load) == sum(other) == 2 * 2 * 16 * 2 and len(set(load)) > 4
+    shares = [x / sum(load) for x in load if x]
+    assert metrics == {
+        LARGEST_LOAD: pytest.approx(max(load) / mean),
+        UNUSED: load.count(0) / len(load),
+        LOAD_ENTROPY: pytest.approx(-sum(x * math.log(x) for x in shares) / math.log(len(load))),
+    }
+
+
+@pytest.mark.parametrize("layout", ["fsdp2-full", "ep2", pytest.param("tp2", marks=pytest.mark.slow)])
+def test_biases_and_loads_are_equal_on_every_layout(pools, balanced, layout):
+    assert pools(2).call("tests.workers.balanced_experts:find", layout) == balanced
+
+
+def test_a_checkpoint_holds_the_biases_and_no_coefficient_keeps_them(pools, tmp_path):
+    once, again = pools(1).call("tests.workers.balanced_experts:resume", str(tmp_path))
+    assert once == again
+    before, after = pools(1).call("tests.workers.balanced_experts:keep")
+    assert before == after and any(before)
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +185,8 @@ def model():
         model.init_weights()
         for parameter in model.parameters():
             parameter.mul_(3)  # so that attention and router are not flat
+        for mixture in model.mixtures():
+            mixture.expert_bias.uniform_(-0.1, 0.1)
     return model.double()
 
 
@@ -115,10 +195,9 @@ TOKENS = torch.randint(0, 60, (3, 24), generator=torch.Generator().manual_seed(2
 IDS = torch.tensor([5, 9, 2])
 
 
-def memory_of(fast_weight_type="lora", norm="per_parameter", layers=ARGS.n_layers):
-    first = min(layers - 1, 1)
+def memory_of(fast_weight_type="lora", norm="per_parameter", first=1, args=ARGS):
     return Memory(
-        first, replace(ARGS, n_layers=layers).adapted_linears(first, ["ffn"]), fast_weight_type, 8, 16.0,
+        first, args.adapted_linears(first, ["ffn"]), fast_weight_type, 8, 16.0,
         inner_loss("cross_entropy", "pre_final_norm", "post_final_norm"), InnerSGD(0.3, 1.0, norm), per_sample=True,
     )  # fmt: skip
 
@@ -137,13 +216,16 @@ def step(model, memory, rows):
 @pytest.mark.parametrize("fast_weight_type, norm", [("lora", "per_parameter"), ("full", "global")])
 @pytest.mark.parametrize("padded", [False, True], ids=["loop", "padded"])
 def test_a_sequence_has_its_own_fast_weights_in_every_expert(model, monkeypatch, fast_weight_type, norm, padded):
-    """Three rows together equal each row alone, with and without groups padded for grouped products."""
+    """Three rows together equal each row alone, with and without groups padded for grouped products.
+
+    Routed and shared experts adapt, and with full matrices the dense layer too.
+    """
     if padded:
         # The loop on padded groups stands in for a grouped product.
         monkeypatch.setattr(experts, "_grouped", lambda counts: padded_loop(counts))
-        for mixture in model.mixtures()[1:]:
+        for mixture in model.mixtures():
             monkeypatch.setattr(mixture.experts, "use_grouped_mm", True)
-    memory = memory_of(fast_weight_type, norm)
+    memory = memory_of(fast_weight_type, norm, first=0 if fast_weight_type == "full" else 1)
     loss, inner, gradients, fast = step(model, memory, [0, 1, 2])
     alone = [step(model, memory, [row]) for row in range(3)]
     torch.testing.assert_close(loss, sum(x[0] for x in alone))
@@ -151,7 +233,8 @@ def test_a_sequence_has_its_own_fast_weights_in_every_expert(model, monkeypatch,
     torch.testing.assert_close(inner.grad_norm_KG, torch.cat([x[1].grad_norm_KG for x in alone], 1))
     assert inner.written_norm_G.min() > 0.1
     for together, *each in zip(gradients, *(x[2] for x in alone), strict=True):
-        torch.testing.assert_close(together, sum(each))
+        # float64, except for the router's scores, the weighted sums and the norms of clipping.
+        assert (together - sum(each)).abs().max() <= 1e-6 * together.abs().max()
     for row in range(3):
         for ours, theirs in zip(leaves(select(fast, [row], 3)), leaves(alone[row][3]), strict=True):
             torch.testing.assert_close(ours, theirs)
@@ -177,7 +260,7 @@ def test_the_grouped_product_computes_what_the_loop_does():
     # Two sets for each of four experts.
     fast = {
         linear.target: LowRank.start(linear, 8, 16.0, torch.arange(8), None)
-        for linear in replace(ARGS, n_layers=1).adapted_linears(0, ["ffn"])
+        for linear in LLaDAMoEArgs(dim=32, n_layers=1, hidden_dim=16, n_experts=4).adapted_linears(0, ["ffn"])
     }
     fast = {target: x._replace(B_GoR=torch.randn_like(x.B_GoR) * 0.3) for target, x in fast.items()}
     results = []
@@ -221,8 +304,8 @@ def test_more_groups_than_a_grouped_product_takes_are_multiplied_in_parts(monkey
 
 
 def test_a_step_with_its_groups_in_parts(model, monkeypatch):
-    """Twelve groups, of four experts and three sets, give the same bits when products are split."""
-    for mixture in model.mixtures()[1:]:
+    """24 groups, of eight experts and three sets, give the same bits when products are split."""
+    for mixture in model.mixtures():
         monkeypatch.setattr(mixture.experts, "use_grouped_mm", True)
     sizes, plain = [], torch._grouped_mm
 
@@ -238,7 +321,7 @@ def test_a_step_with_its_groups_in_parts(model, monkeypatch):
 
     monkeypatch.setattr(torch, "_grouped_mm", counted)
     unsplit = run(1023)
-    assert max(sizes) == 12
+    assert max(sizes) == 24
     split = run(5)
     assert max(sizes) == 5
     assert all(torch.equal(x, y) for x, y in zip(split, unsplit, strict=True))
@@ -249,9 +332,9 @@ def test_blocks_compiled_around_their_experts_are_the_eager_ones():
 
     Another routing, with other token counts per expert, compiles nothing.
     """
-    models, graphs = [], []
+    models, graphs, args = [], [], replace(ARGS, n_layers=1, n_dense_layers=0)
     for _ in range(2):
-        model = LLaDAMixture(replace(ARGS, n_layers=1))
+        model = LLaDAMixture(args)
         add_adapters(model, LoRA(rank=4), torch.float32, torch.float32)
         generator = torch.Generator().manual_seed(1)
         for parameter in model.parameters():
@@ -265,7 +348,7 @@ def test_blocks_compiled_around_their_experts_are_the_eager_ones():
     torch._dynamo.reset()
     for block in models[1].layers.values():
         block.compile_parts(backend)
-    memory = memory_of(layers=1)
+    memory = memory_of(first=0, args=args)
     documents = (torch.arange(24) * 3 // 24).expand(3, -1)
     compiled, loads = [], []
     for number in range(2):
@@ -283,15 +366,15 @@ def test_blocks_compiled_around_their_experts_are_the_eager_ones():
         assert written_BS[:, :3].min() > 0 and not written_BS[:, 3].any(), "a row's last slot is empty"
         compiled.append(len(graphs))
         loads.append(results[0][-1])
-    # Two graphs before the experts and one after, for inner steps and for the outer step.
-    assert compiled == [6, 6] and not torch.equal(*loads)
+    # Two graphs before the experts and two after, for inner steps and for the outer step.
+    assert compiled == [8, 8] and not torch.equal(*loads)
 
 
 def test_experts_without_fast_weights_are_torchtitans(model):
     """Our loop over groups equals torchtitan's loop."""
     experts = model.mixtures()[0].experts
     x = torch.randn(12, 32, dtype=torch.float64)
-    counts = torch.tensor([3, 0, 5, 4])
+    counts = torch.tensor([3, 0, 5, 4, 0, 0, 0, 0])
     torch.testing.assert_close(experts(x, counts, fast={}), GroupedExperts.forward(experts, x, counts))
 
 
@@ -303,6 +386,28 @@ def test_sizes_of_the_published_model():
     assert parameters == 7_356_880_896
     linears = args.adapted_linears(14, ["ffn"])
     assert [x.target for x in linears] == ["gate", "up", "down"] * 2 and {x.layer for x in linears} == {"14", "15"}
-    numbers = [x.number + e for x in args.adapted_linears(0, ["ffn"]) for e in range(x.experts)]
-    assert len(set(numbers)) == 16 * 3 * 64
-    assert not set(numbers) & {x.number for x in args.adapted_linears(0, ["attention"])}
+    assert len(numbers_of(args)) == 16 * (3 * 64 + 4)
+
+
+def numbers_of(args):
+    """Return the numbers of all fast weights' keys, of which no two are equal."""
+    linears = args.adapted_linears(0, ["ffn", "attention"])
+    numbers = [linear.number + e for linear in linears for e in range(linear.experts or 1)]
+    assert len(set(numbers)) == len(numbers)
+    return numbers
+
+
+def test_sizes_of_llada2_mini():
+    args = flavours.LLADA2["mini"]
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in LLaDAMixture(replace(args, max_seq_len=16)).parameters())
+    # 16B parameters, 1.4B active per token: all but 248 of 256 experts.
+    assert parameters == 16_255_638_528
+    assert parameters - 19 * 248 * 3 * 2048 * 512 == pytest.approx(1.44e9, rel=0.01)
+    # The last two layers: 256 routed experts and a shared one, each with three linears.
+    linears = args.adapted_linears(18, ["ffn"])
+    targets = ["gate", "shared_gate", "up", "shared_up", "down", "shared_down"]
+    assert [x.target for x in linears] == targets * 2
+    per_set = sum((x.experts or 1) * 32 * (x.in_features + x.out_features) for x in linears)
+    assert per_set == 2 * 257 * 3 * 32 * (2048 + 512)
+    assert len(numbers_of(args)) == 19 * 3 * 257 + 3 + 20 * 4

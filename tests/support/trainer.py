@@ -5,11 +5,12 @@ from types import SimpleNamespace
 
 import torch
 from torchtitan.components.lr_scheduler import build_lr_schedulers
-from torchtitan.components.optimizer import build_optimizers
+from torchtitan.components.optimizer import build_optimizers_with_moe_load_balancing
 
 from memdlm_dist.data.loader import Batch
 from memdlm_dist.method.trajectory import IGNORE_INDEX
 from memdlm_dist.models.flops import Recomputation
+from memdlm_dist.models.mixture import LLaDAMixture
 from memdlm_dist.runtime.process_group import autocast
 from memdlm_dist.training.backbone import get_lora, model_on_meta
 from memdlm_dist.training.consensus import StepConsensus
@@ -45,8 +46,9 @@ def build(config, sizes, dims, device, draws=True):
         watchdog=SimpleNamespace(at=lambda *_, **__: None), stop=SimpleNamespace(requested=False),
         train_context=nullcontext, maybe_enable_amp=autocast(dims, config.training.mixed_precision_param, device.type),
     )  # fmt: skip
-    trainer.optimizers = build_optimizers([model], config.optimizer, dims)
-    trainer.consensus = StepConsensus([model], trainer.optimizers, config.reliability, device)
+    trainer.optimizers = build_optimizers_with_moe_load_balancing([model], config.optimizer, dims)
+    biases = model.expert_biases() if isinstance(model, LLaDAMixture) else []
+    trainer.consensus = StepConsensus([model], trainer.optimizers, config.reliability, device, biases)
     trainer.lr_schedulers = build_lr_schedulers(trainer.optimizers, config.lr_scheduler, config.training.steps)
     trainer.metrics_processor.num_flops_per_token = 1
     return trainer

@@ -61,6 +61,7 @@ DROPOUT = [
 ]  # fmt: skip
 MOE_DROPOUT = [*DROPOUT, "--lora.target_modules", "attention,router"]
 MOE = ["--model.name", "llada_moe", "--model.flavor", "tiny"]
+LLADA2 = ["--model.name", "llada2", "--model.flavor", "tiny", *ATTENTION, MEMORY + "layer_fraction", "1.0"]
 # name -> (arguments, step, rows: "whole", "packed", or "quarter" with maskable tokens only in the first quarter)
 OPTIONS = {
     "off": ([], "plain", "whole"),
@@ -72,8 +73,10 @@ OPTIONS = {
     "batch-packed": (BATCH, "ours", "packed"),
     "full-packed": (FULL, "ours", "packed"),
     "moe-packed": (MOE, "ours", "packed"),
+    "llada2-packed": (LLADA2, "ours", "packed"),
     "dropout-packed": ([*ATTENTION, *DROPOUT], "ours", "packed"),
     "moe-dropout": ([*MOE, *MOE_DROPOUT], "ours", "packed"),
+    "llada2-dropout": ([*LLADA2, *DROPOUT, "--lora.target_modules", "all-linear"], "ours", "packed"),
 }
 # Documents' lengths per row: some cross the ends of sequence shards, and the last row has padding.
 DOCUMENTS = [[10, 7, 15], [32], [5, 5, 5, 5, 12], [20, 8]]
@@ -89,7 +92,7 @@ def numbers():
 EVERYWHERE = ("off", "off-packed", "sample", "sample-quarter", "sample-packed")
 ALSO = {
     "one": tuple(OPTIONS),
-    "cp2": tuple(OPTIONS),
+    "cp2": tuple(name for name in OPTIONS if not name.startswith("moe")),
     "fsdp2-cp2": ("batch-quarter", "batch-packed", "dropout-packed"),
     "tp2-cp2": ("batch-packed", "full-packed", "moe-packed", "dropout-packed", "moe-dropout"),
 }
