@@ -191,8 +191,9 @@ def _read_config(file: Path, fused: Mapping[str, int]) -> dict[str, Any]:
         raise UserError(f"{file} cannot be read ({one_line(error)}); name a folder that PEFT has saved.") from None
     require(isinstance(config, dict), f"{file} is not a JSON object; name a folder that PEFT has saved.")
     patterns = _patterns(config.get("r"), config.get("lora_alpha"), fused)
+    has_patterns = all(config.get(key) == value for key, value in patterns.items()) and not config.get("use_rslora")
     for key, value in {"peft_type": None, **config}.items():
-        if key in patterns and value == patterns[key] and not config.get("use_rslora"):
+        if has_patterns and key in patterns:
             continue
         accepted = value in _ACCEPTED[key] if key in _ACCEPTED else key in _READ_OR_IGNORED or not value
         require(
