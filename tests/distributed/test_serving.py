@@ -18,7 +18,7 @@ NEW_TOKENS = (6, 9, 3, 12, 0, 5)
 SETTINGS = {
     "steps": Decoding(4, 2, stop_at_eos=False),
     "threshold, dual cache": Decoding(4, stop_at_eos=False, threshold=0.3, cache="dual"),
-    "quota, editing": Decoding(4, 3, stop_at_eos=False, threshold=0.3, edit_threshold=0.0, post_steps=2),
+    "quota, editing, warm": Decoding(4, 3, 1.0, stop_at_eos=False, threshold=0.3, edit_threshold=0.0, post_steps=2),
 }
 
 
