@@ -76,8 +76,8 @@ def check_backbone(config: JobConfig, args: LLaDAArgs) -> None:
     ):
         require(
             coefficient is None or not has_adapters or getattr(config.lora, key) != value,
-            f"model.load_balance_coeff = {coefficient} is not supported with lora.{key} = {value!r}, because {why} does "
-            "not hold the experts' biases; remove it to keep the biases of the base.",
+            f"model.load_balance_coeff = {coefficient} is not supported with lora.{key} = {value!r}, because {why} "
+            "does not hold the experts' biases; remove it to keep the biases of the base.",
         )
     if isinstance(args, MixtureArgs):
         _check_experts(config, args)
