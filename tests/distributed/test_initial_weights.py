@@ -7,8 +7,8 @@ import torch
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs
 from torchtitan.models.moe import MoE
 
+from memdlm_dist.models import BACKBONES as SPECS
 from memdlm_dist.models import initial_weights
-from memdlm_dist.models.flavours import LLADA, LLADA_MOE
 from memdlm_dist.models.initial_weights import Normal, Uniform
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs
 from memdlm_dist.models.llada_moe import LLaDAMoEArgs
@@ -147,10 +147,10 @@ def test_a_block_is_the_block_of_the_whole(monkeypatch, chosen, threads):
 
 
 def test_every_parameter_of_every_flavour_has_a_distribution():
-    for args, model_class in [*((x, LLaDA) for x in LLADA.values()), *((x, LLaDAMixture) for x in LLADA_MOE.values())]:
+    for args, model_class in ((args, spec.model) for spec in SPECS.values() for args in spec.flavours.values()):
         with torch.device("meta"):
             model = model_class(args)
-        for name, x in model.named_parameters():
+        for name, x in model.state_dict().items():
             initial_weights.distribution(name, x.shape, args)
     with pytest.raises(KeyError):
         initial_weights.distribution("layers.0.attention.new.weight", torch.Size((2, 2)), ARGS)

@@ -62,7 +62,8 @@ class Dropout:
 
     def factor(self, kind: str, layer: int, target: str, position: int, feature: int, expert: int = 0) -> float:
         """Return the factor of one feature of a token: four features share the 16-bit words of one number."""
-        number = 2**15 if target == "router" else LINEARS.index(target)
+        number = 2**15 if target == "router" else LINEARS.index(target.removeprefix("shared_"))
+        number += 2**14 if target.startswith("shared_") else 0
         key = keyed(self.keys[kind], position) + 2**32 * layer + 2**16 * expert + number
         word = keyed(key, feature // 4) >> 16 * (feature % 4) & 0xFFFF
         dropped = round(self.probabilities[kind] * 2**16)

@@ -23,7 +23,7 @@ from memdlm_dist.method.inner_loss import inner_loss
 from memdlm_dist.method.inner_sgd import InnerSGD
 from memdlm_dist.models import attention, llada
 from memdlm_dist.models.flops import step_flops
-from memdlm_dist.models.llada_moe import LLaDAMoEArgs
+from memdlm_dist.models.llada2 import LLaDA2Args
 from memdlm_dist.models.mixture import LLaDAMixture
 from memdlm_dist.performance.bench_steps import Bench
 from memdlm_dist.runtime.device import has_grouped_mm
@@ -183,18 +183,22 @@ def test_a_row_does_not_depend_on_its_fill_or_on_its_neighbours(shifted):
 
 @pytest.mark.parametrize("fast_weight_type", ["lora", "full"])
 def test_experts_have_fast_weights_for_every_document(fast_weight_type):
-    args = LLaDAMoEArgs(
-        dim=32, n_layers=3, n_heads=4, hidden_dim=16, vocab_size=61, n_experts=4, experts_per_token=2, max_seq_len=24
-    )
+    """In routed and shared experts and, with full matrices, in a dense layer."""
+    args = LLaDA2Args(
+        dim=32, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=16, vocab_size=61, max_seq_len=24, n_experts=8,
+        experts_per_token=2, expert_groups=4, groups_per_token=2, shared_hidden_dim=24, dense_hidden_dim=40,
+    )  # fmt: skip
     torch.manual_seed(0)
     model = LLaDAMixture(args)
     with torch.no_grad():
         model.init_weights()
         for parameter in model.parameters():
             parameter.mul_(3)  # so that attention and router are not flat
-    model = model.double()
+        for mixture in model.mixtures():
+            mixture.expert_bias.uniform_(-0.1, 0.1)
+    model, first = model.double(), 0 if fast_weight_type == "full" else 1
     settings = Memory(
-        1, args.adapted_linears(1, ["ffn", "o"]), fast_weight_type, 4, 8.0,
+        first, args.adapted_linears(first, ["ffn", "o"]), fast_weight_type, 4, 8.0,
         inner_loss("cross_entropy", "pre_final_norm", "post_final_norm"), InnerSGD(0.3, 1.0), per_sample=True,
     )  # fmt: skip
     goal = objective(settings)

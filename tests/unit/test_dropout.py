@@ -12,7 +12,9 @@ from memdlm_dist.method.fast_weights import FAST_WEIGHT_TYPES, AdaptedLinear
 from memdlm_dist.method.keyed_dropout import Dropout, TermDropout
 from memdlm_dist.method.keyed_random import Stream
 from memdlm_dist.models import backbone_args, experts
-from memdlm_dist.models.linears import LINEAR_NUMBERS
+from memdlm_dist.models.attention import TokenContext
+from memdlm_dist.models.linears import LINEAR_NUMBERS, SHARED
+from memdlm_dist.models.llada2 import LLaDA2Args
 from memdlm_dist.models.llada_moe import LLaDAMoEArgs
 from memdlm_dist.models.lora import LoRA, add_adapters
 from memdlm_dist.models.mixture import LLaDAMixture
@@ -129,6 +131,7 @@ def test_grouped_terms_of_packed_rows_drop_the_same_features(fast_weight_type):
     assert losses[0] != pytest.approx(loss(model, goal_8, batch._replace(dropout=TermDropout())), rel=1e-4)
 
 
+WEIGHTS = {"gate": "w1", "up": "w3", "down": "w2"}
 ARGS = LLaDAMoEArgs(dim=32, n_layers=1, n_heads=4, hidden_dim=16, vocab_size=61, n_experts=4, experts_per_token=2)
 
 
@@ -142,7 +145,7 @@ def test_every_expert_drops_its_own_features_of_a_token(monkeypatch, grouped):
     model = LLaDAMixture(replace(ARGS, grouped=grouped))
     model.init_weights()
     add_adapters(model, LoRA(rank=8, alpha=8.0, target_modules=["all-linear"]), torch.float32, torch.float32)
-    moe, expert_linears = model.layers["0"].moe, {"gate": "w1", "up": "w3", "down": "w2"}
+    moe = model.layers["0"].moe
     for parameter in moe.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     linears = [AdaptedLinear("0", t, *sizes, False, 0, 4, 2) for t, sizes in
@@ -157,7 +160,7 @@ def test_every_expert_drops_its_own_features_of_a_token(monkeypatch, grouped):
         assert gate.dropout is None
 
         def linear(drop, e, target, y, position):
-            name, phi, number = expert_linears[target], fast[target], LINEAR_NUMBERS[target]
+            name, phi, number = WEIGHTS[target], fast[target], LINEAR_NUMBERS[target]
             own = [y.new_tensor([drop.factor(kind, 2, target, position, f, e) for f in range(len(y))]) * y
                    for kind in ("adapter", "fast")]  # fmt: skip
             A, B = (getattr(moe.experts, f"{name}_lora_{half}")[e] for half in "AB")
@@ -174,6 +177,44 @@ def test_every_expert_drops_its_own_features_of_a_token(monkeypatch, grouped):
                     gated, up = (linear(drop, e, target, y, position) for target in ("gate", "up"))
                     down = linear(drop, e, "down", torch.nn.functional.silu(gated) * up, position)
                     out += scores_E[e] * down
+                torch.testing.assert_close(ours[row, position], out, rtol=1e-4, atol=1e-5)
+
+
+def test_the_shared_expert_drops_other_features_than_the_experts():
+    """Adapters and fast weights, one token at a time with naive masks, for the block's whole FFN."""
+    torch.manual_seed(0)
+    args = LLaDA2Args(
+        dim=32, n_layers=1, n_heads=4, n_kv_heads=2, hidden_dim=16, vocab_size=61, n_experts=4, experts_per_token=2,
+        expert_groups=2, groups_per_token=1, shared_hidden_dim=24, n_dense_layers=0,
+    )  # fmt: skip
+    model = LLaDAMixture(args)
+    model.init_weights()
+    add_adapters(model, LoRA(rank=4, alpha=8.0, target_modules=["all-linear"]), torch.float32, torch.float32)
+    block = model.layers["0"]
+    shared, linears = block.shared_experts, args.adapted_linears(0, ["ffn"])
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    fast = fast_weights.draw("lora", linears, 8, 8.0, torch.tensor([1]))
+    fast = fast_weights.map_leaves(lambda x: x + 0.1 * torch.randn(x.shape), fast)["0"]
+    routed = {target: phi for target, phi in fast.items() if not target.startswith(SHARED)}
+    ids, x = torch.tensor([4, 9]), torch.randn(2, 5, 32)
+    drop = TermDropout(*(Dropout.draw(3, stream, 7, ids, 5, None, P) for stream in (9, 10))).at_layer(2)
+    context = TokenContext(model.freqs_cis, dropout=drop)
+    with torch.no_grad():
+        ours = block.ffn(x, fast, context) - block.moe(x, fast=routed, dropout=drop)
+
+        def linear(masks, target, y, position):
+            module, phi = getattr(shared, WEIGHTS[target]), fast[SHARED + target]
+            own = [y * y.new_tensor([masks.factor(kind, 2, SHARED + target, position, f) for f in range(len(y))])
+                   for kind in ("adapter", "fast")]  # fmt: skip
+            term = 2.0 * module.lora_B @ (module.lora_A @ own[0])
+            return module.weight @ y + term + phi.B_GoR[0] @ (phi.A_GRi[0] @ own[1])
+
+        for row in range(2):
+            masks = naive.Dropout(3, 7, int(ids[row]), {"adapter": P, "fast": P})
+            for position in range(5):
+                gate, up = (linear(masks, target, x[row, position], position) for target in ("gate", "up"))
+                out = linear(masks, "down", torch.nn.functional.silu(gate) * up, position)
                 torch.testing.assert_close(ours[row, position], out, rtol=1e-4, atol=1e-5)
 
 

@@ -15,6 +15,7 @@ from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 from memdlm_dist.method.bilevel import outer_loss
 from memdlm_dist.models.flops import Recomputation, step_flops
 from memdlm_dist.models.fsdp_schedule import frozen
+from memdlm_dist.models.llada2 import LLaDA2Args
 from memdlm_dist.models.llada_moe import LLaDAMoEArgs
 from memdlm_dist.models.mixture import LLaDAMixture
 from tests.support.bilevel import ARGS, build, data, memory, objective
@@ -158,10 +159,20 @@ def test_a_frozen_base_has_no_gradients_of_its_weights(with_memory):
     assert ours.outer + ours.inner == counted
 
 
-def test_experts_count_as_often_as_a_token_sees_them():
-    args = LLaDAMoEArgs(
-        dim=32, n_layers=3, n_heads=4, hidden_dim=64, vocab_size=61, n_experts=4, experts_per_token=2, max_seq_len=24
-    )
+SIZES = {"dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 64, "vocab_size": 61, "max_seq_len": 24}
+MIXTURES = {
+    "llada_moe": LLaDAMoEArgs(**SIZES, n_experts=4, experts_per_token=2),
+    # The trunk is a dense layer; heads are wider than the model.
+    "llada2": LLaDA2Args(
+        **SIZES, n_kv_heads=2, head_width=12, n_experts=8, experts_per_token=2, expert_groups=4, groups_per_token=2,
+        shared_hidden_dim=48, dense_hidden_dim=80,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_count_as_often_as_a_token_sees_them(name):
+    args = MIXTURES[name]
     torch.manual_seed(0)
     model = LLaDAMixture(args)
     with torch.no_grad():

@@ -15,8 +15,7 @@ cpu.prepare()
 from memdlm_dist.checkpoint import peft_folder
 from memdlm_dist.config import parse_config
 from memdlm_dist.models import BACKBONES as SPECS
-from memdlm_dist.models.flavours import LLADA, LLADA_MOE
-from memdlm_dist.models.llada_moe import LLaDAMoEArgs
+from memdlm_dist.models.flavours import LLADA, LLADA2, LLADA_MOE
 from memdlm_dist.training.backbone import get_layout, model_on_meta
 
 REPLICATE, SHARD = "--parallelism.data_parallel_replicate_degree", "--parallelism.data_parallel_shard_degree"
@@ -27,21 +26,24 @@ WRAPPED = ["--activation_checkpoint.mode", "full", "--compile.enable"]
 # a pair of random numbers.
 BACKBONES = {
     "llada": replace(LLADA["tiny"], dim=36, n_heads=2, n_kv_heads=2, hidden_dim=42, vocab_size=62),
-    "llada_moe": replace(LLADA_MOE["tiny"], dim=36, n_heads=2, hidden_dim=18, vocab_size=62, n_experts=6),
+    "llada2": replace(
+        LLADA2["tiny"], dim=36, n_heads=2, hidden_dim=18, vocab_size=62, shared_hidden_dim=22, dense_hidden_dim=50
+    ),
+    # Fewer experts than ranks, so that FSDP2 shards the experts' rows.
+    "two_experts": replace(LLADA_MOE["tiny"], dim=36, n_heads=2, hidden_dim=18, vocab_size=62, n_experts=2),
 }
-# Fewer experts than ranks, so that FSDP2 shards the experts' rows.
-BACKBONES["two_experts"] = replace(BACKBONES["llada_moe"], n_experts=2)
+NAMES = {type(spec.flavours["tiny"]): name for name, spec in SPECS.items()}
 # name -> (processes, backbone, arguments)
 LAYOUTS = {
     "tp2": (2, "llada", [TP, "2"]),
     "fsdp2-tp2": (4, "llada", [SHARD, "2", TP, "2"]),
     "fsdp4-wrapped": (4, "llada", [SHARD, "4", *WRAPPED]),
     "hsdp2x2": (4, "llada", [REPLICATE, "2", SHARD, "2"]),
-    "fsdp4-experts": (4, "llada_moe", [SHARD, "4"]),
-    "ep2": (2, "llada_moe", [SHARD, "2", EP, "2"]),
-    "fsdp4-ep2": (4, "llada_moe", [SHARD, "4", EP, "2"]),
+    "fsdp4-experts": (4, "llada2", [SHARD, "4"]),
+    "ep2": (2, "llada2", [SHARD, "2", EP, "2"]),
+    "fsdp4-ep2": (4, "llada2", [SHARD, "4", EP, "2"]),
     "fsdp4-ep2-two-experts": (4, "two_experts", [SHARD, "4", EP, "2"]),
-    "ep2-tp2": (4, "llada_moe", [SHARD, "2", EP, "2", TP, "2", ETP, "2"]),
+    "ep2-tp2": (4, "llada2", [SHARD, "2", EP, "2", TP, "2", ETP, "2"]),
 }
 
 
@@ -53,10 +55,12 @@ def digests(backbone, arguments, seed=7, folder=None):
             writes it. The digests of its parameters have names of their own.
     """
     sizes = BACKBONES[backbone]
+    # PEFT adapts a fused linear as a whole.
+    targets = "ffn,o,router" if sizes.fused_linears else "all-linear"
     config = parse_config.parse([
         "--job.config_file", "train_configs/debug.toml",
-        "--model.name", "llada_moe" if isinstance(sizes, LLaDAMoEArgs) else "llada", "--model.flavor", "tiny",
-        "--model.converters", "lora", "--lora.rank", "2", "--lora.target_modules", "all-linear", *arguments,
+        "--model.name", NAMES[type(sizes)], "--model.flavor", "tiny",
+        "--model.converters", "lora", "--lora.rank", "2", "--lora.target_modules", targets, *arguments,
     ])  # fmt: skip
     dims = get_layout(config, torch.distributed.get_world_size())
     model = model_on_meta(config, sizes, dims).to_empty(device="cpu")
