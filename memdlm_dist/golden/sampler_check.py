@@ -87,7 +87,7 @@ def _compare_runs(
             if decoding.stop_at_eos:
                 # The published sampler leaves the blocks after end-of-text masked; ours fills them with end-of-text.
                 sequence = sequence.masked_fill(sequence == mask_id, run["eos_id"])
-                history[-1] = sequence
+                history = torch.cat([history[:-1], sequence.unsqueeze(0)])
             differing["sequences"] += _count_differing(canvases[-1], sequence)
             differing["canvases"] += _count_differing(canvases, history)
         yield from ((f"{kind} of {run['name']}", count) for kind, count in differing.items())

@@ -262,8 +262,8 @@ class Decoder:
         order_Rm = (~open_RW.gather(1, target_RK)).to(torch.int8).argsort(dim=1, stable=True)[:, :most]
         position_Rm = target_RK.gather(1, order_Rm)
         chosen_2Rm = self._choose(reading, tokens_RW, open_RW, order_Rm, position_Rm)
-        keep_Rm = self._kept(rows, open_RW.gather(1, position_Rm), chosen_2Rm[1])
-        edit_Rm = self._edited(slot_R, tokens_RW, open_RW, position_Rm, chosen_2Rm)
+        keep_Rm = self._keep(rows, open_RW.gather(1, position_Rm), chosen_2Rm[1])
+        edit_Rm = self._edit(slot_R, tokens_RW, open_RW, position_Rm, chosen_2Rm)
         spare = self._tokens_SW.shape[1] - 1
         position_Rm = torch.where(keep_Rm | edit_Rm, position_Rm, spare)
         tokens_RW.scatter_(1, position_Rm, chosen_2Rm[0].long())
@@ -275,8 +275,8 @@ class Decoder:
             state.index_copy_(0, slot_R, x_RW)
         return torch.stack([keep_Rm.sum(1), edit_Rm.sum(1), end_RW.any(1).long()])
 
-    def _kept(self, rows: Sequence[RowSchedule], open_Rm: Tensor, confidence_Rm: Tensor) -> Tensor:
-        """Return which of the open positions a step fills in, bool `[R, m]`."""
+    def _keep(self, rows: Sequence[RowSchedule], open_Rm: Tensor, confidence_Rm: Tensor) -> Tensor:
+        """Choose the open positions that the step fills in, bool `[R, m]`."""
         confidence_Rm = confidence_Rm.masked_fill(~open_Rm, -torch.inf)
         rank_Rm = confidence_Rm.argsort(dim=1, descending=True, stable=True).argsort(1)
         threshold, quotas = self._decoding.threshold, [row.quota for row in rows]
@@ -287,10 +287,10 @@ class Decoder:
         above_Rm = confidence_Rm > (math.inf if threshold is None else threshold)
         return open_Rm & (above_Rm | (rank_Rm < quota_R1))
 
-    def _edited(
+    def _edit(
         self, slot_R: Tensor, tokens_RW: Tensor, open_RW: Tensor, position_Rm: Tensor, chosen_2Rm: Tensor
     ) -> Tensor:
-        """Return which of the decided positions get another token, bool `[R, m]`."""
+        """Choose the decided positions whose tokens the step replaces, bool `[R, m]`."""
         if (threshold := self._decoding.edit_threshold) is None:
             return torch.zeros_like(position_Rm, dtype=torch.bool)
         decided_RW = self._start_SW.index_select(0, slot_R) & ~open_RW

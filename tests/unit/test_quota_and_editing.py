@@ -17,12 +17,16 @@ PROBABILITY = LOGITS.softmax(-1).tolist()
 BEST = LOGITS[:, :MASK].argmax(-1).tolist()
 
 
+def reader_of(decoding, lookback):
+    return CachedToyReader(LOGITS, decoding.block_size if decoding.attention == "block_causal" else 64, lookback)
+
+
 def naive_canvases(prompt, new_tokens, decoding, lookback):
     """Decode one prompt with whole forward passes; return the canvases before the first step and after every step."""
     row, size, history = [*prompt, *[MASK] * new_tokens], decoding.block_size, []
-    model, is_prompt = CachedToyReader(LOGITS, size, lookback), [token != MASK for token in row]
+    model, is_prompt = reader_of(decoding, lookback), [token != MASK for token in row]
     history.append([*row])
-    for start in range(0, len(row), size):
+    for start in range(0 if decoding.attention == "block_causal" else len(prompt), len(row), size):
         block, post_steps, step = range(start, min(start + size, len(row))), 0, 0
         if MASK not in row[start : start + size]:
             continue
@@ -71,8 +75,9 @@ def naive_canvases(prompt, new_tokens, decoding, lookback):
 def canvases(prompts, new_tokens, decoding, lookback, delay, pass_tokens=2**17):
     """Decode prompts together, each one `delay` steps after the one before it; return the canvases of each."""
     lengths = [len(prompt) + n for prompt, n in zip(prompts, new_tokens, strict=True)]
-    reader = CachedToyReader(LOGITS, decoding.block_size, lookback)
-    decoder = Decoder(reader, decoding, len(prompts), max(lengths), MASK, EOS, pass_tokens=pass_tokens)
+    decoder = Decoder(
+        reader_of(decoding, lookback), decoding, len(prompts), max(lengths), MASK, EOS, pass_tokens=pass_tokens
+    )
     history, step = [[] for _ in prompts], 0
     while True:
         for row, (prompt, n) in enumerate(zip(prompts, new_tokens, strict=True)):
@@ -108,16 +113,20 @@ CACHING = [{"cache": cache, "cache_refresh": n} for cache, n in (("none", 0), ("
     editing=st.sampled_from(EDITING),
     end=st.sampled_from(END),
     caching=st.sampled_from(CACHING),
+    attention=st.sampled_from(["block_causal", "block_causal", "full"]),
     lookback=st.integers(0, 1),
     delay=st.integers(0, 2),
     pass_tokens=st.sampled_from([1, 2**17]),
 )  # fmt: skip
 def test_canvases_are_those_of_the_published_samplers(
-    rows, block, threshold, pace, editing, end, caching, lookback, delay, pass_tokens
+    rows, block, threshold, pace, editing, end, caching, attention, lookback, delay, pass_tokens
 ):
     """Ragged prompts with [MASK]s, decoded together, with an exact cache of complete blocks or none."""
     prompts, new_tokens = [[3, *prompt] for prompt, _ in rows], [n for _, n in rows]
-    decoding = Decoding(block, threshold=threshold, attention="block_causal", **(pace | editing | end | caching))
+    if attention == "full":  # blocks are counted from the first [MASK], and a cache is approximate
+        prompts = [[token for token in prompt if token != MASK] for prompt in prompts]
+        end, caching = {"stop_at_eos": end.get("stop_at_eos", True)}, {}
+    decoding = Decoding(block, threshold=threshold, attention=attention, **(pace | editing | end | caching))
     decoded = canvases(prompts, new_tokens, decoding, lookback, delay, pass_tokens)
     for prompt, n, history in zip(prompts, new_tokens, decoded, strict=True):
         assert history == naive_canvases(prompt, n, decoding, lookback)

@@ -95,7 +95,7 @@ def naive_decode(prompt, new_tokens, decoding, row_id):
                 confidence[position] = float(u[0]) if random else float(probability[token[position]])
             best = sorted(block, key=lambda position: -confidence[position])
             if decoding.threshold is not None:
-                share = max(1, sum(confidence[position] > decoding.threshold for position in block))
+                share = max(decoding.min_tokens, sum(confidence[position] > decoding.threshold for position in block))
             for position in best[:share]:
                 row[position] = token[position]
                 block.remove(position)
@@ -117,7 +117,12 @@ prompt = st.lists(st.integers(0, MASK), max_size=5)
     new_tokens=st.integers(0, 7),
     block=st.integers(1, 5),
     pace=st.sampled_from(
-        [{}, *({"steps": n} for n in (1, 2, 3, 6)), *({"threshold": p} for p in (0.0, 0.3, 0.6, 1.0))]
+        [
+            {},
+            *({"steps": n} for n in (1, 2, 3, 6)),
+            *({"threshold": p} for p in (0.0, 0.3, 0.6, 1.0)),
+            {"threshold": 0.5, "min_tokens": 2},
+        ]
     ),
     temperature=st.sampled_from([0.0, 0.7]),
     remasking=st.sampled_from(["low_confidence", "random"]),
