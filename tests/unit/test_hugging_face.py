@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -17,6 +18,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from memdlm_dist.checkpoint import hugging_face_folder
 from memdlm_dist.checkpoint.catalogue import Catalogue
@@ -388,6 +391,35 @@ def test_experts_of_replicas_have_names(ep_size):
         }
     finally:
         dist.destroy_process_group()
+
+
+def test_an_export_of_several_files(tmp_path):
+    """Two ranks write sharded weights of llada2, whose fused projections are joined, as one process writes them."""
+    sd_adapter = get_sd_adapter(parse_config.parse(["--job.config_file", RECIPES["llada2"], *PLAIN]))
+    torch.manual_seed(0)
+    model = sd_adapter.model_cls(sd_adapter.args)
+    with torch.no_grad():
+        model.init_weights()
+    state = names.in_dtype(model.state_dict(), torch.bfloat16)
+    small = partial(names.fqn_to_index_mapping, limit=2**17)
+
+    def body():
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("fsdp",))
+        sharded = {
+            name: x if name.endswith("expert_bias") else distribute_tensor(x, mesh, [Shard(0)])
+            for name, x in state.items()
+        }
+        with mock.patch.object(hugging_face_folder, "fqn_to_index_mapping", small):
+            hugging_face_folder.export(lambda: sharded, str(tmp_path / "two"), sd_adapter, [], [])
+
+    assert ranks.fork_group(2, body) == 0
+    hugging_face_folder.write(sd_adapter.to_hf(dict(state)), str(tmp_path / "one"))
+    ours, theirs = contents(tmp_path / "two"), contents(tmp_path / "one")
+    assert ours.keys() == theirs.keys()
+    assert all(x.dtype == ours[key].dtype and torch.equal(x, ours[key]) for key, x in theirs.items())
+    index = json.loads((tmp_path / "two" / hugging_face_folder.INDEX).read_text())
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in ours.values())
+    assert len(set(index["weight_map"].values())) == len(list((tmp_path / "two").glob("*.safetensors"))) > 4
 
 
 def test_ranks_wait_longer_for_an_export_than_for_a_step(tmp_path):
