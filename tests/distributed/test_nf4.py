@@ -1,6 +1,7 @@
 """4-bit base: both recipes from published weights over a stop and another layout to an export."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from memdlm_dist.config import check_layout, parse_config
 from memdlm_dist.errors import UserError
 from memdlm_dist.inference.trained_model import TrainedModel
 from memdlm_dist.models import nf4
-from memdlm_dist.models.flavours import LLADA, LLADA_MOE
+from memdlm_dist.models.flavours import LLADA, LLADA2, LLADA_MOE
 from memdlm_dist.training import run as training_run
 from memdlm_dist.training.backbone import get_conversion
 from tests.support.launching import run_many, scalars
@@ -190,4 +191,7 @@ def test_mistakes(trained, tmp_path):
     assert "which 4 ranks cannot share" in check("--parallelism.data_parallel_shard_degree", "4")
     # An export needs whole experts on each rank.
     assert nf4.misfit(LLADA_MOE["7B-A1B"], 128) == "a layer has 64 experts, which 128 ranks cannot share evenly"
-    assert nf4.misfit(LLADA["8B"], 64) == nf4.misfit(LLADA_MOE["7B-A1B"], 64) == ""
+    assert nf4.misfit(LLADA["8B"], 64) == nf4.misfit(LLADA_MOE["7B-A1B"], 64) == nf4.misfit(LLADA2["mini"], 64) == ""
+    assert nf4.misfit(replace(LLADA2["mini"], shared_hidden_dim=500), 1) == (
+        "the linear shared_gate of a layer has 500 x 2048 elements, which 16,384 does not divide"
+    )
