@@ -165,7 +165,9 @@ def test_the_bias_of_an_expert_follows_its_load(balanced):
     }
 
 
-@pytest.mark.parametrize("layout", ["fsdp2-full", "ep2", pytest.param("tp2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "layout", ["fsdp2-full", pytest.param("ep2", marks=pytest.mark.slow), pytest.param("tp2", marks=pytest.mark.slow)]
+)
 def test_biases_and_loads_are_equal_on_every_layout(pools, balanced, layout):
     assert pools(2).call("tests.workers.balanced_experts:find", layout) == balanced
 

@@ -1,6 +1,7 @@
 """4-bit base: the recipes from published weights over a stop and another layout to an export."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -191,3 +192,6 @@ def test_mistakes(run, tmp_path):
     # An export needs whole experts on each rank.
     assert nf4.misfit(LLADA_MOE["7B-A1B"], 128) == "a layer has 64 experts, which 128 ranks cannot share evenly"
     assert {nf4.misfit(sizes, 64) for sizes in (LLADA["8B"], LLADA_MOE["7B-A1B"], LLADA2["mini"])} == {""}
+    assert nf4.misfit(replace(LLADA2["mini"], shared_hidden_dim=500), 1) == (
+        "the linear shared_gate of a layer has 500 x 2048 elements, which 16,384 does not divide"
+    )

@@ -15,14 +15,21 @@ from memdlm_dist.method.inner_loss import inner_loss
 from memdlm_dist.method.inner_sgd import InnerSGD
 from memdlm_dist.method.trajectory import Plan
 from memdlm_dist.models.experts import AdaptableExperts
+from memdlm_dist.models.llada2 import LLaDA2Args
 from memdlm_dist.models.llada_moe import LLaDAMoEArgs
 from memdlm_dist.models.mixture import LLaDAMixture
 from memdlm_dist.runtime.device import has_grouped_mm
 from memdlm_dist.training.objective import Objective
 
-ARGS = LLaDAMoEArgs(
-    dim=64, n_layers=2, n_heads=4, hidden_dim=32, vocab_size=128, n_experts=4, experts_per_token=2, max_seq_len=32
-)
+SIZES = {"dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 32, "vocab_size": 128, "max_seq_len": 32}
+ARGS = LLaDAMoEArgs(**SIZES, n_experts=4, experts_per_token=2)
+BACKBONES = {
+    "llada_moe": ARGS,
+    "llada2": LLaDA2Args(
+        **SIZES, n_kv_heads=2, n_experts=8, experts_per_token=2, expert_groups=4, groups_per_token=2,
+        shared_hidden_dim=32, dense_hidden_dim=96,
+    ),
+}  # fmt: skip
 # Relative to norms: grouped products run in bfloat16, which carries 8 bits, the loop in float32.
 TOLERANCE = 0.02
 
@@ -85,10 +92,12 @@ def test_more_groups_than_a_grouped_product_takes(device):
         assert ours.isfinite().all() and (ours - theirs).norm() <= TOLERANCE * theirs.norm()
 
 
-def test_a_step_with_grouped_products_is_the_step_with_the_loop(device):
-    """Same loss, inner losses and gradients with fast weights per row; router and attention stay float32."""
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_step_with_grouped_products_is_the_step_with_the_loop(device, backbone):
+    """Same loss, inner losses and gradients with fast weights per row; all but routed experts stay float32."""
+    args = BACKBONES[backbone]
     memory = Memory(
-        1, ARGS.adapted_linears(1, ["ffn"]), "lora", 8, 16.0,
+        1, args.adapted_linears(1, ["ffn"]), "lora", 8, 16.0,
         inner_loss("cross_entropy", "pre_final_norm", "post_final_norm"), InnerSGD(0.1, 1.0), per_sample=True,
     )  # fmt: skip
     tokens = torch.randint(0, 127, (3, 32), generator=torch.Generator().manual_seed(2))
@@ -99,7 +108,7 @@ def test_a_step_with_grouped_products_is_the_step_with_the_loop(device):
 
     def step(grouped):
         torch.manual_seed(0)
-        model = LLaDAMixture(replace(ARGS, grouped=grouped)).to(device)
+        model = LLaDAMixture(replace(args, grouped=grouped)).to(device)
         with torch.no_grad():
             model.init_weights()
         loss, statistics = outer_loss(model, batch, memory, memory.draw(0, 1, batch.sample_ids_U))

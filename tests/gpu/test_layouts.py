@@ -14,7 +14,7 @@ TP, CP = "--parallelism.tensor_parallel_degree", "--parallelism.context_parallel
 DENSE = ["--model.flavor", "needle"]
 BFLOAT16 = [*DENSE, "--training.mixed_precision_param", "bfloat16"]
 # Expert-parallel ranks share one set of fast weights, like a single rank with all rows.
-EXPERTS = ["--model.name", "llada_moe", "--parametric_memory.granularity", "batch"]
+EXPERTS = ["--model.name", "llada2", "--parametric_memory.granularity", "batch"]
 # name -> (ranks, arguments, the single-rank layout to compare with)
 LAYOUTS = {
     "one": (1, [*DENSE, LOCAL, "4"], ""),

@@ -12,6 +12,7 @@ from memdlm_dist.method.keyed_random import Stream
 from memdlm_dist.method.logit_loss import HeadLoss, cross_entropy, kl, reverse_kl, set_losses
 from memdlm_dist.models.initial_weights import Normal, Uniform, distribution
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs
+from memdlm_dist.models.llada2 import LLaDA2Args
 from memdlm_dist.models.llada_moe import LLaDAMoEArgs
 from memdlm_dist.models.mixture import LLaDAMixture
 from memdlm_dist.performance.straightforward import DISTANCES
@@ -24,7 +25,14 @@ SIZES = {"dim": 96, "n_layers": 2, "n_heads": 6, "vocab_size": 1000, "max_seq_le
 BACKBONES = {
     "dense": (LLaDA, LLaDAArgs(**SIZES, hidden_dim=160)),
     "experts": (LLaDAMixture, LLaDAMoEArgs(**SIZES, hidden_dim=40, n_experts=4, experts_per_token=2)),
-}
+    "shared expert": (
+        LLaDAMixture,
+        LLaDA2Args(
+            **SIZES, n_kv_heads=2, hidden_dim=40, n_experts=8, experts_per_token=2, shared_hidden_dim=56,
+            dense_hidden_dim=160,
+        ),
+    ),
+}  # fmt: skip
 
 
 def test_random_numbers_have_the_cpus_bits(device):

@@ -25,6 +25,8 @@ KINDS = {
     "packed": PACKED,
     "experts": ["--model.name", "llada_moe"],
     "experts, compiled": ["--model.name", "llada_moe", *INDUCTOR],
+    # With trained biases of the experts.
+    "experts, balanced": ["--model.name", "llada2", "--model.load_balance_coeff", "0.001", *INDUCTOR],
 }
 
 
@@ -113,9 +115,10 @@ def test_compiled_blocks_give_the_eager_loss_and_gradients(one_rank, compiler, d
     assert sharded_step.difference(compiled, eager) < tolerance
 
 
-def test_experts_compiled_around_give_the_eager_loss_and_gradients(build, compiler):
+@pytest.mark.parametrize("backbone", ["llada_moe", "llada2"])
+def test_experts_compiled_around_give_the_eager_loss_and_gradients(build, compiler, backbone):
     """float32 with experts as a loop; no routing triggers a compilation after the second step."""
-    arguments = ["--model.name", "llada_moe", "--training.mixed_precision_param", "float32", *FULL_CHECKPOINTING]
+    arguments = ["--model.name", backbone, "--training.mixed_precision_param", "float32", *FULL_CHECKPOINTING]
     benches = [build(*arguments, *more) for more in ([], INDUCTOR)]
     for mixture in (mixture for bench in benches for mixture in bench.model.mixtures()):
         mixture.experts.use_grouped_mm = False

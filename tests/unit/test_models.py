@@ -10,6 +10,8 @@ from memdlm_dist.models import BACKBONES
 from memdlm_dist.models.flavours import LLADA as FLAVOURS
 from memdlm_dist.models.llada import LLaDA
 from memdlm_dist.models.rope import rotary_frequencies
+from memdlm_dist.models.row_slices import joined
+from tests.oracles.hugging_face import Backbone
 
 
 @pytest.mark.parametrize(
@@ -42,6 +44,42 @@ def test_adapted_linears_are_the_last_layers():
     assert [(x.layer, x.target) for x in linears] == [(str(i), t) for i in range(28, 32) for t in ("gate", "down")]
     assert (linears[0].in_features, linears[0].out_features, linears[0].row_wise) == (4096, 12288, False)
     assert (linears[1].in_features, linears[1].out_features, linears[1].row_wise) == (12288, 4096, True)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_logits_and_gradients_are_those_of_plain_modules_under_hugging_faces_names(name):
+    """The same weights and, in llada2, biases that change some tokens' experts."""
+    torch.manual_seed(0)
+    args = replace(BACKBONES[name].flavours["debug"], n_layers=3)
+    model, sd_adapter = BACKBONES[name].model(args), BACKBONES[name].sd_adapter(args)
+    with torch.no_grad():
+        model.init_weights()
+        for key, x in model.state_dict().items():
+            if key.endswith("bias"):
+                x.uniform_(-0.05, 0.05)
+            elif "norm" in key:
+                x.uniform_(0.7, 1.3)
+            elif "layers" in key:
+                x.mul_(8)  # so that attention and router are not flat
+
+    def published(tensors):
+        return joined(sd_adapter.to_hf({key: x.clone() for key, x in tensors.items()}))
+
+    plain = Backbone(published(model.state_dict()), args)
+    tokens = torch.randint(0, 512, (2, 24))
+    ours, theirs = model(tokens, torch.arange(48)), plain(tokens).flatten(0, 1)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+    upstream = torch.randn_like(theirs)
+    (ours * upstream).sum().backward()
+    (theirs * upstream).sum().backward()
+    gradients = published({key: p.grad for key, p in model.named_parameters()})
+    expected = {f"{key.removesuffix('.weight')}.weight": p.grad for key, p in plain.named_parameters()}
+    assert gradients.keys() == expected.keys()
+    for key, x in expected.items():
+        torch.testing.assert_close(gradients[key], x, rtol=0, atol=1e-5 * gradients[key].abs().max().item(), msg=key)
+    for path, bias in plain.biases.items():
+        plain.biases[path] = torch.zeros_like(bias)
+    assert (len(plain.biases) == 2) == ((plain(tokens).flatten(0, 1) - theirs).abs().max() > 0.01)
 
 
 def test_attention_sees_both_sides_and_logits_only_where_asked():

@@ -33,7 +33,7 @@ LAYOUTS = {  # name -> (ranks, arguments)
     "fsdp2-tp2": (4, [SHARD, "2", TP, "2"]),
     "fsdp2-cp2": (4, [SHARD, "2", CP, "2"]),
     "fsdp2-tp2-cp2": (8, [SHARD, "2", TP, "2", CP, "2"]),
-    "fsdp4-ep2": (4, [SHARD, "4", EP, "2", "--model.name", "llada_moe"]),
+    "fsdp4-ep2": (4, [SHARD, "4", EP, "2", "--model.name", "llada2", "--model.load_balance_coeff", "0.001"]),
 }
 # name -> indices of a rank's rows without a maskable token
 BATCHES = {"ordinary": (), "empty": (0, 1), "one empty row": (0,)}

@@ -38,7 +38,7 @@ COMMON = [
     "--optimizer.implementation", "fused",
 ]  # fmt: skip
 MEMORY = "--parametric_memory."
-EXPERTS = ["--model.name", "llada_moe"]
+EXPERTS = ["--model.name", "llada2", "--model.load_balance_coeff", "0.001"]
 DISTILLED = [
     MEMORY + "inner_loss", "kl", MEMORY + "inner_steps", "3", MEMORY + "supervision", "newly_revealed",
     MEMORY + "inner_epochs", "2", MEMORY + "distillation_temperature", "2.0", "--diffusion.loss_norm", "answer",

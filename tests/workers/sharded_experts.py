@@ -94,7 +94,7 @@ USUAL = {
     "tp2": ["lora", "softmax", "sample-packed", "full-global-kl-packed", "adapters"],
     "ep2": ["lora", "everywhere", "full-global-kl-packed", "all-adapters"],
     "fsdp2-ep2": ["lora", "full-global-kl-packed", "all-adapters"],
-    "ep2-tp2": ["lora", "softmax", "full-global-kl-packed", "adapters"],
+    "ep2-tp2": ["lora", "full-global-kl-packed", "adapters"],
 }
 
 
