@@ -134,7 +134,7 @@ def test_the_memory_of_a_prompt_equals_the_naive_inner_loop(model, folder, promp
     _, [(_, norms, expected)] = naive.bilevel(
         naive.DenseModel(weights_64, backbone_args("llada", "tiny")), torch.tensor([prompt]), maskable_BL, draw.u_BL,
         draw.v_BL, t.unsqueeze(0), [[0]], [initial],
-        naive.Options(learning_rate=20, gradient_clip=0, loss_weight=weights), model.mask_id,
+        naive.Options(learning_rate=float(BOLD[1]), gradient_clip=0, loss_weight=weights), model.mask_id,
     )  # fmt: skip
     assert min(norms) > 0
     for layer, linears in model.adapt([prompt], ids=[11]).fast.items():

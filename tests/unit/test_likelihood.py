@@ -110,7 +110,9 @@ class ToyModel:
 @pytest.fixture
 def model(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
-    monkeypatch.setattr("memdlm_dist.evaluation.harness_model.TrainedModel", lambda *_, memory_weights: ToyModel())
+    monkeypatch.setattr(
+        "memdlm_dist.evaluation.harness_model.TrainedModel", lambda *_, memory_weights, memory: ToyModel()
+    )
     monkeypatch.setattr("memdlm_dist.config.parse_config.parse", lambda argv: None)
     return lambda **arguments: HarnessModel(config="toy.toml", batch_size=7, **arguments)
 
