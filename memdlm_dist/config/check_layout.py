@@ -12,12 +12,16 @@ from memdlm_dist.runtime.device import has_grouped_mm
 
 
 def check_device(config: JobConfig, device_type: str) -> None:
-    """Check that the device supports the configured context parallelism.
+    """Check that the device supports the configured context parallelism and offloading.
 
     Raises:
-        UserError: if ring attention is configured without CUDA.
+        UserError: if ring attention is configured without CUDA, or offloading without an accelerator.
     """
     parallel = config.parallelism
+    require(
+        not config.training.enable_cpu_offload or device_type != "cpu",
+        "training.enable_cpu_offload needs an accelerator, but this machine has none; remove it.",
+    )
     require(
         parallel.context_parallel_degree == 1 or parallel.context_parallel_method != "ring" or device_type == "cuda",
         "parallelism.context_parallel_method = 'ring' needs CUDA devices, but this machine has "

@@ -7,7 +7,7 @@ from memdlm_dist.config.job_config import JobConfig
 
 _SECTIONS = ("optimizer", "lr_scheduler", "diffusion", "parametric_memory")
 _KEYS = {
-    "model": ("name", "flavor", "converters", "rope_scaling", "rope_scaling_method"),
+    "model": ("name", "flavor", "converters", "rope_scaling", "rope_scaling_method", "load_balance_coeff"),
     "training": ("max_norm", "dtype", "mixed_precision_param"),
     "data": ("mask_prompt",),
 }

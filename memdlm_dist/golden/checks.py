@@ -174,6 +174,7 @@ def check(folder: Path, device: str = "cpu") -> Iterator[Comparison]:
         loss=settings.loss,
         optimiser=settings.optimiser,
         per_sample=False,
+        inner_epochs=settings.epochs,
     )
     adapted: list[FastWeights] = []
     model.zero_grad()

@@ -47,7 +47,6 @@ CONFIG_VALUES: dict[str, dict[Any, Any]] = {
     "adapter_type": {"lora": "lora", "full": "full"},
     "loss_weight": {"scheduler": "schedule", "uniform": "uniform"},
     "grad_clip_scope": {"each parameter tensor separately": "per_parameter"},
-    "epochs": {1: 1},
     "temperature": {1.0: 1.0},
     "dropout": {0.0: 0.0},
     "loss_norm": {"token": "token"},
@@ -103,7 +102,7 @@ def _llada2_args(arch: dict[str, Any], sizes: dict[str, Any]) -> LLaDA2Args:
     """Return the sizes of a `llada2` backbone from a manifest's architecture and the sizes that all kinds have."""
     if arch["router_score"] not in get_args(RouterScore):
         raise Unsupported(f"arch.router_score = {arch['router_score']!r} is not supported yet.")
-    return LLaDA2Args(
+    args = LLaDA2Args(
         **sizes,
         head_width=arch["head_dim"],
         partial_rotary_factor=arch["partial_rotary_factor"],
@@ -120,6 +119,11 @@ def _llada2_args(arch: dict[str, Any], sizes: dict[str, Any]) -> LLaDA2Args:
         n_dense_layers=arch["first_dense_layers"],
         dense_hidden_dim=arch["intermediate"],
     )
+    if arch.get("rotary_dim", args.rotary_dim) != args.rotary_dim:
+        raise Unsupported(
+            f"arch.rotary_dim = {arch['rotary_dim']} is not head_dim x partial_rotary_factor ({args.rotary_dim})."
+        )
+    return args
 
 
 class DenseStateDictAdapter(LLaDAMoEStateDictAdapter):
@@ -176,6 +180,7 @@ class Settings:
     optimiser: InnerSGD
     rank: int
     alpha: float
+    epochs: int
 
     @classmethod
     def read(cls, section: dict[str, Any]) -> "Settings":
@@ -215,6 +220,7 @@ class Settings:
             optimiser=InnerSGD(section["lr"], section["grad_clip"], config_value("grad_clip_scope")),
             rank=section.get("rank", 1),  # full-matrix fast weights have none
             alpha=section.get("alpha", 1.0),
+            epochs=section.get("epochs", 1),
         )
 
     def initial_fast_weights(

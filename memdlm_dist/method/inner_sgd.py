@@ -97,11 +97,16 @@ def set_totals(
         n_sets: G.
         group: ranks that share the sets.
     """
-    total_nG = torch.stack([x.view(-1, n_sets).sum(0) for x in squares])
-    if group is None or not any(local := group.is_local(fast)):
-        return total_nG.sum(0)
-    is_local_n1 = torch.tensor(local, device=total_nG.device).unsqueeze(1)
-    return torch.where(is_local_n1, 0.0, total_nG).sum(0) + group.sum(torch.where(is_local_n1, total_nG, 0.0).sum(0))
+    is_local = group.is_local(fast) if group is not None else [False] * len(squares)
+    local: list[Tensor] = []
+    shared: list[Tensor] = []
+    for x, belongs_to_experts in zip(squares, is_local, strict=True):
+        (local if belongs_to_experts else shared).append(x.view(-1, n_sets).sum(0))
+    totals = [torch.stack(shared).sum(0)] if shared else []
+    if local:
+        assert group is not None
+        totals.append(group.sum(torch.stack(local).sum(0)))
+    return sum(totals[1:], totals[0])
 
 
 def _repeat_for_experts(value_G: Tensor, like_n: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torchtitan.models.utils import get_dense_model_nparams_and_flops
 from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 
 from memdlm_dist.compat.torch import wait_if_pending
+from memdlm_dist.errors import require
 from memdlm_dist.method.documents import Documents, SetAssignment
 from memdlm_dist.method.fast_weights import AdaptedLinear, FastLinear, FastWeights
 from memdlm_dist.method.keyed_dropout import NO_DROPOUT, TermDropout
@@ -82,6 +83,13 @@ class LLaDAArgs(BaseModelArgs):
     # Use grouped matrix products for experts and for the fast weights of packed documents: bfloat16, on devices that
     # support them.
     grouped: bool = False
+
+    def __post_init__(self) -> None:
+        require(
+            self.rotary_dim % 2 == 0 and 0 < self.rotary_dim <= self.head_dim,
+            f"RoPE cannot rotate {self.rotary_dim} of a head's {self.head_dim} dimensions (it rotates pairs); choose "
+            "another head width or partial rotary factor.",
+        )
 
     def update_from_config(self, job_config: Any, **kwargs: Any) -> None:
         """Take context length and RoPE scaling from a configuration, and detect grouped products; torchtitan's hook."""

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torchtitan.models.moe import MoE, MoEArgs
 from torchtitan.models.utils import get_moe_model_nparams_and_flops
 
+from memdlm_dist.errors import require
 from memdlm_dist.method.documents import SetAssignment
 from memdlm_dist.method.fast_weights import AdaptedLinear, FastLinear
 from memdlm_dist.method.keyed_dropout import NO_DROPOUT, TermDropout
@@ -66,6 +67,26 @@ class MixtureArgs(LLaDAArgs):
     shared_hidden_dim: int = 0
     n_dense_layers: int = 0
     dense_hidden_dim: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        groups, chosen = self.expert_groups or 1, self.groups_per_token or 1
+        size = self.n_experts // groups
+        require(
+            self.n_experts % groups == 0 and (groups == 1 or size >= 2) and chosen <= groups,
+            f"{self.n_experts} experts cannot be divided into {groups} groups of which a token uses {chosen}; choose "
+            "equal groups of at least 2 experts.",
+        )
+        require(
+            self.experts_per_token <= chosen * size,
+            f"A token cannot use {self.experts_per_token} of the {chosen * size} experts in {chosen} groups; use more "
+            "groups or fewer experts per token.",
+        )
+        require(
+            self.n_dense_layers < self.n_layers,
+            f"{self.n_dense_layers} of {self.n_layers} layers are dense, which leaves no mixture of experts; lower the "
+            "number of dense layers.",
+        )
 
     def update_from_config(self, job_config: Any, **kwargs: Any) -> None:
         """Take the settings of a configuration; torchtitan's hook."""

@@ -98,6 +98,7 @@ class DenseLayer(LLaDA2):
         "topk_group": 1,
         "shared_experts": 1,
         "partial_rotary_factor": 1.0,
+        "rotary_dim": 8,
     }
 
     def adapters(self, targets):
@@ -134,6 +135,7 @@ def write_fixture(folder, memory, targets, shape, absent, backbone=Dense):
     options = naive.Options(
         trajectory=golden_fixture.CONFIG_VALUES["masking"][memory["masking"]],
         inner_steps=memory["steps"],
+        inner_epochs=memory.get("epochs", 1),
         pre_anchor_scale=settings["start_scale"],
         inner_loss=OURS.get(memory["loss"], hidden),
         student_hidden=memory.get("student_hidden", "pre_final_norm"),
@@ -181,7 +183,7 @@ def write_fixture(folder, memory, targets, shape, absent, backbone=Dense):
             [[[i in positions[b][k] for i in range(length)] for b in range(rows)] for k in range(steps)]
         )
 
-    steps = len(losses)
+    steps = len(losses) // options.inner_epochs
     inputs |= {
         "input_ids": tokens, "labels": torch.where(maskable, tokens, -100), "t": t, "step_masks": as_masks(masks),
         "anchor_mask": as_masks([[anchor] * steps for anchor in anchors])[0].clone(),

@@ -73,6 +73,7 @@ OPTIONS = {
     "batch-packed": (BATCH, "ours", "packed"),
     "full-packed": (FULL, "ours", "packed"),
     "moe-packed": (MOE, "ours", "packed"),
+    "llada2": (LLADA2, "ours", "whole"),
     "llada2-packed": (LLADA2, "ours", "packed"),
     "dropout-packed": ([*ATTENTION, *DROPOUT], "ours", "packed"),
     "moe-dropout": ([*MOE, *MOE_DROPOUT], "ours", "packed"),
