@@ -74,7 +74,7 @@ class HarnessModel(TokenLM):
         threshold: float | None = None,
         min_tokens: int = 1,
         edit_threshold: float | None = None,
-        post_steps: int = Decoding.post_steps,
+        post_steps: int | None = None,
         cache: str | None = "none",
         cache_refresh: int = 0,
         attention: str = "full",
@@ -107,7 +107,7 @@ class HarnessModel(TokenLM):
             threshold=None if threshold is None else _number("threshold", threshold),
             min_tokens=_integer("min_tokens", min_tokens),
             edit_threshold=None if edit_threshold is None else _number("edit_threshold", edit_threshold),
-            post_steps=_integer("post_steps", post_steps),
+            post_steps=None if post_steps is None else _integer("post_steps", post_steps),
             cache=cast(Cache, "none" if cache is None else cache),  # the harness parses "none" as None
             cache_refresh=_integer("cache_refresh", cache_refresh),
             attention=cast(DecodingAttention, attention.replace("-", "_")),

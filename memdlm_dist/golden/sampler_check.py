@@ -90,7 +90,8 @@ def _compare_runs(
                 history = torch.cat([history[:-1], sequence.unsqueeze(0)])
             differing["sequences"] += _count_differing(canvases[-1], sequence)
             differing["canvases"] += _count_differing(canvases, history)
-        yield from ((f"{kind} of {run['name']}", count) for kind, count in differing.items())
+        note = ", masks after the end as end-of-text" if decoding.stop_at_eos else ""
+        yield from ((f"{kind} of {run['name']}{note}", count) for kind, count in differing.items())
 
 
 def run_decoding(run: dict[str, Any]) -> Decoding:
@@ -107,6 +108,11 @@ def run_decoding(run: dict[str, Any]) -> Decoding:
     common = Decoding(block_size=run["block_size"], threshold=run["threshold"], attention="block_causal")
     if algorithm == "schedule":
         steps = min(run["steps_per_block"], run["max_new_tokens"] // run["minimal_topk"])
+        if not steps:
+            raise Unsupported(
+                f"sampler.runs.minimal_topk = {run['minimal_topk']} is not supported with max_new_tokens = "
+                f"{run['max_new_tokens']}: it leaves no step."
+            )
         return replace(common, steps=steps, stop_at_eos=False, leave_masks=run["eos_early_stop"])
     return replace(
         common,

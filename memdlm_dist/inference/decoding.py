@@ -10,6 +10,8 @@ Remasking = Literal["low_confidence", "random"]
 Cache = Literal["none", "prefix", "dual"]
 DecodingAttention = Literal["full", "block_causal"]
 
+POST_STEPS = 16  # as in the published settings of LLaDA2.1
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -35,7 +37,7 @@ class Decoding:
         edit_threshold: a step also replaces decided tokens of the present block, except the prompt's, by the same
             pass's predictions with a confidence above this (LLaDA2.1, arXiv 2602.08676). None: decided tokens stay.
         post_steps: with editing, largest number of steps in a block after its last open position is filled in. The
-            first of them that replaces nothing is the last one.
+            first of them that replaces nothing is the last one. None: `POST_STEPS`.
         leave_masks: end a block as soon as it contains end-of-text, also in the prompt's part, and leave its [MASK]s;
             decoding continues in the next block. Only for comparison with MemDLM's published sampler, which does so.
         cache: keys and values that a step takes from earlier passes. "prefix": those before the present block. "dual":
@@ -56,7 +58,7 @@ class Decoding:
     threshold: float | None = None
     min_tokens: int = 1
     edit_threshold: float | None = None
-    post_steps: int = 16
+    post_steps: int | None = None
     leave_masks: bool = False
     cache: Cache = "none"
     cache_refresh: int = 0
@@ -92,10 +94,15 @@ class Decoding:
     def _check_quota_and_editing(self) -> None:
         if self.min_tokens < 1:
             raise UserError(f"The number of tokens kept per step must be at least 1, but is {self.min_tokens}.")
-        if self.min_tokens > 1 and (self.threshold is None or self.steps is not None):
+        if self.min_tokens > 1 and self.threshold is None:
             raise UserError(
-                f"A least number of tokens per step ({self.min_tokens}) needs a confidence threshold, and no number of "
-                "steps per block (which decides it); omit the least number or the steps, or give a threshold."
+                f"A minimum of {self.min_tokens} tokens per step needs a confidence threshold (without one, the number "
+                "of steps decides); give a threshold too, or omit the minimum."
+            )
+        if self.min_tokens > 1 and self.steps is not None:
+            raise UserError(
+                f"A minimum of {self.min_tokens} tokens per step and a number of steps per block ({self.steps}) "
+                "exclude each other (both set the quota of a step); omit one of them."
             )
         if self.edit_threshold is not None and not 0 <= self.edit_threshold <= 1:
             raise UserError(
@@ -106,7 +113,12 @@ class Decoding:
                 f"Editing above a confidence ({self.edit_threshold}) needs a confidence threshold (a fixed number of "
                 "steps has none); give a threshold too."
             )
-        if self.post_steps < 0:
+        if self.post_steps is not None and self.edit_threshold is None:
+            raise UserError(
+                f"Steps after a complete block ({self.post_steps}) are for editing; give its confidence threshold too, "
+                "or omit these steps."
+            )
+        if self.post_steps is not None and self.post_steps < 0:
             raise UserError(
                 f"The steps of editing after a complete block must be at least 0, but are {self.post_steps}."
             )

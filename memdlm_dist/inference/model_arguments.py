@@ -7,7 +7,7 @@ from typing import get_args
 
 from memdlm_dist.config import parse_config
 from memdlm_dist.errors import UserError
-from memdlm_dist.inference.decoding import Cache, Decoding
+from memdlm_dist.inference.decoding import POST_STEPS, Cache, Decoding
 from memdlm_dist.inference.trained_model import ANCHOR_RATIO, MEMORY_WEIGHTS, TrainedModel
 from memdlm_dist.method.diffusion import WEIGHTS
 from memdlm_dist.models import backbone_args
@@ -79,9 +79,9 @@ def add_decoding_arguments(p: argparse.ArgumentParser, new_tokens: int | None) -
     g.add_argument("--edit-threshold", type=float, metavar="P",
                    help="replace decoded tokens of the present block by predictions with a confidence above this; "
                    "needs --threshold (default: none, decoded tokens stay)")  # fmt: skip
-    g.add_argument("--post-steps", type=int, default=Decoding.post_steps, metavar="N",
+    g.add_argument("--post-steps", type=int, metavar="N",
                    help="with --edit-threshold, most steps in a block after its last [MASK] (default: "
-                   f"{Decoding.post_steps})")  # fmt: skip
+                   f"{POST_STEPS})")  # fmt: skip
     g.add_argument("--cache", choices=get_args(Cache), default="none",
                    help="keys and values that a step takes from an earlier pass: those before the present block "
                    "(prefix), or those after it too (dual); faster, and approximate with full attention "

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-from memdlm_dist.inference.decoding import Decoding
+from memdlm_dist.inference.decoding import POST_STEPS, Decoding
 
 
 class Outcome(NamedTuple):
@@ -131,6 +131,10 @@ class RowSchedule:
         """First position of the present block, with block-causal attention."""
         return self.block[0] // self._decoding.block_size * self._decoding.block_size
 
+    @property
+    def _last_post_step(self) -> int:
+        return POST_STEPS if self._decoding.post_steps is None else self._decoding.post_steps
+
     def _divide(self, open_positions: Sequence[int]) -> list[list[int]]:
         """Divide open positions into blocks."""
         size = self._decoding.block_size
@@ -157,4 +161,4 @@ class RowSchedule:
             return True
         if self.open or settings.edit_threshold is None:
             return not self.open
-        return (was_decided and not outcome.edited) or self._post_steps == settings.post_steps
+        return (was_decided and not outcome.edited) or self._post_steps == self._last_post_step

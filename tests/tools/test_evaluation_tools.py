@@ -184,7 +184,7 @@ def test_a_bad_line_of_a_file_of_prompts_is_named(tmp_path, line, message):
             ["--prompt", "x", "--threshold", "2"],
             "threshold must be a probability from 0 to 1, but is 2.0",
         ),
-        (["--prompt", "x", "--min-tokens", "2"], "A least number of tokens per step (2) needs a confidence threshold"),
+        (["--prompt", "x", "--min-tokens", "2"], "A minimum of 2 tokens per step needs a confidence threshold"),
         (["--prompt", "x", "--edit-threshold", "0.9"], "Editing above a confidence (0.9) needs a confidence threshold"),
         (
             ["--prompt", "x", "--threshold", "0.9", "--edit-threshold", "0.5", "--post-steps", "-1"],

@@ -311,8 +311,8 @@ def test_what_follows_end_of_text_is_not_predicted():
             "omit one of them.",
         ),
         ({"threshold": 0.9, "min_tokens": 0}, "The number of tokens kept per step must be at least 1, but is 0."),
-        ({"min_tokens": 2}, "A least number of tokens per step (2) needs a confidence threshold"),
-        ({"threshold": 0.9, "steps": 4, "min_tokens": 2}, "and no number of steps per block (which decides it)"),
+        ({"min_tokens": 2}, "A minimum of 2 tokens per step needs a confidence threshold"),
+        ({"threshold": 0.9, "steps": 4, "min_tokens": 2}, "exclude each other (both set the quota of a step)"),
         (
             {"threshold": 0.9, "edit_threshold": -0.1},
             "The confidence threshold of editing must be a probability from 0 to 1, but is -0.1.",
@@ -322,7 +322,11 @@ def test_what_follows_end_of_text_is_not_predicted():
             "Editing above a confidence (0.9) needs a confidence threshold (a fixed number of steps has none); give a "
             "threshold too.",
         ),
-        ({"post_steps": -1}, "The steps of editing after a complete block must be at least 0, but are -1."),
+        ({"post_steps": 3}, "Steps after a complete block (3) are for editing; give its confidence threshold too"),
+        (
+            {"threshold": 0.9, "edit_threshold": 0.5, "post_steps": -1},
+            "The steps of editing after a complete block must be at least 0, but are -1.",
+        ),
         ({"threshold": 0.9, "leave_masks": True, "stop_at_eos": False}, "leave_masks needs a threshold, attention ="),
         (
             {"cache": "dual", "cache_refresh": -1},
