@@ -90,7 +90,7 @@ def _compare_runs(
                 history = torch.cat([history[:-1], sequence.unsqueeze(0)])
             differing["sequences"] += _count_differing(canvases[-1], sequence)
             differing["canvases"] += _count_differing(canvases, history)
-        note = ", masks after the end as end-of-text" if decoding.stop_at_eos else ""
+        note = " (end filled)" if decoding.stop_at_eos else ""
         yield from ((f"{kind} of {run['name']}{note}", count) for kind, count in differing.items())
 
 
