@@ -98,11 +98,6 @@ def _check_load_balance(config: JobConfig, args: LLaDAArgs) -> None:
         f"model.load_balance_coeff = {coefficient} needs a router with a bias per expert, which model "
         f"{config.model.name} does not have; remove it.",
     )
-    require(
-        coefficient is None or 0 < coefficient < math.inf,
-        f"model.load_balance_coeff = {coefficient} is not a positive number; correct it, or remove it to keep the "
-        "experts' biases.",
-    )
     for key, value in (("base", "nf4"), ("export", "adapter")):
         require(
             not (coefficient and config.model.converters and getattr(config.lora, key) == value),

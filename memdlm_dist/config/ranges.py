@@ -52,6 +52,7 @@ RANGES: dict[str, Range] = {
     "profiling.profiler_warmup": _OR_NONE,
     "metrics.log_freq": _COUNT,
     "model.rope_scaling": Range(1, 1000, remedy="1 is the backbone's own context"),
+    "model.load_balance_coeff": Range(0, above=True, remedy="remove it to keep the biases"),
     "optimizer.lr": _OR_NONE,
     "optimizer.beta1": _BETA,
     "optimizer.beta2": _BETA,

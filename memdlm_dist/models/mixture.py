@@ -82,11 +82,6 @@ class MixtureArgs(LLaDAArgs):
             f"A token cannot use {self.experts_per_token} of the {chosen * size} experts in {chosen} groups; use more "
             "groups or fewer experts per token.",
         )
-        require(
-            self.n_dense_layers < self.n_layers,
-            f"{self.n_dense_layers} of {self.n_layers} layers are dense, which leaves no mixture of experts; lower the "
-            "number of dense layers.",
-        )
 
     def update_from_config(self, job_config: Any, **kwargs: Any) -> None:
         """Take the settings of a configuration; torchtitan's hook."""

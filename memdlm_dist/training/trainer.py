@@ -172,7 +172,7 @@ class MemDLMTrainer(Trainer):
 
         if metrics.should_log(self.step):
             self.consensus.finish()
-            if isinstance(self.model, LLaDAMixture):
+            if isinstance(self.model, LLaDAMixture) and self.model.mixtures():
                 metrics.record_expert_load(self.model.take_load())
             metrics.totals[SKIPPED_BATCHES] = self.consensus.skipped
             metrics.log_step(self.step, torch.stack(losses).sum(), grad_norm, lr, self.tokens_seen)

@@ -262,7 +262,9 @@ def test_the_grouped_product_computes_what_the_loop_does():
     # Two sets for each of four experts.
     fast = {
         linear.target: LowRank.start(linear, 8, 16.0, torch.arange(8), None)
-        for linear in LLaDAMoEArgs(dim=32, n_layers=1, hidden_dim=16, n_experts=4).adapted_linears(0, ["ffn"])
+        for linear in LLaDAMoEArgs(dim=32, n_layers=1, hidden_dim=16, n_experts=4, experts_per_token=2).adapted_linears(
+            0, ["ffn"]
+        )
     }
     fast = {target: x._replace(B_GoR=torch.randn_like(x.B_GoR) * 0.3) for target, x in fast.items()}
     results = []

@@ -101,7 +101,7 @@ MISTAKES = [
     Mistake("experts and CP", "context_parallel_degree = 2 is not supported with expert_parallel_degree = 2", (*MOE, *POOLED, "--parallelism.expert_parallel_degree", "2", "--parallelism.context_parallel_degree", "2"), env={"WORLD_SIZE": "4"}),
     Mistake("experts sharded over CP", "cannot be sharded evenly over data_parallel_shard_degree 8 x context_parallel_degree 2", (*MOE, "--parallelism.context_parallel_degree", "2"), env={"WORLD_SIZE": "16"}),
     Mistake("no biases to balance", "load_balance_coeff = 0.001 needs a router with a bias per expert, which model llada_moe does not have; remove it", (*MOE, "--model.load_balance_coeff", "0.001")),
-    Mistake("balancing coefficient", "load_balance_coeff = 0.0 is not a positive number", (*LLADA2, "--model.load_balance_coeff", "0")),
+    Mistake("balancing coefficient", "model.load_balance_coeff must be above 0, but is 0.0; remove it to keep the biases", (*LLADA2, "--model.load_balance_coeff", "0")),
     Mistake("biases in an adapter", "load_balance_coeff = 0.001 is not supported with lora.export = 'adapter', which saves the adapters alone", (*LLADA2, "--model.load_balance_coeff", "0.001", "--model.converters", "lora", "--lora.export", "adapter", "--lora.target_modules", "ffn")),
     Mistake("biases beside a 4-bit base", "is not supported with lora.base = 'nf4', which saves the adapters alone", (*LLADA2, "--model.load_balance_coeff", "0.001", "--model.converters", "lora", "--lora.base", "nf4")),
     Mistake("shorter context", "model.rope_scaling must be at least 1", ("--model.rope_scaling", "0.5")),

@@ -28,8 +28,8 @@ BACKBONES = {
     "shared expert": (
         LLaDAMixture,
         LLaDA2Args(
-            **SIZES, n_kv_heads=2, hidden_dim=40, n_experts=8, experts_per_token=2, shared_hidden_dim=56,
-            dense_hidden_dim=160,
+            **SIZES, n_kv_heads=2, hidden_dim=40, n_experts=8, experts_per_token=2, expert_groups=4, groups_per_token=2,
+            shared_hidden_dim=56, dense_hidden_dim=160,
         ),
     ),
 }  # fmt: skip

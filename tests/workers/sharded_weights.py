@@ -27,7 +27,14 @@ WRAPPED = ["--activation_checkpoint.mode", "full", "--compile.enable"]
 BACKBONES = {
     "llada": replace(LLADA["tiny"], dim=36, n_heads=2, n_kv_heads=2, hidden_dim=42, vocab_size=62),
     "llada2": replace(
-        LLADA2["tiny"], dim=36, n_heads=2, hidden_dim=18, vocab_size=62, shared_hidden_dim=22, dense_hidden_dim=50
+        LLADA2["tiny"],
+        dim=36,
+        n_heads=2,
+        hidden_dim=18,
+        vocab_size=62,
+        shared_hidden_dim=22,
+        dense_hidden_dim=50,
+        partial_rotary_factor=1.0,
     ),
     # Fewer experts than ranks, so that FSDP2 shards the experts' rows.
     "two_experts": replace(LLADA_MOE["tiny"], dim=36, n_heads=2, hidden_dim=18, vocab_size=62, n_experts=2),
