@@ -18,7 +18,7 @@ from memdlm_dist.checkpoint.reading import load_states, read_metadata
 from memdlm_dist.compat.torchao import NOT_INSTALLED, is_installed, is_nf4
 from memdlm_dist.errors import UserError, require
 from memdlm_dist.models import initial_weights, lora, nf4
-from memdlm_dist.models.state_dict_adapters import BackboneStateDictAdapter, in_dtype
+from memdlm_dist.models.state_dict_adapters import BackboneStateDictAdapter, stored_dtype
 from memdlm_dist.runtime.rank_0 import failure_reason, from_rank_0
 from memdlm_dist.runtime.storage import Storage
 
@@ -273,5 +273,5 @@ def exported_state(model: nn.Module, scale: float, dtype: torch.dtype | None) ->
     for name, tensor in lora.without_adapters(state).items():
         # One weight at a time, because the device may have no room for the whole model.
         weight = lora.merged({name: nf4.dequantized(name, tensor, count), **adapters.get(name, {})}, scale)[name]
-        result[name] = in_dtype({name: weight}, dtype)[name].cpu()
+        result[name] = weight.to(stored_dtype(name, dtype or weight.dtype)).cpu()
     return result

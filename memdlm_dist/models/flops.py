@@ -20,7 +20,7 @@ from memdlm_dist.method.bilevel import Memory
 from memdlm_dist.method.fast_weights import AdaptedLinear, can_group
 from memdlm_dist.method.micro_batch import MicroBatch
 from memdlm_dist.method.passes import count_passes
-from memdlm_dist.models.linears import GROUPS, LINEAR_NUMBERS, SHARED, layer_linear
+from memdlm_dist.models.linears import LINEAR_NUMBERS, LINEARS, SHARED, layer_linear
 from memdlm_dist.models.llada import LLaDAArgs
 
 # Flash attention runs 2 products forward and 5 backward, one of which is recomputation.
@@ -85,10 +85,9 @@ class _Layer:
         frozen: bool,
         sets: int,
     ):
-        own = [linear for linear in args.adapted_linears(layer, list(GROUPS)) if linear.layer == str(layer)]
         self.linears = {
             x.target: 2.0 * tokens * x.experts_per_token * x.in_features * x.out_features
-            for x in sorted(own, key=_execution_order)
+            for x in sorted(args.layer_linears(layer, list(LINEARS)), key=_execution_order)
         }
         self.attention = 4.0 * tokens * attended * args.query_dim
         self.forward = sum(self.linears.values()) + self.attention

@@ -129,10 +129,6 @@ class LLaDAArgs(BaseModelArgs):
         """Return the number of parameters and the training FLOPs per token, as torchtitan counts them for MFU."""
         return get_dense_model_nparams_and_flops(self, model, 2 * self.head_dim, seq_len)
 
-    def hidden_dim_of(self, layer: int) -> int:
-        """Return the width of a layer's FFN."""
-        return self.hidden_dim
-
     def adapted_linears(self, first_layer: int, targets: Sequence[str]) -> list[AdaptedLinear]:
         """Return the linears of layers `first_layer .. n_layers - 1` that get fast weights.
 
@@ -140,21 +136,19 @@ class LLaDAArgs(BaseModelArgs):
             first_layer: lowest adapted layer.
             targets: names of linears ("gate", "q", ...) or of groups ("ffn", "attention").
         """
-        linears = []
-        for layer in range(first_layer, self.n_layers):
-            sizes = replace(self, hidden_dim=self.hidden_dim_of(layer))
-            linears += [
-                AdaptedLinear(
-                    str(layer),
-                    name,
-                    getattr(sizes, LINEARS[name].in_size),
-                    getattr(sizes, LINEARS[name].out_size),
-                    LINEARS[name].row_wise,
-                    number=layer * len(LINEARS) + LINEAR_NUMBERS[name],
-                )
-                for name in linear_names(targets)
-            ]
-        return linears
+        layers = range(first_layer, self.n_layers)
+        return [linear for layer in layers for linear in self.layer_linears(layer, linear_names(targets))]
+
+    def layer_linears(self, layer: int, names: Sequence[str]) -> list[AdaptedLinear]:
+        """Return the linears of a layer with these names, as linears that have fast weights."""
+        return [self._linear(layer, name, self.hidden_dim) for name in names]
+
+    def _linear(self, layer: int, name: str, hidden_dim: int) -> AdaptedLinear:
+        """Return a layer's linear; that of an FFN has the width `hidden_dim`."""
+        spec, sizes = LINEARS[name], {"hidden_dim": hidden_dim}
+        width_in, width_out = (sizes.get(size) or getattr(self, size) for size in (spec.in_size, spec.out_size))
+        number = layer * len(LINEARS) + LINEAR_NUMBERS[name]
+        return AdaptedLinear(str(layer), name, width_in, width_out, spec.row_wise, number)
 
 
 class AdaptableFeedForward(FeedForward):

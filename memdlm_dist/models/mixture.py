@@ -110,41 +110,30 @@ class MixtureArgs(LLaDAArgs):
         """Return the number of parameters and the training FLOPs per token, as torchtitan counts them for MFU."""
         return get_moe_model_nparams_and_flops(self, model, 2 * self.head_dim, seq_len)
 
-    def hidden_dim_of(self, layer: int) -> int:
-        """Return the width of a layer's FFN, or of one of its experts."""
-        return self.dense_hidden_dim if layer < self.n_dense_layers else self.hidden_dim
+    def layer_linears(self, layer: int, names: Sequence[str]) -> list[AdaptedLinear]:
+        """Return the linears of a layer as `LLaDAArgs` does.
 
-    def adapted_linears(self, first_layer: int, targets: Sequence[str]) -> list[AdaptedLinear]:
-        """Return the adapted linears as `LLaDAArgs` does.
-
-        In a layer with a mixture, an FFN entry stands for that linear in all experts, and in the shared expert.
+        In a layer with a mixture, a name of an FFN's linear stands for that linear of all experts, and of the shared
+        expert.
         """
-        adapted = []
-        for linear in super().adapted_linears(first_layer, targets):
-            is_mixture = int(linear.layer) >= self.n_dense_layers
-            if linear.target in GROUPS["ffn"] and is_mixture:
-                adapted += self._expert_linears(linear)
-            else:
-                adapted.append(linear)
-        return adapted
+        if layer < self.n_dense_layers:
+            return [self._linear(layer, name, self.dense_hidden_dim) for name in names]
+        linears = []
+        for name in names:
+            in_experts = name in GROUPS["ffn"]
+            linears += self._expert_linears(layer, name) if in_experts else super().layer_linears(layer, [name])
+        return linears
 
-    def _expert_linears(self, linear: AdaptedLinear) -> list[AdaptedLinear]:
+    def _expert_linears(self, layer: int, name: str) -> list[AdaptedLinear]:
         """Return a linear of all experts, and of the shared expert if there is one."""
+        linear, has_shared = self._linear(layer, name, self.hidden_dim), bool(self.shared_hidden_dim)
         # The numbers start after all linears outside mixtures. Each linear takes one per expert, the shared one last.
-        has_shared = bool(self.shared_hidden_dim)
         first = (linear.number + self.n_layers * len(LINEARS)) * (self.n_experts + has_shared)
         routed = replace(linear, number=first, experts=self.n_experts, experts_per_token=self.experts_per_token)
         if not has_shared:
             return [routed]
-        spec, sizes = LINEARS[linear.target], replace(self, hidden_dim=self.shared_hidden_dim)
-        shared = replace(
-            linear,
-            target=SHARED + linear.target,
-            in_features=getattr(sizes, spec.in_size),
-            out_features=getattr(sizes, spec.out_size),
-            number=first + self.n_experts,
-        )
-        return [routed, shared]
+        shared = self._linear(layer, name, self.shared_hidden_dim)
+        return [routed, replace(shared, target=SHARED + name, number=first + self.n_experts)]
 
 
 def float32_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -180,7 +169,7 @@ class MixtureOfExperts(MoE):
 
     experts: AdaptableExperts
     expert_bias: Tensor | None  # float32 [E of all ranks]; persistent
-    tokens_per_expert: Tensor  # since the last optimizer step if the bias is trained: its update resets the counts
+    tokens_per_expert: Tensor  # since the last optimizer step; counted only if the bias is trained
     load: Tensor  # tokens per expert since the last `LLaDAMixture.take_load`
 
     def __init__(self, args: MixtureArgs):
@@ -217,8 +206,9 @@ class MixtureOfExperts(MoE):
         routed = self.route(x, sets, set_assignment, dropout)
         if trains:
             with torch.no_grad():
-                self.tokens_per_expert.add_(routed.load_E)
                 self.load.add_(routed.load_E)
+                if self.load_balance_coeff is not None:
+                    self.tokens_per_expert.add_(routed.load_E)
         out_SD = self.experts(
             routed.x_SD, routed.counts_E, fast=fast or None, counts_EG=routed.counts_EG, dropout=routed.dropout
         )

@@ -155,7 +155,7 @@ def step(bench, count, seed=1, packed=False):
         if not p.requires_grad:
             continue
         results[name.replace("_checkpoint_wrapped_module.", "")] = full_tensor(p.grad).clone()
-    results["load"] = torch.stack([mixture.tokens_per_expert for mixture in bench.model.mixtures()])
+    results["load"] = torch.stack([mixture.load for mixture in bench.model.mixtures()])
     if mesh is not None:
         dist.all_reduce(results["load"], group=mesh.get_group())
     bench.model.zero_grad()
