@@ -30,7 +30,8 @@ from memdlm_dist.runtime import cpu
 cpu.prepare()
 
 from memdlm_dist.data.chat import name_or_path
-from memdlm_dist.data.prepare import MAX_SEQ_LEN, PAD_MULTIPLE, PrepareConfig, prepare
+from memdlm_dist.data.preparation.prepare import prepare
+from memdlm_dist.data.preparation.request import MAX_SEQ_LEN, PAD_MULTIPLE, PrepareConfig
 from memdlm_dist.data.sequences import Fields, Format
 from memdlm_dist.errors import require
 from memdlm_dist.runtime.entry_point import guarded, new_parser, positive

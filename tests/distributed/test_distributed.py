@@ -6,7 +6,8 @@ from itertools import pairwise
 import pytest
 from torch.distributed.checkpoint import FileSystemReader
 
-from memdlm_dist.data.prepare import PrepareConfig, prepare
+from memdlm_dist.data.preparation.prepare import prepare
+from memdlm_dist.data.preparation.request import PrepareConfig
 from tests.support.launching import debug, launch, run_many, scalars
 from tests.support.zygote import ROOT
 

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer
 
 from memdlm_dist.data import chat, template_process
 from memdlm_dist.data.dataset import TokenDataset
-from memdlm_dist.data.prepare import PrepareConfig, prepare
+from memdlm_dist.data.preparation.prepare import prepare
+from memdlm_dist.data.preparation.request import PrepareConfig
 from memdlm_dist.data.sequences import BadRow
 from memdlm_dist.data.template_process import Rendering, TemplateProcess
 from memdlm_dist.data.tokenizer import DiffusionTokenizer

@@ -15,12 +15,14 @@ import zstandard
 
 from memdlm_dist.config import parse_config
 from memdlm_dist.config.job_config import Data
-from memdlm_dist.data import corpus, packing, prepare, sequences, shards
+from memdlm_dist.data import corpus, packing, sequences, shards
 from memdlm_dist.data.dataset import TokenDataset, check_cards, open_dataset
 from memdlm_dist.data.loader import EpochLoader
 from memdlm_dist.data.packing import BestFit, Concatenation
-from memdlm_dist.data.prepare import PrepareConfig
+from memdlm_dist.data.preparation import prepare
+from memdlm_dist.data.preparation.request import PrepareConfig
 from memdlm_dist.data.sequences import Document, Fields, fine_tuning_document, padded
+from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError
 from memdlm_dist.method.documents import PADDING
 from memdlm_dist.method.trajectory import IGNORE_INDEX
@@ -122,7 +124,7 @@ def test_packed_rows_keep_their_documents(tmp_path):
     dataset = TokenDataset(
         local=str(tmp_path / "out" / "train"), batch_size=1, shuffle=False, check_hash="xxh64", documents=True
     )
-    tokenizer = prepare.DiffusionTokenizer(str(tmp_path / "out/tokenizer"))
+    tokenizer = DiffusionTokenizer(str(tmp_path / "out/tokenizer"))
     texts = []
     for i in range(dataset.size):
         tokens, labels, numbers = (dataset[i][key] for key in ("tokens", "labels", "documents"))
@@ -313,7 +315,7 @@ def test_round_trip_and_summary(tmp_path):
     assert all(any(f"{path}:{line}:" in text for text in reports) for line in (2, 3, 5))
     assert json.loads((tmp_path / "out/summary.json").read_text())["bad_rows"] == 3
 
-    tokenizer = prepare.DiffusionTokenizer(str(tmp_path / "out/tokenizer"))
+    tokenizer = DiffusionTokenizer(str(tmp_path / "out/tokenizer"))
     dataset = open_shards(tmp_path / "out/train")
     for i, (prompt, answer) in enumerate([("question one? ", "answer one"), ("question two? ", "answer two")]):
         sample = dataset[i]

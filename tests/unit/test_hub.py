@@ -13,8 +13,8 @@ from huggingface_hub.utils._http import reset_sessions
 
 from memdlm_dist.checkpoint import peft_folder
 from memdlm_dist.config import parse_config, repositories
-from memdlm_dist.data import prepare
-from memdlm_dist.data.prepare import PrepareConfig
+from memdlm_dist.data.preparation import prepare
+from memdlm_dist.data.preparation.request import PrepareConfig
 from memdlm_dist.data.tokenizer import DiffusionTokenizer, adopt
 from memdlm_dist.errors import UserError
 from memdlm_dist.models.lora import LoRA

@@ -20,9 +20,10 @@ import pytest
 import zstandard
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 
-from memdlm_dist.data import prepare, shards
+from memdlm_dist.data import shards
 from memdlm_dist.data.dataset import TokenDataset
-from memdlm_dist.data.prepare import PrepareConfig
+from memdlm_dist.data.preparation import prepare
+from memdlm_dist.data.preparation.request import PrepareConfig
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError
 from memdlm_dist.method.trajectory import IGNORE_INDEX

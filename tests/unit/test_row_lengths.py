@@ -17,7 +17,8 @@ from memdlm_dist.config.job_config import Data
 from memdlm_dist.data import row_lengths, shards
 from memdlm_dist.data.dataset import ERROR_KEY, RowShape, check_cards, open_dataset
 from memdlm_dist.data.loader import EpochLoader, training_loader
-from memdlm_dist.data.prepare import PrepareConfig, prepare
+from memdlm_dist.data.preparation.prepare import prepare
+from memdlm_dist.data.preparation.request import PrepareConfig
 from memdlm_dist.data.row_lengths import MAX_BUCKETS, RowLengths, buckets, padded_length
 from memdlm_dist.data.sequences import fine_tuning_document
 from memdlm_dist.errors import UserError

@@ -1,0 +1,1 @@
+"""Conversion of a corpus to tokenised shards: cut into units, which any number of workers prepare independently."""
