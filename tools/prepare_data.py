@@ -16,8 +16,16 @@ Examples:
   python tools/prepare_data.py --input Yukang/LongAlpaca-12k --tokenizer GSAI-ML/LLaDA-8B-Base --chat-template llada \
       --mask-token '<|mdm_mask|>' --overlong clip-response --seq-len 4096 --output data/longalpaca_8b
 
-Writes DIR/train, DIR/heldout, DIR/tokenizer and DIR/summary.json. --overwrite replaces these, and never a file that
-prepare_data.py did not write. SIGTERM ends the command with status 143 and leaves DIR unchanged.
+  # A corpus of terabytes in a store, as 200 jobs of an array (launch/prepare.sbatch), then one that completes the data
+  python tools/prepare_data.py --input 's3://bucket/corpus/**.jsonl' --tokenizer LLaDA-8B-Base \
+      --mask-token '<|mdm_mask|>' --seq-len 4096 --output s3://bucket/tokens --partition 0/200
+  python tools/prepare_data.py merge --output s3://bucket/tokens
+
+Writes train, heldout, tokenizer and summary.json to --output. On disk, --overwrite replaces these, and never a file
+that prepare_data.py did not write. A command that was killed or stopped goes on where it was if it is repeated. SIGTERM
+ends it with status 143.
+
+Other commands: merge (complete the output of partitions).
 """
 
 import argparse
@@ -29,13 +37,22 @@ from memdlm_dist.runtime import cpu
 
 cpu.prepare()
 
+from memdlm_dist.compat.streaming import size_in_bytes
 from memdlm_dist.data.chat import name_or_path
-from memdlm_dist.data.preparation.prepare import prepare
-from memdlm_dist.data.preparation.request import MAX_SEQ_LEN, PAD_MULTIPLE, PrepareConfig
+from memdlm_dist.data.preparation.prepare import merge, prepare
+from memdlm_dist.data.preparation.request import (
+    MAX_SEQ_LEN,
+    PAD_MULTIPLE,
+    TOKENIZER_SAMPLE,
+    UNIT_SIZE,
+    PrepareConfig,
+)
+from memdlm_dist.data.preparation.summary import Summary
 from memdlm_dist.data.sequences import Fields, Format
 from memdlm_dist.errors import require
 from memdlm_dist.runtime.entry_point import guarded, new_parser, positive
 from memdlm_dist.runtime.preemption import exiting_on_sigterm
+from memdlm_dist.runtime.storage import is_remote
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,6 +91,16 @@ def parser() -> argparse.ArgumentParser:
         "--response-field", default="response", metavar="NAME", help="field that holds a response (default: response)"
     )
     data.add_argument("--limit", type=positive, metavar="N", help="maximum number of rows to read (default: all rows)")
+    data.add_argument(
+        "--deduplicate",
+        action="store_true",
+        help="drop rows whose text an earlier row has; all rows are read twice",
+    )
+    data.add_argument(
+        "--hash-only",
+        action="store_true",
+        help="with --deduplicate, write only the hashes of the rows; run this for all partitions first",
+    )
     data.add_argument("--strict", action="store_true", help="stop at the first bad row instead of counting it")
     tokens = p.add_argument_group("tokenizer")
     pieces = tokens.add_mutually_exclusive_group(required=True)
@@ -82,6 +109,13 @@ def parser() -> argparse.ArgumentParser:
     )
     pieces.add_argument(
         "--train-tokenizer", type=int, metavar="SIZE", help="train a byte-level BPE tokenizer of SIZE tokens"
+    )
+    tokens.add_argument(
+        "--tokenizer-sample",
+        type=size,
+        default=TOKENIZER_SAMPLE,
+        metavar="SIZE",
+        help="bytes of text for --train-tokenizer, from the beginning of every unit (default: 1gb)",
     )
     tokens.add_argument(
         "--mask-token", metavar="NAME", help="mask token; added if the vocabulary lacks it (default: the tokenizer's)"
@@ -137,8 +171,16 @@ def parser() -> argparse.ArgumentParser:
         help="pack whole documents or fine-tuning rows by best fit, several to a row, with separate attention, "
         "positions, noise and memory (default: documents concatenated and cut, fine-tuning rows padded)",
     )
+    layout.add_argument(
+        "--unit-size",
+        type=size,
+        default=UNIT_SIZE,
+        metavar="SIZE",
+        help="bytes of input in a unit, the part of the corpus that one worker prepares at a time; every unit has "
+        "shards of its own (default: 64mb)",
+    )
     output = p.add_argument_group("output")
-    output.add_argument("--output", required=True, metavar="DIR", help="folder to write to")
+    output.add_argument("--output", required=True, metavar="URL", help="folder or fsspec URL to write to")
     output.add_argument(
         "--held-out",
         type=float,
@@ -146,12 +188,83 @@ def parser() -> argparse.ArgumentParser:
         metavar="F",
         help="share of the input that is held out, from 0 to below 1 (default: 0.01)",
     )
-    output.add_argument("--overwrite", action="store_true", help="replace existing shards in DIR")
+    output.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace existing shards in a folder on disk, and discard an unfinished preparation with other options",
+    )
+    work = p.add_argument_group("work")
+    work.add_argument("--workers", type=positive, metavar="N", help="number of processes (default: number of cores)")
+    work.add_argument(
+        "--cluster",
+        metavar="URL",
+        help="let a running cluster do the work: dask://HOST:PORT or ray://HOST:PORT (extra: cluster)",
+    )
+    work.add_argument(
+        "--partition",
+        type=partition,
+        metavar="I/N",
+        help="prepare only the units whose number modulo N is I; `merge` completes the output",
+    )
+    work.add_argument(
+        "--scratch",
+        metavar="DIR",
+        help="folder for shards that are not complete or not uploaded (default: in --output, or a temporary folder)",
+    )
+    work.add_argument(
+        "--scratch-limit",
+        type=size,
+        metavar="SIZE",
+        help="maximum size of --scratch; fewer processes work at the same time if it is small (default: no limit)",
+    )
     return p
+
+
+def merge_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command `merge`."""
+    p = new_parser("prepare_data.py merge", MERGE)
+    output = p.add_argument_group("output")
+    output.add_argument("--output", required=True, metavar="URL", help="folder or URL that the partitions wrote to")
+    output.add_argument("--overwrite", action="store_true", help="replace existing shards in a folder on disk")
+    return p
+
+
+MERGE = """Complete the output of --partition commands.
+
+Examples:
+  python tools/prepare_data.py merge --output s3://bucket/tokens
+
+Checks that all units are there, and writes indices, cards and summary.json.
+"""
+
+
+def size(text: str) -> int:
+    """Parse a size such as 64mb into bytes (argparse type).
+
+    Raises:
+        ValueError: if the text is not a size of at least one byte.
+    """
+    return positive(str(size_in_bytes(text)))
+
+
+def partition(text: str) -> tuple[int, int]:
+    """Parse I/N, with I from 0 to N - 1 (argparse type).
+
+    Raises:
+        ValueError: if the text is something else.
+    """
+    index, count = map(int, text.split("/"))
+    if not 0 <= index < count:
+        raise ValueError
+    return index, count
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["merge"]:
+        merging = merge_parser().parse_args(argv[1:])
+        return guarded(lambda: print_summary(merging.output, merge(merging.output, merging.overwrite)))
     p = parser()
     options = p.parse_args(argv)
     if not 0 <= options.held_out < 1:
@@ -168,12 +281,16 @@ def get_request(options: argparse.Namespace) -> PrepareConfig:
     """
     require(bool(options.output.strip()), "--output is empty; name a folder to write to.")
     require(
+        options.deduplicate or not options.hash_only,
+        "--hash-only is the first pass of --deduplicate; give both.",
+    )
+    require(
         not options.pack_documents or not (options.pad_multiple or options.pad_to_length),
         "--pack-documents fills rows of --seq-len tokens, so --pad-multiple and --pad-to-length have no effect; omit "
         "them.",
     )
     return PrepareConfig(
-        output=Path(options.output),
+        output=options.output if is_remote(options.output) else Path(options.output),
         seq_len=options.seq_len,
         inputs=tuple(options.input or ()),
         split=options.split,
@@ -193,31 +310,56 @@ def get_request(options: argparse.Namespace) -> PrepareConfig:
         strict=options.strict,
         overwrite=options.overwrite,
         limit=options.limit,
+        unit_size=options.unit_size,
+        tokenizer_sample=options.tokenizer_sample,
+        deduplicate=options.deduplicate,
+        hash_only=options.hash_only,
+        workers=options.workers,
+        cluster=options.cluster,
+        partition=options.partition,
+        scratch=options.scratch,
+        scratch_limit=options.scratch_limit,
     )
 
 
 def write(request: PrepareConfig) -> int:
     """Prepare the shards, print the counts, and return the exit status."""
-    summary = prepare(request)
-    counts = ", ".join(f"{n:,} {part}" for part, n in summary.sequences.items())
-    print(f"{request.output}: {counts} sequences of {request.seq_len} tokens at most")
+    return print_summary(str(request.output), prepare(request), request)
+
+
+def print_summary(output: str, summary: Summary, request: PrepareConfig | None = None) -> int:
+    """Print the counts of a preparation and return the exit status.
+
+    Args:
+        request: None for those of several partitions.
+    """
+    part = request is not None and request.partition is not None
+    if request is not None and request.hash_only:
+        print(f"{output}: the hashes{' of the partition' * part} are written")
+        return 0
+    counts = ", ".join(f"{n:,} {split}" for split, n in summary.sequences.items()) or "no"
+    where = "{}, partition {}/{}".format(output, *request.partition) if request and request.partition else output
+    print(f"{where}: {counts} sequences")
     print(
         f"  {summary.rows:,} rows, {summary.tokens:,} tokens; {summary.bad_rows:,} bad rows, "
-        f"{summary.overlong_dropped:,} over-long rows dropped, {summary.overlong_truncated:,} truncated, "
-        f"{summary.tail_tokens_dropped:,} tokens left over"
+        f"{summary.duplicates:,} duplicates dropped, {summary.overlong_dropped:,} over-long rows dropped, "
+        f"{summary.overlong_truncated:,} truncated, {summary.tail_tokens_dropped:,} tokens left over"
     )
     if summary.special_tokens:
         token_counts = ", ".join(f"{token} {n:,} times" for token, n in summary.special_tokens.items())
-        treatment = "parsed" if request.parse_special_tokens else "kept as text"
-        print(f"  special tokens in the text, {treatment}: {token_counts}")
-    for part, packing in summary.packing.items():
-        rows = summary.sequences[part]
+        treatment = ", parsed" if request and request.parse_special_tokens else ", kept as text" if request else ""
+        print(f"  special tokens in the text{treatment}: {token_counts}")
+    for split, packing in summary.packing.items():
+        rows = summary.sequences[split]
         print(
-            f"  {part}: {packing.documents:,} documents packed, {packing.documents / rows:.1f} per sequence on average "
-            f"and {packing.most_documents:,} at most; {100 * packing.efficiency:.1f}% of the tokens are not padding"
+            f"  {split}: {packing.documents:,} documents packed, {packing.documents / rows:.1f} per sequence on "
+            f"average and {packing.most_documents:,} at most; {100 * packing.efficiency:.1f}% of the tokens are not "
+            "padding"
         )
-    for part, shares in summary.padding.items():
-        print(f"  {part}: {shares.content:,} tokens of content, {shares.padding:,} of padding, masked and scored")
+    for split, shares in summary.padding.items():
+        print(f"  {split}: {shares.content:,} tokens of content, {shares.padding:,} of padding, masked and scored")
+    if part:
+        print(f"  When all partitions are done: prepare_data.py merge --output {output}")
     return 0
 
 

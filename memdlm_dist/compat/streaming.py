@@ -1,8 +1,10 @@
 """mosaicml-streaming 0.13: private names and patches; importing this module imports streaming."""
 
 import itertools
+import logging
 import tempfile
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from streaming.base.partition import get_partitions
 from streaming.base.shared import prefix
 from streaming.base.shuffle import get_shuffle
 from streaming.base.storage.download import DOWNLOADER_MAPPINGS, CloudDownloader
-from streaming.base.util import bytes_to_int
+from streaming.base.util import bytes_to_int, merge_index
 from streaming.base.world import World
 
 # streaming registers a job's folders in shared memory named `<prefix>_<REGISTRATION>`; the prefix is a number.
@@ -69,6 +71,21 @@ def stop_threads(dataset: StreamingDataset) -> None:
 def can_download(scheme: str) -> bool:
     """Return whether streaming supports downloads from a URL scheme."""
     return scheme in DOWNLOADER_MAPPINGS
+
+
+def merge_indices(indices: Sequence[str], folder: str) -> None:
+    """Merge index files with streaming's own function, without its warnings about temporary folders.
+
+    Args:
+        indices: paths of the index.json of folders that lie in one folder.
+        folder: new folder for the merged index.json.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        merge_index(list(indices), folder)
+    finally:
+        logging.disable(before)
 
 
 class CacheOnlyEviction(StreamingDataset):

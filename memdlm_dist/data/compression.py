@@ -7,20 +7,44 @@ from typing import IO, Any
 
 import fsspec
 import zstandard
+from fsspec.utils import infer_compression
+
+from memdlm_dist.runtime.remote_file import BLOCK, RemoteFile
+from memdlm_dist.runtime.storage import is_remote
 
 _READ_BYTES = 1 << 13  # compressed bytes per read, which may decompress to 10,000 times as many
 
 
 @contextlib.contextmanager
-def open_bytes(url: str) -> Iterator[io.BufferedReader]:
+def open_bytes(url: str, size: int = 0) -> Iterator[tuple[IO[bytes], io.BufferedReader]]:
     """Open a file at any fsspec URL for reading and decompress it according to its suffix.
+
+    Args:
+        size: of the stored file in bytes; 0 if unknown. Reads from a URL of known size are retried.
+
+    Returns:
+        The file as stored, whose position tells the progress, and its decompressed content.
 
     Raises:
         OSError, EOFError, or an error of the decompressor: while reading, if the file is damaged or truncated.
     """
-    is_zstandard = url.endswith(".zst")
-    with fsspec.open(url, "rb", compression=None if is_zstandard else "infer") as raw:
-        yield io.BufferedReader(ZstandardReader(raw) if is_zstandard else raw)
+    with contextlib.ExitStack() as stack:
+        if is_remote(url) and size:
+            raw: Any = stack.enter_context(io.BufferedReader(RemoteFile(url, size), BLOCK))
+        else:
+            raw = stack.enter_context(fsspec.open(url, "rb"))
+        if url.endswith(".zst"):
+            yield raw, io.BufferedReader(ZstandardReader(raw))
+        elif name := infer_compression(url):
+            content = fsspec.compression.compr[name](raw, mode="r")
+            yield raw, content if hasattr(content, "peek") else io.BufferedReader(content)
+        else:
+            yield raw, raw if hasattr(raw, "peek") else io.BufferedReader(raw)
+
+
+def is_compressed(url: str) -> bool:
+    """Return whether a file is compressed, according to its suffix."""
+    return url.endswith(".zst") or infer_compression(url) is not None
 
 
 class ZstandardReader(io.RawIOBase):

@@ -6,10 +6,10 @@ Only builders of text formats are accepted: they parse data and neither unpickle
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from memdlm_dist.data.corpus import Row, Source
+from memdlm_dist.data.corpus import Row, Segment, Source
 from memdlm_dist.errors import UserError, require
 from memdlm_dist.runtime import hub
 from memdlm_dist.runtime.hub import Repository
@@ -90,7 +90,8 @@ def load(repository: Repository, split: str, subset: str | None) -> HubSource:
     origin = Repository(repository.id, builder.hash)
     cached = f" from the cache ({reason})" if reason else ""
     hub.announce(f"Reading the split {split} of the dataset {origin} of the Hugging Face hub{cached}.")
-    return HubSource(f"{repository}[{split}]", dataset.data.nbytes, dataset, origin)
+    version = builder.hash or ""
+    return HubSource(f"{repository}[{split}]", dataset.data.nbytes, version, dataset, origin)
 
 
 @contextmanager
@@ -127,10 +128,20 @@ def _sentence(error: Exception) -> str:
     return " ".join(str(error).split())[:_LENGTH].rstrip(".") or type(error).__name__
 
 
-def rows(source: HubSource) -> Iterator[Row]:
-    """Yield the rows of a dataset; a row that cannot be decoded has a `problem` and no values."""
-    for start in range(0, len(source.dataset), _BATCH):
-        yield from _rows(source, start, min(start + _BATCH, len(source.dataset)))
+def rows(segment: Segment) -> Iterator[Row]:
+    """Yield rows of a dataset; a row that cannot be decoded has a `problem` and no values.
+
+    Args:
+        segment: of a `HubSource`; its range is one of rows.
+    """
+    source = segment.source
+    assert isinstance(source, HubSource)
+    end = len(source.dataset) if segment.end is None else segment.end
+    total, done = max(end - segment.start, 1), 0
+    for start in range(segment.start, end, _BATCH):
+        for row in _rows(source, start, min(start + _BATCH, end)):
+            done += 1
+            yield replace(row, offset=segment.size * done // total)
 
 
 def _rows(source: HubSource, start: int, end: int) -> Iterator[Row]:

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ SPLITS = ("train", "heldout")
 SUMMARY = "summary.json"
 
 _TOKENIZER_FILES = r"(tokenizer|tokenizer_config|special_tokens_map)\.json|chat_template\.jinja"
-_SHARD_FILES = r"(index|memdlm)\.json|lengths\.npy|shard\.\d{5,}\.mds"
+# Shards are in one folder for each part of a unit; those of earlier versions are next to the index.
+_SHARD_FILES = r"(index|memdlm)\.json|lengths\.npy|(\d{6,}-\d{4,}/)?shard\.\d{5,}\.mds(\.\d+\.tmp)?"
 # Folder -> pattern of the names of the files that a preparation writes to it.
 _FILE_PATTERNS = {TOKENIZER: _TOKENIZER_FILES, **dict.fromkeys(SPLITS, _SHARD_FILES)}
 
@@ -56,31 +56,33 @@ def check(output: Path, names: tuple[str, ...], overwrite: bool) -> None:
         raise UserError(f"{summary} exists already; choose another --output or pass --overwrite to replace it.")
 
 
-@contextlib.contextmanager
-def replacing(output: Path, names: tuple[str, ...]) -> Iterator[dict[str, Path]]:
-    """Yield a temporary path for each folder; on leaving the context without an error, the folders are replaced.
+def replace(output: Path, names: tuple[str, ...], summary: str) -> None:
+    """Replace folders by their staged versions, see `staged_name`, which hold all files.
 
-    The caller creates the temporary folders, and calls `begin` on each before writing to it. After an error they are
-    removed, and the folders in `output` are unchanged.
+    Args:
+        summary: content of summary.json.
 
     Raises:
         UserError: if a folder cannot be replaced without losing a file of the user; see `check`.
     """
-    check(output, names, overwrite=True)
+    check(output, names, overwrite=True)  # again, because a preparation takes hours
     partial = {name: _partial_path(output / name) for name in names}
-    for name, path in partial.items():  # left by a preparation that was killed
-        _remove(path, _FILE_PATTERNS[name])
-    try:
-        yield partial
-        for name, path in partial.items():
-            _write_manifest(path, sorted(p.name for p in path.iterdir() if re.fullmatch(_FILE_PATTERNS[name], p.name)))
-        check(output, names, overwrite=True)  # again, because a preparation takes hours
-    except BaseException:
-        for name, path in partial.items():
-            _remove(path, _FILE_PATTERNS[name])
-        raise
     with deferring_signals():
+        for name, path in partial.items():
+            _write_manifest(path, sorted(file for file in _files(path) if re.fullmatch(_FILE_PATTERNS[name], file)))
+        (output / SUMMARY).write_text(summary)
         _replace_folders(output, partial)
+
+
+def staged_name(name: str) -> str:
+    """Return the name of the folder in which the new version of a folder is written."""
+    return _partial_path(Path(name)).name
+
+
+def discard(output: Path) -> None:
+    """Remove the staged folders of an unfinished preparation."""
+    for name, pattern in _FILE_PATTERNS.items():
+        _remove(_partial_path(output / name), pattern)
 
 
 def recover(output: Path) -> None:
@@ -124,15 +126,25 @@ def _write_manifest(folder: Path, files: list[str] | None) -> None:
 
 
 def _foreign_file(folder: Path, pattern: str) -> str | None:
-    """Return the name of an entry that no preparation wrote; None if there is none."""
+    """Return the first file or link in a folder that no preparation wrote; None if there is none."""
     prepared = _prepared_files(folder, pattern)
-    entries = sorted(folder.iterdir())
-    return next((p.name for p in entries if p.name not in prepared or p.is_symlink() or not p.is_file()), None)
+    folders = {str(Path(name).parent) for name in prepared}
+    for name in sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")):
+        path = folder / name
+        is_ours = (name in prepared and path.is_file()) or (name in folders and path.is_dir())
+        if not is_ours or path.is_symlink():
+            return name
+    return None
+
+
+def _files(folder: Path) -> list[str]:
+    """Return the paths of all files below a folder, relative to it."""
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 
 def _prepared_files(folder: Path, pattern: str) -> set[str]:
     """Return the names of the files that a preparation wrote to a folder."""
-    matching = {path.name for path in folder.iterdir() if re.fullmatch(pattern, path.name)}
+    matching = {name for name in _files(folder) if re.fullmatch(pattern, name)}
     if (folder / MANIFEST).is_file():
         files = _manifest_files(folder)
         return {MANIFEST} | (matching if files is None and _is_being_written(folder) else matching & set(files or ()))
@@ -177,5 +189,8 @@ def _remove(folder: Path, pattern: str) -> None:
     for name in sorted(prepared, key=(INDEX, CARD, MANIFEST).__contains__):
         if (folder / name).is_file() and not (folder / name).is_symlink():
             (folder / name).unlink()
+    for name in {str(Path(name).parent) for name in prepared} - {"."}:
+        with contextlib.suppress(OSError):
+            (folder / name).rmdir()
     with contextlib.suppress(OSError):
         folder.rmdir()

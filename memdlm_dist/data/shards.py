@@ -2,6 +2,7 @@
 
 import json
 from array import array
+from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from memdlm_dist.runtime.rank_0 import one_line
 from memdlm_dist.runtime.storage import Storage
 
 HASH = "xxh64"
+SHARD_SIZE = 1 << 26  # bytes
 # Format of the card and of the MDS columns. A card of memdlm_dist 0.1 has no format number, which means format 1.
 # Format 2 adds `most_documents`. Format 3 adds `pad_multiple` and rows of different lengths.
 FORMAT = 3
@@ -39,6 +41,16 @@ class Card:
     format: int = FORMAT
 
 
+class _PublishingWriter(MDSWriter):
+    """MDSWriter that tells when a shard is on disk."""
+
+    publish: Callable[[str], None]
+
+    def flush_shard(self) -> None:
+        super().flush_shard()
+        self.publish(self.shards[-1]["raw_data"]["basename"])
+
+
 class ShardWriter:
     """Writer of rows to MDS shards; the folder is complete when the context exits without an error.
 
@@ -51,19 +63,27 @@ class ShardWriter:
         card: description of the shards; the writer updates `sequences`, `most_documents`, and `pad_multiple` if
             all rows turn out to have one length.
         size_limit: maximum number of bytes of one shard.
+        publish: called with the path of each shard as soon as it is written; it may move the file.
     """
 
-    def __init__(self, folder: Path, card: Card, size_limit: int = 1 << 26):
+    def __init__(
+        self,
+        folder: Path,
+        card: Card,
+        size_limit: int = SHARD_SIZE,
+        publish: Callable[[Path], None] = lambda path: None,
+    ):
         self._folder, self.card = folder, card
         self._dtype = np.uint16 if card.vocab_size <= 1 << 16 else np.uint32
         shape = "" if card.pad_multiple else f":{card.seq_len}"
         columns = {"tokens": f"ndarray:{self._dtype.__name__}{shape}", "maskable": "bytes"}
-        self._lengths = array("I")  # content and length of every row
+        self.lengths = array("I")  # content and length of every row
         if card.documents:
             columns["documents"] = "bytes"
-        self._writer = MDSWriter(
+        self._writer = _PublishingWriter(
             out=str(folder), columns=columns, hashes=[HASH], size_limit=size_limit, progress_bar=False
         )
+        self._writer.publish = lambda name: publish(folder / name)
 
     def write(self, row: TrainingSequence) -> None:
         """Append one row and count it in the card."""
@@ -75,17 +95,22 @@ class ShardWriter:
         self._writer.write(sample)
         if self.card.pad_multiple or row.content is not None:
             length = len(row.tokens_L)
-            self._lengths.extend((length if row.content is None else row.content, length))
+            self.lengths.extend((length if row.content is None else row.content, length))
         self.card = replace(self.card, sequences=self.card.sequences + 1)
+
+    @property
+    def shards(self) -> list[dict[str, Any]]:
+        """Entries of index.json for the shards that are written."""
+        return self._writer.shards
 
     @property
     def varies(self) -> bool:
         """True if rows of different lengths were written."""
-        return any(length != self.card.seq_len for length in self._lengths[1::2])
+        return any(length != self.card.seq_len for length in self.lengths[1::2])
 
     def shares(self) -> TokenShares:
         """Return the counts of content and padding so far; fill depends on the batches of a run and is 0 here."""
-        content, length = sum(self._lengths[::2]), sum(self._lengths[1::2])
+        content, length = sum(self.lengths[::2]), sum(self.lengths[1::2])
         return TokenShares(content, length - content, 0)
 
     def __enter__(self) -> "ShardWriter":
@@ -95,7 +120,7 @@ class ShardWriter:
         self._writer.__exit__(error_type, error, traceback)
         if error_type is None:
             if self.varies:
-                row_lengths.write(self._folder, self._lengths)
+                row_lengths.write(self._folder, self.lengths)
             else:
                 self.card = replace(self.card, pad_multiple=0)
             (self._folder / CARD).write_text(json.dumps(asdict(self.card), indent=2) + "\n")

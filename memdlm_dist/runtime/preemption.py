@@ -80,7 +80,7 @@ def ignore_outside_of_training() -> None:
 
 @contextlib.contextmanager
 def exiting_on_sigterm() -> Iterator[None]:
-    """Raise SystemExit at SIGTERM, so that a command removes its unfinished output, as it does after an error."""
+    """Raise SystemExit at SIGTERM, so that a command ends as it does after an error."""
     received: list[int] = []
 
     def end(number: int, frame: object) -> None:
@@ -94,7 +94,11 @@ def exiting_on_sigterm() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, previous)
         if received:  # not printed in the handler, which may have interrupted another print
-            print("Received SIGTERM: removed the unfinished output.", file=sys.stderr, flush=True)
+            print(
+                "Received SIGTERM: finished units are kept, and the same command goes on from there.",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 @contextlib.contextmanager

@@ -4,8 +4,10 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
@@ -108,6 +110,17 @@ class Storage:
         entry_sizes.pop("", None)
         return entry_sizes
 
+    def find(self, name: str = "") -> dict[str, int]:
+        """List all files below a folder: path relative to the folder -> size in bytes; empty without the folder."""
+
+        def listing() -> dict[str, int]:
+            self._fs.invalidate_cache()
+            root = self._path(name).rstrip("/") + "/"
+            found = self._fs.find(root, detail=True)
+            return {path.removeprefix(root): info["size"] for path, info in found.items() if path != root}
+
+        return self._try(listing, name)
+
     def read(self, name: str) -> bytes:
         """Return a file's content."""
         return self._try(lambda: self._fs.cat_file(self._path(name)), name)
@@ -116,20 +129,36 @@ class Storage:
         """Open a file for reading bytes."""
         return self._try(lambda: self._fs.open(self._path(name), "rb"), name)
 
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file atomically; create its parent folders."""
+        self._write(name, lambda path: self._fs.pipe_file(path, data))
+
     def write_json(self, name: str, value: Any) -> None:
         """Write a small JSON file atomically; create its parent folders."""
-        data = (json.dumps(value, indent=2) + "\n").encode()
+        self.write(name, (json.dumps(value, indent=2) + "\n").encode())
 
-        def write() -> None:
+    def take(self, source: Path, name: str) -> None:
+        """Move a file from the local disk to the location; it appears there as a whole. Create its parent folders."""
+        local = "file" in self._fs.protocol
+        self._write(name, lambda path: (shutil.move if local else self._fs.put_file)(str(source), path))
+        source.unlink(missing_ok=True)
+
+    def _write(self, name: str, write: Callable[[str], object]) -> None:
+        def attempt() -> None:
             path = self._path(name)
             self._fs.makedirs(os.path.dirname(path), exist_ok=True)
             if "file" in self._fs.protocol:  # object stores write each object atomically
-                self._fs.pipe_file(f"{path}.tmp", data)
-                os.replace(f"{path}.tmp", path)
+                partial = f"{path}.{os.getpid()}.tmp"  # several processes may write the same file
+                try:
+                    write(partial)
+                    os.replace(partial, path)
+                except BaseException:
+                    Path(partial).unlink(missing_ok=True)
+                    raise
             else:
-                self._fs.pipe_file(path, data)
+                write(path)
 
-        self._try(write, name)
+        self._try(attempt, name)
 
     def create_json(self, name: str, value: Any) -> None:
         """Write a small JSON file unless the file exists; atomic only if the store supports conditional writes."""
@@ -160,8 +189,8 @@ class Storage:
 
         def remove() -> None:
             self._fs.invalidate_cache()
-            for path, recursive in ((self._path(f"{name}/{first}"), False), (self._path(name), True)):
-                if self._fs.exists(path):
+            for path, recursive in ((first and self._path(f"{name}/{first}"), False), (self._path(name), True)):
+                if path and self._fs.exists(path):
                     self._fs.rm(path, recursive=recursive)
 
         self._try(remove, name)

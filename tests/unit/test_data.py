@@ -429,7 +429,7 @@ def test_streams_at_a_url_are_cached_and_checked(tmp_path, scheme):
     assert len(list((tmp_path / "cache").rglob("*.mds"))) == 1
     assert shards.read_card(url).sequences == 8
 
-    shard = remote / "shard.00000.mds"
+    shard = remote / "000000-0000/shard.00000.mds"
     content = bytearray(shard.read_bytes())
     content[-50] ^= 1
     shard.write_bytes(content)

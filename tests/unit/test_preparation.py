@@ -427,7 +427,7 @@ def test_cards_of_another_release(tmp_path, change, message):
 def test_a_preparation_that_is_killed_while_folders_change_places_is_finished(tmp_path, monkeypatch):
     old, new = ({"text": word + TEXT} for word in ("old ", "new "))
     run(tmp_path, jsonl(tmp_path / "old.jsonl", [old]))
-    before = (tmp_path / "out/train/shard.00000.mds").read_bytes()
+    before = (tmp_path / "out/train/000000-0000/shard.00000.mds").read_bytes()
     renamed: list[Path] = []
 
     def rename(self, target):
@@ -439,13 +439,13 @@ def test_a_preparation_that_is_killed_while_folders_change_places_is_finished(tm
         patched.setattr(Path, "rename", rename)
         run(tmp_path, jsonl(tmp_path / "new.jsonl", [new]), overwrite=True)
     assert not (tmp_path / "out/train").exists() and (tmp_path / "out/train.partial").exists()
-    assert (tmp_path / "out/train.replaced/shard.00000.mds").read_bytes() == before
+    assert (tmp_path / "out/train.replaced/000000-0000/shard.00000.mds").read_bytes() == before
     # The next preparation finishes the renames before it checks the folder.
     with pytest.raises(UserError, match="is not empty; choose another --output or pass --overwrite"):
         run(tmp_path, jsonl(tmp_path / "new.jsonl", [new]))
     remaining = {path.name for path in (tmp_path / "out").iterdir()}
     assert remaining == {"tokenizer", "train", "heldout", "summary.json"}
-    assert (tmp_path / "out/train/shard.00000.mds").read_bytes() != before
+    assert (tmp_path / "out/train/000000-0000/shard.00000.mds").read_bytes() != before
 
 
 def test_two_preparations_of_one_folder(tmp_path, capsys):

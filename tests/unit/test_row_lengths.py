@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from itertools import pairwise, product
 from types import SimpleNamespace
@@ -255,10 +256,7 @@ def test_mistakes_about_lengths(prepared, tmp_path, caplog):
     training_loader(whole, run, local_batch_size=1, global_batch_size=1, dp_size=1, world_size=1)
     assert "data.group_by_length has no effect, because all rows of data.train have one length" in caplog.text
 
-    copy = tmp_path / "train"
-    copy.mkdir()
-    for path in folder.iterdir():
-        (copy / path.name).write_bytes(path.read_bytes())
+    copy = shutil.copytree(folder, tmp_path / "train")
     shape = check_cards([str(copy)], run)
     lengths = np.load(copy / "lengths.npy")
 

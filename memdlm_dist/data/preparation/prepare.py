@@ -1,175 +1,292 @@
-"""Preparation of shards from a corpus: read, tokenise, cut to length, split off held-out rows, write."""
+"""Preparation of shards from a corpus: plan, tokenizer, all units, completion."""
 
-import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import asdict, replace
-from functools import partial
+import contextlib
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
-from memdlm_dist.data import corpus, hub_dataset, output, tokenizer
-from memdlm_dist.data.corpus import Row, Source
-from memdlm_dist.data.output import SPLITS, SUMMARY, TOKENIZER
+from memdlm_dist.data import output, tokenizer
+from memdlm_dist.data.hub_dataset import HubSource
+from memdlm_dist.data.output import SPLITS, TOKENIZER
+from memdlm_dist.data.preparation import deduplication, finish, tokenizer_sample, units, work_folder, workers
+from memdlm_dist.data.preparation.jobs import Job
+from memdlm_dist.data.preparation.progress import Progress
 from memdlm_dist.data.preparation.request import PrepareConfig
-from memdlm_dist.data.preparation.sequence_builder import SequenceBuilder, batches, training_text
-from memdlm_dist.data.preparation.summary import SHOWN_PROBLEMS, Summary
-from memdlm_dist.data.shards import Card, ShardWriter
+from memdlm_dist.data.preparation.summary import SHOWN_PROBLEMS, Summary, total
+from memdlm_dist.data.preparation.unit_worker import prepare_unit
+from memdlm_dist.data.preparation.units import Unit
+from memdlm_dist.data.preparation.work_folder import FOLDER, Plan, Record, WorkFolder
+from memdlm_dist.data.shards import SHARD_SIZE, Card
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
-from memdlm_dist.errors import UserError
+from memdlm_dist.errors import UserError, require
 from memdlm_dist.runtime import hub
-from memdlm_dist.runtime.preemption import deferring_signals
 from memdlm_dist.runtime.rank_0 import one_line
+from memdlm_dist.runtime.storage import is_remote
 from memdlm_dist.runtime.writer import claimed, this_process
+
+_OTHER_SCRATCH = 16 << 20  # bytes that a worker needs in the scratch folder besides one shard
 
 
 def prepare(config: PrepareConfig, report: Callable[[str], None] = tqdm.write) -> Summary:
-    """Write `output/{tokenizer,train,heldout}` and `output/summary.json`.
+    """Write `output/{tokenizer,train,heldout}` and `output/summary.json`, or a partition of the shards.
 
     Args:
         report: called with a sentence about each of the first bad rows.
+
+    Returns:
+        The counts; those of the partition's units if `config.partition` is set.
 
     Raises:
         UserError: if an input, the tokenizer or the output cannot be used, if the corpus makes no training sequence,
             and with `strict` for the first bad row.
     """
-    files = _sources(config)
+    config.check()
+    if config.cluster is not None:
+        workers.check_cluster(config.cluster)
+    files = units.sources(config)
     if config.tokenizer is not None:
         config = replace(config, tokenizer=hub.tokenizer(config.tokenizer))
-    summary = Summary(repositories=[str(file.repository) for file in files if isinstance(file, hub_dataset.HubSource)])
+    all_units = units.cut(files, config.unit_size) if config.limit is None else units.whole(files)
+    repositories = [str(file.repository) for file in files if isinstance(file, HubSource)]
     if config.tokenizer is not None and (origin := hub.origin(config.tokenizer)) is not None:
-        summary.repositories.append(str(origin))
-    try:
-        config.check()
-        with claimed(str(config.output), this_process()):
-            output.recover(Path(config.output))
-            folder_names = _check_output(config)
-            # Tokenizer and shards belong together: either all of them are replaced, or none.
-            with output.replacing(Path(config.output), folder_names) as folders, ExitStack() as stack:
-                diffusion_tokenizer = _prepare_tokenizer(config, files, folders.get(TOKENIZER))
-                card = Card(
-                    config.seq_len,
-                    diffusion_tokenizer.get_vocab_size(),
-                    diffusion_tokenizer.mask_id,
-                    diffusion_tokenizer.eos_id,
-                    documents=config.pack_documents,
-                    pad_multiple=config.padding,
-                )
-                with deferring_signals():  # MDSWriter needs empty folders, so they are unmarked until `begin`
-                    writers = {split: stack.enter_context(ShardWriter(folders[split], card)) for split in SPLITS}
-                    for split in SPLITS:
-                        output.begin(folders[split])
-                builder = SequenceBuilder(
-                    config, diffusion_tokenizer, summary, partial(_bad_row, config, summary, report)
-                )
-                for batch in batches(_good_rows(config, files, summary, report)):
-                    for split, sequence in builder.add(batch):
-                        writers[split].write(sequence)
-                for split, sequence in builder.finish():
-                    writers[split].write(sequence)
-                summary.sequences = {split: writer.card.sequences for split, writer in writers.items()}
-                shares = {split: writer.shares() for split, writer in writers.items()}
-                summary.padding = {split: counts for split, counts in shares.items() if counts.padding}
-                if not summary.sequences["train"]:
-                    raise UserError(_empty_message(config, summary))
-            (Path(config.output) / SUMMARY).write_text(json.dumps(asdict(summary), indent=2) + "\n")
-    except OSError as error:
-        raise UserError(
-            f"The output folder {config.output} cannot be written to ({one_line(error)}); free space there, or "
-            "choose another --output."
-        ) from None
-    return summary
+        repositories.append(str(origin))
+    plan = work_folder.new_plan(config, files, _fingerprint(config.tokenizer), len(all_units), repositories)
+    with _writing(config):
+        preparation = _begin(config, plan, all_units)
+        try:
+            return preparation.run(report)
+        except BaseException:
+            if preparation.work.is_empty and config.partition is None:
+                work_folder.discard(str(config.output))
+            raise
+        finally:
+            shutil.rmtree(preparation.scratch, ignore_errors=True)
 
 
-def _sources(config: PrepareConfig) -> list[Source]:
-    """Find the files and the datasets of the hub that the inputs name, in their order."""
-    if not config.inputs:
-        return corpus.builtin_sources()
-    found: list[Source] = []
-    for name in config.inputs:
-        repository = hub.parse(name)
-        if repository is None:
-            found += corpus.sources([name])
-        else:
-            found.append(hub_dataset.load(repository, config.split, config.subset))
-    return found
-
-
-def _rows(source: Source) -> Iterator[Row]:
-    return hub_dataset.rows(source) if isinstance(source, hub_dataset.HubSource) else corpus.rows(source)
-
-
-def _check_output(config: PrepareConfig) -> tuple[str, ...]:
-    """Check the output and return the folders to write, without tokenizer/ if its tokenizer is used unchanged.
+def merge(location: str, overwrite: bool) -> Summary:
+    """Complete a preparation whose partitions have ended, and return its counts.
 
     Raises:
-        UserError: if a folder cannot be written or replaced.
+        UserError: if a unit is missing, or the output cannot be written to.
     """
-    folder_names: tuple[str, ...] = (TOKENIZER, *SPLITS)
-    source, target = config.tokenizer, Path(config.output) / TOKENIZER
-    if source is not None and Path(source).resolve() == target.resolve():
-        folder_names = (
-            SPLITS if tokenizer.has_special_tokens(source, config.mask_token, config.eos_token) else folder_names
-        )
-    output.check(Path(config.output), folder_names, config.overwrite)
-    return folder_names
+    with claimed(location, this_process()):
+        work_folder.recover(location)
+        work, plan = work_folder.read_plan(location)
+        card, names = work.setup()
+        work_folder.check_output(location, names, plan, overwrite)
+        return _complete(work, plan, card, names)
 
 
-def _empty_message(config: PrepareConfig, summary: Summary) -> str:
-    if not summary.rows:
-        return "The corpus is empty: the input holds no row; check --input."
-    if summary.bad_rows == summary.rows:
-        return f"All rows of the corpus are bad (the first at {summary.problems[0]}); correct them."
-    return (
-        f"The corpus makes no training sequence of {config.seq_len} tokens: {summary.rows} rows read, "
-        f"{summary.bad_rows} bad, {summary.overlong_dropped} too long, {summary.tokens} tokens; add text, lower "
-        "--seq-len, or pass --overlong clip-response."
-    )
+def _complete(work: WorkFolder, plan: Plan, card: Card, names: tuple[str, ...]) -> Summary:
+    records = finish.check_complete(work, plan.units)
+    counts = total((record.summary for record in records), card.seq_len)
+    if not counts.sequences["train"]:
+        work_folder.discard(work.location)
+        raise UserError(_empty_message(card, counts))
+    return finish.finish(work, records, card, names, plan.repositories)
 
 
-def _prepare_tokenizer(config: PrepareConfig, files: list[Source], folder: Path | None) -> DiffusionTokenizer:
-    """Train a tokenizer in `folder` or copy one to it; without a folder, load `config.tokenizer` unchanged."""
+@contextlib.contextmanager
+def _writing(config: PrepareConfig) -> Iterator[None]:
+    """Claim the output, or a partition of it, and turn failures to write into sentences."""
+    location = str(config.output)
+    partition = f"/{FOLDER}/partition-{_partition_name(config)}" if config.partition is not None else ""
+    try:
+        with claimed(location + partition, this_process()):
+            yield
+    except OSError as error:
+        raise UserError(
+            f"The output folder {location} cannot be written to ({one_line(error)}); free space there, or choose "
+            "another --output."
+        ) from None
+
+
+def _partition_name(config: PrepareConfig) -> str:
+    return "" if config.partition is None else "{}-of-{}".format(*config.partition)
+
+
+def _scratch(config: PrepareConfig) -> str:
+    """Create this command's scratch folder, without what a killed command left in it."""
+    location = str(config.output)
+    if config.scratch is None and is_remote(location):
+        return tempfile.mkdtemp(prefix="memdlm_")
+    parent = Path(location, FOLDER) if config.scratch is None else Path(config.scratch)
+    name = "scratch" if config.scratch is None else f"memdlm_{hashlib.sha256(location.encode()).hexdigest()[:12]}"
+    folder = parent / "-".join(filter(None, (name, _partition_name(config))))
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"The folder {folder} cannot be made ({one_line(error)}); choose another --scratch.") from None
+    return str(folder)
+
+
+def _fingerprint(folder: str | None) -> str:
+    """Return a hash of a tokenizer's files; empty if there is no such folder."""
     if folder is None:
-        assert config.tokenizer is not None
-        return DiffusionTokenizer(config.tokenizer)
-    output.begin(folder)
+        return ""
+    state = hashlib.sha256()
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        path = Path(folder, name)
+        state.update(path.read_bytes() if path.is_file() else b"\0")
+    return state.hexdigest()[:12]
+
+
+def _folder_names(config: PrepareConfig) -> tuple[str, ...]:
+    """Return the folders to write, without tokenizer/ if the output's own tokenizer is used unchanged.
+
+    Raises:
+        UserError: if the tokenizer cannot be used.
+    """
+    source, target = config.tokenizer, Path(config.output) / TOKENIZER
+    unchanged = (
+        source is not None
+        and Path(source).resolve() == target.resolve()
+        and tokenizer.has_special_tokens(source, config.mask_token, config.eos_token)
+    )
+    return SPLITS if unchanged else (TOKENIZER, *SPLITS)
+
+
+@dataclass(frozen=True)
+class _Preparation:
+    """Preparation that has begun: its work folder, units and jobs."""
+
+    config: PrepareConfig
+    plan: Plan
+    work: WorkFolder
+    names: tuple[str, ...]
+    card: Card
+    tokenizer: str
+    units: Sequence[Unit]
+    scratch: str
+
+    def run(self, report: Callable[[str], None]) -> Summary:
+        """Prepare all units, or those of the partition, and complete the output if it is not a partition."""
+        if self.config.deduplicate:
+            self._hash()
+            if self.config.hash_only:
+                return Summary()
+            deduplication.find_duplicates(self.work, self.units)
+        records = self._prepare_units(report)
+        if self.config.partition is not None:
+            return total((record.summary for record in records), self.config.seq_len)
+        return _complete(self.work, self.plan, self.card, self.names)
+
+    def _jobs(self, selected: Sequence[Unit]) -> list[Job]:
+        index, count = self.config.partition or (0, 1)
+        location = (str(self.config.output), self.work.fingerprint)
+        return [
+            Job(self.config, unit, location, self.tokenizer, self.card, self.scratch)
+            for unit in selected
+            if unit.number % count == index
+        ]
+
+    def _hash(self) -> None:
+        jobs = self._jobs(deduplication.without_hashes(self.work, self.units))
+        with Progress("Hashing", sum(job.unit.size for job in jobs), self.scratch) as progress:
+            for job, _ in workers.results(deduplication.hash_unit, jobs, n_workers(self.config), self.config.cluster):
+                progress.finish_unit(job.unit.size, 0)
+
+    def _prepare_units(self, report: Callable[[str], None]) -> list[Record]:
+        jobs, found, shown = self._jobs(self.units), [], 0
+        finished = {name.partition("-")[0] for name in self.work.names() if "-" in name}
+        with Progress("Tokenising", sum(job.unit.size for job in jobs), self.scratch) as progress:
+            for job, records in workers.results(prepare_unit, jobs, n_workers(self.config), self.config.cluster):
+                found += records
+                bad_rows = sum(record.summary.bad_rows for record in records)
+                progress.finish_unit(job.unit.size, bad_rows, earlier=f"{job.unit.number:06d}" in finished)
+                problems = [problem for record in records for problem in record.summary.problems]
+                for problem in problems[: SHOWN_PROBLEMS - shown]:
+                    report(f"Skipped a bad row at {problem}.")
+                if shown <= SHOWN_PROBLEMS < shown + bad_rows:
+                    report("Further bad rows are counted, but not shown.")
+                shown += bad_rows
+        return found
+
+
+def n_workers(config: PrepareConfig) -> int:
+    """Return the number of worker processes, at most as many as the scratch folder has room for.
+
+    Raises:
+        UserError: if there is no room for one worker.
+    """
+    wanted = config.workers or workers.available_cores()
+    if config.scratch_limit is None:
+        return wanted
+    needed = max(SHARD_SIZE, 5 * config.seq_len) + _OTHER_SCRATCH
+    require(
+        config.scratch_limit >= needed,
+        f"--scratch-limit {config.scratch_limit:,} is too small: a worker needs {needed:,} bytes.",
+    )
+    return min(wanted, config.scratch_limit // needed)
+
+
+def _begin(config: PrepareConfig, plan: Plan, all_units: Sequence[Unit]) -> _Preparation:
+    """Check the output, make the tokenizer and write the plan, or go on with what an earlier command began."""
+    location = str(config.output)
+    n_workers(config)
+    work_folder.recover(location)
+    names = _folder_names(config)
+    work_folder.check_output(location, names, plan, config.overwrite)
+    work = WorkFolder(location, plan.fingerprint)
+    scratch = _scratch(config)
+    try:
+        place = f"{location}/{work.staged(TOKENIZER) if TOKENIZER in names else TOKENIZER}"
+        if not work.has_begun:
+            folder = str(Path(scratch, TOKENIZER))
+            if TOKENIZER in names:
+                made = _make_tokenizer(config, work, all_units, folder, scratch)
+            else:
+                made = DiffusionTokenizer(place)
+            card = Card(
+                config.seq_len,
+                made.get_vocab_size(),
+                made.mask_id,
+                made.eos_id,
+                documents=config.pack_documents,
+                pad_multiple=config.padding,
+            )
+            if not work.storage.remote:
+                for name in names:
+                    output.begin(Path(location, work.staged(name)))
+            if TOKENIZER in names:
+                for path in Path(folder).iterdir():
+                    work.storage.take(path, f"{work.staged(TOKENIZER)}/{path.name}")
+            work.begin(plan, card, names)
+        card, names = work.setup()
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if work.is_empty and config.partition is None:
+            work_folder.discard(location)
+        raise
+    return _Preparation(config, plan, work, names, card, place, all_units, scratch)
+
+
+def _make_tokenizer(
+    config: PrepareConfig, work: WorkFolder, all_units: Sequence[Unit], folder: str, scratch: str
+) -> DiffusionTokenizer:
+    """Train a tokenizer in a folder, or copy one to it."""
     if config.train_tokenizer is None:
         assert config.tokenizer is not None
-        return tokenizer.adopt(config.tokenizer, folder, config.mask_token, config.eos_token)
-    lenient = PrepareConfig(**{**vars(config), "strict": False})
-    training = _good_rows(lenient, files, Summary(), lambda _: None, "Training the tokenizer")
-    return tokenizer.train((training_text(row, config) for row in training), config.train_tokenizer, folder)
+        return tokenizer.adopt(config.tokenizer, Path(folder), config.mask_token, config.eos_token)
+    lenient, card = replace(config, strict=False), Card(config.seq_len, 0, 0, 0)
+    jobs = [Job(lenient, unit, (work.location, work.fingerprint), "", card, scratch) for unit in all_units]
+    sample = tokenizer_sample.texts(jobs, n_workers(config), config.cluster)
+    return tokenizer.train(sample, config.train_tokenizer, Path(folder))
 
 
-def _good_rows(
-    config: PrepareConfig,
-    files: list[Source],
-    summary: Summary,
-    report: Callable[[str], None],
-    label: str = "Tokenising",
-) -> Iterator[Row]:
-    read = _rows if config.inputs else corpus.builtin_rows
-    with tqdm(total=sum(source.size for source in files), unit="B", unit_scale=True, desc=label) as bar:
-        for source in files:
-            for row in read(source):
-                if config.limit is not None and summary.rows >= config.limit:
-                    return
-                summary.rows += 1
-                if row.problem is None:
-                    yield row
-                else:
-                    _bad_row(config, summary, report, row.location, row.problem)
-            bar.update(source.size)
-
-
-def _bad_row(
-    config: PrepareConfig, summary: Summary, report: Callable[[str], None], location: str, problem: str
-) -> None:
-    problem = summary.add_bad_row(location, problem)
-    if config.strict:
-        raise UserError(f"Bad row at {location}: {problem}; correct the row, or omit --strict to skip bad rows.")
-    if summary.bad_rows <= SHOWN_PROBLEMS:
-        report(f"Skipped a bad row at {location}: {problem}.")
-    elif summary.bad_rows == SHOWN_PROBLEMS + 1:
-        report("Further bad rows are counted, but not shown.")
+def _empty_message(card: Card, counts: Summary) -> str:
+    if not counts.rows:
+        return "The corpus is empty: the input holds no row; check --input."
+    if counts.bad_rows == counts.rows:
+        return f"All rows of the corpus are bad (the first at {counts.problems[0]}); correct them."
+    return (
+        f"The corpus makes no training sequence of {card.seq_len} tokens: {counts.rows} rows read, {counts.bad_rows} "
+        f"bad, {counts.overlong_dropped} too long, {counts.tokens} tokens; add text, lower --seq-len, or pass "
+        "--overlong clip-response."
+    )

@@ -25,6 +25,7 @@ class PrepareConfig:
         split, subset: of datasets of the hub.
         unit_size: bytes of text in a unit; the shards depend on it.
         tokenizer_sample: bytes of the corpus that a tokenizer is trained on.
+        hash_only: with `deduplicate`, write only the hashes of the rows.
         workers: number of processes; None for the number of cores.
         cluster: address of a Dask or Ray cluster that does the work.
         partition: (I, N): prepare only the units whose number modulo N is I.
@@ -55,6 +56,7 @@ class PrepareConfig:
     unit_size: int = UNIT_SIZE
     tokenizer_sample: int = TOKENIZER_SAMPLE
     deduplicate: bool = False
+    hash_only: bool = False
     workers: int | None = None
     cluster: str | None = None
     partition: tuple[int, int] | None = None

@@ -1,0 +1,115 @@
+"""Completion of a preparation: check that all units are there, merge their indices, write cards and counts."""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+
+from memdlm_dist.compat import streaming
+from memdlm_dist.data import output, row_lengths
+from memdlm_dist.data.output import CARD, INDEX, LENGTHS, SPLITS, SUMMARY
+from memdlm_dist.data.preparation import summary
+from memdlm_dist.data.preparation.summary import Summary
+from memdlm_dist.data.preparation.work_folder import Record, WorkFolder
+from memdlm_dist.data.shards import Card
+from memdlm_dist.errors import UserError
+
+_SHOWN = 5  # missing units that a message names
+
+
+def check_complete(work: WorkFolder, n_units: int) -> list[Record]:
+    """Return the records of all units, in the order of the corpus, after checking the size of every shard.
+
+    Raises:
+        UserError: if a unit is not finished, or a shard is missing.
+    """
+    names = work.names()
+    records, missing = [], []
+    for unit in range(n_units):
+        found = work.records(unit, names)
+        if not (found and found[-1].last):
+            missing.append(unit)
+        records += found
+    if missing:
+        shown = ", ".join(map(str, missing[:_SHOWN])) + (", ..." if len(missing) > _SHOWN else "")
+        raise UserError(
+            f"{len(missing)} of {n_units} units in {work.location} are not prepared ({shown}); run the partitions that "
+            "prepare them (the unit's number modulo N), then merge again."
+        )
+    for split in SPLITS:
+        sizes = work.storage.find(work.staged(split))
+        for record in records:
+            for shard in record.shards.get(split, []):
+                name, size = f"{record.name}/{shard['raw_data']['basename']}", shard["raw_data"]["bytes"]
+                if sizes.get(name) != size:
+                    raise UserError(
+                        f"The shard {work.storage.url(work.staged(split))}/{name} is missing or has another size than "
+                        f"{size:,} bytes; repeat the command that prepared it (unit {record.unit}), which writes it "
+                        "anew."
+                    )
+    return records
+
+
+def finish(
+    work: WorkFolder, records: Sequence[Record], card: Card, names: tuple[str, ...], repositories: list[str]
+) -> Summary:
+    """Write the files that make the shards of all units a data set, and return the counts.
+
+    Args:
+        records: of all units, in the order of the corpus.
+        card: without counts.
+        names: folders of the output that are written.
+
+    Raises:
+        UserError: if there is no training sequence, or the output would replace a file of the user.
+    """
+    counts = replace(summary.total((record.summary for record in records), card.seq_len), repositories=repositories)
+    with tempfile.TemporaryDirectory() as scratch:
+        for split in reversed(SPLITS):  # a run needs the training shards, so their card comes last
+            folder = Path(scratch, split)
+            folder.mkdir()
+            _write_split(folder, split, records, card)
+            for name in (LENGTHS, INDEX, CARD):
+                if (folder / name).exists():
+                    work.storage.take(folder / name, f"{work.staged(split)}/{name}")
+        content = json.dumps(summary.to_json(counts), indent=2) + "\n"
+        if work.storage.remote:
+            work.storage.write(SUMMARY, content.encode())
+        else:
+            work.mark_finished()
+            output.replace(Path(work.location), names, content)
+    work.remove()
+    return counts
+
+
+def _write_split(folder: Path, split: str, records: Sequence[Record], card: Card) -> None:
+    """Write index, card and lengths of a split to a folder."""
+    with_rows = [record for record in records if split in record.shards]
+    indices = []
+    for record in with_rows:
+        path = folder / record.name / INDEX
+        path.parent.mkdir()
+        path.write_text(json.dumps({"version": 2, "shards": record.shards[split]}))
+        indices.append(str(path))
+    if indices:
+        streaming.merge_indices(indices, str(folder / "merged"))
+        (folder / "merged" / INDEX).replace(folder / INDEX)
+    else:
+        (folder / INDEX).write_text(json.dumps({"version": 2, "shards": []}))
+    rows = [record.summary.sequences[split] for record in with_rows]
+    varies = any(split in record.lengths for record in with_rows)
+    if varies:
+        parts = [
+            record.lengths.get(split, np.full(2 * n, card.seq_len)) for record, n in zip(with_rows, rows, strict=True)
+        ]
+        row_lengths.write(folder, np.concatenate(parts).tolist())
+    complete = replace(
+        card,
+        sequences=sum(rows),
+        most_documents=max((record.most_documents[split] for record in with_rows), default=0),
+        pad_multiple=card.pad_multiple if varies else 0,
+    )
+    (folder / CARD).write_text(json.dumps(asdict(complete), indent=2) + "\n")

@@ -1,0 +1,344 @@
+"""Records of an unfinished preparation, kept at its output: the plan, and one record for each finished part of a unit.
+
+A part counts as finished once its record is written, which happens after all of its shards are in place. So a
+preparation can be killed at any time, and the same command goes on.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from memdlm_dist.compat import streaming
+from memdlm_dist.data import output
+from memdlm_dist.data.corpus import Source
+from memdlm_dist.data.output import SPLITS, SUMMARY
+from memdlm_dist.data.preparation import summary
+from memdlm_dist.data.preparation.request import PrepareConfig
+from memdlm_dist.data.preparation.summary import Summary
+from memdlm_dist.data.shards import HASH, Card
+from memdlm_dist.errors import UserError, require
+from memdlm_dist.runtime.storage import Storage, is_remote
+
+FOLDER = "memdlm_units"
+PLAN = "plan.json"
+_SETUP = "setup.json"
+_FINISHED = "finished.json"
+_FORMAT = 1
+# Settings on which no byte of the output depends.
+_FREE = {
+    "output",
+    "tokenizer",
+    "strict",
+    "overwrite",
+    "hash_only",
+    "workers",
+    "cluster",
+    "partition",
+    "scratch",
+    "scratch_limit",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that the shards depend on; equal plans make equal shards.
+
+    Attributes:
+        options: name of a setting -> value.
+        sources: (URL, size, version) of each file of the corpus.
+        tokenizer: fingerprint of the tokenizer that was given; empty for one that is trained.
+        units: number of units.
+        repositories: datasets and tokenizer of the hub.
+    """
+
+    options: dict[str, Any]
+    sources: list[list[Any]]
+    tokenizer: str
+    units: int
+    repositories: list[str]
+    format: int = _FORMAT
+
+    @property
+    def fingerprint(self) -> str:
+        """Name of the plan's folder of records."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+    def difference(self, other: "Plan") -> str:
+        """Return how another plan differs from this one, such as "seq_len is 512, not 256"."""
+        for name, value in self.options.items():
+            if other.options.get(name) != value:
+                return f"--{name.replace('_', '-')} was {other.options.get(name)}, and is now {value}"
+        if other.tokenizer != self.tokenizer:
+            return "its tokenizer was another one"
+        before, now = ({url: rest for url, *rest in plan.sources} for plan in (other, self))
+        for url in sorted(before.keys() | now.keys()):
+            if before.get(url) != now.get(url):
+                change = "is new" if url not in before else "is gone" if url not in now else "has changed"
+                return f"the input {url} {change}"
+        return "it was begun by another version of memdlm_dist"
+
+
+def new_plan(
+    config: PrepareConfig, sources: Sequence[Source], tokenizer: str, units: int, repositories: list[str]
+) -> Plan:
+    """Return the plan of a preparation."""
+    values = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _FREE | {"inputs", "fields"}}
+    values |= {f"{name}_field": value for name, value in asdict(config.fields).items()}
+    values["format"] = values.pop("row_format")
+    if config.chat_template is not None and Path(config.chat_template).is_file():
+        values["chat_template"] = hashlib.sha256(Path(config.chat_template).read_bytes()).hexdigest()[:12]
+    files = [[source.url, source.size, source.version] for source in sources]
+    return Plan(json.loads(json.dumps(values)), files, tokenizer, units, repositories)
+
+
+@dataclass(frozen=True)
+class Record:
+    """Finished part of a unit.
+
+    Attributes:
+        unit: number of the unit.
+        part: number of the part in the unit.
+        last: the unit ends with this part.
+        rows: number of corpus rows of the part.
+        summary: counts of the part.
+        shards: split -> entries of its index.json, if the part has rows in the split.
+        most_documents: split -> largest number of documents in a row.
+        lengths: split -> content and padded length of each row, if rows of the part have different lengths.
+    """
+
+    unit: int
+    part: int
+    last: bool
+    rows: int
+    summary: Summary
+    shards: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    most_documents: dict[str, int] = field(default_factory=dict)
+    lengths: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Name of the part, which is the name of its folders of shards; names sort in the order of the corpus."""
+        return part_name(self.unit, self.part)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as JSON values."""
+        packed = {
+            split: base64.b64encode(zlib.compress(lengths.astype("<u4").tobytes())).decode()
+            for split, lengths in self.lengths.items()
+        }
+        return {**vars(self), "summary": summary.to_json(self.summary), "lengths": packed}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Record":
+        """Return the record that `to_json` made."""
+        lengths = {
+            split: np.frombuffer(zlib.decompress(base64.b64decode(packed)), "<u4")
+            for split, packed in values["lengths"].items()
+        }
+        return cls(**{**values, "summary": summary.from_json(values["summary"]), "lengths": lengths})
+
+
+def part_name(unit: int, part: int) -> str:
+    """Return the name of a part of a unit."""
+    return f"{unit:06d}-{part:04d}"
+
+
+class WorkFolder:
+    """Unfinished preparation at an output.
+
+    On disk, shards are staged in folders such as train.partial, which replace the folders of an earlier preparation at
+    the end. A store has no renaming: there the shards are uploaded to their final place, and cards and indices last.
+
+    Args:
+        location: folder or URL of the output.
+        fingerprint: of the plan.
+    """
+
+    def __init__(self, location: str, fingerprint: str):
+        self.location, self.fingerprint = location, fingerprint
+        self.storage = Storage(location)
+        self._folder = f"{FOLDER}/{fingerprint}"
+
+    def staged(self, name: str) -> str:
+        """Return the name of the folder in which `name` is written."""
+        return name if self.storage.remote else output.staged_name(name)
+
+    def path(self, name: str) -> str:
+        """Return the name of a file of the records, relative to the output."""
+        return f"{self._folder}/{name}"
+
+    def names(self) -> set[str]:
+        """Return the names of all files of the records."""
+        return set(self.storage.sizes(self._folder))
+
+    def begin(self, plan: Plan, card: Card, names: tuple[str, ...]) -> None:
+        """Write the plan; from then on, the same command goes on with the preparation.
+
+        Args:
+            card: of the shards, without counts.
+            names: folders that the preparation writes.
+        """
+        self.storage.write_json(self.path(_SETUP), {"card": asdict(card), "names": names})
+        self.storage.write_json(self.path(PLAN), asdict(plan))
+
+    def setup(self) -> tuple[Card, tuple[str, ...]]:
+        """Return the card and the folder names that `begin` wrote."""
+        values = self.storage.read_json(self.path(_SETUP))
+        return Card(**values["card"]), tuple(values["names"])
+
+    @property
+    def has_begun(self) -> bool:
+        """True if the plan is written."""
+        return PLAN in self.names()
+
+    @property
+    def is_empty(self) -> bool:
+        """True if no unit has been worked on."""
+        return not self.count_finished()
+
+    def count_finished(self) -> int:
+        """Return the number of finished parts, and of units whose rows are hashed."""
+        return sum(bool(re.fullmatch(r"\d+-\d+\.json|\d+\.hashes", name)) for name in self.names())
+
+    def write(self, record: Record) -> None:
+        """Record that a part is finished."""
+        self.storage.write_json(self.path(f"{record.name}.json"), record.to_json())
+
+    def records(self, unit: int, names: set[str] | None = None) -> list[Record]:
+        """Read the records of a unit's finished parts, up to the first one that is missing or damaged.
+
+        Args:
+            names: result of `names`, to save requests.
+        """
+        found: list[Record] = []
+        while not (found and found[-1].last):
+            name = f"{part_name(unit, len(found))}.json"
+            if names is not None and name not in names:
+                break
+            try:
+                found.append(Record.from_json(self.storage.read_json(self.path(name))))
+            except (FileNotFoundError, ValueError, TypeError, KeyError):
+                break
+        return found
+
+    def is_intact(self, record: Record) -> bool:
+        """Return whether the shards of a part have the recorded sizes, and on disk also the recorded checksums."""
+        for split, shards in record.shards.items():
+            folder = f"{self.staged(split)}/{record.name}"
+            sizes = self.storage.sizes(folder)
+            for shard in shards:
+                info = shard["raw_data"]
+                if sizes.get(info["basename"]) != info["bytes"]:
+                    return False
+                if not self.storage.remote:
+                    content = self.storage.read(f"{folder}/{info['basename']}")
+                    if streaming.checksum(HASH, content) != info["hashes"][HASH]:
+                        return False
+        return True
+
+    def mark_finished(self) -> None:
+        """Record that all files are written, so that only the folders must still be replaced."""
+        self.storage.write_json(self.path(_FINISHED), {})
+
+    def remove(self) -> None:
+        """Remove all records at the output, after the preparation has finished."""
+        self.storage.remove(self._folder, first=PLAN)
+        self.storage.remove(FOLDER)
+
+
+def read_plan(location: str) -> tuple[WorkFolder, Plan]:
+    """Read the plan of the unfinished preparation at an output.
+
+    Raises:
+        UserError: if there is none.
+    """
+    found = unfinished(location)
+    if not found:
+        raise UserError(
+            f"There is no unfinished preparation in {location}; prepare the data, or name the --output of its "
+            "partitions."
+        )
+    return found[0]
+
+
+def unfinished(location: str) -> list[tuple[WorkFolder, Plan]]:
+    """Return the preparations that were begun at an output and not finished."""
+    storage, found = Storage(location), []
+    for fingerprint, size in sorted(storage.sizes(FOLDER).items()):
+        if size is None:
+            try:
+                plan = Plan(**storage.read_json(f"{FOLDER}/{fingerprint}/{PLAN}"))
+            except (FileNotFoundError, ValueError, TypeError):
+                continue
+            found.append((WorkFolder(location, fingerprint), plan))
+    return found
+
+
+def recover(location: str) -> None:
+    """Finish a preparation on disk that was killed while it was replacing folders."""
+    if is_remote(location):
+        return
+    output.recover(Path(location))
+    for work, _ in unfinished(location):
+        if _FINISHED in work.names():
+            work.remove()
+
+
+def check_output(location: str, names: tuple[str, ...], plan: Plan, overwrite: bool) -> None:
+    """Check that a preparation can begin or go on at an output; with `overwrite`, discard another one's records.
+
+    Args:
+        names: folders that it will write.
+
+    Raises:
+        UserError: if finished work would be lost, or a file of the user.
+    """
+    others = [(work, other) for work, other in unfinished(location) if other.fingerprint != plan.fingerprint]
+    for work, other in others:
+        done = work.count_finished()
+        require(
+            overwrite or not done,
+            f"{location} holds {done} finished parts of another preparation ({plan.difference(other)}); repeat its "
+            "command to finish it, or pass --overwrite to discard it.",
+        )
+    goes_on = any(found.fingerprint == plan.fingerprint for _, found in unfinished(location))
+    if is_remote(location):
+        _check_store(location, names, goes_on or bool(others), overwrite)
+    else:
+        output.check(Path(location), names, overwrite)
+    if others:
+        discard(location)
+
+
+def _check_store(location: str, names: tuple[str, ...], begun: bool, overwrite: bool) -> None:
+    """Check that a store holds no finished shards; those of a preparation that was begun may be replaced."""
+    storage = Storage(location)
+    for name in (*names, SUMMARY):
+        exists = bool(storage.sizes(name)) if name != SUMMARY else SUMMARY in storage.sizes()
+        require(
+            begun or not exists,
+            f"{location}/{name} exists already; "
+            + ("--overwrite replaces no data in a store: " if overwrite else "")
+            + "choose another --output, or remove it with the store's tools.",
+        )
+
+
+def discard(location: str) -> None:
+    """Remove the records and the staged files of all unfinished preparations at an output."""
+    if is_remote(location):
+        storage = Storage(location)
+        for work, _ in unfinished(location):
+            for split in SPLITS:
+                for name in {record.partition(".")[0] for record in work.names() if re.match(r"\d+-\d+\.", record)}:
+                    storage.remove(f"{split}/{name}")
+    else:
+        output.discard(Path(location))
+    Storage(location).remove(FOLDER)
