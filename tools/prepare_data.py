@@ -16,16 +16,15 @@ Examples:
   python tools/prepare_data.py --input Yukang/LongAlpaca-12k --tokenizer GSAI-ML/LLaDA-8B-Base --chat-template llada \
       --mask-token '<|mdm_mask|>' --overlong clip-response --seq-len 4096 --output data/longalpaca_8b
 
-  # A corpus of terabytes in a store, as 200 jobs of an array (launch/prepare.sbatch), then one that completes the data
+  # A corpus of terabytes in a store, as one of 200 jobs (launch/prepare.sbatch); then prepare_data.py merge
   python tools/prepare_data.py --input 's3://bucket/corpus/**.jsonl' --tokenizer LLaDA-8B-Base \
       --mask-token '<|mdm_mask|>' --seq-len 4096 --output s3://bucket/tokens --partition 0/200
-  python tools/prepare_data.py merge --output s3://bucket/tokens
 
 Writes train, heldout, tokenizer and summary.json to --output. On disk, --overwrite replaces these, and never a file
 that prepare_data.py did not write. A command that was killed or stopped goes on where it was if it is repeated. SIGTERM
 ends it with status 143.
 
-Other commands: merge (complete the output of partitions).
+Other commands, with a --help of their own: prepare_data.py merge (complete the output of partitions).
 """
 
 import argparse

@@ -20,9 +20,10 @@ def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
 
 
 def parsers(name: str) -> dict[str, argparse.ArgumentParser]:
-    """Return a tool's parsers by subcommand; the bench, whose first argument may be a file, has two of its own."""
+    """Return a tool's parsers by subcommand; two tools can be called without one and have parsers of their own."""
     module = importlib.import_module(f"tools.{name}")
-    alone = {"decode": module.decode_parser()} if name == "bench" else {}
+    commands = {"bench": ["decode"], "prepare_data": ["merge"]}.get(name, [])
+    alone = {command: getattr(module, f"{command}_parser")() for command in commands}
     return {"": module.parser(), **subcommands(module.parser()), **alone}
 
 

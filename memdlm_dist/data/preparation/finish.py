@@ -3,7 +3,9 @@
 import json
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from memdlm_dist.data.shards import Card
 from memdlm_dist.errors import UserError
 
 _SHOWN = 5  # missing units that a message names
+_REQUESTS = 16  # records that are read at the same time
 
 
 def check_complete(work: WorkFolder, n_units: int) -> list[Record]:
@@ -27,18 +30,15 @@ def check_complete(work: WorkFolder, n_units: int) -> list[Record]:
         UserError: if a unit is not finished, or a shard is missing.
     """
     names = work.names()
-    records, missing = [], []
-    for unit in range(n_units):
-        found = work.records(unit, names)
-        if not (found and found[-1].last):
-            missing.append(unit)
-        records += found
-    if missing:
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        by_unit = list(pool.map(lambda unit: work.records(unit, names), range(n_units)))
+    if missing := [unit for unit, found in enumerate(by_unit) if not (found and found[-1].last)]:
         shown = ", ".join(map(str, missing[:_SHOWN])) + (", ..." if len(missing) > _SHOWN else "")
         raise UserError(
             f"{len(missing)} of {n_units} units in {work.location} are not prepared ({shown}); run the partitions that "
             "prepare them (the unit's number modulo N), then merge again."
         )
+    records = list(chain.from_iterable(by_unit))
     for split in SPLITS:
         sizes = work.storage.find(work.staged(split))
         for record in records:

@@ -113,10 +113,11 @@ def _partition_name(config: PrepareConfig) -> str:
 def _scratch(config: PrepareConfig) -> str:
     """Create this command's scratch folder, without what a killed command left in it."""
     location = str(config.output)
-    if config.scratch is None and is_remote(location):
-        return tempfile.mkdtemp(prefix="memdlm_")
-    parent = Path(location, FOLDER) if config.scratch is None else Path(config.scratch)
-    name = "scratch" if config.scratch is None else f"memdlm_{hashlib.sha256(location.encode()).hexdigest()[:12]}"
+    if config.scratch is None and not is_remote(location):
+        parent, name = Path(location, FOLDER), "scratch"
+    else:
+        parent = Path(config.scratch or tempfile.gettempdir())
+        name = f"memdlm_{hashlib.sha256(location.encode()).hexdigest()[:12]}"
     folder = parent / "-".join(filter(None, (name, _partition_name(config))))
     shutil.rmtree(folder, ignore_errors=True)
     try:

@@ -14,6 +14,7 @@ import joblib
 
 from memdlm_dist.compat.joblib import WORKER_ENDED
 from memdlm_dist.data.preparation.jobs import RUNNING, Job
+from memdlm_dist.data.preparation.worker_process import do, pack
 from memdlm_dist.errors import UserError, require
 from memdlm_dist.runtime.rank_0 import one_line
 
@@ -73,10 +74,6 @@ def results(
         yield from _in_processes(action, jobs, min(workers, len(jobs)))
 
 
-def _do(action: Callable[[Job], T], job: Job) -> tuple[Job, T]:
-    return job, action(job)
-
-
 def _in_processes(action: Callable[[Job], T], jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, T]]:
     waiting = {job.unit.number: replace(job, parallel=True, parent=os.getpid()) for job in jobs}
     ended: Counter[int] = Counter()
@@ -84,9 +81,8 @@ def _in_processes(action: Callable[[Job], T], jobs: Sequence[Job], workers: int)
         try:
             with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
                 pool = joblib.Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1)
-                for job, result in pool(joblib.delayed(_do)(action, job) for job in list(waiting.values())):
-                    del waiting[job.unit.number]
-                    yield job, result
+                for number, result in pool([joblib.delayed(do)(pack(action, job)) for job in waiting.values()]):
+                    yield waiting.pop(number), result
         except WORKER_ENDED:
             interrupted = _interrupted(jobs[0].scratch) & waiting.keys()
             ended.update(interrupted)
@@ -114,11 +110,12 @@ def _interrupted(scratch: str) -> set[int]:
 
 
 def _on_cluster(action: Callable[[Job], T], jobs: Sequence[Job], address: str) -> Iterator[tuple[Job, T]]:
-    shared = [replace(job, parallel=True) for job in jobs]
+    shared = {job.unit.number: replace(job, parallel=True) for job in jobs}
     try:
         with _backend(address) as (options, how), joblib.parallel_config(**options):
             pool = joblib.Parallel(n_jobs=-1, return_as=how, batch_size=1)
-            yield from pool(joblib.delayed(_do)(action, job) for job in shared)
+            for number, result in pool(joblib.delayed(do)(pack(action, job)) for job in shared.values()):
+                yield shared[number], result
     except UserError:
         raise
     except Exception as error:  # each cluster has different error classes
