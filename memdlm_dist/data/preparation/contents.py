@@ -100,7 +100,9 @@ class Contents:
         _check_tokenizer(self.folder, self.card, self.tokenizer)
         if not self.card.sequences:
             return
-        rows = RowShape(int(self.card.documents), (self.card.seq_len,) if self.card.pad_multiple else ())
+        rows = RowShape(int(self.card.documents))
+        if self.card.pad_multiple:
+            rows = RowShape(buckets=(self.card.seq_len,), varying=(self.folder,))
         self._dataset = open_dataset(Data(cache_folder=scratch), [self.folder], [], rows, batch_size=1, shuffle=False)
         require(
             self._dataset.size == self.card.sequences,

@@ -144,7 +144,8 @@ def render(sequence: Sequence, tokenizer: DiffusionTokenizer, colours: bool, end
             document, inline = number, False
             blocks.append(mark(f"document {number + 1:,} of {len(sizes):,}, {sizes[number]:,} tokens", _BOUNDARY))
         if skipped or part in (Part.PADDING, Part.END_OF_TEXT):
-            label = f"{end - start:,} more tokens" if skipped else f"{part} x {end - start:,}"
+            times = f" x {end - start:,}" if end - start > 1 else ""
+            label = f"{end - start:,} more tokens" if skipped else f"{part}{times}"
             blocks.append(mark(label, "" if skipped else _STYLES[part]))
             inline = False
             continue
