@@ -178,7 +178,7 @@ def inspect_parser() -> argparse.ArgumentParser:
         "--split", choices=SPLITS, default="train", help="part of an output of prepare_data.py (default: train)"
     )
     data.add_argument(
-        "--tokenizer", metavar="DIR", help="folder or URL of the tokenizer (default: tokenizer/ of the output)"
+        "--tokenizer", metavar="DIR", help="folder, URL or hub repository of the tokenizer (default: the output's)"
     )
     data.add_argument(
         "--rows", type=positive, default=1000, metavar="N",
