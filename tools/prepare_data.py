@@ -24,7 +24,8 @@ Writes train, heldout, tokenizer and summary.json to --output. On disk, --overwr
 that prepare_data.py did not write. A command that was killed or stopped goes on where it was if it is repeated. SIGTERM
 ends it with status 143.
 
-Other commands, with a --help of their own: prepare_data.py merge (complete the output of partitions).
+Other commands, each with its own --help: prepare_data.py merge (complete the output of partitions) and
+prepare_data.py inspect (show prepared data).
 """
 
 import argparse
@@ -38,6 +39,8 @@ cpu.prepare()
 
 from memdlm_dist.compat.streaming import size_in_bytes
 from memdlm_dist.data.chat import name_or_path
+from memdlm_dist.data.output import SPLITS
+from memdlm_dist.data.preparation import look
 from memdlm_dist.data.preparation.prepare import merge, prepare
 from memdlm_dist.data.preparation.request import (
     MAX_SEQ_LEN,
@@ -49,9 +52,31 @@ from memdlm_dist.data.preparation.request import (
 from memdlm_dist.data.preparation.summary import Summary
 from memdlm_dist.data.sequences import Fields, Format
 from memdlm_dist.errors import require
-from memdlm_dist.runtime.entry_point import guarded, new_parser, positive
+from memdlm_dist.runtime.entry_point import guarded, new_parser, positive, quiet
 from memdlm_dist.runtime.preemption import exiting_on_sigterm
 from memdlm_dist.runtime.storage import is_remote
+
+INSPECT = """Show prepared data: card, counts, a histogram of lengths, and one sequence as text.
+
+Examples:
+  # The first training sequence
+  python tools/prepare_data.py inspect data/corpus
+  # The last held-out sequence, with all of its tokens
+  python tools/prepare_data.py inspect data/corpus --split heldout --sequence -1 --full
+  # Shards in a store, with another folder's tokenizer
+  python tools/prepare_data.py inspect s3://bucket/corpus/train --tokenizer data/corpus/tokenizer
+
+FOLDER is an output of prepare_data.py, or a folder of shards next to its tokenizer/; a path or a URL. From a URL only
+the shards that are read are copied, to a temporary folder.
+"""
+
+MERGE = """Complete the output of --partition commands.
+
+Examples:
+  python tools/prepare_data.py merge --output s3://bucket/tokens
+
+Checks that all units are there, and writes indices, cards and summary.json.
+"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -228,15 +253,6 @@ def merge_parser() -> argparse.ArgumentParser:
     return p
 
 
-MERGE = """Complete the output of --partition commands.
-
-Examples:
-  python tools/prepare_data.py merge --output s3://bucket/tokens
-
-Checks that all units are there, and writes indices, cards and summary.json.
-"""
-
-
 def size(text: str) -> int:
     """Parse a size such as 64mb into bytes (argparse type).
 
@@ -258,12 +274,63 @@ def partition(text: str) -> tuple[int, int]:
     return index, count
 
 
+def inspect_parser() -> argparse.ArgumentParser:
+    """Return the parser of `prepare_data.py inspect`."""
+    p = new_parser("prepare_data.py inspect", INSPECT)
+    p.usage = "prepare_data.py inspect FOLDER [options]"
+    data = p.add_argument_group("data")
+    data.add_argument("folder", metavar="FOLDER", help="path or URL of prepared data")
+    data.add_argument(
+        "--split", choices=SPLITS, default="train", help="part of an output of prepare_data.py (default: train)"
+    )
+    data.add_argument(
+        "--tokenizer", metavar="DIR", help="folder, URL or hub repository of the tokenizer (default: the output's)"
+    )
+    data.add_argument(
+        "--rows", type=positive, default=1000, metavar="N",
+        help="largest number of rows to count lengths in (default: 1000)",
+    )  # fmt: skip
+    display = p.add_argument_group("sequence")
+    display.add_argument(
+        "--sequence", type=int, default=0, metavar="N", help="sequence to show; -1 is the last (default: 0)"
+    )
+    display.add_argument("--full", action="store_true", help="show long sequences without leaving out their middle")
+    display.add_argument(
+        "--color", choices=get_args(look.Colour), default="auto",
+        help="colours instead of names of the parts; auto: in a terminal, unless NO_COLOR is set (default: auto)",
+    )  # fmt: skip
+    return p
+
+
+def inspect(options: argparse.Namespace) -> int:
+    """Print the report about prepared data and return the exit status.
+
+    Raises:
+        UserError: if the data are missing or damaged, or have no such sequence.
+    """
+    quiet()
+    look.show(
+        look.report(
+            options.folder,
+            options.split,
+            options.tokenizer,
+            options.rows,
+            options.sequence,
+            options.color,
+            options.full,
+        )
+    )
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["merge"]:
         merging = merge_parser().parse_args(argv[1:])
         return guarded(lambda: print_summary(merging.output, merge(merging.output, merging.overwrite)))
+    if argv[:1] == ["inspect"]:
+        return guarded(lambda: inspect(inspect_parser().parse_args(argv[1:])))
     p = parser()
     options = p.parse_args(argv)
     if not 0 <= options.held_out < 1:

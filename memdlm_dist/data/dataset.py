@@ -22,6 +22,7 @@ from memdlm_dist.data.output import LENGTHS
 from memdlm_dist.data.row_lengths import RowLengths, TokenShares
 from memdlm_dist.data.settings import Data
 from memdlm_dist.data.shards import HASH, read_card
+from memdlm_dist.data.stream_shares import StreamShare
 from memdlm_dist.errors import UserError, require
 from memdlm_dist.method.documents import PADDING
 from memdlm_dist.method.trajectory import IGNORE_INDEX
@@ -102,6 +103,13 @@ class TokenDataset(streaming.ArrangedDataset):
         """Count content, padding and fill of the first epoch, in micro-batches of `rows` rows over all ranks."""
         ids_Tn, _ = self.arrange(self.epoch_order(0), 0, 0, rows)
         return self.row_lengths.shares(ids_Tn)
+
+    def stream_shares(self) -> list[StreamShare]:
+        """Return the number of rows of each stream, and how many samples an epoch draws from it."""
+        return [
+            StreamShare(stream.remote or stream.local, int(rows), int(stream.choose))
+            for stream, rows in zip(self.streams, self.samples_per_stream, strict=True)
+        ]
 
     def fill_up(self, sample: dict[str, Any], length: int) -> dict[str, Any]:
         """Fill a sample up to `length` tokens; the added tokens belong to no document and have no label.
@@ -246,10 +254,12 @@ class RowShape:
         most_documents: largest number of documents in a row. 0 if rows record none; None if a card of format 1, which
             does not state the number, has packed documents.
         buckets: possible lengths of a micro-batch; empty if all rows have one length.
+        varying: locations of the streams with rows of different lengths.
     """
 
     most_documents: int | None = 0
     buckets: tuple[int, ...] = ()
+    varying: tuple[str, ...] = ()
 
     @property
     def documents(self) -> bool:
@@ -267,7 +277,7 @@ def check_cards(locations: Sequence[str], run: Requirements) -> RowShape:
         UserError: naming the folder and the value that does not fit.
     """
     most: list[int | None] = [0]
-    multiple = 0
+    multiple, varying = 0, []
     for location in locations:
         card = read_card(location)
         if not card.sequences:
@@ -299,7 +309,9 @@ def check_cards(locations: Sequence[str], run: Requirements) -> RowShape:
             _check_pad_multiple(location, card.pad_multiple, run)
             most.append(1)
             multiple = max(multiple, card.pad_multiple)
-    return RowShape(max_documents(most), row_lengths.buckets(run.seq_len, multiple) if multiple else ())
+            varying.append(location)
+    buckets = row_lengths.buckets(run.seq_len, multiple) if multiple else ()
+    return RowShape(max_documents(most), buckets, tuple(varying))
 
 
 def _check_pad_multiple(location: str, multiple: int, run: Requirements) -> None:
@@ -362,7 +374,7 @@ def open_dataset(
         shards = {}
         for location, stream in zip(locations, streams, strict=True):
             shards[location] = shard_index.prepare(location, stream.local, stream.remote is not None)
-            if rows.buckets and read_card(location).pad_multiple:
+            if location in rows.varying:
                 row_lengths.fetch(location, stream.local)
         # The limit must leave room for shards of local streams too, because streaming counts them.
         _check_cache_limit(data.cache_limit, [s for entries in shards.values() for s in entries] if cached else [])

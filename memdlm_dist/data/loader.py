@@ -14,6 +14,7 @@ from memdlm_dist.compat import streaming
 from memdlm_dist.data.dataset import ERROR_KEY, UNIFORM, Requirements, RowShape, TokenDataset, check_cards, open_dataset
 from memdlm_dist.data.row_lengths import TokenShares
 from memdlm_dist.data.settings import Data
+from memdlm_dist.data.stream_shares import StreamShare
 from memdlm_dist.errors import UserError
 from memdlm_dist.runtime.preemption import outlive_first_sigterm, starting_workers
 from memdlm_dist.runtime.rank_0 import is_rank_0
@@ -128,6 +129,10 @@ class EpochLoader(Stateful):
     def token_shares(self) -> TokenShares | None:
         """Count content, padding and fill of an epoch; None if all rows have one length."""
         return self._dataset.token_shares(self._global_micro_batch_size) if self.rows.buckets else None
+
+    def stream_shares(self) -> list[StreamShare]:
+        """Return the share of each stream in an epoch."""
+        return self._dataset.stream_shares()
 
     def next_epoch(self) -> None:
         """Move `position` to the start of the next epoch."""

@@ -18,6 +18,7 @@ from memdlm_dist.checkpoint.continuity import identity
 from memdlm_dist.checkpoint.manager import ResumableCheckpoints
 from memdlm_dist.config.experiment import get_experiment, get_length
 from memdlm_dist.config.job_config import JobConfig
+from memdlm_dist.data import stream_shares
 from memdlm_dist.data.dataset import max_documents
 from memdlm_dist.data.loader import Batch
 from memdlm_dist.method.diffusion import LOSS_NORMS
@@ -85,8 +86,11 @@ class MemDLMTrainer(Trainer):
         config = self.job_config
         self.checkpointer.load(step=config.checkpoint.load_step)
         logger.info(f"Training starts at step {self.step + 1}")
-        if is_rank_0() and (shares := self.dataloader.token_shares()):
-            logger.info(f"An epoch of data.train has {shares}.")
+        if is_rank_0():
+            loader = self.dataloader
+            stream_shares.log(loader.stream_shares(), config.training.steps, loader.global_batch_size)
+            if shares := loader.token_shares():
+                logger.info(f"An epoch of data.train has {shares}.")
         if self.step >= config.training.steps:
             logger.info(
                 f"This run is complete: its checkpoint is at step {self.step} of {config.training.steps}; raise "

@@ -20,11 +20,11 @@ def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
 
 
 def parsers(name: str) -> dict[str, argparse.ArgumentParser]:
-    """Return a tool's parsers by subcommand; two tools can be called without one and have parsers of their own."""
+    """Return a tool's parsers by subcommand; some tools need no subcommand, and have a parser for each other one."""
     module = importlib.import_module(f"tools.{name}")
-    commands = {"bench": ["decode"], "prepare_data": ["merge"]}.get(name, [])
-    alone = {command: getattr(module, f"{command}_parser")() for command in commands}
-    return {"": module.parser(), **subcommands(module.parser()), **alone}
+    alone = {"bench": ["decode"], "prepare_data": ["inspect", "merge"]}.get(name, [])
+    others = {command: getattr(module, f"{command}_parser")() for command in alone}
+    return {"": module.parser(), **subcommands(module.parser()), **others}
 
 
 def examples(text: str) -> list[list[str]]:

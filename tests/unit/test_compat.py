@@ -10,6 +10,7 @@ import logging
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import streaming.base.shared.prefix as shared_prefix
 import torch
@@ -25,6 +26,8 @@ import torchtitan.train as titan_train
 from safetensors import safe_open
 from safetensors.torch import save_file
 from streaming import StreamingDataset
+from streaming.base import dataset as streaming_dataset
+from streaming.base.sampling import get_sampling
 from streaming.base.storage.download import DOWNLOADER_MAPPINGS, CloudDownloader
 from torch import nn
 from torch.distributed import run
@@ -350,3 +353,16 @@ def test_torchao_shards_nf4_as_assumed():
     assert (torchao.dequantize(whole) - weight).abs().mean() < 0.1 * weight.abs().mean()
     # Half a byte, an int8 scale for 64 elements, a factor for 256 scales; mean and values of the type.
     assert torchao.stored_bytes(shard) == 64 * 256 // 2 + 256 + 4 + 4 + 16 * 4
+
+
+@pytest.mark.parametrize("granularity", [1, 7])
+def test_streaming_draws_the_same_samples_without_its_loop(granularity):
+    assert parameters(streaming_dataset.get_sampling) == parameters(get_sampling)
+    assert "get_sampling(" in inspect.getsource(StreamingDataset.resample_streams)
+    random = np.random.default_rng(0)
+    for epoch in range(20):
+        samples = random.integers(1, 50, random.integers(1, 30))
+        for choose in (0, 1, samples.sum(), *random.integers(0, 3 * samples.sum(), 5)):
+            arguments = samples, int(choose), granularity, 11, epoch, bool(epoch % 2)
+            ours, theirs = streaming_dataset.get_sampling(*arguments), get_sampling(*arguments)
+            assert np.array_equal(ours, theirs) and ours.sum() == choose and ours.dtype == theirs.dtype

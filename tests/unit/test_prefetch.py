@@ -135,7 +135,8 @@ def test_flags_are_awaited_where_a_rank_that_hangs_is_named():
     trainer = MemDLMTrainer.__new__(MemDLMTrainer)
     vars(trainer).update(
         job_config=parse_config.parse(["--job.config_file", "train_configs/debug.toml", "--training.steps", "2"]),
-        step=0, ntokens_seen=0, dataloader=SimpleNamespace(token_shares=lambda: None), gradient_accumulation_steps=1,
+        step=0, ntokens_seen=0, gradient_accumulation_steps=1,
+        dataloader=SimpleNamespace(token_shares=lambda: None, stream_shares=lambda: [], global_batch_size=1),
         device=torch.device("cpu"), gc_handler=SimpleNamespace(run=lambda step: None), model_parts=[],
         validator=SimpleNamespace(validate=lambda *_: {}, should_validate=lambda step: False),
         checkpointer=SimpleNamespace(

@@ -56,7 +56,7 @@ def requirements(*arguments):
 def dataset(prepared):
     folder = str(prepared[0] / "out/train")
     shape = check_cards([folder], requirements())
-    assert shape == RowShape(1, (16, 32, 64, 128))
+    assert shape == RowShape(1, (16, 32, 64, 128), (folder,))
     return open_dataset(Data(), [folder], [], shape, batch_size=2, shuffle=True, num_canonical_nodes=1)
 
 
