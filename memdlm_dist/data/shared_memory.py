@@ -61,6 +61,8 @@ def choose_prefix_by_run() -> None:
     same one.
     """
     run = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "GROUP_RANK"))
+    if "MASTER_PORT" not in os.environ:  # a single process, such as a tool
+        run = str(os.getpid())
     streaming.start_prefixes_at(zlib.crc32(run.encode()) % 10_000 * 100_000)
 
 
