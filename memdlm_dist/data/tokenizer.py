@@ -190,7 +190,7 @@ class DiffusionTokenizer(HuggingFaceTokenizer):
 
     @cached_property
     def _is_reserved(self) -> NDArray[np.bool_]:
-        """Whether each token id is one of `_reserved_ids`."""
+        """Flag of each token id: it is one of `_reserved_ids`."""
         flags = np.zeros(self.get_vocab_size(), dtype=np.bool_)
         flags[list(self._reserved_ids)] = True
         return flags
