@@ -19,7 +19,7 @@ memdlm_dist/performance/straightforward.py.
 The command starts its own processes; under torchrun it runs as one rank. Override configuration keys with
 --section.key value.
 
-bench.py decode measures decoding instead; bench.py decode --help describes it.
+bench.py decode measures decoding instead, and bench.py prepare the data preparation; each has its own --help.
 """
 
 import argparse
@@ -41,16 +41,18 @@ cpu.prepare()
 
 from memdlm_dist.config import check_layout, launch, parse_config
 from memdlm_dist.config.job_config import JobConfig
+from memdlm_dist.data.preparation.request import PrepareConfig
 from memdlm_dist.errors import UserError
 from memdlm_dist.inference import decode_bench
 from memdlm_dist.inference.decoding import Cache
 from memdlm_dist.inference.model_arguments import add_model_arguments, load_model
 from memdlm_dist.models import backbone_args
+from memdlm_dist.performance import preparation_bench
 from memdlm_dist.performance.bench_steps import Bench
 from memdlm_dist.performance.length_mix import measure_mix, table_of_mix
 from memdlm_dist.performance.measure import measure, say, sweep, table, table_of_lengths
 from memdlm_dist.runtime.device import device_module, device_type
-from memdlm_dist.runtime.entry_point import guarded, new_parser, parse_with_overrides, positive
+from memdlm_dist.runtime.entry_point import guarded, new_parser, parse_with_overrides, positive, positive_number
 from memdlm_dist.runtime.process_environment import set_process_environment
 from memdlm_dist.runtime.process_group import Processes, launched_processes
 from memdlm_dist.runtime.rank_0 import is_rank_0
@@ -75,6 +77,19 @@ weights the share says little.
 
 The command runs in one process. Start it under torchrun to use the configuration's layout; then each data-parallel rank
 decodes --batch-size prompts. Override configuration keys with --section.key value.
+"""
+
+
+PREPARE = """Measure the speed of the data preparation on one core: read, tokenise, build rows, write shards.
+
+Examples:
+  # The Python standard library's sources
+  python tools/bench.py prepare
+  # A corpus, its tokenizer and its row length
+  python tools/bench.py prepare --input corpus.jsonl --tokenizer data/corpus/tokenizer --seq-len 32768 --pack-documents
+
+The command prepares the beginning of the corpus in a temporary folder, in one thread. Times are CPU times of the
+process; they do not contain the loading or training of the tokenizer. MB/s count the bytes of the rows' text in UTF-8.
 """
 
 
@@ -233,6 +248,63 @@ def decode(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
+def prepare_parser() -> argparse.ArgumentParser:
+    """Return the parser of `bench.py prepare`."""
+    p = new_parser("bench.py prepare", PREPARE)
+    data = p.add_argument_group("data")
+    data.add_argument(
+        "--input", nargs="+", default=(), metavar="PATH",
+        help="JSONL or Parquet files, folders, patterns or URLs (default: the Python standard library's sources)",
+    )  # fmt: skip
+    data.add_argument(
+        "--megabytes", type=positive_number, default=10.0, metavar="X",
+        help="least size of the text to prepare, in MB (default: 10)",
+    )  # fmt: skip
+    tokens = p.add_argument_group("tokenizer").add_mutually_exclusive_group()
+    tokens.add_argument(
+        "--tokenizer", metavar="DIR", help="folder of a tokenizer that prepare_data.py wrote (default: train one)"
+    )
+    tokens.add_argument(
+        "--train-tokenizer", type=positive, default=32768, metavar="SIZE",
+        help="train a byte-level BPE tokenizer of SIZE tokens on the same text (default: 32768)",
+    )  # fmt: skip
+    layout = p.add_argument_group("layout")
+    layout.add_argument(
+        "--seq-len", type=positive, default=4096, metavar="N", help="row length in tokens (default: 4096)"
+    )
+    layout.add_argument(
+        "--pack-documents", action="store_true", help="pack whole documents (default: documents concatenated and cut)"
+    )
+    output = p.add_argument_group("output")
+    output.add_argument(
+        "--json", default="outputs/bench_prepare.json", metavar="FILE",
+        help="file for the numbers; '' writes none (default: outputs/bench_prepare.json)",
+    )  # fmt: skip
+    return p
+
+
+def prepare(options: argparse.Namespace) -> int:
+    """Run the bench of the preparation and return its exit status; print the table and write the JSON file.
+
+    Raises:
+        UserError: if a value is out of range, or if corpus or tokenizer cannot be used.
+    """
+    config = PrepareConfig(
+        output="",
+        seq_len=options.seq_len,
+        inputs=tuple(options.input),
+        tokenizer=options.tokenizer,
+        train_tokenizer=None if options.tokenizer else options.train_tokenizer,
+        pack_documents=options.pack_documents,
+    )
+    config.check()
+    _check_output(options.json)
+    result = preparation_bench.measure(config, options.megabytes)
+    result |= {"input": list(config.inputs), "tokenizer": config.tokenizer}
+    _write(preparation_bench.table(result), result, options.json)
+    return 0
+
+
 def _write(text: str, result: dict[str, Any], path: str | None) -> None:
     """Print a table and write its numbers to a JSON file."""
     print(text, flush=True)
@@ -273,6 +345,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[:1] == ["decode"]:
         options, overrides = parse_with_overrides(decode_parser(), argv[1:])
         return guarded(lambda: decode(options, overrides))
+    if argv[:1] == ["prepare"]:
+        options = prepare_parser().parse_args(argv[1:])
+        return guarded(lambda: prepare(options))
     options, overrides = _options(argv)
     if "RANK" not in os.environ:
         return guarded(lambda: start(options, argv, overrides))

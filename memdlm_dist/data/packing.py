@@ -20,24 +20,26 @@ class Concatenation:
 
     def __init__(self, length: int):
         self._length = length
-        self._buffer: list[int] = []
+        self._pieces: list[NDArray[np.uint32]] = []  # tokens of the incomplete last row
+        self._size = 0
         self._all_maskable = np.ones(length, dtype=np.bool_)
 
-    def add(self, tokens: list[int]) -> Iterator[TrainingSequence]:
+    def add(self, tokens: NDArray[np.uint32]) -> Iterator[TrainingSequence]:
         """Add a document and yield the rows that it completes; every token is maskable."""
-        self._buffer += tokens
-        start = 0
-        while len(self._buffer) - start >= self._length:
-            yield TrainingSequence(
-                np.array(self._buffer[start : start + self._length], dtype=np.int64), self._all_maskable
-            )
-            start += self._length
-        del self._buffer[:start]
+        self._pieces.append(tokens)
+        self._size += len(tokens)
+        if self._size < self._length:
+            return
+        stream = np.concatenate(self._pieces)
+        self._size %= self._length
+        self._pieces = [stream[len(stream) - self._size :].copy()]
+        for start in range(0, len(stream) - self._size, self._length):
+            yield TrainingSequence(stream[start : start + self._length].astype(np.int64), self._all_maskable)
 
     @property
     def tail(self) -> int:
         """Number of tokens in the incomplete last row."""
-        return len(self._buffer)
+        return self._size
 
 
 class BestFit:
@@ -72,7 +74,7 @@ class BestFit:
         else:
             free, number = self._free_space.pop(index)
         self.documents += 1
-        self._open_rows[number].append((np.array(piece.tokens, np.uint32), np.array(piece.maskable, np.bool_)))
+        self._open_rows[number].append((piece.tokens, piece.maskable))
         insort(self._free_space, (free - size, number))
         if free == size:
             yield self._close(0)

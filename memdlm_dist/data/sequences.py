@@ -21,8 +21,8 @@ _TOOL_CALLS = ("tool_calls", "function_call")  # keys of a turn
 class Document:
     """Tokens of a document of any length, and a flag for each: only maskable tokens are ever masked and scored."""
 
-    tokens: list[int]
-    maskable: list[bool]
+    tokens: NDArray[np.uint32]
+    maskable: NDArray[np.bool_]
 
     def __getitem__(self, index: slice) -> "Document":
         return Document(self.tokens[index], self.maskable[index])
@@ -89,6 +89,8 @@ def check_text(text: str, name: str) -> None:
     """
     if len(text) > MAX_ROW:
         raise BadRow(f"{name} is longer than {MAX_ROW:,} characters")
+    if text.isascii():
+        return
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -195,7 +197,7 @@ Overlong = Literal["drop", "truncate", "clip-response"]
 
 
 def fine_tuning_document(
-    encoded: list[tuple[list[int], bool]],
+    encoded: list[tuple[NDArray[np.uint32], bool]],
     length: int,
     eos_id: int,
     overlong: Overlong,
@@ -213,17 +215,19 @@ def fine_tuning_document(
     Returns:
         The document, and whether the row was too long. The document is None if the row is dropped.
     """
-    tokens: list[int] = []
-    maskable: list[bool] = []
+    end = np.array([eos_id], dtype=np.uint32)
+    pieces: list[NDArray[np.uint32]] = []
+    flags: list[bool] = []
     for number, (ids, is_response) in enumerate(encoded, start=1):
-        ids = [*ids, eos_id] if is_response and (every_turn or number == len(encoded)) else ids
-        tokens += ids
-        maskable += [is_response] * len(ids)
+        added = [ids, end] if is_response and (every_turn or number == len(encoded)) else [ids]
+        pieces += added
+        flags += [is_response] * len(added)
+    tokens, maskable = np.concatenate(pieces), np.repeat(np.array(flags), [len(piece) for piece in pieces])
     too_long = len(tokens) > length
-    if too_long and (overlong == "drop" or not any(maskable[:length])):
+    if too_long and (overlong == "drop" or not maskable[:length].any()):
         return None, True
     if too_long and overlong == "clip-response":
-        length -= maskable[:length][::-1].index(True)
+        length -= int(maskable[:length][::-1].argmax())
     return Document(tokens, maskable)[:length], too_long
 
 
@@ -235,7 +239,7 @@ def padded(document: Document, length: int, eos_id: int) -> TrainingSequence:
     """
     n_padding = length - len(document.tokens)
     return TrainingSequence(
-        np.array(document.tokens + [eos_id] * n_padding, dtype=np.int64),
-        np.array(document.maskable + [True] * n_padding, dtype=np.bool_),
+        np.pad(document.tokens.astype(np.int64), (0, n_padding), constant_values=eos_id),
+        np.pad(document.maskable, (0, n_padding), constant_values=True),
         content=len(document.tokens),
     )

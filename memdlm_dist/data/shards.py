@@ -60,8 +60,8 @@ class ShardWriter:
 
     Args:
         folder: new or empty folder.
-        card: description of the shards; the writer updates `sequences`, `most_documents`, and `pad_multiple` if
-            all rows turn out to have one length.
+        card: description of the shards; the writer counts `sequences` and `most_documents`, and clears `pad_multiple`
+            if all rows turn out to have one length.
         size_limit: maximum number of bytes of one shard.
         publish: called with the path of each shard as soon as it is written; it may move the file.
     """
@@ -73,7 +73,8 @@ class ShardWriter:
         size_limit: int = SHARD_SIZE,
         publish: Callable[[Path], None] = lambda path: None,
     ):
-        self._folder, self.card = folder, card
+        self._folder, self._card = folder, card
+        self._sequences = self._most_documents = 0
         self._dtype = np.uint16 if card.vocab_size <= 1 << 16 else np.uint32
         shape = "" if card.pad_multiple else f":{card.seq_len}"
         columns = {"tokens": f"ndarray:{self._dtype.__name__}{shape}", "maskable": "bytes"}
@@ -88,15 +89,20 @@ class ShardWriter:
     def write(self, row: TrainingSequence) -> None:
         """Append one row and count it in the card."""
         sample = {"tokens": row.tokens_L.astype(self._dtype), "maskable": np.packbits(row.maskable_L).tobytes()}
-        if self.card.documents:
-            documents = row.documents or (self.card.seq_len,)  # without boundaries a row is one document
+        if self._card.documents:
+            documents = row.documents or (self._card.seq_len,)  # without boundaries a row is one document
             sample["documents"] = np.array(documents, dtype=np.uint32).tobytes()
-            self.card = replace(self.card, most_documents=max(self.card.most_documents, len(documents)))
+            self._most_documents = max(self._most_documents, len(documents))
         self._writer.write(sample)
-        if self.card.pad_multiple or row.content is not None:
+        if self._card.pad_multiple or row.content is not None:
             length = len(row.tokens_L)
             self.lengths.extend((length if row.content is None else row.content, length))
-        self.card = replace(self.card, sequences=self.card.sequences + 1)
+        self._sequences += 1
+
+    @property
+    def card(self) -> Card:
+        """Description of the rows so far."""
+        return replace(self._card, sequences=self._sequences, most_documents=self._most_documents)
 
     @property
     def shards(self) -> list[dict[str, Any]]:
@@ -106,7 +112,7 @@ class ShardWriter:
     @property
     def varies(self) -> bool:
         """True if rows of different lengths were written."""
-        return any(length != self.card.seq_len for length in self.lengths[1::2])
+        return any(length != self._card.seq_len for length in self.lengths[1::2])
 
     def shares(self) -> TokenShares:
         """Return the counts of content and padding so far; fill depends on the batches of a run and is 0 here."""
@@ -122,7 +128,7 @@ class ShardWriter:
             if self.varies:
                 row_lengths.write(self._folder, self.lengths)
             else:
-                self.card = replace(self.card, pad_multiple=0)
+                self._card = replace(self._card, pad_multiple=0)
             (self._folder / CARD).write_text(json.dumps(asdict(self.card), indent=2) + "\n")
 
 

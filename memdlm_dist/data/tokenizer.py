@@ -10,10 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from memdlm_dist.compat.torchtitan import special_token
+from memdlm_dist.data.word_cache import TextEncoder
 from memdlm_dist.errors import UserError, require
 from memdlm_dist.runtime import hub
 from memdlm_dist.runtime.rank_0 import one_line
@@ -96,12 +99,21 @@ class DiffusionTokenizer(HuggingFaceTokenizer):
         Raises:
             ValueError: if a text cannot be encoded without a special token.
         """
-        encoded = [
-            encoding.ids for encoding in self._text_tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        ]
+        return [ids.tolist() for ids in self.encode_arrays(texts)]
+
+    def encode_arrays(self, texts: Sequence[str], parse_special_tokens: bool = False) -> list[NDArray[np.uint32]]:
+        """Return the same ids as `encode_text`, or with `parse_special_tokens` as `encode_plain`; made for corpora.
+
+        The arrays may be read-only.
+
+        Raises:
+            ValueError: if a text cannot be encoded without a special token that it must not contain.
+        """
+        if parse_special_tokens:
+            return self._plain_encoder.encode(texts)
         return [
-            ids if self._reserved_ids.isdisjoint(ids) else self._encode_in_pieces(text)
-            for text, ids in zip(texts, encoded, strict=True)
+            np.array(self._encode_in_pieces(text), dtype=np.uint32) if self._is_reserved[ids].any() else ids
+            for text, ids in zip(texts, self._text_encoder.encode(texts), strict=True)
         ]
 
     def count_special_tokens(self, text: str) -> Counter[str]:
@@ -112,8 +124,9 @@ class DiffusionTokenizer(HuggingFaceTokenizer):
         """Return a special token in a text, before or after normalisation; None if there is none."""
         if match := self._special_token_pattern.search(text):
             return match.group()
-        ids = self._reserved_ids.intersection(*self.encode_plain([text]))
-        return str(self.tokenizer.id_to_token(min(ids))) if ids else None
+        (ids,) = self.encode_arrays([text], parse_special_tokens=True)
+        reserved = ids[self._is_reserved[ids]]
+        return str(self.tokenizer.id_to_token(int(reserved.min()))) if len(reserved) else None
 
     def _encode_in_pieces(self, text: str) -> list[int]:
         """Encode a text cut inside each special token, for models that have the token's text in their vocabulary."""
@@ -152,12 +165,35 @@ class DiffusionTokenizer(HuggingFaceTokenizer):
         return tokenizer
 
     @cached_property
+    def _plain_encoder(self) -> TextEncoder:
+        return TextEncoder(self.tokenizer, self._description)
+
+    @cached_property
+    def _text_encoder(self) -> TextEncoder:
+        special = [{**x, "special": x["content"] in self._special_tokens} for x in self._description["added_tokens"]]
+        return TextEncoder(self._text_tokenizer, {**self._description, "added_tokens": special})
+
+    @cached_property
+    def _description(self) -> dict[str, Any]:
+        """Content of tokenizer.json without vocabulary and merges, which are large."""
+        description: dict[str, Any] = json.loads(self.tokenizer.to_str())
+        description["model"] = {k: v for k, v in description["model"].items() if k not in ("vocab", "merges")}
+        return description
+
+    @cached_property
     def _reserved_ids(self) -> set[int]:
         """Ids that ordinary text must not contain. The unknown token, although often special, is not one of them."""
         added = self.tokenizer.get_added_tokens_decoder().items()
-        model = json.loads(self.tokenizer.to_str())["model"]
+        model = self._description["model"]
         unknown = model.get("unk_id"), self.tokenizer.token_to_id(model.get("unk_token") or "")
         return {i for i, token in added if token.special and i not in unknown} | {self.mask_id, self.eos_id}
+
+    @cached_property
+    def _is_reserved(self) -> NDArray[np.bool_]:
+        """Flag of each token id: it is one of `_reserved_ids`."""
+        flags = np.zeros(self.get_vocab_size(), dtype=np.bool_)
+        flags[list(self._reserved_ids)] = True
+        return flags
 
 
 def train(texts: Iterable[str], size: int, folder: Path) -> DiffusionTokenizer:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from memdlm_dist.errors import EXIT_STATUS
+from memdlm_dist.performance import preparation_bench
 from memdlm_dist.performance.gpu_check.section import last_words
 from memdlm_dist.performance.measure import peak_flops
 from tests.support.launching import run_module
@@ -70,6 +71,35 @@ def test_bench_compares_arrangements_of_mixed_rows(tmp_path):
     assert tokens["grouped by length"] <= tokens["in buckets"] < tokens["padded to seq_len"]
 
 
+def test_bench_of_the_preparation_counts_all_of_the_corpus(tmp_path, capsys):
+    rows = [{"text": f"row {i} of 200: the quick brown fox\n" * 20} for i in range(200)]
+    corpus = tmp_path / "rows.jsonl"
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows) + "no JSON\n")
+    command = ["prepare", "--input", str(corpus), "--train-tokenizer", "300", "--seq-len", "64", "--json"]
+    assert bench.main([*command, str(tmp_path / "bench.json"), "--pack-documents"]) == 0
+    out = capsys.readouterr().out
+    measured = json.loads((tmp_path / "bench.json").read_text())
+    assert measured["megabytes"] == sum(len(row["text"]) for row in rows) / 1e6 and measured["rows"] == 201
+    assert measured["bad_rows"] == 1 and measured["sequences"] * 64 >= measured["tokens"] > 200 * 20
+    assert set(measured["share"]) == {"read", "tokenise", "build", "write"} and min(measured["share"].values()) > 0
+    assert sum(measured["share"].values()) == pytest.approx(1)
+    speed = measured["megabytes"] / sum(measured["cpu_seconds"].values())
+    assert measured["megabytes_per_second"] == pytest.approx(speed) and f"{speed:,.1f}" in out
+    assert bench.main([*command, str(tmp_path / "part.json"), "--megabytes", "0.05"]) == 0
+    assert 0.05 <= json.loads((tmp_path / "part.json").read_text())["megabytes"] < measured["megabytes"]
+
+
+def test_a_nested_stage_counts_once(monkeypatch):
+    times = iter([0.0, 1.0, 3.0, 7.0, 100.0, 108.0])
+    monkeypatch.setattr(preparation_bench.time, "process_time", lambda: next(times))
+    clock = preparation_bench._StageClock()
+    with clock("build"), clock("tokenise"):
+        pass
+    with clock("read"):
+        pass
+    assert clock.seconds == {"read": 8.0, "tokenise": 2.0, "build": 5.0, "write": 0.0}
+
+
 def test_an_error_reaches_torchrun(tmp_path, monkeypatch, root):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -126,6 +156,9 @@ def test_peak_flops_are_of_devices_that_are_known(device, peak):
         (["train_configs/debug.toml", "--processes", "3", "--parallelism.tensor_parallel_degree", "2"], "3 processes"),
         (["train_configs/debug.toml", "--lengths", "64", "63", "--parallelism.context_parallel_degree", "2"], "(63)"),
         (["train_configs/debug.toml", "--training.sequence", "3"], "Unknown key --training.sequence"),
+        (["prepare", "--seq-len", "1"], "--seq-len must be from 2"),
+        (["prepare", "--input", "no/such.jsonl"], "no/such.jsonl matches no file"),
+        (["prepare", "--tokenizer", "./no_such"], "There is no tokenizer.json in ./no_such"),
         (["train_configs/debug.toml", "--json", "pyproject.toml/x.json"], "pyproject.toml/x.json cannot be written"),
     ],
 )

@@ -58,10 +58,23 @@ def decode(tokenizer, ids):
 def test_concatenation_loses_only_the_tail():
     packer = Concatenation(8)
     documents = [[*range(1, 6), 0], [*range(10, 31), 0], [0], [40, 0]]
-    packed = [s for d in documents for s in packer.add(d)]
+    packed = [s for d in documents for s in packer.add(np.array(d, dtype=np.uint32))]
     stream = [t for d in documents for t in d]
     assert np.concatenate([s.tokens_L for s in packed]).tolist() == stream[: len(packed) * 8]
     assert packer.tail == len(stream) % 8 and all(s.maskable_L.all() and not s.documents for s in packed)
+
+
+def test_concatenation_is_that_of_lists():
+    rng = np.random.default_rng(0)
+    packer, buffer, expected, packed = Concatenation(7), [], [], []
+    for size in [*rng.integers(1, 12, 200).tolist(), 100, 7, 14, 1]:
+        document = rng.integers(0, 2**32, size, dtype=np.uint32)
+        packed += [s.tokens_L.tolist() for s in packer.add(document)]
+        buffer += document.tolist()
+        while len(buffer) >= 7:
+            expected.append(buffer[:7])
+            del buffer[:7]
+        assert packed == expected and packer.tail == len(buffer)
 
 
 def test_best_fit_loses_nothing_and_leaves_the_least_room():
@@ -69,7 +82,7 @@ def test_best_fit_loses_nothing_and_leaves_the_least_room():
     best_fit = BestFit(8, eos_id=0)
     starts = np.cumsum([0, *sizes]) + 1
     documents = [
-        Document(list(range(start, start + size)), [i % 2 == 0] * size)
+        Document(np.arange(start, start + size, dtype=np.uint32), np.full(size, i % 2 == 0))
         for i, (start, size) in enumerate(zip(starts, sizes, strict=False))
     ]
     packed = [s for d in documents for s in best_fit.add(d)] + list(best_fit.finish())
@@ -88,27 +101,66 @@ def test_best_fit_loses_nothing_and_leaves_the_least_room():
 def test_best_fit_fills_nearly_everything_and_waits_with_a_bounded_number_of_rows(monkeypatch):
     sizes = np.random.default_rng(0).geometric(1 / 60, 3000).clip(max=256).tolist()
     best_fit = BestFit(256, eos_id=0)
-    packed = [s for size in sizes for s in best_fit.add(Document([1] * size, [True] * size))]
+    packed = [s for size in sizes for s in best_fit.add(Document(np.ones(size, np.uint32), np.ones(size, np.bool_)))]
     packed += best_fit.finish()
     assert sum(sum(s.documents) for s in packed) == sum(sizes) and best_fit.rows == len(packed)
     assert best_fit.tokens > 0.99 * 256 * best_fit.rows
     monkeypatch.setattr(packing, "_OPEN_TOKENS", 0)
     bounded = BestFit(256, eos_id=0)
-    before_finish = sum(1 for size in sizes for _ in bounded.add(Document([1] * size, [True] * size)))
+    before_finish = sum(
+        1 for size in sizes for _ in bounded.add(Document(np.ones(size, np.uint32), np.ones(size, np.bool_)))
+    )
     assert len(list(bounded.finish())) <= 64 < before_finish
 
 
 def test_padding_learns_the_response_and_its_end():
-    parts = [([1, 2, 3], False), ([4, 5], True)]
+    parts = [(np.array([1, 2, 3], np.uint32), False), (np.array([4, 5], np.uint32), True)]
     document, too_long = fine_tuning_document(parts, 8, eos_id=0, overlong="drop")
-    assert document.tokens == [1, 2, 3, 4, 5, 0] and document.maskable == [False] * 3 + [True] * 3 and not too_long
+    assert document.tokens.tolist() == [1, 2, 3, 4, 5, 0] and not too_long
+    assert document.maskable.tolist() == [False] * 3 + [True] * 3
     sequence = padded(document, 8, eos_id=0)
     assert sequence.tokens_L.tolist() == [1, 2, 3, 4, 5, 0, 0, 0]
     assert sequence.maskable_L.tolist() == [False] * 3 + [True] * 5
     assert fine_tuning_document(parts, 5, 0, "drop") == (None, True)
     cut, too_long = fine_tuning_document(parts, 4, 0, "truncate")
-    assert cut.tokens == [1, 2, 3, 4] and cut.maskable == [False] * 3 + [True] and too_long
+    assert cut.tokens.tolist() == [1, 2, 3, 4] and cut.maskable.tolist() == [False] * 3 + [True] and too_long
     assert fine_tuning_document(parts, 3, 0, "truncate") == (None, True), "no response is left to learn from"
+
+
+@pytest.mark.parametrize("overlong", ["drop", "truncate", "clip-response"])
+@pytest.mark.parametrize("every_turn", [True, False])
+def test_fine_tuning_documents_are_those_of_lists(overlong, every_turn):
+    def of_lists(encoded, length):
+        tokens, maskable = [], []
+        for number, (ids, is_response) in enumerate(encoded, start=1):
+            ids = [*ids, 99] if is_response and (every_turn or number == len(encoded)) else ids
+            tokens += ids
+            maskable += [is_response] * len(ids)
+        too_long = len(tokens) > length
+        if too_long and (overlong == "drop" or not any(maskable[:length])):
+            return None, True
+        if too_long and overlong == "clip-response":
+            length -= maskable[:length][::-1].index(True)
+        return (tokens[:length], maskable[:length]), too_long
+
+    rng, outcomes = np.random.default_rng(0), set()
+    for _ in range(300):
+        encoded = [
+            (rng.integers(0, 99, rng.integers(0, 6)).tolist(), bool(rng.integers(2))) for _ in range(rng.integers(1, 5))
+        ]
+        arrays = [(np.array(ids, dtype=np.uint32), is_response) for ids, is_response in encoded]
+        document, too_long = fine_tuning_document(arrays, 9, 99, overlong, every_turn)
+        expected, expected_too_long = of_lists(encoded, 9)
+        assert too_long == expected_too_long and (document is None) == (expected is None)
+        outcomes.add((too_long, document is None))
+        if document is None:
+            continue
+        assert (document.tokens.tolist(), document.maskable.tolist()) == expected
+        row = padded(document, 12, 99)
+        n_padding = 12 - len(expected[0])
+        assert row.tokens_L.tolist() == expected[0] + [99] * n_padding and row.content == len(expected[0])
+        assert row.maskable_L.tolist() == expected[1] + [True] * n_padding
+    assert len(outcomes) == (2 if overlong == "drop" else 3)
 
 
 def test_packed_rows_keep_their_documents(tmp_path):

@@ -96,11 +96,12 @@ def test_rows_are_padded_to_a_multiple_and_no_further(prepared):
 
 
 def test_clipped_responses():
-    parts = [([1, 2], False), ([3, 4], True), ([5, 6], False), ([7, 8], True)]
+    texts = [([1, 2], False), ([3, 4], True), ([5, 6], False), ([7, 8], True)]
+    parts = [(np.array(ids, dtype=np.uint32), is_response) for ids, is_response in texts]
 
     def cut(length, overlong="clip-response"):
         document, too_long = fine_tuning_document(parts, length, 0, overlong)
-        return document and document.tokens, too_long
+        return document and document.tokens.tolist(), too_long
 
     assert cut(10) == ([1, 2, 3, 4, 0, 5, 6, 7, 8, 0], False)
     assert cut(9) == ([1, 2, 3, 4, 0, 5, 6, 7, 8], True)

@@ -6,6 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 
+import numpy as np
+from numpy.typing import NDArray
+
 from memdlm_dist.data import chat, corpus, sequences
 from memdlm_dist.data.corpus import Row
 from memdlm_dist.data.output import SPLITS
@@ -18,6 +21,7 @@ from memdlm_dist.runtime.rank_0 import one_line
 
 _BATCH = 64  # rows tokenised together, on all cores
 _BATCH_LENGTH = 1 << 18  # characters tokenised together if there are several rows; bounds the delay of signals
+_KEY_ENCODER = json.JSONEncoder(sort_keys=True, default=str)
 
 
 def batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
@@ -46,7 +50,7 @@ def is_held_out(row: Row, config: PrepareConfig) -> bool:
     The split depends on the content alone: it is the same wherever the files are, and copies of a row are in the same
     split. In the built-in corpus a row is a whole file.
     """
-    return corpus.is_held_out(json.dumps(row.values, sort_keys=True, default=str), config.held_out)
+    return corpus.is_held_out(_KEY_ENCODER.encode(row.values), config.held_out)
 
 
 @contextlib.contextmanager
@@ -99,6 +103,7 @@ class SequenceBuilder:
         self._concatenations = {split: Concatenation(config.seq_len) for split in SPLITS}
         self._best_fits = {split: BestFit(config.seq_len, diffusion_tokenizer.eos_id) for split in SPLITS}
         self._special_tokens: Counter[str] = Counter()
+        self._end = np.array([diffusion_tokenizer.eos_id], dtype=np.uint32)
 
     def add(self, batch: list[Row]) -> Iterator[tuple[str, TrainingSequence]]:
         """Yield the sequences that a batch of rows completes; documents come last, since they are encoded together."""
@@ -117,10 +122,10 @@ class SequenceBuilder:
                 yield from self._fine_tuning_sequences(encoded, split)
         groups = _group_by_length(_BATCH_LENGTH, texts)
         for ids, split in chain.from_iterable(self._encode_documents(group) for group in groups):
-            self._summary.tokens += len(ids) + 1
-            ids = [*ids, self._tokenizer.eos_id]
+            ids = np.concatenate((ids, self._end))
+            self._summary.tokens += len(ids)
             if self._config.pack_documents:
-                completed = self._best_fits[split].add(Document(ids, [True] * len(ids)))
+                completed = self._best_fits[split].add(Document(ids, np.ones(len(ids), dtype=np.bool_)))
             else:
                 completed = self._concatenations[split].add(ids)
             for sequence in completed:
@@ -132,7 +137,7 @@ class SequenceBuilder:
             raise BadRow(f"none of the known formats; the row's fields are {', '.join(map(repr, row.values))}")
         return row_format
 
-    def _encode_documents(self, texts: list[tuple[Row, str]]) -> Iterator[tuple[list[int], str]]:
+    def _encode_documents(self, texts: list[tuple[Row, str]]) -> Iterator[tuple[NDArray[np.uint32], str]]:
         """Encode documents together; if that fails, encode them one by one to find the bad rows."""
         try:
             with errors_as_bad_rows():
@@ -148,7 +153,7 @@ class SequenceBuilder:
         self._count_special_tokens(text for _, text in texts)
         yield from zip(encoded, splits, strict=True)
 
-    def _encode_segments(self, row: Row, row_format: Format) -> list[tuple[list[int], bool]]:
+    def _encode_segments(self, row: Row, row_format: Format) -> list[tuple[NDArray[np.uint32], bool]]:
         """Encode the segments of a fine-tuning row separately, so that no token spans prompt and response."""
         fields, parse = self._config.fields, self._config.parse_special_tokens
         if self._template is None:
@@ -177,18 +182,19 @@ class SequenceBuilder:
                     "template's markup (pass --parse-special-tokens to allow it)"
                 )
 
-    def _encode(self, texts: list[str], parse_special_tokens: bool) -> list[list[int]]:
-        encoded = (self._tokenizer.encode_plain if parse_special_tokens else self._tokenizer.encode_text)(texts)
-        if any(self._tokenizer.mask_id in ids for ids in encoded):
+    def _encode(self, texts: list[str], parse_special_tokens: bool) -> list[NDArray[np.uint32]]:
+        encoded = self._tokenizer.encode_arrays(texts, parse_special_tokens)
+        if any((ids == self._tokenizer.mask_id).any() for ids in encoded):
             raise BadRow(f"the text contains the mask token '{self._tokenizer.mask_token}', which cannot be a label")
         return encoded
 
     def _count_special_tokens(self, texts: Iterable[str]) -> None:
         for text in texts:
-            self._special_tokens += self._tokenizer.count_special_tokens(text)
+            if counts := self._tokenizer.count_special_tokens(text):
+                self._special_tokens += counts
 
     def _fine_tuning_sequences(
-        self, encoded: list[tuple[list[int], bool]], split: str
+        self, encoded: list[tuple[NDArray[np.uint32], bool]], split: str
     ) -> Iterator[tuple[str, TrainingSequence]]:
         self._summary.tokens += sum(len(ids) for ids, _ in encoded)
         length, eos_id = self._config.seq_len, self._tokenizer.eos_id
