@@ -161,6 +161,7 @@ def test_colours(folder, monkeypatch):
 @pytest.mark.parametrize("longest", [1, 2, 17, 131_072])
 def test_histogram_fits_a_terminal_and_counts_everything(longest):
     values = np.random.default_rng(0).integers(1, longest, 1_000_000, endpoint=True)
+    assert look.histogram(np.array([0, 0])) == [], "such as those of damaged shards"
     lines = look.histogram(values)
     assert len(lines) <= 16 and all(len(line) <= 80 for line in lines)
     rows = [re.match(r" *([\d,]+) - *([\d,]+) (█*) +([\d,]+) ", line).groups() for line in lines]

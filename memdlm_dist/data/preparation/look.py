@@ -102,6 +102,7 @@ def _statistics(values: NDArray[np.int64]) -> str:
 
 def histogram(values: NDArray[np.int64]) -> list[str]:
     """Return the lines of a histogram of positive integers with log-spaced bins."""
+    values = values[values > 0]
     if not len(values):
         return []
     edges = np.unique(np.geomspace(values.min(), values.max() + 1, _BINS + 1).round().astype(np.int64))
