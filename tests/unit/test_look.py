@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 from dataclasses import replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -54,7 +55,9 @@ def folder(tmp_path_factory):
     return folder
 
 
+@cache
 def open_contents(location):
+    """Open an output once: streaming frees the shared memory of a data set only when the process ends."""
     return Contents(str(location), "train", None, "")
 
 
@@ -62,9 +65,12 @@ def report(location, split="train", rows=1000, sequence=0, colour="never", full=
     return look.report(str(location), split, tokenizer, rows, sequence, colour, full)
 
 
-def text_of(location, sequence=0, **options):
-    """Return the text of a sequence, without the lines above it."""
-    return report(location, sequence=sequence, **options).partition("\nSequence ")[2].partition("\n")[2]
+def text_of(location, sequence=0, colour="never", full=False):
+    """Return the text of a sequence, as in the report."""
+    contents = open_contents(location)
+    chosen = contents.sequence(sequence)
+    ends = len(chosen.tokens_L) if full else look._ENDS
+    return look.render(chosen, contents.tokenizer, look.in_colour(colour), ends)
 
 
 def run(capsys, *arguments):
