@@ -20,9 +20,9 @@ def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
 
 
 def parsers(name: str) -> dict[str, argparse.ArgumentParser]:
-    """Return a tool's parsers by subcommand; the bench, whose first argument may be a file, has two of its own."""
+    """Return a tool's parsers by subcommand; the bench, whose first argument may be a file, has three of its own."""
     module = importlib.import_module(f"tools.{name}")
-    alone = {"decode": module.decode_parser()} if name == "bench" else {}
+    alone = {"decode": module.decode_parser(), "prepare": module.prepare_parser()} if name == "bench" else {}
     return {"": module.parser(), **subcommands(module.parser()), **alone}
 
 
