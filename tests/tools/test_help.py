@@ -20,10 +20,11 @@ def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
 
 
 def parsers(name: str) -> dict[str, argparse.ArgumentParser]:
-    """Return a tool's parsers by subcommand; the bench, whose first argument may be a file, has three of its own."""
+    """Return a tool's parsers by subcommand; some tools need no subcommand, and have a parser for each other one."""
     module = importlib.import_module(f"tools.{name}")
-    alone = {"decode": module.decode_parser(), "prepare": module.prepare_parser()} if name == "bench" else {}
-    return {"": module.parser(), **subcommands(module.parser()), **alone}
+    alone = {"bench": ["decode", "prepare"]}.get(name, [])
+    others = {command: getattr(module, f"{command}_parser")() for command in alone}
+    return {"": module.parser(), **subcommands(module.parser()), **others}
 
 
 def examples(text: str) -> list[list[str]]:

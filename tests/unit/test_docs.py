@@ -54,8 +54,8 @@ def test_commands_of_tools_can_be_parsed(root, capsys):
             continue
         name, argv = Path(words[named[0]]).stem, words[named[0] + 1 :]
         module, parser = importlib.import_module(f"tools.{name}"), "parser"
-        if name == "bench" and argv[:1] in (["decode"], ["prepare"]):
-            argv, parser = argv[1:], f"{argv[0]}_parser"
+        if argv and hasattr(module, f"{argv[0]}_parser"):
+            parser, argv = f"{argv[0]}_parser", argv[1:]
         elif name == "bench" and argv and argv[0].endswith(".toml"):
             argv = argv[1:]  # the bench takes its configuration from the argument list itself
         try:
