@@ -8,7 +8,7 @@
 #   bash launch/setup.sh dev
 #
 # Arguments:
-#   EXTRA   optional dependency group of pyproject.toml: nf4, s3, eval, wandb or dev (default: none)
+#   EXTRA   optional dependency group of pyproject.toml: nf4, s3, eval, wandb, cluster or dev (default: none)
 # Environment:
 #   PYTHON  Python 3.11 or 3.12 interpreter that creates .venv (default: python3)
 set -euo pipefail
