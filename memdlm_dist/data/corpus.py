@@ -206,10 +206,11 @@ def _json_rows(segment: Segment, skip: int) -> Iterator[Row]:
     url, is_array = segment.source.url, ".json" in Path(segment.source.url).suffixes
     with open_bytes(url, segment.source.size) as (raw, file):
         end = segment.end
-        position = _seek_line(file, segment.start, end) if segment.start else _skip_bom(file, url)
+        # A byte order mark counts as a part of the first line, which begins at 0 even in a very short segment.
+        position, mark = (_seek_line(file, segment.start, end), 0) if segment.start else (0, _skip_bom(file, url))
         lines = _json_file_rows(file.read(), url) if is_array else _lines(file)
         for number, (line, size) in enumerate(lines, start=1):
-            begin, position = position, position + size
+            begin, position = position, position + size + (mark if number == 1 else 0)
             if end is not None and begin >= end:
                 return
             if line is not None and not line.strip():
@@ -219,15 +220,15 @@ def _json_rows(segment: Segment, skip: int) -> Iterator[Row]:
                 yield _SKIPPED
                 continue
             location = f"{url}:{number}" if not segment.start else f"{url}:byte {begin:,}"
-            offset = raw.tell() if segment.is_stream else position - segment.start
+            offset = min(raw.tell() if segment.is_stream else position - segment.start, segment.size)
             if line is None or len(line) > MAX_ROW:
                 yield Row(location, {}, f"longer than {MAX_ROW:,} bytes", size, offset)
             else:
-                yield replace(_json_row(location, line), size=size, offset=min(offset, segment.size))
+                yield replace(_json_row(location, line), size=size, offset=offset)
 
 
 def _skip_bom(file: io.BufferedReader, url: str) -> int:
-    """Skip the byte order mark at the beginning of a file, and return the position.
+    """Skip the byte order mark at the beginning of a file, and return its size.
 
     Raises:
         UserError: if the file is not UTF-8.

@@ -18,9 +18,11 @@ TOKENIZER = "tokenizer"
 SPLITS = ("train", "heldout")
 SUMMARY = "summary.json"
 
-_TOKENIZER_FILES = r"(tokenizer|tokenizer_config|special_tokens_map)\.json|chat_template\.jinja"
+_TEMPORARY = r"\.\d+\.tmp"  # end of the name of a file that is being written, see `Storage`
+_TOKENIZER_FILES = rf"((tokenizer|tokenizer_config|special_tokens_map)\.json|chat_template\.jinja)({_TEMPORARY})?"
+_PART = r"\d{6,}-\d{4,}"
 # Shards are in one folder for each part of a unit; those of earlier versions are next to the index.
-_SHARD_FILES = r"(index|memdlm)\.json|lengths\.npy|(\d{6,}-\d{4,}/)?shard\.\d{5,}\.mds(\.\d+\.tmp)?"
+_SHARD_FILES = rf"((index|memdlm)\.json|lengths\.npy|({_PART}/)?shard\.\d{{5,}}\.mds)({_TEMPORARY})?"
 # Folder -> pattern of the names of the files that a preparation writes to it.
 _FILE_PATTERNS = {TOKENIZER: _TOKENIZER_FILES, **dict.fromkeys(SPLITS, _SHARD_FILES)}
 
@@ -56,11 +58,8 @@ def check(output: Path, names: tuple[str, ...], overwrite: bool) -> None:
         raise UserError(f"{summary} exists already; choose another --output or pass --overwrite to replace it.")
 
 
-def replace(output: Path, names: tuple[str, ...], summary: str) -> None:
+def replace(output: Path, names: tuple[str, ...]) -> None:
     """Replace folders by their staged versions, see `staged_name`, which hold all files.
-
-    Args:
-        summary: content of summary.json.
 
     Raises:
         UserError: if a folder cannot be replaced without losing a file of the user; see `check`.
@@ -69,8 +68,11 @@ def replace(output: Path, names: tuple[str, ...], summary: str) -> None:
     partial = {name: _partial_path(output / name) for name in names}
     with deferring_signals():
         for name, path in partial.items():
-            _write_manifest(path, sorted(file for file in _files(path) if re.fullmatch(_FILE_PATTERNS[name], file)))
-        (output / SUMMARY).write_text(summary)
+            files = [file for file in _files(path) if re.fullmatch(_FILE_PATTERNS[name], file)]
+            unfinished = {file for file in files if re.search(rf"{_TEMPORARY}$", file)}  # left by a killed command
+            for file in unfinished:
+                (path / file).unlink()
+            _write_manifest(path, sorted({*files} - unfinished))
         _replace_folders(output, partial)
 
 
@@ -128,13 +130,18 @@ def _write_manifest(folder: Path, files: list[str] | None) -> None:
 def _foreign_file(folder: Path, pattern: str) -> str | None:
     """Return the first file or link in a folder that no preparation wrote; None if there is none."""
     prepared = _prepared_files(folder, pattern)
-    folders = {str(Path(name).parent) for name in prepared}
+    folders = {str(Path(name).parent) for name in prepared} | _empty_parts(folder)
     for name in sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")):
         path = folder / name
         is_ours = (name in prepared and path.is_file()) or (name in folders and path.is_dir())
         if not is_ours or path.is_symlink():
             return name
     return None
+
+
+def _empty_parts(folder: Path) -> set[str]:
+    """Return the names of empty folders for shards, which a command makes that is killed before it writes a shard."""
+    return {path.name for path in folder.iterdir() if re.fullmatch(_PART, path.name) and not _files(path)}
 
 
 def _files(folder: Path) -> list[str]:
@@ -189,7 +196,7 @@ def _remove(folder: Path, pattern: str) -> None:
     for name in sorted(prepared, key=(INDEX, CARD, MANIFEST).__contains__):
         if (folder / name).is_file() and not (folder / name).is_symlink():
             (folder / name).unlink()
-    for name in {str(Path(name).parent) for name in prepared} - {"."}:
+    for name in ({str(Path(name).parent) for name in prepared} - {"."}) | _empty_parts(folder):
         with contextlib.suppress(OSError):
             (folder / name).rmdir()
     with contextlib.suppress(OSError):

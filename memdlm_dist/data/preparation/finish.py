@@ -12,13 +12,14 @@ import numpy as np
 
 from memdlm_dist.compat import streaming
 from memdlm_dist.data import output, row_lengths
-from memdlm_dist.data.output import CARD, INDEX, LENGTHS, SPLITS, SUMMARY
+from memdlm_dist.data.output import CARD, INDEX, LENGTHS, SPLITS
 from memdlm_dist.data.preparation import summary
 from memdlm_dist.data.preparation.summary import Summary
 from memdlm_dist.data.preparation.work_folder import Record, WorkFolder
 from memdlm_dist.data.shards import Card
 from memdlm_dist.errors import UserError
 
+_NONE = np.empty(0, np.uint32)
 _SHOWN = 5  # missing units that a message names
 _REQUESTS = 16  # records that are read at the same time
 
@@ -75,13 +76,10 @@ def finish(
             for name in (LENGTHS, INDEX, CARD):
                 if (folder / name).exists():
                     work.storage.take(folder / name, f"{work.staged(split)}/{name}")
-        content = json.dumps(summary.to_json(counts), indent=2) + "\n"
-        if work.storage.remote:
-            work.storage.write(SUMMARY, content.encode())
-        else:
-            work.mark_finished()
-            output.replace(Path(work.location), names, content)
-    work.remove()
+    work.mark_finished(counts)
+    if not work.storage.remote:
+        output.replace(Path(work.location), names)
+    work.complete()
     return counts
 
 
@@ -100,7 +98,7 @@ def _write_split(folder: Path, split: str, records: Sequence[Record], card: Card
     else:
         (folder / INDEX).write_text(json.dumps({"version": 2, "shards": []}))
     rows = [record.summary.sequences[split] for record in with_rows]
-    varies = any(split in record.lengths for record in with_rows)
+    varies = any((record.lengths.get(split, _NONE)[1::2] != card.seq_len).any() for record in with_rows)
     if varies:
         parts = [
             record.lengths.get(split, np.full(2 * n, card.seq_len)) for record, n in zip(with_rows, rows, strict=True)

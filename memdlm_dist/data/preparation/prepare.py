@@ -253,6 +253,8 @@ def _begin(config: PrepareConfig, plan: Plan, all_units: Sequence[Unit]) -> _Pre
                 pad_multiple=config.padding,
             )
             if not work.storage.remote:
+                if config.partition is None:  # another partition may be at the same point
+                    output.discard(Path(location))  # files whose records are gone
                 for name in names:
                     output.begin(Path(location, work.staged(name)))
             if TOKENIZER in names:

@@ -125,7 +125,7 @@ def _prepare_part(job: Job, work: WorkFolder, rows: _Rows, number: int) -> Recor
             summary,
             {split: writer.shards for split, writer in writers.items() if writer.shards},
             {split: writer.card.most_documents for split, writer in writers.items()},
-            {split: np.array(writer.lengths) for split, writer in writers.items() if writer.varies},
+            {split: np.array(writer.lengths) for split, writer in writers.items() if writer.lengths},
         )
         job.check_parent()
         try:

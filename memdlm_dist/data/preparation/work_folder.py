@@ -5,9 +5,11 @@ preparation can be killed at any time, and the same command goes on.
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
+import shutil
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -19,18 +21,22 @@ import numpy as np
 from memdlm_dist.compat import streaming
 from memdlm_dist.data import output
 from memdlm_dist.data.corpus import Source
-from memdlm_dist.data.output import SPLITS, SUMMARY
+from memdlm_dist.data.output import SPLITS, SUMMARY, TOKENIZER
 from memdlm_dist.data.preparation import summary
 from memdlm_dist.data.preparation.request import PrepareConfig
 from memdlm_dist.data.preparation.summary import Summary
 from memdlm_dist.data.shards import HASH, Card
 from memdlm_dist.errors import UserError, require
 from memdlm_dist.runtime.storage import Storage, is_remote
+from memdlm_dist.runtime.writer import LEASE, LOCK
 
 FOLDER = "memdlm_units"
 PLAN = "plan.json"
 _SETUP = "setup.json"
 _FINISHED = "finished.json"
+# Names of the files of the records, and of folders in which commands work, such as the locks of partitions.
+_RECORDS = r"((plan|setup|finished|duplicates)\.json|\d+-\d+\.json|\d+\.(hashes|duplicates))(\.\d+\.tmp)?"
+_FINGERPRINT, _SCRATCH, _PARTITION = r"[0-9a-f]{12}", r"scratch(-\d+-of-\d+)?", r"partition-\d+-of-\d+"
 _FORMAT = 1
 # Settings on which no byte of the output depends.
 _FREE = {
@@ -83,6 +89,8 @@ class Plan:
             if before.get(url) != now.get(url):
                 change = "is new" if url not in before else "is gone" if url not in now else "has changed"
                 return f"the input {url} {change}"
+        if [url for url, *_ in other.sources] != [url for url, *_ in self.sources]:
+            return "the inputs were in another order"
         return "it was begun by another version of memdlm_dist"
 
 
@@ -111,7 +119,7 @@ class Record:
         summary: counts of the part.
         shards: split -> entries of its index.json, if the part has rows in the split.
         most_documents: split -> largest number of documents in a row.
-        lengths: split -> content and padded length of each row, if rows of the part have different lengths.
+        lengths: split -> content and padded length of each row, of fine-tuning rows.
     """
 
     unit: int
@@ -225,7 +233,7 @@ class WorkFolder:
                 break
             try:
                 found.append(Record.from_json(self.storage.read_json(self.path(name))))
-            except (FileNotFoundError, ValueError, TypeError, KeyError):
+            except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError, zlib.error):
                 break
         return found
 
@@ -244,14 +252,51 @@ class WorkFolder:
                         return False
         return True
 
-    def mark_finished(self) -> None:
-        """Record that all files are written, so that only the folders must still be replaced."""
-        self.storage.write_json(self.path(_FINISHED), {})
+    def mark_finished(self, counts: Summary) -> None:
+        """Record that all files but summary.json are written; on disk, the folders must still be replaced."""
+        self.storage.write_json(self.path(_FINISHED), summary.to_json(counts))
 
-    def remove(self) -> None:
-        """Remove all records at the output, after the preparation has finished."""
-        self.storage.remove(self._folder, first=PLAN)
-        self.storage.remove(FOLDER)
+    @property
+    def must_be_completed(self) -> bool:
+        """True if a command on disk was killed after it had replaced the folders."""
+        if _FINISHED not in self.names():
+            return False
+        return not any(Path(self.location, self.staged(name)).exists() for name in (TOKENIZER, *SPLITS))
+
+    def complete(self) -> None:
+        """Write summary.json and remove all records at the output, after everything else is in place."""
+        self.storage.write_json(SUMMARY, self.storage.read_json(self.path(_FINISHED)))
+        if self.storage.remote:
+            self.storage.remove(self._folder, first=PLAN)
+            self.storage.remove(FOLDER)
+        else:
+            _remove_records(Path(self.location, FOLDER))
+
+
+def _remove_records(folder: Path) -> None:
+    """Remove the records of all preparations from a folder on disk, and no other file."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_symlink() or not path.is_dir():
+            continue
+        if re.fullmatch(_SCRATCH, path.name):
+            shutil.rmtree(path, ignore_errors=True)
+        pattern = _RECORDS if re.fullmatch(_FINGERPRINT, path.name) else None
+        if re.fullmatch(_PARTITION, path.name):
+            pattern = "|".join(map(re.escape, (LOCK, LEASE)))
+        if pattern is None:
+            continue
+        # After an interrupted removal there is either a plan that can be read, or none.
+        order = (_FINISHED, PLAN, _SETUP)
+        for file in sorted(path.iterdir(), key=lambda file: order.index(file.name) if file.name in order else -1):
+            if re.fullmatch(pattern, file.name) and file.is_file():
+                file.unlink()
+        _remove_if_empty(path)
+    _remove_if_empty(folder)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def read_plan(location: str) -> tuple[WorkFolder, Plan]:
@@ -288,8 +333,8 @@ def recover(location: str) -> None:
         return
     output.recover(Path(location))
     for work, _ in unfinished(location):
-        if _FINISHED in work.names():
-            work.remove()
+        if work.must_be_completed:
+            work.complete()
 
 
 def check_output(location: str, names: tuple[str, ...], plan: Plan, overwrite: bool) -> None:
@@ -339,6 +384,7 @@ def discard(location: str) -> None:
             for split in SPLITS:
                 for name in {record.partition(".")[0] for record in work.names() if re.match(r"\d+-\d+\.", record)}:
                     storage.remove(f"{split}/{name}")
+        storage.remove(FOLDER)
     else:
         output.discard(Path(location))
-    Storage(location).remove(FOLDER)
+        _remove_records(Path(location, FOLDER))
