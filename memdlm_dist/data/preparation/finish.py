@@ -3,6 +3,7 @@
 import json
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from memdlm_dist.data.shards import Card
 from memdlm_dist.errors import UserError
 
 _SHOWN = 5  # missing units that a message names
+_READERS = 16  # records read at the same time
 
 
 def check_complete(work: WorkFolder, n_units: int) -> list[Record]:
@@ -28,8 +30,9 @@ def check_complete(work: WorkFolder, n_units: int) -> list[Record]:
     """
     names = work.names()
     records, missing = [], []
-    for unit in range(n_units):
-        found = work.records(unit, names)
+    with ThreadPoolExecutor(_READERS if work.storage.remote else 1) as pool:
+        of_units = list(pool.map(lambda unit: work.records(unit, names), range(n_units)))
+    for unit, found in enumerate(of_units):
         if not (found and found[-1].last):
             missing.append(unit)
         records += found
