@@ -21,7 +21,7 @@ from memdlm_dist.data.compression import is_compressed, open_bytes
 from memdlm_dist.data.sequences import MAX_ROW
 from memdlm_dist.errors import UserError, require
 from memdlm_dist.runtime.rank_0 import one_line
-from memdlm_dist.runtime.storage import retrying
+from memdlm_dist.runtime.storage import StoreError, retrying
 
 # Errors from reading a file that is damaged or does not match its suffix.
 _UNREADABLE = (
@@ -162,6 +162,8 @@ def check_unchanged(source: Source) -> None:
         info = retrying(lambda: filesystem.info(path), f"Looking at {source.url}")
     except FileNotFoundError:
         raise UserError(f"The input {source.url} is gone since the preparation began; restore it.") from None
+    except StoreError as error:
+        raise _unanswered(source.url, error) from None
     except Exception as error:  # each remote file system has different error classes
         raise UserError(f"The input {source.url} cannot be accessed ({one_line(error)}); correct --input.") from None
     size, version = info.get("size") or 0, _version(info)
@@ -170,6 +172,13 @@ def check_unchanged(source: Source) -> None:
         f"The input {source.url} has changed since the preparation began ({source.size:,} bytes, version "
         f"{source.version or 'unknown'}; now {size:,} bytes, version {version or 'unknown'}); restore it, or prepare "
         "the data anew with --overwrite.",
+    )
+
+
+def _unanswered(url: str, error: StoreError) -> UserError:
+    return UserError(
+        f"The store of the input {url} does not answer ({one_line(error)}); check the store or the connection. "
+        "Finished units are kept: the same command goes on from there."
     )
 
 
@@ -196,6 +205,8 @@ def rows(segment: Segment, skip: int = 0) -> Iterator[Row]:
         yield from reader(segment, skip)
     except UserError:
         raise
+    except StoreError as error:
+        raise _unanswered(url, error) from None
     except _UNREADABLE as error:
         raise UserError(
             f"The input {url} cannot be read ({one_line(error)}); replace it, or leave it out of --input."

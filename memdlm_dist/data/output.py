@@ -76,6 +76,11 @@ def replace(output: Path, names: tuple[str, ...]) -> None:
         _replace_folders(output, partial)
 
 
+def is_tokenizer_file(name: str) -> bool:
+    """Return whether a preparation writes a file of this name to the folder of the tokenizer."""
+    return re.fullmatch(_TOKENIZER_FILES, name) is not None
+
+
 def staged_name(name: str) -> str:
     """Return the name of the folder in which the new version of a folder is written."""
     return _partial_path(Path(name)).name

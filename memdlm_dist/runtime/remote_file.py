@@ -43,7 +43,8 @@ class RemoteFile(io.RawIOBase):
         """Fill `buffer` and return the number of bytes; 0 is the end of the file.
 
         Raises:
-            OSError: if the store does not answer for `storage.PATIENCE` seconds, or answers with other bytes.
+            StoreError: if the store does not answer for `storage.PATIENCE` seconds.
+            OSError: if the file is gone, or the store answers with other bytes.
         """
         start, end = self._position, min(self._position + len(buffer), self._size)
         if start >= end:

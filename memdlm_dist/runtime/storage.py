@@ -25,6 +25,10 @@ FIRST_WAIT = 1.0  # seconds before the first retry
 _PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError, ImportError)
 
 
+class StoreError(OSError):
+    """Error of a store that did not answer, or answered with an error, for `PATIENCE` seconds."""
+
+
 def is_remote(location: str) -> bool:
     """Return whether `location` is a URL, not a path on disk."""
     return "://" in location
@@ -38,8 +42,8 @@ def retrying(action: Callable[[], T], description: str) -> T:
         description: the action for the log, such as "Reading s3://...".
 
     Raises:
-        Exception: the last attempt's error. Errors that a retry does not fix, such as a missing object or a missing
-            permission, are raised at once.
+        StoreError: with the last attempt's error as its text and cause. Errors that a retry does not fix, such as a
+            missing object or a missing permission, are raised at once and unchanged.
     """
     began, wait = time.monotonic(), FIRST_WAIT
     while True:
@@ -48,9 +52,11 @@ def retrying(action: Callable[[], T], description: str) -> T:
         except _PERMANENT:
             raise
         except Exception as error:  # each remote file system has different error classes
-            if time.monotonic() + wait - began > PATIENCE:
-                raise
-            logger.warning(f"{description} failed ({error}); trying again in {wait:g} s.")
+            left = began + PATIENCE - time.monotonic()
+            if left <= 0:
+                raise StoreError(str(error) or type(error).__name__) from error
+            wait = min(wait, left)  # the last attempt is at the end
+            logger.warning(f"{description} failed ({error}); trying again in {wait:.2g} s.")
             time.sleep(wait)
             wait *= 2
 
@@ -58,7 +64,7 @@ def retrying(action: Callable[[], T], description: str) -> T:
 class Storage:
     """Files under one location. Names are relative to the location, with "/" as separator.
 
-    All operations on a URL are retried: see `retrying`.
+    All operations on a URL are retried, and raise a StoreError in the end: see `retrying`.
 
     Args:
         location: a path or a URL.

@@ -19,7 +19,10 @@ from tests.support.launching import Launched, debug, run_many, run_module, scala
 from tests.support.zygote import ROOT
 from tools import bench
 
-SCRIPTS = ["launch/train.sh", "launch/multinode.sh", "launch/slurm.sbatch", "launch/setup.sh", "launch/quickstart.sh"]
+SCRIPTS = [
+    "launch/train.sh", "launch/multinode.sh", "launch/slurm.sbatch", "launch/prepare.sbatch", "launch/setup.sh",
+    "launch/quickstart.sh",
+]  # fmt: skip
 LOSS = "loss_metrics/global_avg_loss"
 COMMON = ["--training.local_batch_size", "2", "--checkpoint.enable", "--checkpoint.interval", "5"]
 TIMEOUT = 180
@@ -47,6 +50,27 @@ def test_mistakes_on_several_nodes(variables, message):
     assert done.returncode == 2 and message in done.stderr
     done = subprocess.run(["bash", "launch/slurm.sbatch"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "name a configuration" in done.stderr
+
+
+def test_tasks_of_a_job_array_prepare_partitions(tmp_path):
+    """Slurm's variables become the partition and the number of workers."""
+    (tmp_path / "python").write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$PWD" "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+
+    def prepare(**variables: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"PYTHON": str(tmp_path / "python"), "SLURM_SUBMIT_DIR": str(ROOT)} | variables
+        command = ["bash", f"{ROOT}/launch/prepare.sbatch", "--text-field", "a b", "--output", "s3://b/o"]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    array = {"SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "3", "SLURM_ARRAY_TASK_COUNT": "4"}
+    done = prepare(**array, SLURM_ARRAY_TASK_ID="2", SLURM_CPUS_PER_TASK="6")
+    assert done.returncode == 0 and done.stdout.splitlines() == [
+        str(ROOT), "tools/prepare_data.py", "--text-field", "a b", "--output", "s3://b/o", "--workers", "6",
+        "--partition", "2/4",
+    ]  # fmt: skip
+    for variables, sentence in [({}, "this is no job array"), (array | {"SLURM_ARRAY_TASK_MIN": "1"}, "numbered 0, 1")]:
+        done = prepare(**variables)
+        assert done.returncode == 2 and sentence in done.stderr and not done.stdout
 
 
 THREADS, ALLOCATOR = "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF"

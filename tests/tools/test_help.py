@@ -67,11 +67,13 @@ def test_help_has_purpose_examples_and_groups(name):
 
 
 def test_help_of_launch_scripts():
-    assert len(SCRIPTS) == 8
+    assert len(SCRIPTS) == 9
     for script in SCRIPTS:
         done = subprocess.run(["bash", script, "-h"], cwd=ROOT, capture_output=True, text=True, check=True)
         purpose, _, usage, *lines = done.stdout.splitlines()
         assert 20 < len(purpose) <= 120 and purpose.endswith("."), script
-        assert usage.startswith("Usage: ") and not any(line.startswith(("#", "set ")) for line in lines), script
+        assert usage.startswith("Usage: ") and not any(line.startswith(("#", "SBATCH", "set ")) for line in lines), (
+            script
+        )
         assert any(re.match(rf"  ([A-Z_]+=\S+ )*(bash|sbatch .*) ?{script}", line) for line in lines), script
         assert len(lines) > 5 and max(map(len, done.stdout.splitlines())) <= 120, script

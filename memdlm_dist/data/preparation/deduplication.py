@@ -17,7 +17,7 @@ from memdlm_dist.data.preparation.jobs import Job, ProgressMark
 from memdlm_dist.data.preparation.request import PrepareConfig
 from memdlm_dist.data.preparation.sequence_builder import errors_as_bad_rows
 from memdlm_dist.data.preparation.units import Unit
-from memdlm_dist.data.preparation.work_folder import WorkFolder
+from memdlm_dist.data.preparation.work_folder import WorkFolder, outages_explained
 from memdlm_dist.data.sequences import BadRow
 from memdlm_dist.errors import UserError
 
@@ -76,7 +76,8 @@ def hash_unit(job: Job) -> None:
             hashes += row_hash(row, job.config)
             mark.update(offset, 0)
     job.check_parent()
-    work.storage.write(work.path(_hashes_name(job.unit.number)), bytes(hashes))
+    with outages_explained(work.location):
+        work.storage.write(work.path(_hashes_name(job.unit.number)), bytes(hashes))
 
 
 def without_hashes(work: WorkFolder, all_units: Sequence[Unit]) -> list[Unit]:

@@ -31,7 +31,7 @@ def check_complete(work: WorkFolder, n_units: int) -> list[Record]:
         UserError: if a unit is not finished, or a shard is missing.
     """
     names = work.names()
-    with ThreadPoolExecutor(_REQUESTS) as pool:
+    with ThreadPoolExecutor(_REQUESTS if work.storage.remote else 1) as pool:
         by_unit = list(pool.map(lambda unit: work.records(unit, names), range(n_units)))
     if missing := [unit for unit, found in enumerate(by_unit) if not (found and found[-1].last)]:
         shown = ", ".join(map(str, missing[:_SHOWN])) + (", ..." if len(missing) > _SHOWN else "")

@@ -56,13 +56,13 @@ def prepare(config: PrepareConfig, report: Callable[[str], None] = tqdm.write) -
     if config.tokenizer is not None and (origin := hub.origin(config.tokenizer)) is not None:
         repositories.append(str(origin))
     plan = work_folder.new_plan(config, files, _fingerprint(config.tokenizer), len(all_units), repositories)
-    with _writing(config):
+    partition = f"/{FOLDER}/partition-{_partition_name(config)}" if config.partition is not None else ""
+    with _writing(str(config.output), partition):
         preparation = _begin(config, plan, all_units)
         try:
             return preparation.run(report)
         except BaseException:
-            if preparation.work.is_empty and config.partition is None:
-                work_folder.discard(str(config.output))
+            _discard_if_empty(preparation.work, config)
             raise
         finally:
             shutil.rmtree(preparation.scratch, ignore_errors=True)
@@ -74,7 +74,7 @@ def merge(location: str, overwrite: bool) -> Summary:
     Raises:
         UserError: if a unit is missing, or the output cannot be written to.
     """
-    with claimed(location, this_process()):
+    with _writing(location):
         work_folder.recover(location)
         work, plan = work_folder.read_plan(location)
         card, names = work.setup()
@@ -91,13 +91,22 @@ def _complete(work: WorkFolder, plan: Plan, card: Card, names: tuple[str, ...]) 
     return finish.finish(work, records, card, names, plan.repositories)
 
 
+def _discard_if_empty(work: WorkFolder, config: PrepareConfig) -> None:
+    """Remove the traces of a preparation that failed before any work was done."""
+    with contextlib.suppress(OSError):  # the first error is the one to report
+        if work.is_empty and config.partition is None:
+            work_folder.discard(work.location)
+
+
 @contextlib.contextmanager
-def _writing(config: PrepareConfig) -> Iterator[None]:
-    """Claim the output, or a partition of it, and turn failures to write into sentences."""
-    location = str(config.output)
-    partition = f"/{FOLDER}/partition-{_partition_name(config)}" if config.partition is not None else ""
+def _writing(location: str, partition: str = "") -> Iterator[None]:
+    """Claim the output, or a partition of it, and turn failures to write into sentences.
+
+    Args:
+        partition: path of the partition in the output.
+    """
     try:
-        with claimed(location + partition, this_process()):
+        with work_folder.outages_explained(location), claimed(location + partition, this_process()):
             yield
     except OSError as error:
         raise UserError(
@@ -239,6 +248,7 @@ def _begin(config: PrepareConfig, plan: Plan, all_units: Sequence[Unit]) -> _Pre
     try:
         place = f"{location}/{work.staged(TOKENIZER) if TOKENIZER in names else TOKENIZER}"
         if not work.has_begun:
+            work.claim(plan)
             folder = str(Path(scratch, TOKENIZER))
             if TOKENIZER in names:
                 made = _make_tokenizer(config, work, all_units, folder, scratch)
@@ -260,12 +270,11 @@ def _begin(config: PrepareConfig, plan: Plan, all_units: Sequence[Unit]) -> _Pre
             if TOKENIZER in names:
                 for path in Path(folder).iterdir():
                     work.storage.take(path, f"{work.staged(TOKENIZER)}/{path.name}")
-            work.begin(plan, card, names)
+            work.begin(card, names)
         card, names = work.setup()
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
-        if work.is_empty and config.partition is None:
-            work_folder.discard(location)
+        _discard_if_empty(work, config)
         raise
     return _Preparation(config, plan, work, names, card, place, all_units, scratch)
 

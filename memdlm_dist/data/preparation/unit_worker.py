@@ -1,6 +1,5 @@
 """Preparation of one unit in a worker process: read, tokenise, pack, write shards, record what is finished."""
 
-import errno
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,14 +16,12 @@ from memdlm_dist.data.preparation.jobs import Job, ProgressMark
 from memdlm_dist.data.preparation.request import PrepareConfig
 from memdlm_dist.data.preparation.sequence_builder import SequenceBuilder, batches
 from memdlm_dist.data.preparation.summary import Summary
-from memdlm_dist.data.preparation.work_folder import Record, WorkFolder, part_name
+from memdlm_dist.data.preparation.work_folder import Record, WorkFolder, outages_explained, part_name, unwritable
 from memdlm_dist.data.shards import ShardWriter
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError
 from memdlm_dist.runtime.rank_0 import one_line
-from memdlm_dist.runtime.storage import Storage, is_remote
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+from memdlm_dist.runtime.storage import Storage, StoreError, is_remote
 
 
 def prepare_unit(job: Job) -> list[Record]:
@@ -35,7 +32,7 @@ def prepare_unit(job: Job) -> list[Record]:
     """
     job.begin()
     work = WorkFolder(*job.work)
-    with ProgressMark(job.scratch, job.unit.number) as mark:
+    with outages_explained(work.location), ProgressMark(job.scratch, job.unit.number) as mark:
         records = work.records(job.unit.number)
         damaged = next((i for i, record in enumerate(records) if not work.is_intact(record)), len(records))
         records = records[:damaged]
@@ -98,7 +95,7 @@ def _prepare_part(job: Job, work: WorkFolder, rows: _Rows, number: int) -> Recor
         try:
             work.storage.take(shard, f"{work.staged(split)}/{name}/{shard.name}")
         except Exception as error:  # each remote file system has different error classes
-            raise _unwritable(job.config.output, error) from None
+            raise unwritable(job.config.output, error) from None
 
     try:
         with ExitStack() as stack:
@@ -131,8 +128,10 @@ def _prepare_part(job: Job, work: WorkFolder, rows: _Rows, number: int) -> Recor
         try:
             work.write(record)
         except Exception as error:  # each remote file system has different error classes
-            raise _unwritable(job.config.output, error) from None
+            raise unwritable(job.config.output, error) from None
         return record
+    except StoreError:
+        raise  # of the output, not of the scratch folder
     except OSError as error:
         raise UserError(
             f"The folder {job.scratch} cannot be written to ({one_line(error)}); free space there, or choose another "
@@ -140,14 +139,6 @@ def _prepare_part(job: Job, work: WorkFolder, rows: _Rows, number: int) -> Recor
         ) from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _unwritable(location: object, error: Exception) -> UserError:
-    remedy = "free space there" if isinstance(error, OSError) and error.errno in _FULL else "check the folder or store"
-    return UserError(
-        f"The output {location} cannot be written to ({one_line(error)}); {remedy}. Finished units are kept: the same "
-        "command goes on from there."
-    )
 
 
 @cache

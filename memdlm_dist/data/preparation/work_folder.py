@@ -6,12 +6,13 @@ preparation can be killed at any time, and the same command goes on.
 
 import base64
 import contextlib
+import errno
 import hashlib
 import json
 import re
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from memdlm_dist.data.preparation.request import PrepareConfig
 from memdlm_dist.data.preparation.summary import Summary
 from memdlm_dist.data.shards import HASH, Card
 from memdlm_dist.errors import UserError, require
-from memdlm_dist.runtime.storage import Storage, is_remote
+from memdlm_dist.runtime.rank_0 import one_line
+from memdlm_dist.runtime.storage import Storage, StoreError, is_remote
 from memdlm_dist.runtime.writer import LEASE, LOCK
 
 FOLDER = "memdlm_units"
@@ -38,6 +40,8 @@ _FINISHED = "finished.json"
 _RECORDS = r"((plan|setup|finished|duplicates)\.json|\d+-\d+\.json|\d+\.(hashes|duplicates))(\.\d+\.tmp)?"
 _FINGERPRINT, _SCRATCH, _PARTITION = r"[0-9a-f]{12}", r"scratch(-\d+-of-\d+)?", r"partition-\d+-of-\d+"
 _FORMAT = 1
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_PART = r"\d{6,}-\d{4,}"
 # Settings on which no byte of the output depends.
 _FREE = {
     "output",
@@ -187,15 +191,18 @@ class WorkFolder:
         """Return the names of all files of the records."""
         return set(self.storage.sizes(self._folder))
 
-    def begin(self, plan: Plan, card: Card, names: tuple[str, ...]) -> None:
-        """Write the plan; from then on, the same command goes on with the preparation.
+    def claim(self, plan: Plan) -> None:
+        """Write the plan, which comes before all other files: what follows belongs to this preparation."""
+        self.storage.write_json(self.path(PLAN), asdict(plan))
+
+    def begin(self, card: Card, names: tuple[str, ...]) -> None:
+        """Record that tokenizer and folders are made, so that units can be prepared.
 
         Args:
             card: of the shards, without counts.
             names: folders that the preparation writes.
         """
         self.storage.write_json(self.path(_SETUP), {"card": asdict(card), "names": names})
-        self.storage.write_json(self.path(PLAN), asdict(plan))
 
     def setup(self) -> tuple[Card, tuple[str, ...]]:
         """Return the card and the folder names that `begin` wrote."""
@@ -204,8 +211,8 @@ class WorkFolder:
 
     @property
     def has_begun(self) -> bool:
-        """True if the plan is written."""
-        return PLAN in self.names()
+        """True if units can be prepared: plan, tokenizer and card are written."""
+        return {PLAN, _SETUP} <= self.names()
 
     @property
     def is_empty(self) -> bool:
@@ -305,20 +312,19 @@ def read_plan(location: str) -> tuple[WorkFolder, Plan]:
     Raises:
         UserError: if there is none.
     """
-    found = unfinished(location)
-    if not found:
-        raise UserError(
-            f"There is no unfinished preparation in {location}; prepare the data, or name the --output of its "
-            "partitions."
-        )
-    return found[0]
+    for work, plan in unfinished(location):
+        if work.has_begun:
+            return work, plan
+    raise UserError(
+        f"There is no unfinished preparation in {location}; prepare the data, or name the --output of its partitions."
+    )
 
 
 def unfinished(location: str) -> list[tuple[WorkFolder, Plan]]:
     """Return the preparations that were begun at an output and not finished."""
     storage, found = Storage(location), []
     for fingerprint, size in sorted(storage.sizes(FOLDER).items()):
-        if size is None:
+        if size is None and re.fullmatch(r"[0-9a-f]{12}", fingerprint):  # leases of partitions are there too
             try:
                 plan = Plan(**storage.read_json(f"{FOLDER}/{fingerprint}/{PLAN}"))
             except (FileNotFoundError, ValueError, TypeError):
@@ -378,13 +384,37 @@ def _check_store(location: str, names: tuple[str, ...], begun: bool, overwrite: 
 
 def discard(location: str) -> None:
     """Remove the records and the staged files of all unfinished preparations at an output."""
-    if is_remote(location):
-        storage = Storage(location)
-        for work, _ in unfinished(location):
-            for split in SPLITS:
-                for name in {record.partition(".")[0] for record in work.names() if re.match(r"\d+-\d+\.", record)}:
-                    storage.remove(f"{split}/{name}")
-        storage.remove(FOLDER)
-    else:
+    storage = Storage(location)
+    if not storage.remote:
         output.discard(Path(location))
         _remove_records(Path(location, FOLDER))
+        return
+    if unfinished(location):
+        # The check before a preparation found neither shards nor a tokenizer, so these are of unfinished ones. Shards
+        # of a part that was interrupted have no record.
+        for split in SPLITS:
+            for name in storage.sizes(split):
+                if re.fullmatch(_PART, name):
+                    storage.remove(f"{split}/{name}")
+        for name in storage.sizes(TOKENIZER):
+            if output.is_tokenizer_file(name):
+                storage.remove(f"{TOKENIZER}/{name}")
+    storage.remove(FOLDER)
+
+
+def unwritable(location: object, error: Exception) -> UserError:
+    """Return the error for an output that cannot be written to."""
+    remedy = "free space there" if isinstance(error, OSError) and error.errno in _FULL else "check the folder or store"
+    return UserError(
+        f"The output {location} cannot be written to ({one_line(error)}); {remedy}. Finished units are kept: the same "
+        "command goes on from there."
+    )
+
+
+@contextlib.contextmanager
+def outages_explained(location: object) -> Iterator[None]:
+    """Turn the error of an output's store that does not answer into a sentence."""
+    try:
+        yield
+    except StoreError as error:
+        raise unwritable(location, error) from None

@@ -1,14 +1,15 @@
-"""Workers: processes of this machine, or a Dask or Ray cluster, both through joblib."""
+"""Workers: processes of this machine through joblib, or a Dask or Ray cluster."""
 
-import contextlib
+import asyncio
+import logging
 import os
 import sys
-import warnings
-from collections import Counter
+import uuid
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import joblib
 
@@ -20,7 +21,8 @@ from memdlm_dist.runtime.rank_0 import one_line
 
 T = TypeVar("T")
 
-_ATTEMPTS = 3  # of a unit whose worker process ends
+_ATTEMPTS = 3  # of a unit whose worker process ends; Dask's default is the same
+_CONNECTING = 20.0  # seconds for which a Dask cluster is awaited
 _SCHEMES = ("dask", "ray")
 
 
@@ -87,18 +89,22 @@ def _in_processes(action: Callable[[Job], T], jobs: Sequence[Job], workers: int)
             interrupted = _interrupted(jobs[0].scratch) & waiting.keys()
             ended.update(interrupted)
             for number in sorted(interrupted):
-                require(
-                    ended[number] < _ATTEMPTS,
-                    f"Unit {waiting[number].unit} was interrupted {_ATTEMPTS} times because a worker process ended, "
-                    "perhaps for lack of memory; lower --workers, or look for an enormous row in its files. Finished "
-                    "units are kept: the same command goes on from there.",
-                )
+                if ended[number] >= _ATTEMPTS:
+                    raise _interrupted_error(waiting[number], "lower --workers") from None
             numbers = ", ".join(map(str, sorted(interrupted))) or "none"
             print(
                 f"A worker process ended unexpectedly, perhaps for lack of memory; its units are done again (in "
                 f"progress: {numbers}).",
                 file=sys.stderr,
             )
+
+
+def _interrupted_error(job: Job, remedy: str) -> UserError:
+    return UserError(
+        f"Unit {job.unit} was interrupted {_ATTEMPTS} times because a worker process ended, perhaps for lack of "
+        f"memory; {remedy}, or look for an enormous row in its files. Finished units are kept: the same command goes "
+        "on from there."
+    )
 
 
 def _interrupted(scratch: str) -> set[int]:
@@ -110,38 +116,68 @@ def _interrupted(scratch: str) -> set[int]:
 
 
 def _on_cluster(action: Callable[[Job], T], jobs: Sequence[Job], address: str) -> Iterator[tuple[Job, T]]:
-    shared = {job.unit.number: replace(job, parallel=True) for job in jobs}
+    shared = [replace(job, parallel=True) for job in jobs]
+    scheme, _, host = address.partition("://")
     try:
-        with _backend(address) as (options, how), joblib.parallel_config(**options):
-            pool = joblib.Parallel(n_jobs=-1, return_as=how, batch_size=1)
-            for number, result in pool(joblib.delayed(do)(pack(action, job)) for job in shared.values()):
-                yield shared[number], result
-    except UserError:
+        yield from (_on_dask if scheme == "dask" else _on_ray)(action, shared, host)
+    except (UserError, GeneratorExit):
         raise
-    except Exception as error:  # each cluster has different error classes
+    except (Exception, asyncio.CancelledError) as error:  # each cluster has different error classes
         raise UserError(
             f"The cluster {address} failed ({type(error).__name__}: {one_line(error)}); look at its log. Finished "
             "units are kept: the same command goes on from there."
         ) from None
 
 
-@contextlib.contextmanager
-def _backend(address: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """Connect to a cluster; yield joblib's configuration and the way in which it returns results."""
-    scheme, _, host = address.partition("://")
-    if scheme == "dask":
-        from distributed import Client
+def _on_dask(action: Callable[[Job], T], jobs: Sequence[Job], host: str) -> Iterator[tuple[Job, T]]:
+    """Do jobs on a Dask cluster by Dask's own client: joblib's waits forever for the job of a worker that is killed."""
+    from distributed import Client, KilledWorker, as_completed
 
-        with Client(f"tcp://{host}") as client:
-            yield {"backend": "dask", "client": client}, "generator_unordered"
-    else:
-        import ray
-        from ray.util.joblib import register_ray
+    logging.getLogger("distributed.utils").setLevel(logging.CRITICAL)  # tracebacks of a lost connection
+    with Client(f"tcp://{host}", timeout=_CONNECTING, set_as_default=False) as client:
+        waiting, submitted = deque(jobs), as_completed(loop=client.loop)
+        by_key: dict[str, Job] = {}
 
-        ray.init(address=address, log_to_driver=False)
-        try:
-            with warnings.catch_warnings():
-                register_ray()
-                yield {"backend": "ray"}, "generator_unordered"
-        finally:
-            ray.shutdown()
+        def submit() -> None:
+            """Submit one job for each thread: Dask blames all jobs that a worker has when it ends."""
+            while waiting and len(by_key) < max(sum(client.nthreads().values()), 1):
+                job = waiting.popleft()
+                key = f"unit-{job.unit.number}-{uuid.uuid4().hex}"
+                by_key[key] = job
+                submitted.add(client.submit(do, pack(action, job), key=key, pure=False))
+
+        submit()
+        for future in submitted:
+            job = by_key.pop(future.key)
+            try:
+                _, result = future.result()
+                yield job, result
+            except KilledWorker:
+                raise _interrupted_error(job, "give the cluster's workers more memory") from None
+            submit()
+
+
+def _on_ray(action: Callable[[Job], T], jobs: Sequence[Job], host: str) -> Iterator[tuple[Job, T]]:
+    """Do jobs on a Ray cluster as tasks: its joblib backend returns results only when all jobs have ended."""
+    import ray
+    from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
+
+    ray.init(address=f"ray://{host}", log_to_driver=False)
+    try:
+        task = ray.remote(max_retries=_ATTEMPTS - 1)(do)
+        waiting, running = deque(jobs), {}
+        while waiting or running:
+            while waiting and len(running) < max(int(ray.cluster_resources().get("CPU", 1)), 1):
+                job = waiting.popleft()
+                running[task.remote(pack(action, job))] = job
+            (ended,), _ = ray.wait(list(running))
+            job = running.pop(ended)
+            try:
+                _, result = ray.get(ended)
+                yield job, result
+            except (WorkerCrashedError, OutOfMemoryError):
+                raise _interrupted_error(job, "give the cluster's workers more memory") from None
+            except RayTaskError as error:
+                raise error.cause from None
+    finally:
+        ray.shutdown()
