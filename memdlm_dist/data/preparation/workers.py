@@ -5,7 +5,6 @@ import logging
 import os
 import sys
 import uuid
-import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -162,15 +161,25 @@ def _on_dask(action: Callable[[Job], T], jobs: Sequence[Job], host: str) -> Iter
 
 
 def _on_ray(action: Callable[[Job], T], jobs: Sequence[Job], host: str) -> Iterator[tuple[Job, T]]:
+    """Do jobs on a Ray cluster as tasks: its joblib backend returns results only when all jobs have ended."""
     import ray
-    from ray.util.joblib import register_ray
+    from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
 
     ray.init(address=f"ray://{host}", log_to_driver=False)
     try:
-        with warnings.catch_warnings():
-            register_ray()
-            with joblib.parallel_config(backend="ray"):
-                pool = joblib.Parallel(n_jobs=-1, return_as="generator_unordered", batch_size=1)
-                yield from pool(joblib.delayed(_do)(action, job) for job in jobs)
+        task = ray.remote(max_retries=_ATTEMPTS - 1)(_do)
+        waiting, running = deque(jobs), {}
+        while waiting or running:
+            while waiting and len(running) < max(int(ray.cluster_resources().get("CPU", 1)), 1):
+                job = waiting.popleft()
+                running[task.remote(action, job)] = job
+            (ended,), _ = ray.wait(list(running))
+            job = running.pop(ended)
+            try:
+                yield ray.get(ended)
+            except (WorkerCrashedError, OutOfMemoryError):
+                raise _interrupted_error(job, "give the cluster's workers more memory") from None
+            except RayTaskError as error:
+                raise error.cause from None
     finally:
         ray.shutdown()
