@@ -1,8 +1,10 @@
 """Preparation from a store and to a store: the local bytes, through outages, within the limit of the scratch folder."""
 
+import contextlib
 import gzip
 import json
 import re
+import time
 from pathlib import Path
 
 import fsspec
@@ -18,7 +20,6 @@ from memdlm_dist.data.dataset import TokenDataset, open_dataset
 from memdlm_dist.data.output import MANIFEST
 from memdlm_dist.data.preparation import prepare, unit_worker, work_folder
 from memdlm_dist.data.preparation.request import PrepareConfig
-from memdlm_dist.data.preparation.work_folder import FOLDER
 from memdlm_dist.errors import UserError
 from memdlm_dist.runtime import storage, writer
 from tests.support.object_store import BUCKET, object_store
@@ -152,29 +153,21 @@ def test_any_other_file_system(inputs, local):
     assert content("memory://prepared") == content(local)
 
 
-def test_requests_grow_with_the_number_of_units(store, monkeypatch):
+def test_listings_do_not_grow_with_the_number_of_units(store, monkeypatch):
     """The records of all units are listed a fixed number of times."""
-    requests: list[tuple[str, str]] = []
-    plain = s3fs.S3FileSystem._call_s3
+    listings: list[str] = []
 
-    async def counted(self, method, *arguments, **options):
-        requests.append((method, options.get("Prefix", "")))
-        return await plain(self, method, *arguments, **options)
+    def counted(plain):
+        return lambda self, name="": listings.append(name) or plain(self, name)
 
-    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", counted)
-
-    def listings(limit: int, unit_size: int) -> tuple[int, int, int]:
-        """Return the listings of the records and of the shards, and the number of all other requests."""
-        requests.clear()
-        run(url(f"counted-{unit_size}"), url("in/a.jsonl"), unit_size=unit_size, held_out=0.0)
-        found = [prefix for method, prefix in requests if method == "list_objects_v2"]
-        records = [prefix for prefix in found if re.search(rf"{FOLDER}/[0-9a-f]{{12}}/$", prefix)]
-        splits = [prefix for prefix in found if re.search(r"/(train|heldout)/$", prefix)]
-        return len(records), len(splits), len(requests) - len(records) - len(splits)
-
-    few, many = listings(5, 1700), listings(5, 1000)
-    assert few[:2] == many[:2] and many[0] < 10 and many[1] < 6
-    assert few[2] < many[2] < few[2] + 15 * 10
+    for method in ("sizes", "find"):
+        monkeypatch.setattr(storage.Storage, method, counted(getattr(storage.Storage, method)))
+    numbers = []
+    for unit_size in (1700, 1000):
+        listings.clear()
+        run(url(f"counted-{unit_size}"), url("in/a.jsonl"), unit_size=unit_size)
+        numbers.append(len(listings))
+    assert numbers[0] == numbers[1] and 5 < numbers[0] < 20
 
 
 # Resume and refusal.
@@ -295,3 +288,52 @@ def test_a_store_that_is_gone_is_named(store, one_file, monkeypatch, what, sente
     storage.Storage(out).remove(writer.LEASE)  # expires after a minute
     run(out, url("in/a.jsonl"))
     assert content(out) == one_file
+
+
+@pytest.mark.slow
+def test_twenty_seconds_without_a_store(store, one_file, monkeypatch):
+    monkeypatch.setattr(storage, "FIRST_WAIT", 1.0)
+    shut = away(monkeypatch, store, 20)
+    began = time.monotonic()
+    run(url("long"), url("in/a.jsonl"))
+    assert content(url("long")) == one_file and len(shut) == 2 and time.monotonic() - began > 40
+
+
+# Scratch folder.
+
+
+def folder_size(folder: Path) -> int:
+    sizes = []
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # a shard that has just been uploaded
+            sizes.append(path.stat().st_size * path.is_file())
+    return sum(sizes)
+
+
+def test_scratch_stays_within_its_limit(store, tmp_path, monkeypatch):
+    """Shards leave the scratch folder one at a time; it is largest before each upload."""
+    shard, other = 1 << 13, 30_000
+    (tmp_path / "rows.jsonl").write_text(jsonl(ROWS * 10))
+    monkeypatch.setattr(shards.ShardWriter.__init__, "__defaults__", (shard, lambda path: None))
+    monkeypatch.setattr(prepare, "SHARD_SIZE", shard)
+    monkeypatch.setattr(prepare, "_OTHER_SCRATCH", other)
+    sizes, take = [], storage.Storage.take
+
+    def taking(self, source, name):
+        sizes.append(folder_size(tmp_path / "scratch"))
+        take(self, source, name)
+
+    monkeypatch.setattr(storage.Storage, "take", taking)
+    options = {"scratch": str(tmp_path / "scratch"), "unit_size": 1 << 20}
+    run(url("scratch"), str(tmp_path / "rows.jsonl"), scratch_limit=shard + other, workers=8, **options)
+    uploaded = sum(len(data) for name, data in content(url("scratch")).items() if name.endswith(".mds"))
+    assert uploaded > 2 * (shard + other) and shard < max(sizes) <= shard + other
+    assert not list((tmp_path / "scratch").iterdir())
+    with pytest.raises(UserError, match=r"^--scratch-limit 38,191 is too small: a worker needs 38,192 bytes"):
+        run(url("scratch-2"), str(tmp_path / "rows.jsonl"), scratch_limit=shard + other - 1, **options)
+    assert not content(url("scratch-2"))
+
+
+def test_fewer_workers_share_a_small_scratch_folder():
+    config = PrepareConfig("s3://b/o", 32, workers=8, scratch_limit=3 * (shards.SHARD_SIZE + prepare._OTHER_SCRATCH))
+    assert prepare.n_workers(config) == 3

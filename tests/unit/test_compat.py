@@ -10,6 +10,7 @@ import logging
 import sys
 from types import SimpleNamespace
 
+import joblib
 import numpy as np
 import pytest
 import streaming.base.shared.prefix as shared_prefix
@@ -23,6 +24,8 @@ import torchtitan.models.moe.moe as titan_moe
 import torchtitan.models.moe.utils as titan_moe_utils
 import torchtitan.tools.utils as titan_utils
 import torchtitan.train as titan_train
+from joblib._parallel_backends import LokyBackend
+from joblib.externals.loky.process_executor import TerminatedWorkerError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from streaming import StreamingDataset
@@ -39,11 +42,14 @@ from torch.nn.attention import SDPBackend
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import ConfigManager
 
+from memdlm_dist.compat import joblib as joblib_seam
 from memdlm_dist.compat import streaming as streaming_seam
 from memdlm_dist.compat import torch as torch_seam
 from memdlm_dist.compat import torchao, torchrun
 from memdlm_dist.compat import torchtitan as titan_seam
 from memdlm_dist.compat.torch import skip_if_flagged, supports_reuse_of_stagers, supports_skip_flag
+from memdlm_dist.data.sequences import TrainingSequence
+from memdlm_dist.data.shards import Card, ShardWriter
 from memdlm_dist.models.attention import BidirectionalAttentionKernel
 from memdlm_dist.runtime import device
 
@@ -269,6 +275,46 @@ def test_streaming_downloads_by_a_table_of_classes():
     assert "self._event" in inspect.getsource(StreamingDataset)
     assert "self._unique_rank_world" in inspect.getsource(StreamingDataset)
     assert len(streaming_seam.checksum("xxh64", b"x")) == 16
+
+
+def test_streaming_flushes_a_shard_before_it_names_it(tmp_path):
+    """Our writer moves each shard away as soon as `flush_shard` returns; later steps need only its index entry."""
+    moved = []
+    with ShardWriter(tmp_path / "out", Card(4, 9, 0, 1), 200, lambda path: moved.append(path.read_bytes())) as writer:
+        plain = writer._writer.publish
+        writer._writer.publish = lambda name: (plain(name), (tmp_path / "out" / name).unlink())
+        for _ in range(20):
+            writer.write(TrainingSequence(np.arange(4), np.ones(4, dtype=bool)))
+    entries = json.loads((tmp_path / "out/index.json").read_text())["shards"]
+    assert entries == writer.shards and len(entries) == len(moved) > 2
+    assert [entry["raw_data"]["bytes"] for entry in entries] == [len(content) for content in moved]
+    assert [entry["raw_data"]["hashes"]["xxh64"] for entry in entries] == [
+        streaming_seam.checksum("xxh64", content) for content in moved
+    ]
+
+
+def test_streaming_merges_indices_in_the_order_in_which_they_are_given(tmp_path):
+    for name in ("b", "a"):
+        (tmp_path / name).mkdir()
+        shard = {"raw_data": {"basename": "s.mds"}, "zip_data": None, "samples": 1}
+        (tmp_path / name / "index.json").write_text(json.dumps({"version": 2, "shards": [shard]}))
+    streaming_seam.merge_indices([f"{tmp_path}/{name}/index.json" for name in ("b", "a")], str(tmp_path / "merged"))
+    merged = json.loads((tmp_path / "merged/index.json").read_text())
+    assert merged["version"] == 2
+    assert [shard["raw_data"]["basename"] for shard in merged["shards"]] == ["b/s.mds", "a/s.mds"]
+
+
+def test_joblib_raises_lokys_error_if_a_worker_ends():
+    assert joblib_seam.WORKER_ENDED in TerminatedWorkerError.__mro__
+    with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
+        assert list(joblib.Parallel(n_jobs=1, return_as="generator_unordered")([joblib.delayed(abs)(-1)])) == [1]
+    assert LokyBackend.supports_return_generator and LokyBackend.supports_inner_max_num_threads
+
+
+def test_dask_names_the_job_whose_workers_end():
+    distributed = pytest.importorskip("distributed")
+    assert {"key", "pure"} <= set(parameters(distributed.Client.submit))
+    assert "loop" in parameters(distributed.as_completed.__init__) and issubclass(distributed.KilledWorker, Exception)
 
 
 def test_the_harness_has_a_command_line_and_methods_for_token_ids():

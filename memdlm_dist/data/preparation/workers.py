@@ -165,7 +165,8 @@ def _on_ray(action: Callable[[Job], T], jobs: Sequence[Job], host: str) -> Itera
     ray.init(address=f"ray://{host}", log_to_driver=False)
     try:
         task = ray.remote(max_retries=_ATTEMPTS - 1)(do)
-        waiting, running = deque(jobs), {}
+        waiting = deque(jobs)
+        running: dict[ray.ObjectRef, Job] = {}
         while waiting or running:
             while waiting and len(running) < max(int(ray.cluster_resources().get("CPU", 1)), 1):
                 job = waiting.popleft()
