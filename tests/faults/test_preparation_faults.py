@@ -24,7 +24,7 @@ from tests.unit.test_parallel_preparation import DONE, TOKENIZER, digests, docum
 from tests.unit.test_preparation import jsonl
 from tools import prepare_data
 
-PATIENCE = 12.0  # seconds, on a busy machine
+PATIENCE = 60.0  # seconds, on a busy machine
 
 
 @pytest.fixture(autouse=True)
