@@ -1,8 +1,11 @@
 """Jobs that workers do, and the files by which they report their progress."""
 
 import os
+import signal
+import threading
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from memdlm_dist.data.preparation.request import PrepareConfig
@@ -38,11 +41,27 @@ class Job:
         """Set up the worker process."""
         if self.parallel:
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        if self.parent is not None:
+            # A terminal sends Ctrl-C to the workers as well. The command alone answers it, and ends them.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            _follow(self.parent)
 
     def check_parent(self) -> None:
         """End this process if the command that started it was killed: another one may be writing to the output."""
         if self.parent is not None and os.getppid() != self.parent:
             os._exit(1)
+
+
+@cache
+def _follow(parent: int) -> None:
+    """End this process soon after its parent, even in the middle of a unit."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_PERIOD)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="parent").start()
 
 
 class ProgressMark:

@@ -4,9 +4,10 @@ import contextlib
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from tqdm import tqdm
 
@@ -28,6 +29,8 @@ from memdlm_dist.runtime import hub
 from memdlm_dist.runtime.rank_0 import one_line
 from memdlm_dist.runtime.storage import is_remote
 from memdlm_dist.runtime.writer import claimed, this_process
+
+T = TypeVar("T")
 
 _OTHER_SCRATCH = 16 << 20  # bytes that a worker needs in the scratch folder besides one shard
 
@@ -196,17 +199,26 @@ class _Preparation:
             if unit.number % count == index
         ]
 
+    def _progress(self, label: str, jobs: Sequence[Job]) -> Progress:
+        return Progress(label, sum(job.unit.size for job in jobs), self.scratch)
+
+    def _results(
+        self, action: Callable[[Job], T], jobs: Sequence[Job]
+    ) -> "contextlib.closing[Generator[tuple[Job, T], None, None]]":
+        """Return a context of the jobs' results; an error in it ends the workers before anything is removed."""
+        return contextlib.closing(workers.results(action, jobs, n_workers(self.config), self.config.cluster))
+
     def _hash(self) -> None:
         jobs = self._jobs(deduplication.without_hashes(self.work, self.units))
-        with Progress("Hashing", sum(job.unit.size for job in jobs), self.scratch) as progress:
-            for job, _ in workers.results(deduplication.hash_unit, jobs, n_workers(self.config), self.config.cluster):
+        with self._progress("Hashing", jobs) as progress, self._results(deduplication.hash_unit, jobs) as results:
+            for job, _ in results:
                 progress.finish_unit(job.unit.size, 0)
 
     def _prepare_units(self, report: Callable[[str], None]) -> list[Record]:
         jobs, found, shown = self._jobs(self.units), [], 0
         finished = {name.partition("-")[0] for name in self.work.names() if "-" in name}
-        with Progress("Tokenising", sum(job.unit.size for job in jobs), self.scratch) as progress:
-            for job, records in workers.results(prepare_unit, jobs, n_workers(self.config), self.config.cluster):
+        with self._progress("Tokenising", jobs) as progress, self._results(prepare_unit, jobs) as results:
+            for job, records in results:
                 found += records
                 bad_rows = sum(record.summary.bad_rows for record in records)
                 progress.finish_unit(job.unit.size, bad_rows, earlier=f"{job.unit.number:06d}" in finished)

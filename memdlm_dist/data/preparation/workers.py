@@ -6,7 +6,7 @@ import os
 import sys
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -54,7 +54,7 @@ def check_cluster(address: str) -> None:
 
 def results(
     action: Callable[[Job], T], jobs: Sequence[Job], workers: int, cluster: str | None = None
-) -> Iterator[tuple[Job, T]]:
+) -> Generator[tuple[Job, T], None, None]:
     """Do jobs and yield each with its result, in the order in which they end.
 
     With one worker the jobs are done in this process, where the tokenizer may use all cores.
@@ -79,15 +79,26 @@ def results(
 def _in_processes(action: Callable[[Job], T], jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, T]]:
     waiting = {job.unit.number: replace(job, parallel=True, parent=os.getpid()) for job in jobs}
     ended: Counter[int] = Counter()
+    ends = 0  # since the last result
     while waiting:
+        # The end of one worker ends them all. So a unit's last attempt is made alone, where no other unit can end it.
+        alone = next((job for number, job in waiting.items() if ended[number] == _ATTEMPTS - 1), None)
+        todo = list(waiting.values()) if alone is None else [alone]
         try:
             with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
                 pool = joblib.Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1)
-                for number, result in pool([joblib.delayed(do)(pack(action, job)) for job in waiting.values()]):
+                for number, result in pool(joblib.delayed(do)(pack(action, job)) for job in todo):
+                    ends = 0
                     yield waiting.pop(number), result
-        except WORKER_ENDED:
+        except WORKER_ENDED as error:
             interrupted = _interrupted(jobs[0].scratch) & waiting.keys()
             ended.update(interrupted)
+            ends += 1
+            require(
+                bool(interrupted) or ends < _ATTEMPTS,
+                f"Worker processes end before they begin with a unit ({one_line(error)}); free memory, or lower "
+                "--workers. Finished units are kept: the same command goes on from there.",
+            )
             for number in sorted(interrupted):
                 if ended[number] >= _ATTEMPTS:
                     raise _interrupted_error(waiting[number], "lower --workers") from None
