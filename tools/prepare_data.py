@@ -17,7 +17,7 @@ Examples:
       --mask-token '<|mdm_mask|>' --overlong clip-response --seq-len 4096 --output data/longalpaca_8b
 
   # A corpus of terabytes in a store, as one of 200 jobs (launch/prepare.sbatch); then prepare_data.py merge
-  python tools/prepare_data.py --input 's3://bucket/corpus/**.jsonl' --tokenizer LLaDA-8B-Base \
+  python tools/prepare_data.py --input 's3://bucket/corpus/**/*.jsonl' --tokenizer LLaDA-8B-Base \
       --mask-token '<|mdm_mask|>' --seq-len 4096 --output s3://bucket/tokens --partition 0/200
 
 Writes train, heldout, tokenizer and summary.json to --output. On disk, --overwrite replaces these, and never a file
@@ -29,6 +29,7 @@ prepare_data.py inspect (show prepared data).
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import get_args
@@ -123,7 +124,8 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--hash-only",
         action="store_true",
-        help="with --deduplicate, write only the hashes of the rows; run this for all partitions first",
+        help="with --deduplicate, only hash the rows and, without --partition, compare the hashes; run this for all "
+        "partitions first, then without --partition",
     )
     data.add_argument("--strict", action="store_true", help="stop at the first bad row instead of counting it")
     tokens = p.add_argument_group("tokenizer")
@@ -257,21 +259,24 @@ def size(text: str) -> int:
     """Parse a size such as 64mb into bytes (argparse type).
 
     Raises:
-        ValueError: if the text is not a size of at least one byte.
+        argparse.ArgumentTypeError: if the text is not a size of at least one byte.
     """
-    return positive(str(size_in_bytes(text)))
+    try:
+        return positive(str(size_in_bytes(text)))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not a size; write one such as 64mb or 1gb") from None
 
 
 def partition(text: str) -> tuple[int, int]:
     """Parse I/N, with I from 0 to N - 1 (argparse type).
 
     Raises:
-        ValueError: if the text is something else.
+        argparse.ArgumentTypeError: if the text is something else.
     """
-    index, count = map(int, text.split("/"))
-    if not 0 <= index < count:
-        raise ValueError
-    return index, count
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text} is not a partition; write I/N, with I from 0 to N - 1")
+    return int(match[1]), int(match[2])
 
 
 def inspect_parser() -> argparse.ArgumentParser:
@@ -308,6 +313,7 @@ def inspect(options: argparse.Namespace) -> int:
     Raises:
         UserError: if the data are missing or damaged, or have no such sequence.
     """
+    require(bool(options.folder.strip()), "FOLDER is empty; name an output of prepare_data.py, or a folder of shards.")
     quiet()
     look.show(
         look.report(
@@ -346,6 +352,11 @@ def get_request(options: argparse.Namespace) -> PrepareConfig:
         UserError: if --output is empty.
     """
     require(bool(options.output.strip()), "--output is empty; name a folder to write to.")
+    require(all(name.strip() for name in options.input or ()), "--input is empty; name files, folders or URLs to read.")
+    require(
+        options.cluster is None or options.scratch_limit is None,
+        "--scratch-limit bounds the processes of this machine and has no effect with --cluster; omit one of them.",
+    )
     require(
         options.deduplicate or not options.hash_only,
         "--hash-only is the first pass of --deduplicate; give both.",

@@ -230,7 +230,7 @@ def _json_rows(segment: Segment, skip: int) -> Iterator[Row]:
                 skip -= 1
                 yield _SKIPPED
                 continue
-            location = f"{url}:{number}" if not segment.start else f"{url}:byte {begin:,}"
+            location = f"{url}:{number}" if not segment.start else f"{url}:byte {begin + 1}"
             offset = min(raw.tell() if segment.is_stream else position - segment.start, segment.size)
             if line is None or len(line) > MAX_ROW:
                 yield Row(location, {}, f"longer than {MAX_ROW:,} bytes", size, offset)

@@ -127,6 +127,19 @@ class Storage:
 
         return self._try(listing, name)
 
+    def exists(self, name: str) -> bool:
+        """Return whether a file exists."""
+
+        def look() -> bool:
+            self._fs.invalidate_cache()
+            try:
+                self._fs.info(self._path(name))  # fsspec's own `exists` and `isfile` take any error for an answer
+            except FileNotFoundError:
+                return False
+            return True
+
+        return self._try(look, name)
+
     def read(self, name: str) -> bytes:
         """Return a file's content."""
         return self._try(lambda: self._fs.cat_file(self._path(name)), name)

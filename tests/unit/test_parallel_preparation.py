@@ -18,10 +18,11 @@ import pyarrow.parquet
 import pytest
 
 from memdlm_dist.data import shards
-from memdlm_dist.data.preparation import deduplication, prepare, units
+from memdlm_dist.data.preparation import deduplication, prepare, tokenizer_sample, units
+from memdlm_dist.data.preparation.jobs import Job
 from memdlm_dist.data.preparation.request import PrepareConfig
 from memdlm_dist.data.preparation.work_folder import FOLDER, WorkFolder
-from memdlm_dist.data.shards import ShardWriter
+from memdlm_dist.data.shards import Card, ShardWriter
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError
 from memdlm_dist.runtime import writer
@@ -170,6 +171,7 @@ def test_partitions_make_the_same_folder(tmp_path, whole, order):
     if options.get("deduplicate"):
         for index in order:
             run(tmp_path / "out", inputs, partition=(index, 2), hash_only=True, **options)
+        run(tmp_path / "out", inputs, hash_only=True, **options)
     for index in order:
         run(tmp_path / "out", inputs, partition=(index, 2), **options)
         assert not (tmp_path / "out/train").exists()
@@ -406,9 +408,61 @@ def test_merge_needs_all_units(tmp_path, begun, corpus_files):
         prepare.merge(str(begun), overwrite=False)
 
 
-def test_partitions_need_all_hashes(tmp_path, corpus_files):
-    with pytest.raises(UserError, match=r"The hashes of \d+ of \d+ units are missing, the first of unit 1 "):
+def test_partitions_need_the_comparison_of_all_hashes(tmp_path, corpus_files):
+    for index in (0, 1):
+        run(tmp_path / "out", corpus_files, partition=(index, 2), deduplicate=True, hash_only=True)
+    with pytest.raises(UserError, match="The duplicates are not known yet; run all partitions with --hash-only, then "):
         run(tmp_path / "out", corpus_files, partition=(0, 2), deduplicate=True)
+
+
+@pytest.mark.parametrize("ending", ["hashes", "duplicates"])
+def test_damaged_hashes_are_made_anew(tmp_path, corpus_files, ending):
+    run(tmp_path / "whole", corpus_files, deduplicate=True)
+    run(tmp_path / "out", corpus_files, deduplicate=True, hash_only=True)
+    records = next(path.parent for path in (tmp_path / "out").rglob("plan.json"))
+    damaged = sorted(records.glob(f"*.{ending}"))[0]
+    damaged.write_bytes(damaged.read_bytes()[:-3])
+    if ending == "hashes":
+        (records / "duplicates.json").unlink()
+    with pytest.raises(UserError, match=rf"{damaged} was damaged and is removed; repeat the command"):
+        run(tmp_path / "out", corpus_files, deduplicate=True)
+    run(tmp_path / "out", corpus_files, deduplicate=True)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_a_preparation_that_another_command_discards_stops(tmp_path, corpus_files, monkeypatch):
+    out, write = tmp_path / "out", WorkFolder.write
+
+    def overtaken(self, record):
+        write(self, record)
+        monkeypatch.setattr(WorkFolder, "write", write)
+        run(out, corpus_files, seq_len=16, overwrite=True)
+
+    monkeypatch.setattr(WorkFolder, "write", overtaken)
+    with pytest.raises(UserError, match=rf"Another command has finished or discarded the preparation in {out}; this"):
+        run(out, corpus_files, partition=(1, 2))
+    run(tmp_path / "whole", corpus_files, seq_len=16)
+    assert digests(out) == digests(tmp_path / "whole")
+
+
+def test_rows_that_differ_in_training_are_no_duplicates(tmp_path):
+    rows = [{"prompt": p, "response": "yes"} for p in ("abc", "abc\n\n", "abc")]
+    rows.append({"messages": [{"role": "user 3", "content": "x"}, {"role": "assistant", "content": "yes"}]})
+    rows.append({"messages": [{"role": "user", "content": "3x"}, {"role": "assistant", "content": "yes"}]})
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run(tmp_path / "out", [str(path)], deduplicate=True, held_out=0.0).duplicates == 1
+
+
+def test_the_sample_for_a_tokenizer_is_bounded_in_text(tmp_path):
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(b"".join(json.dumps({"text": "same " * 50}).encode() + b"\n" for _ in range(2000))))
+    size = path.stat().st_size
+    config = PrepareConfig(tmp_path, 32, inputs=(str(path),), tokenizer_sample=20_000, held_out=0.0)
+    assert size < 20_000
+    (unit,) = units.cut(units.sources(config), 1 << 20)
+    jobs = [Job(config, unit, ("", ""), "", Card(32, 0, 0, 0), str(tmp_path / "scratch"))]
+    assert 20_000 <= sum(map(len, tokenizer_sample.texts(jobs, 1, None))) < 20_300
 
 
 # Files of the user, and an earlier output.

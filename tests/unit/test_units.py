@@ -8,6 +8,7 @@ import lzma
 import os
 from pathlib import Path
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -17,9 +18,11 @@ from hypothesis import strategies as st
 
 from memdlm_dist.data import corpus
 from memdlm_dist.data.corpus import Segment, Source
+from memdlm_dist.data.hub_dataset import HubSource
 from memdlm_dist.data.preparation import units
 from memdlm_dist.data.preparation.units import Unit
 from memdlm_dist.errors import UserError
+from memdlm_dist.runtime.hub import Repository
 
 COMPRESSIONS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstandard.compress}
 BOM = b"\xef\xbb\xbf"
@@ -95,7 +98,7 @@ def test_units_hold_every_row_once(tmp_path, monkeypatch, content, unit_size):
 def test_rows_of_later_units_are_named_by_their_byte(tmp_path):
     file = write(tmp_path, "rows.jsonl", b'{"text": "a"}\n' * 3 + b"bad\n" + b'{"text": "b"}\n')
     bad = [row for row in of_units(units.cut([file], 30)) if row.problem]
-    assert [row.location for row in bad] == [f"{file.url}:byte 42"]
+    assert [row.location for row in bad] == [f"{file.url}:byte 43"], "counted from 1, as `tail -c +43` does"
     assert [row.location for row in of_units(units.cut([file], 100)) if row.problem] == [f"{file.url}:4"]
 
 
@@ -226,3 +229,9 @@ def test_a_file_that_has_changed_is_noticed_before_and_after_it_is_read(tmp_path
         list(units.rows(unit))
     for error in (after, before):
         assert str(error.value).startswith(f"The input {path} {words}") and str(error.value).endswith(".")
+
+
+def test_a_dataset_without_rows_is_one_unit():
+    empty = HubSource("org/name[train]", 0, "commit", datasets.Dataset.from_dict({"text": []}), Repository("org/name"))
+    (unit,) = units.cut([empty], 1 << 20)
+    assert list(units.rows(unit)) == []

@@ -124,6 +124,11 @@ class Contents:
         number %= size
         sample = self._dataset[number]
         tokens_L, maskable_L = sample["tokens"].numpy(), (sample["labels"] != IGNORE_INDEX).numpy()
+        require(
+            len(tokens_L) == self.card.seq_len or self.card.pad_multiple > 0,
+            f"The card of the shards in {self.folder} states {self.card.seq_len} tokens a sequence, but sequence "
+            f"{number} has {len(tokens_L)}; restore the files, or prepare the data anew.",
+        )
         document_L = sample["documents"].numpy() if self.card.documents else np.zeros(len(tokens_L), np.int64)
         if self.card.pad_multiple:
             document_L[self._dataset.row_lengths.content_N[number] :] = PADDING

@@ -88,7 +88,7 @@ def merge(location: str, overwrite: bool) -> Summary:
 def _complete(work: WorkFolder, plan: Plan, card: Card, names: tuple[str, ...]) -> Summary:
     records = finish.check_complete(work, plan.units)
     counts = total((record.summary for record in records), card.seq_len)
-    if not counts.sequences["train"]:
+    if not counts.sequences.get("train"):
         work_folder.discard(work.location)
         raise UserError(_empty_message(card, counts))
     return finish.finish(work, records, card, names, plan.repositories)
@@ -181,10 +181,14 @@ class _Preparation:
     def run(self, report: Callable[[str], None]) -> Summary:
         """Prepare all units, or those of the partition, and complete the output if it is not a partition."""
         if self.config.deduplicate:
-            self._hash()
+            whole = self.config.partition is None
+            if whole or self.config.hash_only:
+                self._hash()
+            if whole:
+                deduplication.find_duplicates(self.work, self.units)
             if self.config.hash_only:
                 return Summary()
-            deduplication.find_duplicates(self.work, self.units)
+            deduplication.check_known(self.work)
         records = self._prepare_units(report)
         if self.config.partition is not None:
             return total((record.summary for record in records), self.config.seq_len)
@@ -243,7 +247,7 @@ def n_workers(config: PrepareConfig) -> int:
     needed = max(SHARD_SIZE, 5 * config.seq_len) + _OTHER_SCRATCH
     require(
         config.scratch_limit >= needed,
-        f"--scratch-limit {config.scratch_limit:,} is too small: a worker needs {needed:,} bytes.",
+        f"--scratch-limit {config.scratch_limit:,} is too small for one worker; give at least {needed:,} bytes.",
     )
     return min(wanted, config.scratch_limit // needed)
 

@@ -19,7 +19,7 @@ from memdlm_dist.data.sequences import BadRow, Document, Format, TrainingSequenc
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.runtime.rank_0 import one_line
 
-_BATCH = 64  # rows tokenised together, on all cores
+_BATCH = 64  # rows tokenised together
 _BATCH_LENGTH = 1 << 18  # characters tokenised together if there are several rows; bounds the delay of signals
 _KEY_ENCODER = json.JSONEncoder(sort_keys=True, default=str)
 

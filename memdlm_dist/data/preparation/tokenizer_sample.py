@@ -10,12 +10,13 @@ from memdlm_dist.data.preparation.units import Unit
 
 
 def texts(jobs: Sequence[Job], n_workers: int, cluster: str | None) -> Iterator[str]:
-    """Yield the sample of `tokenizer_sample` bytes, read in parallel, in the order of the corpus.
+    """Yield a sample of at most about `tokenizer_sample` bytes of text, read in parallel, in the order of the corpus.
 
-    The sample is the whole corpus if the corpus is smaller. It lacks bad and held-out rows.
+    A segment's part of the sample is in proportion to its stored size. Bad and held-out rows are left out.
     """
     total = sum(job.unit.size for job in jobs)
-    share = min(jobs[0].config.tokenizer_sample / max(total, 1), 1.0)
+    # Bytes of text for each stored byte. Text that was stored compressed may be longer than that.
+    share = jobs[0].config.tokenizer_sample / max(total, 1)
     # The sample depends neither on the number of workers nor on the order in which they end.
     parts: dict[int, list[str]] = {}
     expected = 0
@@ -40,9 +41,9 @@ class _Sample:
         rows = before = 0
         with ProgressMark(job.scratch, job.unit.number) as mark:
             for segment in job.unit.segments:
-                size = 0
+                size, largest = 0, self._share * segment.size if segment.size else job.config.tokenizer_sample
                 for row, offset in units.rows(Unit(0, (segment,))):
-                    if rows == job.config.limit or (self._share < 1 and size >= self._share * segment.size):
+                    if rows == job.config.limit or size >= largest:
                         break
                     rows += 1
                     mark.update(before + offset, 0)

@@ -8,6 +8,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from memdlm_dist.data.corpus import Row
 from memdlm_dist.data.output import SPLITS, TOKENIZER
@@ -22,6 +23,8 @@ from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError
 from memdlm_dist.runtime.rank_0 import one_line
 from memdlm_dist.runtime.storage import Storage, StoreError, is_remote
+
+_NONE = np.empty(0, dtype=np.uint64)
 
 
 def prepare_unit(job: Job) -> list[Record]:
@@ -38,7 +41,7 @@ def prepare_unit(job: Job) -> list[Record]:
         records = records[:damaged]
         if records and records[-1].last:
             return records
-        duplicates = deduplication.read_duplicates(work, job.unit.number) if job.config.deduplicate else frozenset()
+        duplicates = deduplication.read_duplicates(work, job.unit.number) if job.config.deduplicate else _NONE
         rows = _Rows(job, sum(record.rows for record in records), duplicates, mark)
         while not (records and records[-1].last):
             records.append(_prepare_part(job, work, rows, len(records)))
@@ -48,8 +51,10 @@ def prepare_unit(job: Job) -> list[Record]:
 class _Rows:
     """Rows of a unit, cut into parts of about `unit_size` bytes if the unit is a stream."""
 
-    def __init__(self, job: Job, first: int, duplicates: frozenset[int], mark: ProgressMark):
-        self._job, self._number, self._duplicates, self._mark = job, first, duplicates, mark
+    def __init__(self, job: Job, first: int, duplicates: NDArray[np.uint64], mark: ProgressMark):
+        self._job, self._number, self._mark = job, first, mark
+        self._duplicates = duplicates[np.searchsorted(duplicates, first) :]  # from the next row on
+        self._next_duplicate = 0
         self._rows = units.rows(job.unit, first)
         self._next = next(self._rows, None)
         self._limit = job.config.limit
@@ -66,7 +71,7 @@ class _Rows:
             assert self._next is not None
             row, offset = self._next
             self._mark.update(offset, summary.bad_rows)
-            if self._number in self._duplicates:
+            if self._is_duplicate():
                 summary.duplicates += 1
             elif row.problem is not None:
                 report(row.location, row.problem)
@@ -76,6 +81,13 @@ class _Rows:
             size += row.size
             self._number += 1
             self._next = next(self._rows, None)
+
+    def _is_duplicate(self) -> bool:
+        """Return whether the present row is a duplicate, and go on to the next duplicate."""
+        found = self._next_duplicate < len(self._duplicates)
+        found = found and int(self._duplicates[self._next_duplicate]) == self._number
+        self._next_duplicate += found
+        return found
 
 
 def _report(config: PrepareConfig, summary: Summary, location: str, problem: str) -> None:
@@ -92,6 +104,7 @@ def _prepare_part(job: Job, work: WorkFolder, rows: _Rows, number: int) -> Recor
 
     def publish(split: str, shard: Path) -> None:
         job.check_parent()
+        work.check_not_discarded()
         try:
             work.storage.take(shard, f"{work.staged(split)}/{name}/{shard.name}")
         except Exception as error:  # each remote file system has different error classes
@@ -125,6 +138,7 @@ def _prepare_part(job: Job, work: WorkFolder, rows: _Rows, number: int) -> Recor
             {split: np.array(writer.lengths) for split, writer in writers.items() if writer.lengths},
         )
         job.check_parent()
+        work.check_not_discarded()
         try:
             work.write(record)
         except Exception as error:  # each remote file system has different error classes

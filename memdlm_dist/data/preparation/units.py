@@ -99,8 +99,8 @@ def _segments(file: Source, row_groups: list[int] | None, unit_size: int) -> Ite
     if isinstance(file, HubSource):
         rows, parts = len(file.dataset), max(-(-file.size // unit_size), 1)
         borders = sorted({rows * i // parts for i in range(parts + 1)})
-        for start, end in pairwise(borders):
-            yield Segment(file, file.size * end // rows - file.size * start // rows, start, end)
+        for start, end in pairwise(borders) if rows else [(0, 0)]:
+            yield Segment(file, file.size * (end - start) // max(rows, 1), start, end)
     elif row_groups:
         total = max(sum(row_groups), 1)
         start = size = 0

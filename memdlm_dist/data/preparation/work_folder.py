@@ -223,6 +223,18 @@ class WorkFolder:
         """Return the number of finished parts, and of units whose rows are hashed."""
         return sum(bool(re.fullmatch(r"\d+-\d+\.json|\d+\.hashes", name)) for name in self.names())
 
+    def check_not_discarded(self) -> None:
+        """Check that no other command has finished or discarded the preparation since this one began.
+
+        Raises:
+            UserError: if one has; the output then belongs to the other command.
+        """
+        require(
+            self.storage.exists(self.path(PLAN)),
+            f"Another command has finished or discarded the preparation in {self.location}; this one stops. End all "
+            "partitions before you merge them or begin anew.",
+        )
+
     def write(self, record: Record) -> None:
         """Record that a part is finished."""
         self.storage.write_json(self.path(f"{record.name}.json"), record.to_json())

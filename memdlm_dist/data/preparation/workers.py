@@ -57,7 +57,7 @@ def results(
 ) -> Generator[tuple[Job, T], None, None]:
     """Do jobs and yield each with its result, in the order in which they end.
 
-    With one worker the jobs are done in this process, where the tokenizer may use all cores.
+    With one worker the jobs are done in this process.
 
     Args:
         action: a function of a module, such that a worker can import it.
