@@ -329,7 +329,9 @@ def test_scratch_stays_within_its_limit(store, tmp_path, monkeypatch):
     uploaded = sum(len(data) for name, data in content(url("scratch")).items() if name.endswith(".mds"))
     assert uploaded > 2 * (shard + other) and shard < max(sizes) <= shard + other
     assert not list((tmp_path / "scratch").iterdir())
-    with pytest.raises(UserError, match=r"^--scratch-limit 38,191 is too small for one worker; give at least 38,192 bytes"):
+    with pytest.raises(
+        UserError, match=r"^--scratch-limit 38,191 is too small for one worker; give at least 38,192 bytes"
+    ):
         run(url("scratch-2"), str(tmp_path / "rows.jsonl"), scratch_limit=shard + other - 1, **options)
     assert not content(url("scratch-2"))
 

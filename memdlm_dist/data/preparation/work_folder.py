@@ -277,10 +277,12 @@ class WorkFolder:
 
     @property
     def must_be_completed(self) -> bool:
-        """True if a command on disk was killed after it had replaced the folders."""
+        """True if a command was killed after all files were in place, on disk after it had replaced the folders."""
         if _FINISHED not in self.names():
             return False
-        return not any(Path(self.location, self.staged(name)).exists() for name in (TOKENIZER, *SPLITS))
+        return self.storage.remote or not any(
+            Path(self.location, self.staged(name)).exists() for name in (TOKENIZER, *SPLITS)
+        )
 
     def complete(self) -> None:
         """Write summary.json and remove all records at the output, after everything else is in place."""
@@ -346,10 +348,9 @@ def unfinished(location: str) -> list[tuple[WorkFolder, Plan]]:
 
 
 def recover(location: str) -> None:
-    """Finish a preparation on disk that was killed while it was replacing folders."""
-    if is_remote(location):
-        return
-    output.recover(Path(location))
+    """Finish a preparation that was killed after it had written all shards, indices and cards."""
+    if not is_remote(location):
+        output.recover(Path(location))
     for work, _ in unfinished(location):
         if work.must_be_completed:
             work.complete()
@@ -396,15 +397,19 @@ def _check_store(location: str, names: tuple[str, ...], begun: bool, overwrite: 
 
 def discard(location: str) -> None:
     """Remove the records and the staged files of all unfinished preparations at an output."""
-    storage = Storage(location)
+    storage, begun = Storage(location), unfinished(location)
+    for work, _ in begun:
+        storage.remove(work.path(PLAN))  # first: a partition that is still running then stops
     if not storage.remote:
         output.discard(Path(location))
         _remove_records(Path(location, FOLDER))
         return
-    if unfinished(location):
+    if begun:
         # The check before a preparation found neither shards nor a tokenizer, so these are of unfinished ones. Shards
         # of a part that was interrupted have no record.
         for split in SPLITS:
+            for name in (output.CARD, output.INDEX, output.LENGTHS):
+                storage.remove(f"{split}/{name}")
             for name in storage.sizes(split):
                 if re.fullmatch(_PART, name):
                     storage.remove(f"{split}/{name}")
