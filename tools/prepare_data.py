@@ -57,6 +57,8 @@ from memdlm_dist.runtime.entry_point import guarded, new_parser, positive, quiet
 from memdlm_dist.runtime.preemption import exiting_on_sigterm
 from memdlm_dist.runtime.storage import is_remote
 
+_MANY_LEFT = 0.05  # share of tokens left over that a larger unit would mend
+
 INSPECT = """Show prepared data: card, counts, a histogram of lengths, and one sequence as text.
 
 Examples:
@@ -422,6 +424,8 @@ def print_summary(output: str, summary: Summary, request: PrepareConfig | None =
         f"{summary.duplicates:,} duplicates dropped, {summary.overlong_dropped:,} over-long rows dropped, "
         f"{summary.overlong_truncated:,} truncated, {summary.tail_tokens_dropped:,} tokens left over"
     )
+    if summary.tail_tokens_dropped > _MANY_LEFT * summary.tokens:
+        print("  Many tokens are left over, less than a row in each unit: use a larger --unit-size")
     if summary.special_tokens:
         token_counts = ", ".join(f"{token} {n:,} times" for token, n in summary.special_tokens.items())
         treatment = ", parsed" if request and request.parse_special_tokens else ", kept as text" if request else ""

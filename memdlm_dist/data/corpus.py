@@ -56,12 +56,12 @@ class Source:
 
     Attributes:
         url: path or URL.
-        size: bytes as stored; 0 if the file system does not report it.
+        size: bytes as stored; None if the file system does not report it.
         version: changes with the content: the store's ETag or checksum, else the time of the last change.
     """
 
     url: str
-    size: int
+    size: int | None
     version: str
 
 
@@ -84,7 +84,7 @@ class Segment:
     def is_stream(self) -> bool:
         """True if the length of the text is not known before it is read: a compressed file, or one JSON array."""
         url = self.source.url
-        return _kind(url) == "jsonl" and self.end is None and (not self.source.size or not can_be_cut(self.source))
+        return _kind(url) == "jsonl" and self.end is None and (self.source.size is None or not can_be_cut(self.source))
 
 
 def can_be_cut(source: Source) -> bool:
@@ -131,23 +131,28 @@ def _matching(pattern: str) -> list[Source]:
     else:
         found = filesystem.glob(path, detail=True) if any(c in path for c in "*?[") else {}
     local = "file" in filesystem.protocol
-    if local:  # a listing of a folder on disk describes links, not their targets
-        found = {name: filesystem.info(name) for name in found if Path(name).is_file()}
+    names = [name for name, info in sorted(found.items()) if (Path(name).is_file() if local else _is_file(info))]
+    # The listing of a folder on disk describes links, not their targets; other listings may lack sizes or versions.
+    complete = {name for name in names if not local and found[name].get("size") and _CHECKSUMS & found[name].keys()}
+    infos = [found[name] if name in complete else filesystem.info(name) for name in names]
     return [
-        Source(name if local else filesystem.unstrip_protocol(name), info.get("size") or 0, _version(info))
-        for name, info in sorted(found.items())
-        if local or info.get("type") == "file"
+        Source(name if local else filesystem.unstrip_protocol(name), info.get("size"), _version(info))
+        for name, info in zip(names, infos, strict=True)
     ]
 
 
-# Keys of a file's description in the file systems of fsspec: checksums first, then times.
-_VERSIONS = (
-    "ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified", "last_modified", "updated", "created",
-)  # fmt: skip
+# Keys of a file's description in the file systems of fsspec.
+_CHECKSUMS = {"ETag", "etag", "md5Hash", "content_md5"}
+_TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")
+
+
+def _is_file(info: dict[str, Any]) -> bool:
+    return info.get("type") == "file"
 
 
 def _version(info: dict[str, Any]) -> str:
-    return next((str(info[key]).strip('"') for key in _VERSIONS if info.get(key)), "")
+    keys = (*sorted(_CHECKSUMS), *_TIMES)
+    return next((str(info[key]).strip('"') for key in keys if info.get(key) is not None), "")
 
 
 def check_unchanged(source: Source) -> None:
@@ -166,11 +171,11 @@ def check_unchanged(source: Source) -> None:
         raise _unanswered(source.url, error) from None
     except Exception as error:  # each remote file system has different error classes
         raise UserError(f"The input {source.url} cannot be accessed ({one_line(error)}); correct --input.") from None
-    size, version = info.get("size") or 0, _version(info)
+    size, version = info.get("size"), _version(info)
     require(
         (size, version) == (source.size, source.version),
-        f"The input {source.url} has changed since the preparation began ({source.size:,} bytes, version "
-        f"{source.version or 'unknown'}; now {size:,} bytes, version {version or 'unknown'}); restore it, or prepare "
+        f"The input {source.url} has changed since the preparation began ({source.size} bytes, version "
+        f"{source.version or 'unknown'}; now {size} bytes, version {version or 'unknown'}); restore it, or prepare "
         "the data anew with --overwrite.",
     )
 
@@ -215,7 +220,7 @@ def rows(segment: Segment, skip: int = 0) -> Iterator[Row]:
 
 def _json_rows(segment: Segment, skip: int) -> Iterator[Row]:
     url, is_array = segment.source.url, ".json" in Path(segment.source.url).suffixes
-    with open_bytes(url, segment.source.size) as (raw, file):
+    with open_bytes(url, segment.source.size or 0) as (raw, file):
         end = segment.end
         # A byte order mark counts as a part of the first line, which begins at 0 even in a very short segment.
         position, mark = (_seek_line(file, segment.start, end), 0) if segment.start else (0, _skip_bom(file, url))
@@ -323,7 +328,7 @@ def _array_elements(content: bytes, url: str) -> Iterator[bytes]:
 def _parquet_rows(segment: Segment, skip: int) -> Iterator[Row]:
     del skip
     url = segment.source.url
-    with open_bytes(url, segment.source.size) as (raw, _):
+    with open_bytes(url, segment.source.size or 0) as (raw, _):
         file = pyarrow.parquet.ParquetFile(raw)
         groups = range(segment.start, file.num_row_groups if segment.end is None else segment.end)
         before = sum(file.metadata.row_group(i).num_rows for i in range(segment.start))
@@ -346,7 +351,7 @@ def row_group_sizes(source: Source) -> list[int]:
         UserError: if the file cannot be read.
     """
     try:
-        with open_bytes(source.url, source.size) as (raw, _):
+        with open_bytes(source.url, source.size or 0) as (raw, _):
             metadata = pyarrow.parquet.ParquetFile(raw).metadata
             return [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
     except _UNREADABLE as error:
@@ -394,10 +399,10 @@ def builtin_rows(source: Source) -> Iterator[Row]:
     try:
         text = Path(source.url).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        yield Row(source.url, {}, f"not readable as UTF-8 ({one_line(error)})", offset=source.size)
+        yield Row(source.url, {}, f"not readable as UTF-8 ({one_line(error)})", offset=source.size or 0)
         return
     if text.strip():
-        yield Row(source.url, {"text": text}, offset=source.size)
+        yield Row(source.url, {"text": text}, offset=source.size or 0)
 
 
 def is_held_out(key: str, fraction: float) -> bool:

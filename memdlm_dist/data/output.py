@@ -76,6 +76,11 @@ def replace(output: Path, names: tuple[str, ...]) -> None:
         _replace_folders(output, partial)
 
 
+def is_part(name: str) -> bool:
+    """Return whether a preparation makes a folder of this name for shards."""
+    return re.fullmatch(_PART, name) is not None
+
+
 def is_tokenizer_file(name: str) -> bool:
     """Return whether a preparation writes a file of this name to the folder of the tokenizer."""
     return re.fullmatch(_TOKENIZER_FILES, name) is not None

@@ -42,7 +42,8 @@ class DiffusionTokenizer(HuggingFaceTokenizer):
     def __init__(self, folder: str):
         if not (Path(folder) / "tokenizer.json").is_file():
             raise UserError(
-                f"There is no tokenizer.json in {folder}; point model.hf_assets_path at a tokenizer folder."
+                f"There is no tokenizer.json in {folder}; point model.hf_assets_path, or --tokenizer, at a tokenizer "
+                "folder."
             )
         try:
             super().__init__(folder)

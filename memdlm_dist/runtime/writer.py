@@ -269,7 +269,7 @@ class Lease:
             UserError: if the lease changes: the other run is alive.
         """
         holder = parse(lease) or f"a run whose {LEASE} cannot be read"
-        logger.info(f"{self._storage.url()} is held by {holder}; waiting {EXPIRY:g} s for a renewal.")
+        logger.warning(f"{self._storage.url()} is held by {holder}; waiting {EXPIRY:g} s for a renewal.")
         deadline = time.monotonic() + EXPIRY
         while time.monotonic() < deadline:
             time.sleep(min(1.0, PERIOD / 2))

@@ -445,6 +445,54 @@ def test_a_preparation_that_another_command_discards_stops(tmp_path, corpus_file
     assert digests(out) == digests(tmp_path / "whole")
 
 
+def test_an_output_in_a_folder_of_inputs_goes_on(tmp_path, corpus_files, monkeypatch):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for path in corpus_files:
+        shutil.copy(path, folder)
+    run(tmp_path / "whole", [str(folder)])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(WorkFolder, "mark_finished", interrupt)
+        run(folder / "out", [str(folder)])
+    run(folder / "out", [str(folder)])
+    assert digests(folder / "out") == digests(tmp_path / "whole")
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_lost_pieces_of_an_unfinished_preparation(tmp_path, corpus_files, monkeypatch):
+    run(tmp_path / "whole", corpus_files)
+    out = tmp_path / "out"
+
+    def begin():
+        shutil.rmtree(out, ignore_errors=True)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(WorkFolder, "mark_finished", interrupt)
+            run(out, corpus_files)
+        return next(path.parent for path in out.rglob("plan.json"))
+
+    for name, content in (("setup.json", ""), ("plan.json", ""), ("plan.json", '{"later": 1}')):
+        (begin() / name).write_text(content)
+        if name == "plan.json":
+            with pytest.raises(UserError, match=r"finished parts of another preparation .*its plan is damaged"):
+                run(out, corpus_files, seq_len=16)
+            with pytest.raises(
+                UserError, match=r"plan.json is damaged, or of another version of memdlm_dist; repeat the "
+            ):
+                prepare.merge(str(out), overwrite=False)
+        run(out, corpus_files)
+        assert digests(out) == digests(tmp_path / "whole")
+    begin()
+    shutil.rmtree(out / "tokenizer.partial")
+    stale = out / "train.partial/000999-0000/shard.00000.mds"
+    stale.parent.mkdir()
+    stale.write_bytes(b"of another plan")
+    run(out, corpus_files)
+    assert digests(out) == digests(tmp_path / "whole")
+
+
 def test_rows_that_differ_in_training_are_no_duplicates(tmp_path):
     rows = [{"prompt": p, "response": "yes"} for p in ("abc", "abc\n\n", "abc")]
     rows.append({"messages": [{"role": "user 3", "content": "x"}, {"role": "assistant", "content": "yes"}]})

@@ -20,6 +20,7 @@ from memdlm_dist.data import corpus
 from memdlm_dist.data.corpus import Segment, Source
 from memdlm_dist.data.hub_dataset import HubSource
 from memdlm_dist.data.preparation import units
+from memdlm_dist.data.preparation.request import PrepareConfig
 from memdlm_dist.data.preparation.units import Unit
 from memdlm_dist.errors import UserError
 from memdlm_dist.runtime.hub import Repository
@@ -188,7 +189,7 @@ def test_parquet_is_cut_between_row_groups(tmp_path, n_rows, group, unit_size):
 def test_files_of_unknown_size_are_streams(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"text": "a"}\n' * 9)
-    (unit,) = units.cut([Source(str(path), 0, "")], 10)
+    (unit,) = units.cut([Source(str(path), None, "")], 10)
     assert unit.is_stream and unit.segments[0].end is None
     assert len(list(corpus.rows(unit.segments[0]))) == 9
 
@@ -235,3 +236,20 @@ def test_a_dataset_without_rows_is_one_unit():
     empty = HubSource("org/name[train]", 0, "commit", datasets.Dataset.from_dict({"text": []}), Repository("org/name"))
     (unit,) = units.cut([empty], 1 << 20)
     assert list(units.rows(unit)) == []
+
+
+def test_empty_files_share_a_unit_with_their_neighbours(tmp_path):
+    files = [write(tmp_path, f"{i}.jsonl", b'{"text": "a"}\n' * (i % 2)) for i in range(20)]
+    assert len(units.cut(files, 1 << 20)) == 1
+    with pytest.raises(UserError, match=r"--unit-size 1 would cut the 20,000,000 bytes of the input into more than "):
+        units.cut([Source("rows.jsonl", 20_000_000, "")], 1)
+
+
+def test_the_files_of_an_output_are_no_input(tmp_path):
+    names = ("train/index.json", "train.partial/memdlm_files.json", "memdlm_units/a/plan.json", "summary.json")
+    for name in names:
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text("{}")
+    kept = [write(tmp_path / "out", name, b'{"text": "a"}\n') for name in ("rows.jsonl", "training.json")]
+    config = PrepareConfig(tmp_path / "out", 8, inputs=(str(tmp_path),))
+    assert [Path(file.url).name for file in units.sources(config)] == [Path(file.url).name for file in kept]

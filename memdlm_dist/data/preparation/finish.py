@@ -76,11 +76,21 @@ def finish(
             for name in (LENGTHS, INDEX, CARD):
                 if (folder / name).exists():
                     work.storage.take(folder / name, f"{work.staged(split)}/{name}")
+    _remove_stale(work, records)
     work.mark_finished(counts)
     if not work.storage.remote:
         output.replace(Path(work.location), names)
     work.complete()
     return counts
+
+
+def _remove_stale(work: WorkFolder, records: Sequence[Record]) -> None:
+    """Remove shards that no record names, which a preparation that was discarded may have left."""
+    for split in SPLITS:
+        parts = {record.name for record in records if split in record.shards}
+        for name, size in work.storage.sizes(work.staged(split)).items():
+            if size is None and output.is_part(name) and name not in parts:
+                work.storage.remove(f"{work.staged(split)}/{name}")
 
 
 def _write_split(folder: Path, split: str, records: Sequence[Record], card: Card) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -48,6 +49,7 @@ def prepare(config: PrepareConfig, report: Callable[[str], None] = tqdm.write) -
         UserError: if an input, the tokenizer or the output cannot be used, if the corpus makes no training sequence,
             and with `strict` for the first bad row.
     """
+    config = _with_absolute_paths(config)
     config.check()
     if config.cluster is not None:
         workers.check_cluster(config.cluster)
@@ -71,12 +73,30 @@ def prepare(config: PrepareConfig, report: Callable[[str], None] = tqdm.write) -
             shutil.rmtree(preparation.scratch, ignore_errors=True)
 
 
+def _absolute(location: str) -> str:
+    return location if is_remote(location) else str(Path(location).absolute())
+
+
+def _with_absolute_paths(config: PrepareConfig) -> PrepareConfig:
+    """Return the settings with absolute paths: workers of a cluster may be in another working directory."""
+    template = config.chat_template
+    return replace(
+        config,
+        output=_absolute(str(config.output)),
+        scratch=_absolute(config.scratch) if config.scratch is not None else None,
+        chat_template=_absolute(template) if template is not None and Path(template).is_file() else template,
+    )
+
+
 def merge(location: str, overwrite: bool) -> Summary:
     """Complete a preparation whose partitions have ended, and return its counts.
 
     Raises:
         UserError: if a unit is missing, or the output cannot be written to.
     """
+    location = _absolute(location)
+    # A claim would make the folder.
+    require(is_remote(location) or Path(location).is_dir(), f"There is no folder {location}; correct --output.")
     with _writing(location):
         work_folder.recover(location)
         work, plan = work_folder.read_plan(location)
@@ -97,7 +117,7 @@ def _complete(work: WorkFolder, plan: Plan, card: Card, names: tuple[str, ...]) 
 def _discard_if_empty(work: WorkFolder, config: PrepareConfig) -> None:
     """Remove the traces of a preparation that failed before any work was done."""
     with contextlib.suppress(OSError):  # the first error is the one to report
-        if work.is_empty and config.partition is None:
+        if work.is_empty and config.partition is None and not work_folder.has_partitions(work.location):
             work_folder.discard(work.location)
 
 
@@ -129,7 +149,8 @@ def _scratch(config: PrepareConfig) -> str:
         parent, name = Path(location, FOLDER), "scratch"
     else:
         parent = Path(config.scratch or tempfile.gettempdir())
-        name = f"memdlm_{hashlib.sha256(location.encode()).hexdigest()[:12]}"
+        # Several machines may share the folder.
+        name = f"memdlm_{hashlib.sha256(f'{socket.gethostname()} {location}'.encode()).hexdigest()[:12]}"
     folder = parent / "-".join(filter(None, (name, _partition_name(config))))
     shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -196,9 +217,10 @@ class _Preparation:
 
     def _jobs(self, selected: Sequence[Unit]) -> list[Job]:
         index, count = self.config.partition or (0, 1)
+        config = replace(self.config, inputs=())  # may be a hundred thousand names, and every job has its files
         location = (str(self.config.output), self.work.fingerprint)
         return [
-            Job(self.config, unit, location, self.tokenizer, self.card, self.scratch)
+            Job(config, unit, location, self.tokenizer, self.card, self.scratch)
             for unit in selected
             if unit.number % count == index
         ]
@@ -227,7 +249,7 @@ class _Preparation:
                 bad_rows = sum(record.summary.bad_rows for record in records)
                 progress.finish_unit(job.unit.size, bad_rows, earlier=f"{job.unit.number:06d}" in finished)
                 problems = [problem for record in records for problem in record.summary.problems]
-                for problem in problems[: SHOWN_PROBLEMS - shown]:
+                for problem in problems[: max(SHOWN_PROBLEMS - shown, 0)]:
                     report(f"Skipped a bad row at {problem}.")
                 if shown <= SHOWN_PROBLEMS < shown + bad_rows:
                     report("Further bad rows are counted, but not shown.")
@@ -263,8 +285,9 @@ def _begin(config: PrepareConfig, plan: Plan, all_units: Sequence[Unit]) -> _Pre
     scratch = _scratch(config)
     try:
         place = f"{location}/{work.staged(TOKENIZER) if TOKENIZER in names else TOKENIZER}"
-        if not work.has_begun:
-            work.claim(plan)
+        has_begun = work.has_begun
+        work.claim(plan)
+        if not has_begun:
             folder = str(Path(scratch, TOKENIZER))
             if TOKENIZER in names:
                 made = _make_tokenizer(config, work, all_units, folder, scratch)
@@ -279,7 +302,7 @@ def _begin(config: PrepareConfig, plan: Plan, all_units: Sequence[Unit]) -> _Pre
                 pad_multiple=config.padding,
             )
             if not work.storage.remote:
-                if config.partition is None:  # another partition may be at the same point
+                if config.partition is None and work.is_empty:  # another partition may be at the same point
                     output.discard(Path(location))  # files whose records are gone
                 for name in names:
                     output.begin(Path(location, work.staged(name)))
@@ -313,8 +336,10 @@ def _empty_message(card: Card, counts: Summary) -> str:
         return "The corpus is empty: the input holds no row; check --input."
     if counts.bad_rows == counts.rows:
         return f"All rows of the corpus are bad (the first at {counts.problems[0]}); correct them."
+    # Every unit drops its incomplete last row.
+    unit = "raise --unit-size, " if counts.tail_tokens_dropped >= card.seq_len else ""
     return (
         f"The corpus makes no training sequence of {card.seq_len} tokens: {counts.rows} rows read, {counts.bad_rows} "
-        f"bad, {counts.overlong_dropped} too long, {counts.tokens} tokens; add text, lower --seq-len, or pass "
+        f"bad, {counts.overlong_dropped} too long, {counts.tokens} tokens; {unit}add text, lower --seq-len, or pass "
         "--overlong clip-response."
     )

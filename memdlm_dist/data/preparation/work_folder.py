@@ -82,7 +82,9 @@ class Plan:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
 
     def difference(self, other: "Plan") -> str:
-        """Return how another plan differs from this one, such as "seq_len is 512, not 256"."""
+        """Return how another plan differs from this one, such as "--seq-len was 256, and is now 512"."""
+        if other.format != self.format:
+            return "its plan is damaged, or of another version of memdlm_dist"
         for name, value in self.options.items():
             if other.options.get(name) != value:
                 return f"--{name.replace('_', '-')} was {other.options.get(name)}, and is now {value}"
@@ -211,8 +213,14 @@ class WorkFolder:
 
     @property
     def has_begun(self) -> bool:
-        """True if units can be prepared: plan, tokenizer and card are written."""
-        return {PLAN, _SETUP} <= self.names()
+        """True if units can be prepared: plan and card can be read, and the tokenizer is there."""
+        if PLAN not in self.names():
+            return False
+        try:
+            _, names = self.setup()
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
+            return False
+        return TOKENIZER not in names or self.storage.exists(f"{self.staged(TOKENIZER)}/tokenizer.json")
 
     @property
     def is_empty(self) -> bool:
@@ -262,8 +270,8 @@ class WorkFolder:
             folder = f"{self.staged(split)}/{record.name}"
             sizes = self.storage.sizes(folder)
             for shard in shards:
-                info = shard["raw_data"]
-                if sizes.get(info["basename"]) != info["bytes"]:
+                info = shard.get("raw_data", {})
+                if not info.keys() >= {"basename", "bytes", "hashes"} or sizes.get(info["basename"]) != info["bytes"]:
                     return False
                 if not self.storage.remote:
                     content = self.storage.read(f"{folder}/{info['basename']}")
@@ -328,6 +336,11 @@ def read_plan(location: str) -> tuple[WorkFolder, Plan]:
     """
     for work, plan in unfinished(location):
         if work.has_begun:
+            require(
+                plan.format == _FORMAT,
+                f"The plan {work.storage.url(work.path(PLAN))} is damaged, or of another version of memdlm_dist; "
+                "repeat the command of one of its partitions, which writes it anew.",
+            )
             return work, plan
     raise UserError(
         f"There is no unfinished preparation in {location}; prepare the data, or name the --output of its partitions."
@@ -341,10 +354,17 @@ def unfinished(location: str) -> list[tuple[WorkFolder, Plan]]:
         if size is None and re.fullmatch(r"[0-9a-f]{12}", fingerprint):  # leases of partitions are there too
             try:
                 plan = Plan(**storage.read_json(f"{FOLDER}/{fingerprint}/{PLAN}"))
-            except (FileNotFoundError, ValueError, TypeError):
+            except FileNotFoundError:
                 continue
+            except (ValueError, TypeError):  # damaged, or of another version
+                plan = Plan({}, [], "", 0, [], format=0)
             found.append((WorkFolder(location, fingerprint), plan))
     return found
+
+
+def has_partitions(location: str) -> bool:
+    """Return whether partitions have claimed parts of an output, and may still be running."""
+    return any(re.fullmatch(_PARTITION, name) for name in Storage(location).sizes(FOLDER))
 
 
 def recover(location: str) -> None:
@@ -365,15 +385,17 @@ def check_output(location: str, names: tuple[str, ...], plan: Plan, overwrite: b
     Raises:
         UserError: if finished work would be lost, or a file of the user.
     """
-    others = [(work, other) for work, other in unfinished(location) if other.fingerprint != plan.fingerprint]
+    begun = unfinished(location)
+    others = [(work, other) for work, other in begun if work.fingerprint != plan.fingerprint]
     for work, other in others:
-        done = work.count_finished()
+        done, running = work.count_finished(), has_partitions(location)
         require(
-            overwrite or not done,
-            f"{location} holds {done} finished parts of another preparation ({plan.difference(other)}); repeat its "
-            "command to finish it, or pass --overwrite to discard it.",
+            overwrite or not (done or running),
+            f"{location} holds {done} finished parts of another preparation"
+            f"{', whose partitions may be running' * running} ({plan.difference(other)}); repeat its command to finish "
+            "it, or end all of its commands and pass --overwrite to discard it.",
         )
-    goes_on = any(found.fingerprint == plan.fingerprint for _, found in unfinished(location))
+    goes_on = any(work.fingerprint == plan.fingerprint for work, _ in begun)
     if is_remote(location):
         _check_store(location, names, goes_on or bool(others), overwrite)
     else:
