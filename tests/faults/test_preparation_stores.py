@@ -235,7 +235,7 @@ def test_an_object_that_changes_is_named(store, inputs, monkeypatch):
         object_.write("changing.jsonl", after)
 
     monkeypatch.setattr(work_folder.WorkFolder, "write", write)
-    sentence = rf"^The input {name} has changed since .* began \({len(before):,} bytes, version [0-9a-f]{{32}}; "
+    sentence = rf"^The input {name} has changed since .* began \({len(before)} bytes, version [0-9a-f]{{32}}; "
     with pytest.raises(UserError, match=sentence):
         run(url("changed"), name)
 

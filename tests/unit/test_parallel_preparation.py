@@ -452,13 +452,13 @@ def test_an_output_in_a_folder_of_inputs_goes_on(tmp_path, corpus_files, monkeyp
         shutil.copy(path, folder)
     run(tmp_path / "whole", [str(folder)])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(WorkFolder, "mark_finished", interrupt)
+        patch.setattr(WorkFolder, "mark_finished", end_now)
         run(folder / "out", [str(folder)])
     run(folder / "out", [str(folder)])
     assert digests(folder / "out") == digests(tmp_path / "whole")
 
 
-def interrupt(*_):
+def end_now(*_):
     raise KeyboardInterrupt
 
 
@@ -469,7 +469,7 @@ def test_lost_pieces_of_an_unfinished_preparation(tmp_path, corpus_files, monkey
     def begin():
         shutil.rmtree(out, ignore_errors=True)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(WorkFolder, "mark_finished", interrupt)
+            patch.setattr(WorkFolder, "mark_finished", end_now)
             run(out, corpus_files)
         return next(path.parent for path in out.rglob("plan.json"))
 
