@@ -103,7 +103,8 @@ def test_a_killed_worker_s_unit_is_done_again(tmp_path, expected, monkeypatch, c
     monkeypatch.setattr(prepare, "prepare_unit", dying_unit)
     assert prepare_data.main(arguments(rows, tmp_path / "out")) == 0
     said = capfd.readouterr().err.splitlines()
-    assert len(said) == 2 and all(re.search(r"^A worker process ended unexp.* \(in progress: .*\b3\b", s) for s in said)
+    # On a busy machine a forked worker may also end before it begins.
+    assert len([s for s in said if re.search(r"^A worker process ended unex.* \(in progress: .*\b3\b", s)]) == 2, said
     assert (tmp_path / "deaths/3").read_text() == "0"
     assert digests(tmp_path / "out") == whole and folders(tmp_path / "out") == DONE
 

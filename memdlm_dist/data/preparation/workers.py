@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import re
 import sys
 import uuid
 from collections import Counter, deque
@@ -103,9 +104,10 @@ def _in_processes(action: Callable[[Job], T], jobs: Sequence[Job], workers: int)
                 if ended[number] >= _ATTEMPTS:
                     raise _interrupted_error(waiting[number], "lower --workers") from None
             numbers = ", ".join(map(str, sorted(interrupted))) or "none"
+            codes = re.search(r"exit codes? .*?(\{.*\})", str(error))
             print(
-                f"A worker process ended unexpectedly, perhaps for lack of memory; its units are done again (in "
-                f"progress: {numbers}).",
+                "A worker process ended unexpectedly, perhaps for lack of memory"
+                f"{f' {codes[1]}' if codes else ''}; its units are done again (in progress: {numbers}).",
                 file=sys.stderr,
             )
 
