@@ -91,7 +91,7 @@ class RowLengths:
         return TokenShares(content, padded - content, int(self.bucket(ids_Tn).sum()) * ids_Tn.shape[1] - padded)
 
 
-def write(folder: Path, lengths: Sequence[int]) -> None:
+def write(folder: Path, lengths: Sequence[int] | NDArray[np.uint32]) -> None:
     """Write the content and padded lengths of a folder's rows, alternating, in the order of the rows."""
     np.save(folder / LENGTHS, np.array(lengths, dtype=np.uint32).reshape(-1, 2), allow_pickle=False)
 

@@ -18,7 +18,7 @@ from memdlm_dist.data.preparation import units
 from memdlm_dist.data.preparation.request import PrepareConfig
 from memdlm_dist.data.preparation.sequence_builder import SequenceBuilder, batches, training_text
 from memdlm_dist.data.preparation.summary import Summary
-from memdlm_dist.data.shards import Card, ShardWriter
+from memdlm_dist.data.shards import ShardWriter
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError
 from memdlm_dist.runtime import hub
@@ -96,14 +96,7 @@ def measure(config: PrepareConfig, megabytes: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, _one_thread(), ExitStack() as stack:
         diffusion_tokenizer = _ClockedTokenizer(_tokenizer_folder(config, megabytes, Path(folder, "tokenizer")))
         clock = diffusion_tokenizer.clock = _StageClock()
-        card = Card(
-            config.seq_len,
-            diffusion_tokenizer.get_vocab_size(),
-            diffusion_tokenizer.mask_id,
-            diffusion_tokenizer.eos_id,
-            documents=config.pack_documents,
-            pad_multiple=config.padding,
-        )
+        card = config.card(diffusion_tokenizer)
         # The tokenizer prepares its tables at the first text.
         diffusion_tokenizer.encode_arrays([""], config.parse_special_tokens)
         clock.seconds["tokenise"] = 0.0

@@ -13,13 +13,12 @@ import numpy as np
 from memdlm_dist.compat import streaming
 from memdlm_dist.data import output, row_lengths
 from memdlm_dist.data.output import CARD, INDEX, LENGTHS, SPLITS
-from memdlm_dist.data.preparation import summary
+from memdlm_dist.data.preparation.record import Record
 from memdlm_dist.data.preparation.summary import Summary
-from memdlm_dist.data.preparation.work_folder import Record, WorkFolder
+from memdlm_dist.data.preparation.work_folder import WorkFolder
 from memdlm_dist.data.shards import Card
 from memdlm_dist.errors import UserError
 
-_NONE = np.empty(0, np.uint32)
 _SHOWN = 5  # missing units that a message names
 _REQUESTS = 16  # records that are read at the same time
 
@@ -54,20 +53,18 @@ def check_complete(work: WorkFolder, n_units: int) -> list[Record]:
     return records
 
 
-def finish(
-    work: WorkFolder, records: Sequence[Record], card: Card, names: tuple[str, ...], repositories: list[str]
-) -> Summary:
-    """Write the files that make the shards of all units a data set, and return the counts.
+def finish(work: WorkFolder, records: Sequence[Record], counts: Summary, card: Card, names: tuple[str, ...]) -> None:
+    """Write the files that make the shards of all units a data set.
 
     Args:
         records: of all units, in the order of the corpus.
+        counts: of all units.
         card: without counts.
         names: folders of the output that are written.
 
     Raises:
-        UserError: if there is no training sequence, or the output would replace a file of the user.
+        UserError: if the output would replace a file of the user.
     """
-    counts = replace(summary.total((record.summary for record in records), card.seq_len), repositories=repositories)
     with tempfile.TemporaryDirectory() as scratch:
         for split in reversed(SPLITS):  # a run needs the training shards, so their card comes last
             folder = Path(scratch, split)
@@ -81,7 +78,6 @@ def finish(
     if not work.storage.remote:
         output.replace(Path(work.location), names)
     work.complete()
-    return counts
 
 
 def _remove_stale(work: WorkFolder, records: Sequence[Record]) -> None:
@@ -108,12 +104,11 @@ def _write_split(folder: Path, split: str, records: Sequence[Record], card: Card
     else:
         (folder / INDEX).write_text(json.dumps({"version": 2, "shards": []}))
     rows = [record.summary.sequences[split] for record in with_rows]
-    varies = any((record.lengths.get(split, _NONE)[1::2] != card.seq_len).any() for record in with_rows)
+    # With `pad_multiple` every record has the lengths of its rows.
+    lengths = [record.lengths[split] for record in with_rows] if card.pad_multiple else []
+    varies = any((values[1::2] != card.seq_len).any() for values in lengths)
     if varies:
-        parts = [
-            record.lengths.get(split, np.full(2 * n, card.seq_len)) for record, n in zip(with_rows, rows, strict=True)
-        ]
-        row_lengths.write(folder, np.concatenate(parts).tolist())
+        row_lengths.write(folder, np.concatenate(lengths))
     complete = replace(
         card,
         sequences=sum(rows),

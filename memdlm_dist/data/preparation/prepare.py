@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+import joblib
 from tqdm import tqdm
 
 from memdlm_dist.data import output, tokenizer
@@ -17,12 +18,14 @@ from memdlm_dist.data.hub_dataset import HubSource
 from memdlm_dist.data.output import SPLITS, TOKENIZER
 from memdlm_dist.data.preparation import deduplication, finish, tokenizer_sample, units, work_folder, workers
 from memdlm_dist.data.preparation.jobs import Job
+from memdlm_dist.data.preparation.plan import Plan, new_plan
 from memdlm_dist.data.preparation.progress import Progress
+from memdlm_dist.data.preparation.record import Record
 from memdlm_dist.data.preparation.request import PrepareConfig
 from memdlm_dist.data.preparation.summary import SHOWN_PROBLEMS, Summary, total
 from memdlm_dist.data.preparation.unit_worker import prepare_unit
 from memdlm_dist.data.preparation.units import Unit
-from memdlm_dist.data.preparation.work_folder import FOLDER, Plan, Record, WorkFolder
+from memdlm_dist.data.preparation.work_folder import FOLDER, WorkFolder
 from memdlm_dist.data.shards import SHARD_SIZE, Card
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError, require
@@ -60,7 +63,7 @@ def prepare(config: PrepareConfig, report: Callable[[str], None] = tqdm.write) -
     repositories = [str(file.repository) for file in files if isinstance(file, HubSource)]
     if config.tokenizer is not None and (origin := hub.origin(config.tokenizer)) is not None:
         repositories.append(str(origin))
-    plan = work_folder.new_plan(config, files, _fingerprint(config.tokenizer), len(all_units), repositories)
+    plan = new_plan(config, files, _fingerprint(config.tokenizer), len(all_units), repositories)
     partition = f"/{FOLDER}/partition-{_partition_name(config)}" if config.partition is not None else ""
     with _writing(str(config.output), partition):
         preparation = _begin(config, plan, all_units)
@@ -111,7 +114,9 @@ def _complete(work: WorkFolder, plan: Plan, card: Card, names: tuple[str, ...]) 
     if not counts.sequences.get("train"):
         work_folder.discard(work.location)
         raise UserError(_empty_message(card, counts))
-    return finish.finish(work, records, card, names, plan.repositories)
+    counts.repositories = plan.repositories
+    finish.finish(work, records, counts, card, names)
+    return counts
 
 
 def _discard_if_empty(work: WorkFolder, config: PrepareConfig) -> None:
@@ -263,7 +268,7 @@ def n_workers(config: PrepareConfig) -> int:
     Raises:
         UserError: if there is no room for one worker.
     """
-    wanted = config.workers or workers.available_cores()
+    wanted = config.workers or joblib.cpu_count()
     if config.scratch_limit is None:
         return wanted
     needed = max(SHARD_SIZE, 5 * config.seq_len) + _OTHER_SCRATCH
@@ -293,14 +298,7 @@ def _begin(config: PrepareConfig, plan: Plan, all_units: Sequence[Unit]) -> _Pre
                 made = _make_tokenizer(config, work, all_units, folder, scratch)
             else:
                 made = DiffusionTokenizer(place)
-            card = Card(
-                config.seq_len,
-                made.get_vocab_size(),
-                made.mask_id,
-                made.eos_id,
-                documents=config.pack_documents,
-                pad_multiple=config.padding,
-            )
+            card = config.card(made)
             if not work.storage.remote:
                 if config.partition is None and work.is_empty:  # another partition may be at the same point
                     output.discard(Path(location))  # files whose records are gone

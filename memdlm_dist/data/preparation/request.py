@@ -5,6 +5,8 @@ from pathlib import Path
 
 from memdlm_dist.data.row_lengths import padded_length
 from memdlm_dist.data.sequences import Fields, Format, Overlong
+from memdlm_dist.data.shards import Card
+from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import require
 
 MAX_SEQ_LEN = 1 << 24
@@ -72,6 +74,17 @@ class PrepareConfig:
     def row_length(self, tokens: int) -> int:
         """Return the length of a fine-tuning row with `tokens` tokens of content."""
         return padded_length(tokens, self.padding or self.seq_len, self.seq_len)
+
+    def card(self, tokenizer: DiffusionTokenizer) -> Card:
+        """Return the card of the shards, without counts."""
+        return Card(
+            self.seq_len,
+            tokenizer.get_vocab_size(),
+            tokenizer.mask_id,
+            tokenizer.eos_id,
+            documents=self.pack_documents,
+            pad_multiple=self.padding,
+        )
 
     def check(self) -> None:
         """Check the values that do not depend on the corpus.

@@ -14,10 +14,11 @@ from memdlm_dist.data.corpus import Row
 from memdlm_dist.data.output import SPLITS, TOKENIZER
 from memdlm_dist.data.preparation import deduplication, units
 from memdlm_dist.data.preparation.jobs import Job, ProgressMark
+from memdlm_dist.data.preparation.record import Record, part_name
 from memdlm_dist.data.preparation.request import PrepareConfig
 from memdlm_dist.data.preparation.sequence_builder import SequenceBuilder, batches
 from memdlm_dist.data.preparation.summary import Summary
-from memdlm_dist.data.preparation.work_folder import Record, WorkFolder, outages_explained, part_name, unwritable
+from memdlm_dist.data.preparation.work_folder import WorkFolder, outages_explained, unwritable
 from memdlm_dist.data.shards import ShardWriter
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError
@@ -42,7 +43,7 @@ def prepare_unit(job: Job) -> list[Record]:
         if records and records[-1].last:
             return records
         duplicates = deduplication.read_duplicates(work, job.unit.number) if job.config.deduplicate else _NONE
-        rows = _Rows(job, sum(record.rows for record in records), duplicates, mark)
+        rows = _Rows(job, sum(record.summary.rows for record in records), duplicates, mark)
         while not (records and records[-1].last):
             records.append(_prepare_part(job, work, rows, len(records)))
         return records
@@ -131,7 +132,6 @@ def _prepare_part(job: Job, work: WorkFolder, rows: _Rows, number: int) -> Recor
             job.unit.number,
             number,
             rows.at_end,
-            summary.rows,
             summary,
             {split: writer.shards for split, writer in writers.items() if writer.shards},
             {split: writer.card.most_documents for split, writer in writers.items()},

@@ -1,30 +1,24 @@
-"""Records of an unfinished preparation, kept at its output: the plan, and one record for each finished part of a unit.
+"""Unfinished preparation at its output: the plan, one record for each finished part of a unit, and staged shards.
 
 A part counts as finished once its record is written, which happens after all of its shards are in place. So a
 preparation can be killed at any time, and the same command goes on.
 """
 
-import base64
 import contextlib
 import errno
-import hashlib
-import json
 import re
 import shutil
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from memdlm_dist.compat import streaming
 from memdlm_dist.data import output
-from memdlm_dist.data.corpus import Source
 from memdlm_dist.data.output import SPLITS, SUMMARY, TOKENIZER
 from memdlm_dist.data.preparation import summary
-from memdlm_dist.data.preparation.request import PrepareConfig
+from memdlm_dist.data.preparation.plan import FORMAT, Plan
+from memdlm_dist.data.preparation.record import Record, part_name
 from memdlm_dist.data.preparation.summary import Summary
 from memdlm_dist.data.shards import HASH, Card
 from memdlm_dist.errors import UserError, require
@@ -39,130 +33,7 @@ _FINISHED = "finished.json"
 # Names of the files of the records, and of folders in which commands work, such as the locks of partitions.
 _RECORDS = r"((plan|setup|finished|duplicates)\.json|\d+-\d+\.json|\d+\.(hashes|duplicates))(\.\d+\.tmp)?"
 _FINGERPRINT, _SCRATCH, _PARTITION = r"[0-9a-f]{12}", r"scratch(-\d+-of-\d+)?", r"partition-\d+-of-\d+"
-_FORMAT = 1
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_PART = r"\d{6,}-\d{4,}"
-# Settings on which no byte of the output depends.
-_FREE = {
-    "output",
-    "tokenizer",
-    "strict",
-    "overwrite",
-    "hash_only",
-    "workers",
-    "cluster",
-    "partition",
-    "scratch",
-    "scratch_limit",
-}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything that the shards depend on; equal plans make equal shards.
-
-    Attributes:
-        options: name of a setting -> value.
-        sources: (URL, size, version) of each file of the corpus.
-        tokenizer: fingerprint of the tokenizer that was given; empty for one that is trained.
-        units: number of units.
-        repositories: datasets and tokenizer of the hub.
-    """
-
-    options: dict[str, Any]
-    sources: list[list[Any]]
-    tokenizer: str
-    units: int
-    repositories: list[str]
-    format: int = _FORMAT
-
-    @property
-    def fingerprint(self) -> str:
-        """Name of the plan's folder of records."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
-
-    def difference(self, other: "Plan") -> str:
-        """Return how another plan differs from this one, such as "--seq-len was 256, and is now 512"."""
-        if other.format != self.format:
-            return "its plan is damaged, or of another version of memdlm_dist"
-        for name, value in self.options.items():
-            if other.options.get(name) != value:
-                return f"--{name.replace('_', '-')} was {other.options.get(name)}, and is now {value}"
-        if other.tokenizer != self.tokenizer:
-            return "its tokenizer was another one"
-        before, now = ({url: rest for url, *rest in plan.sources} for plan in (other, self))
-        for url in sorted(before.keys() | now.keys()):
-            if before.get(url) != now.get(url):
-                change = "is new" if url not in before else "is gone" if url not in now else "has changed"
-                return f"the input {url} {change}"
-        if [url for url, *_ in other.sources] != [url for url, *_ in self.sources]:
-            return "the inputs were in another order"
-        return "it was begun by another version of memdlm_dist"
-
-
-def new_plan(
-    config: PrepareConfig, sources: Sequence[Source], tokenizer: str, units: int, repositories: list[str]
-) -> Plan:
-    """Return the plan of a preparation."""
-    values = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _FREE | {"inputs", "fields"}}
-    values |= {f"{name}_field": value for name, value in asdict(config.fields).items()}
-    values["format"] = values.pop("row_format")
-    if config.chat_template is not None and Path(config.chat_template).is_file():
-        values["chat_template"] = hashlib.sha256(Path(config.chat_template).read_bytes()).hexdigest()[:12]
-    files = [[source.url, source.size, source.version] for source in sources]
-    return Plan(json.loads(json.dumps(values)), files, tokenizer, units, repositories)
-
-
-@dataclass(frozen=True)
-class Record:
-    """Finished part of a unit.
-
-    Attributes:
-        unit: number of the unit.
-        part: number of the part in the unit.
-        last: the unit ends with this part.
-        rows: number of corpus rows of the part.
-        summary: counts of the part.
-        shards: split -> entries of its index.json, if the part has rows in the split.
-        most_documents: split -> largest number of documents in a row.
-        lengths: split -> content and padded length of each row, of fine-tuning rows.
-    """
-
-    unit: int
-    part: int
-    last: bool
-    rows: int
-    summary: Summary
-    shards: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    most_documents: dict[str, int] = field(default_factory=dict)
-    lengths: dict[str, np.ndarray] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """Name of the part, which is the name of its folders of shards; names sort in the order of the corpus."""
-        return part_name(self.unit, self.part)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the record as JSON values."""
-        packed = {
-            split: base64.b64encode(zlib.compress(lengths.astype("<u4").tobytes())).decode()
-            for split, lengths in self.lengths.items()
-        }
-        return {**vars(self), "summary": summary.to_json(self.summary), "lengths": packed}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Record":
-        """Return the record that `to_json` made."""
-        lengths = {
-            split: np.frombuffer(zlib.decompress(base64.b64decode(packed)), "<u4")
-            for split, packed in values["lengths"].items()
-        }
-        return cls(**{**values, "summary": summary.from_json(values["summary"]), "lengths": lengths})
-
-
-def part_name(unit: int, part: int) -> str:
-    """Return the name of a part of a unit."""
-    return f"{unit:06d}-{part:04d}"
 
 
 class WorkFolder:
@@ -337,7 +208,7 @@ def read_plan(location: str) -> tuple[WorkFolder, Plan]:
     for work, plan in unfinished(location):
         if work.has_begun:
             require(
-                plan.format == _FORMAT,
+                plan.format == FORMAT,
                 f"The plan {work.storage.url(work.path(PLAN))} is damaged, or of another version of memdlm_dist; "
                 "repeat the command of one of its partitions, which writes it anew.",
             )
@@ -433,7 +304,7 @@ def discard(location: str) -> None:
             for name in (output.CARD, output.INDEX, output.LENGTHS):
                 storage.remove(f"{split}/{name}")
             for name in storage.sizes(split):
-                if re.fullmatch(_PART, name):
+                if output.is_part(name):
                     storage.remove(f"{split}/{name}")
         for name in storage.sizes(TOKENIZER):
             if output.is_tokenizer_file(name):

@@ -27,11 +27,6 @@ _CONNECTING = 20.0  # seconds for which a Dask cluster is awaited
 _SCHEMES = ("dask", "ray")
 
 
-def available_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 def check_cluster(address: str) -> None:
     """Check the address of a cluster, and that its package is installed.
 
