@@ -111,7 +111,7 @@ class CacheOnlyEviction(StreamingDataset):
         self._evict_shard(int(candidates[np.argmin(self._shard_access_times.numpy()[candidates])]))
 
 
-_ARRANGED = "memdlm_dist"
+_ARRANGED, _GROUPED = "memdlm_dist", "memdlm_dist_groups"
 
 
 class ArrangedDataset(CacheOnlyEviction):
@@ -122,15 +122,20 @@ class ArrangedDataset(CacheOnlyEviction):
 
     Args:
         arranges: replace the order; False leaves streaming's.
+        group_size: consecutive samples that stay together in one micro-batch of one rank; divides the batch size. An
+            arranged order needs nothing for that, because each rank gets consecutive rows.
     """
 
     batch_lengths: NDArray[np.int64] | None = None  # length of each of this worker's batches in the present epoch
 
-    def __init__(self, *, arranges: bool, **options: Any):
+    def __init__(self, *, arranges: bool, group_size: int = 1, **options: Any):
         super().__init__(**options)
+        self.group_size = group_size
+        # Set here, because streaming's constructor accepts only its own methods.
         if arranges:
-            # Set here, because streaming's constructor accepts only its own methods.
             self.batching_method = _ARRANGED
+        elif group_size > 1:
+            self.batching_method = _GROUPED
 
     def arrange(self, ids_E: NDArray[np.int64], epoch: int, first: int, rows: int) -> tuple[NDArray[np.int64], ...]:
         """Return the sample ids of T micro-batches of all ranks, `[T, rows]`, and the length of each, `[T]`.
@@ -145,16 +150,19 @@ class ArrangedDataset(CacheOnlyEviction):
 
     def epoch_order(self, epoch: int) -> NDArray[np.int64]:
         """Return the sample ids of an epoch in streaming's order for a single rank, `[E]`."""
-        shuffle_units, small_per_big = self.resample_streams(epoch)
         partitions = get_partitions(self.partition_algo, self.epoch_size, self.num_canonical_nodes, 1, 1, 1, 1)
         order = partitions.flatten()
-        order = order[order != -1][: self.epoch_size]
+        return self.shuffled_ids(order[order != -1][: self.epoch_size], epoch)
+
+    def shuffled_ids(self, positions: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
+        """Return the sample ids at positions of the shuffled epoch, in the same shape; -1 (no sample) stays -1."""
+        shuffle_units, small_per_big = self.resample_streams(epoch)
         if self.shuffle:
             self._set_shuffle_block_size(self._parallel_rank_world)
             nodes, seed = self.num_canonical_nodes, self.shuffle_seed
             shuffle = get_shuffle(self.shuffle_algo, shuffle_units, nodes, seed, epoch, self.shuffle_block_size)
-            order = shuffle[order]
-        ids: NDArray[np.int64] = small_per_big[order]
+            positions = np.where(positions != -1, shuffle[positions], -1)
+        ids: NDArray[np.int64] = np.where(positions != -1, small_per_big[positions], -1)
         return ids
 
     def _get_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
@@ -183,7 +191,30 @@ def _deal(dataset: ArrangedDataset, world: World, epoch: int, sample_in_epoch: i
     return dealt.reshape(shape).transpose(2, 3, 1, 0, 4)
 
 
-batching_methods[_ARRANGED] = _deal
+def _deal_groups(dataset: ArrangedDataset, world: World, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
+    """Deal groups of n consecutive samples to nodes, ranks and workers, in streaming's format.
+
+    Like streaming's method "random", but partitions groups instead of samples. Group k has the positions n k to
+    n k + n - 1 of the shuffled epoch, so a node reads from its own canonical nodes. A canonical node that does not end
+    at a multiple of n shares fewer than 2n positions with the next one.
+    """
+    n = dataset.group_size
+    groups = get_partitions(
+        dataset.partition_algo,
+        dataset.epoch_size // n,
+        dataset.num_canonical_nodes,
+        world.num_nodes,
+        world.ranks_per_node,
+        world.workers_per_rank,
+        dataset.batch_size // n,
+        sample_in_epoch // n,
+        dataset.initial_physical_nodes,
+    )
+    positions = np.where(groups[..., None] != -1, groups[..., None] * n + np.arange(n), -1)
+    return dataset.shuffled_ids(positions.reshape(*groups.shape[:-1], dataset.batch_size), epoch)
+
+
+batching_methods |= {_ARRANGED: _deal, _GROUPED: _deal_groups}
 
 
 def _get_sampling(

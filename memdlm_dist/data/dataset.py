@@ -56,6 +56,7 @@ class TokenDataset(streaming.ArrangedDataset):
         global_batch_size: rows per optimizer step, for `group_by_length`.
         group_by_length: bring rows of similar length together.
         mask_prompt: prompts are maskable, too.
+        kwargs: passed on to `ArrangedDataset`, such as `group_size`.
     """
 
     def __init__(

@@ -36,7 +36,8 @@ class EpochLoader(Stateful):
     """Endless loader of micro-batches, epoch after epoch; its state is a position in samples, equal on all ranks.
 
     An epoch consists of complete global batches, without the incomplete last one. The n-th optimizer step therefore
-    reads the same samples with any number of ranks, any micro-batch size and any number of workers.
+    reads the same samples with any number of ranks, any micro-batch size and any number of workers. The same is true of
+    the dataset's groups, and each lies in one micro-batch.
 
     The loader may be read ahead of training. The trainer sets `position` to the position of each batch that it trains
     on, and checkpoints save that value.
@@ -86,6 +87,9 @@ class EpochLoader(Stateful):
     def __iter__(self) -> Iterator[Batch]:
         """Yield micro-batches without end, starting at `position`."""
         position = dict(self.position)
+        # After an accepted change of the global batch size the position may lie inside a group, whose first rows have
+        # been read. Its other rows are skipped, so that no row is read twice.
+        position["samples"] += -position["samples"] % self._dataset.group_size
         upcoming = 0  # the epoch that streaming reads next without `_seek`
         while True:
             left = self._dataset.epoch_size - position["samples"]
@@ -169,12 +173,15 @@ def training_loader(
     global_batch_size: int,
     dp_size: int,
     world_size: int,
+    group_size: int = 1,
     **options: Any,
 ) -> EpochLoader:
     """Open the training loader of this rank, whose number streaming reads from the environment.
 
     Args:
         dp_size: number of data-parallel ranks.
+        group_size: consecutive rows that stay together in one micro-batch of one rank; divides the local batch size. 1
+            if rows hold several documents.
         options: passed on to torch's DataLoader.
 
     Raises:
@@ -193,6 +200,7 @@ def training_loader(
         rows,
         batch_size=local_batch_size,
         global_batch_size=global_batch_size,
+        group_size=group_size if rows.most_documents in (0, 1) else 1,
         group_by_length=data.group_by_length,
         mask_prompt=data.mask_prompt,
         shuffle=data.shuffle,

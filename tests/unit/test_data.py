@@ -4,7 +4,9 @@ import gzip
 import json
 import lzma
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
@@ -12,6 +14,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import zstandard
+from streaming.base.batching import generate_work
 
 from memdlm_dist.config import parse_config
 from memdlm_dist.config.job_config import Data
@@ -463,6 +466,91 @@ def test_loader_goes_through_epochs_and_resumes_exactly(tmp_path):
         resumed = make_loader(folder)
         resumed.load_state_dict(state)
         assert ids(resumed, 4) == order[done : done + 4], done
+
+
+@pytest.fixture(scope="module")
+def rows_101(tmp_path_factory):
+    """Return the folder of 101 rows."""
+    folder = tmp_path_factory.mktemp("rows_101")
+    path = write_jsonl(folder / "rows.jsonl", [{"prompt": f"q{i}", "response": f"a{i}"} for i in range(101)])
+    prepare.prepare(request(folder, path))
+    return folder / "out/train"
+
+
+def open_groups(folder, n, canonical=1, **options):
+    settings = {"batch_size": n, "num_canonical_nodes": canonical, "shuffle_block_size": 1 << 18, "check_hash": ""}
+    return TokenDataset(local=str(folder), group_size=n, shuffle=True, **(settings | options))
+
+
+def deal(dataset, nodes=1, ranks=1, workers=1, size=1, first=0, epoch=0):
+    """Return the ids of the micro-batches of all ranks as torch's loaders read them, `[T, ranks, size]`."""
+    dataset.batch_size = size
+    world = SimpleNamespace(num_nodes=nodes, ranks_per_node=ranks, workers_per_rank=workers)
+    dealt = generate_work(dataset.batching_method, dataset, world, epoch, first)
+    return dealt.transpose(3, 2, 0, 1, 4).reshape(-1, nodes * ranks, size)  # worker t % workers, in turn
+
+
+def groups_by_hand(folder, n, canonical=1, epoch=0, **options):
+    """Return streaming's order on one rank in groups of one canonical node's consecutive samples, `[groups, n]`.
+
+    streaming reads one sample of each canonical node in turn.
+    """
+    dataset = open_groups(folder, 1, canonical, **options)
+    assert dataset.batching_method == "random", "streaming's own"
+    order = deal(dataset, epoch=epoch).reshape(-1, canonical).T[:, : dataset.epoch_size // canonical // n * n]
+    return order.reshape(canonical, -1, n).transpose(1, 0, 2).reshape(-1, n)
+
+
+@pytest.mark.parametrize("n, canonical, size", [*product((2, 4), (1, 2, 4), (96, 101)), (1, 4, 101)])
+def test_every_layout_deals_the_same_groups(rows_101, n, canonical, size):
+    def steps(*layout, **position):
+        """Return the set of groups of each optimizer step of 24 rows."""
+        ids = deal(dataset, *layout, **position).reshape(-1, n)
+        complete = (size - position.get("first", 0)) // 24
+        return [frozenset(map(tuple, step)) for step in ids[: complete * 24 // n].reshape(complete, -1, n).tolist()]
+
+    dataset = open_groups(rows_101, n, canonical, epoch_size=size)
+    reference = steps(1, 1, 1, n)
+    assert len(frozenset.union(*reference)) == 4 * 24 // n and -1 not in np.array([[*step] for step in reference])
+    # nodes, ranks per node, workers per rank, groups per micro-batch
+    for nodes, ranks, workers, groups in [*product((1, 2, 4), (1, 3), (1, 2), (1, 2)), (2, 1, 3, 3), (1, 6, 1, 1)]:
+        if 24 % (nodes * ranks * groups * n) == 0:
+            layout = nodes, ranks, workers, groups * n
+            assert steps(*layout) == reference, layout
+            assert steps(*layout, first=48) == reference[2:], layout
+    assert steps(1, 1, 1, n, epoch=1) != reference
+    dataset.initial_physical_nodes = 2  # started on 2 nodes, resumed on 3, which divide neither 2 nor 4 canonical nodes
+    assert steps(3, 1, 2, 2 * n, first=24) == reference[1:]
+
+    dataset.initial_physical_nodes = None
+    filler = deal(dataset, 1, 1, 9, 2 * n).reshape(-1, n) == -1
+    assert filler.any() and np.array_equal(filler.all(1), filler.any(1))
+    assert (~filler).sum() == n * canonical * -(-(size // n) // canonical), "all groups, and filler at the end"
+    if size == 96 or n == 1 or canonical == 1:  # else canonical nodes end inside a group
+        expected = groups_by_hand(rows_101, n, canonical, epoch_size=size)[: 96 // n]
+        assert reference == [frozenset(map(tuple, step)) for step in expected.reshape(4, -1, n).tolist()]
+        if canonical > 1:
+            by_node = deal(dataset, 2, 1, 2, n)[: 48 // n]
+            for node in (0, 1):
+                own = expected.reshape(-1, canonical, n)[:, node::2]
+                assert set(by_node[:, node].flat) == set(own.flat), "a node reads from its own canonical nodes"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_loader_keeps_groups_whole(rows_101, workers):
+    def open_loader(samples=0, size=8, global_batch_size=24):
+        dataset = open_groups(rows_101, 4, batch_size=size)
+        loader = EpochLoader(dataset, size, dp_size=1, global_batch_size=global_batch_size, num_workers=workers)
+        loader.load_state_dict({"samples": samples})
+        return loader
+
+    epochs = [groups_by_hand(rows_101, 4, epoch=epoch)[:24].reshape(12, 8) for epoch in (0, 1)]
+    expected = list(map(tuple, np.concatenate(epochs).tolist()))
+    assert ids(open_loader(), 24) == expected, "the incomplete last global batch is dropped"
+    assert ids(open_loader(48), 12) == expected[6:18]
+    if workers == 0:
+        changed = open_loader(30, size=4, global_batch_size=16)  # after an accepted change from 10 rows to 16
+        assert sum(ids(changed, 16), ()) == sum(expected[4:12], ()), "goes on with the next whole group"
 
 
 def config_with(tmp_path, **data):

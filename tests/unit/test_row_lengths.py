@@ -139,11 +139,12 @@ LAYOUTS = [*product((1, 2), (1, 2), (0, 3), (1, 2)), (1, 8, 0, 1)]  # nodes, ran
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["as is", "grouped"])
 def test_every_layout_reads_the_same_steps_and_all_ranks_share_a_bucket(dataset, grouped):
+    """Rows 2 k and 2 k + 1 of the order are in one micro-batch of one rank, if it has two rows."""
     dataset._global_batch_size, dataset._group_by_length = GLOBAL, grouped
     by_id = dataset.row_lengths.padded_N
 
     def steps(nodes, ranks, workers, size, first=0, epoch=0):
-        """Return the set of samples of every step, as torch's loaders would read them."""
+        """Return the set of micro-batches of every step, as torch's loaders would read them."""
         workers = max(workers, 1)
         dataset.batch_size = size
         world = SimpleNamespace(num_nodes=nodes, ranks_per_node=ranks, workers_per_rank=workers)
@@ -155,15 +156,18 @@ def test_every_layout_reads_the_same_steps_and_all_ranks_share_a_bucket(dataset,
         assert (length == length[0]).all(), "all ranks take one bucket"
         longest = by_id[ids].max((0, 2))
         assert all(length[0, t] == min(b for b in (16, 32, 64, 128) if b >= longest[t]) for t in range(len(longest)))
-        order = ids.transpose(1, 0, 2).reshape(-1, GLOBAL)
-        return [frozenset(step) for step in order.tolist()]
+        order = ids.transpose(1, 0, 2).reshape(-1, GLOBAL // size, size)
+        return [frozenset(map(tuple, step)) for step in order.tolist()]
 
-    reference = steps(1, 1, 0, 1)
-    assert len(reference) == ROWS // GLOBAL and len(frozenset.union(*reference)) == len(reference) * GLOBAL
+    by_size = {size: steps(1, 1, 0, size) for size in (1, 2)}
+    for size, reference in by_size.items():
+        assert len(reference) == ROWS // GLOBAL
+        assert len({row for step in reference for group in step for row in group}) == len(reference) * GLOBAL, size
     for layout in LAYOUTS:
+        reference = by_size[layout[-1]]
         assert steps(*layout) == reference, layout
         assert steps(*layout, first=3 * GLOBAL) == reference[3:], "a resumed run continues inside a window"
-    assert steps(1, 1, 0, 1, epoch=1) != reference
+    assert steps(1, 1, 0, 1, epoch=1) != by_size[1]
     dataset.batch_size, dataset._group_by_length = 2, False
 
 
@@ -243,6 +247,13 @@ def test_shards_with_and_without_row_lengths_mix(prepared):
     lengths = [batch.tokens_BL.shape[1] for batch, _ in zip(loader, range(2 * ROWS), strict=False)]
     assert set(lengths[:ROWS]) == {SEQ_LEN} and set(lengths[ROWS:]) == {16, 32, 64, 128}
     assert check_cards([*locations, str(folder / "packed/train")], requirements()).most_documents > 1
+
+
+@pytest.mark.parametrize("name, group_size", [("whole", 2), ("out", 2), ("packed", 1)])
+def test_rows_of_several_documents_are_not_grouped(prepared, name, group_size):
+    data = Data(train=[str(prepared[0] / name / "train")])
+    sizes = {"local_batch_size": 2, "global_batch_size": GLOBAL, "dp_size": 1, "world_size": 1}
+    assert training_loader(data, requirements(), **sizes, group_size=2)._dataset.group_size == group_size
 
 
 def test_mistakes_about_lengths(prepared, tmp_path, caplog):
