@@ -91,8 +91,13 @@ class ParametricMemory:
     should first learn without the memory: the inner loop assumes a base that already predicts."""
 
     probability: float = 1.0
-    """Probability that a sample trains with the memory, drawn per sample and step (with granularity batch per step);
-    other samples are plain masked diffusion. Values below 1 keep the base from depending on fast weights."""
+    """Probability that a sample, or a step, trains with the memory; the rest is plain masked diffusion, without the
+    cost of the inner loop. Values below 1 keep the base from depending on fast weights."""
+
+    probability_unit: Literal["sample", "step"] = "sample"
+    """Unit of the draw with `probability`. sample: each set of fast weights is drawn for itself, and the slowest rank
+    decides the time of a step; step: all samples of a step train with the memory, or none (always with granularity
+    batch)."""
 
     trajectory: _one_of(TRAJECTORIES) = Plan.trajectory  # type: ignore[valid-type]
     """States that the inner loop visits. anchor_consistent: from the pre-anchor to the anchor, which is the state of
@@ -164,8 +169,12 @@ class ParametricMemory:
     """Linears that get fast weights: ffn (gate, up, down), attention (q, k, v, o), or single linears by name."""
 
     granularity: Literal["sample", "batch"] = "sample"
-    """Scope of a set of fast weights. sample: one set per row, or per document of a packed row; batch: one set per
-    micro-batch, as in the published code."""
+    """Scope of a set of fast weights. sample: samples_per_set samples; batch: one set per micro-batch, as in the
+    published code, where a micro-batch has 2 rows on 1 rank."""
+
+    samples_per_set: int = 1
+    """Number of consecutive samples of the global batch that share a set of fast weights, on any layout; a micro-batch
+    holds a multiple of it. In packed rows: consecutive documents of a row, of which the last set may have fewer."""
 
 
 @dataclass

@@ -173,7 +173,7 @@ def check(folder: Path, device: str = "cpu") -> Iterator[Comparison]:
         alpha=settings.alpha,
         loss=settings.loss,
         optimiser=settings.optimiser,
-        per_sample=False,
+        samples_per_set=None,
         inner_epochs=settings.epochs,
     )
     adapted: list[FastWeights] = []

@@ -123,7 +123,7 @@ class TrainedModel:
             self._amp = process_group.autocast(parallel_dims, dtype, device_type())
         objective = build_objective(config, args, self.tokenizer.mask_id, parallel_dims)
         assert objective.memory is not None
-        self._memory = replace(objective.memory, per_sample=True)
+        self._memory = replace(objective.memory, samples_per_set=1)
         self._objective = replace(objective, plan=replace(objective.plan, loss_weight=memory_weights))
         self._vocab_size = args.vocab_size
         cp_mesh = parallel_dims.get_optional_mesh("cp")

@@ -10,12 +10,13 @@ all call `outer_loss`.
 
 Source: MemDLM, arXiv 2603.22241.
 
-Shapes: B rows, L tokens, D model width, M scored tokens of one sequence shard, G sets of fast weights.
+Shapes: B rows, C rows that the inner loop reads, L tokens, D model width, M scored tokens of one sequence shard,
+G sets of fast weights.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -31,7 +32,9 @@ from memdlm_dist.method.inner_loss import InnerLoss, full_tensor
 from memdlm_dist.method.inner_sgd import FastWeightGroup, InnerSGD
 from memdlm_dist.method.keyed_dropout import NO_DROPOUT, TermDropout
 from memdlm_dist.method.logit_loss import HeadLoss, cross_entropy
-from memdlm_dist.method.micro_batch import MicroBatch, Scored
+from memdlm_dist.method.micro_batch import InnerStep, MicroBatch, Scored
+from memdlm_dist.method.sets import Sets
+from memdlm_dist.method.trajectory import ANCHOR_INPUT
 
 
 class FSDPSchedule(Protocol):
@@ -56,7 +59,7 @@ class Backbone(Protocol):
         first: int = 0,
         attended_BL: Tensor | None = None,
         documents: Documents | None = None,
-        per_document_sets: bool = False,
+        documents_per_set: int | None = None,
         sequence_shard: tuple[int, int] = (0, 1),
         dropout: TermDropout = NO_DROPOUT,
     ) -> Any:
@@ -67,7 +70,7 @@ class Backbone(Protocol):
             first: position of this rank's first token in the full row.
             attended_BL: bool, tokens of the full rows that attention may read; None for all.
             documents: documents of the full packed rows.
-            per_document_sets: each document has its own set of fast weights.
+            documents_per_set: consecutive documents of a row that share a set of fast weights; None: the row has one.
             sequence_shard: (tp_rank, tp_size).
             dropout: dropout of the low-rank terms, for this context-parallel rank's tokens.
         """
@@ -79,10 +82,11 @@ class Backbone(Protocol):
         """Run the full model, and the head at positions `index_M` of this rank's flattened activations; see `tail`."""
         ...
 
-    def trunk(self, inputs: Sequence[Tensor], stop: int, context: Any) -> list[Tensor]:
+    def trunk(self, inputs: Sequence[Tensor], stop: int, context: Any, others_context: Any = None) -> list[Tensor]:
         """Run the embedding and layers `0 .. stop - 1` on several inputs; return activations `[B, L, D]` of each.
 
-        Only the first input's activations carry a gradient.
+        Only the first input's activations carry a gradient. The other inputs have a context of their own if they have
+        other rows.
         """
         ...
 
@@ -120,11 +124,11 @@ class Memory:
     alpha: float
     loss: InnerLoss
     optimiser: InnerSGD
-    per_sample: bool  # one set of fast weights per sample; False: one for the micro-batch
+    samples_per_set: int | None  # consecutive samples that share a set, see `Sets`; None: all of the micro-batch
     inner_epochs: int = 1  # passes of the inner loop over the trajectory
     tp_mesh: DeviceMesh | None = None
-    # The ranks of an expert-parallel group share one set. Each rank stores the fast weights of its local experts, and
-    # those of all other linears.
+    # The ranks of an expert-parallel group share one set if `samples_per_set` is None. Each rank stores its local
+    # experts' terms of all sets in the group.
     ep_mesh: DeviceMesh | None = None
     # The ranks of a context-parallel group hold slices of the same rows. Each rank stores all sets of these rows.
     cp_mesh: DeviceMesh | None = None
@@ -133,21 +137,31 @@ class Memory:
     def group(self) -> FastWeightGroup | None:
         """Ranks that share sets of fast weights, this rank included; None without sharing."""
         if self.cp_mesh is not None:
-            return FastWeightGroup(self.cp_mesh.get_group(), shares_rows=True)
+            return FastWeightGroup(self.cp_mesh.get_group(), "rows")
         if self.ep_mesh is None:
             return None
         experts = frozenset((linear.layer, linear.target) for linear in self.linears if linear.experts)
-        return FastWeightGroup(self.ep_mesh.get_group(), shares_rows=False, experts=experts)
+        if self.samples_per_set is None:
+            return FastWeightGroup(self.ep_mesh.get_group(), "sets", experts)
+        return FastWeightGroup(self.ep_mesh.get_group(), "experts", experts) if experts else None
 
-    def count_sets(self, batch: MicroBatch) -> int:
-        """Return G, the number of sets of fast weights of a micro-batch."""
-        return len(batch.sample_ids_U) if self.per_sample else 1
+    def draw(self, seed: int, step: int, sample_ids_U: Tensor, slots: int = 1) -> FastWeights:
+        """Draw the initial fast weights of a micro-batch.
 
-    def draw(self, seed: int, step: int, sample_ids_U: Tensor) -> FastWeights:
-        """Draw the initial fast weights of a micro-batch."""
-        keys_G = fast_weights.keys(seed, step, sample_ids_U, self.per_sample)
+        Args:
+            sample_ids_U: global sample ids.
+            slots: document slots of a row.
+        """
+        sets = Sets(len(sample_ids_U) // slots, slots, self.samples_per_set)
         return fast_weights.draw(
-            self.fast_weight_type, self.linears, self.rank, self.alpha, keys_G, self.tp_mesh, self.ep_mesh
+            self.fast_weight_type,
+            self.linears,
+            self.rank,
+            self.alpha,
+            fast_weights.keys(seed, step, sample_ids_U[sets.first_samples(sample_ids_U.device)]),
+            self.tp_mesh,
+            self.ep_mesh,
+            shares_sets=self.samples_per_set is None,
         )
 
 
@@ -158,6 +172,7 @@ def outer_loss(
     fast: FastWeights | None = None,
     tp_rank: int = 0,
     on_adapted: Callable[[FastWeights], None] | None = None,
+    measures: bool = False,
 ) -> tuple[Tensor, InnerStatistics | None]:
     """Compute the outer loss sum of a micro-batch, after the inner loop has adapted the fast weights.
 
@@ -172,29 +187,41 @@ def outer_loss(
         fast: initial fast weights, required with `memory`.
         tp_rank: this rank's tensor-parallel rank, which selects its sequence shard.
         on_adapted: called with the fast weights after the last inner step.
+        measures: also measure -log p of the anchor's tokens in the passes that read the anchor, and before the first
+            inner step, which takes one more pass through the tail (`InnerStatistics.anchor_nll`).
 
     Returns:
-        The loss sum (scalar), and the statistics of the inner loop (None without memory).
+        The loss sum (scalar), and the statistics of the inner loop (None without memory, and without inner steps).
     """
     anchor, index_M, context = batch.anchor, batch.anchor.index_SM[tp_rank], token_context(model, batch, memory)
+    head = _outer_head(anchor)
     if memory is None:
-        return model(batch.inputs[0], index_M, None, _outer_head(anchor), context).sum(), None
+        return model(batch.inputs[0], index_M, None, head, context).sum(), None
 
-    assert fast is not None
-    first_layer = memory.first_layer
-    h_anchor, *others = model.trunk(batch.inputs, first_layer, context)
-    # Inner steps that read the anchor reuse its activations, without the autograd graph.
-    hidden = [h_anchor.detach(), *others]
+    first_layer, has_inner_rows = memory.first_layer, batch.inner_rows_C is not None
+    inner_context = token_context(model, batch, memory, inner=True) if has_inner_rows else context
+    h_anchor, *others = model.trunk(batch.inputs, first_layer, context, inner_context)
+    # FSDP2 gathers the tail in the same order on all ranks, also on those without an inner step.
     with model.fsdp_schedule.tail(first_layer):
-        fast, statistics = _adapt(model, batch, memory, fast, hidden, tp_rank, context)
+        if not batch.inner:
+            return model.tail(h_anchor, first_layer, index_M, None, head, context, outer=True).sum(), None
+        assert fast is not None
+        nll = {"before": _nll_before(model, batch, memory, fast, h_anchor, tp_rank, context)} if measures else {}
+        # Inner steps that read the anchor reuse its activations, without the autograd graph.
+        hidden = [h_anchor.detach(), *others]
+        if batch.inner_rows_C is not None:
+            hidden[0] = hidden[0].index_select(0, batch.inner_rows_C)
+        fast, statistics = _adapt(model, batch, memory, fast, hidden, tp_rank, inner_context, nll if measures else None)
         # Free the other states' activations before the outer pass.
         hidden.clear()
         others.clear()
         if on_adapted is not None:
             on_adapted(fast)
-        return model.tail(
-            h_anchor, first_layer, index_M, fast, _outer_head(anchor), context, outer=True
-        ).sum(), statistics
+        fast, squares = fast_weights.measuring(fast)
+        loss = model.tail(h_anchor, first_layer, index_M, fast, head, context, outer=True).sum()
+    if measures:
+        nll["after"] = _nll(head, anchor, batch.adapted_U)
+    return loss, replace(statistics, write_X2=torch.stack(squares), anchor_nll=nll)
 
 
 @torch.no_grad()
@@ -212,17 +239,25 @@ def adapt_fast_weights(
         return _adapt(model, batch, memory, fast, hidden, tp_rank, context)
 
 
-def token_context(model: Backbone, batch: MicroBatch, memory: Memory | None) -> Any:
-    """Build the backbone's context of a micro-batch, once for all passes."""
+def token_context(model: Backbone, batch: MicroBatch, memory: Memory | None, inner: bool = False) -> Any:
+    """Build the backbone's context of a micro-batch, once for all passes.
+
+    Args:
+        inner: of the rows that the inner loop reads, `MicroBatch.inner_rows_C`.
+    """
     mesh = memory.tp_mesh if memory is not None else None
+    documents, dropout = batch.documents, batch.dropout
+    if inner and (rows_C := batch.inner_rows_C) is not None:
+        documents = documents.rows(rows_C) if documents is not None else None
+        dropout = dropout.rows(rows_C)
     return model.context(
         batch.inputs[0].shape[1],
         batch.first,
         batch.attended_BL,
-        batch.documents,
-        per_document_sets=memory is not None and memory.per_sample,
+        documents,
+        documents_per_set=memory.samples_per_set if memory is not None else None,
         sequence_shard=(mesh.get_local_rank(), mesh.size()) if mesh is not None else (0, 1),
-        dropout=batch.dropout,
+        dropout=dropout,
     )
 
 
@@ -234,16 +269,85 @@ def _adapt(
     hidden: Sequence[Tensor],
     tp_rank: int,
     context: Any,
+    nll: dict[str, Tensor] | None = None,
 ) -> tuple[FastWeights, InnerStatistics]:
+    """Run the inner loop on the rows that it reads.
+
+    Args:
+        nll: gets the results of `_nll` for the steps that read the anchor; None: do not measure.
+    """
+    sets, all_fast = batch.sets(memory.samples_per_set), fast
+    set_C, n_sets = None, sets.count
+    if batch.inner_rows_C is not None:
+        set_C = sets.of_rows(batch.inner_rows_C)
+        sets, fast = replace(sets, rows=len(batch.inner_rows_C)), fast_weights.select(fast, set_C, n_sets)
     with model.inner_steps(memory.first_layer):
-        return inner_loop.adapt(
-            _state_loss(model, batch, memory, hidden, tp_rank, context),
+        fast, statistics = inner_loop.adapt(
+            _state_loss(model, batch, memory, hidden, tp_rank, context, nll),
             [step.scored for step in batch.inner] * memory.inner_epochs,
             fast,
-            n_sets=memory.count_sets(batch),
-            optimiser=memory.optimiser,
-            group=memory.group,
+            sets,
+            memory.optimiser,
+            memory.group,
         )
+    return fast if set_C is None else fast_weights.with_sets(all_fast, set_C, n_sets, fast), statistics
+
+
+def empty_statistics(
+    steps: Sequence[InnerStep], memory: Memory, measures: bool, device: torch.device
+) -> InnerStatistics:
+    """Return the statistics of `outer_loss` for no sample at all.
+
+    Args:
+        steps: steps of the inner loop in one epoch.
+        memory: settings of the memory.
+        measures: see `outer_loss`.
+        device: device of the result.
+    """
+    steps = [*steps] * memory.inner_epochs
+    names = ["before", *(f"step_{k + 1}" for k, step in enumerate(steps) if _reads_anchor(step, memory)), "after"]
+    return replace(
+        InnerStatistics.empty(len(steps), device),
+        write_X2=torch.zeros(len(memory.linears), 2, device=device),
+        anchor_nll={name: torch.zeros(2, device=device) for name in names} if measures else {},
+    )
+
+
+def _reads_anchor(step: InnerStep, memory: Memory) -> bool:
+    """Return whether an inner step computes -log p of the anchor's tokens."""
+    return step.student == ANCHOR_INPUT and memory.loss.logit_loss is cross_entropy
+
+
+def _nll_before(
+    model: Backbone,
+    batch: MicroBatch,
+    memory: Memory,
+    fast: FastWeights,
+    h_anchor: Tensor,
+    tp_rank: int,
+    context: Any,
+) -> Tensor:
+    """Measure -log p of the anchor's tokens with the initial fast weights, see `_nll`."""
+    head = _outer_head(batch.anchor)
+    # The pass is an inner step without its backward pass: compiled blocks run the graph that they have.
+    with model.inner_steps(memory.first_layer), torch.enable_grad():
+        fast = fast_weights.map_leaves(lambda x: x.detach().requires_grad_(), fast)
+        index_M = batch.anchor.index_SM[tp_rank]
+        model.tail(h_anchor.detach(), memory.first_layer, index_M, fast, head, context)
+    return _nll(head, batch.anchor, batch.adapted_U)
+
+
+def _nll(head: HeadLoss, scored: Scored, adapted_U: Tensor | None = None) -> Tensor:
+    """Return the sum of -log p over the scored tokens of a pass, in nats, and their number, `[2]`.
+
+    Args:
+        head: cross-entropy readout of the pass.
+        scored: its scored tokens.
+        adapted_U: bool, samples to count; None for all.
+    """
+    counted_N = scored.valid_N if adapted_U is None else scored.valid_N & adapted_U[scored.sample_N]
+    nll_N = torch.where(counted_N, head.token_losses(), 0.0)
+    return torch.stack([nll_N.sum().float(), counted_N.sum().float()])
 
 
 def _outer_head(anchor: Scored) -> HeadLoss:
@@ -253,7 +357,13 @@ def _outer_head(anchor: Scored) -> HeadLoss:
 
 
 def _state_loss(
-    model: Backbone, batch: MicroBatch, memory: Memory, hidden: Sequence[Tensor], tp_rank: int, context: Any
+    model: Backbone,
+    batch: MicroBatch,
+    memory: Memory,
+    hidden: Sequence[Tensor],
+    tp_rank: int,
+    context: Any,
+    nll: dict[str, Tensor] | None,
 ) -> Callable[[int, FastWeights, SetSum], Tensor]:
     """Build the inner loop's loss function of (inner step, fast weights, sums), given the trunk's activations.
 
@@ -272,7 +382,10 @@ def _state_loss(
                 target = model.tail(hidden[step.teacher], first_layer, index_M, current, loss.teacher, context)
         if loss.logit_loss is not None:
             head = HeadLoss(loss.logit_loss, full_tensor(target), sums, loss.temperature)
-            return model.tail(hidden[step.student], first_layer, index_M, current, head, context)
+            loss_G = model.tail(hidden[step.student], first_layer, index_M, current, head, context)
+            if nll is not None and _reads_anchor(step, memory):
+                nll[f"step_{k + 1}"] = _nll(head, step.scored)
+            return loss_G
         assert loss.hidden_distance is not None
         student = model.tail(hidden[step.student], first_layer, index_M, current, loss.student, context)
         return sums(loss.hidden_distance(student, target))

@@ -55,17 +55,17 @@ class GroupedTokens(NamedTuple):
 
 
 class SetAssignment(NamedTuple):
-    """Assignment of tokens to the sets of fast weights of their row, one set per document slot."""
+    """Assignment of tokens to the s sets of fast weights of their row."""
 
-    slot_BL: Tensor  # int64
-    slots: int  # S
+    slot_BL: Tensor  # int64: number of the set within its row
+    slots: int  # s
     # Layout for grouped products of all tokens, and of this tensor-parallel rank's sequence shard. None: no grouped
     # products.
     grouped: GroupedTokens | None = None
     grouped_shard: GroupedTokens | None = None
 
     def mask(self) -> Tensor:
-        """Return the one-hot assignment, bool `[B, L, S]`: True at the slot of the token's document."""
+        """Return the one-hot assignment, bool `[B, L, s]`: True at the token's set."""
         return self.slot_BL.unsqueeze(-1) == torch.arange(self.slots, device=self.slot_BL.device)
 
 
@@ -162,8 +162,19 @@ class Documents(NamedTuple):
         columns = slice(first, first + length)
         return self._replace(number_BL=self.number_BL[:, columns], position_BL=self.position_BL[:, columns])
 
+    def rows(self, index_C: Tensor) -> "Documents":
+        """Return the documents of some rows."""
+        return self._replace(number_BL=self.number_BL[index_C], position_BL=self.position_BL[index_C])
+
+    def grouped_by(self, samples_per_set: int) -> "Documents":
+        """Return groups of consecutive documents as documents; positions are kept."""
+        if samples_per_set == 1:
+            return self
+        number_BL = torch.where(self.number_BL == PADDING, PADDING, self.number_BL // samples_per_set)
+        return self._replace(number_BL=number_BL, slots=-(-self.slots // samples_per_set))
+
     def assign_sets(self, grouped: bool = False, tp_rank: int = 0, tp_size: int = 1) -> SetAssignment:
-        """Assign every token to the set of fast weights of its document, without a device-to-host sync.
+        """Assign every token to the set of fast weights of its slot, without a device-to-host sync.
 
         Args:
             grouped: include the layouts for grouped products.

@@ -6,13 +6,15 @@ and `state_dict` do not see them, and they are freed at the end of the step.
 Mixture of experts: every set has one term per expert. The leading dimension of these tensors is E G instead of G,
 with the expert as the slower index.
 
-Packed rows: every document slot of a row has a set, and a token gets the term of its document's set. With grouped
-matrix products a token is multiplied by that set only. Without them it is multiplied by all sets of its row, and a
-mask selects its own set.
+Shared sets: G sets of fast weights serve B rows, G <= B: consecutive rows have the same set.
 
-Shapes: G sets of fast weights (one per sample, or one per micro-batch), B rows, L tokens, s sets per row, R rank of
-the low-rank term, E local experts, S routed tokens (each token once per selected expert), sorted by expert,
-P rows of the buffer of a grouped matrix product.
+Packed rows: a row has s sets of fast weights, each for one or several documents, and a token gets the term of its
+document's set. With grouped matrix products a token is multiplied by that set only. Without them it is multiplied by
+all sets of its row, and a mask selects its own set.
+
+Shapes: G sets of fast weights (see `sets.Sets`), B rows, L tokens, s sets per row, R rank of the low-rank term,
+E local experts, S routed tokens (each token once per selected expert), sorted by expert, P rows of the buffer of a
+grouped matrix product.
 """
 
 import math
@@ -23,7 +25,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed import broadcast, get_global_rank
+from torch.distributed import all_gather_into_tensor, broadcast, get_global_rank
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
@@ -55,6 +57,24 @@ class AdaptedLinear:
 ExpertProduct = Callable[[Tensor, Tensor], Tensor]
 
 
+class WriteNorms(NamedTuple):
+    """Squared norms of a linear's fast-weight term and of its own output, added up by the passes that read it.
+
+    Only tokens with a term other than 0 count. Activation checkpointing adds both norms twice.
+    """
+
+    squares_2: Tensor
+
+    @torch.no_grad()
+    def add(self, term: Tensor, own: Tensor) -> None:
+        """Add the norms of local outputs `[..., o]`."""
+        term_n, own_n = (
+            torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (term, own)
+        )
+        squares = [term_n.square().sum(), torch.where(term_n > 0, own_n, 0.0).square().sum()]
+        self.squares_2.add_(torch.stack([x.float() for x in squares]))
+
+
 class LowRank(NamedTuple):
     """Low-rank fast weights of one linear: y = W x + (alpha / R) B (A x).
 
@@ -65,6 +85,7 @@ class LowRank(NamedTuple):
     A_GRi: Tensor
     B_GoR: Tensor
     scale: float  # alpha / R
+    norms: WriteNorms | None = None  # None: do not measure
 
     @classmethod
     def start(
@@ -135,6 +156,7 @@ class Full(NamedTuple):
     """
 
     delta_Goi: Tensor
+    norms: WriteNorms | None = None  # None: do not measure
 
     @classmethod
     def start(
@@ -191,6 +213,7 @@ def draw(
     keys_G: Tensor,
     tp_mesh: DeviceMesh | None = None,
     ep_mesh: DeviceMesh | None = None,
+    shares_sets: bool = False,
 ) -> FastWeights:
     """Draw initial fast weights, float32; their terms are zero, so the model starts unchanged.
 
@@ -201,14 +224,21 @@ def draw(
         alpha: the low-rank term is multiplied by alpha / R.
         keys_G: one key per set, from `keys`; its device is the device of the fast weights.
         tp_mesh: one-dimensional mesh; the fast weights become DTensors on it.
-        ep_mesh: one-dimensional mesh; its ranks share the keys of its rank 0, and each draws its local experts' terms.
+        ep_mesh: one-dimensional mesh; each of its ranks draws its local experts' terms of the sets of all ranks.
+        shares_sets: the ranks of `ep_mesh` share the sets of its rank 0; otherwise each has sets of its own.
     """
+    keys_A = keys_G  # of the sets whose experts' terms this rank stores
     if ep_mesh is not None:
-        keys_G, group = keys_G.clone(), ep_mesh.get_group()
-        broadcast(keys_G, get_global_rank(group, 0), group)
+        group = ep_mesh.get_group()
+        if shares_sets:
+            keys_A = keys_G = keys_G.clone()
+            broadcast(keys_G, get_global_rank(group, 0), group)
+        else:
+            keys_A = keys_G.new_empty(ep_mesh.size() * len(keys_G))
+            all_gather_into_tensor(keys_A, keys_G.contiguous(), group)
     fast: FastWeights = {}
     for linear in linears:
-        keys = keys_G + linear.number
+        keys = (keys_A if linear.experts else keys_G) + linear.number
         if linear.experts:
             ep_size, ep_rank = (ep_mesh.size(), ep_mesh.get_local_rank()) if ep_mesh is not None else (1, 0)
             n_local = linear.experts // ep_size
@@ -219,9 +249,9 @@ def draw(
     return fast
 
 
-def keys(seed: int, step: int, sample_ids_U: Tensor, per_sample: bool) -> Tensor:
-    """Return the keys of the draw, int64 `[G]`: one per sample, or the first sample's for the whole micro-batch."""
-    return keyed_random.key(seed, Stream.FAST_WEIGHTS, step, sample_ids_U if per_sample else sample_ids_U[:1])
+def keys(seed: int, step: int, sample_ids_G: Tensor) -> Tensor:
+    """Return the keys of the draw, int64 `[G]`, from the id of each set's first sample."""
+    return keyed_random.key(seed, Stream.FAST_WEIGHTS, step, sample_ids_G)
 
 
 def adapted(
@@ -240,13 +270,31 @@ def adapted(
     Args:
         fast: fast weights of the linear; None adds nothing.
         assignment: assignment of all tokens to the sets of their row, equal on every tensor-parallel rank. None if
-            each row has one set, or all rows share one.
+            each row has one set, its own or one that it shares with others.
         dropout: dropout of the term's input; None drops nothing.
     """
     y_BLo = linear(x_BLi)
     if fast is None:
         return y_BLo
-    return y_BLo + fast.term(_drop(x_BLi, fast, dropout), assignment).type_as(y_BLo)
+    x_BLi = _drop(x_BLi, fast, dropout)
+    n_sets, rows = len(fast[0]), len(x_BLi)
+    if assignment is None and 1 < n_sets < rows:
+        term_BLo = _unfold_rows(fast.term(_fold_rows(x_BLi, rows // n_sets)), rows // n_sets)
+    else:
+        term_BLo = fast.term(x_BLi, assignment)
+    if fast.norms is not None:
+        fast.norms.add(term_BLo, y_BLo)
+    return y_BLo + term_BLo.type_as(y_BLo)
+
+
+def _fold_rows(x_BLi: Tensor, n: int) -> Tensor:
+    """Concatenate every n rows into one, `[B / n, L n, i]`, token by token: a sequence shard stays one."""
+    return x_BLi.unflatten(0, (-1, n)).transpose(1, 2).flatten(1, 2)
+
+
+def _unfold_rows(y_GLo: Tensor, n: int) -> Tensor:
+    """Undo `_fold_rows`, `[B, L, o]`."""
+    return y_GLo.unflatten(1, (-1, n)).transpose(1, 2).flatten(0, 1)
 
 
 def adapted_experts(
@@ -263,16 +311,24 @@ def adapted_experts(
     y_So = product(x_Si, weight_Eoi)
     if fast is None:
         return y_So
-    return y_So + fast.expert_term(_drop(x_Si, fast, dropout), product).type_as(y_So)
+    term_So = fast.expert_term(_drop(x_Si, fast, dropout), product)
+    if fast.norms is not None and not _is_row_wise(fast):  # the norm of partial sums would say nothing
+        fast.norms.add(term_So, y_So)
+    return y_So + term_So.type_as(y_So)
 
 
 def _drop(x: Tensor, fast: FastLinear, dropout: Dropout | None) -> Tensor:
     """Apply dropout to a linear's local input, which a row-wise linear has sharded on its features."""
     if dropout is None:
         return x
+    first = cast(DTensor, fast[0]).device_mesh.get_local_rank() * x.shape[-1] if _is_row_wise(fast) else 0
+    return dropout(x, first)
+
+
+def _is_row_wise(fast: FastLinear) -> bool:
+    """Return whether tensor parallelism shards the input features of a linear."""
     weight = fast[0]  # A or delta; both have the input features last
-    is_sharded = isinstance(weight, DTensor) and weight.placements[0].is_shard(2)
-    return dropout(x, cast(DTensor, weight).device_mesh.get_local_rank() * x.shape[-1] if is_sharded else 0)
+    return isinstance(weight, DTensor) and weight.placements[0].is_shard(2)
 
 
 def _to_local(x: Tensor) -> Tensor:
@@ -370,7 +426,7 @@ def leaves(fast: FastWeights) -> list[Tensor]:
     return [x for layer in fast.values() for linear in layer.values() for x in linear if isinstance(x, Tensor)]
 
 
-def map_leaves(function: Callable[..., Tensor], fast: FastWeights, *others: Sequence[Tensor]) -> FastWeights:
+def map_leaves(function: Callable[..., Tensor], fast: FastWeights, *others: Sequence[Any]) -> FastWeights:
     """Build a tree with `function(leaf, *entries)` in place of every leaf.
 
     Args:
@@ -384,6 +440,19 @@ def map_leaves(function: Callable[..., Tensor], fast: FastWeights, *others: Sequ
         return type(linear)(*values)
 
     return {layer: {target: rebuild(linear) for target, linear in targets.items()} for layer, targets in fast.items()}
+
+
+def measuring(fast: FastWeights) -> tuple[FastWeights, list[Tensor]]:
+    """Return fast weights that add up `WriteNorms`, and these norms by linear, `[2]` each, float32."""
+    measured: FastWeights = {}
+    squares: list[Tensor] = []
+    for layer, targets in fast.items():
+        measured[layer] = {}
+        for target, linear in targets.items():
+            # A tensor for each linear: compiled blocks would treat views of one tensor as aliases.
+            squares.append(torch.zeros(2, device=linear[0].device))
+            measured[layer][target] = linear._replace(norms=WriteNorms(squares[-1]))
+    return measured, squares
 
 
 def select(fast: FastWeights, index_B: Sequence[int] | Tensor, n_sets: int) -> FastWeights:
@@ -403,6 +472,26 @@ def select(fast: FastWeights, index_B: Sequence[int] | Tensor, n_sets: int) -> F
         return DTensor.from_local(chosen, x.device_mesh, x.placements, run_check=False)
 
     return map_leaves(select_sets, fast)
+
+
+@torch.no_grad()
+def with_sets(fast: FastWeights, index_C: Tensor, n_sets: int, new: FastWeights) -> FastWeights:
+    """Return fast weights with some sets replaced.
+
+    Args:
+        index_C: numbers of the sets to replace, without repeats, in the order of `new`'s sets.
+        n_sets: G, the number of sets in `fast`.
+        new: len(index_C) sets, sharded like `fast`.
+    """
+
+    def replaced(x: Tensor, y: Tensor) -> Tensor:
+        sets, values = _to_local(x).unflatten(0, (-1, n_sets)), _to_local(y).unflatten(0, (-1, len(index_C)))
+        local = sets.index_copy(1, index_C, values).flatten(0, 1)
+        return (
+            DTensor.from_local(local, x.device_mesh, x.placements, run_check=False) if isinstance(x, DTensor) else local
+        )
+
+    return map_leaves(replaced, fast, leaves(new))
 
 
 @torch.no_grad()

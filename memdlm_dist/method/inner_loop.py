@@ -2,11 +2,11 @@
 
 `adapt` is a pure function of its arguments.
 
-Shapes: G sets of fast weights, N scored tokens, K inner steps (of all epochs).
+Shapes: G sets of fast weights, N scored tokens, K inner steps (of all epochs), X adapted linears.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from memdlm_dist.method.diffusion import SetSum
 from memdlm_dist.method.fast_weights import FastWeights
 from memdlm_dist.method.inner_sgd import FastWeightGroup, InnerSGD
 from memdlm_dist.method.micro_batch import Scored
+from memdlm_dist.method.sets import Sets
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,22 @@ class InnerStatistics:
     counted_KG: Tensor  # bool: the set has a scored token, and its loss and gradient are finite
     skipped_KG: Tensor  # bool: loss or gradient is not finite, so the set is not updated
     written_norm_G: Tensor  # 2-norm of the set's total change
+    # Measured by `bilevel.outer_loss`; this rank's share of the sums.
+    write_X2: Tensor | None = None  # squared norms of a linear's fast-weight term and of its own output
+    anchor_nll: Mapping[str, Tensor] = field(default_factory=dict)  # pass -> [sum of -log p, number of tokens]
+
+    @classmethod
+    def empty(cls, steps: int, device: torch.device) -> "InnerStatistics":
+        """Return the statistics of K = `steps` inner steps without any set."""
+        zeros_KG, false_KG = (torch.zeros(steps, 0, dtype=d, device=device) for d in (torch.float32, torch.bool))
+        return cls(zeros_KG, zeros_KG, false_KG, false_KG, torch.zeros(0, device=device))
 
 
 def adapt(
     state_loss: Callable[[int, FastWeights, SetSum], Tensor],
     scored: Sequence[Scored],
     fast: FastWeights,
-    n_sets: int,
+    sets: Sets,
     optimiser: InnerSGD,
     group: FastWeightGroup | None = None,
 ) -> tuple[FastWeights, InnerStatistics]:
@@ -49,11 +59,11 @@ def adapt(
     Args:
         state_loss: (k, fast weights, sums) -> losses `[G]` of state k; `sums` adds up the token losses of each set.
         scored: scored tokens of the K states, in the order of the steps; several epochs repeat the trajectory's states.
-        fast: initial fast weights with `n_sets` sets; not modified.
-        n_sets: G. 1: all samples share one set; otherwise sample g belongs to set g.
+        fast: initial fast weights; not modified.
+        sets: assignment of the samples to the G sets.
         optimiser: clipped SGD.
-        group: ranks that share the sets, each with other tokens. Losses, gradients and squared norms cover the
-            tokens of all ranks.
+        group: ranks that share the sets, or their experts' terms. Losses, gradients and squared norms cover the tokens
+            of all ranks.
 
     Returns:
         The fast weights after the last step, detached, and the statistics.
@@ -63,11 +73,11 @@ def adapt(
     with torch.enable_grad():
         for k, tokens in enumerate(scored):
             fast = fast_weights.map_leaves(lambda x: x.detach().requires_grad_(), fast)
-            sums, count_G = _set_means(tokens, n_sets, fast_weights.leaves(fast)[0].dtype, group)
+            sums, count_G = _set_means(tokens, sets, fast_weights.leaves(fast)[0].dtype, group)
             loss_G = state_loss(k, fast, sums)
             grads = torch.autograd.grad(loss_G.sum(), fast_weights.leaves(fast))
             with torch.no_grad():
-                loss_G = loss_G.detach() if group is None else group.sum(loss_G.detach())
+                loss_G = loss_G.detach() if group is None else group.losses(loss_G.detach())
                 fast, norm_G = inner_sgd.sgd_update(fast, grads, optimiser, loss_G.isfinite(), group)
             finite_G = loss_G.isfinite() & norm_G.isfinite()
             losses.append(loss_G)
@@ -76,19 +86,23 @@ def adapt(
             skipped.append(~finite_G)
     with torch.no_grad():
         change = [new - old for new, old in zip(*map(fast_weights.leaves, (fast, initial)), strict=True)]
-        written_G = inner_sgd.set_totals(fast, inner_sgd.squared_norms(change), n_sets, group).sqrt()
+        written = inner_sgd.set_totals(fast, inner_sgd.squared_norms(change), sets.count, group).sqrt()
     statistics = InnerStatistics(
-        torch.stack(losses), torch.stack(norms), torch.stack(counted), torch.stack(skipped), written_G
+        torch.stack(losses),
+        torch.stack(norms),
+        torch.stack(counted),
+        torch.stack(skipped),
+        written if group is None else group.own_sets(written, sets.count),
     )
     return fast, statistics
 
 
-def _set_means(tokens: Scored, n_sets: int, dtype: torch.dtype, group: FastWeightGroup | None) -> tuple[SetSum, Tensor]:
+def _set_means(tokens: Scored, sets: Sets, dtype: torch.dtype, group: FastWeightGroup | None) -> tuple[SetSum, Tensor]:
     """Build the sum that gives each set's mean weighted token loss; also return the sets' token counts `[G]`."""
-    set_N, count_G = tokens.sample_N, tokens.count_U
-    if n_sets == 1:
-        set_N, count_G = torch.zeros_like(set_N), count_G.sum(0, keepdim=True)
-    if group is not None and not group.shares_rows:
-        count_G = group.sum(count_G)  # the other ranks hold different rows
+    set_U = sets.of_samples(tokens.count_U.device)
+    set_N = set_U[tokens.sample_N]
+    count_G = torch.zeros_like(tokens.count_U[: sets.count]).index_add(0, set_U, tokens.count_U)
+    if group is not None:
+        count_G = group.counts(count_G)
     coefficient_N = tokens.valid_N.to(dtype) * tokens.weight_N / count_G.clamp(min=1)[set_N]
-    return SetSum(coefficient_N, set_N, n_sets), count_G
+    return SetSum(coefficient_N, set_N, sets.count), count_G

@@ -5,10 +5,11 @@ Shapes: G sets of fast weights, E local experts, n matrices of a fast tensor: G,
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, all_reduce
+from torch.distributed import ProcessGroup, all_reduce, get_rank
 from torch.distributed.tensor import DTensor, Partial
 
 from memdlm_dist.method.fast_weights import FastWeights, leaves, map_leaves
@@ -38,18 +39,22 @@ def squared_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class FastWeightGroup:
-    """Ranks that share sets of fast weights.
+    """Ranks that share sets of fast weights, or the experts' terms of them.
 
-    Context-parallel group: each rank holds other tokens of the same rows, and all terms of their sets. Gradients add up
-    over the group.
+    "rows": a context-parallel group. Each rank holds other tokens of the same rows, and all terms of their sets.
+    Gradients add up over the group.
 
-    Expert-parallel group: each rank holds other rows. All ranks share one set, and each stores the terms of its local
-    experts. The experts' all-to-all has brought the gradients of all tokens to these terms. Squared norms add up over
-    the group. Each rank stores all terms of the other linears; their gradients add up over the group.
+    "sets": an expert-parallel group whose ranks hold other rows and share one set. Each rank stores the terms of its
+    local experts. The experts' all-to-all has brought the gradients of all tokens to these terms. Squared norms add up
+    over the group. Each rank stores all terms of the other linears; their gradients add up over the group.
+
+    "experts": an expert-parallel group whose ranks hold other rows and G sets of their own. Each rank stores its local
+    experts' terms of the sets of all ranks, ordered by rank, and the other linears' terms of its own sets. Only
+    squared norms add up over the group.
     """
 
     process_group: ProcessGroup
-    shares_rows: bool  # the ranks hold tokens of the same rows
+    shares: Literal["rows", "sets", "experts"]
     experts: frozenset[tuple[str, str]] = frozenset()  # (layer, target) of linears with terms of local experts alone
 
     def is_local(self, fast: FastWeights) -> list[bool]:
@@ -68,12 +73,26 @@ class FastWeightGroup:
         all_reduce(x, group=self.process_group)
         return x
 
+    def losses(self, loss_G: Tensor) -> Tensor:
+        """Return the losses of this rank's sets, over the tokens of all ranks."""
+        return loss_G if self.shares == "experts" else self.sum(loss_G)
+
+    def counts(self, count_G: Tensor) -> Tensor:
+        """Return the scored tokens of this rank's sets, on all ranks; the ranks may hold the same rows."""
+        return self.sum(count_G) if self.shares == "sets" else count_G
+
+    def own_sets(self, value_A: Tensor, n_sets: int) -> Tensor:
+        """Return the entries of this rank's G = `n_sets` sets, `[G]`, from a result of `set_totals`."""
+        return value_A if self.shares != "experts" else value_A.narrow(0, get_rank(self.process_group) * n_sets, n_sets)
+
     def gradients(self, fast: FastWeights, grads: Sequence[Tensor]) -> list[Tensor]:
         """Return the gradients of the sum of all ranks' losses.
 
         Args:
             grads: gradients of `leaves(fast)`; DTensors must not be partial.
         """
+        if self.shares == "experts":
+            return list(grads)
         totals, works = [], []
         for g, is_local in zip(grads, self.is_local(fast), strict=True):
             if not is_local:
@@ -87,26 +106,39 @@ class FastWeightGroup:
 
 
 def set_totals(
-    fast: FastWeights, squares: Sequence[Tensor], n_sets: int, group: FastWeightGroup | None = None
+    fast: FastWeights,
+    squares: Sequence[Tensor],
+    n_sets: int,
+    group: FastWeightGroup | None = None,
+    marks_G: Tensor | None = None,
 ) -> Tensor:
-    """Compute the squared 2-norm of every set, over all its tensors and experts, `[G]`.
+    """Compute the squared 2-norm of every set, over all its tensors and experts, `[A]`.
+
+    A is the number of sets whose terms this rank stores: G, or those of all ranks of the group "experts".
 
     Args:
         fast: sets of fast weights.
         squares: `squared_norms` of tensors like `leaves(fast)`.
         n_sets: G.
         group: ranks that share the sets.
+        marks_G: added to the results of this rank's sets.
     """
     is_local = group.is_local(fast) if group is not None else [False] * len(squares)
-    local: list[Tensor] = []
-    shared: list[Tensor] = []
-    for x, belongs_to_experts in zip(squares, is_local, strict=True):
-        (local if belongs_to_experts else shared).append(x.view(-1, n_sets).sum(0))
-    totals = [torch.stack(shared).sum(0)] if shared else []
-    if local:
-        assert group is not None
-        totals.append(group.sum(torch.stack(local).sum(0)))
-    return sum(totals[1:], totals[0])
+    local, others = ([x for x, y in zip(squares, is_local, strict=True) if y == kind] for kind in (True, False))
+    own_G = torch.stack([x.view(-1, n_sets).sum(0) for x in others]).sum(0) if others else None
+    if marks_G is not None:
+        own_G = marks_G if own_G is None else own_G + marks_G
+    if not local:
+        assert own_G is not None
+        return own_G
+    assert group is not None
+    n_all = n_sets * (group.process_group.size() if group.shares == "experts" else 1)
+    experts_A = torch.stack([x.view(-1, n_all).sum(0) for x in local]).sum(0)
+    if group.shares == "experts" and own_G is not None:
+        group.own_sets(experts_A, n_sets).add_(own_G)  # the other ranks add nothing to these entries
+        own_G = None
+    total_A = group.sum(experts_A)
+    return total_A if own_G is None else total_A + own_G
 
 
 def _repeat_for_experts(value_G: Tensor, like_n: Tensor) -> Tensor:
@@ -156,14 +188,20 @@ def sgd_update(
     ]
     grads = group.gradients(fast, grads) if group is not None else grads
     squares = squared_norms(grads)
-    total_G = set_totals(fast, squares, len(update_G), group)
+    n_sets, marks_G, in_experts = len(update_G), None, [False] * len(squares)
+    if group is not None and group.shares == "experts":
+        # NaN tells the other ranks which sets not to update.
+        marks_G, in_experts = torch.where(update_G, 0.0, torch.nan), group.is_local(fast)
+    total_A = set_totals(fast, squares, n_sets, group, marks_G)
+    total_G = total_A if group is None else group.own_sets(total_A, n_sets)
     update_G = update_G & total_G.isfinite()
     clip = optimiser.clip
 
-    def step(x: Tensor, g: Tensor, square_n: Tensor) -> Tensor:
-        norm_n = GRADIENT_NORMS[optimiser.gradient_norm](square_n, total_G).sqrt()
+    def step(x: Tensor, g: Tensor, square_n: Tensor, in_experts: bool) -> Tensor:
+        total, update = (total_A, total_A.isfinite()) if in_experts else (total_G, update_G)
+        norm_n = GRADIENT_NORMS[optimiser.gradient_norm](square_n, total).sqrt()
         factor_n = torch.where(norm_n > clip, clip / (norm_n + 1e-12), 1.0) if clip > 0 else torch.ones_like(norm_n)
-        update_n = _repeat_for_experts(update_G, factor_n)
+        update_n = _repeat_for_experts(update, factor_n)
         # Compute on local tensors: the factor is one number per matrix, equal on every tensor-parallel rank.
         placements = (x.device_mesh, x.placements) if isinstance(x, DTensor) else None
         x, g = (y.to_local() if isinstance(y, DTensor) else y for y in (x, g))
@@ -171,4 +209,4 @@ def sgd_update(
         new = torch.where(update_n[:, None, None], updated, x)
         return DTensor.from_local(new, *placements, run_check=False) if placements else new
 
-    return map_leaves(step, fast, grads, squares), total_G.sqrt()
+    return map_leaves(step, fast, grads, squares, in_experts), total_G.sqrt()

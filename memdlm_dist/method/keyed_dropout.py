@@ -84,6 +84,10 @@ class Dropout(NamedTuple):
         """Return the dropout of these positions of every row."""
         return self._replace(key_BL=self.key_BL[:, positions])
 
+    def rows(self, index_C: Tensor) -> "Dropout":
+        """Return the dropout of some rows."""
+        return self._replace(key_BL=self.key_BL[index_C])
+
     def __call__(self, x_BLi: Tensor, first: int = 0) -> Tensor:
         """Drop features of the tokens, and scale the others by 1 / (1 - p).
 
@@ -144,6 +148,10 @@ class TermDropout(NamedTuple):
     def cp_slice(self, positions: slice) -> "TermDropout":
         """Return the dropouts of these positions of every row."""
         return self._each(lambda dropout: dropout.cp_slice(positions))
+
+    def rows(self, index_C: Tensor) -> "TermDropout":
+        """Return the dropouts of some rows."""
+        return self._each(lambda dropout: dropout.rows(index_C))
 
     def _each(self, change: Callable[[Dropout], Dropout]) -> "TermDropout":
         return TermDropout(*(None if dropout is None else change(dropout) for dropout in self))

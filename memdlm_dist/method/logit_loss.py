@@ -174,6 +174,17 @@ class HeadLoss:
 
     def __init__(self, loss: LogitLoss, target: Tensor, sums: SetSum, temperature: float = 1.0):
         self.loss, self.target, self.sums, self.temperature = loss, target, sums, temperature
+        self._loss_N: Tensor | None = None
+
+    def token_losses(self) -> Tensor:
+        """Return the losses `[N]` of the last pass, without gradient; call it after the head has run."""
+        assert self._loss_N is not None
+        return self._loss_N
+
+    def total(self, loss_N: Tensor) -> Tensor:
+        """Keep the losses of the tokens, and return the sums of the sets `[G]`."""
+        self._loss_N = loss_N
+        return self.sums(loss_N)
 
 
 def set_losses(
@@ -250,7 +261,7 @@ class _SetLosses(torch.autograd.Function):
             del logits_CV, gradient_CV, target  # free them before the next chunk
         ctx.set_N = head.sums.set_N if head.sums.n_sets > 1 else None
         ctx.gradients, ctx.weight_dtype = (dh_ND, dw_VD), weight_VD.dtype
-        return head.sums(torch.cat(losses))
+        return head.total(torch.cat(losses))
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -3,9 +3,9 @@
 Built on the host, before the copy to the device. So Python knows the number of masked tokens, and only scored
 positions reach the output head, without a device-to-host sync.
 
-Shapes: B rows, L tokens, U samples (rows, or documents of packed rows), S = cp_size * tp_size sequence shards,
-P = B L/S tokens of one sequence shard, M scored tokens of one sequence shard (with padding), N = S M scored tokens,
-K inner steps.
+Shapes: B rows, C rows that the inner loop reads, L tokens, U samples (rows, or documents of packed rows),
+S = cp_size * tp_size sequence shards, P = B L/S tokens of one sequence shard, M scored tokens of one sequence shard
+(with padding), N = S M scored tokens, K inner steps.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from memdlm_dist.method.documents import Documents, count_per_sample
 from memdlm_dist.method.keyed_dropout import NO_DROPOUT, TermDropout
+from memdlm_dist.method.sets import Sets
 from memdlm_dist.method.trajectory import ANCHOR_INPUT, State
 from memdlm_dist.runtime.transfer import PinnedTree
 
@@ -66,12 +67,13 @@ class InnerStep(NamedTuple):
 class MicroBatch(NamedTuple):
     """A micro-batch after noising: the outer loss's input and scored tokens, and those of the K inner steps.
 
-    States with the same input number share one entry of `inputs`, and one trunk pass serves them. Under context
-    parallelism, `inputs`, the scored tokens and `dropout` cover this rank's slice; the other fields describe the full
-    rows.
+    States with the same input number share one entry of `inputs`, and one trunk pass serves them. The inner loop may
+    read some of the rows only: its states and scored tokens then cover these C rows. Under context parallelism,
+    `inputs`, the scored tokens and `dropout` cover this rank's slice; the other fields describe the full rows.
     """
 
-    inputs: tuple[Tensor, ...]  # int64 [B, L] each: corrupted tokens of a state; the anchor comes first
+    # int64: corrupted tokens of a state. The anchor [B, L] comes first; the others are [C, L].
+    inputs: tuple[Tensor, ...]
     anchor: Scored
     inner: tuple[InnerStep, ...]
     sample_ids_U: Tensor
@@ -83,6 +85,12 @@ class MicroBatch(NamedTuple):
     documents: Documents | None = None  # documents of packed rows
     first: int = 0  # position in the full rows of the first token of `inputs`
     dropout: TermDropout = NO_DROPOUT  # of this rank's tokens
+    inner_rows_C: Tensor | None = None  # int64: rows that the inner loop reads; None: all
+    adapted_U: Tensor | None = None  # bool: samples that train with the memory; None: all
+
+    def sets(self, samples_per_set: int | None) -> Sets:
+        """Return the assignment of the samples to sets of fast weights; None: all share one."""
+        return Sets(len(self.inputs[0]), self.documents.slots if self.documents is not None else 1, samples_per_set)
 
     def cp_slice(self, cp_rank: int, cp_size: int) -> "MicroBatch":
         """Return a context-parallel rank's slice: the rank's L / cp_size consecutive tokens of every row."""
@@ -116,6 +124,8 @@ def micro_batch(
     shifted: bool = False,
     documents: Documents | None = None,
     dropout: TermDropout = NO_DROPOUT,
+    inner_rows_C: Tensor | None = None,
+    adapted_U: Tensor | None = None,
 ) -> MicroBatch:
     """Corrupt the clean tokens with the mask of every state, and gather the scored tokens.
 
@@ -124,14 +134,20 @@ def micro_batch(
         maskable_BL: bool, tokens that may be masked.
         sample_ids_U: global sample ids.
         anchor: state of the outer loss.
-        states: states of the inner loop.
+        states: states of the inner loop, of the rows `inner_rows_C`.
         mask_token_id: id of `[MASK]`.
         with_teacher: the inner loss has a teacher, which reads the next state.
         sequence_shards: S; L must be divisible by it.
         shifted: the backbone predicts the next token; see `gather_scored`.
         documents: documents of packed rows.
         dropout: dropout of the low-rank terms.
+        inner_rows_C: rows that the inner loop reads; None for all.
+        adapted_U: samples that train with the memory; None for all.
     """
+    inner_tokens, inner_documents = tokens_BL, documents
+    if inner_rows_C is not None:
+        inner_tokens = tokens_BL[inner_rows_C]
+        inner_documents = documents.rows(inner_rows_C) if documents is not None else None
     # Input number -> mask, in the order of first use. The clean sequence has the number None and no mask.
     masks: dict[int | None, Tensor | None] = {ANCHOR_INPUT: anchor.mask_BL}
     for state in states:
@@ -143,15 +159,17 @@ def micro_batch(
         InnerStep(
             student=index[state.input_number],
             teacher=index[state.next_input_number] if with_teacher else None,
-            scored=gather_scored(state, tokens_BL, sequence_shards, shifted, documents),
+            scored=gather_scored(state, inner_tokens, sequence_shards, shifted, inner_documents),
         )
         for state in states
     )
+
+    def corrupt(number: int | None, mask: Tensor | None) -> Tensor:
+        tokens = tokens_BL if number == ANCHOR_INPUT else inner_tokens
+        return tokens if mask is None else torch.where(mask, mask_token_id, tokens)
+
     return MicroBatch(
-        inputs=tuple(
-            tokens_BL if mask_BL is None else torch.where(mask_BL, mask_token_id, tokens_BL)
-            for mask_BL in masks.values()
-        ),
+        inputs=tuple(corrupt(number, mask) for number, mask in masks.items()),
         anchor=gather_scored(anchor, tokens_BL, sequence_shards, shifted, documents),
         inner=inner,
         sample_ids_U=sample_ids_U,
@@ -161,6 +179,8 @@ def micro_batch(
         length=tokens_BL.shape[1],
         documents=documents,
         dropout=dropout,
+        inner_rows_C=inner_rows_C,
+        adapted_U=adapted_U,
     )
 
 

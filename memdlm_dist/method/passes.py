@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from memdlm_dist.method import trajectory
-from memdlm_dist.method.micro_batch import MicroBatch, micro_batch
+from memdlm_dist.method.micro_batch import InnerStep, MicroBatch, micro_batch
 from memdlm_dist.method.trajectory import Plan
 
 _TOKENS = 8  # length of the dummy row in `planned_passes`; any length gives the same counts
@@ -37,11 +37,19 @@ def count_passes(batch: MicroBatch, inner_epochs: int = 1) -> Passes:
 
 def planned_passes(plan: Plan, with_teacher: bool, inner_epochs: int = 1) -> Passes:
     """Count the passes of a plan's micro-batches; the counts are equal for all of them."""
+    return count_passes(_dummy_batch(plan, with_teacher), inner_epochs)
+
+
+def planned_steps(plan: Plan) -> tuple[InnerStep, ...]:
+    """Return the inner steps of a plan's micro-batches, with the scored tokens of a dummy row."""
+    return _dummy_batch(plan, with_teacher=False).inner
+
+
+def _dummy_batch(plan: Plan, with_teacher: bool) -> MicroBatch:
     ids_B = torch.zeros(1, dtype=torch.int64)
     maskable_BL = torch.ones(1, _TOKENS, dtype=torch.bool)
     draw = trajectory.draw(0, 0, ids_B, maskable_BL)
     anchor = trajectory.anchor_state(draw, plan.schedule, plan.loss_weight)
     tokens_BL = torch.zeros(1, _TOKENS, dtype=torch.int64)
     states = plan.states(draw, anchor)
-    batch = micro_batch(tokens_BL, maskable_BL, ids_B, anchor, states, 0, with_teacher)
-    return count_passes(batch, inner_epochs)
+    return micro_batch(tokens_BL, maskable_BL, ids_B, anchor, states, 0, with_teacher)

@@ -41,6 +41,12 @@ class Draw(NamedTuple):
         """Broadcast a per-sample value to the sample's tokens: `[B, 1]`, or `[B, L]` if rows are packed."""
         return broadcast_to_tokens(value_U, self.documents)
 
+    def rows(self, index_C: Tensor) -> "Draw":
+        """Return the draw of some rows."""
+        level = self.t_U.view(len(self.maskable_BL), -1)[index_C].flatten()
+        documents = self.documents.rows(index_C) if self.documents is not None else None
+        return Draw(self.maskable_BL[index_C], level, self.u_BL[index_C], self.v_BL[index_C], documents)
+
     def smallest(self, u_BL: Tensor, count_U: Tensor) -> Tensor:
         """Return the mask, bool `[B, L]`, of the `count_U` maskable tokens with the smallest u in every sample."""
         return smallest(u_BL, self.maskable_BL, count_U, self.documents)
@@ -65,6 +71,18 @@ class State:
     next_BL: Tensor | None = None  # mask of the next state; None: the next state is the clean sequence
     input_number: int = ANCHOR_INPUT  # number of the input with this mask
     next_input_number: int | None = None  # number of the next state's input; None: the clean sequence
+
+    def rows(self, index_C: Tensor) -> "State":
+        """Return the state of some rows."""
+        weight_U = self.weight_U.view(len(self.mask_BL), -1)[index_C].flatten()
+        next_BL = self.next_BL[index_C] if self.next_BL is not None else None
+        return replace(
+            self,
+            mask_BL=self.mask_BL[index_C],
+            target_BL=self.target_BL[index_C],
+            weight_U=weight_U,
+            next_BL=next_BL,
+        )
 
 
 @dataclass(frozen=True)

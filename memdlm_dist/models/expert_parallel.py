@@ -35,7 +35,8 @@ def parallelize_experts(model: LLaDAMixture, dims: ParallelDims) -> None:
             _shard_shared_expert(block, tp_mesh)
     for mixture in model.mixtures():
         mixture.tp_mesh = tp_mesh  # the mixture's output is a partial sum over this mesh
-        mixture.local_experts = model.model_args.n_experts // dims.ep
+        mixture.local_experts, mixture.ep_size = model.model_args.n_experts // dims.ep, dims.ep
+        mixture.ep_rank = dims.get_mesh("ep").get_local_rank() if dims.ep_enabled else 0
 
 
 def _shard_shared_expert(block: nn.Module, mesh: DeviceMesh) -> None:

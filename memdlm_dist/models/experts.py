@@ -48,17 +48,15 @@ class AdaptableExperts(GroupedExperts):
         x: Tensor,
         num_tokens_per_expert: Tensor,
         fast: dict[str, FastLinear] | None = None,
-        counts_EG: Tensor | None = None,
         dropout: TermDropout = NO_DROPOUT,
     ) -> Tensor:
         """Return the experts' outputs `[S, D]`; under tensor parallelism a partial sum over this rank's share of F.
 
         Args:
             x: inputs of the slots `[S, D]`, sorted by expert.
-            num_tokens_per_expert: number of slots by expert, `[E]`.
-            fast: fast weights by linear, with one set or one set per sample.
-            counts_EG: number of slots by expert and sample; slots of an expert are sorted by sample. Required with
-                several sets.
+            num_tokens_per_expert: number of slots by expert, `[E]`; with several sets of fast weights by expert and
+                set, `[E G]`, where the slots of an expert are sorted by set.
+            fast: fast weights by linear.
             dropout: dropout of the low-rank terms, with one key per slot.
         """
         # torchtitan's expert parallelism fixes the first two arguments: its hooks replace them.
@@ -68,7 +66,7 @@ class AdaptableExperts(GroupedExperts):
             name: w.to_local() if isinstance(w, DTensor) else nf4.dequantized(f".experts.{name}", w, self.num_experts)
             for name, w in self.named_parameters(recurse=False)
         }
-        counts = num_tokens_per_expert if counts_EG is None else counts_EG.flatten()
+        counts = num_tokens_per_expert
         # A grouped product needs a multiple of 8 slots in every group. Expert parallelism's token exchange has already
         # padded the groups.
         padded = isinstance(self.w1, DTensor) and "ep" in (self.w1.device_mesh.mesh_dim_names or ())

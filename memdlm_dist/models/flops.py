@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from memdlm_dist.method.bilevel import Memory
+from memdlm_dist.method.documents import Documents
 from memdlm_dist.method.fast_weights import AdaptedLinear, can_group
 from memdlm_dist.method.micro_batch import MicroBatch
 from memdlm_dist.method.passes import count_passes
@@ -147,25 +148,34 @@ def step_flops(
         recomputation: activation-checkpointing mode; none by default.
         frozen: the base weights are frozen (outer LoRA) and have no gradients.
     """
-    tokens, documents = batch.inputs[0].numel(), batch.documents
-    # Packed rows are counted as kernels that skip other documents run them; a dense mask (on CPU) computes whole rows.
-    attended = float(batch.length) if documents is None else documents.mean_attended()
     # Grouped products pad each document's tokens; these empty places are not counted.
-    sets = documents.slots if documents is not None and memory is not None and memory.per_sample else 1
-    recomputation = recomputation or Recomputation()
-    layers = [_Layer(args, i, tokens, attended, memory, recomputation, frozen, sets) for i in range(args.n_layers)]
+    sets = batch.sets(memory.samples_per_set).per_row if memory is not None else 1
+
+    def run_layers(rows: int, documents: Documents | None) -> list[_Layer]:
+        """Count the FLOPs of each layer's passes over some rows of the micro-batch."""
+        # Packed rows are counted as kernels that skip other documents run them; a dense mask (on CPU) computes whole
+        # rows.
+        attended = float(batch.length) if documents is None else documents.mean_attended()
+        numbers, tokens = range(args.n_layers), rows * batch.inputs[0].shape[1]
+        return [
+            _Layer(args, i, tokens, attended, memory, recomputation or Recomputation(), frozen, sets) for i in numbers
+        ]
+
+    layers = run_layers(len(batch.inputs[0]), batch.documents)
 
     def head(scored: Any) -> float:
         return 2.0 * len(scored.label_N) * args.dim * args.vocab_size
 
     outer = sum(layer.forward + layer.backward for layer in layers) + (2 if frozen else 3) * head(batch.anchor)
-    if memory is None:
+    if memory is None or not batch.inner:
         return StepFlops(outer, 0.0)
+    # The outer pass runs the fast-weight terms forward and backward; they are constants, without weight gradients.
+    inner = sum(2 * layer.fast_forward + layer.fast_recomputed for layer in layers[memory.first_layer :])
+    if (rows_C := batch.inner_rows_C) is not None:
+        layers = run_layers(len(rows_C), batch.documents.rows(rows_C) if batch.documents is not None else None)
     trunk, tail = layers[: memory.first_layer], layers[memory.first_layer :]
     tail_forward = sum(layer.forward + layer.fast_forward for layer in tail)
-    inner = (count_passes(batch).inputs - 1) * sum(layer.forward for layer in trunk)
-    # The outer pass runs the fast-weight terms forward and backward; they are constants, without weight gradients.
-    inner += sum(2 * layer.fast_forward + layer.fast_recomputed for layer in tail)
+    inner += (count_passes(batch).inputs - 1) * sum(layer.forward for layer in trunk)
     for step in batch.inner * memory.inner_epochs:
         inner += tail_forward + sum(layer.inner_backward(lowest=layer is tail[0]) for layer in tail)
         distilled = step.teacher is not None

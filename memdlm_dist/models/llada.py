@@ -283,7 +283,7 @@ class LLaDA(ModelProtocol):
         first: int = 0,
         attended_BL: Tensor | None = None,
         documents: Documents | None = None,
-        per_document_sets: bool = False,
+        documents_per_set: int | None = None,
         sequence_shard: tuple[int, int] = (0, 1),
         dropout: TermDropout = NO_DROPOUT,
     ) -> TokenContext:
@@ -294,7 +294,7 @@ class LLaDA(ModelProtocol):
             first: position of this rank's first token in the whole row.
             attended_BL: bool, over whole rows: True for tokens that may be attended to; None for all.
             documents: documents of whole packed rows, on the model's device; `attended_BL` must then be None.
-            per_document_sets: every document has its own set of fast weights.
+            documents_per_set: consecutive documents of a row that share a set of fast weights; None: the row has one.
             sequence_shard: (tp_rank, tp_size).
             dropout: dropout of the low-rank terms, for this rank's tokens.
         """
@@ -303,8 +303,9 @@ class LLaDA(ModelProtocol):
             return TokenContext(self.freqs_cis[first : first + length], attended_B11L, dropout=dropout)
         assert attended_BL is None
         local_documents = documents.slice(first, length)
-        assigns = per_document_sets and documents.slots > 1
-        set_assignment = local_documents.assign_sets(self.model_args.grouped, *sequence_shard) if assigns else None
+        groups = local_documents.grouped_by(documents_per_set or documents.slots)
+        assigns = groups.slots > 1
+        set_assignment = groups.assign_sets(self.model_args.grouped, *sequence_shard) if assigns else None
         device = documents.number_BL.device.type
         method = attention_method(device, self.model_args.head_dim, self._dtype(device))
         return TokenContext(
@@ -359,7 +360,9 @@ class LLaDA(ModelProtocol):
         context = (context or self.context(tokens_BL.shape[1]))._replace(trains=torch.is_grad_enabled())
         return self._head(self._layers(self._embed(tokens_BL), 0, fast, context), index_M, readout)
 
-    def trunk(self, inputs: Sequence[Tensor], stop: int, context: TokenContext) -> list[Tensor]:
+    def trunk(
+        self, inputs: Sequence[Tensor], stop: int, context: TokenContext, others_context: TokenContext | None = None
+    ) -> list[Tensor]:
         """Run several inputs through embedding and layers `0 .. stop - 1`, and return the inputs of layer `stop`.
 
         All inputs pass through a layer while its parameters are gathered. The first input is the anchor, which the
@@ -368,8 +371,10 @@ class LLaDA(ModelProtocol):
         Args:
             inputs: token ids, `[B, L]` each.
             stop: number of layers in the trunk.
-            context: per-token arguments, shared by all inputs.
+            context: per-token arguments of the first input.
+            others_context: those of the other inputs; None if they are the same.
         """
+        others_context = others_context or context
         # In every layer the first input runs before the others. Some versions of torch keep the casts of a no_grad pass
         # in autocast's cache, and a later pass that reuses them has no gradient.
         with self.fsdp_schedule.unsharded(0):
@@ -379,7 +384,7 @@ class LLaDA(ModelProtocol):
             block = self.layers[str(layer)]
             with self.fsdp_schedule.unsharded(layer + 1):
                 first = block(first, training.at_layer(layer))
-                others = without_gradient(block, others, context.at_layer(layer))
+                others = without_gradient(block, others, others_context.at_layer(layer))
         return [first, *others]
 
     def tail(

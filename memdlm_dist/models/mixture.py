@@ -159,8 +159,7 @@ class Routed(NamedTuple):
     slot_S: Tensor  # int64: index of each slot in the flattened (N, k) pairs
     score_Nk: Tensor  # router weights
     load_E: Tensor  # tokens by expert, over all experts of the layer, also those on other ranks
-    counts_E: Tensor  # slots by expert, in the order of the slots
-    counts_EG: Tensor | None  # slots by expert and sample; None with one set of fast weights
+    counts_n: Tensor  # slots by expert, or with several sets of fast weights by expert and set; in the slots' order
     dropout: TermDropout  # with one key per slot
 
 
@@ -182,6 +181,7 @@ class MixtureOfExperts(MoE):
         # Set in `expert_parallel.py` under tensor and expert parallelism.
         self.tp_mesh: DeviceMesh | None = None
         self.local_experts = args.n_experts
+        self.ep_rank, self.ep_size = 0, 1
 
     def forward(
         self,
@@ -209,9 +209,7 @@ class MixtureOfExperts(MoE):
                 self.load.add_(routed.load_E)
                 if self.load_balance_coeff is not None:
                     self.tokens_per_expert.add_(routed.load_E)
-        out_SD = self.experts(
-            routed.x_SD, routed.counts_E, fast=fast or None, counts_EG=routed.counts_EG, dropout=routed.dropout
-        )
+        out_SD = self.experts(routed.x_SD, routed.counts_n, fast=fast or None, dropout=routed.dropout)
         return self.combine(out_SD, routed.slot_S, routed.score_Nk).view_as(x)
 
     def route(
@@ -221,7 +219,7 @@ class MixtureOfExperts(MoE):
 
         Args:
             x_BLD: tokens.
-            sets: number of sets of fast weights: 1, or one per sample.
+            sets: number of sets whose terms the experts hold: 1, or G for each rank of the expert-parallel group.
             set_assignment: see `TokenContext`.
             dropout: dropout of the low-rank terms in this layer.
         """
@@ -237,10 +235,11 @@ class MixtureOfExperts(MoE):
             # Each rank weights its partial outputs of the experts, so the gradient of the scores is a partial sum.
             score = DTensor.from_local(score_Nk, self.tp_mesh, [Replicate()], run_check=False)
             score_Nk = score.to_local(grad_placements=[Partial()])
-        _, slot_S, counts_E = self.reorderer(score_Nk, expert_Nk)
-        counts_EG = self._counts_of_sets(expert_Nk, x_BLD.shape[:2], sets, set_assignment) if sets > 1 else None
+        _, slot_S, counts_n = self.reorderer(score_Nk, expert_Nk)
+        if sets > 1:
+            counts_n = self._counts_of_sets(expert_Nk, x_BLD.shape[:2], sets, set_assignment).type_as(counts_n)
         slot_dropout = dropout.at_slots(slot_S, expert_Nk)
-        return Routed(x_ND[slot_S // self.router.top_k], slot_S, score_Nk, load_E, counts_E, counts_EG, slot_dropout)
+        return Routed(x_ND[slot_S // self.router.top_k], slot_S, score_Nk, load_E, counts_n, slot_dropout)
 
     def combine(self, out_SD: Tensor, slot_S: Tensor, score_Nk: Tensor) -> Tensor:
         """Return the router-weighted sums of the experts' outputs, `[N, 1, D]`."""
@@ -252,17 +251,22 @@ class MixtureOfExperts(MoE):
     def _counts_of_sets(
         self, expert_Nk: Tensor, shape: torch.Size, sets: int, set_assignment: SetAssignment | None
     ) -> Tensor:
-        """Count the slots of each expert by sample, `[E, G]`.
+        """Count the slots of each expert by set, experts first; the sets of other ranks have none here.
 
-        The slots of an expert keep the order of the tokens, so they are sorted by sample already.
+        The slots of an expert keep the order of the tokens, so they are sorted by set already. To expert parallelism's
+        token exchange each pair of an expert and a set is an expert of its own: it sorts the received tokens by local
+        expert and set.
         """
         rows, length = shape
-        set_BL = torch.arange(rows, device=expert_Nk.device).unsqueeze(1).expand(rows, length)
-        if set_assignment is not None:
-            set_BL = set_BL * set_assignment.slots + set_assignment.slot_BL
-        group_S = (expert_Nk * sets + set_BL.reshape(-1, 1)).flatten()
-        counts = torch.zeros(self.experts.num_experts * sets, dtype=torch.int64, device=group_S.device)
-        return counts.scatter_add(0, group_S, torch.ones_like(group_S)).view(-1, sets)
+        own = sets // self.ep_size
+        row_B1 = torch.arange(rows, device=expert_Nk.device).unsqueeze(1)
+        if set_assignment is None:
+            set_BL = (row_B1 * own // rows).expand(rows, length)
+        else:
+            set_BL = row_B1 * set_assignment.slots + set_assignment.slot_BL
+        group_S = (expert_Nk * sets + self.ep_rank * own + set_BL.reshape(-1, 1)).flatten()
+        counts = torch.zeros(len(self.tokens_per_expert) * sets, dtype=torch.int64, device=group_S.device)
+        return counts.scatter_add(0, group_S, torch.ones_like(group_S))
 
 
 class MixtureBlock(TransformerBlock):

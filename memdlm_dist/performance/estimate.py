@@ -22,12 +22,19 @@ from memdlm_dist.method.documents import GROUP_ROWS, power_of_two
 from memdlm_dist.method.fast_weights import AdaptedLinear
 from memdlm_dist.method.logit_loss import chunk_length
 from memdlm_dist.method.passes import Passes, planned_passes
+from memdlm_dist.method.sets import Sets
 from memdlm_dist.models.flops import Recomputation, step_flops
 from memdlm_dist.models.layout import Layout
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs
 from memdlm_dist.models.mixture import MixtureArgs
 from memdlm_dist.training.backbone import get_lora
-from memdlm_dist.training.objective import build_objective, first_adapted_layer, get_inner_loss, get_plan
+from memdlm_dist.training.objective import (
+    build_objective,
+    first_adapted_layer,
+    get_inner_loss,
+    get_plan,
+    get_samples_per_set,
+)
 
 # Mesh dimensions of FSDP2 and HSDP: a gathered parameter is not sharded over these.
 _DATA_PARALLEL = ("dp_replicate", "fsdp", "efsdp")
@@ -310,21 +317,29 @@ def _grouped_copies(args: LLaDAArgs, dims: Layout, config: JobConfig, first: int
     recomputes.
     """
     memory, training = config.parametric_memory, config.training
-    if not memory.enable or memory.granularity != "sample" or slots == 1:
+    sets_per_row = _sets(config, slots).per_row
+    if not memory.enable or sets_per_row == 1:
         return 0.0
     if config.activation_checkpoint.mode == "full":
         first = args.n_layers - 1
-    tokens = _tokens(training, dims) + GROUP_ROWS * training.local_batch_size * slots
+    tokens = _tokens(training, dims) + GROUP_ROWS * training.local_batch_size * sets_per_row
     linears = [x for x in args.adapted_linears(first, memory.target_modules) if not x.experts]
     elements = sum(x.in_features / (dims.tp if x.row_wise else 1) for x in linears)
     return TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize * tokens * elements
+
+
+def _sets(config: JobConfig, slots: int) -> Sets:
+    """Return the sets of fast weights of a micro-batch."""
+    return Sets(config.training.local_batch_size, slots, get_samples_per_set(config.parametric_memory))
 
 
 def _fast_bytes(args: LLaDAArgs, dims: Layout, config: JobConfig, first: int, slots: int) -> float:
     memory = config.parametric_memory
     if not memory.enable:
         return 0.0
-    sets = config.training.local_batch_size * slots if memory.granularity == "sample" else 1
+    sets = _sets(config, slots)
+    # A rank stores its experts' terms of all sets in the expert-parallel group, unless its ranks share one.
+    ep_groups = 1 if sets.samples_per_set is None else dims.ep
 
     def elements(linear: AdaptedLinear) -> float:
         unsharded, sharded = linear.in_features, linear.out_features
@@ -334,9 +349,9 @@ def _fast_bytes(args: LLaDAArgs, dims: Layout, config: JobConfig, first: int, sl
         count = (
             unsharded * sharded / dims.tp if memory.adapter == "full" else memory.rank * (unsharded + sharded / dims.tp)
         )
-        return count * (linear.experts / dims.ep if linear.experts else 1)
+        return count * (linear.experts * ep_groups / dims.ep if linear.experts else 1)
 
-    return 4.0 * sets * sum(map(elements, args.adapted_linears(first, memory.target_modules)))  # in float32
+    return 4.0 * sets.count * sum(map(elements, args.adapted_linears(first, memory.target_modules)))  # in float32
 
 
 def _layer_passes(args: LLaDAArgs, config: JobConfig, first: int) -> list[_LayerPasses]:

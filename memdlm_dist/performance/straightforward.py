@@ -75,7 +75,7 @@ def outer_loss(model, batch, memory, fast=None, tp_rank=0):
         state_loss,
         [step.scored for step in batch.inner] * memory.inner_epochs,
         fast,
-        memory.count_sets(batch),
+        batch.sets(memory.samples_per_set),
         memory.optimiser,
         memory.group,
     )

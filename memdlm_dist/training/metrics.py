@@ -15,6 +15,8 @@ from memdlm_dist.method.inner_loop import InnerStatistics
 INNER_LOSS = "parametric_memory/inner_loss_step_{}"
 INNER_GRAD_NORM = "parametric_memory/inner_grad_norm_step_{}"
 FAST_WEIGHT_NORM = "parametric_memory/fast_weight_norm"
+RELATIVE_WRITE = "parametric_memory/relative_write"
+ANCHOR_NLL = "parametric_memory/anchor_nll_{}"  # "before", "step_2", "after"
 SKIPPED_UPDATES = "parametric_memory/skipped_updates"
 HARDWARE_FLOPS = "parametric_memory/hardware_flops_ratio"
 MASK_RATIO = "diffusion/mask_ratio"
@@ -42,6 +44,9 @@ class MemDLMMetrics(MetricsProcessor):
         """Discard the records of the previous step."""
         self._sums: dict[str, Tensor] = {}  # name -> [sum, count]
         self._rank_loss: Tensor | None = None  # [loss sum, its divisor] of this rank
+        # Sums over this rank's tokens, also where the ranks of a group have other tokens of the same rows.
+        self._anchor_nll: dict[str, Tensor] = {}  # name -> [sum, count]
+        self._write_X2: Tensor | None = None
         self._expert_load: Tensor | None = None
 
     def record(self, name: str, values: Tensor, counted: Tensor | None = None) -> None:
@@ -65,10 +70,15 @@ class MemDLMMetrics(MetricsProcessor):
         self._rank_loss = pair if self._rank_loss is None else self._rank_loss + pair
 
     def record_inner_loop(self, statistics: InnerStatistics) -> None:
-        """Record the inner loop's losses, gradient norms, total changes and skipped updates.
+        """Record the inner loop's losses, gradient norms, total changes and skipped updates, and what it changed.
 
         The number of skipped updates is a sum. The others are averages over sets with a scored token and finite values.
         """
+        for name, pair in statistics.anchor_nll.items():
+            name = ANCHOR_NLL.format(name)
+            self._anchor_nll[name] = self._anchor_nll[name] + pair if name in self._anchor_nll else pair
+        if (write_X2 := statistics.write_X2) is not None:
+            self._write_X2 = write_X2 if self._write_X2 is None else self._write_X2 + write_X2
         for k, counted_G in enumerate(statistics.counted_KG):
             self.record(INNER_LOSS.format(k + 1), statistics.loss_KG[k], counted_G)
             self.record(INNER_GRAD_NORM.format(k + 1), statistics.grad_norm_KG[k], counted_G)
@@ -111,6 +121,27 @@ class MemDLMMetrics(MetricsProcessor):
         # Skipped updates are a sum, all other scalars are averages.
         return {name: total if name == SKIPPED_UPDATES else total / max(count, 1.0) for name, (total, count) in rows}
 
+    def _memory_effect(self) -> dict[str, float]:
+        """Return -log p of the anchor's tokens per token, and the relative write, over all ranks.
+
+        The relative write of a linear is the norm of its fast-weight term divided by the norm of its own output, over
+        the tokens of all samples with a term; the scalar is the mean over linears.
+        """
+        if self._write_X2 is None:
+            return {}
+        nll = torch.stack([*self._anchor_nll.values()]) if self._anchor_nll else self._write_X2.new_zeros(0, 2)
+        pairs = torch.cat([nll, self._write_X2])
+        for name in ("loss", "tp"):  # tensor-parallel ranks add the same nll and count, and shards of a linear's output
+            mesh = self.parallel_dims.get_optional_mesh(name)
+            if mesh is not None:
+                torch.distributed.all_reduce(pairs, group=mesh.get_group())
+        values = pairs.tolist()
+        scalars = {
+            name: total / max(count, 1.0) for name, (total, count) in zip(self._anchor_nll, values, strict=False)
+        }
+        writes = [math.sqrt(term / own) for term, own in values[len(nll) :] if own > 0]
+        return scalars | {RELATIVE_WRITE: sum(writes) / max(len(writes), 1)}
+
     def _largest_rank_loss(self) -> float | None:
         """Return the largest loss among the data-parallel ranks with maskable tokens.
 
@@ -142,9 +173,9 @@ class MemDLMMetrics(MetricsProcessor):
         dims = self.parallel_dims
         average = dist_sum(loss, dims.get_optional_mesh("loss")) if dims.dp_cp_enabled else loss.item()
         largest = self._largest_rank_loss()
-        scalars = self._reduce() | self._load_balance()
-        inner = [scalars[name] for k in range(len(scalars)) if (name := INNER_LOSS.format(k + 1)) in scalars]
-        suffix = f"  inner loss: {' -> '.join(f'{loss:.4f}' for loss in inner)}" if inner else ""
+        effect = self._memory_effect()
+        scalars = self._reduce() | effect | self._load_balance()
+        suffix = _memory_line(scalars, effect)
         extra_metrics = {"n_tokens_seen": tokens_seen, "lr": lr, **scalars, **self.totals}
         with appending_to_step_line(suffix):
             super().log(step, average, average if largest is None else largest, grad_norm.item(), extra_metrics)
@@ -156,3 +187,18 @@ class MemDLMMetrics(MetricsProcessor):
     def log_scalars(self, scalars: dict[str, float], step: int) -> None:
         """Write scalars to TensorBoard and any other logger of torchtitan that is enabled."""
         self.logger.log(scalars, step)
+
+
+def _memory_line(scalars: dict[str, float], effect: dict[str, float]) -> str:
+    """Format the inner losses and the memory's effect for the console; empty without memory.
+
+    Inner losses are losses of different states with different weights. The anchor's nll compares the same tokens.
+    """
+    inner = [scalars[name] for k in range(len(scalars)) if (name := INNER_LOSS.format(k + 1)) in scalars]
+    nll = [value for name, value in effect.items() if name != RELATIVE_WRITE]
+    parts = {
+        "inner loss": " -> ".join(f"{loss:.4f}" for loss in inner),
+        "anchor nll": " -> ".join(f"{value:.4f}" for value in nll),
+        "write": f"{effect[RELATIVE_WRITE]:.2%}" if effect else "",
+    }
+    return "".join(f"  {name}: {text}" for name, text in parts.items() if text)

@@ -144,7 +144,7 @@ class MemDLMTrainer(Trainer):
 
         # This step's micro-batches, with their noise drawn. The prefetch thread starts on the next step.
         micro_batches = self._next_micro_batches(prefetcher)
-        objective = self._objective_at(self.step)
+        objective, measures = self.objective.at_step(self.step), metrics.should_log(self.step)
         divisor = self._loss_divisor(micro_batches)
 
         # Inner loop, outer loss and backward pass. A loss is this rank's share of the global batch's loss.
@@ -153,11 +153,11 @@ class MemDLMTrainer(Trainer):
             batch = micro_batch.pinned.to_device()
             with self.train_context():
                 with self.maybe_enable_amp:
-                    loss_sum, statistics = objective.loss_sum(self.model, batch, self.step)
+                    loss_sum, statistics = objective.loss_sum(self.model, batch, self.step, measures=measures)
                     loss = loss_sum / divisor
                 loss.backward()
             losses.append(loss.detach())
-            if metrics.should_log(self.step):
+            if measures:
                 self._record_metrics(micro_batch.on_host, batch, loss_sum, statistics)
 
         # Consensus of all ranks: a non-finite loss or gradient skips the step, a stop request ends the run.
@@ -174,7 +174,7 @@ class MemDLMTrainer(Trainer):
         self.consensus.step_optimizers()
         self.lr_schedulers.step()
 
-        if metrics.should_log(self.step):
+        if measures:
             self.consensus.finish()
             if isinstance(self.model, LLaDAMixture) and self.model.mixtures():
                 metrics.record_expert_load(self.model.take_load())
@@ -188,14 +188,9 @@ class MemDLMTrainer(Trainer):
 
     def _draw(self, batch: Batch, step: int) -> MicroBatch:
         """Draw the noise of a micro-batch; runs in the prefetch thread."""
-        return self._objective_at(step).micro_batch(
+        return self.objective.at_step(step).micro_batch(
             batch.tokens_BL, batch.labels_BL, batch.sample_ids_B, step, documents_BL=batch.documents_BL
         )
-
-    def _objective_at(self, step: int) -> Objective:
-        """Return the objective of a step; plain masked diffusion before `parametric_memory.start_step`."""
-        started = step >= self.job_config.parametric_memory.start_step
-        return self.objective if started else replace(self.objective, memory=None)
 
     def _next_micro_batches(self, prefetcher: BatchPrefetcher) -> list[PrefetchedBatch]:
         """Wait for the step's micro-batches, count their tokens and advance the loader's position."""
@@ -280,14 +275,13 @@ class MemDLMTrainer(Trainer):
         began = time.perf_counter()
         self.watchdog.at("compiling later steps and validations")
         before = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        rows, batch_size = self.dataloader.rows, config.training.local_batch_size
+        lengths = rows.buckets or (config.training.seq_len,)
+        variants = self.objective.variants(batch_size)
         # The first step has compiled its own objective at one length.
-        rows = self.dataloader.rows
-        objectives = [self._objective_at(self.step)] if rows.buckets else []
-        if self.objective.memory is not None and self.step < config.parametric_memory.start_step:
-            objectives.append(self.objective)
-        for objective in objectives:
-            for length in rows.buckets or (config.training.seq_len,):
-                batch = self._random_batch(objective, config.training.local_batch_size, length, rows.documents)
+        for objective, groups in variants if len(variants) * len(lengths) > 1 else []:
+            for length in lengths:
+                batch = self._random_batch(objective, batch_size, length, rows.documents, groups)
                 with self.train_context():
                     with self.maybe_enable_amp:
                         loss_sum, _ = objective.loss_sum(self.model, batch, self.step)
@@ -302,13 +296,17 @@ class MemDLMTrainer(Trainer):
             buffer.copy_(value)
         self.metrics_processor.exclude(time.perf_counter() - began)
 
-    def _random_batch(self, objective: Objective, rows: int, length: int, documents: bool) -> MicroBatch:
+    def _random_batch(
+        self, objective: Objective, rows: int, length: int, documents: bool, adapted_groups: int | None = None
+    ) -> MicroBatch:
         """Return a random micro-batch, equal on all ranks; with documents, every row holds one."""
         shape = (rows, length)
         tokens_BL = torch.randint(0, self.model_args.vocab_size, shape, generator=torch.Generator())
         documents_BL = torch.zeros_like(tokens_BL) if documents else None
         ids_B = torch.arange(rows)
-        batch = objective.micro_batch(tokens_BL, tokens_BL, ids_B, self.step, documents_BL=documents_BL)
+        batch = objective.micro_batch(
+            tokens_BL, tokens_BL, ids_B, self.step, documents_BL=documents_BL, adapted_groups=adapted_groups
+        )
         return batch.to(self.device)
 
     def _shorten_timeouts(self) -> None:

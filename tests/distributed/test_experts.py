@@ -200,7 +200,7 @@ IDS = torch.tensor([5, 9, 2])
 def memory_of(fast_weight_type="lora", norm="per_parameter", first=1, args=ARGS):
     return Memory(
         first, args.adapted_linears(first, ["ffn"]), fast_weight_type, 8, 16.0,
-        inner_loss("cross_entropy", "pre_final_norm", "post_final_norm"), InnerSGD(0.3, 1.0, norm), per_sample=True,
+        inner_loss("cross_entropy", "pre_final_norm", "post_final_norm"), InnerSGD(0.3, 1.0, norm), samples_per_set=1,
     )  # fmt: skip
 
 

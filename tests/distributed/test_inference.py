@@ -131,7 +131,7 @@ def test_the_memory_of_a_prompt_equals_the_naive_inner_loop(model, folder, promp
         layer: {name: (x.A_GRi[0].double(), x.B_GoR[0].double(), x.scale) for name, x in linears.items()}
         for layer, linears in model._memory.draw(seed, 0, ids).items()
     }
-    _, [(_, norms, expected)] = naive.bilevel(
+    _, [(_, norms, expected)], *_ = naive.bilevel(
         naive.DenseModel(weights_64, backbone_args("llada", "tiny")), torch.tensor([prompt]), maskable_BL, draw.u_BL,
         draw.v_BL, t.unsqueeze(0), [[0]], [initial],
         naive.Options(learning_rate=float(BOLD[1]), gradient_clip=0, loss_weight=weights), model.mask_id,

@@ -78,7 +78,7 @@ def test_a_packed_step_is_the_cpus(device, flex_without_autotuning):
     args = LLaDAArgs(dim=64, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=96, vocab_size=128, max_seq_len=256)
     memory = bilevel.Memory(
         1, args.adapted_linears(1, ["ffn", "attention"]), "lora", 4, 8.0,
-        inner_loss("cross_entropy", "pre_final_norm", "post_final_norm"), InnerSGD(0.1, 1.0), per_sample=True,
+        inner_loss("cross_entropy", "pre_final_norm", "post_final_norm"), InnerSGD(0.1, 1.0), samples_per_set=1,
     )  # fmt: skip
     number = documents()
     tokens = torch.randint(0, 127, number.shape, generator=torch.Generator().manual_seed(1))

@@ -98,7 +98,7 @@ def test_a_step_with_grouped_products_is_the_step_with_the_loop(device, backbone
     args = BACKBONES[backbone]
     memory = Memory(
         1, args.adapted_linears(1, ["ffn"]), "lora", 8, 16.0,
-        inner_loss("cross_entropy", "pre_final_norm", "post_final_norm"), InnerSGD(0.1, 1.0), per_sample=True,
+        inner_loss("cross_entropy", "pre_final_norm", "post_final_norm"), InnerSGD(0.1, 1.0), samples_per_set=1,
     )  # fmt: skip
     tokens = torch.randint(0, 127, (3, 32), generator=torch.Generator().manual_seed(2))
     batch = Objective(127, Plan(), memory, seed=0, tp_size=1, tp_rank=0).micro_batch(

@@ -102,6 +102,7 @@ class DenseModel:
 
     def __init__(self, state: dict, args, adapter_scale: float = 0.0):
         self.state, self.args, self.adapter_scale = state, args, adapter_scale
+        self.writes = None  # {(layer, target): [squared norm of the fast term, of the linear's own output]} if a dict
 
     def _norm(self, x, name):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.args.norm_eps) * self.state[name]
@@ -141,7 +142,12 @@ class DenseModel:
                 if phi is None:
                     return out
                 y = drop("fast", layer, target, y)
-                return out + (y @ phi[0].T if len(phi) == 1 else phi[2] * (y @ phi[0].T) @ phi[1].T)
+                term = y @ phi[0].T if len(phi) == 1 else phi[2] * (y @ phi[0].T) @ phi[1].T
+                if self.writes is not None and term.any():
+                    sums = self.writes.setdefault((str(layer), target), [0.0, 0.0])
+                    for i, x in enumerate((term, out)):
+                        sums[i] += x.square().sum().item()
+                return out + term
 
             y = self._norm(x, p + "attention_norm.weight")
             q, k, v = (
@@ -267,7 +273,9 @@ def distance(student, teacher, label, i, options):
     return ((s - t) ** 2).mean() if name == "hidden_mse" else 1 - (s @ t) / (s.norm() * t.norm())
 
 
-def bilevel(model, tokens_BL, maskable_BL, u_BL, v_BL, t_B, sets, fast_of_set, options, mask_id, dropouts=None):
+def bilevel(
+    model, tokens_BL, maskable_BL, u_BL, v_BL, t_B, sets, fast_of_set, options, mask_id, dropouts=None, adapts=None
+):
     """Compute a full bi-level step: every state of every row passes through the full model, one row at a time.
 
     Args:
@@ -282,10 +290,12 @@ def bilevel(model, tokens_BL, maskable_BL, u_BL, v_BL, t_B, sets, fast_of_set, o
         options: an `Options`.
         mask_id: id of `[MASK]`.
         dropouts: a `Dropout` of each row; None drops nothing.
+        adapts: for each set whether its rows train with the memory; None for all.
 
     Returns:
-        The outer loss, without the division by `loss_divisor`, and for each set (inner losses, inner gradient norms,
-        final fast weights).
+        The outer loss, without the division by `loss_divisor`; for each set (inner losses, inner gradient norms, final
+        fast weights); for each pass that reads the anchor [sum of -log p of its tokens, number of tokens], over the sets
+        that adapt; and `DenseModel.writes` of the outer pass.
     """
     rows = []
     for tokens, maskable, u, v, t in zip(
@@ -300,10 +310,20 @@ def bilevel(model, tokens_BL, maskable_BL, u_BL, v_BL, t_B, sets, fast_of_set, o
     def corrupted(tokens, positions):
         return torch.tensor([mask_id if i in positions else int(x) for i, x in enumerate(tokens)])
 
-    outer, report = 0.0, []
-    for members, fast in zip(sets, fast_of_set, strict=True):
+    outer, report, nll, writes = 0.0, [], {}, {}
+
+    def add_nll(name, row, logits):
+        sums = nll.setdefault(name, [0.0, 0])
+        for i in rows[row][1]:
+            sums[0] += F.cross_entropy(logits[i], rows[row][0][i]).item()
+            sums[1] += 1
+
+    for members, fast, runs in zip(sets, fast_of_set, adapts or [True] * len(sets), strict=True):
         losses, norms = [], []
-        for k in list(range(len(rows[0][3]))) * options.inner_epochs:
+        for row in members if runs else []:
+            tokens, anchor, _, _ = rows[row]
+            add_nll("before", row, model(corrupted(tokens, anchor), fast, dropouts[row])["logits"])
+        for number, k in enumerate(list(range(len(rows[0][3]))) * options.inner_epochs * runs, 1):
             fast = {
                 layer: {name: tuple(_leaf(x) for x in linear) for name, linear in linears.items()}
                 for layer, linears in fast.items()
@@ -314,6 +334,8 @@ def bilevel(model, tokens_BL, maskable_BL, u_BL, v_BL, t_B, sets, fast_of_set, o
                 tokens, anchor, _, states = rows[row]
                 masked, w, after = states[k]
                 student = model(corrupted(tokens, masked), fast, dropouts[row])
+                if reads_anchor(k, len(states), options):
+                    add_nll(f"step_{number}", row, student["logits"])
                 with torch.no_grad():
                     teacher = model(corrupted(tokens, after or set()), fast, dropouts[row])
                 for i in scored_positions(masked, after, anchor, options):
@@ -343,11 +365,24 @@ def bilevel(model, tokens_BL, maskable_BL, u_BL, v_BL, t_B, sets, fast_of_set, o
         for row in members:
             tokens, anchor, t, _ = rows[row]
             w = weight(t, options.schedule) if options.loss_weight == "schedule" else 1.0
-            logits = model(corrupted(tokens, anchor), fast, dropouts[row])["logits"]
+            model.writes = writes
+            logits = model(corrupted(tokens, anchor), fast if runs else None, dropouts[row])["logits"]
+            model.writes = None
+            if runs:
+                add_nll("after", row, logits)
             own = int(maskable_BL[row].sum()) if options.loss_norm == "answer" else 1
             outer = outer + sum(w * F.cross_entropy(logits[i], tokens[i]) / own for i in anchor)
         report.append((losses, norms, fast))
-    return outer, report
+    return outer, report, nll, writes
+
+
+def reads_anchor(k, states, options):
+    """Return whether inner step k of an epoch scores the anchor's tokens against the clean ones."""
+    last = k == states - 1
+    return options.inner_loss == "cross_entropy" and (
+        options.trajectory == "anchor_only"
+        or (options.trajectory == "anchor_consistent" and last and options.inner_steps > 1)
+    )
 
 
 def loss_divisor(maskable_BL, options):

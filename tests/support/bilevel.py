@@ -44,7 +44,7 @@ def build(dtype=torch.float64):
 
 
 def memory(learning_rate=0.1, clip=1.0, loss="cross_entropy", targets=("ffn",), first_layer=1, **changes) -> Memory:
-    settings = {"fast_weight_type": "lora", "rank": 4, "alpha": 8.0, "per_sample": True} | changes
+    settings = {"fast_weight_type": "lora", "rank": 4, "alpha": 8.0, "samples_per_set": 1} | changes
     return Memory(
         first_layer=first_layer,
         linears=ARGS.adapted_linears(first_layer, targets),

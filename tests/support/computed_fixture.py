@@ -158,7 +158,7 @@ def write_fixture(folder, memory, targets, shape, absent, backbone=Dense):
 
     # As the fixture holds them: float32.
     weights = {name: x.float().double().requires_grad_() for name, x in published.weights.items()}
-    outer, ((losses, norms, final),) = naive.bilevel(
+    outer, ((losses, norms, final),), _, _ = naive.bilevel(
         published.model(weights), tokens, maskable, u, v, t.double(), [list(range(rows))], [fast], options, mask_id
     )
     n_maskable = maskable.sum()

@@ -38,8 +38,8 @@ def test_one_pooled_set_equals_a_set_per_row_for_a_single_row():
     model = build()
     tokens, labels, ids = data(rows=1)
     losses = []
-    for per_sample in (True, False):
-        settings = memory(per_sample=per_sample)
+    for samples_per_set in (1, None):
+        settings = memory(samples_per_set=samples_per_set)
         batch = objective(settings).micro_batch(tokens, labels, ids, step=1)
         losses.append(outer_loss(model, batch, settings, double(settings.draw(3, 1, ids)))[0])
     torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
@@ -49,14 +49,16 @@ def test_per_sample_does_not_depend_on_the_batch_and_pooled_does():
     model = build()
     tokens, labels, ids = data()
 
-    def loss(rows, per_sample):
-        settings = memory(per_sample=per_sample)
+    def loss(rows, samples_per_set):
+        settings = memory(samples_per_set=samples_per_set)
         batch = objective(settings).micro_batch(tokens[rows], labels[rows], ids[rows], step=1)
         return outer_loss(model, batch, settings, double(settings.draw(3, 1, ids[rows])))[0].item()
 
-    split = loss(slice(0, 2), True) + loss(slice(2, 4), True)
-    assert loss(slice(0, 4), True) == pytest.approx(split, rel=1e-12)
-    assert loss(slice(0, 4), False) != pytest.approx(loss(slice(0, 2), False) + loss(slice(2, 4), False), rel=1e-6)
+    split = loss(slice(0, 2), 1) + loss(slice(2, 4), 1)
+    assert loss(slice(0, 4), 1) == pytest.approx(split, rel=1e-12)
+    pooled = loss(slice(0, 2), None) + loss(slice(2, 4), None)
+    assert loss(slice(0, 4), None) != pytest.approx(pooled, rel=1e-6)
+    assert loss(slice(0, 4), 2) == pytest.approx(pooled, rel=1e-12)
 
 
 def test_memory_off_is_bitwise_plain_masked_diffusion():

@@ -129,7 +129,7 @@ def test_a_packed_document_is_what_it_is_alone(options, shifted, slots):
 
 def test_one_set_for_all_documents_is_that_of_the_same_documents_in_rows_of_their_own():
     """Granularity "batch", with single documents padded to one length so that they form one micro-batch."""
-    goal = objective(memory(per_sample=False))
+    goal = objective(memory(samples_per_set=None))
     model = build()
     tokens, labels, documents = packed()
     together = step(model, goal, tokens, labels, ROW_IDS, documents_BL=documents)
@@ -199,7 +199,7 @@ def test_experts_have_fast_weights_for_every_document(fast_weight_type):
     model, first = model.double(), 0 if fast_weight_type == "full" else 1
     settings = Memory(
         first, args.adapted_linears(first, ["ffn", "o"]), fast_weight_type, 4, 8.0,
-        inner_loss("cross_entropy", "pre_final_norm", "post_final_norm"), InnerSGD(0.3, 1.0), per_sample=True,
+        inner_loss("cross_entropy", "pre_final_norm", "post_final_norm"), InnerSGD(0.3, 1.0), samples_per_set=1,
     )  # fmt: skip
     goal = objective(settings)
     tokens, labels, documents = packed()
@@ -417,9 +417,9 @@ def test_packed_rows_cost_their_documents_attention_and_every_sets_terms():
     # Two products per attended token: forward 1, backward 2.5.
     saved = 3.5 * 4 * tokens.numel() * ARGS.dim * ARGS.n_layers * (LENGTH - attended)
     assert unpacked_flops.outer - packed_flops.outer + heads == pytest.approx(saved)
-    one_set = step_flops(ARGS, batch, memory(per_sample=False))
+    one_set = step_flops(ARGS, batch, memory(samples_per_set=None))
     assert step_flops(ARGS, batch, settings).inner > one_set.inner
-    assert settings.count_sets(batch) == 16
+    assert batch.sets(settings.samples_per_set).count == 16
 
 
 def test_tokens_are_laid_out_document_after_document():

@@ -18,8 +18,11 @@ def rows(count, length=16, first=0):
 def adapted_ids(goal, ids=range(40), step=4):
     """Return the ids of the samples with scored tokens in the inner loop."""
     tokens, labels, sample_ids = rows(len(ids), first=ids[0])
-    batch = goal.micro_batch(tokens, labels, sample_ids, step, t_U=torch.full((len(ids),), 0.6).double())
-    first, second = (set((s.sample_N[s.valid_N] + ids[0]).tolist()) for s in (step.scored for step in batch.inner))
+    batch = goal.at_step(step).micro_batch(tokens, labels, sample_ids, step, t_U=torch.full((len(ids),), 0.6).double())
+    if not batch.inner:
+        return set()
+    rows = sample_ids if batch.inner_rows_C is None else sample_ids[batch.inner_rows_C]
+    first, second = (set(rows[s.sample_N[s.valid_N]].tolist()) for s in (step.scored for step in batch.inner))
     assert first == second
     return first
 
@@ -40,7 +43,7 @@ def test_sequences_are_trained_either_way(fast_weight_type):
         for kind in (some, always, never):
             model.zero_grad()
             fast = kind.memory and fast_weights.map_leaves(torch.Tensor.double, kind.memory.draw(3, 1, one[2]))
-            loss, _ = outer_loss(model, kind.micro_batch(*one, 1, t[:1]), kind.memory, fast)
+            loss, _ = outer_loss(model, kind.micro_batch(*one, 1, t[:1]), kind.memory, fast or None)
             loss.backward()
             losses.append(loss.item())
             gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
@@ -61,7 +64,7 @@ def test_the_share_is_drawn_by_step_and_sample():
 
 
 def test_a_shared_memory_is_drawn_for_the_step():
-    goal = replace(objective(memory(per_sample=False)), probability=0.5)
+    goal = replace(objective(memory(samples_per_set=None)), probability=0.5)
     all_ids, nothing = set(range(8)), set()
     drawn = [adapted_ids(goal, range(8), step) for step in range(60)]
     assert all(ids in (all_ids, nothing) for ids in drawn)

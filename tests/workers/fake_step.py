@@ -149,7 +149,7 @@ def read():
             data_parallel=DataParallel.from_layout(dims, trained.device),
             tokenizer=SimpleNamespace(mask_id=args.vocab_size - 1, eos_id=0), _amp=nullcontext(),
             _objective=replace(objective, plan=replace(objective.plan, loss_weight="uniform")),
-            _memory=replace(objective.memory, per_sample=True), _vocab_size=args.vocab_size,
+            _memory=replace(objective.memory, samples_per_set=1), _vocab_size=args.vocab_size,
         )  # fmt: skip
         generated = model.generate(prompts, new_tokens, Decoding(block_size=2, stop_at_eos=False), memory=True)
         assert [len(response) for response in generated.responses] == [0, 0], "all tokens are 0, end-of-text here"

@@ -74,7 +74,7 @@ OPTIONS = {
         {"fast_weight_type": "full"},
     ),
     "reverse_kl-anchor_only-batch-2_epochs": (
-        {"trajectory": "anchor_only"}, "reverse_kl", 0.5, ["ffn"], {"per_sample": False, "inner_epochs": 2},
+        {"trajectory": "anchor_only"}, "reverse_kl", 0.5, ["ffn"], {"samples_per_set": None, "inner_epochs": 2},
     ),
 }  # fmt: skip
 
