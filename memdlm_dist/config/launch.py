@@ -31,7 +31,8 @@ def resolve(config: JobConfig, world_size: int, node_size: int | None = None, no
     node_size = node_size or world_size
     _resolve_degrees(parallel, world_size, node_size, nodes or -(-world_size // node_size))
     dp_size = parallel.data_parallel_replicate_degree * parallel.data_parallel_shard_degree
-    _resolve_batch_sizes(config.training, dp_size)
+    memory = config.parametric_memory
+    _resolve_batch_sizes(config.training, dp_size, memory.samples_per_set if memory.enable else 1)
     return config
 
 
@@ -86,8 +87,12 @@ def _replicas(tp_size: int, cp_size: int, world_size: int, node_size: int, nodes
     return 1
 
 
-def _resolve_batch_sizes(training: Training, dp_size: int) -> None:
-    """Set the local and the global batch size for `dp_size` data-parallel ranks."""
+def _resolve_batch_sizes(training: Training, dp_size: int, group_size: int) -> None:
+    """Set the local and the global batch size for `dp_size` data-parallel ranks.
+
+    Args:
+        group_size: samples that share fast weights; a derived local batch size is a multiple of it if one fits.
+    """
     total = training.global_batch_size
     if training.local_batch_size == -1:
         require(
@@ -98,7 +103,8 @@ def _resolve_batch_sizes(training: Training, dp_size: int) -> None:
         )
         share = total // dp_size
         limit = min(share, training.max_local_batch_size or share)
-        training.local_batch_size = next(size for size in range(limit, 0, -1) if share % size == 0)
+        sizes = [size for size in range(limit, 0, -1) if share % size == 0]
+        training.local_batch_size = next((size for size in sizes if size % group_size == 0), sizes[0])
     smallest = training.local_batch_size * dp_size
     if total == -1:
         training.global_batch_size = smallest

@@ -327,6 +327,11 @@ def _check_values(config: JobConfig) -> None:
         f"'{memory.trajectory}'; remove it, or choose progressive.",
     )
     require(
+        memory.samples_per_set == 1 or memory.granularity == "sample",
+        f"parametric_memory.samples_per_set = {memory.samples_per_set} contradicts granularity = 'batch', with which "
+        "all samples of a micro-batch share a set; remove one of them.",
+    )
+    require(
         bool(memory.target_modules),
         "parametric_memory.target_modules is empty; name ffn, attention or some of their linears, or "
         "set parametric_memory.enable = false.",

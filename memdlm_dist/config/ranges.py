@@ -109,6 +109,7 @@ RANGES: dict[str, Range] = {
     "parametric_memory.rank": _COUNT,
     "parametric_memory.alpha": _POSITIVE,
     "parametric_memory.dropout": _DROPOUT,
+    "parametric_memory.samples_per_set": _COUNT,
     "parametric_memory.layer_fraction": Range(
         0, 1, above=True, remedy="for no memory at all set parametric_memory.enable = false"
     ),

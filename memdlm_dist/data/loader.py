@@ -15,7 +15,7 @@ from memdlm_dist.data.dataset import ERROR_KEY, UNIFORM, Requirements, RowShape,
 from memdlm_dist.data.row_lengths import TokenShares
 from memdlm_dist.data.settings import Data
 from memdlm_dist.data.stream_shares import StreamShare
-from memdlm_dist.errors import UserError
+from memdlm_dist.errors import UserError, require
 from memdlm_dist.runtime.preemption import outlive_first_sigterm, starting_workers
 from memdlm_dist.runtime.rank_0 import is_rank_0
 
@@ -74,6 +74,8 @@ class EpochLoader(Stateful):
         self._dataset, self._global_micro_batch_size = dataset, batch_size * dp_size
         self.global_batch_size, self.rows = global_batch_size, rows
         self.fingerprint = dataset.fingerprint()
+        if dataset.group_size > 1 and dataset.num_canonical_nodes > 1 and not rows.buckets:
+            self.fingerprint += f" in groups of {dataset.group_size}"  # the order depends on them
         # Samples are counted over all ranks. "nodes" is the number of nodes at the run's first start, which streaming
         # needs in order to keep the sample order on another number of nodes.
         self.position = {"epoch": 0, "samples": 0, "nodes": streaming.num_nodes(dataset)}
@@ -180,12 +182,13 @@ def training_loader(
 
     Args:
         dp_size: number of data-parallel ranks.
-        group_size: consecutive rows that stay together in one micro-batch of one rank; divides the local batch size. 1
-            if rows hold several documents.
+        group_size: consecutive rows that stay together in one micro-batch of one rank, because they share fast weights;
+            without effect if rows hold several documents, whose groups lie in one row.
         options: passed on to torch's DataLoader.
 
     Raises:
-        UserError: if the shards are missing, do not fit the run, or hold fewer rows than one global batch.
+        UserError: if the shards are missing, do not fit the run, or hold fewer rows than one global batch; or if a
+            micro-batch does not hold whole groups.
     """
     rows = check_cards(data.train, run)
     if data.group_by_length and not rows.buckets and is_rank_0():
@@ -193,6 +196,18 @@ def training_loader(
             "data.group_by_length has no effect, because all rows of data.train have one length; prepare fine-tuning "
             "data without --pad-to-length and --pack-documents, or unset it."
         )
+    if rows.most_documents not in (0, 1):
+        require(
+            rows.most_documents is not None or group_size == 1,
+            f"parametric_memory.samples_per_set = {group_size} needs shards whose cards say how many documents a row "
+            "holds, unlike those in data.train; prepare the data anew.",
+        )
+        group_size = 1
+    require(
+        local_batch_size % group_size == 0,
+        f"training.local_batch_size = {local_batch_size} does not hold whole groups of "
+        f"parametric_memory.samples_per_set = {group_size} rows; set it to a multiple of {group_size}.",
+    )
     dataset = open_dataset(
         data,
         data.train,
@@ -200,7 +215,7 @@ def training_loader(
         rows,
         batch_size=local_batch_size,
         global_batch_size=global_batch_size,
-        group_size=group_size if rows.most_documents in (0, 1) else 1,
+        group_size=group_size,
         group_by_length=data.group_by_length,
         mask_prompt=data.mask_prompt,
         shuffle=data.shuffle,

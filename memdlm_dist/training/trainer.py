@@ -19,7 +19,7 @@ from memdlm_dist.checkpoint.manager import ResumableCheckpoints
 from memdlm_dist.config.experiment import get_experiment, get_length
 from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.data import stream_shares
-from memdlm_dist.data.dataset import max_documents
+from memdlm_dist.data.dataset import RowShape
 from memdlm_dist.data.loader import Batch
 from memdlm_dist.method.diffusion import LOSS_NORMS
 from memdlm_dist.method.documents import PADDING, power_of_two
@@ -56,7 +56,7 @@ class MemDLMTrainer(Trainer):
         self.stop = stop
         (self.model,) = self.model_parts
         self.objective = build_objective(job_config, self.model_args, self.tokenizer.mask_id, self.parallel_dims)
-        self.objective = replace(self.objective, slots=self._document_slots())
+        self.objective = replace(self.objective, slots=self._document_slots("data.train", self.dataloader.rows))
         checkpointing = job_config.activation_checkpoint
         self.recomputation = Recomputation(checkpointing.mode, checkpointing.selective_ac_option)
         data = job_config.data
@@ -78,7 +78,8 @@ class MemDLMTrainer(Trainer):
         self.watchdog = start_watchdog(job_config.comm.init_timeout_seconds)
         self.checkpointer.timeout = job_config.comm.init_timeout_seconds
         if job_config.validation.enable:
-            self.validator.progress, self.validator.slots = self.watchdog.at, self.objective.slots
+            self.validator.progress = self.watchdog.at
+            self.validator.slots = self._document_slots("data.validation", self.validator.rows)
 
     @record
     def train(self) -> None:
@@ -243,22 +244,19 @@ class MemDLMTrainer(Trainer):
             both, plain = torch.tensor([flops.outer + flops.inner, flops.outer], device=self.device)
             metrics.record_ratio(HARDWARE_FLOPS, both, plain)
 
-    def _document_slots(self) -> int | None:
-        """Return the number of document slots per row: a power of two, constant for the whole run.
+    def _document_slots(self, name: str, rows: RowShape) -> int | None:
+        """Return the number of document slots per row of a data set: a power of two, constant for the whole run.
 
-        None if the card of a data set does not state the largest number of documents in a row.
+        None if the card of a stream does not state the largest number of documents in a row.
         """
-        most = {"data.train": self.dataloader.rows.most_documents}
-        if self.job_config.validation.enable:
-            most["data.validation"] = self.validator.rows.most_documents
-        unknown = " and ".join(name for name, number in most.items() if number is None)
-        if unknown and is_rank_0():
+        if rows.most_documents is not None:
+            return power_of_two(max(1, rows.most_documents))
+        if is_rank_0():
             logger.warning(
-                f"The cards of the shards in {unknown} do not say how many documents a row holds, so tensor shapes "
-                "vary and ranks recompile at different steps; prepare the data anew."
+                f"The cards of the shards in {name} do not say how many documents a row holds, so tensor shapes vary "
+                "and ranks recompile at different steps; prepare the data anew."
             )
-        number = max_documents(list(most.values()))
-        return None if number is None else power_of_two(max(1, number))
+        return None
 
     def _compile_ahead(self, resumed: bool) -> None:
         """Compile the code that only later steps or validations run, by running it once on random tokens.

@@ -294,8 +294,8 @@ def bilevel(
 
     Returns:
         The outer loss, without the division by `loss_divisor`; for each set (inner losses, inner gradient norms, final
-        fast weights); for each pass that reads the anchor [sum of -log p of its tokens, number of tokens], over the sets
-        that adapt; and `DenseModel.writes` of the outer pass.
+        fast weights); for each pass that reads the anchor [sum of -log p of its tokens, number of tokens], over the
+        sets that adapt; and `DenseModel.writes` of the outer pass.
     """
     rows = []
     for tokens, maskable, u, v, t in zip(

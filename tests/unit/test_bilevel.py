@@ -57,8 +57,9 @@ def test_per_sample_does_not_depend_on_the_batch_and_pooled_does():
     split = loss(slice(0, 2), 1) + loss(slice(2, 4), 1)
     assert loss(slice(0, 4), 1) == pytest.approx(split, rel=1e-12)
     pooled = loss(slice(0, 2), None) + loss(slice(2, 4), None)
-    assert loss(slice(0, 4), None) != pytest.approx(pooled, rel=1e-6)
-    assert loss(slice(0, 4), 2) == pytest.approx(pooled, rel=1e-12)
+    assert loss(slice(0, 4), None) != pytest.approx(pooled, rel=1e-5)
+    # Clipping norms are float32, and gradients of shared sets are summed in another order: 6e-8 each.
+    assert loss(slice(0, 4), 2) == pytest.approx(pooled, rel=1e-6)
 
 
 def test_memory_off_is_bitwise_plain_masked_diffusion():

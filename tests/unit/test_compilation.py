@@ -36,7 +36,8 @@ def build():
         trained = trainer.build(config, sizes, get_layout(config, 1), "cpu")
         trained.dataloader = SimpleNamespace(rows=RowShape(most_documents))
         trained.validator = SimpleNamespace(rows=RowShape(2))
-        trained.objective = replace(trained.objective, slots=trained._document_slots())
+        slots = trained._document_slots("data.train", trained.dataloader.rows)
+        trained.objective = replace(trained.objective, slots=slots)
 
         def batch(number, documents):
             length = config.training.seq_len

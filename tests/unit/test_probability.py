@@ -21,8 +21,8 @@ def adapted_ids(goal, ids=range(40), step=4):
     batch = goal.at_step(step).micro_batch(tokens, labels, sample_ids, step, t_U=torch.full((len(ids),), 0.6).double())
     if not batch.inner:
         return set()
-    rows = sample_ids if batch.inner_rows_C is None else sample_ids[batch.inner_rows_C]
-    first, second = (set(rows[s.sample_N[s.valid_N]].tolist()) for s in (step.scored for step in batch.inner))
+    read = sample_ids if batch.inner_rows_C is None else sample_ids[batch.inner_rows_C]
+    first, second = (set(read[s.sample_N[s.valid_N]].tolist()) for s in (step.scored for step in batch.inner))
     assert first == second
     return first
 
@@ -78,5 +78,73 @@ def test_a_memory_of_less_is_no_other_noise():
     tokens, labels, ids = rows(4)
     for step in (0, 7):
         a, b = (kind.micro_batch(tokens, labels, ids, step) for kind in (goal, replace(goal, probability=0.4)))
-        assert all(torch.equal(x, y) for x, y in zip(a.inputs, b.inputs, strict=True))
+        read = slice(None) if b.inner_rows_C is None else b.inner_rows_C
+        assert torch.equal(a.inputs[0], b.inputs[0])
+        assert all(torch.equal(x[read], y) for x, y in zip(a.inputs[1:], b.inputs[1:], strict=True))
         assert torch.equal(a.anchor.index_SM, b.anchor.index_SM)
+
+
+def test_the_inner_loop_reads_a_few_numbers_of_rows():
+    """Chosen rows, and others up to 0, a power of two or all; groups of rows with a common set stay whole."""
+    tokens, labels, ids = rows(6)
+    seen = {}
+    for samples_per_set, sizes in ((1, {0, 1, 2, 4, 6}), (2, {0, 2, 4, 6})):
+        goal = replace(objective(memory(samples_per_set=samples_per_set)), probability=0.5)
+        assert set(goal.row_counts(6 // samples_per_set)) == {size // samples_per_set for size in sizes}
+        for step in range(60):
+            batch = goal.micro_batch(tokens, labels, ids, step)
+            read = ids if batch.inner_rows_C is None else batch.inner_rows_C
+            chosen = batch.adapted_U.nonzero().flatten()
+            assert set(chosen.tolist()) <= set(read.tolist()) and len(read) in sizes
+            assert torch.equal(read, read.sort().values)
+            assert len(read) == min(size for size in sizes if size >= len(chosen))
+            assert batch.adapted_U.view(-1, samples_per_set).float().mean(1).remainder(1).eq(0).all()
+            seen.setdefault(samples_per_set, set()).add(len(read))
+            for step_ in batch.inner:
+                assert set(read[step_.scored.sample_N[step_.scored.valid_N]].tolist()) <= set(chosen.tolist())
+        assert seen[samples_per_set] == sizes, "every size occurs"
+
+
+def test_steps_train_with_the_memory_or_without():
+    """With the unit "step" all sets are chosen or none; the unit changes nothing at probability 1."""
+    goal = replace(objective(memory(samples_per_set=2)), probability=0.4, probability_unit="step", start_step=5)
+    plain = [goal.at_step(step).memory is None for step in range(500)]
+    assert all(plain[:5]) and abs(500 - sum(plain) - 198) < 4 * (495 * 0.24) ** 0.5
+    assert all(goal.at_step(s).probability == 1 for s in range(500) if not plain[s])
+    assert replace(goal, probability=1.0).at_step(7).memory is not None
+    assert [replace(goal, seed=9).at_step(step).memory is None for step in range(500)] != plain
+    variants = [(x.memory is not None, count) for x, count in goal.variants(4)]
+    assert variants == [(False, None), (True, None)]
+    by_sample = replace(goal, probability_unit="sample", start_step=1)
+    assert [(x.memory is not None, count) for x, count in by_sample.variants(8)] == [(True, c) for c in (0, 1, 2, 4)]
+    assert [count for _, count in replace(by_sample, slots=4).variants(3)] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("samples_per_set", [1, 2])
+def test_rows_without_the_memory_are_plain(samples_per_set):
+    """A micro-batch with some chosen rows: loss and gradient are the sums over rows trained one way or the other."""
+    model, never = build(), objective(None)
+    settings = memory(samples_per_set=samples_per_set, learning_rate=2.0)
+    some = replace(objective(settings), probability=0.5)
+    tokens, labels, ids = rows(8)
+    seen = set()
+    for step in range(12):
+        batch = some.micro_batch(tokens, labels, ids, step)
+        results = []
+        for apart in (False, True):
+            model.zero_grad()
+            total = 0.0
+            for first in range(0, 8, samples_per_set) if apart else [0]:
+                one = slice(first, first + (samples_per_set if apart else 8))
+                kind = some if not apart else replace(some, probability=1.0) if batch.adapted_U[first] else never
+                drawn = kind.micro_batch(tokens[one], labels[one], ids[one], step)
+                fast = kind.memory and fast_weights.map_leaves(torch.Tensor.double, settings.draw(3, step, ids[one]))
+                loss, _ = outer_loss(model, drawn, kind.memory, fast)
+                loss.backward()
+                total += loss.item()
+            results.append((total, torch.cat([p.grad.flatten() for p in model.parameters()])))
+        # Clipping norms are float32 (6e-8); everything else is float64.
+        assert results[0][0] == pytest.approx(results[1][0], rel=1e-7)
+        torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-7)
+        seen.add(0 if not batch.inner else 8 if batch.inner_rows_C is None else len(batch.inner_rows_C))
+    assert {4, 8} <= seen and (0 in seen or samples_per_set == 1)
