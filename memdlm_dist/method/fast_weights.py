@@ -57,13 +57,19 @@ class AdaptedLinear:
 ExpertProduct = Callable[[Tensor, Tensor], Tensor]
 
 
-class WriteNorms(NamedTuple):
+class WriteNorms:
     """Squared norms of a linear's fast-weight term and of its own output, added up by the passes that read it.
 
     Only tokens with a term other than 0 count. Activation checkpointing adds both norms twice.
+
+    Not a tuple: FSDP2's mixed precision would cast, and so copy, a tensor in a tuple that is an argument of a module.
+
+    Args:
+        squares_2: the two norms, float32; changed in place.
     """
 
-    squares_2: Tensor
+    def __init__(self, squares_2: Tensor):
+        self.squares_2 = squares_2
 
     @torch.no_grad()
     def add(self, term: Tensor, own: Tensor) -> None:

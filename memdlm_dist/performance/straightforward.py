@@ -57,6 +57,7 @@ def outer_loss(model, batch, memory, fast=None, tp_rank=0):
 
     if memory is None:
         return outer(None), None
+    assert batch.inner_rows_C is None, "every state has all rows"
     loss = memory.loss
 
     def state_loss(k, current, sums):
