@@ -1,7 +1,9 @@
 #!/usr/bin/env python
-r"""Evaluate trained models on needle tasks, without and with memory, and compare results of several runs.
+r"""Evaluate trained models without and with memory, and compare results of several runs.
 
 Examples, after bash launch/quickstart.sh:
+  python tools/evaluate.py recall train_configs/quickstart.toml --anchor-ratio 0.5 \
+      --parametric_memory.inner_epochs 16 --parametric_memory.learning_rate 1
   python tools/evaluate.py needle train_configs/quickstart.toml --tasks facts_1 --lengths 256 --samples 10 \
       --new-tokens 16 --output outputs/needles
   python tools/evaluate.py compare quickstart=outputs/needles --output outputs/comparison
@@ -22,8 +24,9 @@ from memdlm_dist.runtime import cpu
 
 cpu.prepare()
 
+from memdlm_dist.config import parse_config
 from memdlm_dist.errors import UserError
-from memdlm_dist.evaluation import report
+from memdlm_dist.evaluation import recall, report
 from memdlm_dist.evaluation.comparison import JSON, PNG, cells_of, compare_losses, compare_scores, draw, show
 from memdlm_dist.evaluation.haystack import Haystack
 from memdlm_dist.evaluation.needle import NeedleGenerator
@@ -45,6 +48,18 @@ The tasks ask about facts hidden in real text (tools/needle_data.py). The held-o
 that the training part never contains. Writes needle.json and needle.png. Also runs under torchrun. Override
 configuration keys with --section.key value.
 """
+_RECALL = """Show what the memory keeps of held-out passages: hidden tokens are predicted with it and without it.
+
+Examples:
+  python tools/evaluate.py recall train_configs/quickstart.toml
+  python tools/evaluate.py recall train_configs/quickstart.toml --anchor-ratio 0.5 \\
+      --parametric_memory.inner_epochs 16 --parametric_memory.learning_rate 1
+
+The inner loop reads whole passages. Then half of each passage's tokens are hidden and predicted: without memory, with
+the memory of another passage, and with the passage's own. The table also counts how many of the words that a memory
+makes likelier by most are in the passage. The hidden tokens were read before, so this is recall, not generalisation.
+The inner loop is the configuration's; override its keys with --section.key value. Also runs under torchrun.
+"""
 _COMPARE = """Show the needle results of several runs in one table and plot.
 
 Example, on a folder that `needle` has written:
@@ -64,9 +79,9 @@ validation.jsonl; the table shows their mean and standard deviation. Writes loss
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser with its three subcommands."""
+    """Return the parser with its subcommands."""
     p = new_parser("evaluate.py", __doc__)
-    p.usage = "evaluate.py {needle,compare,losses} ... --output DIR [options]"
+    p.usage = "evaluate.py {needle,recall,compare,losses} ... [options]"
     commands = p.add_subparsers(title="commands", dest="command", required=True, prog="evaluate.py", metavar="COMMAND")
     needle = add_command(commands, "needle", _NEEDLE)
     needle.usage = "evaluate.py needle CONFIG --lengths N,M --output DIR [options] [--section.key value ...]"
@@ -87,6 +102,18 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="number of questions per forward pass (default: 16)",
     )
+    reading = add_command(commands, "recall", _RECALL)
+    reading.usage = "evaluate.py recall CONFIG [options] [--section.key value ...]"
+    add_model_arguments(reading)
+    passages = reading.add_argument_group("passages")
+    passages.add_argument("--data", nargs="+", metavar="DIR", help="folders of shards (default: data.validation)")
+    passages.add_argument("--pairs", type=positive, default=8, metavar="N",
+                          help="number of pairs of passages, at even distances in the data (default: 8)")  # fmt: skip
+    passages.add_argument("--shown", type=int, default=3, metavar="N",
+                          help="number of passages to show with their words (default: 3)")  # fmt: skip
+    passages.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the hidden tokens (default: 0)")
+    passages.add_argument("--batch-size", type=positive, default=8, metavar="N",
+                          help="number of pairs per forward pass (default: 8)")  # fmt: skip
     compare, losses = add_command(commands, "compare", _COMPARE), add_command(commands, "losses", _LOSSES)
     for command, folders in ((compare, "folders of its needle results"), (losses, "output folders of its runs")):
         command.usage = (
@@ -147,6 +174,28 @@ def run_needle(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
+def run_recall(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Measure the recall of held-out passages, print it on rank 0, and return the exit status.
+
+    Raises:
+        UserError: if an option is out of range or there are too few passages.
+    """
+    if options.shown < 0:
+        raise UserError(f"--shown must be at least 0, but is {options.shown}.")
+    config = parse_config.parse(["--job.config_file", options.config, *overrides])
+    model = load_model(options, overrides, options.checkpoint)
+    try:
+        pairs = recall.load_pairs(config, model, options.data, options.pairs)
+        with tqdm(total=len(pairs), unit=" pairs", disable=not is_rank_0()) as bar:
+            recalls = recall.measure(model, pairs, options.batch_size, options.anchor_ratio, options.seed, bar.update)
+    finally:
+        model.close()
+    if is_rank_0():
+        print(recall.describe(config, options.anchor_ratio, len(recalls)), "", sep="\n")
+        print("\n".join(recall.lines(recalls, options.shown)))
+    return 0
+
+
 def run_comparison(options: argparse.Namespace) -> int:
     """Compare needle results (`compare`) or held-out losses (`losses`) and return the exit status."""
     compare = compare_scores if options.command == "compare" else compare_losses
@@ -159,6 +208,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, overrides = parse_with_overrides(parser(), argv)
     if options.command == "needle":
         return guarded(lambda: run_needle(options, overrides))
+    if options.command == "recall":
+        return guarded(lambda: run_recall(options, overrides))
     return guarded(lambda: run_comparison(options))
 
 

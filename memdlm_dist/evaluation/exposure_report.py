@@ -5,12 +5,25 @@ from pathlib import Path
 from typing import Any
 
 from memdlm_dist.config.job_config import JobConfig
-from memdlm_dist.data.dataset import check_cards, open_dataset
+from memdlm_dist.data.dataset import TokenDataset, check_cards, open_dataset
 from memdlm_dist.errors import UserError
 from memdlm_dist.evaluation import report
 from memdlm_dist.evaluation.exposure import Point, Row, split_response
 from memdlm_dist.inference.trained_model import TrainedModel
 from memdlm_dist.training.backbone import get_shard_requirements
+
+
+def open_samples(config: JobConfig, model: TrainedModel, data: Sequence[str] | None) -> TokenDataset:
+    """Open the samples of the folders `data`, or of data.validation if None, in order.
+
+    Raises:
+        UserError: if no data is configured, or the shards do not fit the model.
+    """
+    locations = list(data or config.data.validation)
+    if not locations:
+        raise UserError("There are no samples: data.validation is empty; give --data a folder of shards.")
+    check_cards(locations, get_shard_requirements(config, model.mask_id))
+    return open_dataset(config.data, locations, [], batch_size=1, shuffle=False)
 
 
 def load_rows(
@@ -28,16 +41,13 @@ def load_rows(
     Raises:
         UserError: if no data is configured or no sample has a response.
     """
-    locations = list(data or config.data.validation)
-    if not locations:
-        raise UserError("There are no samples: data.validation is empty; give --data a folder of shards.")
-    check_cards(locations, get_shard_requirements(config, model.mask_id))
-    dataset = open_dataset(config.data, locations, [], batch_size=1, shuffle=False)
+    dataset = open_samples(config, model, data)
     samples = (dataset[i] for i in range(min(dataset.size, max_samples)))
     rows = [split_response(sample["tokens"], sample["labels"], model.eos_id, prompt_share) for sample in samples]
     responses = [row for row in rows if row is not None]
     if not responses:
-        raise UserError(f"No sample of {', '.join(locations)} has a response; give --data shards with responses.")
+        locations = ", ".join(data or config.data.validation)
+        raise UserError(f"No sample of {locations} has a response; give --data shards with responses.")
     return responses
 
 

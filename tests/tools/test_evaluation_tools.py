@@ -16,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 
 from memdlm_dist.config import parse_config
 from memdlm_dist.errors import UserError
-from memdlm_dist.evaluation import harness_model
+from memdlm_dist.evaluation import harness_model, recall
 from memdlm_dist.evaluation.exposure import Row, measure, split_response
 from memdlm_dist.evaluation.harness import main as harness_command
 from memdlm_dist.inference import canvas, decode_bench, prompt_file
@@ -33,6 +33,9 @@ from tests.workers.reading import BOLD, arguments_of
 from tools import bench, evaluate, exposure_bias, generate
 
 SIZES = [f"--{name.replace('_', '-')}={value}" for name, value in vars(SMALL).items()]
+# An inner loop after which the model of two training steps has learned much of a passage.
+LONG = ["--parametric_memory.inner_epochs", "8", "--parametric_memory.learning_rate", "50",
+        "--parametric_memory.gradient_clip", "0"]  # fmt: skip
 PICTURE = b"\x89PNG"
 DEBUG_TOKENS = Tokenizer.from_file("tests/assets/debug/tokenizer/tokenizer.json")
 
@@ -274,6 +277,72 @@ def test_exposure_bias_tool(call, trained, tmp_path, capsys):
     overrides = [*arguments_of(trained)[1:], *BOLD, "--job.dump_folder", "missing"]
     assert exposure_bias.main([*overrides, "--output", str(tmp_path / "default")]) == 2
     assert "no checkpoint that can be used in missing/checkpoint; " in capsys.readouterr().err
+
+
+def test_recall_tool(trained, capsys, monkeypatch):
+    """The table shows that the memory of the passage itself lowers the loss most."""
+    monkeypatch.chdir(ROOT)
+    arguments = ["recall", *arguments_of(trained)[1:], *LONG]
+    assert (
+        evaluate.main([*arguments, "--pairs", "2", "--anchor-ratio", "0.5", "--shown", "1", "--batch-size", "1"]) == 0
+    )
+    out, err = capsys.readouterr()
+    assert "2/2" in err
+    first, _, header, *rows = out.splitlines()
+    assert first.startswith("4 passages were read with 16 inner steps each (learning rate 50, anchor ratio 0.5)")
+    assert header.split("  ")[0] == "memory" and header.endswith("nats per hidden token  likelier words in the passage")
+    cells = [re.fullmatch(r"(off|of \D+?) +(\d\.\d{3}) +(-|\d\.\d of 8)", row).groups() for row in rows[:3]]
+    assert [cell[0] for cell in cells] == ["off", "of another passage", "of the passage"] and cells[0][2] == "-"
+    off, other, own = (float(cell[1]) for cell in cells)
+    assert own < other - 0.2 and other < off - 0.1
+    assert float(cells[2][2].split()[0]) > float(cells[1][2].split()[0])
+    assert rows[3] == "" and re.match(r"-> likelier after reading \(\d of 8 are in it\): \S+, ", rows[-1])
+    assert all(len(row) <= 100 for row in rows[4:-1]) and len(rows) in (6, 7)
+    for flags, message in (
+        (["--pairs", "9999"], r"--pairs 9999 needs 19998 samples, but there are \d+; lower --pairs\.\n"),
+        (["--shown", "-1"], r"--shown must be at least 0, but is -1\.\n"),
+    ):
+        assert evaluate.main([*arguments, *flags]) == 2
+        assert re.fullmatch(f"error: {message}", capsys.readouterr().err)
+
+
+def test_recall_by_hand(trained):
+    """Compare with one passage and one memory at a time, of passages with different lengths."""
+    texts = [
+        "def read(self, size):\n    return self.data[:size]",
+        "import torch\n\nfor name in names:\n    model = name",
+    ]
+    with TrainedModel(parse_config.parse([*arguments_of(trained), *LONG])) as model:
+        passages = model.tokenizer.encode_plain(texts)
+        assert len(passages[0]) != len(passages[1])
+        measured = recall.measure(model, [tuple(passages)], batch_size=1, anchor_ratio=0.5, seed=3)
+        fast = [model.adapt([passage], 0.5, [i]).fast for i, passage in enumerate(passages)]
+        for i, (passage, found) in enumerate(zip(passages, measured, strict=True)):
+            start = model.canvas([passage], 0, [i])
+            u = trajectory.draw(3, 1, start.ids_B, start.attended_BL).u_BL
+            hidden = torch.zeros_like(start.attended_BL)
+            hidden[0, 1 + u[0, 1:].argsort()[: (len(passage) - 1) // 2]] = True
+            assert found.text == texts[i] and found.hidden == hidden.sum()
+            shown, clean = torch.where(hidden, model.mask_id, start.tokens_BL), start.tokens_BL
+            mean = {}
+            for memory, weights in ((recall.OFF, None), (recall.OTHER, fast[1 - i]), (recall.OWN, fast[i])):
+                nll = model.nll(shown, hidden, clean, start.attended_BL, weights).item()
+                assert found.nll[memory] == pytest.approx(nll, rel=1e-4), memory
+                probability = model.logits(shown, hidden, start.attended_BL, weights).softmax(1).mean(0)
+                mean[memory] = {}
+                for token, token_id in DEBUG_TOKENS.get_vocab().items():
+                    if re.fullmatch("Ġ?[A-Za-z]{3,}", token):
+                        word = token.removeprefix("Ġ")
+                        mean[memory][word] = mean[memory].get(word, 0) + probability[token_id].item()
+            inside = {token.removeprefix("Ġ") for token in DEBUG_TOKENS.encode(texts[i]).tokens}
+            for memory in (recall.OTHER, recall.OWN):
+                rise = {word: mean[memory][word] - mean[recall.OFF][word] for word in mean[memory]}
+                best = sorted(rise.values(), reverse=True)[:8]
+                assert [rise[word] for word in found.words[memory]] == pytest.approx(best, rel=1e-3)
+                assert found.found[memory] == len(inside & set(found.words[memory]))
+            # The memories differ by more than the tolerance.
+            off, other, own = found.nll.values()
+            assert own < 0.98 * other and own < 0.98 * off and abs(other / off - 1) > 0.002
 
 
 def test_the_bench_of_decoding(call, trained, tmp_path):
