@@ -233,7 +233,7 @@ def draw(
         if shares_sets:
             keys_A = keys_G = keys_G.clone()
             broadcast(keys_G, get_global_rank(group, 0), group)
-        else:
+        elif any(linear.experts for linear in linears):
             keys_A = keys_G.new_empty(ep_mesh.size() * len(keys_G))
             all_gather_into_tensor(keys_A, keys_G.contiguous(), group)
     fast: FastWeights = {}
