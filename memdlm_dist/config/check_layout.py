@@ -158,11 +158,6 @@ def _check_experts(config: JobConfig, args: MixtureArgs) -> None:
     ep_size, tp_size = parallel.expert_parallel_degree, parallel.tensor_parallel_degree
     name = f"model {config.model.name}"
     require(
-        not memory.enable or memory.granularity == "batch" or ep_size == 1,
-        "parametric_memory.granularity = 'sample' is not supported with expert parallelism, whose ranks share one set "
-        "of fast weights; set it to 'batch', or parallelism.expert_parallel_degree to 1.",
-    )
-    require(
         not memory.enable or not has_grouped_mm() or memory.adapter == "full" or memory.rank % 8 == 0,
         f"parametric_memory.rank = {memory.rank} must be a multiple of 8: grouped matrix products need it.",
     )

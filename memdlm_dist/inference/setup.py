@@ -48,8 +48,6 @@ def inference_config(config: JobConfig, memory: bool = True) -> JobConfig:
     if memory:
         # Each rank adapts fast weights to its own prompts, so it needs all experts.
         config.parallelism.expert_parallel_degree = config.parallelism.expert_tensor_parallel_degree = 1
-    else:
-        config.parametric_memory.granularity = "batch"  # the only one with expert parallelism
     if config.parallelism.context_parallel_method == "ring":  # takes no mask, which padding needs
         config.parallelism.context_parallel_method, config.parallelism.context_parallel_degree = "ulysses", 1
     config.comm.trace_buf_size = 0  # a trace would create its folder in the current directory

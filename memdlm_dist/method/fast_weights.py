@@ -239,7 +239,7 @@ def draw(
         if shares_sets:
             keys_A = keys_G = keys_G.clone()
             broadcast(keys_G, get_global_rank(group, 0), group)
-        else:
+        elif any(linear.experts for linear in linears):
             keys_A = keys_G.new_empty(ep_mesh.size() * len(keys_G))
             all_gather_into_tensor(keys_A, keys_G.contiguous(), group)
     fast: FastWeights = {}
@@ -304,7 +304,12 @@ def _unfold_rows(y_GLo: Tensor, n: int) -> Tensor:
 
 
 def adapted_experts(
-    weight_Eoi: Tensor, x_Si: Tensor, fast: FastLinear | None, product: ExpertProduct, dropout: Dropout | None = None
+    weight_Eoi: Tensor,
+    x_Si: Tensor,
+    fast: FastLinear | None,
+    product: ExpertProduct,
+    n_slots: Tensor,
+    dropout: Dropout | None = None,
 ) -> Tensor:
     """Apply the experts' linears to routed tokens and add the experts' fast terms, `[S, out]`.
 
@@ -312,6 +317,7 @@ def adapted_experts(
     caller reduces together.
 
     Args:
+        n_slots: number of routed tokens, scalar; the rows of `x_Si` after them are padding.
         dropout: dropout of the term's input, with one key per slot; None drops nothing.
     """
     y_So = product(x_Si, weight_Eoi)
@@ -319,7 +325,9 @@ def adapted_experts(
         return y_So
     term_So = fast.expert_term(_drop(x_Si, fast, dropout), product)
     if fast.norms is not None and not _is_row_wise(fast):  # the norm of partial sums would say nothing
-        fast.norms.add(term_So, y_So)
+        # Grouped products leave the rows of the padding undefined.
+        is_slot_S1 = (torch.arange(len(x_Si), device=x_Si.device) < n_slots).unsqueeze(1)
+        fast.norms.add(torch.where(is_slot_S1, term_So, 0.0), y_So)
     return y_So + term_So.type_as(y_So)
 
 

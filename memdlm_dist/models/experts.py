@@ -86,11 +86,11 @@ class AdaptableExperts(GroupedExperts):
         fast: dict[str, FastLinear],
         dropout: TermDropout,
     ) -> Tensor:
-        product = (_grouped if self.use_grouped_mm else _loop)(counts)
+        product, n_slots = (_grouped if self.use_grouped_mm else _loop)(counts), counts.sum()
 
         def linear(name: str, x_Si: Tensor, target: str) -> Tensor:
             own = dropout.at_linear(LINEAR_NUMBERS[target])
-            y_So = adapted_experts(weights[name], x_Si, fast.get(target), product, own.fast_weights)
+            y_So = adapted_experts(weights[name], x_Si, fast.get(target), product, n_slots, own.fast_weights)
             if f"{name}_lora_A" not in weights:
                 return y_So
             x_Si = x_Si if own.adapters is None else own.adapters(x_Si)

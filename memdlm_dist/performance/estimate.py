@@ -70,7 +70,7 @@ class Communication:
     replicate: float  # HSDP all-reduces
     tensor: float  # tensor parallelism
     context: float  # context parallelism: exchange of tokens for heads, and all-reduces of the fast weights' gradients
-    experts: float  # expert parallelism: exchange of tokens
+    experts: float  # expert parallelism: exchange of tokens, and gradients of shared fast weights
 
     @property
     def total(self) -> float:
@@ -333,7 +333,10 @@ def _sets(config: JobConfig, slots: int) -> Sets:
     return Sets(config.training.local_batch_size, slots, get_samples_per_set(config.parametric_memory))
 
 
-def _fast_bytes(args: LLaDAArgs, dims: Layout, config: JobConfig, first: int, slots: int) -> float:
+def _fast_bytes(
+    args: LLaDAArgs, dims: Layout, config: JobConfig, first: int, slots: int, with_experts: bool = True
+) -> float:
+    """Return the bytes of a micro-batch's fast weights on one rank, with those of the experts or without."""
     memory = config.parametric_memory
     if not memory.enable:
         return 0.0
@@ -351,7 +354,8 @@ def _fast_bytes(args: LLaDAArgs, dims: Layout, config: JobConfig, first: int, sl
         )
         return count * (linear.experts * ep_groups / dims.ep if linear.experts else 1)
 
-    return 4.0 * sets.count * sum(map(elements, args.adapted_linears(first, memory.target_modules)))  # in float32
+    linears = [x for x in args.adapted_linears(first, memory.target_modules) if with_experts or not x.experts]
+    return 4.0 * sets.count * sum(map(elements, linears))  # in float32
 
 
 def _layer_passes(args: LLaDAArgs, config: JobConfig, first: int) -> list[_LayerPasses]:
@@ -403,6 +407,10 @@ def _communication(
         ep_sent = n_mixture_passes * 2 * compute * routed * args.dim * (dims.ep - 1) / dims.ep
         if args.shared_hidden_dim:  # it is sharded like an FFN of its own
             tp_sent += n_mixture_passes * 2 * compute * tokens * args.dim * (dims.tp - 1) / dims.tp
+        if config.parametric_memory.enable and get_samples_per_set(config.parametric_memory) is None:
+            # The ranks share one set, and add up the gradients of its terms outside the experts.
+            sums = _planned(config).inner_steps * _fast_bytes(args, dims, config, first, slots, with_experts=False)
+            ep_sent += 2 * sums * (dims.ep - 1) / dims.ep
     cp_sent = 0.0
     if dims.cp > 1:
         heads, kv = args.query_dim, args.kv_dim

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ from torch._dynamo.backends.debugging import aot_eager
 from torchtitan.models.moe.moe import GroupedExperts
 
 from memdlm_dist.compat import torch as compat
+from memdlm_dist.method import inner_sgd
 from memdlm_dist.method.bilevel import Memory, outer_loss
 from memdlm_dist.method.fast_weights import LowRank, leaves, map_leaves, select
 from memdlm_dist.method.inner_loss import inner_loss
-from memdlm_dist.method.inner_sgd import InnerSGD
+from memdlm_dist.method.inner_sgd import FastWeightGroup, InnerSGD
 from memdlm_dist.method.trajectory import Plan
 from memdlm_dist.models import backbone_args, experts, flavours
 from memdlm_dist.models.experts import AdaptableExperts
@@ -23,8 +25,9 @@ from memdlm_dist.models.mixture import LLaDAMixture
 from memdlm_dist.training.metrics import LARGEST_LOAD, LOAD_ENTROPY, UNUSED
 from memdlm_dist.training.objective import Objective
 from tests.workers.balanced_experts import COEFFICIENT
-from tests.workers.sharded_experts import COMPILED, LAYOUTS, USUAL, options_of
+from tests.workers.sharded_experts import COMPILED, LAYOUTS, USUAL, has_own_sets, options_of
 
+COMPILED_OPTIONS = ["lora", "sample-non-finite"]  # shared sets, and one set per sample
 # Layouts sum in different orders: float32 rounding of quantities of order 1, 4e-6 measured.
 TOLERANCE = 1e-5
 # One dense layer and two mixtures. The router's product follows the dtype of a model in float64.
@@ -57,7 +60,7 @@ def compiled_results(tmp_path_factory, pools):
     root = tmp_path_factory.mktemp("compiled")
     names = {name: layout for layout in COMPILED for name in (layout, f"{layout}-compiled")}
     for name, layout in {"one": "one", **names}.items():  # "one" writes the weights
-        pools(LAYOUTS[layout][0]).call("tests.workers.sharded_experts:find", str(root), name, ["lora"])
+        pools(LAYOUTS[layout][0]).call("tests.workers.sharded_experts:find", str(root), name, COMPILED_OPTIONS)
     return {name: torch.load(root / f"{name}.pt") for name in names}
 
 
@@ -66,8 +69,9 @@ def compiled_results(tmp_path_factory, pools):
 def test_a_layout_compiled_around_its_experts_takes_the_eager_steps(compiled_results, layout):
     """Same bits as eager; a step with other token counts per expert compiles nothing."""
     eager, compiled = compiled_results[layout], compiled_results[f"{layout}-compiled"]
-    for name, value in eager["lora"].items():
-        assert torch.equal(compiled["lora"][name], value), name
+    for options in COMPILED_OPTIONS:
+        for name, value in eager[options].items():
+            assert torch.equal(compiled[options][name], value), (options, name)
     assert compiled["gathers"] == eager["gathers"]
     # The dense layer's two graphs, with and without gradient. Two graphs before the experts and two after, for inner
     # steps and for the outer step.
@@ -95,15 +99,19 @@ def test_a_layout_gives_the_single_process_step_with_other_options(other_results
 
 def check(results, layout, options):
     ours = results[layout][options]
-    # One set of fast weights per micro-batch of a rank, or of an expert-parallel group.
-    single = results["one-twice" if LAYOUTS[layout][2] == 2 else "one"][options]
+    # Shared sets: one per micro-batch of a rank, or of an expert-parallel group.
+    twice = LAYOUTS[layout][2] == 2 and not has_own_sets(options)
+    single = results["one-twice" if twice else "one"][options]
     assert ours.keys() == single.keys()
     for name, theirs in single.items():
-        if name != "load":
+        if name == "skipped":
+            assert torch.equal(ours[name], theirs)
+        elif name != "load":
             assert (ours[name] - theirs).abs().max() <= TOLERANCE * theirs.abs().max(), name
     # Recomputed layers count their load twice.
     assert torch.equal(ours["load"] / ours["load"].sum(), single["load"] / single["load"].sum())
-    assert single["written"].min() > 0.01 and all(x.abs().max() > 0 for x in single.values())
+    assert single["skipped"].tolist() == [0.0] * (len(single["skipped"]) - 1) + [float("non-finite" in options)]
+    assert single["written"].min() > 0.01 and all(x.abs().max() > 0 for k, x in single.items() if k != "skipped")
 
 
 def test_a_rank_reads_its_part_of_the_weights(results):
@@ -132,6 +140,60 @@ def test_experts_are_gathered_no_more_often_than_in_plain_training(results):
 def test_the_experts_of_a_trunk_are_gathered_again(other_results):
     """Both layers have mixtures, in two groups each."""
     assert other_results["fsdp2-ep2"]["gathers of two mixtures"] == {"plain": 6 + 5, "ours": 6 + 3}
+
+
+def test_ranks_with_sets_of_their_own_add_up_norms_alone(results):
+    """Shared sets also add up losses, token counts, and gradients of the shared expert: A and B of three linears.
+
+    Two inner steps, and the norm of the total change. Ranks with sets of their own exchange their keys instead of
+    taking those of the first. The exchanges of tokens are the same.
+    """
+    shared, own = (
+        [x for x in results["fsdp2-ep2"][f"{name} collectives"] if x[0] != "all_to_all"]
+        for name in ("lora", "pairs-probability")
+    )
+    assert [kind for kind, _ in shared] == ["broadcast", *["all_reduce"] * (2 * (1 + 1 + 6 + 1) + 1)]
+    assert own == [("all_gather", 2), *[("all_reduce", 2)] * (2 + 1)]
+    shared, own = (
+        [kind for kind, _ in results["ep2"][f"{name} collectives"]].count("all_to_all")
+        for name in ("lora", "sample-non-finite")
+    )
+    # Counts, tokens and outputs; and in the backward pass outputs, and in that of the outer loss tokens.
+    assert shared == own == 2 * (3 + 1) + 3 + 2
+
+
+def test_an_expert_parallel_rank_sends_and_stores_what_is_foretold(results):
+    """With one set for the group, and with sets of its own."""
+    for name in ("everywhere", "pairs-packed"):
+        estimate = results["ep2"][f"{name} estimate"]
+        predicted, sent = estimate["sent"]
+        assert predicted == pytest.approx(sent, rel=0.01), name
+        predicted, stored = estimate["fast weights"]
+        assert predicted == stored, name
+
+
+def test_a_set_that_is_not_updated_keeps_its_terms_on_every_rank(monkeypatch):
+    """A set's own rank knows the reason and tells the others; here the first of two ranks, with a set each."""
+    memory = memory_of()
+    both, own = memory.draw(0, 1, IDS[:2]), memory.draw(0, 1, IDS[:1])
+    experts = frozenset((x.layer, x.target) for x in memory.linears if x.experts)
+    fast = {
+        layer: {target: (both if (layer, target) in experts else own)[layer][target] for target in targets}
+        for layer, targets in both.items()
+    }
+    group = FastWeightGroup(SimpleNamespace(size=lambda: 2), "experts", experts)
+    grads = [torch.ones_like(x) for x in leaves(fast)]
+    monkeypatch.setattr(inner_sgd, "get_rank", lambda _: 0)
+    for ours, theirs, changed in (
+        (True, torch.tensor([0.0, torch.nan]), [True, False]),
+        (False, torch.tensor([0.0, 1.0]), [False, True]),
+    ):
+        monkeypatch.setattr(inner_sgd, "all_reduce", lambda x, group, theirs=theirs: x.add_(theirs))
+        new, norm = inner_sgd.sgd_update(fast, grads, InnerSGD(), torch.tensor([ours]), group)
+        assert norm.isfinite().tolist() == [ours]
+        for before, after, is_local in zip(leaves(fast), leaves(new), group.is_local(fast), strict=True):
+            differs = (before != after).unflatten(0, (-1, 2 if is_local else 1)).flatten(2).any(2)
+            assert differs.tolist() == [changed if is_local else changed[:1]] * len(differs)
 
 
 def test_the_sets_and_the_biases_matter(results):
@@ -270,7 +332,7 @@ def test_the_grouped_product_computes_what_the_loop_does():
     results = []
     for grouped in (False, True):
         experts.use_grouped_mm = grouped
-        y = experts(x, counts_EG.sum(1), fast=fast, counts_EG=counts_EG)
+        y = experts(x, counts_EG.flatten(), fast=fast)
         results.append((y, *torch.autograd.grad(y.square().sum(), [x, *experts.parameters()])))
     for loop, grouped in zip(*results, strict=True):
         assert (loop - grouped).norm() < 0.02 * loop.norm()
@@ -321,7 +383,8 @@ def test_a_step_with_its_groups_in_parts(model, monkeypatch):
         monkeypatch.setattr(compat, "MAX_GROUPS", limit)
         sizes.clear()
         loss, inner, gradients, fast = step(model, memory_of(), [0, 1, 2])
-        return [loss, *inner.__dict__.values(), *gradients, *leaves(fast)]
+        statistics = [x for x in inner.__dict__.values() if isinstance(x, torch.Tensor)]
+        return [loss, *statistics, *gradients, *leaves(fast)]
 
     monkeypatch.setattr(torch, "_grouped_mm", counted)
     unsplit = run(1023)

@@ -20,7 +20,6 @@ from tools import generate, prepare_data, random_weights
 
 DEBUG = "tests/assets/debug"
 MOE, LLADA2 = ("--model.name", "llada_moe"), ("--model.name", "llada2")
-POOLED = ("--parametric_memory.granularity", "batch")
 
 
 @dataclass
@@ -77,12 +76,11 @@ MISTAKES = [
     Mistake("adapter without adapters", 'checkpoint.initial_adapter needs a run that trains adapters; set model.converters = ["lora"]', ("--checkpoint.initial_adapter", "x")),
     Mistake("adapter without a base", "checkpoint.initial_adapter needs the base that the adapter was trained on", ("--checkpoint.initial_adapter", "x", "--model.converters", "lora", "--checkpoint.enable")),
     Mistake("experts", "expert_parallel_degree = 2 needs a mixture-of-experts", ("--parallelism.expert_parallel_degree", "2"), env={"WORLD_SIZE": "2"}),
-    Mistake("experts of each sequence", "granularity = 'sample' is not supported with expert parallelism", (*MOE, "--parallelism.expert_parallel_degree", "2"), env={"WORLD_SIZE": "2"}),
     Mistake("an adapter of a part", "lora.export = 'adapter' needs adapters of all or none of q, k, v", (*LLADA2, "--model.converters", "lora", "--lora.export", "adapter", "--lora.target_modules", "q,v")),
-    Mistake("experts over ranks", "The 8 experts of model.flavor debug are not divisible by parallelism.expert_parallel_degree (3)", (*MOE, *POOLED, "--parallelism.expert_parallel_degree", "3"), env={"WORLD_SIZE": "3"}),
+    Mistake("experts over ranks", "The 8 experts of model.flavor debug are not divisible by parallelism.expert_parallel_degree (3)", (*MOE, "--parallelism.expert_parallel_degree", "3"), env={"WORLD_SIZE": "3"}),
     Mistake("experts over shards", "The 8 experts of model.flavor debug cannot be sharded evenly over data_parallel_shard_degree 16", MOE, env={"WORLD_SIZE": "16"}),
-    Mistake("experts of too few ranks", "expert_parallel_degree (4) must divide data_parallel_shard_degree (2)", (*MOE, *POOLED, "--parallelism.expert_parallel_degree", "4"), env={"WORLD_SIZE": "2"}),
-    Mistake("experts and TP", "expert_tensor_parallel_degree (1) must be tensor_parallel_degree (2)", (*MOE, *POOLED, "--parallelism.expert_parallel_degree", "2", "--parallelism.tensor_parallel_degree", "2"), env={"WORLD_SIZE": "4"}),
+    Mistake("experts of too few ranks", "expert_parallel_degree (4) must divide data_parallel_shard_degree (2)", (*MOE, "--parallelism.expert_parallel_degree", "4"), env={"WORLD_SIZE": "2"}),
+    Mistake("experts and TP", "expert_tensor_parallel_degree (1) must be tensor_parallel_degree (2)", (*MOE, "--parallelism.expert_parallel_degree", "2", "--parallelism.tensor_parallel_degree", "2"), env={"WORLD_SIZE": "4"}),
     Mistake("adapters of experts and TP", "but tensor parallelism cannot shard adapters of experts", (*MOE, "--model.converters", "lora", "--parallelism.tensor_parallel_degree", "2"), env={"WORLD_SIZE": "2"}),
     Mistake("weights without checkpoints", "checkpoint.initial_load_in_hf needs checkpoint.enable", ("--checkpoint.initial_load_in_hf",)),
     Mistake("weights and more", "set checkpoint.initial_load_model_only = true", ("--checkpoint.enable", "--checkpoint.initial_load_in_hf", "--checkpoint.no-initial_load_model_only")),
@@ -102,7 +100,7 @@ MISTAKES = [
     Mistake("heads over CP", "key-value heads of model.flavor debug (4) are not divisible by parallelism.context_parallel_degree", ("--parallelism.context_parallel_degree", "8"), env={"WORLD_SIZE": "8"}),
     Mistake("ring without CUDA", "'ring' needs CUDA devices", ("--parallelism.context_parallel_degree", "2", "--parallelism.context_parallel_method", "ring"), env={"WORLD_SIZE": "2"}),
     Mistake("balanced context", "context_parallel_load_balancer = 'headtail' is for causal", ("--parallelism.context_parallel_load_balancer", "headtail")),
-    Mistake("experts and CP", "context_parallel_degree = 2 is not supported with expert_parallel_degree = 2", (*MOE, *POOLED, "--parallelism.expert_parallel_degree", "2", "--parallelism.context_parallel_degree", "2"), env={"WORLD_SIZE": "4"}),
+    Mistake("experts and CP", "context_parallel_degree = 2 is not supported with expert_parallel_degree = 2", (*MOE, "--parallelism.expert_parallel_degree", "2", "--parallelism.context_parallel_degree", "2"), env={"WORLD_SIZE": "4"}),
     Mistake("experts sharded over CP", "cannot be sharded evenly over data_parallel_shard_degree 8 x context_parallel_degree 2", (*MOE, "--parallelism.context_parallel_degree", "2"), env={"WORLD_SIZE": "16"}),
     Mistake("no biases to balance", "load_balance_coeff = 0.001 needs a router with a bias per expert, which model llada_moe does not have; remove it", (*MOE, "--model.load_balance_coeff", "0.001")),
     Mistake("balancing coefficient", "model.load_balance_coeff must be above 0, but is 0.0; remove it to keep the biases", (*LLADA2, "--model.load_balance_coeff", "0")),

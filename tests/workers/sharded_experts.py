@@ -6,9 +6,9 @@ A single process writes FOLDER/BACKBONE in Hugging Face's format. Each layout re
 `checkpoint.initial_load_in_hf`, every rank its own slices, and writes its results to FOLDER/LAYOUT.pt.
 """
 
-import contextlib
 import math
 import sys
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -26,13 +26,16 @@ from torchtitan.tools.logging import logger
 
 from memdlm_dist.checkpoint import hugging_face_folder
 from memdlm_dist.config import parse_config
+from memdlm_dist.method.bilevel import outer_loss
 from memdlm_dist.method.documents import PADDING
+from memdlm_dist.method.fast_weights import leaves
 from memdlm_dist.models import BACKBONES, initial_weights
 from memdlm_dist.models.initial_weights import Uniform
 from memdlm_dist.models.lora import is_adapter
 from memdlm_dist.models.mixture import LLaDAMixture
 from memdlm_dist.performance.bench_steps import Bench
-from memdlm_dist.performance.collectives import by_kind
+from memdlm_dist.performance.collectives import Collectives, by_kind
+from memdlm_dist.performance.estimate import estimate
 from tests.support.bilevel import trained_in_each_pass
 from tests.support.ranks import fork_group
 
@@ -60,11 +63,16 @@ EVERYWHERE = [
     MEMORY + "layer_fraction", "1.0", MEMORY + "target_modules", "ffn,attention", MEMORY + "learning_rate", "0.02",
 ]  # fmt: skip
 ADAPTERS = ["--model.converters", "lora", "--lora.rank", "2", "--lora.alpha", "2"]
-OPTIONS = {  # those of a name with "packed" have packed rows
+OWN_SETS, PAIRS = [MEMORY + "granularity", "sample"], [MEMORY + "samples_per_set", "2"]
+# Those of a name with "packed" have packed rows; with "non-finite" an inner loss of one set is infinite.
+OPTIONS = {
     "lora": [],
     # A router with softmax and without groups and bias; no shared expert, no dense layer.
     "softmax": ["--model.name", "llada_moe"],
-    "sample-packed": [*EVERYWHERE, MEMORY + "granularity", "sample"],
+    "sample-packed": [*EVERYWHERE, *OWN_SETS],
+    "sample-non-finite": [*OWN_SETS, MEMORY + "gradient_norm", "global"],
+    "pairs-probability": [*EVERYWHERE, *OWN_SETS, *PAIRS, MEMORY + "probability", "0.5"],
+    "pairs-packed": [*EVERYWHERE, *OWN_SETS, *PAIRS, MEMORY + "adapter", "full"],
     "everywhere": EVERYWHERE,
     "full-global-kl-packed": [
         *EVERYWHERE, MEMORY + "adapter", "full", MEMORY + "gradient_norm", "global",
@@ -77,24 +85,32 @@ OPTIONS = {  # those of a name with "packed" have packed rows
 
 
 def options_of(layout):
-    """Return a layout's option sets.
+    """Return a layout's option sets; tensor parallelism has no adapters of experts."""
+    return [name for name in OPTIONS if name != "all-adapters" or TP not in LAYOUTS[layout][1]]
 
-    Expert parallelism has no fast weights per sample, and tensor parallelism no adapters of experts.
-    """
-    arguments = LAYOUTS[layout][1]
-    refused = {"sample-packed": EP in arguments, "all-adapters": TP in arguments}
-    return [name for name in OPTIONS if not refused.get(name)]
+
+def has_own_sets(options):
+    """Return whether the samples of a set are the same on every layout; otherwise they are those of a micro-batch."""
+    return "sample" in options or "pairs" in options
 
 
 # The option sets that test what differs between layouts; the slow tests take the others.
 USUAL = {
     "one": list(OPTIONS),
-    "one-twice": ["lora", "sample-packed", "full-global-kl-packed", "all-adapters"],
+    "one-twice": ["lora", "full-global-kl-packed", "all-adapters"],
     "fsdp2": ["lora", "sample-packed", "all-adapters"],
     "tp2": ["lora", "softmax", "sample-packed", "full-global-kl-packed", "adapters"],
-    "ep2": ["lora", "everywhere", "full-global-kl-packed", "all-adapters"],
-    "fsdp2-ep2": ["lora", "full-global-kl-packed", "all-adapters"],
-    "ep2-tp2": ["lora", "full-global-kl-packed", "adapters"],
+    "ep2": [
+        "lora",
+        "everywhere",
+        "full-global-kl-packed",
+        "all-adapters",
+        "sample-non-finite",
+        "pairs-probability",
+        "pairs-packed",
+    ],
+    "fsdp2-ep2": ["lora", "full-global-kl-packed", "all-adapters", "pairs-probability"],
+    "ep2-tp2": ["lora", "full-global-kl-packed", "adapters", "sample-packed", "pairs-packed"],
 }
 
 
@@ -102,16 +118,17 @@ def configuration(*arguments):
     return parse_config.parse([
         "--job.config_file", "train_configs/debug.toml", "--model.name", "llada2", "--model.flavor", "tiny",
         "--training.seq_len", str(LENGTH), "--parametric_memory.layer_fraction", "0.5",
+        "--training.local_batch_size", "4", "--training.global_batch_size", str(ROWS),  # for two ranks
         "--parametric_memory.granularity", "batch", "--parametric_memory.rank", "4",
         # An untrained model has small inner gradients; this rate makes the memory matter.
         *("--parametric_memory.learning_rate", "0.1"), *arguments,
     ])  # fmt: skip
 
 
-def micro_batches(bench, count, seed, packed):
+def micro_batches(bench, count, seed, packed, non_finite):
     """Yield this rank's micro-batches: `count` of them in a single process, otherwise one per rank.
 
-    Packed rows have three documents; the last row ends with padding.
+    Packed rows have three documents; the last row ends with padding. The last inner loss of row 5 may be infinite.
     """
     mesh = bench.dims.get_optional_mesh("batch")
     ranks, rank = (mesh.size(), mesh.get_local_rank()) if mesh is not None else (1, 0)
@@ -125,41 +142,113 @@ def micro_batches(bench, count, seed, packed):
     rank_ids = torch.arange(ROWS).tensor_split(ranks)[rank]
     for ids in rank_ids.tensor_split(count if ranks == 1 else 1):
         documents_BL = documents[ids] if packed else None
-        yield bench.objective.micro_batch(tokens[ids], labels[ids], ids, step=1, documents_BL=documents_BL)
+        batch = bench.objective.micro_batch(tokens[ids], labels[ids], ids, step=1, documents_BL=documents_BL)
+        if non_finite:
+            *others, last = batch.inner
+            is_row_N = ids[last.scored.sample_N] == 5
+            weight_N = torch.where(is_row_N, torch.inf, last.scored.weight_N)
+            last = last._replace(scored=last.scored._replace(weight_N=weight_N))
+            batch = batch._replace(inner=(*others, last))
+        yield batch
 
 
 def full_tensor(x):
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def step(bench, count, seed=1, packed=False):
+def of_all_ranks(bench, x, is_expert=False):
+    """Gather a tensor `[E, G, ...]` of this rank's sets and local experts: all experts and sets of all ranks.
+
+    Ranks of an expert-parallel group may share their sets. `x` of experts then has one set, otherwise all of the group.
+    """
+    mesh = bench.dims.get_optional_mesh("batch")
+    if mesh is None:
+        return x
+    ranks = [torch.empty_like(x) for _ in range(mesh.size())]
+    dist.all_gather(ranks, x.contiguous(), group=mesh.get_group())
+    groups = [ranks[i : i + bench.dims.ep] for i in range(0, len(ranks), bench.dims.ep)]
+    if is_expert:
+        return torch.cat([torch.cat(group) for group in groups], 1)
+    shares_sets = bench.objective.memory.samples_per_set is None
+    return torch.cat([group[0] if shares_sets else torch.cat(group, 1) for group in groups], 1)
+
+
+def adapted_sets(bench, fast_of_batches):
+    """Return the fast weights of all sets, `[E, G, ...]`, by layer, target and number of the tensor."""
+    experts = {(x.layer, x.target): x.experts // bench.dims.ep for x in bench.objective.memory.linears}
+    result = {}
+    for (layer, target), n_experts in experts.items():
+        tensors = [leaves({layer: {target: fast[layer][target]}}) for fast in fast_of_batches]
+        for number, batches in enumerate(zip(*tensors, strict=True)):
+            x = torch.cat([full_tensor(x).unflatten(0, (n_experts or 1, -1)) for x in batches], 1)
+            result[f"adapted {layer} {target} {number}"] = of_all_ranks(bench, x, n_experts > 0)
+    return result
+
+
+def step(bench, count, seed=1, packed=False, non_finite=False):
+    objective, model = bench.objective, bench.model
+    memory, ep_groups = objective.memory, bench.groups("ep")
     results = {"loss": torch.zeros(())}
-    statistics = []
-    trainable = [name for name, p in bench.model.named_parameters() if p.requires_grad]
-    for batch in micro_batches(bench, count, seed, packed):
-        with trained_in_each_pass(bench.model, bench.objective.memory.first_layer) as trained:
-            loss, inner = bench.loss_sum("ours", batch, 1)
-        loss.backward()
+    statistics, adapted, issued = [], [], []
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    for batch in micro_batches(bench, count, seed, packed, non_finite):
+        slots = batch.documents.slots if packed else 1
+        # torch.compile does not support a recorder.
+        with nullcontext() if bench.config.compile.enable else Collectives() as recorded:
+            with trained_in_each_pass(model, memory.first_layer) as trained, bench.autocast:
+                fast = memory.draw(0, 1, batch.sample_ids_U, slots)
+                loss, inner = outer_loss(model, batch, memory, fast, objective.tp_rank, on_adapted=adapted.append)
+            loss.backward()
         # The tail, including the experts' FSDP group, is frozen during the inner loop.
         assert not any(trained[:-1]) and trained[-1] > 0
-        assert [name for name, p in bench.model.named_parameters() if p.requires_grad] == trainable
+        assert [name for name, p in model.named_parameters() if p.requires_grad] == trainable
         results["loss"] += loss.detach()
-        chosen = 1 % len(inner.written_norm_G)
-        statistics.append(torch.stack([inner.loss_KG[:, chosen], inner.grad_norm_KG[:, chosen]]))
-        results.setdefault("written", inner.written_norm_G[chosen])
+        statistics.append(inner)
+        issued += recorded.on(*ep_groups) if recorded else []
     mesh = bench.dims.get_optional_mesh("batch")
     if mesh is not None:
         dist.all_reduce(results["loss"], group=mesh.get_group())
-    results["inner"] = statistics[0]  # the only set, or the second sample's set; rank 0 holds both
-    for name, p in bench.model.named_parameters():
+
+    def all_sets(values):
+        return of_all_ranks(bench, torch.cat([x.float() for x in values], 1))
+
+    # Sets that a layout's inner loop reads without a token to score have no entries.
+    counted_KG = all_sets([x.counted_KG for x in statistics]).bool()
+    read_G = counted_KG.any(0)
+    for name in ("loss_KG", "grad_norm_KG"):
+        values_KG = all_sets([getattr(x, name) for x in statistics])
+        results[name] = torch.where(counted_KG, values_KG, 0.0)[:, read_G]
+    results["written"] = all_sets([x.written_norm_G.unsqueeze(0) for x in statistics])[:, read_G]
+    results["skipped"] = all_sets([x.skipped_KG for x in statistics]).sum(1)
+    results |= adapted_sets(bench, adapted)
+    for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
         results[name.replace("_checkpoint_wrapped_module.", "")] = full_tensor(p.grad).clone()
-    results["load"] = torch.stack([mixture.load for mixture in bench.model.mixtures()])
+    results["load"] = torch.stack([mixture.load for mixture in model.mixtures()])
     if mesh is not None:
         dist.all_reduce(results["load"], group=mesh.get_group())
-    bench.model.zero_grad()
-    return results
+    model.zero_grad()
+    return results, issued, adapted[0]
+
+
+def estimated(bench, issued, fast):
+    """Return predicted and true bytes that a rank sends in its group, the mean of all ranks, and stores for `fast`.
+
+    Packed rows have three documents, whose number has no effect if a micro-batch has one set.
+    """
+    mesh = bench.dims.get_optional_mesh("batch")
+    sent = torch.tensor([0.0])
+    for kind, elements in issued:
+        # An all-reduce sends everything twice. With a balanced load, each rank keeps an equal share of its tokens.
+        sent += {"all_reduce": 2, "all_to_all": 1}.get(kind, 0) * 4 * elements * (1 - 1 / bench.dims.ep) / mesh.size()
+    dist.all_reduce(sent, group=mesh.get_group())
+    predicted = estimate(bench.model, bench.args, bench.dims, bench.config, documents=3)
+    stored = 4 * sum(full_tensor(x).numel() for x in leaves(fast))
+    return {
+        "sent": (predicted.communication.experts, sent.item()),
+        "fast weights": (predicted.memory.fast_weights, 3 * stored),  # current ones, gradients and updated ones
+    }
 
 
 def common_weights(bench, folder):
@@ -183,7 +272,7 @@ def common_weights(bench, folder):
             initial_weights._fill(tensor, name, Uniform(0.3))
 
 
-@contextlib.contextmanager
+@contextmanager
 def counted_reads():
     """Yield a list of the number of elements in each read request of DCP's reader on this rank."""
     sizes: list[int] = []
@@ -213,7 +302,7 @@ def loss_without_biases(bench):
     """Return the loss of a step with all experts' biases 0."""
     for mixture in bench.model.mixtures():
         mixture.expert_bias.zero_()
-    return step(bench, 1)["loss"]
+    return step(bench, 1)[0]["loss"]
 
 
 def find(folder, name, some=None):
@@ -235,7 +324,11 @@ def find(folder, name, some=None):
             common_weights(bench, f"{folder}/{config.model.name}")
         torch._dynamo.reset()
         counters.clear()
-        results[options] = step(bench, count, packed="packed" in options)
+        packed, non_finite = "packed" in options, "non-finite" in options
+        results[options], issued, adapted = step(bench, count, packed=packed, non_finite=non_finite)
+        results[f"{options} collectives"] = issued
+        if options in ("everywhere", "pairs-packed") and layout == "ep2":
+            results[f"{options} estimate"] = estimated(bench, issued, adapted)
         if options == "lora":
             results["read"] = torch.tensor(float(sum(reads)))
             graphs = [counters["stats"]["unique_graphs"]]
