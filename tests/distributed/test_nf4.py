@@ -26,8 +26,7 @@ SMALL = [
     "--model.flavor", "nf4", "--model.hf_assets_path", "tests/assets/debug/tokenizer",
     "--data.train", "tests/assets/debug/train", "--data.validation", "tests/assets/debug/heldout",
     "--validation.no-enable",
-    # One set for a micro-batch would depend on the layout.
-    "--parametric_memory.granularity", "sample", "--training.seq_len", "128", "--training.epochs", "0",
+    "--training.seq_len", "128", "--training.epochs", "0",
     "--training.global_batch_size", "4", "--training.local_batch_size", "2",
     "--training.mixed_precision_param", "float32", "--optimizer.implementation", "foreach", "--optimizer.lr", "0.005",
     "--lr_scheduler.total_steps", "3", "--checkpoint.interval", "2", "--checkpoint.async_mode", "disabled",

@@ -19,7 +19,7 @@ from tools import convert_checkpoint, generate, random_weights
 NAMES = ("llada", "llada_moe")
 CODE = "raise AssertionError('executed')\n"  # modelling code beside the weights
 EXPORT = ["--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only"]
-POOLED = ["--parallelism.expert_parallel_degree", "2", "--parametric_memory.granularity", "batch"]
+EXPERTS = ["--parallelism.expert_parallel_degree", "2"]
 
 
 def arguments_of(root, name, run="run"):
@@ -56,8 +56,8 @@ def trained(tmp_path_factory):
         "--lora.export", "adapter", "--validation.no-enable", "--checkpoint.no-initial_load_in_hf",
         "--checkpoint.initial_load_path", str(root / "base"),
     ]  # fmt: skip
-    runs.append((2, [*arguments_of(root, "llada_moe", "exported"), *POOLED, *EXPORT]))
-    runs.append((2, [*arguments_of(root, "llada_moe", "adapters"), *POOLED, *EXPORT, *adapters]))
+    runs.append((2, [*arguments_of(root, "llada_moe", "exported"), *EXPERTS, *EXPORT]))
+    runs.append((2, [*arguments_of(root, "llada_moe", "adapters"), *EXPERTS, *EXPORT, *adapters]))
     run_many(runs)
     return roots
 
@@ -277,7 +277,7 @@ def test_recipes_are_what_the_paper_trains():
         optimizer = config.optimizer
         assert (optimizer.beta1, optimizer.beta2, optimizer.eps, optimizer.weight_decay) == (0.9, 0.999, 1e-8, 0.0)
         assert (config.model.name, lora.base, lora.dropout, lora.target_modules) == (name, "nf4", 0.05, targets[name])
-        assert (memory.granularity, config.training.local_batch_size) == ("batch", 2)
+        assert (memory.granularity, memory.samples_per_set, config.training.local_batch_size) == ("sample", 2, 2)
         assert (config.training.max_norm, config.debug.seed, config.data.group_by_length) == (1.0, 42, True)
         assert config.checkpoint.initial_load_in_hf
         assert Path(path).is_file()

@@ -61,7 +61,7 @@ MISTAKES = [
     Mistake("steps of a single state", "cannot be taken along the anchor_only trajectory", ("--parametric_memory.inner_steps", "3", "--parametric_memory.trajectory", "anchor_only")),
     Mistake("temperature of no teacher", "distillation_temperature = 2.0 has no effect on inner_loss = 'cross_entropy'", ("--parametric_memory.distillation_temperature", "2")),
     Mistake("end of no progression", "progressive_end = 0.3 has no effect on trajectory = 'anchor_consistent'", ("--parametric_memory.progressive_end", "0.3")),
-    Mistake("two granularities", "samples_per_set = 2 contradicts granularity = 'batch'", ("--parametric_memory.samples_per_set", "2", *POOLED)),
+    Mistake("two granularities", "samples_per_set = 2 contradicts granularity = 'batch'", ("--parametric_memory.samples_per_set", "2", "--parametric_memory.granularity", "batch")),
     Mistake("sets of no sample", "parametric_memory.samples_per_set must be at least 1", ("--parametric_memory.samples_per_set", "0")),
     Mistake("half a group of rows", "training.local_batch_size = 4 does not hold whole groups of parametric_memory.samples_per_set = 3 rows", ("--parametric_memory.samples_per_set", "3")),
     Mistake("half a group of held-out rows", "validation.local_batch_size = 1 does not hold whole groups of parametric_memory.samples_per_set = 2 rows", ("--parametric_memory.samples_per_set", "2", "--validation.enable", "--validation.local_batch_size", "1")),

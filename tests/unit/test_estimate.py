@@ -222,7 +222,7 @@ def test_dry_run_of_llada21_mini(tmp_path):
     "recipe, arguments",
     [
         ("llada_8b", [TP, "2"]),
-        ("llada_moe_7b", ["--parallelism.expert_parallel_degree", "4", "--parametric_memory.granularity", "batch"]),
+        ("llada_moe_7b", ["--parallelism.expert_parallel_degree", "4"]),
         ("llada_moe_7b", [TP, "2", "--lora.target_modules", "attention"]),
     ],
 )

@@ -371,7 +371,6 @@ def test_experts_of_replicas_have_names(ep_size):
     config = parse_config.parse([
         "--job.config_file", "train_configs/llada_moe_7b_longalpaca.toml", "--model.flavor", "debug",
         "--model.converters", "", "--parallelism.expert_parallel_degree", str(ep_size),
-        "--parametric_memory.granularity", "batch",
     ])  # fmt: skip
     config, args = launch.resolve(config, 4, 2), get_model_args(config)
     if dist.is_initialized():
