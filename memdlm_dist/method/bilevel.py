@@ -217,7 +217,7 @@ def outer_loss(
         others.clear()
         if on_adapted is not None:
             on_adapted(fast)
-        fast, squares = fast_weights.measuring(fast)
+        fast, squares = fast_weights.measuring(fast, memory.linears)
         loss = model.tail(h_anchor, first_layer, index_M, fast, head, context, outer=True).sum()
     if measures:
         nll["after"] = _nll(head, anchor, batch.adapted_U)

@@ -456,8 +456,13 @@ def map_leaves(function: Callable[..., Tensor], fast: FastWeights, *others: Sequ
     return {layer: {target: rebuild(linear) for target, linear in targets.items()} for layer, targets in fast.items()}
 
 
-def measuring(fast: FastWeights) -> tuple[FastWeights, list[Tensor]]:
-    """Return fast weights that add up `WriteNorms`, and these norms by linear, `[2]` each, float32."""
+def measuring(fast: FastWeights, linears: Iterable[AdaptedLinear]) -> tuple[FastWeights, list[Tensor]]:
+    """Return fast weights that add up `WriteNorms`, and these norms by linear, `[2]` each, float32.
+
+    The norms of experts' row-wise linears stay 0: under tensor parallelism their outputs are partial sums, whose norm
+    would say nothing, and a scalar must have the same meaning on every layout.
+    """
+    unmeasured = {(linear.layer, linear.target) for linear in linears if linear.experts and linear.row_wise}
     measured: FastWeights = {}
     squares: list[Tensor] = []
     for layer, targets in fast.items():
@@ -465,7 +470,8 @@ def measuring(fast: FastWeights) -> tuple[FastWeights, list[Tensor]]:
         for target, linear in targets.items():
             # A tensor for each linear: compiled blocks would treat views of one tensor as aliases.
             squares.append(torch.zeros(2, device=linear[0].device))
-            measured[layer][target] = linear._replace(norms=WriteNorms(squares[-1]))
+            norms = None if (layer, target) in unmeasured else WriteNorms(squares[-1])
+            measured[layer][target] = linear._replace(norms=norms)
     return measured, squares
 
 

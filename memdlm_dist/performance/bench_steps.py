@@ -87,7 +87,8 @@ class Bench:
         with self.autocast:
             if kind == "plain":
                 return run(self.model, batch, None, None, tp_rank)
-            fast = memory.draw(_SEED, step, batch.sample_ids_U)
+            slots = batch.documents.slots if batch.documents is not None else 1
+            fast = memory.draw(_SEED, step, batch.sample_ids_U, slots)
             if dtype is not None:
                 fast = fast_weights.map_leaves(lambda x: x.to(dtype), fast)
             return run(self.model, batch, memory, fast, tp_rank)

@@ -125,7 +125,7 @@ class MemDLMMetrics(MetricsProcessor):
         """Return -log p of the anchor's tokens per token, and the relative write, over all ranks.
 
         The relative write of a linear is the norm of its fast-weight term divided by the norm of its own output, over
-        the tokens of all samples with a term; the scalar is the mean over linears.
+        the tokens of all samples with a term; the scalar is the mean over linears, without the experts' row-wise ones.
         """
         if self._write_X2 is None:
             return {}

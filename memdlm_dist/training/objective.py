@@ -204,7 +204,7 @@ class Objective:
         `measures`.
         """
         if self.memory is None or not use_memory:
-            return outer_loss(model, batch, None)
+            return outer_loss(model, batch, None, tp_rank=self.tp_rank)
         slots = batch.documents.slots if batch.documents is not None else 1
         fast = self.memory.draw(self.seed, step, batch.sample_ids_U, slots) if batch.inner else None
         loss, statistics = outer_loss(model, batch, self.memory, fast, self.tp_rank, measures=measures)

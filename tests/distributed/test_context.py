@@ -1,4 +1,4 @@
-"""Context parallelism: numbers equal to one process, and the collectives of a step."""
+"""Context parallelism, and sets shared by samples on all layouts: numbers of one process, collectives of a step."""
 
 import json
 from dataclasses import replace
@@ -17,7 +17,16 @@ from memdlm_dist.models.llada import LLaDA
 from memdlm_dist.performance.bench_steps import Bench
 from memdlm_dist.training import run
 from memdlm_dist.training.backbone import get_layout, model_on_meta
-from tests.workers.sharded_context import DOCUMENTS, GROUPED, LAYOUTS, OPTIONS, configuration, numbers, options_of
+from tests.workers.sharded_context import (
+    DOCUMENTS,
+    GROUPED,
+    LAYOUTS,
+    OPTIONS,
+    TWICE,
+    configuration,
+    numbers,
+    options_of,
+)
 
 # Layouts sum in different orders: float32 rounding, 8e-7 measured.
 TOLERANCE = 1e-5
@@ -34,7 +43,7 @@ def results(tmp_path_factory, pools):
 
 
 STEPS = [(name, options) for name in LAYOUTS if not name.startswith("one") for options in options_of(name)]
-STEPS.append(("one-twice", "dropout-packed"))  # gradient accumulation
+STEPS.extend(("one-twice", options) for options in TWICE)
 
 
 @pytest.mark.parametrize("layout, options", STEPS)
@@ -83,6 +92,14 @@ def test_what_a_step_communicates(results):
         plain = results[name]["plain collectives"]["fsdp"]
         assert collectives["fsdp"]["all_gather"] == plain["all_gather"] - 2 and plain["all_gather"] == 5 + 4
         assert collectives["fsdp"]["reduce_scatter"] == plain["reduce_scatter"] == 5
+
+
+def test_the_number_of_rows_with_the_memory_changes_no_data_parallel_collective(results):
+    """A rank without such a row issues the same collectives in the same order as others, and as at probability 1."""
+    first, second = results["fsdp2"]["collectives by rank"]
+    assert [(a, b) for (a, _), (b, _) in zip(first, second, strict=True)] == [(4, 4), (2, 2), (0, 0), (1, 0)]
+    calls = [calls for _, calls in (*first, *second)]
+    assert len(calls[0]) == 5 + 2 + 5 and all(x == calls[0] for x in calls)
 
 
 @pytest.fixture

@@ -20,8 +20,11 @@ def results(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "case",
-    ["dense", "dense, plain", "dense, distilled", "packed", "experts", "experts, packed", "decoding"],
-)
+    [
+        "dense", "dense, plain", "dense, distilled", "packed", "pairs", "packed, pairs", "experts", "experts, packed",
+        "decoding",
+    ],
+)  # fmt: skip
 def test_no_operator_waits_for_the_device_or_lacks_a_cuda_kernel(results, case):
     """Unintended waits, copies or mixed devices already end the worker with an error."""
     ran, without_kernel = results["operators"][case]

@@ -65,10 +65,10 @@ def data(rows=4, prompt=3):
     return tokens, labels, torch.arange(rows) * 17
 
 
-def recorder() -> MemDLMMetrics:
-    """Return metrics without TensorBoard."""
+def recorder(dims=None) -> MemDLMMetrics:
+    """Return metrics without TensorBoard, of one process or of the layout `dims`."""
     metrics = MemDLMMetrics.__new__(MemDLMMetrics)
-    metrics.parallel_dims = SimpleNamespace(get_optional_mesh=lambda name: None)
+    metrics.parallel_dims = dims or SimpleNamespace(get_optional_mesh=lambda name: None)
     metrics.start_step()
     return metrics
 

@@ -84,6 +84,33 @@ def test_nothing_is_compiled_after_the_first_step_of_a_start(build, monkeypatch,
     assert not counters["graph_break"]
 
 
+ROWS = [
+    "--training.local_batch_size", "4", "--parametric_memory.start_step", "1", "--parametric_memory.probability",
+    "0.5", "--metrics.log_freq", "2", "--validation.no_enable",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("unit, expected", [("sample", {0, 1, 2, 4}), ("step", {0, 4})])
+def test_nothing_is_compiled_for_other_numbers_of_rows_with_the_memory(build, unit, expected):
+    """In steps that log, which take one more pass, and in others."""
+    torch._dynamo.reset()
+    counters.clear()
+    trained, batch = build([*COMPILED, *ROWS, "--parametric_memory.probability_unit", unit], most_documents=0)
+    seen = set()
+    for number in range(1, 60):
+        rows = batch(number, (1, 1, 1, 1))._replace(documents_BL=None)
+        chosen = trained.objective.at_step(number).micro_batch(*rows[:3], number)
+        read = len(chosen.inner[0].scored.count_U) if chosen.inner else 0
+        if (read, number % 2) not in seen:
+            seen.add((read, number % 2))
+            trainer.step(trained, number, [rows])
+        if number == 1:
+            trained._compile_ahead(resumed=False)
+            after_start = counters["stats"]["unique_graphs"]
+    assert seen == {(size, odd) for size in expected for odd in (0, 1)}
+    assert counters["stats"]["unique_graphs"] == after_start > 3 and not counters["graph_break"]
+
+
 def test_compiling_ahead_changes_nothing(build):
     """Same weights and biases bit for bit, expert loads and generator state; uncompiled blocks take the same path."""
 

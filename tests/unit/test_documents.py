@@ -78,7 +78,8 @@ def alone(slots=None):
 def step(model, goal, *arguments, **options):
     """Return loss, inner statistics and gradients of a step."""
     batch = goal.micro_batch(*arguments, step=STEP, **options)
-    fast = double(goal.memory.draw(3, STEP, batch.sample_ids_U)) if goal.memory else None
+    slots = batch.documents.slots if batch.documents is not None else 1
+    fast = double(goal.memory.draw(3, STEP, batch.sample_ids_U, slots)) if goal.memory else None
     model.zero_grad()
     loss, inner = outer_loss(model, batch, goal.memory, fast)
     loss.backward()
@@ -127,23 +128,57 @@ def test_a_packed_document_is_what_it_is_alone(options, shifted, slots):
         assert (inner.written_norm_G > 0).sum() >= 6, "several documents adapt"
 
 
-def test_one_set_for_all_documents_is_that_of_the_same_documents_in_rows_of_their_own():
-    """Granularity "batch", with single documents padded to one length so that they form one micro-batch."""
-    goal = objective(memory(samples_per_set=None))
+def in_rows_of_their_own(slots, chosen):
+    """Return tokens, labels, ids and documents of rows with one of the documents `chosen` each, padded to one length.
+
+    Args:
+        slots: document slots of the packed rows.
+        chosen: numbers of samples of the packed rows.
+    """
+    rows = {sample: document for sample, *document in alone(slots) if sample in chosen}
+
+    def padded(x, value):
+        return F.pad(x, (0, LENGTH - x.shape[1]), value=value)
+
+    tokens, labels, ids = zip(*rows.values(), strict=True)
+    documents = torch.cat([padded(torch.zeros_like(x), PADDING) for x in tokens])
+    labels = torch.cat([padded(x, trajectory.IGNORE_INDEX) for x in labels])
+    return torch.cat([padded(x, 0) for x in tokens]), labels, torch.cat(ids), documents
+
+
+@pytest.mark.parametrize("samples_per_set", [2, 3, 4, None])
+@pytest.mark.parametrize("settings", [{}, {"fast_weight_type": "full", "targets": ("ffn", "attention")}])
+def test_documents_that_share_a_set_share_it_in_rows_of_their_own(samples_per_set, settings):
+    """Each set as a micro-batch of its own with granularity "batch": equal losses, gradients and statistics.
+
+    The last set of a row has fewer documents. As many samples in a set as slots in a row make one set for each row;
+    None makes one for all rows.
+    """
+    goal = replace(objective(memory(samples_per_set=samples_per_set, **settings)), slots=4)
+    one_set = replace(goal, slots=1, memory=replace(goal.memory, samples_per_set=None))
     model = build()
     tokens, labels, documents = packed()
-    together = step(model, goal, tokens, labels, ROW_IDS, documents_BL=documents)
-    row_tokens, row_labels, ids = [], [], []
-    for _, tokens_alone, labels_alone, document_id in alone():
-        missing = LENGTH - tokens_alone.shape[1]
-        row_tokens.append(F.pad(tokens_alone, (0, missing)))
-        row_labels.append(F.pad(labels_alone, (0, missing), value=trajectory.IGNORE_INDEX))
-        ids.append(document_id)
-    separate = torch.stack([torch.where(torch.arange(LENGTH) < size, 0, PADDING) for row in SIZES for size in row])
-    each = step(model, goal, torch.cat(row_tokens), torch.cat(row_labels), torch.cat(ids), documents_BL=separate)
-    close(together[0], each[0])
-    close(together[1].loss_KG, each[1].loss_KG)
-    close(together[2], each[2])
+    loss, inner, gradients_packed = step(model, goal, tokens, labels, ROW_IDS, documents_BL=documents)
+    total, expected = torch.zeros(()), {name: torch.zeros_like(x) for name, x in gradients_packed.items()}
+    filled = [row * 4 + slot for row, sizes in enumerate(SIZES) for slot in range(len(sizes))]
+    n, per_row = samples_per_set or 4, -(-4 // (samples_per_set or 4))
+    first = [row * 4 + slot for row in range(4) for slot in range(0, 4, n)]
+    sets = [[s for s in filled if a <= s < min(a + n, a // 4 * 4 + 4)] for a in first]
+    if samples_per_set is None:
+        sets, per_row = [filled], 1 / 4
+    assert len(sets) == 4 * per_row == inner.loss_KG.shape[1]
+    for number, samples in enumerate(sets):
+        if not samples:
+            assert not inner.counted_KG[:, number].any()
+            continue
+        *rows, documents_alone = in_rows_of_their_own(4, samples)
+        part, statistics, gradients_part = step(model, one_set, *rows, documents_BL=documents_alone)
+        total = total + part
+        expected = {name: x + gradients_part[name] for name, x in expected.items()}
+        for name in ("loss_KG", "grad_norm_KG", "counted_KG", "written_norm_G"):
+            close(getattr(inner, name)[..., number], getattr(statistics, name)[..., 0])
+    close(loss, total)
+    close(gradients_packed, expected)
 
 
 def test_a_row_of_one_document_is_a_row_without_documents():
@@ -487,9 +522,11 @@ def test_sizes_that_accelerators_do_not_group_take_the_masked_form():
         assert dtype_of(x, torch.zeros(16, 8, 24)) == torch.bfloat16
 
 
-def test_a_step_with_grouped_terms_is_the_step_with_masked_ones():
+@pytest.mark.parametrize("samples_per_set", [1, 3])
+def test_a_step_with_grouped_terms_is_the_step_with_masked_ones(samples_per_set):
     """Same loss, fast-weight norm and gradients in float32; product shapes do not depend on the documents."""
-    goal = replace(objective(memory(rank=8, targets=("ffn", "attention"))), slots=4)
+    goal = objective(memory(rank=8, targets=("ffn", "attention"), samples_per_set=samples_per_set))
+    goal = replace(goal, slots=4)
     tokens, labels, documents = packed()
     fewer_documents = torch.where(documents == PADDING, PADDING, documents.clamp(max=1))
 

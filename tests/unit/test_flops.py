@@ -18,6 +18,7 @@ from memdlm_dist.models.fsdp_schedule import frozen
 from memdlm_dist.models.llada2 import LLaDA2Args
 from memdlm_dist.models.llada_moe import LLaDAMoEArgs
 from memdlm_dist.models.mixture import LLaDAMixture
+from tests.oracles import naive
 from tests.support.bilevel import ARGS, build, data, memory, objective
 
 
@@ -69,12 +70,18 @@ class CompiledFlops:
         model.output.forward = self.counted(model.output.forward)
 
 
-def count(model, settings, recomputation=None, frozen=False, args=ARGS, **plan):
-    """Return a step's FLOPs by torch's counter and by our estimate; memory is off if `settings` is None."""
-    goal = objective(settings, **plan)
+def count(model, settings, recomputation=None, frozen=False, args=ARGS, slots=None, adapted_groups=None, **plan):
+    """Return a step's FLOPs by torch's counter and by our estimate; memory is off if `settings` is None.
+
+    Args:
+        slots: document slots of packed rows, each of which has one document; a dense mask then computes no more.
+        adapted_groups: of the groups of rows with common sets, those that train with the memory; None for all.
+    """
+    goal = replace(objective(settings, **plan), slots=slots)
     tokens, labels, ids = data()
-    batch = goal.micro_batch(tokens, labels, ids, step=3)
-    fast = settings.draw(3, 3, ids) if settings is not None else None
+    documents = None if slots is None else torch.zeros_like(tokens)
+    batch = goal.micro_batch(tokens, labels, ids, step=3, documents_BL=documents, adapted_groups=adapted_groups)
+    fast = settings.draw(3, 3, batch.sample_ids_U, slots or 1) if settings is not None and batch.inner else None
     with Flops() as counter:
         outer_loss(model, batch, settings, fast)[0].backward()
     return counter.total, step_flops(args, batch, settings, recomputation, frozen)
@@ -92,6 +99,44 @@ CASES = {
     "full": ({"fast_weight_type": "full"}, {}),
     "all layers": ({"first_layer": 0}, {}),
 }
+
+
+SHARED = {  # name -> settings of the memory, groups of the 4 rows that train with the memory, document slots
+    "no row": ({}, 0, None),
+    "one row": ({"targets": ("ffn", "attention")}, 1, None),
+    "two rows": ({"loss": "kl"}, 2, None),
+    "three rows, so four": ({}, 3, None),
+    "pairs": ({"samples_per_set": 2, "targets": ("ffn", "attention")}, None, None),
+    "a pair of two": ({"samples_per_set": 2, "fast_weight_type": "full"}, 1, None),
+    "packed pairs": ({"samples_per_set": 2}, None, 4),
+    "packed threes of two rows": ({"samples_per_set": 3, "fast_weight_type": "full"}, 2, 4),
+}
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_the_inner_loop_costs_the_rows_that_it_reads(case):
+    settings, groups, slots = SHARED[case]
+    counted, ours = count(build(torch.float32), memory(**settings), slots=slots, adapted_groups=groups)
+    assert ours.outer + ours.inner == counted and (ours.inner == 0) == (groups == 0)
+    everything = count(build(torch.float32), memory(**settings), slots=slots)[1] if groups else ours
+    assert (ours.inner < everything.inner) == bool(groups)
+
+
+def test_steps_without_the_memory_cost_plain_training():
+    """Over 200 steps with `probability_unit` "step"; the naive draw says which steps train with the memory."""
+    goal = replace(objective(memory(samples_per_set=2)), probability=0.25, probability_unit="step")
+    always, never, (tokens, labels, ids) = objective(memory(samples_per_set=2)), objective(None), data()
+    total, expected, chosen = 0.0, 0.0, 0
+    for step in range(1, 201):
+
+        def flops(kind, step=step):
+            return sum(step_flops(ARGS, kind.micro_batch(tokens, labels, ids, step), kind.memory))
+
+        uses_memory = naive.keyed_uniform(goal.seed, 5, step, 0, 0) < 0.25  # stream 5
+        chosen += uses_memory
+        expected += flops(always if uses_memory else never)
+        total += flops(goal.at_step(step))
+    assert total == expected and abs(chosen - 50) < 4 * (200 * 0.25 * 0.75) ** 0.5
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -43,6 +43,11 @@ DISTILLED = [
     MEMORY + "inner_loss", "kl", MEMORY + "inner_steps", "3", MEMORY + "supervision", "newly_revealed",
     MEMORY + "inner_epochs", "2", MEMORY + "distillation_temperature", "2.0", "--diffusion.loss_norm", "answer",
 ]  # fmt: skip
+# With this seed the inner loop reads two of four rows in step 2; packed rows have sets for two documents and for one.
+SOME = [
+    "--training.local_batch_size", "4", MEMORY + "samples_per_set", "2", MEMORY + "probability", "0.5",
+    MEMORY + "dropout", "0.2", "--debug.seed", "22",
+]  # fmt: skip
 CASES = {  # name -> arguments; names with "packed" use packed rows
     "dense": ["--activation_checkpoint.mode", "full", "--training.mixed_precision_param", "bfloat16"],
     "dense, plain": [MEMORY + "no_enable", "--optimizer.implementation", "foreach"],
@@ -51,6 +56,8 @@ CASES = {  # name -> arguments; names with "packed" use packed rows
         MEMORY + "inner_loss", "hidden_mse", MEMORY + "adapter", "full", MEMORY + "gradient_norm", "global",
         MEMORY + "target_modules", "ffn,attention", "--training.mixed_precision_param", "bfloat16",
     ],
+    "pairs": [*SOME, MEMORY + "target_modules", "ffn,attention"],
+    "packed, pairs": [*SOME, "--training.mixed_precision_param", "bfloat16"],
     "experts": [*EXPERTS, MEMORY + "inner_loss", "hidden_cosine", MEMORY + "granularity", "batch"],
     "experts, packed": [
         *EXPERTS, "--model.converters", "lora", MEMORY + "inner_loss", "reverse_kl",
@@ -61,11 +68,14 @@ CASES = {  # name -> arguments; names with "packed" use packed rows
 # the same.
 DRAWN, SILENT, VALIDATED = ("dense", "experts"), ("dense", "dense, plain", "packed"), ("dense, distilled",)
 UNFUSED = ("dense, plain",)
-VARLEN = ("packed",)  # variable-length attention, as on CUDA in bfloat16; other cases use blocks
+VARLEN = ("packed", "packed, pairs")  # variable-length attention, as on CUDA in bfloat16; other cases use blocks
 
 # Intended waits of a step for the device: without a fused optimizer, and when logging.
 CONSENSUS = {"training.consensus:finish"}
-LOG_READS = {f"training.metrics:{name}" for name in ("log_step", "_reduce", "_largest_rank_loss", "_load_balance")}
+LOG_READS = {
+    f"training.metrics:{name}"
+    for name in ("log_step", "_reduce", "_memory_effect", "_largest_rank_loss", "_load_balance")
+}
 # Intended copies: with a wait in steps that log; without a wait in every step.
 LOG_COPIES = {"training.trainer:_record_metrics"}
 TO_DEVICE, TO_HOST = "runtime.transfer:to_device", "runtime.transfer:__init__"
@@ -107,10 +117,14 @@ def _step(name):
     config = parse_config.parse([*COMMON, *CASES[name]])
     args, packed = sizes(config), "packed" in name
     consensus_reads = CONSENSUS if name in UNFUSED else set()
+    first = trainer.batch(config, args, packed=packed)
     with FakeDevice(LOG_READS | consensus_reads, LOG_COPIES) as fake:
         trained = trainer.build(config, args, get_layout(config, 1), fake_device.DEVICE, name in DRAWN)
-        trainer.step(trained, 2, [trainer.batch(config, args, packed=packed)])
+        trainer.step(trained, 2, [first])
     operators = fake.operators
+    if "pairs" in name:
+        read_C = trained.objective.micro_batch(*first[:3], 2, documents_BL=first.documents_BL).inner_rows_C
+        assert len(read_C) == 2, "the inner loop reads two of four rows"
     batch = trainer.batch(config, args, 1, packed=packed)
     if name in SILENT:
         steps = (3, 5) if name == "dense" else (3,)

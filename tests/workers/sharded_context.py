@@ -1,4 +1,4 @@
-"""One step under context parallelism on several layouts: loss, inner statistics and every gradient.
+"""One step on several layouts, most of them context-parallel: loss, scalars of the memory and every gradient.
 
     python -m tests.workers.sharded_context FOLDER [LAYOUT ...]
 
@@ -27,6 +27,7 @@ from memdlm_dist.models import initial_weights, llada
 from memdlm_dist.models.initial_weights import Uniform
 from memdlm_dist.performance.bench_steps import Bench
 from memdlm_dist.performance.collectives import by_kind
+from tests.support.bilevel import recorder
 from tests.support.ranks import fork_group
 from tests.support.varlen import naive_varlen
 from tests.workers.ring_on_cpu import ring_on_cpu
@@ -45,6 +46,9 @@ LAYOUTS = {
     "fsdp2-cp2": (4, [SHARD, "2", CP, "2", "--activation_checkpoint.mode", "full"], 2),
     "tp2-cp2": (4, [TP, "2", CP, "2"], 1),
     "tp2-ring2": (4, [TP, "2", CP, "2", *RING], 1),
+    "fsdp2": (2, [SHARD, "2"], 2),
+    "tp2": (2, [TP, "2"], 1),
+    "fsdp2-tp2": (4, [SHARD, "2", TP, "2"], 2),
 }
 MEMORY = "--parametric_memory."
 BATCH = [
@@ -62,6 +66,9 @@ DROPOUT = [
 MOE_DROPOUT = [*DROPOUT, "--lora.target_modules", "attention,router"]
 MOE = ["--model.name", "llada_moe", "--model.flavor", "tiny"]
 LLADA2 = ["--model.name", "llada2", "--model.flavor", "tiny", *ATTENTION, MEMORY + "layer_fraction", "1.0"]
+PAIRS, DROP = [MEMORY + "samples_per_set", "2"], [MEMORY + "dropout", "0.2"]
+# The seeds choose in step 1 row 3 alone, and of sets for two rows the second: never a row of the first of two ranks.
+HALF = [MEMORY + "probability", "0.5", "--debug.seed"]
 # name -> (arguments, step, rows: "whole", "packed", or "quarter" with maskable tokens only in the first quarter)
 OPTIONS = {
     "off": ([], "plain", "whole"),
@@ -78,6 +85,13 @@ OPTIONS = {
     "dropout-packed": ([*ATTENTION, *DROPOUT], "ours", "packed"),
     "moe-dropout": ([*MOE, *MOE_DROPOUT], "ours", "packed"),
     "llada2-dropout": ([*LLADA2, *DROPOUT, "--lora.target_modules", "all-linear"], "ours", "packed"),
+    "pairs": ([*ATTENTION, *PAIRS, *DROP], "ours", "whole"),
+    "pairs-full": ([*ATTENTION, *FULL, *PAIRS], "ours", "whole"),
+    "pairs-packed": ([*ATTENTION, *PAIRS, *DROP], "ours", "packed"),
+    "threes-full-packed": ([*FULL, MEMORY + "samples_per_set", "3"], "ours", "packed"),
+    "half": ([*ATTENTION, *HALF, "56"], "ours", "whole"),
+    "half-pairs": ([*ATTENTION, *PAIRS, *DROP, *HALF, "6"], "ours", "whole"),
+    "half-pairs-packed": ([*PAIRS, *HALF, "56"], "ours", "packed"),
 }
 # Documents' lengths per row: some cross the ends of sequence shards, and the last row has padding.
 DOCUMENTS = [[10, 7, 15], [32], [5, 5, 5, 5, 12], [20, 8]]
@@ -94,19 +108,27 @@ EVERYWHERE = ("off", "off-packed", "sample", "sample-quarter", "sample-packed")
 ALSO = {
     "one": tuple(OPTIONS),
     "cp2": tuple(name for name in OPTIONS if not name.startswith("moe")),
-    "fsdp2-cp2": ("batch-quarter", "batch-packed", "dropout-packed"),
-    "tp2-cp2": ("batch-packed", "full-packed", "moe-packed", "dropout-packed", "moe-dropout"),
+    "fsdp2-cp2": ("batch-quarter", "batch-packed", "dropout-packed", "half-pairs"),
+    "tp2-cp2": ("batch-packed", "full-packed", "moe-packed", "dropout-packed", "moe-dropout", "pairs"),
 }
+SHARED = tuple(name for name in OPTIONS if "pairs" in name or "threes" in name)
+WITHOUT_CP = {"fsdp2": (*SHARED, "half"), "tp2": (*SHARED, "half", "moe-packed"), "fsdp2-tp2": ("pairs", "half")}
 
 
 # Repeated with an accelerator's code: grouped products on a rank's sequence shard, and variable-length attention on the
 # heads that a rank gets in exchange for its tokens.
-GROUPED = [(layout, options) for layout in ("cp2", "tp2-cp2") for options in ("sample-packed", "full-packed")]
+GROUPED = [
+    *((layout, options) for layout in ("cp2", "tp2-cp2") for options in ("sample-packed", "full-packed")),
+    ("tp2", "pairs-packed"), ("one", "threes-full-packed"),
+]  # fmt: skip
+TWICE = ("dropout-packed", "pairs", "half")  # gradient accumulation; the result does not depend on the micro-batch
 
 
 def options_of(layout):
-    if layout == "one-twice":  # options whose result depends on the micro-batch
-        return ["batch-quarter", "batch-packed", "dropout-packed"]
+    if layout == "one-twice":
+        return ["batch-quarter", "batch-packed", *TWICE]
+    if layout in WITHOUT_CP:
+        return list(WITHOUT_CP[layout])
     if "ring" in layout:  # ring attention supports no documents
         return ["off", "sample", "batch-quarter"]
     return list(dict.fromkeys((*EVERYWHERE, *ALSO.get(layout, ()))))
@@ -145,16 +167,25 @@ def micro_batches(bench, count, kind):
 
 
 def step(bench, count, kind, rows):
+    """Return the loss, the memory's scalars and all gradients, and the least number of masked tokens on a rank."""
     results = {"loss": torch.zeros(())}
-    masked = []
+    masked, metrics = [], recorder(bench.dims)
     for number, batch in enumerate(micro_batches(bench, count, rows)):
-        loss, inner = bench.loss_sum(kind, batch, 1)
+        with bench.autocast:
+            use_memory = kind == "ours"
+            loss, inner = bench.objective.loss_sum(bench.model, batch, 1, use_memory=use_memory, measures=True)
         loss.backward()
         results["loss"] += loss.detach()
         masked.append(batch.anchor.valid_N.sum())
-        if inner is not None and number == 0:  # first set of the first micro-batch, which rank 0 holds on every layout
+        if inner is None:
+            continue
+        metrics.record_inner_loop(inner)
+        # First set of the first micro-batch, which rank 0 holds on every layout; it may train without the memory.
+        if number == 0 and bench.objective.probability == 1:
             results["inner"] = torch.stack([inner.loss_KG[:, 0], inner.grad_norm_KG[:, 0]])
             results["written"] = inner.written_norm_G[0]
+    scalars = metrics._reduce() | metrics._memory_effect()
+    results |= {name: torch.tensor(value) for name, value in scalars.items() if value}
     mesh = bench.dims.get_optional_mesh("loss")
     if mesh is not None:
         dist.all_reduce(results["loss"], group=mesh.get_group())
@@ -165,6 +196,19 @@ def step(bench, count, kind, rows):
     if mesh is not None:
         dist.all_reduce(least, dist.ReduceOp.MIN, mesh.get_group())
     return results, least
+
+
+def collectives_by_rank(bench):
+    """Return for some steps each rank's number of rows with the memory, and its data-parallel collectives in order."""
+    found = []
+    for number, probability in ((1, 1.0), (1, 0.2), (2, 0.2), (3, 0.2)):
+        chosen = replace(bench, objective=replace(bench.objective, probability=probability, seed=0))
+        adapted_U = chosen.batch(number).adapted_U
+        rows = chosen.config.training.local_batch_size if adapted_U is None else int(adapted_U.sum())
+        found.append((rows, chosen.collectives("ours", number).on(*chosen.groups("fsdp"))))
+    ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, found)
+    return ranks
 
 
 def common_adapters(bench):
@@ -202,6 +246,8 @@ def find(folder, layout):
                 ):
                     results[f"{options}, grouped"], _ = step(bench, count, kind, rows)
                 assert products.call_count > 12 and attention.call_count > 6
+            if (layout, options) == ("fsdp2", "half"):
+                results["collectives by rank"] = collectives_by_rank(bench)
             if options == "sample" and "ring" not in layout:
                 counted = bench.collectives("ours")
                 cp_calls, fsdp_calls = (counted.on(*bench.groups(name)) for name in ("cp", "fsdp"))

@@ -136,6 +136,9 @@ def step(bench, kind, dtype):
         for name in ("loss_KG", "grad_norm_KG", "written_norm_G"):
             results[name] = getattr(statistics, name)
         assert statistics.counted_KG.all() and results["written_norm_G"].min() > 0
+        if statistics.write_X2 is not None:
+            term_X, own_X = statistics.write_X2.unbind(1)
+            results["relative write"] = (term_X / own_X).sqrt()
     return results
 
 
@@ -169,9 +172,11 @@ def _is_sharded(parameter):
 def compare(bench, dtype, count):
     dtype = {"float64": torch.float64}.get(dtype)
     ours, theirs = step(bench, "ours", dtype), step(bench, "straightforward", dtype)
+    write_X = ours.pop("relative write")  # of rank 0's tokens, and shards of outputs
     # Losses of the first inner step, whose predictions have the same bits in any precision.
     first = [{"first inner losses": x["loss_KG"][0]} for x in (ours, theirs)]
     result = {"difference": difference(ours, theirs), "difference of the first inner losses": difference(*first)}
+    result["relative write"] = write_X.tolist()
     if not count:
         return result
     communication = {kind: bench.collectives(kind, 1).on(*bench.groups(*DATA_PARALLEL)) for kind in KINDS}
