@@ -9,12 +9,20 @@ Examples:
   python tools/bench.py --mix --rounds 4
   # Plain and ours at several row lengths
   python tools/bench.py train_configs/debug.toml --rounds 2 --lengths 128 256 512
+  # What parametric_memory.probability saves, with either unit
+  python tools/bench.py --probabilities 0 0.25 0.5 1
 
 CONFIG.toml is a training configuration (default: train_configs/bench_cpu.toml). The bench uses the configured
 backbone, batch, layout, precision, activation checkpointing and compilation; weights and tokens are random. A step is
 forward pass, backward pass, clipping and optimizer. Each round takes one step of each kind on the same batch. A ratio
 is computed within each round; the table shows its median over the rounds. The straightforward step is implemented in
-memdlm_dist/performance/straightforward.py.
+memdlm_dist/performance/straightforward.py. The memory trains in every step and with all samples, except with
+--probabilities.
+
+With --probabilities a round takes several steps at each probability and with each unit, on the same tokens. In each
+round the share of samples that train with the memory equals the probability. The table has, in columns: seconds of a
+step; its ratio to plain; this ratio by FLOPs, on the mean and on the slowest rank; the share of the rows that the inner
+loop reads on the slowest rank, in these steps and expected; and the data-parallel all-gathers of a step.
 
 The command starts its own processes; under torchrun it runs as one rank. Override configuration keys with
 --section.key value.
@@ -28,6 +36,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, get_args
 
@@ -51,6 +60,11 @@ from memdlm_dist.performance import preparation_bench
 from memdlm_dist.performance.bench_steps import Bench
 from memdlm_dist.performance.length_mix import measure_mix, table_of_mix
 from memdlm_dist.performance.measure import measure, say, sweep, table, table_of_lengths
+from memdlm_dist.performance.probability_bench import (
+    LARGEST_DENOMINATOR,
+    measure_probabilities,
+    table_of_probabilities,
+)
 from memdlm_dist.runtime.device import device_module, device_type
 from memdlm_dist.runtime.entry_point import guarded, new_parser, parse_with_overrides, positive, positive_number
 from memdlm_dist.runtime.process_environment import set_process_environment
@@ -109,6 +123,10 @@ def run(options: argparse.Namespace, argv: Sequence[str], overrides: Sequence[st
     elif options.mix:
         result |= measure_mix(config, options.rounds, options.warm_up, options.layers)
         text = table_of_mix(result)
+    elif options.probabilities:
+        bench = Bench.build(config, options.layers)
+        result |= measure_probabilities(bench, options.probabilities, options.rounds, options.warm_up)
+        text = table_of_probabilities(result)
     else:
         bench = Bench.build(config, options.layers)
         result |= measure(bench, options.rounds, options.warm_up, options.profile)
@@ -117,6 +135,18 @@ def run(options: argparse.Namespace, argv: Sequence[str], overrides: Sequence[st
         _write(text, result, options.json)
     dist.destroy_process_group()
     return 0
+
+
+def probability(text: str) -> float:
+    """Parse a multiple of 1 / n from 0 to 1, n <= `LARGEST_DENOMINATOR` (argparse type).
+
+    Raises:
+        ValueError: if the text is no such number.
+    """
+    exact = Fraction(text)
+    if not 0 <= exact <= 1 or exact.denominator > LARGEST_DENOMINATOR:
+        raise ValueError
+    return float(exact)
 
 
 def _check_output(path: str | None) -> None:
@@ -167,6 +197,11 @@ def parser() -> argparse.ArgumentParser:
         help="measure our step on fine-tuning rows of mixed lengths, as in LongAlpaca: padded to training.seq_len, in "
         "buckets, and grouped by length",
     )
+    rows.add_argument(
+        "--probabilities", type=probability, nargs="+", metavar="P",
+        help="values of parametric_memory.probability, such as 0 0.25 0.5 1 (multiples of 1/n, n up to "
+        f"{LARGEST_DENOMINATOR}); measures plain and ours at each, with both values of probability_unit",
+    )  # fmt: skip
     model = p.add_argument_group("model")
     model.add_argument("--layers", type=positive, metavar="N", help="number of layers (default: the flavour's)")
     hardware = p.add_argument_group("hardware")
@@ -324,8 +359,8 @@ def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def start(options: argparse.Namespace, argv: Sequence[str], overrides: Sequence[str]) -> int:
     """Check configuration and output files, start the ranks with torchrun, and return the exit status."""
-    if options.profile and (options.mix or options.lengths):
-        raise UserError("--profile profiles a step at training.seq_len; omit it with --mix and --lengths.")
+    if options.profile and (options.mix or options.lengths or options.probabilities):
+        raise UserError("--profile profiles a step of `ours` alone; omit it with --mix, --lengths and --probabilities.")
     processes = options.processes or torch.accelerator.device_count() or 2
     for length in options.lengths or [None]:
         _configuration(options.config, overrides, Processes(processes, processes), length)

@@ -1,11 +1,14 @@
 """Benchmark steps: plain, straightforward and ours, on a sharded backbone with random tokens."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torchtitan.components.optimizer import build_optimizers
+from torchtitan.distributed import utils as dist_utils
 
 from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.method import bilevel, fast_weights
@@ -55,12 +58,18 @@ class Bench:
         model.to_empty(device=device_type())
         with torch.no_grad():
             model.init_weights()
-        objective = build_objective(config, args, args.vocab_size - 1, dims)
+        # The memory trains in every step and with all samples, whatever the configuration's probability.
+        objective = replace(build_objective(config, args, args.vocab_size - 1, dims), probability=1.0)
         autocast_context = autocast(dims, config.training.mixed_precision_param, device_type())
         return cls(config, args, dims, model, objective, flops, autocast_context)
 
-    def batch(self, number: int) -> MicroBatch:
-        """Draw a micro-batch of random tokens with noise; it is the same on all ranks of a tensor-parallel group."""
+    def batch(self, number: int, adapted_groups: int | None = None) -> MicroBatch:
+        """Draw a micro-batch of random tokens with noise; it is the same on all ranks of a tensor-parallel group.
+
+        Args:
+            number: key of tokens and noise.
+            adapted_groups: number of groups of rows that train with the memory, see `Objective.micro_batch`; None: all.
+        """
         training = self.config.training
         mesh = self.dims.get_optional_mesh("batch")
         ids = torch.arange(training.local_batch_size) + training.local_batch_size * (
@@ -69,7 +78,8 @@ class Bench:
         generator = torch.Generator().manual_seed(int(ids[0]) + 1_000_003 * number)
         shape = (training.local_batch_size, training.seq_len)
         tokens = torch.randint(0, self.args.vocab_size - 1, shape, generator=generator)
-        return self.objective.micro_batch(tokens, tokens, ids, step=number).to(device_type())
+        batch = self.objective.micro_batch(tokens, tokens, ids, step=number, adapted_groups=adapted_groups)
+        return batch.to(device_type())
 
     def loss_sum(self, kind: str, batch: MicroBatch, step: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Any]:
         """Compute the outer loss sum by one of the three `KINDS` of step, and the inner loop's statistics.
@@ -87,20 +97,36 @@ class Bench:
         with self.autocast:
             if kind == "plain":
                 return run(self.model, batch, None, None, tp_rank)
+            if not batch.inner:  # as in `Objective.loss_sum`
+                return run(self.model, batch, memory, None, tp_rank)
             slots = batch.documents.slots if batch.documents is not None else 1
             fast = memory.draw(_SEED, step, batch.sample_ids_U, slots)
             if dtype is not None:
                 fast = fast_weights.map_leaves(lambda x: x.to(dtype), fast)
             return run(self.model, batch, memory, fast, tp_rank)
 
+    def optimizer_step(self) -> Callable[[str, int, MicroBatch], None]:
+        """Build the optimizer; return a function of kind, step number and batch that takes one whole step."""
+        optimizer = build_optimizers([self.model], self.config.optimizer, self.dims)
+        parameters = list(self.model.parameters())
+
+        def step(kind: str, number: int, batch: MicroBatch) -> None:
+            loss, _ = self.loss_sum(kind, batch, number)
+            (loss / batch.maskable).backward()
+            dist_utils.clip_grad_norm_(parameters, self.config.training.max_norm, foreach=True)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
     def groups(self, *names: str) -> list[dist.ProcessGroup]:
         """Return the process groups of the named mesh dimensions; dimensions of degree 1 have none."""
         meshes = (self.dims.get_optional_mesh(name) for name in names)
         return [mesh.get_group() for mesh in meshes if mesh is not None]
 
-    def collectives(self, kind: str, number: int = 0) -> Collectives:
-        """Record the collectives of one forward and backward pass."""
-        batch = self.batch(number)
+    def collectives(self, kind: str, number: int = 0, adapted_groups: int | None = None) -> Collectives:
+        """Record the collectives of one forward and backward pass; for `adapted_groups` see `batch`."""
+        batch = self.batch(number, adapted_groups)
         # Collectives inside compiled blocks would not be recorded.
         with torch.compiler.set_stance("force_eager"), Collectives() as recorded:
             self.loss_sum(kind, batch, number)[0].backward()

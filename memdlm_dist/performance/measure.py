@@ -11,12 +11,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torchtitan.components.optimizer import build_optimizers
-from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.utils import get_peak_flops
 
 from memdlm_dist.config.job_config import JobConfig
-from memdlm_dist.method.micro_batch import MicroBatch
 from memdlm_dist.models.flops import Recomputation, step_flops
 from memdlm_dist.performance.bench_steps import DATA_PARALLEL, KINDS, Bench
 from memdlm_dist.performance.collectives import by_kind
@@ -41,16 +38,7 @@ def measure(
         kinds: kinds of step.
     """
     config = bench.config
-    optimizer = build_optimizers([bench.model], config.optimizer, bench.dims)
-    parameters = list(bench.model.parameters())
-
-    def step(kind: str, number: int, batch: MicroBatch) -> None:
-        loss, _ = bench.loss_sum(kind, batch, number)
-        (loss / batch.maskable).backward()
-        dist_utils.clip_grad_norm_(parameters, config.training.max_norm, foreach=True)
-        optimizer.step()
-        optimizer.zero_grad()
-
+    step = bench.optimizer_step()
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     flops: dict[str, list[float]] = {"outer": [], "inner": []}
     recomputation = Recomputation(config.activation_checkpoint.mode, config.activation_checkpoint.selective_ac_option)

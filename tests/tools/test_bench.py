@@ -1,14 +1,19 @@
 """tools/bench.py as a user runs it; no test asserts a speed, which needs a quiet machine."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from memdlm_dist.errors import EXIT_STATUS
 from memdlm_dist.performance import preparation_bench
 from memdlm_dist.performance.gpu_check.section import last_words
 from memdlm_dist.performance.measure import peak_flops
+from memdlm_dist.performance.probability_bench import Setting, cycle_length, draw_cycle, slowest_share
+from tests.support.bilevel import memory, objective
 from tests.support.launching import run_module
 from tools import bench
 
@@ -69,6 +74,79 @@ def test_bench_compares_arrangements_of_mixed_rows(tmp_path):
     }
     assert tokens["padded to seq_len"] == 32 * 256 and measured["fill"]["padded to seq_len"] == 0
     assert tokens["grouped by length"] <= tokens["in buckets"] < tokens["padded to seq_len"]
+
+
+@pytest.fixture
+def two_fake_ranks(monkeypatch):
+    """Let the bench run here as rank 0 of two ranks without communication: values are missing, shapes are true."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    start = dist.init_process_group
+    monkeypatch.setattr(bench.dist, "init_process_group", lambda *_: start("fake", rank=0, world_size=2))
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def test_bench_measures_probabilities(tmp_path, capsys, monkeypatch, root, two_fake_ranks):
+    monkeypatch.chdir(root)
+    file = tmp_path / "probabilities.json"
+    arguments = [
+        "train_configs/debug.toml", "--rounds", "1", "--warm-up", "1", "--layers", "2", "--json", str(file),
+        "--probabilities", "0", "0.5", "1", "--training.seq_len", "64", "--training.local_batch_size", "2",
+    ]  # fmt: skip
+    assert bench.main(arguments) == 0
+    measured = json.loads(file.read_text())
+    rows = {(x["unit"], x["probability"]): x for x in measured["settings"]}
+    out = capsys.readouterr().out
+    assert all(f"{name:<12}{x['step_seconds']:>14.3f}" in out for name, x in [
+        ("plain", rows["plain", 0]), ("step 0.5", rows["step", 0.5]), ("sample 1", rows["sample", 1]),
+    ])  # fmt: skip
+    assert measured["steps_per_round"] == 4 and (measured["groups"], measured["data_parallel_ranks"]) == (2, 2)
+
+    flops = {name: x["flops_over_plain"] for name, x in rows.items()}
+    assert flops["step", 0] == flops["sample", 0] == 1 and flops["step", 1] == flops["sample", 1] > 1.4
+    # Samples differ in their scored tokens.
+    assert flops["step", 0.5] == pytest.approx(1 + 0.5 * (flops["step", 1] - 1), rel=0.02)
+    # Embedding, two layers and head are gathered twice, but for the head; ours gathers the tail once.
+    gathers = {name: x["all_gathers"] for name, x in rows.items()}
+    assert gathers["plain", 0] == gathers["step", 0] == [7, 7] and gathers["step", 1] == [6, 6]
+    assert gathers["step", 0.5] == [6, 7] and all(gathers["sample", p] == [6, 6] for p in (0, 0.5, 1))
+
+    share = {name: x["expected_slowest_share"] for name, x in rows.items()}
+    assert [share["step", p] for p in (0, 0.5, 1)] == [0, 0.5, 1]
+    assert share["sample", 0] == 0 and share["sample", 1] == 1
+    assert share["sample", 0.5] == 0.5 * (0.75**2 - 0.25**2) + (1 - 0.75**2)  # two Binomial(2, 0.5): 0, 1 or 2
+    assert all(abs(x["slowest_share"] - x["expected_slowest_share"]) <= 1 / 8 for x in rows.values())
+
+
+@pytest.mark.parametrize("groups, ranks, probability", [(1, 8, 0.25), (2, 1, 0.5), (5, 3, 0.3), (8, 64, 0.25)])
+def test_the_slowest_rank_reads_what_is_expected(groups, ranks, probability):
+    counts = objective(memory()).row_counts(groups)
+    trials = 20_000
+    most = np.random.default_rng(0).binomial(groups, probability, (trials, ranks)).max(1)
+    read = np.array([min(c for c in counts if c >= n) for n in range(groups + 1)])[most] / groups
+    # Four standard deviations of the mean.
+    assert abs(slowest_share(probability, ranks, counts) - read.mean()) < 4 * read.std() / trials**0.5
+
+
+def test_a_cycle_has_the_share_of_its_probability():
+    assert [cycle_length(p) for p in ([1.0], [0.25, 0.5], [0.0, 0.3], [0.2, 0.25])] == [4, 4, 10, 20]
+    counts = objective(memory()).row_counts(4)
+    assert draw_cycle(Setting("step", 0.3), 10, 2, counts) == [(4, 4)] * 3 + [None] * 7
+    for probability, ranks in ((0.0, 2), (0.3, 1), (0.3, 8), (1.0, 2)):
+        cycle = draw_cycle(Setting("sample", probability), 10, ranks, counts)
+        assert len(cycle) == 10 and {len(step) for step in cycle} == {ranks}
+        assert sum(map(sum, cycle)) == round(probability * 10 * ranks * 4)
+        slowest = np.mean([min(c for c in counts if c >= max(step)) / 4 for step in cycle])
+        assert slowest == pytest.approx(slowest_share(probability, ranks, counts), abs=1 / 40)
+
+
+def test_expert_parallel_ranks_always_read_all_rows():
+    goal = replace(objective(memory()), memory=replace(memory(), ep_mesh=object()))
+    assert slowest_share(0.25, 8, goal.row_counts(4)) == 1
 
 
 def test_bench_of_the_preparation_counts_all_of_the_corpus(tmp_path, capsys):
@@ -156,6 +234,7 @@ def test_peak_flops_are_of_devices_that_are_known(device, peak):
         (["train_configs/debug.toml", "--processes", "3", "--parallelism.tensor_parallel_degree", "2"], "3 processes"),
         (["train_configs/debug.toml", "--lengths", "64", "63", "--parallelism.context_parallel_degree", "2"], "(63)"),
         (["train_configs/debug.toml", "--training.sequence", "3"], "Unknown key --training.sequence"),
+        (["--profile", "x.txt", "--probabilities", "0.5"], "omit it with --mix, --lengths and --probabilities"),
         (["prepare", "--seq-len", "1"], "--seq-len must be from 2"),
         (["prepare", "--input", "no/such.jsonl"], "no/such.jsonl matches no file"),
         (["prepare", "--tokenizer", "./no_such"], "There is no tokenizer.json in ./no_such"),
@@ -168,3 +247,10 @@ def test_mistakes_are_named(capsys, monkeypatch, root, arguments, says):
     assert bench.main(arguments) == EXIT_STATUS
     said = capsys.readouterr().err
     assert said.startswith("error: ") and says in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("probability", ["1.5", "-0.5", "0.333", "half"])
+def test_probabilities_that_need_long_cycles_are_refused(capsys, probability):
+    with pytest.raises(SystemExit):
+        bench.main(["--probabilities", "0.5", probability])
+    assert "argument --probabilities: invalid probability value" in capsys.readouterr().err
