@@ -21,6 +21,7 @@ from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.data import stream_shares
 from memdlm_dist.data.dataset import RowShape
 from memdlm_dist.data.loader import Batch
+from memdlm_dist.errors import require
 from memdlm_dist.method.diffusion import LOSS_NORMS
 from memdlm_dist.method.documents import PADDING, power_of_two
 from memdlm_dist.method.inner_loop import InnerStatistics
@@ -248,9 +249,19 @@ class MemDLMTrainer(Trainer):
         """Return the number of document slots per row of a data set: a power of two, constant for the whole run.
 
         None if the card of a stream does not state the largest number of documents in a row.
+
+        Raises:
+            UserError: if the number is not known, but must be equal on all ranks.
         """
         if rows.most_documents is not None:
             return power_of_two(max(1, rows.most_documents))
+        group = self.objective.memory.group if self.objective.memory is not None else None
+        require(
+            group is None or group.shares != "experts",
+            f"The cards of the shards in {name} do not say how many documents a row holds, which expert parallelism "
+            "needs for several sets of fast weights; prepare the data anew, or set parametric_memory.granularity = "
+            "'batch'.",
+        )
         if is_rank_0():
             logger.warning(
                 f"The cards of the shards in {name} do not say how many documents a row holds, so tensor shapes vary "
