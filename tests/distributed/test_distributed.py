@@ -1,6 +1,7 @@
 """Layouts, checkpoints and TensorBoard through the real entry point, on gloo."""
 
 import json
+import re
 from itertools import pairwise
 
 import pytest
@@ -20,6 +21,10 @@ TRACKED = (
     "parametric_memory/inner_grad_norm_step_1",
     "parametric_memory/inner_grad_norm_step_2",
     "parametric_memory/fast_weight_norm",
+    "parametric_memory/relative_write",
+    "parametric_memory/anchor_nll_before",
+    "parametric_memory/anchor_nll_step_2",
+    "parametric_memory/anchor_nll_after",
     "diffusion/mask_ratio",
     "validation/loss_memory_off",
     "validation/loss_memory_on",
@@ -247,6 +252,8 @@ OPTIONS = {
         "inner_steps": "1", "target_modules": "q,o",
     },
     "batch": {"granularity": "batch", "adapter": "full", "target_modules": "ffn,attention"},
+    # Of two ranks only the second has samples that train with the memory.
+    "pairs-half": {"samples_per_set": "2", "probability": "0.5", "target_modules": "ffn,attention"},
 }  # fmt: skip
 OPTION_LAYOUTS = {
     "single": LAYOUTS["single"],
@@ -262,6 +269,7 @@ LEFT_OUT = {
     "batch": ("fsdp2", "compiled"),
     "kl-progressive-global": ("compiled",),
     "reverse_kl-newly_revealed-3": ("compiled",),
+    "pairs-half": ("tp2-no-loss-parallel", "compiled"),
 }
 OPTION_RUNS = [
     (options, layout) for options in OPTIONS for layout in OPTION_LAYOUTS if layout not in LEFT_OUT.get(options, ())
@@ -277,6 +285,7 @@ SOME_RUNS = (
     ("hidden_mse-anchor_only-full", "compiled"),
     ("hidden_cosine-pre_anchor_only", "tp2-no-loss-parallel"),
     ("batch", "tp2"),
+    ("pairs-half", "fsdp2"),
 )
 
 
@@ -316,9 +325,12 @@ def test_every_option_is_the_same_on_every_layout(request, options, name, layout
     results = options if (name, layout) in SOME_RUNS else request.getfixturevalue("more_options")
     ours, theirs = results[name, layout], options[name, "single"]
     tracked = [key for key in theirs if key.startswith("parametric_memory/inner")]
-    steps = {"kl-progressive-global": 2, "reverse_kl-newly_revealed-3": 3, "batch": 2}.get(name, 1)
+    steps = {"kl-progressive-global": 2, "reverse_kl-newly_revealed-3": 3, "batch": 2, "pairs-half": 2}.get(name, 1)
     assert len(tracked) == 2 * steps
-    for key in (*tracked, "loss_metrics/global_avg_loss", "grad_norm", "parametric_memory/fast_weight_norm"):
+    tracked += [key for key in theirs if "anchor_nll" in key]
+    assert len(tracked) == 2 * steps + (3 if name in ("batch", "pairs-half") else 2)
+    others = "fast_weight_norm", "relative_write"
+    for key in (*tracked, "loss_metrics/global_avg_loss", "grad_norm", *(f"parametric_memory/{x}" for x in others)):
         assert set(ours[key]) == set(theirs[key]) == {1, 2}
         assert relative_difference(ours[key], theirs[key]) < TOLERANCE, f"{key}: {ours[key]} against {theirs[key]}"
 
@@ -408,7 +420,9 @@ def test_as_a_user_starts_it(tmp_path):
     )  # fmt: skip
     step_lines = [line for line in out.splitlines() if " step:  " in line]
     assert len(step_lines) == 3, "one line per logged step, from rank 0 only"  # steps 1, 2 and 4
-    assert all(" inner loss: " in line and " -> " in line for line in step_lines)
+    number = r"\d+\.\d{4}"
+    line_end = rf"  inner loss: {number} -> {number}  anchor nll: {number} -> {number} -> {number}  write: \d+\.\d\d%$"
+    assert all(re.search(line_end, line) for line in step_lines), step_lines[0]
     assert "held-out loss" in out and "start (step      0)" in out and "end   (step      4)" in out
     curves = scalars(tmp_path)
     assert {*TRACKED, "parametric_memory/hardware_flops_ratio", "mfu(%)"} <= set(curves)

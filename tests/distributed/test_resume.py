@@ -39,6 +39,16 @@ def draws(folder: Path) -> dict[tuple, str]:
     return digests
 
 
+def pairs_runs(root: Path) -> list:
+    """Return runs with sets for two samples: 4 steps on two ranks, and 2 steps on two ranks that one rank continues."""
+    runs = []
+    for name, processes, local, steps in (("straight", 2, "2", "4"), ("halves", 2, "2", "2"), ("halves", 1, "4", "4")):
+        arguments = [*SMALL, *SAVE, "2", GLOBAL, "4", LOCAL, local, "--parametric_memory.samples_per_set", "2"]
+        run = debug(root / name, *arguments, "--training.steps", steps)
+        runs.append((processes, run, {"record": str(root / name / "draws")}))
+    return runs
+
+
 def tensors(checkpoint: Path) -> dict[str, bytes]:
     """Return a checkpoint's files by name; torch writes equal states as equal bytes."""
     return {file.name: file.read_bytes() for file in checkpoint.glob("*.distcp")}
@@ -62,8 +72,8 @@ def all_runs(tmp_path_factory):
     """Return the folder of all runs and the outputs of `changed_runs`; one launch of Python serves all runs."""
     root = tmp_path_factory.mktemp("resume")
     exact, elastic = exact_runs(root / "exact"), elastic_runs(root / "elastic")
-    changed = changed_runs(root / "changed")
-    outputs = run_many([*exact, *elastic, *changed.values()])
+    pairs, changed = pairs_runs(root / "pairs"), changed_runs(root / "changed")
+    outputs = run_many([*exact, *elastic, *pairs, *changed.values()])
     return root, dict(zip(changed, outputs[-len(changed) :], strict=True))
 
 
@@ -132,6 +142,18 @@ def test_a_checkpoint_continues_on_another_layout(elastic, layout):
             assert value == pytest.approx(straight[name][step], rel=TOLERANCE), f"{name} at step {step}"
     expected = {key: digest for key, digest in draws(elastic / "straight/draws").items() if key[1] > 7}
     assert draws(elastic / layout / "draws") == expected and len(expected) == 3 * 5 * 4
+
+
+def test_samples_share_a_set_on_another_number_of_ranks(all_runs):
+    """The same samples share a set of fast weights on two ranks and, from step 3, on one."""
+    straight, halves = (all_runs[0] / "pairs" / name for name in ("straight", "halves"))
+    for name in ("loss_metrics/global_avg_loss", "grad_norm", "parametric_memory/anchor_nll_after"):
+        ours, theirs = scalars(halves)[name], scalars(straight)[name]
+        assert ours == pytest.approx(theirs, rel=TOLERANCE) and set(ours) == set(range(1, 5)), name
+    expected = draws(straight / "draws")
+    assert draws(halves / "draws") == expected
+    # Noise levels and states of 4 samples a step, initial fast weights of 2 sets.
+    assert len(expected) == 4 * (4 + 4 + 2)
 
 
 def test_an_export_of_a_sharded_model_is_its_checkpoint_converted(elastic):

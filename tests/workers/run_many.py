@@ -26,6 +26,7 @@ from memdlm_dist import train
 from memdlm_dist.method import trajectory
 from memdlm_dist.method.bilevel import Memory
 from memdlm_dist.method.fast_weights import leaves
+from memdlm_dist.method.sets import Sets
 from memdlm_dist.training.objective import Objective
 from tests.support.faults import inject
 from tests.support.ranks import fork
@@ -39,7 +40,7 @@ def digest(*tensors: torch.Tensor) -> str:
 
 
 def record(folder: str, rank: int) -> None:
-    """Patch this rank to write digests of noise level, input states and A for every step and sample."""
+    """Patch this rank to write digests of noise level and input states of every step and sample, and of every A."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     file = open(Path(folder) / f"rank{rank}.jsonl", "a", buffering=1)  # noqa: SIM115  (open until the process ends)
 
@@ -62,9 +63,10 @@ def record(folder: str, rank: int) -> None:
         write("states", step, ids, *batch.inputs)
         return batch.cp_slice(self.cp_rank, self.cp_size)
 
-    def fast(self, seed, step, ids):
-        drawn = plain_fast(self, seed, step, ids)
-        write("A", step, ids, *(x.full_tensor() if isinstance(x, DTensor) else x for x in leaves(drawn)))
+    def fast(self, seed, step, ids, slots=1):
+        drawn = plain_fast(self, seed, step, ids, slots)
+        first = Sets(len(ids) // slots, slots, self.samples_per_set).first_samples(ids.device)
+        write("A", step, ids[first], *(x.full_tensor() if isinstance(x, DTensor) else x for x in leaves(drawn)))
         return drawn
 
     trajectory.draw, Objective.micro_batch, Memory.draw = draw, micro_batch, fast

@@ -112,7 +112,7 @@ ALSO = {
     "tp2-cp2": ("batch-packed", "full-packed", "moe-packed", "dropout-packed", "moe-dropout", "pairs"),
 }
 SHARED = tuple(name for name in OPTIONS if "pairs" in name or "threes" in name)
-WITHOUT_CP = {"fsdp2": (*SHARED, "half"), "tp2": (*SHARED, "half", "moe-packed"), "fsdp2-tp2": ("pairs", "half")}
+WITHOUT_CP = {"fsdp2": (*SHARED, "half"), "tp2": ("off", *SHARED, "half", "moe-packed"), "fsdp2-tp2": ("pairs", "half")}
 
 
 # Repeated with an accelerator's code: grouped products on a rank's sequence shard, and variable-length attention on the
