@@ -57,13 +57,16 @@ class AdaptedLinear:
 ExpertProduct = Callable[[Tensor, Tensor], Tensor]
 
 
-class WriteNorms(NamedTuple):
+class WriteNorms:
     """Squared norms of a linear's fast-weight term and of its own output, added up by the passes that read it.
 
     Only tokens with a term other than 0 count. Activation checkpointing adds both norms twice.
+
+    Not a tuple or dataclass: in these, FSDP2 would replace the float32 tensor with a copy in the parameters' dtype.
     """
 
-    squares_2: Tensor
+    def __init__(self, device: torch.device):
+        self.squares_2 = torch.zeros(2, device=device)
 
     @torch.no_grad()
     def add(self, term: Tensor, own: Tensor) -> None:
@@ -455,9 +458,9 @@ def measuring(fast: FastWeights, linears: Iterable[AdaptedLinear]) -> tuple[Fast
         measured[layer] = {}
         for target, linear in targets.items():
             # A tensor for each linear: compiled blocks would treat views of one tensor as aliases.
-            squares.append(torch.zeros(2, device=linear[0].device))
-            norms = None if (layer, target) in unmeasured else WriteNorms(squares[-1])
-            measured[layer][target] = linear._replace(norms=norms)
+            norms = WriteNorms(linear[0].device)
+            squares.append(norms.squares_2)
+            measured[layer][target] = linear._replace(norms=None if (layer, target) in unmeasured else norms)
     return measured, squares
 
 
