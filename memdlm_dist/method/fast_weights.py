@@ -62,14 +62,11 @@ class WriteNorms:
 
     Only tokens with a term other than 0 count. Activation checkpointing adds both norms twice.
 
-    Not a tuple: FSDP2's mixed precision would cast, and so copy, a tensor in a tuple that is an argument of a module.
-
-    Args:
-        squares_2: the two norms, float32; changed in place.
+    Not a tuple or dataclass: in these, FSDP2 would replace the float32 tensor with a copy in the parameters' dtype.
     """
 
-    def __init__(self, squares_2: Tensor):
-        self.squares_2 = squares_2
+    def __init__(self, device: torch.device):
+        self.squares_2 = torch.zeros(2, device=device)
 
     @torch.no_grad()
     def add(self, term: Tensor, own: Tensor) -> None:
@@ -469,9 +466,9 @@ def measuring(fast: FastWeights, linears: Iterable[AdaptedLinear]) -> tuple[Fast
         measured[layer] = {}
         for target, linear in targets.items():
             # A tensor for each linear: compiled blocks would treat views of one tensor as aliases.
-            squares.append(torch.zeros(2, device=linear[0].device))
-            norms = None if (layer, target) in unmeasured else WriteNorms(squares[-1])
-            measured[layer][target] = linear._replace(norms=norms)
+            norms = WriteNorms(linear[0].device)
+            squares.append(norms.squares_2)
+            measured[layer][target] = linear._replace(norms=None if (layer, target) in unmeasured else norms)
     return measured, squares
 
 

@@ -45,13 +45,14 @@ def test_the_same_numbers(layout_results, layout, step):
 
 @pytest.mark.parametrize(
     "layout, step",
-    [x for x in steps([*LAYOUTS, SLOW]) if x.values[1].startswith("float") and x.values[1].endswith(" default")],
+    [x for x in steps([*LAYOUTS, SLOW]) if x.values[1].endswith(" default")],
 )
 def test_every_block_measures_the_same_relative_write(results, layout_results, layout, step):
-    """Compiled blocks, checkpointed ones, and both at once."""
+    """Compiled blocks, checkpointed ones, and both at once; also in bfloat16."""
     expected = results[get_layout(layout)]["steps"]["float64 default"]["relative write"]
     assert len(expected) == 6 and min(expected) > 1e-3
-    assert layout_results["steps"][step]["relative write"] == pytest.approx(expected, rel=1e-5)
+    tolerance = 0.03 if step.startswith("bfloat16") else 1e-5  # bfloat16 carries 8 bits
+    assert layout_results["steps"][step]["relative write"] == pytest.approx(expected, rel=tolerance)
 
 
 @pytest.mark.parametrize(
