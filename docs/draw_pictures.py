@@ -110,11 +110,15 @@ class Picture:
         kind, head = ("memory-arrow", "memory-head") if memory else ("arrow", "head")
         self._parts.append(f'<path class="{kind}" d="M{path}" marker-end="url(#{head})"/>')
 
+    def line(self, kind: str, *points: tuple[float, float]) -> None:
+        """Add a line through points."""
+        path = " L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+        self._parts.append(f'<path class="{kind}" d="M{path}"/>')
+
     def curve(self, *points: tuple[float, float], memory: bool = False) -> None:
         """Add a line through points, with a dot at each."""
-        path = " L".join(f"{x:.1f} {y:.1f}" for x, y in points)
         kind, dot = ("memory-arrow", "memory-head") if memory else ("arrow", "head")
-        self._parts.append(f'<path class="{kind}" d="M{path}"/>')
+        self.line(kind, *points)
         self._parts += [f'<circle class="{dot}" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>' for x, y in points]
 
     def svg(self) -> str:
@@ -206,7 +210,7 @@ def relative_write() -> str:
         picture.text(x, bottom + 24, f"{width:,}", anchor="middle")
     for percent in (1, 2, 4, 8, 16):
         _, y = place(128, percent)
-        picture.box("lane", left - 10, y, right - left + 20, 0)
+        picture.line("lane", (left - 10, y), (right + 10, y))
         picture.text(left - 18, y + 4, f"{percent}%", anchor="end")
     picture.text(
         left - 40, 30, "Relative write: norm of the fast term over the norm of the linear's own output", "title"
