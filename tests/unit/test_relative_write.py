@@ -48,7 +48,7 @@ def test_scaled_learning_rates_keep_the_relative_write_of_clipped_steps(one_proc
         writes = [x["linears"][linear] for x in scaled["widths"]]
         assert writes == pytest.approx([sum(writes) / len(writes)] * len(writes), rel=0.15), linear
         assert plain["widths"][-1]["linears"][linear] < 0.7 * plain["widths"][0]["linears"][linear]
-        assert abs(scaled["exponents"][linear]) < 0.05 and plain["exponents"][linear] < -0.15, linear
+        assert abs(scaled["exponents"][linear]) < 0.1 and plain["exponents"][linear] < -0.15, linear
 
 
 def test_the_write_of_full_fast_weights_needs_no_scale(one_process, root):
