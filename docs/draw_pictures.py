@@ -1,4 +1,4 @@
-"""Draw the pictures of the documentation: docs/pictures/training_step.svg and docs/pictures/rooms.svg.
+"""Draw the pictures of the documentation in docs/pictures: a training step, the rooms, and the relative write.
 
     python docs/draw_pictures.py
 
@@ -6,8 +6,10 @@ The rooms and their order come from the import-linter layers in pyproject.toml. 
 dark colour scheme.
 """
 
+import math
 import sys
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -61,6 +63,17 @@ ROOMS = {
 }
 
 
+# Relative write in percent by width, mean over gate, up and down, from `tools/bench.py write` (docs/performance.md).
+WRITES: dict[str, dict[int, float]] = {
+    "published rate": {128: 3.86, 256: 2.62, 512: 1.95, 1024: 1.52, 2048: 1.39, 4096: 1.32},
+    "scaled rates": {128: 0.99, 256: 1.05, 512: 1.08, 1024: 1.16, 2048: 1.39},
+}
+CLIPPED_WRITES: dict[str, dict[int, float]] = {
+    "published rate, all steps clipped": {128: 11.41, 256: 9.30, 512: 7.74, 1024: 6.61, 2048: 5.78, 4096: 5.13},
+    "scaled rates, all steps clipped": {128: 5.47, 256: 5.61, 512: 5.65, 1024: 5.73, 2048: 5.78},
+}
+
+
 class Picture:
     """An SVG document that boxes, arrows and texts are added to; coordinates are in pixels."""
 
@@ -96,6 +109,17 @@ class Picture:
         path = " L".join(f"{x:g} {y:g}" for x, y in points)
         kind, head = ("memory-arrow", "memory-head") if memory else ("arrow", "head")
         self._parts.append(f'<path class="{kind}" d="M{path}" marker-end="url(#{head})"/>')
+
+    def line(self, kind: str, *points: tuple[float, float]) -> None:
+        """Add a line through points."""
+        path = " L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+        self._parts.append(f'<path class="{kind}" d="M{path}"/>')
+
+    def curve(self, *points: tuple[float, float], memory: bool = False) -> None:
+        """Add a line through points, with a dot at each."""
+        kind, dot = ("memory-arrow", "memory-head") if memory else ("arrow", "head")
+        self.line(kind, *points)
+        self._parts += [f'<circle class="{dot}" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>' for x, y in points]
 
     def svg(self) -> str:
         """Return the document."""
@@ -172,7 +196,39 @@ def rooms() -> str:
     return picture.svg()
 
 
-PICTURES = {"training_step.svg": training_step, "rooms.svg": rooms}
+def relative_write() -> str:
+    """Return the plot of the relative write over the width, both axes logarithmic, as an SVG document."""
+    picture = Picture(840, 420, "Relative write of the inner loop over the width of the backbone")
+    left, right, top, bottom = 70, 560, 50, 360
+
+    def place(width: float, percent: float) -> tuple[float, float]:
+        x = left + (right - left) * math.log(width / 128) / math.log(4096 / 128)
+        return x, bottom - (bottom - top) * math.log(percent / 0.8) / math.log(16 / 0.8)
+
+    for width in (128, 256, 512, 1024, 2048, 4096):
+        x, _ = place(width, 1)
+        picture.text(x, bottom + 24, f"{width:,}", anchor="middle")
+    for percent in (1, 2, 4, 8, 16):
+        _, y = place(128, percent)
+        picture.line("lane", (left - 10, y), (right + 10, y))
+        picture.text(left - 18, y + 4, f"{percent}%", anchor="end")
+    picture.text(
+        left - 40, 30, "Relative write: norm of the fast term over the norm of the linear's own output", "title"
+    )
+    picture.text((left + right) / 2, bottom + 46, "width of the backbone", anchor="middle")
+
+    def curves(series: Mapping[str, Mapping[int, float]], memory: bool) -> None:
+        for (label, writes), shift in zip(series.items(), (-8, 12), strict=True):
+            points = [place(*point) for point in writes.items()]
+            picture.curve(*points, memory=memory)
+            picture.text(right + 16, points[-1][1] + shift, label)
+
+    curves(CLIPPED_WRITES, memory=True)
+    curves(WRITES, memory=False)
+    return picture.svg()
+
+
+PICTURES = {"training_step.svg": training_step, "rooms.svg": rooms, "relative_write.svg": relative_write}
 
 
 def main() -> int:

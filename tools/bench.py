@@ -27,7 +27,8 @@ loop reads on the slowest rank, in these steps and expected; and the data-parall
 The command starts its own processes; under torchrun it runs as one rank. Override configuration keys with
 --section.key value.
 
-bench.py decode measures decoding instead, and bench.py prepare the data preparation; each has its own --help.
+bench.py decode measures decoding instead, bench.py prepare the data preparation, and bench.py write how much the memory
+changes backbones of several widths; each has its own --help.
 """
 
 import argparse
@@ -56,7 +57,7 @@ from memdlm_dist.inference import decode_bench
 from memdlm_dist.inference.decoding import Cache
 from memdlm_dist.inference.model_arguments import add_model_arguments, load_model
 from memdlm_dist.models import backbone_args
-from memdlm_dist.performance import preparation_bench
+from memdlm_dist.performance import preparation_bench, relative_write
 from memdlm_dist.performance.bench_steps import Bench
 from memdlm_dist.performance.length_mix import measure_mix, table_of_mix
 from memdlm_dist.performance.measure import measure, say, sweep, table, table_of_lengths
@@ -70,6 +71,7 @@ from memdlm_dist.runtime.entry_point import guarded, new_parser, parse_with_over
 from memdlm_dist.runtime.process_environment import set_process_environment
 from memdlm_dist.runtime.process_group import Processes, launched_processes
 from memdlm_dist.runtime.rank_0 import is_rank_0
+from memdlm_dist.runtime.single_process import single_process_environment
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "train_configs/bench_cpu.toml"
 
@@ -104,6 +106,25 @@ Examples:
 
 The command prepares the beginning of the corpus in a temporary folder, in one thread. Times are CPU times of the
 process; they do not contain the loading or training of the tokenizer. MB/s count the bytes of the rows' text in UTF-8.
+"""
+
+WRITE = """Measure the relative write of the inner loop at several widths, on random weights and tokens.
+
+Examples:
+  # The quickstart's proportions, which are those of LLaDA-8B
+  python tools/bench.py write --widths 128 256 512 1024
+  # Initial weights with the same standard deviation at every width
+  python tools/bench.py write --widths 128 256 512 1024 --init-std 0.02
+  # Another configuration, and updates that are always clipped: steps of 0.1 for every fast tensor
+  python tools/bench.py write train_configs/debug.toml --parametric_memory.gradient_clip 1e-6 \\
+      --parametric_memory.learning_rate 1e5
+
+CONFIG is a training configuration (default: train_configs/quickstart.toml). Its backbone is scaled to each width, with
+the proportions of FFN, experts and heads kept. The relative write of a linear is the norm of its fast-weight term
+divided by the norm of its own output. All widths read the same rows. The table ends with the exponent p of the power
+law width^p. Training logs the relative write of trained weights as parametric_memory/relative_write.
+
+The command runs in one process. Override configuration keys with --section.key value.
 """
 
 
@@ -340,6 +361,54 @@ def prepare(options: argparse.Namespace) -> int:
     return 0
 
 
+def write_parser() -> argparse.ArgumentParser:
+    """Return the parser of `bench.py write`; CONFIG.toml comes before the options."""
+    p = new_parser("bench.py write", WRITE)
+    p.usage, p.allow_abbrev = "bench.py write [CONFIG.toml] [options] [--section.key value ...]", False
+    model = p.add_argument_group("model")
+    model.add_argument(
+        "--widths", type=positive, nargs="+", default=[128, 256, 512], metavar="N",
+        help="widths of the backbone (default: 128 256 512)",
+    )  # fmt: skip
+    model.add_argument("--layers", type=positive, default=2, metavar="N", help="number of layers (default: 2)")
+    model.add_argument(
+        "--vocab-size", type=positive, metavar="N", help="size of the vocabulary (default: the flavour's)"
+    )
+    model.add_argument(
+        "--init-std", type=positive_number, metavar="X",
+        help="standard deviation of the initial weights (default: 1 / sqrt(width))",
+    )  # fmt: skip
+    sampling = p.add_argument_group("sampling")
+    sampling.add_argument("--rows", type=positive, default=32, metavar="N", help="rows (default: 32)")
+    output = p.add_argument_group("output")
+    output.add_argument(
+        "--json", default="outputs/bench_write.json", metavar="FILE",
+        help="file for the numbers; '' writes none (default: outputs/bench_write.json)",
+    )  # fmt: skip
+    return p
+
+
+def write(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Run the bench of the relative write and return its exit status; print the table and write the JSON file.
+
+    Raises:
+        UserError: if a value is out of range, or if the backbone cannot be scaled to a width.
+    """
+    rows = ["--training.local_batch_size", str(options.rows), "--training.global_batch_size", str(options.rows)]
+    config = _configuration(options.config, [*rows, *overrides], Processes(1, 1))
+    _check_output(options.json)
+    single_process_environment()
+    dist.init_process_group("gloo" if device_type() == "cpu" else None)
+    result = {"config": str(options.config), "overrides": list(overrides)}
+    result |= relative_write.measure(
+        config, options.widths, layers=options.layers, vocab_size=options.vocab_size, init_std=options.init_std,
+        progress=say,
+    )  # fmt: skip
+    dist.destroy_process_group()
+    _write(relative_write.table(result), result, options.json)
+    return 0
+
+
 def _write(text: str, result: dict[str, Any], path: str | None) -> None:
     """Print a table and write its numbers to a JSON file."""
     print(text, flush=True)
@@ -348,12 +417,18 @@ def _write(text: str, result: dict[str, Any], path: str | None) -> None:
         print(f"Written to {path}.", flush=True)
 
 
-def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Parse the command line into the bench's options and the configuration's overrides."""
+def _options(
+    parser: argparse.ArgumentParser, argv: Sequence[str], default: Path
+) -> tuple[argparse.Namespace, list[str]]:
+    """Parse the command line into the bench's options and the configuration's overrides.
+
+    Args:
+        default: configuration file of a command line that names none.
+    """
     # Only the first argument can be the file: a later word may be the value of a configuration key.
     leading = [Path(argument) for argument in argv[:1] if not argument.startswith("-")]
-    options, overrides = parser().parse_known_args(argv[len(leading) :])
-    options.config = leading[0] if leading else DEFAULT_CONFIG
+    options, overrides = parser.parse_known_args(argv[len(leading) :])
+    options.config = leading[0] if leading else default
     return options, overrides
 
 
@@ -383,7 +458,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[:1] == ["prepare"]:
         options = prepare_parser().parse_args(argv[1:])
         return guarded(lambda: prepare(options))
-    options, overrides = _options(argv)
+    if argv[:1] == ["write"]:
+        options, overrides = _options(write_parser(), argv[1:], DEFAULT_CONFIG.parent / "quickstart.toml")
+        return guarded(lambda: write(options, overrides))
+    options, overrides = _options(parser(), argv, DEFAULT_CONFIG)
     if "RANK" not in os.environ:
         return guarded(lambda: start(options, argv, overrides))
     # Only rank 0's output is shown. record() writes another rank's exception to torchrun's error file; torchrun prints

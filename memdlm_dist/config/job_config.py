@@ -21,7 +21,7 @@ from memdlm_dist.method.bilevel import Memory
 from memdlm_dist.method.diffusion import LOSS_NORMS, SCHEDULES, WEIGHTS
 from memdlm_dist.method.fast_weights import FAST_WEIGHT_TYPES
 from memdlm_dist.method.inner_loss import INNER_LOSSES, Hidden
-from memdlm_dist.method.inner_sgd import GRADIENT_NORMS, InnerSGD
+from memdlm_dist.method.inner_sgd import GRADIENT_NORMS, LEARNING_RATE_SCALES, InnerSGD
 from memdlm_dist.method.trajectory import SUPERVISION, TRAJECTORIES, Plan
 from memdlm_dist.models.layout import Parallelism
 from memdlm_dist.models.lora import LoRA
@@ -140,6 +140,11 @@ class ParametricMemory:
 
     learning_rate: float = InnerSGD.learning_rate
     """Learning rate of the inner loop's SGD."""
+
+    learning_rate_scale: _one_of(LEARNING_RATE_SCALES) = InnerSGD.learning_rate_scale  # type: ignore[valid-type]
+    """Factor of learning_rate. none: 1, as published; width: for a backbone of width w sqrt(2048 / w) for A and
+    sqrt(w / 2048) for B of lora fast weights, and 1 for full ones, so that the fast weights change the outputs of their
+    linears by about the same share at every width. The factor is 1 at the width of the paper's backbones."""
 
     gradient_clip: float = InnerSGD.clip
     """Maximum norm of an inner gradient; 0: no clipping."""

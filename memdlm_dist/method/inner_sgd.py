@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, all_reduce, get_rank
 from torch.distributed.tensor import DTensor, Partial
 
-from memdlm_dist.method.fast_weights import FastWeights, leaves, map_leaves
+from memdlm_dist.method.fast_weights import FastLinear, FastWeights, Full, LowRank, leaves, map_leaves
 
 
 def squared_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -153,6 +153,19 @@ GRADIENT_NORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+# Width of the backbones in MemDLM's experiments, LLaDA-MoE and LLaDA2.1-mini.
+REFERENCE_WIDTH = 2048
+# Powers of the backbone's width, for each tensor of a fast-weight type. If the learning rates are proportional to them,
+# clipped steps change the linears' outputs by the same share at every width: |W x| and |x| grow as sqrt(width), |A x|
+# does not. So B must change in proportion to sqrt(width), A in inverse proportion to it, and delta by the same norm.
+WIDTH_EXPONENTS: dict[type[FastLinear], tuple[float, ...]] = {LowRank: (-0.5, 0.5), Full: (0.0,)}
+# (width of the backbone, a tensor's entry of `WIDTH_EXPONENTS`) -> factor of the tensor's learning rate.
+LEARNING_RATE_SCALES: dict[str, Callable[[int, float], float]] = {
+    "none": lambda width, exponent: 1.0,
+    "width": lambda width, exponent: (width / REFERENCE_WIDTH) ** exponent,
+}
+
+
 @dataclass(frozen=True)
 class InnerSGD:
     """Settings of the inner loop's SGD."""
@@ -160,6 +173,18 @@ class InnerSGD:
     learning_rate: float = 0.1
     clip: float = 1.0  # maximum gradient norm; 0 disables clipping
     gradient_norm: str = "per_parameter"  # a key of `GRADIENT_NORMS`
+    learning_rate_scale: str = "none"  # a key of `LEARNING_RATE_SCALES`
+    width: int = REFERENCE_WIDTH  # of the backbone
+
+    def learning_rates(self, fast: FastWeights) -> list[float]:
+        """Return the learning rates of the tensors in `leaves(fast)`."""
+        scale = LEARNING_RATE_SCALES[self.learning_rate_scale]
+        return [
+            self.learning_rate * scale(self.width, exponent)
+            for linears in fast.values()
+            for linear in linears.values()
+            for exponent in WIDTH_EXPONENTS[type(linear)]
+        ]
 
 
 def sgd_update(
@@ -170,6 +195,8 @@ def sgd_update(
     group: FastWeightGroup | None = None,
 ) -> tuple[FastWeights, Tensor]:
     """Take one clipped SGD step: phi -= lr * g * clip / (norm + 1e-12) where norm > clip, else phi -= lr * g.
+
+    `lr` is a tensor's learning rate, see `InnerSGD.learning_rates`.
 
     `norm` is the norm of one tensor's gradient, per set and expert ("per_parameter"), or of the full set ("global").
 
@@ -197,7 +224,7 @@ def sgd_update(
     update_G = update_G & total_G.isfinite()
     clip = optimiser.clip
 
-    def step(x: Tensor, g: Tensor, square_n: Tensor, in_experts: bool) -> Tensor:
+    def step(x: Tensor, g: Tensor, square_n: Tensor, in_experts: bool, learning_rate: float) -> Tensor:
         total, update = (total_A, total_A.isfinite()) if in_experts else (total_G, update_G)
         norm_n = GRADIENT_NORMS[optimiser.gradient_norm](square_n, total).sqrt()
         factor_n = torch.where(norm_n > clip, clip / (norm_n + 1e-12), 1.0) if clip > 0 else torch.ones_like(norm_n)
@@ -205,8 +232,8 @@ def sgd_update(
         # Compute on local tensors: the factor is one number per matrix, equal on every tensor-parallel rank.
         placements = (x.device_mesh, x.placements) if isinstance(x, DTensor) else None
         x, g = (y.to_local() if isinstance(y, DTensor) else y for y in (x, g))
-        updated = x - optimiser.learning_rate * factor_n[:, None, None] * g
+        updated = x - learning_rate * factor_n[:, None, None] * g
         new = torch.where(update_n[:, None, None], updated, x)
         return DTensor.from_local(new, *placements, run_check=False) if placements else new
 
-    return map_leaves(step, fast, grads, squares, in_experts), total_G.sqrt()
+    return map_leaves(step, fast, grads, squares, in_experts, optimiser.learning_rates(fast)), total_G.sqrt()

@@ -41,15 +41,16 @@ class Bench:
     autocast: Any  # autocast context, as in torchtitan's trainer
 
     @classmethod
-    def build(cls, config: JobConfig, layers: int | None = None) -> "Bench":
+    def build(cls, config: JobConfig, layers: int | None = None, args: LLaDAArgs | None = None) -> "Bench":
         """Build the model and the objective; all ranks of torch.distributed must call this.
 
         Args:
             config: a resolved configuration.
             layers: number of layers; None for the flavour's.
+            args: sizes of the backbone; None for the flavour's.
         """
         dims = get_layout(config, dist.get_world_size())
-        args = backbone_args(config.model.name, config.model.flavor)
+        args = args or backbone_args(config.model.name, config.model.flavor)
         args = replace(args, n_layers=layers or args.n_layers)
         args.update_from_config(config)
         torch.manual_seed(_SEED)

@@ -298,7 +298,9 @@ def _memory(memory: ParametricMemory, args: LLaDAArgs, layout: Layout) -> Memory
         rank=memory.rank,
         alpha=memory.alpha,
         loss=get_inner_loss(memory),
-        optimiser=InnerSGD(memory.learning_rate, memory.gradient_clip, memory.gradient_norm),
+        optimiser=InnerSGD(
+            memory.learning_rate, memory.gradient_clip, memory.gradient_norm, memory.learning_rate_scale, args.dim
+        ),
         samples_per_set=get_samples_per_set(memory),
         inner_epochs=memory.inner_epochs,
         tp_mesh=layout.get_optional_mesh("tp"),

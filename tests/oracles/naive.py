@@ -183,6 +183,7 @@ class Options:
     teacher_hidden: str = "post_final_norm"
     supervision: str = "masked"
     learning_rate: float = 0.1
+    learning_rate_scale: str = "none"
     gradient_clip: float = 1.0
     gradient_norm: str = "per_parameter"
     schedule: str = "linear"
@@ -329,6 +330,12 @@ def bilevel(
                 for layer, linears in fast.items()
             }
             flat = [x for linears in fast.values() for linear in linears.values() for x in linear if torch.is_tensor(x)]
+            rates = [
+                rate
+                for linears in fast.values()
+                for x in linears.values()
+                for rate in learning_rates(x, model, options)
+            ]
             total, count = 0.0, 0
             for row in members:
                 tokens, anchor, _, states = rows[row]
@@ -353,7 +360,7 @@ def bilevel(
                 norm = g.norm().item() if options.gradient_norm == "per_parameter" else norms[-1]
                 if options.gradient_clip and norm > options.gradient_clip:
                     g = g * options.gradient_clip / (norm + 1e-12)
-                moved.append((x - options.learning_rate * g).detach())
+                moved.append((x - rates[len(moved)] * g).detach())
             updated = iter(moved)
             fast = {
                 layer: {
@@ -374,6 +381,13 @@ def bilevel(
             outer = outer + sum(w * F.cross_entropy(logits[i], tokens[i]) / own for i in anchor)
         report.append((losses, norms, fast))
     return outer, report, nll, writes
+
+
+def learning_rates(linear, model, options):
+    """Return the learning rates of A and B, or of delta, of a linear's fast weights; LLaDA-MoE's width is 2048."""
+    factor = math.sqrt(model.args.dim / 2048) if options.learning_rate_scale == "width" else 1.0
+    is_pair = len(linear) > 1
+    return [options.learning_rate / factor, options.learning_rate * factor] if is_pair else [options.learning_rate]
 
 
 def reads_anchor(k, states, options):

@@ -22,7 +22,7 @@ def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
 def parsers(name: str) -> dict[str, argparse.ArgumentParser]:
     """Return a tool's parsers by subcommand; some tools need no subcommand, and have a parser for each other one."""
     module = importlib.import_module(f"tools.{name}")
-    alone = {"bench": ["decode", "prepare"], "prepare_data": ["inspect", "merge"]}.get(name, [])
+    alone = {"bench": ["decode", "prepare", "write"], "prepare_data": ["inspect", "merge"]}.get(name, [])
     others = {command: getattr(module, f"{command}_parser")() for command in alone}
     return {"": module.parser(), **subcommands(module.parser()), **others}
 

@@ -10,7 +10,7 @@ from memdlm_dist.method.bilevel import Memory, outer_loss
 from memdlm_dist.method.diffusion import LOSS_NORMS
 from memdlm_dist.method.fast_weights import FAST_WEIGHT_TYPES
 from memdlm_dist.method.inner_loss import HIDDEN_LOSSES, LOGIT_LOSSES, inner_loss
-from memdlm_dist.method.inner_sgd import GRADIENT_NORMS, InnerSGD
+from memdlm_dist.method.inner_sgd import GRADIENT_NORMS, LEARNING_RATE_SCALES, InnerSGD
 from memdlm_dist.method.trajectory import IGNORE_INDEX, PROGRESSIVE_START, SUPERVISION, TRAJECTORIES, Plan, draw
 from memdlm_dist.models.linears import GROUPS
 from memdlm_dist.models.llada import LLaDAArgs
@@ -43,6 +43,7 @@ OPTIONS = st.builds(
     teacher_hidden=HIDDEN,
     supervision=st.sampled_from(list(SUPERVISION)),
     learning_rate=st.sampled_from([0.1, 0.5]),
+    learning_rate_scale=st.sampled_from(list(LEARNING_RATE_SCALES)),
     gradient_clip=st.sampled_from([0.0, 0.3, 1.0]),
     gradient_norm=st.sampled_from(list(GRADIENT_NORMS)),
     schedule=st.sampled_from(["linear", "cosine"]),
@@ -96,7 +97,9 @@ def test_any_options_equal_the_naive_version(
         loss=inner_loss(
             options.inner_loss, options.student_hidden, options.teacher_hidden, options.distillation_temperature
         ),
-        optimiser=InnerSGD(options.learning_rate, options.gradient_clip, options.gradient_norm),
+        optimiser=InnerSGD(
+            options.learning_rate, options.gradient_clip, options.gradient_norm, options.learning_rate_scale, ARGS.dim
+        ),
         samples_per_set=samples_per_set,
         inner_epochs=options.inner_epochs,
     )
