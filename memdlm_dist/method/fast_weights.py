@@ -321,7 +321,7 @@ def adapted_experts(
     if fast is None:
         return y_So
     term_So = fast.expert_term(_drop(x_Si, fast, dropout), product)
-    if fast.norms is not None and not _is_row_wise(fast):  # the norm of partial sums would say nothing
+    if fast.norms is not None:
         # Grouped products leave the rows of the padding undefined.
         is_slot_S1 = (torch.arange(len(x_Si), device=x_Si.device) < n_slots).unsqueeze(1)
         fast.norms.add(torch.where(is_slot_S1, term_So, 0.0), y_So)
