@@ -21,7 +21,7 @@ from memdlm_dist.inference.decoding import Cache, Decoding, DecodingAttention
 from memdlm_dist.inference.likelihood import Pass, passes
 from memdlm_dist.inference.serving import Request, serve
 from memdlm_dist.inference.trained_model import ANCHOR_RATIO, MEMORY_WEIGHTS, TrainedModel
-from memdlm_dist.method import fast_weights
+from memdlm_dist.method import fast_weight_tree, fast_weights
 
 NAME = "memdlm"
 _NEW_TOKENS = 256  # for tasks without max_gen_toks
@@ -288,7 +288,7 @@ class HarnessModel(TokenLM):
         first_rows = [texts.index(text) for text in unique_texts]
         adapted = self._model.adapt([contexts[row] for row in first_rows], self._anchor_ratio, unique_texts)
         self.memory_seconds += adapted.seconds
-        return fast_weights.select(adapted.fast, [unique_texts.index(text) for text in texts], len(unique_texts))
+        return fast_weight_tree.select(adapted.fast, [unique_texts.index(text) for text in texts], len(unique_texts))
 
     def _greedy(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[bool]:
         """Return whether greedy decoding of each context gives its text, with one token per step."""

@@ -24,7 +24,8 @@ from memdlm_dist.golden.fixture import (
 )
 from memdlm_dist.golden.sampler_check import sampler_differences
 from memdlm_dist.method.bilevel import Memory, outer_loss
-from memdlm_dist.method.fast_weights import FastWeights, map_leaves
+from memdlm_dist.method.fast_weight_tree import map_leaves
+from memdlm_dist.method.fast_weights import FastWeights
 from memdlm_dist.method.micro_batch import MicroBatch, micro_batch
 from memdlm_dist.method.trajectory import IGNORE_INDEX, Draw, Plan, State
 from memdlm_dist.models import row_slices

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from memdlm_dist.inference.sampler import Reading
-from memdlm_dist.method import fast_weights
+from memdlm_dist.method import fast_weight_tree
 from memdlm_dist.method.fast_weights import FastWeights
 from memdlm_dist.method.inner_loss import full_tensor
 from memdlm_dist.models.attention import TokenContext, block_causal_mask
@@ -156,7 +156,7 @@ class ModelReader:
         # Selected again in every pass: a plan that kept them would hold a copy of the fast weights.
         fast = self.fast
         if fast is not None and not reading.details.all_slots:
-            fast = fast_weights.select(fast, reading.slot_R, self._slots)
+            fast = fast_weight_tree.select(fast, reading.slot_R, self._slots)
         if blank_RT is not None:
             hidden_ND = full_tensor(self._forward(reading, blank_RT, fast, "post_final_norm", self._caches[1:]))
             choice.guidance = (self._guidance, hidden_ND[choice.index_n])

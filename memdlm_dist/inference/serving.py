@@ -14,7 +14,7 @@ from memdlm_dist.inference.canvas import until
 from memdlm_dist.inference.decoding import Decoding
 from memdlm_dist.inference.sampler import Decoder
 from memdlm_dist.inference.trained_model import ANCHOR_RATIO, TrainedModel
-from memdlm_dist.method import fast_weights
+from memdlm_dist.method import fast_weight_tree
 
 
 class Request(NamedTuple):
@@ -143,9 +143,9 @@ class _Server:
         self.memory_seconds += adapted.seconds
         if self._reader.fast is None:
             # Sets of one's own for all slots, with any values.
-            self._reader.fast = fast_weights.select(adapted.fast, [0] * self._slots, max(1, len(requests)))
+            self._reader.fast = fast_weight_tree.select(adapted.fast, [0] * self._slots, max(1, len(requests)))
         if requests:
-            fast_weights.replace_sets(self._reader.fast, slots, self._slots, adapted.fast)
+            fast_weight_tree.replace_sets(self._reader.fast, slots, self._slots, adapted.fast)
 
     def _release(self) -> None:
         """Free the slots of finished rows and hand over their responses."""

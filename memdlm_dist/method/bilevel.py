@@ -15,102 +15,25 @@ G sets of fast weights.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from memdlm_dist.method import fast_weights, inner_loop
+from memdlm_dist.method import fast_weight_tree, fast_weights, inner_loop
+from memdlm_dist.method.backbone import Backbone
 from memdlm_dist.method.diffusion import SetSum
-from memdlm_dist.method.documents import Documents
 from memdlm_dist.method.fast_weights import AdaptedLinear, FastWeights
 from memdlm_dist.method.inner_loop import InnerStatistics
 from memdlm_dist.method.inner_loss import InnerLoss, full_tensor
 from memdlm_dist.method.inner_sgd import FastWeightGroup, InnerSGD
-from memdlm_dist.method.keyed_dropout import NO_DROPOUT, TermDropout
 from memdlm_dist.method.logit_loss import HeadLoss, cross_entropy
 from memdlm_dist.method.micro_batch import InnerStep, MicroBatch, Scored
 from memdlm_dist.method.sets import Sets
 from memdlm_dist.method.trajectory import ANCHOR_INPUT
-
-
-class FSDPSchedule(Protocol):
-    """FSDP2 unshard and reshard schedule of a backbone; see `models.fsdp_schedule`."""
-
-    def tail(self, first_layer: int) -> AbstractContextManager[None]:
-        """Keep the tail's parameters unsharded until the outer backward pass has used them."""
-        ...
-
-
-class Backbone(Protocol):
-    """Backbone interface of the bi-level step; implemented by `models.llada.LLaDA`.
-
-    `context` is an opaque value: only the backbone reads it.
-    """
-
-    fsdp_schedule: FSDPSchedule
-
-    def context(
-        self,
-        length: int,
-        first: int = 0,
-        attended_BL: Tensor | None = None,
-        documents: Documents | None = None,
-        documents_per_set: int | None = None,
-        sequence_shard: tuple[int, int] = (0, 1),
-        dropout: TermDropout = NO_DROPOUT,
-    ) -> Any:
-        """Build the per-token arguments of the layers for a micro-batch: positions, attention mask, sets, dropout.
-
-        Args:
-            length: L, tokens per row on this context-parallel rank.
-            first: position of this rank's first token in the full row.
-            attended_BL: bool, tokens of the full rows that attention may read; None for all.
-            documents: documents of the full packed rows.
-            documents_per_set: consecutive documents of a row that share a set of fast weights; None: the row has one.
-            sequence_shard: (tp_rank, tp_size).
-            dropout: dropout of the low-rank terms, for this context-parallel rank's tokens.
-        """
-        ...
-
-    def __call__(
-        self, tokens_BL: Tensor, index_M: Tensor, fast: FastWeights | None, readout: Any, context: Any
-    ) -> Tensor:
-        """Run the full model, and the head at positions `index_M` of this rank's flattened activations; see `tail`."""
-        ...
-
-    def trunk(self, inputs: Sequence[Tensor], stop: int, context: Any, others_context: Any = None) -> list[Tensor]:
-        """Run the embedding and layers `0 .. stop - 1` on several inputs; return activations `[B, L, D]` of each.
-
-        Only the first input's activations carry a gradient. The other inputs have a context of their own if they have
-        other rows.
-        """
-        ...
-
-    def tail(
-        self,
-        h_BLD: Tensor,
-        start: int,
-        index_M: Tensor,
-        fast: FastWeights | None,
-        readout: Any,
-        context: Any,
-        outer: bool = False,
-    ) -> Tensor:
-        """Run layers `start .. n - 1` on the trunk's activations, then the head at positions `index_M`.
-
-        Args:
-            readout: a `HeadLoss`, for losses `[G]`; or "logits"; or a `Hidden`, for hidden states.
-            outer: True in the pass of the outer loss, False in passes of the inner loop.
-        """
-        ...
-
-    def inner_steps(self, start: int) -> AbstractContextManager[None]:
-        """Freeze layers `start .. n - 1`, final norm and head in this context: only fast weights get gradients."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -217,7 +140,7 @@ def outer_loss(
         others.clear()
         if on_adapted is not None:
             on_adapted(fast)
-        fast, squares = fast_weights.measuring(fast, memory.linears)
+        fast, squares = fast_weight_tree.measuring(fast, memory.linears)
         loss = model.tail(h_anchor, first_layer, index_M, fast, head, context, outer=True).sum()
     if measures:
         nll["after"] = _nll(head, anchor, batch.adapted_U)
@@ -280,7 +203,7 @@ def _adapt(
     set_C, n_sets = None, sets.count
     if batch.inner_rows_C is not None:
         set_C = sets.of_rows(batch.inner_rows_C)
-        sets, fast = replace(sets, rows=len(batch.inner_rows_C)), fast_weights.select(fast, set_C, n_sets)
+        sets, fast = replace(sets, rows=len(batch.inner_rows_C)), fast_weight_tree.select(fast, set_C, n_sets)
     with model.inner_steps(memory.first_layer):
         fast, statistics = inner_loop.adapt(
             _state_loss(model, batch, memory, hidden, tp_rank, context, nll),
@@ -290,7 +213,10 @@ def _adapt(
             memory.optimiser,
             memory.group,
         )
-    return fast if set_C is None else fast_weights.with_sets(all_fast, set_C, n_sets, fast), statistics
+    if set_C is not None:
+        adapted, fast = fast, fast_weight_tree.map_leaves(torch.clone, all_fast)
+        fast_weight_tree.replace_sets(fast, set_C, n_sets, adapted)
+    return fast, statistics
 
 
 def empty_statistics(
@@ -331,7 +257,7 @@ def _nll_before(
     head = _outer_head(batch.anchor)
     # The pass is an inner step without its backward pass: compiled blocks run the graph that they have.
     with model.inner_steps(memory.first_layer), torch.enable_grad():
-        fast = fast_weights.map_leaves(lambda x: x.detach().requires_grad_(), fast)
+        fast = fast_weight_tree.map_leaves(lambda x: x.detach().requires_grad_(), fast)
         index_M = batch.anchor.index_SM[tp_rank]
         model.tail(h_anchor.detach(), memory.first_layer, index_M, fast, head, context)
     return _nll(head, batch.anchor, batch.adapted_U)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from memdlm_dist.method import fast_weights, inner_sgd
+from memdlm_dist.method import fast_weight_tree, inner_sgd
 from memdlm_dist.method.diffusion import SetSum
 from memdlm_dist.method.fast_weights import FastWeights
 from memdlm_dist.method.inner_sgd import FastWeightGroup, InnerSGD
@@ -72,10 +72,10 @@ def adapt(
     losses, norms, counted, skipped = [], [], [], []
     with torch.enable_grad():
         for k, tokens in enumerate(scored):
-            fast = fast_weights.map_leaves(lambda x: x.detach().requires_grad_(), fast)
-            sums, count_G = _set_means(tokens, sets, fast_weights.leaves(fast)[0].dtype, group)
+            fast = fast_weight_tree.map_leaves(lambda x: x.detach().requires_grad_(), fast)
+            sums, count_G = _set_means(tokens, sets, fast_weight_tree.leaves(fast)[0].dtype, group)
             loss_G = state_loss(k, fast, sums)
-            grads = torch.autograd.grad(loss_G.sum(), fast_weights.leaves(fast))
+            grads = torch.autograd.grad(loss_G.sum(), fast_weight_tree.leaves(fast))
             with torch.no_grad():
                 loss_G = loss_G.detach() if group is None else group.losses(loss_G.detach())
                 fast, norm_G = inner_sgd.sgd_update(fast, grads, optimiser, loss_G.isfinite(), group)
@@ -85,7 +85,7 @@ def adapt(
             counted.append(finite_G & (count_G > 0))
             skipped.append(~finite_G)
     with torch.no_grad():
-        change = [new - old for new, old in zip(*map(fast_weights.leaves, (fast, initial)), strict=True)]
+        change = [new - old for new, old in zip(*map(fast_weight_tree.leaves, (fast, initial)), strict=True)]
         written = inner_sgd.set_totals(fast, inner_sgd.squared_norms(change), sets.count, group).sqrt()
     statistics = InnerStatistics(
         torch.stack(losses),

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, all_reduce, get_rank
 from torch.distributed.tensor import DTensor, Partial
 
-from memdlm_dist.method.fast_weights import FastLinear, FastWeights, Full, LowRank, leaves, map_leaves
+from memdlm_dist.method.fast_weight_tree import leaves, map_leaves
+from memdlm_dist.method.fast_weights import FastLinear, FastWeights, Full, LowRank
 
 
 def squared_norms(tensors: Sequence[Tensor]) -> list[Tensor]:

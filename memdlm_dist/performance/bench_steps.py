@@ -11,7 +11,7 @@ from torchtitan.components.optimizer import build_optimizers
 from torchtitan.distributed import utils as dist_utils
 
 from memdlm_dist.config.job_config import JobConfig
-from memdlm_dist.method import bilevel, fast_weights
+from memdlm_dist.method import bilevel, fast_weight_tree
 from memdlm_dist.method.micro_batch import MicroBatch
 from memdlm_dist.models import backbone_args
 from memdlm_dist.models.layout import Layout
@@ -103,7 +103,7 @@ class Bench:
             slots = batch.documents.slots if batch.documents is not None else 1
             fast = memory.draw(_SEED, step, batch.sample_ids_U, slots)
             if dtype is not None:
-                fast = fast_weights.map_leaves(lambda x: x.to(dtype), fast)
+                fast = fast_weight_tree.map_leaves(lambda x: x.to(dtype), fast)
             return run(self.model, batch, memory, fast, tp_rank)
 
     def optimizer_step(self) -> Callable[[str, int, MicroBatch], None]:

@@ -12,7 +12,8 @@ from torchtitan.models.moe.moe import GroupedExperts
 from memdlm_dist.compat import torch as compat
 from memdlm_dist.method import inner_sgd
 from memdlm_dist.method.bilevel import Memory, outer_loss
-from memdlm_dist.method.fast_weights import LowRank, leaves, map_leaves, select
+from memdlm_dist.method.fast_weight_tree import leaves, map_leaves, select
+from memdlm_dist.method.fast_weights import LowRank
 from memdlm_dist.method.inner_loss import inner_loss
 from memdlm_dist.method.inner_sgd import FastWeightGroup, InnerSGD
 from memdlm_dist.method.trajectory import Plan

@@ -13,7 +13,7 @@ from memdlm_dist.inference.decoding import Decoding
 from memdlm_dist.inference.reader import ModelReader
 from memdlm_dist.inference.sampler import finished, steps
 from memdlm_dist.inference.trained_model import MEMORY_WEIGHTS, TrainedModel
-from memdlm_dist.method import fast_weights, trajectory
+from memdlm_dist.method import fast_weight_tree, trajectory
 from memdlm_dist.method.diffusion import WEIGHTS
 from memdlm_dist.models import backbone_args
 from memdlm_dist.models.mixture import LLaDAMixture
@@ -78,10 +78,10 @@ def test_a_prompt_is_adapted_to_as_if_it_were_alone(model, prompts):
     for row, prompt in enumerate(prompts):
         alone = model.adapt([prompt], ids=ids[row : row + 1]).fast
         # Weights near 1, with gradients summed over another number of columns: a few float32 ulps.
-        for x, y in zip(fast_weights.leaves(together), fast_weights.leaves(alone), strict=True):
+        for x, y in zip(fast_weight_tree.leaves(together), fast_weight_tree.leaves(alone), strict=True):
             torch.testing.assert_close(x[row], y[0], rtol=0, atol=4e-6)
-    chosen = fast_weights.select(together, [2, 0, 2], len(prompts))
-    for x, y in zip(fast_weights.leaves(chosen), fast_weights.leaves(together), strict=True):
+    chosen = fast_weight_tree.select(together, [2, 0, 2], len(prompts))
+    for x, y in zip(fast_weight_tree.leaves(chosen), fast_weight_tree.leaves(together), strict=True):
         assert torch.equal(x, y[[2, 0, 2]])
 
 
@@ -111,7 +111,7 @@ def test_the_inner_loop_lowers_the_loss_on_its_prompt(model, prompts):
         return model.nll(noisy_BL, target_BL, start.tokens_BL, start.attended_BL, fast)
 
     fast = model.adapt(prompts).fast
-    swapped = fast_weights.select(fast, list(range(len(prompts)))[::-1], len(prompts))
+    swapped = fast_weight_tree.select(fast, list(range(len(prompts)))[::-1], len(prompts))
     assert loss(fast).sum() < loss(None).sum()
     assert not torch.allclose(loss(fast), loss(swapped))
 

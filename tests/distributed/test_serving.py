@@ -10,7 +10,7 @@ from memdlm_dist.errors import UserError
 from memdlm_dist.inference.decoding import Decoding
 from memdlm_dist.inference.serving import Request, Response, serve
 from memdlm_dist.inference.trained_model import TrainedModel
-from memdlm_dist.method import fast_weights
+from memdlm_dist.method import fast_weight_tree, fast_weights
 from memdlm_dist.method.fast_weights import AdaptedLinear
 from tests.workers.reading import BOLD, LAYOUTS, PROMPTS, arguments_of
 
@@ -108,14 +108,14 @@ def test_sets_are_replaced_in_place(kind):
 
     def draw(seed, sets):
         fast = fast_weights.draw(kind, linears, 2, 4.0, torch.arange(sets) + 100 * seed)
-        for number, x in enumerate(fast_weights.leaves(fast)):
+        for number, x in enumerate(fast_weight_tree.leaves(fast)):
             x.copy_(torch.arange(x.numel()).view_as(x) + 1000.0 * seed + 100 * number)
         return fast
 
     fast, new = draw(1, 4), draw(5, 2)
-    before, tensors = [x.clone() for x in fast_weights.leaves(fast)], fast_weights.leaves(fast)
-    fast_weights.replace_sets(fast, [3, 1], 4, new)
-    for old, x, y in zip(before, tensors, fast_weights.leaves(new), strict=True):
+    before, tensors = [x.clone() for x in fast_weight_tree.leaves(fast)], fast_weight_tree.leaves(fast)
+    fast_weight_tree.replace_sets(fast, [3, 1], 4, new)
+    for old, x, y in zip(before, tensors, fast_weight_tree.leaves(new), strict=True):
         for expert in range(len(x) // 4):
             rows = [old[4 * expert], y[2 * expert + 1], old[4 * expert + 2], y[2 * expert]]
             assert torch.equal(x[4 * expert : 4 * expert + 4], torch.stack(rows))

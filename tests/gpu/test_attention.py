@@ -6,7 +6,7 @@ import torch
 from memdlm_dist.compat.torch import TorchDispatchMode, operator_name
 from memdlm_dist.method import bilevel
 from memdlm_dist.method.documents import PADDING, Documents
-from memdlm_dist.method.fast_weights import map_leaves
+from memdlm_dist.method.fast_weight_tree import map_leaves
 from memdlm_dist.method.inner_loss import inner_loss
 from memdlm_dist.method.inner_sgd import InnerSGD
 from memdlm_dist.method.passes import count_passes

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from memdlm_dist.compat.torch import grouped_mm
-from memdlm_dist.method import fast_weights
+from memdlm_dist.method import fast_weight_tree, fast_weights
 from memdlm_dist.method.bilevel import Memory, outer_loss
 from memdlm_dist.method.documents import PADDING, Documents
-from memdlm_dist.method.fast_weights import AdaptedLinear, map_leaves
+from memdlm_dist.method.fast_weight_tree import map_leaves
+from memdlm_dist.method.fast_weights import AdaptedLinear
 from memdlm_dist.method.inner_loss import inner_loss
 from memdlm_dist.method.inner_sgd import InnerSGD
 from memdlm_dist.method.trajectory import Plan
@@ -58,7 +59,7 @@ def test_grouped_products_are_the_loop_with_empty_experts(device, sets, counts):
     linears = replace(ARGS, n_layers=1).adapted_linears(0, ["ffn"])
     tree = fast_weights.draw("lora", linears, 8, 16.0, torch.arange(max(sets, 1), device=device), None)
     tree = map_leaves(lambda leaf: (leaf + 0.1 * torch.randn_like(leaf)).requires_grad_(), tree)
-    fast, leaves = (tree["0"], fast_weights.leaves(tree)) if sets else (None, [])
+    fast, leaves = (tree["0"], fast_weight_tree.leaves(tree)) if sets else (None, [])
 
     results = []
     for grouped in (False, True):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from memdlm_dist.golden.checks import check
-from memdlm_dist.method import fast_weights, keyed_random
+from memdlm_dist.method import fast_weight_tree, fast_weights, keyed_random
 from memdlm_dist.method.diffusion import SetSum
 from memdlm_dist.method.keyed_random import Stream
 from memdlm_dist.method.logit_loss import HeadLoss, cross_entropy, kl, reverse_kl, set_losses
@@ -56,7 +56,7 @@ def test_fast_weights_start_with_the_cpus_bits(device, backbone):
 
     def draw(target):
         keys = fast_weights.keys(7, 3, IDS.to(target), samples_per_set=1)
-        return fast_weights.leaves(fast_weights.draw("lora", linears, 8, 16.0, keys, None))
+        return fast_weight_tree.leaves(fast_weights.draw("lora", linears, 8, 16.0, keys, None))
 
     for ours, theirs in zip(draw(device), draw("cpu"), strict=True):
         assert torch.equal(ours.cpu(), theirs)

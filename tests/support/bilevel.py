@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
-from memdlm_dist.method import fast_weights
+from memdlm_dist.method import fast_weight_tree
 from memdlm_dist.method.bilevel import Memory
 from memdlm_dist.method.inner_loss import full_tensor, inner_loss
 from memdlm_dist.method.inner_sgd import InnerSGD
@@ -74,7 +74,7 @@ def recorder(dims=None) -> MemDLMMetrics:
 
 
 def double(fast):
-    return fast_weights.map_leaves(lambda x: x.double(), fast)
+    return fast_weight_tree.map_leaves(lambda x: x.double(), fast)
 
 
 def gradients(model):

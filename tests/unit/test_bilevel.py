@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memdlm_dist.method import fast_weights, inner_sgd, trajectory
+from memdlm_dist.method import fast_weight_tree, inner_sgd, trajectory
 from memdlm_dist.method.bilevel import adapt_fast_weights, outer_loss
 from memdlm_dist.method.inner_sgd import InnerSGD
 from memdlm_dist.method.trajectory import IGNORE_INDEX
@@ -85,7 +85,7 @@ def test_epochs_go_on_with_the_same_fast_weights():
     once, first = adapt_fast_weights(model, batch, settings, start)
     expected, second = adapt_fast_weights(model, batch, settings, once)
     ours, both = adapt_fast_weights(model, batch, replace(settings, inner_epochs=2), start)
-    for x, y in zip(*map(fast_weights.leaves, (ours, expected)), strict=True):
+    for x, y in zip(*map(fast_weight_tree.leaves, (ours, expected)), strict=True):
         assert torch.equal(x, y)
     for name in ("loss_KG", "grad_norm_KG", "counted_KG", "skipped_KG"):
         assert torch.equal(getattr(both, name), torch.cat([getattr(first, name), getattr(second, name)]))
@@ -108,14 +108,14 @@ def test_outer_loss_is_first_order_and_leaves_no_trace():
     names = set(model.state_dict())
     tokens, labels, ids = data()
     fast = double(settings.draw(3, 2, ids))
-    before = [x.clone() for x in fast_weights.leaves(fast)]
+    before = [x.clone() for x in fast_weight_tree.leaves(fast)]
     adapted = []
     batch = objective(settings).micro_batch(tokens, labels, ids, step=2)
     loss, _ = outer_loss(model, batch, settings, fast, on_adapted=adapted.append)
-    assert not any(x.requires_grad for x in fast_weights.leaves(adapted[0]))
+    assert not any(x.requires_grad for x in fast_weight_tree.leaves(adapted[0]))
     assert all(p.grad is None for p in model.parameters()), "the inner loop must not write base gradients"
     loss.backward()
-    assert all(torch.equal(x, y) for x, y in zip(fast_weights.leaves(fast), before, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(fast_weight_tree.leaves(fast), before, strict=True))
     assert set(model.state_dict()) == names
 
 
@@ -133,13 +133,13 @@ def test_rows_without_targets_and_rows_that_are_not_finite_do_not_touch_the_othe
     assert statistics.counted_KG.tolist() == [[True, False, False, True, False]] * 2
     assert statistics.skipped_KG.tolist() == [[False, False, False, False, True]] * 2
     assert statistics.written_norm_G[:4].gt(0).tolist() == [True, False, False, True]
-    for new, old in zip(fast_weights.leaves(adapted[0]), fast_weights.leaves(fast), strict=True):
+    for new, old in zip(fast_weight_tree.leaves(adapted[0]), fast_weight_tree.leaves(fast), strict=True):
         assert torch.equal(new[[1, 2]], old[[1, 2]]) and torch.equal(new[4].isnan(), old[4].isnan())
 
     alone = [0, 3]
     batch = objective(settings).micro_batch(tokens[alone], labels[alone], ids[alone], step=1, t_U=t[alone])
     outer_loss(model, batch, settings, double(settings.draw(3, 1, ids[alone])), on_adapted=adapted.append)
-    for together, apart in zip(*map(fast_weights.leaves, adapted), strict=True):
+    for together, apart in zip(*map(fast_weight_tree.leaves, adapted), strict=True):
         torch.testing.assert_close(together[alone], apart, rtol=1e-10, atol=1e-12)
 
 
@@ -179,7 +179,7 @@ def test_a_state_that_is_not_finite_skips_one_rows_update_and_is_counted():
     assert all(value == value for value in scalars.values()), "averages exclude the row"
     others = [0, 1, 3]
     torch.testing.assert_close(skipped.loss_KG[:, others], clean.loss_KG[:, others], rtol=1e-12, atol=0)
-    for after, before in zip(*map(fast_weights.leaves, (skipped_fast, clean_fast)), strict=True):
+    for after, before in zip(*map(fast_weight_tree.leaves, (skipped_fast, clean_fast)), strict=True):
         assert torch.equal(after[others], before[others]) and after.isfinite().all()
     # Row 2 keeps the first step's update; the outer loss and its gradients are finite.
     assert 0 < skipped.written_norm_G[2] < clean.written_norm_G[2]
@@ -229,10 +229,10 @@ def test_a_step_never_waits_for_the_device(use_memory, loss, fast_weight_type, t
 
 def test_a_gradient_that_is_not_finite_skips_its_set_alone():
     fast = memory().draw(3, 1, torch.arange(3))
-    grads = [torch.ones_like(x) for x in fast_weights.leaves(fast)]
+    grads = [torch.ones_like(x) for x in fast_weight_tree.leaves(fast)]
     grads[2][1, 0, 0] = torch.inf
     new, norms = inner_sgd.sgd_update(fast, grads, InnerSGD(), torch.tensor([True, True, False]))
-    for after, before in zip(fast_weights.leaves(new), fast_weights.leaves(fast), strict=True):
+    for after, before in zip(fast_weight_tree.leaves(new), fast_weight_tree.leaves(fast), strict=True):
         assert [torch.equal(after[g], before[g]) for g in range(3)] == [False, True, True]
     assert norms.isfinite().tolist() == [True, False, True]
 
@@ -251,7 +251,7 @@ def test_draw_has_the_published_distribution():
         assert pair.A_GRi.abs().max() <= bound and pair.B_GoR.count_nonzero() == 0
         # The uniform distribution's standard deviation is bound / sqrt(3); 51,200 numbers estimate it to 0.4%.
         assert pair.A_GRi.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
-    flat = [x for x in fast_weights.leaves(fast) if x.count_nonzero()]
+    flat = [x for x in fast_weight_tree.leaves(fast) if x.count_nonzero()]
     assert len({tuple(x.flatten()[:4].tolist()) for x in flat}) == len(flat), "linears have independent draws"
     assert not torch.equal(flat[0][0], flat[0][1]), "samples have independent draws"
 

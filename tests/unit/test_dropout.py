@@ -7,7 +7,7 @@ import torch
 
 from memdlm_dist.config import check_layout, parse_config
 from memdlm_dist.errors import UserError
-from memdlm_dist.method import fast_weights
+from memdlm_dist.method import fast_weight_tree, fast_weights
 from memdlm_dist.method.fast_weights import FAST_WEIGHT_TYPES, AdaptedLinear
 from memdlm_dist.method.keyed_dropout import Dropout, TermDropout
 from memdlm_dist.method.keyed_random import Stream
@@ -151,7 +151,7 @@ def test_every_expert_drops_its_own_features_of_a_token(monkeypatch, grouped):
     linears = [AdaptedLinear("0", t, *sizes, False, 0, 4, 2) for t, sizes in
                {"gate": (32, 16), "up": (32, 16), "down": (16, 32)}.items()]  # fmt: skip
     fast = fast_weights.draw("lora", linears, 8, 8.0, torch.tensor([1]))
-    fast = fast_weights.map_leaves(lambda x: x + 0.1 * torch.randn(x.shape), fast)["0"]
+    fast = fast_weight_tree.map_leaves(lambda x: x + 0.1 * torch.randn(x.shape), fast)["0"]
     ids, x = torch.tensor([4, 9]), torch.randn(2, 5, 32)
     keys = [Dropout.draw(3, stream, 7, ids, 5, None, P) for stream in (9, 10)]
     with torch.no_grad():
@@ -195,7 +195,7 @@ def test_the_shared_expert_drops_other_features_than_the_experts():
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     fast = fast_weights.draw("lora", linears, 8, 8.0, torch.tensor([1]))
-    fast = fast_weights.map_leaves(lambda x: x + 0.1 * torch.randn(x.shape), fast)["0"]
+    fast = fast_weight_tree.map_leaves(lambda x: x + 0.1 * torch.randn(x.shape), fast)["0"]
     routed = {target: phi for target, phi in fast.items() if not target.startswith(SHARED)}
     ids, x = torch.tensor([4, 9]), torch.randn(2, 5, 32)
     drop = TermDropout(*(Dropout.draw(3, stream, 7, ids, 5, None, P) for stream in (9, 10))).at_layer(2)

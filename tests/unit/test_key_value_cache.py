@@ -10,7 +10,7 @@ from memdlm_dist.inference.canvas import canvas
 from memdlm_dist.inference.decoding import Decoding
 from memdlm_dist.inference.reader import ModelReader
 from memdlm_dist.inference.sampler import Decoder
-from memdlm_dist.method import fast_weights
+from memdlm_dist.method import fast_weight_tree, fast_weights
 from memdlm_dist.models.key_value_cache import CachedPass, KeyValueCache
 from memdlm_dist.models.llada import LLaDA
 from memdlm_dist.models.llada_moe import LLaDAMoEArgs
@@ -30,7 +30,7 @@ def fast_weights_of(args, **options):
     """Return random fast weights, one set per slot, that change the result."""
     generator = torch.Generator().manual_seed(4)
     drawn = memory(**options).draw(3, 0, torch.arange(SLOTS))
-    return double(fast_weights.map_leaves(lambda x: 0.3 * torch.randn(x.shape, generator=generator), drawn))
+    return double(fast_weight_tree.map_leaves(lambda x: 0.3 * torch.randn(x.shape, generator=generator), drawn))
 
 
 def test_a_pass_stores_its_tokens_and_attends_to_whole_rows():
@@ -188,7 +188,7 @@ def test_exact_caches_are_exact_in_bfloat16():
 @pytest.mark.parametrize("ffn_tokens", [1, 7, 10, 47])
 def test_the_ffn_in_chunks_is_the_whole_one(model, ffn_tokens):
     """Fewer tokens than rows, a part of a row, and two rows less a token; float64."""
-    fast = fast_weights.select(fast_weights_of(ARGS), [0, 2], SLOTS)
+    fast = fast_weight_tree.select(fast_weights_of(ARGS), [0, 2], SLOTS)
     widths = []
     with_width = model.layers["2"].feed_forward.register_forward_pre_hook(lambda _, x: widths.append(x[0].shape[1]))
     assert change_in_chunks(model, 24, ffn_tokens, fast=fast) < 1e-12
@@ -205,6 +205,6 @@ def test_experts_in_chunks_are_the_whole_ones():
         model.init_weights()
     linears = args.adapted_linears(1, ["ffn"])
     drawn = fast_weights.draw("lora", linears, 4, 8.0, fast_weights.keys(3, 0, torch.arange(2), True))
-    fast = fast_weights.map_leaves(lambda x: torch.randn(x.shape), drawn)
+    fast = fast_weight_tree.map_leaves(lambda x: torch.randn(x.shape), drawn)
     # float32: chunks differ by rounding.
     assert change_in_chunks(model.eval(), 24, 10, fast=fast) < 1e-5

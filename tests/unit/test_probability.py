@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from memdlm_dist.method import fast_weights
+from memdlm_dist.method import fast_weight_tree
 from memdlm_dist.method.bilevel import outer_loss
 from tests.support.bilevel import build, memory, objective
 
@@ -42,7 +42,7 @@ def test_sequences_are_trained_either_way(fast_weight_type):
         losses, gradients = [], []
         for kind in (some, always, never):
             model.zero_grad()
-            fast = kind.memory and fast_weights.map_leaves(torch.Tensor.double, kind.memory.draw(3, 1, one[2]))
+            fast = kind.memory and fast_weight_tree.map_leaves(torch.Tensor.double, kind.memory.draw(3, 1, one[2]))
             loss, _ = outer_loss(model, kind.micro_batch(*one, 1, t[:1]), kind.memory, fast or None)
             loss.backward()
             losses.append(loss.item())
@@ -142,7 +142,9 @@ def test_rows_without_the_memory_are_plain(samples_per_set):
                 one = slice(first, first + (samples_per_set if apart else 8))
                 kind = some if not apart else replace(some, probability=1.0) if batch.adapted_U[first] else never
                 drawn = kind.micro_batch(tokens[one], labels[one], ids[one], step)
-                fast = kind.memory and fast_weights.map_leaves(torch.Tensor.double, settings.draw(3, step, ids[one]))
+                fast = kind.memory and fast_weight_tree.map_leaves(
+                    torch.Tensor.double, settings.draw(3, step, ids[one])
+                )
                 loss, _ = outer_loss(model, drawn, kind.memory, fast)
                 loss.backward()
                 total += loss.item()

@@ -25,7 +25,7 @@ cpu.prepare()
 from memdlm_dist import train
 from memdlm_dist.method import trajectory
 from memdlm_dist.method.bilevel import Memory
-from memdlm_dist.method.fast_weights import leaves
+from memdlm_dist.method.fast_weight_tree import leaves
 from memdlm_dist.method.sets import Sets
 from memdlm_dist.training.objective import Objective
 from tests.support.faults import inject

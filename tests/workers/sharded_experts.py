@@ -28,7 +28,7 @@ from memdlm_dist.checkpoint import hugging_face_folder
 from memdlm_dist.config import parse_config
 from memdlm_dist.method.bilevel import outer_loss
 from memdlm_dist.method.documents import PADDING
-from memdlm_dist.method.fast_weights import leaves
+from memdlm_dist.method.fast_weight_tree import leaves
 from memdlm_dist.models import BACKBONES, initial_weights
 from memdlm_dist.models.initial_weights import Uniform
 from memdlm_dist.models.lora import is_adapter
