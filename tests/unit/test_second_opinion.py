@@ -1,6 +1,6 @@
 """Optimised bi-level step against the plain one of naive.py, over random options, shapes and rows."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 from hypothesis import given, settings
@@ -84,6 +84,8 @@ def test_any_options_equal_the_naive_version(
 ):
     if samples_per_set == 2 and len(rows) % 2:
         rows = [*rows, rows[0]]
+    if not options.gradient_clip:  # large steps without clipping can diverge, which amplifies any rounding
+        options = replace(options, learning_rate=0.1, learning_rate_scale="none")
     ids = torch.arange(len(rows)) * 31 + seed
     tokens = torch.randint(0, MASK_ID, (len(rows), LENGTH), generator=torch.Generator().manual_seed(seed))
     maskable = torch.stack([(torch.arange(LENGTH) >= first) & (torch.arange(LENGTH) < last) for _, first, last in rows])
@@ -139,9 +141,8 @@ def test_any_options_equal_the_naive_version(
         oracle, tokens, maskable, noise.u_BL, noise.v_BL, t, sets, fast, options, MASK_ID, dropouts, adapts
     )
     # Loss weights and clipping norms are float32 (6e-8 each); everything else is float64. More inner steps amplify this
-    # rounding further, and so does the scaled rate of A, 11 times as large at this width.
+    # rounding further.
     rounding = 1e-4 if options.inner_epochs > 1 else 1e-5 if options.inner_steps > 3 else 1e-6
-    rounding *= 10 if options.learning_rate_scale == "width" else 1
     assert (statistics is None) == (not any(adapts))
     inner_sets = list(range(len(sets)))
     if batch.inner_rows_C is not None:
