@@ -192,7 +192,8 @@ class Training(TitanTraining):
 
     local_batch_size: int = 8
     """Rows per data-parallel rank and micro-batch. -1: the rank's share of global_batch_size, or the share's largest
-    divisor up to max_local_batch_size, with gradient accumulation for the rest."""
+    divisor up to max_local_batch_size (if one fits, a multiple of parametric_memory.samples_per_set), with gradient
+    accumulation for the rest."""
 
     max_local_batch_size: int = 0
     """Upper limit of a local batch size that is derived with local_batch_size = -1; 0: no limit."""

@@ -329,6 +329,34 @@ def _check_pad_multiple(location: str, multiple: int, run: Requirements) -> None
         )
 
 
+def group_size(rows: RowShape, samples_per_set: int, name: str, key: str, batch_size: int) -> int:
+    """Return the number of consecutive rows that share a set of fast weights; 1 if rows hold several documents.
+
+    Args:
+        rows: shape of the rows.
+        samples_per_set: number of samples that share a set.
+        name: configuration key of the streams, for messages.
+        key: configuration key of the micro-batch's rows, for messages.
+        batch_size: rows of a micro-batch on one rank.
+
+    Raises:
+        UserError: if the number of documents in a row is not known, or a micro-batch does not hold whole groups.
+    """
+    require(
+        rows.most_documents is not None or samples_per_set == 1,
+        f"parametric_memory.samples_per_set = {samples_per_set} needs shards whose cards say how many documents a row "
+        f"holds, unlike those in {name}; prepare the data anew.",
+    )
+    if rows.most_documents not in (0, 1):
+        return 1
+    require(
+        batch_size % samples_per_set == 0,
+        f"{key} = {batch_size} does not hold whole groups of parametric_memory.samples_per_set = {samples_per_set} "
+        "rows; make it a multiple (if it is derived, with training.global_batch_size and max_local_batch_size).",
+    )
+    return samples_per_set
+
+
 def max_documents(most_documents: Sequence[int | None]) -> int | None:
     """Return the maximum of several numbers of documents in a row; None (unknown) if any of them is None."""
     known = [number for number in most_documents if number is not None]

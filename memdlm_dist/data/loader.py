@@ -11,11 +11,20 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.utils.data import default_collate
 
 from memdlm_dist.compat import streaming
-from memdlm_dist.data.dataset import ERROR_KEY, UNIFORM, Requirements, RowShape, TokenDataset, check_cards, open_dataset
+from memdlm_dist.data.dataset import (
+    ERROR_KEY,
+    UNIFORM,
+    Requirements,
+    RowShape,
+    TokenDataset,
+    check_cards,
+    group_size,
+    open_dataset,
+)
 from memdlm_dist.data.row_lengths import TokenShares
 from memdlm_dist.data.settings import Data
 from memdlm_dist.data.stream_shares import StreamShare
-from memdlm_dist.errors import UserError, require
+from memdlm_dist.errors import UserError
 from memdlm_dist.runtime.preemption import outlive_first_sigterm, starting_workers
 from memdlm_dist.runtime.rank_0 import is_rank_0
 
@@ -175,15 +184,15 @@ def training_loader(
     global_batch_size: int,
     dp_size: int,
     world_size: int,
-    group_size: int = 1,
+    samples_per_set: int = 1,
     **options: Any,
 ) -> EpochLoader:
     """Open the training loader of this rank, whose number streaming reads from the environment.
 
     Args:
         dp_size: number of data-parallel ranks.
-        group_size: consecutive rows that stay together in one micro-batch of one rank, because they share fast weights;
-            without effect if rows hold several documents, whose groups lie in one row.
+        samples_per_set: consecutive samples that share fast weights; the rows of a group stay together in one
+            micro-batch of one rank.
         options: passed on to torch's DataLoader.
 
     Raises:
@@ -196,18 +205,7 @@ def training_loader(
             "data.group_by_length has no effect, because all rows of data.train have one length; prepare fine-tuning "
             "data without --pad-to-length and --pack-documents, or unset it."
         )
-    if rows.most_documents not in (0, 1):
-        require(
-            rows.most_documents is not None or group_size == 1,
-            f"parametric_memory.samples_per_set = {group_size} needs shards whose cards say how many documents a row "
-            "holds, unlike those in data.train; prepare the data anew.",
-        )
-        group_size = 1
-    require(
-        local_batch_size % group_size == 0,
-        f"training.local_batch_size = {local_batch_size} does not hold whole groups of "
-        f"parametric_memory.samples_per_set = {group_size} rows; set it to a multiple of {group_size}.",
-    )
+    size = group_size(rows, samples_per_set, "data.train", "training.local_batch_size", local_batch_size)
     dataset = open_dataset(
         data,
         data.train,
@@ -215,7 +213,7 @@ def training_loader(
         rows,
         batch_size=local_batch_size,
         global_batch_size=global_batch_size,
-        group_size=group_size,
+        group_size=size,
         group_by_length=data.group_by_length,
         mask_prompt=data.mask_prompt,
         shuffle=data.shuffle,

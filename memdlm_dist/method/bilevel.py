@@ -111,7 +111,9 @@ def outer_loss(
         tp_rank: this rank's tensor-parallel rank, which selects its sequence shard.
         on_adapted: called with the fast weights after the last inner step.
         measures: also measure -log p of the anchor's tokens in the passes that read the anchor, and before the first
-            inner step, which takes one more pass through the tail (`InnerStatistics.anchor_nll`).
+            inner step, which takes one more pass through the tail unless that step reads the anchor itself
+            (`InnerStatistics.anchor_nll`). `write_X2` is measured in every pass with gradients, so that compiled blocks
+            need no second graph.
 
     Returns:
         The loss sum (scalar), and the statistics of the inner loop (None without memory, and without inner steps).
@@ -129,7 +131,9 @@ def outer_loss(
         if not batch.inner:
             return model.tail(h_anchor, first_layer, index_M, None, head, context, outer=True).sum(), None
         assert fast is not None
-        nll = {"before": _nll_before(model, batch, memory, fast, h_anchor, tp_rank, context)} if measures else {}
+        nll = {}
+        if measures and not _reads_anchor(batch.inner[0], memory):
+            nll["before"] = _nll_before(model, batch, memory, fast, h_anchor, tp_rank, context)
         # Inner steps that read the anchor reuse its activations, without the autograd graph.
         hidden = [h_anchor.detach(), *others]
         if batch.inner_rows_C is not None:
@@ -140,11 +144,13 @@ def outer_loss(
         others.clear()
         if on_adapted is not None:
             on_adapted(fast)
-        fast, squares = fast_weight_tree.measuring(fast, memory.linears)
+        squares = None
+        if torch.is_grad_enabled():
+            fast, squares = fast_weight_tree.measuring(fast, memory.linears)
         loss = model.tail(h_anchor, first_layer, index_M, fast, head, context, outer=True).sum()
     if measures:
         nll["after"] = _nll(head, anchor, batch.adapted_U)
-    return loss, replace(statistics, write_X2=torch.stack(squares), anchor_nll=nll)
+    return loss, replace(statistics, write_X2=None if squares is None else torch.stack(squares), anchor_nll=nll)
 
 
 @torch.no_grad()
@@ -231,7 +237,8 @@ def empty_statistics(
         device: device of the result.
     """
     steps = [*steps] * memory.inner_epochs
-    names = ["before", *(f"step_{k + 1}" for k, step in enumerate(steps) if _reads_anchor(step, memory)), "after"]
+    names = [f"step_{k + 1}" for k, step in enumerate(steps) if _reads_anchor(step, memory)]
+    names = [*([] if "step_1" in names else ["before"]), *names, "after"]
     return replace(
         InnerStatistics.empty(len(steps), device),
         write_X2=torch.zeros(len(memory.linears), 2, device=device),

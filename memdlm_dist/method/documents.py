@@ -30,9 +30,9 @@ GROUP_ROWS = 8
 
 
 class GroupedTokens(NamedTuple):
-    """Layout of a micro-batch's tokens in a `[P, i]` buffer for grouped matrix products: one group per sample.
+    """Layout of a micro-batch's tokens in a `[P, i]` buffer for grouped matrix products: one group per slot.
 
-    Each group is padded to a positive multiple of `GROUP_ROWS` buffer rows, even if its sample is empty. P depends on
+    Each group is padded to a positive multiple of `GROUP_ROWS` buffer rows, even if its slot is empty. P depends on
     the shapes only, never on the lengths of the documents.
     """
 

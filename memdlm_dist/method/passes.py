@@ -1,5 +1,6 @@
 """Number of forward and backward passes of a bi-level step, for estimates of FLOPs, traffic and memory."""
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,7 @@ def planned_passes(plan: Plan, with_teacher: bool, inner_epochs: int = 1) -> Pas
     return count_passes(_dummy_batch(plan, with_teacher), inner_epochs)
 
 
+@cache
 def planned_steps(plan: Plan) -> tuple[InnerStep, ...]:
     """Return the inner steps of a plan's micro-batches, with the scored tokens of a dummy row."""
     return _dummy_batch(plan, with_teacher=False).inner

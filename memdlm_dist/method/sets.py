@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from memdlm_dist.errors import require
+
 
 @dataclass(frozen=True)
 class Sets:
@@ -20,6 +22,13 @@ class Sets:
     rows: int  # B
     slots: int  # S; 1 if each row is one sample
     samples_per_set: int | None  # n; None: all samples of the micro-batch share one set
+
+    def __post_init__(self) -> None:
+        require(
+            self.rows % self.rows_per_set == 0,
+            f"A micro-batch of {self.rows} rows does not hold whole groups of {self.rows_per_set} rows that share fast "
+            "weights; make training.local_batch_size a multiple of parametric_memory.samples_per_set.",
+        )
 
     @property
     def count(self) -> int:

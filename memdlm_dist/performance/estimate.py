@@ -8,7 +8,7 @@ allocator's fragmentation, library workspaces and validation.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -442,11 +442,15 @@ def _across_nodes(dims: Layout, node_size: int) -> list[str]:
 
 
 def _row_flops(args: LLaDAArgs, dims: Layout, config: JobConfig) -> float:
-    """Return the FLOPs of one row on one rank, averaged over evenly spaced noise levels.
+    """Return the FLOPs of one row on one rank, averaged over evenly spaced noise levels and over the memory's draws.
 
     Each row counts as one document, since a configuration does not contain the document lengths of packed rows.
     """
     checkpointing, objective = config.activation_checkpoint, build_objective(config, args, args.vocab_size - 1, dims)
+    # With expert parallelism the inner loop reads all rows, unless whole steps are drawn.
+    share = objective.probability if dims.ep == 1 or objective.by_step else 1.0
+    memory = replace(objective.memory, samples_per_set=1) if objective.memory is not None else None
+    objective = replace(objective, probability=1.0, memory=memory)
     recomputation = Recomputation(checkpointing.mode, checkpointing.selective_ac_option)
     row_1L, id_1 = torch.zeros(1, config.training.seq_len, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     total = 0.0
@@ -454,7 +458,8 @@ def _row_flops(args: LLaDAArgs, dims: Layout, config: JobConfig) -> float:
         level_1 = torch.full((1,), (number + 0.5) / _NOISE_LEVELS, dtype=torch.float64)
         batch = objective.micro_batch(row_1L, row_1L, id_1, step=0, t_U=level_1)
         frozen = get_lora(config) is not None
-        total += sum(step_flops(args, batch, objective.memory, recomputation, frozen))
+        flops = step_flops(args, batch, objective.memory, recomputation, frozen)
+        total += flops.outer + share * flops.inner
     return total / _NOISE_LEVELS / dims.tp
 
 

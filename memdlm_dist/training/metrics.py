@@ -43,6 +43,7 @@ class MemDLMMetrics(MetricsProcessor):
     def start_step(self) -> None:
         """Discard the records of the previous step."""
         self._sums: dict[str, Tensor] = {}  # name -> [sum, count]
+        self._of_sets: set[str] = set()  # averages over sets of fast weights, of which a step may have none
         self._rank_loss: Tensor | None = None  # [loss sum, its divisor] of this rank
         # Sums over this rank's tokens, also where the ranks of a group have other tokens of the same rows.
         self._anchor_nll: dict[str, Tensor] = {}  # name -> [sum, count]
@@ -80,10 +81,14 @@ class MemDLMMetrics(MetricsProcessor):
         if (write_X2 := statistics.write_X2) is not None:
             self._write_X2 = write_X2 if self._write_X2 is None else self._write_X2 + write_X2
         for k, counted_G in enumerate(statistics.counted_KG):
-            self.record(INNER_LOSS.format(k + 1), statistics.loss_KG[k], counted_G)
-            self.record(INNER_GRAD_NORM.format(k + 1), statistics.grad_norm_KG[k], counted_G)
-        self.record(FAST_WEIGHT_NORM, statistics.written_norm_G, statistics.counted_KG.any(0))
+            self._record_sets(INNER_LOSS.format(k + 1), statistics.loss_KG[k], counted_G)
+            self._record_sets(INNER_GRAD_NORM.format(k + 1), statistics.grad_norm_KG[k], counted_G)
+        self._record_sets(FAST_WEIGHT_NORM, statistics.written_norm_G, statistics.counted_KG.any(0))
         self.record(SKIPPED_UPDATES, statistics.skipped_KG.float().sum().unsqueeze(0))
+
+    def _record_sets(self, name: str, values_G: Tensor, counted_G: Tensor) -> None:
+        self._of_sets.add(name)
+        self.record(name, values_G, counted_G)
 
     def record_expert_load(self, load_XE: Tensor) -> None:
         """Record this rank's tokens per layer and expert, `[X, E]`, since the last logged step."""
@@ -119,10 +124,14 @@ class MemDLMMetrics(MetricsProcessor):
             torch.distributed.all_reduce(pairs, group=mesh.get_group())
         rows = zip(self._sums, pairs.tolist(), strict=True)
         # Skipped updates are a sum, all other scalars are averages.
-        return {name: total if name == SKIPPED_UPDATES else total / max(count, 1.0) for name, (total, count) in rows}
+        return {
+            name: total if name == SKIPPED_UPDATES else total / max(count, 1.0)
+            for name, (total, count) in rows
+            if count or name not in self._of_sets
+        }
 
     def _memory_effect(self) -> dict[str, float]:
-        """Return -log p of the anchor's tokens per token, and the relative write, over all ranks.
+        """Return -log p of the anchor's tokens per token, and the relative write, over all ranks, if there are any.
 
         The relative write of a linear is the norm of its fast-weight term divided by the norm of its own output, over
         the tokens of all samples with a term; the scalar is the mean over linears, without the experts' row-wise ones.
@@ -136,11 +145,10 @@ class MemDLMMetrics(MetricsProcessor):
             if mesh is not None:
                 torch.distributed.all_reduce(pairs, group=mesh.get_group())
         values = pairs.tolist()
-        scalars = {
-            name: total / max(count, 1.0) for name, (total, count) in zip(self._anchor_nll, values, strict=False)
-        }
+        names = zip(self._anchor_nll, values[: len(nll)], strict=True)
+        scalars = {name: total / count for name, (total, count) in names if count}
         writes = [math.sqrt(term / own) for term, own in values[len(nll) :] if own > 0]
-        return scalars | {RELATIVE_WRITE: sum(writes) / max(len(writes), 1)}
+        return scalars | ({RELATIVE_WRITE: sum(writes) / len(writes)} if writes else {})
 
     def _largest_rank_loss(self) -> float | None:
         """Return the largest loss among the data-parallel ranks with maskable tokens.
@@ -199,6 +207,6 @@ def _memory_line(scalars: dict[str, float], effect: dict[str, float]) -> str:
     parts = {
         "inner loss": " -> ".join(f"{loss:.4f}" for loss in inner),
         "anchor nll": " -> ".join(f"{value:.4f}" for value in nll),
-        "write": f"{effect[RELATIVE_WRITE]:.2%}" if effect else "",
+        "write": f"{effect[RELATIVE_WRITE]:.2%}" if RELATIVE_WRITE in effect else "",
     }
     return "".join(f"  {name}: {text}" for name, text in parts.items() if text)

@@ -59,13 +59,13 @@ class Objective:
             return self
         if step < self.start_step:
             return replace(self, memory=None)
-        if not self._by_step:
+        if not self.by_step:
             return self
         chosen = self._draw_memory(step, torch.zeros(1, dtype=torch.int64)).item()
         return replace(self, probability=1.0) if chosen else replace(self, memory=None)
 
     @property
-    def _by_step(self) -> bool:
+    def by_step(self) -> bool:
         """True if all samples of a step train with the memory, or none."""
         return self.probability_unit == "step" or (self.memory is not None and self.memory.samples_per_set is None)
 
@@ -223,10 +223,10 @@ class Objective:
         if self.memory is None:
             return [(self, None)]
         counts: list[int | None] = [None]
-        if self.probability < 1 and not self._by_step:
+        if self.probability < 1 and not self.by_step:
             counts = [*self.row_counts(rows // Sets(rows, self.slots or 1, self.memory.samples_per_set).rows_per_set)]
-        has_plain_steps = self.start_step > 1 or (self.probability < 1 and self._by_step)
-        with_memory = replace(self, probability=1.0) if self._by_step else self
+        has_plain_steps = self.start_step > 1 or (self.probability < 1 and self.by_step)
+        with_memory = replace(self, probability=1.0) if self.by_step else self
         return [*([(replace(self, memory=None), None)] if has_plain_steps else []), *((with_memory, c) for c in counts)]
 
 

@@ -63,7 +63,7 @@ def _build_dataloader(
         global_batch_size=training.global_batch_size,
         dp_size=dp_world_size,
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
-        group_size=(get_samples_per_set(memory) or 1) if memory.enable else 1,
+        samples_per_set=(get_samples_per_set(memory) or 1) if memory.enable else 1,
         num_workers=workers.num_workers,
         persistent_workers=workers.persistent_workers,
         prefetch_factor=workers.prefetch_factor,

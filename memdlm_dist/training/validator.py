@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from memdlm_dist.config.job_config import JobConfig
-from memdlm_dist.data.dataset import check_cards, open_dataset
+from memdlm_dist.data.dataset import check_cards, group_size, open_dataset
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
-from memdlm_dist.errors import require
 from memdlm_dist.method.diffusion import level_from_uniform
 from memdlm_dist.method.documents import Documents
 from memdlm_dist.method.micro_batch import MicroBatch
@@ -73,13 +72,11 @@ class HeldOutValidator:
         data, training = job_config.data, job_config.training
         self.rows = check_cards(data.validation, get_shard_requirements(job_config, tokenizer.mask_id))
         self.batch_size = job_config.validation.local_batch_size or training.local_batch_size
-        n = get_samples_per_set(job_config.parametric_memory) if job_config.parametric_memory.enable else 1
-        if n is not None and self.rows.most_documents in (0, 1):
-            require(
-                self.batch_size % n == 0,
-                f"validation.local_batch_size = {self.batch_size} does not hold whole groups of "
-                f"parametric_memory.samples_per_set = {n} rows; set it to a multiple of {n}.",
-            )
+        memory = job_config.parametric_memory
+        samples_per_set = (get_samples_per_set(memory) or 1) if memory.enable else 1
+        group_size(
+            self.rows, samples_per_set, "data.validation", "validation.local_batch_size", self.batch_size
+        )  # checks the batch size
         self._dataset = open_dataset(
             data,
             data.validation,

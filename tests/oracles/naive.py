@@ -321,7 +321,7 @@ def bilevel(
 
     for members, fast, runs in zip(sets, fast_of_set, adapts or [True] * len(sets), strict=True):
         losses, norms = [], []
-        for row in members if runs else []:
+        for row in members if runs and not reads_anchor(0, len(rows[0][3]), options) else []:
             tokens, anchor, _, _ = rows[row]
             add_nll("before", row, model(corrupted(tokens, anchor), fast, dropouts[row])["logits"])
         for number, k in enumerate(list(range(len(rows[0][3]))) * options.inner_epochs * runs, 1):

@@ -104,6 +104,20 @@ def test_packed_rows_have_sets_and_copies_for_their_slots():
     assert five.flops == one.flops
 
 
+def test_flops_are_those_of_the_share_with_the_memory():
+    """And 2 samples of a set have half of the fast weights."""
+
+    def run(*arguments):
+        return forecast(parse_config.parse([*DEBUG, *arguments, "--debug.seed", "1"]), 1)
+
+    half = ["--parametric_memory.probability", "0.5", "--parametric_memory.samples_per_set", "2"]
+    plain, full = run("--parametric_memory.no-enable"), run()
+    for unit in ("sample", "step"):
+        shared = run(*half, "--parametric_memory.probability_unit", unit)
+        assert shared.flops == pytest.approx((plain.flops + full.flops) / 2) != plain.flops
+        assert shared.memory.fast_weights == full.memory.fast_weights / 2 > 0
+
+
 @pytest.mark.parametrize(
     "arguments, backend",
     [

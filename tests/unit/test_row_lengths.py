@@ -253,7 +253,7 @@ def test_shards_with_and_without_row_lengths_mix(prepared):
 def test_rows_of_several_documents_are_not_grouped(prepared, name, group_size):
     data = Data(train=[str(prepared[0] / name / "train")])
     sizes = {"local_batch_size": 2, "global_batch_size": GLOBAL, "dp_size": 1, "world_size": 1}
-    assert training_loader(data, requirements(), **sizes, group_size=2)._dataset.group_size == group_size
+    assert training_loader(data, requirements(), **sizes, samples_per_set=2)._dataset.group_size == group_size
 
 
 def test_mistakes_about_lengths(prepared, tmp_path, caplog):
