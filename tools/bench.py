@@ -164,7 +164,10 @@ def probability(text: str) -> float:
     Raises:
         ValueError: if the text is no such number.
     """
-    exact = Fraction(text)
+    try:
+        exact = Fraction(text)
+    except ZeroDivisionError:
+        raise ValueError from None
     if not 0 <= exact <= 1 or exact.denominator > LARGEST_DENOMINATOR:
         raise ValueError
     return float(exact)

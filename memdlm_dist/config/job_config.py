@@ -142,9 +142,9 @@ class ParametricMemory:
     """Learning rate of the inner loop's SGD."""
 
     learning_rate_scale: _one_of(LEARNING_RATE_SCALES) = InnerSGD.learning_rate_scale  # type: ignore[valid-type]
-    """Factor of learning_rate. none: 1, as published; width: for a backbone of width w sqrt(2048 / w) for A and
-    sqrt(w / 2048) for B of lora fast weights, and 1 for full ones, so that the fast weights change the outputs of their
-    linears by about the same share at every width. The factor is 1 at the width of the paper's backbones."""
+    """Factors of learning_rate for lora fast weights. none: 1, as published. width: with w the width of the backbone,
+    sqrt(2048 / w) for A and sqrt(w / 2048) for B. Clipped steps then change the linears' outputs by the same share at
+    every width. At 2048, the width of the paper's backbones, both factors are 1."""
 
     gradient_clip: float = InnerSGD.clip
     """Maximum norm of an inner gradient; 0: no clipping."""
@@ -178,8 +178,9 @@ class ParametricMemory:
     published code, where a micro-batch has 2 rows on 1 rank."""
 
     samples_per_set: int = 1
-    """Number of consecutive samples of the global batch that share a set of fast weights, on any layout; a micro-batch
-    holds a multiple of it. In packed rows: consecutive documents of a row, of which the last set may have fewer."""
+    """Number of consecutive rows of the global batch that share a set of fast weights, on any layout; it divides the
+    rows of a micro-batch. In packed rows: number of consecutive documents of a row that share a set; the last set of a
+    row may have fewer."""
 
 
 @dataclass

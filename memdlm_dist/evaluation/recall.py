@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from memdlm_dist.config.job_config import JobConfig
-from memdlm_dist.errors import UserError
+from memdlm_dist.errors import UserError, require
 from memdlm_dist.evaluation import report
 from memdlm_dist.evaluation.exposure_report import open_samples
 from memdlm_dist.inference.trained_model import ANCHOR_RATIO, TrainedModel
@@ -127,6 +127,7 @@ def describe(config: JobConfig, anchor_ratio: float, count: int) -> str:
 def lines(recalls: Sequence[Recall], shown: int) -> list[str]:
     """Return the table of means over all passages, and the words of the first passages, as lines of text."""
     hidden = sum(recall.hidden for recall in recalls)
+    require(hidden > 0, "No passage has enough tokens to hide some; choose longer ones with --data.")
     rows = []
     for memory in (OFF, OTHER, OWN):
         nll = sum(recall.nll[memory] for recall in recalls) / hidden

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from memdlm_dist.method import fast_weight_tree, fast_weights, inner_loop
-from memdlm_dist.method.backbone import Backbone
+from memdlm_dist.method.backbone_protocol import Backbone
 from memdlm_dist.method.diffusion import SetSum
 from memdlm_dist.method.fast_weights import AdaptedLinear, FastWeights
 from memdlm_dist.method.inner_loop import InnerStatistics
@@ -112,8 +112,7 @@ def outer_loss(
         on_adapted: called with the fast weights after the last inner step.
         measures: also measure -log p of the anchor's tokens in the passes that read the anchor, and before the first
             inner step, which takes one more pass through the tail unless that step reads the anchor itself
-            (`InnerStatistics.anchor_nll`). `write_X2` is measured in every pass with gradients, so that compiled blocks
-            need no second graph.
+            (`InnerStatistics.anchor_nll`). `write_X2` is always measured, so that compiled blocks need no second graph.
 
     Returns:
         The loss sum (scalar), and the statistics of the inner loop (None without memory, and without inner steps).
@@ -144,13 +143,11 @@ def outer_loss(
         others.clear()
         if on_adapted is not None:
             on_adapted(fast)
-        squares = None
-        if torch.is_grad_enabled():
-            fast, squares = fast_weight_tree.measuring(fast, memory.linears)
+        fast, squares = fast_weight_tree.measuring(fast, memory.linears)
         loss = model.tail(h_anchor, first_layer, index_M, fast, head, context, outer=True).sum()
     if measures:
         nll["after"] = _nll(head, anchor, batch.adapted_U)
-    return loss, replace(statistics, write_X2=None if squares is None else torch.stack(squares), anchor_nll=nll)
+    return loss, replace(statistics, write_X2=torch.stack(squares), anchor_nll=nll)
 
 
 @torch.no_grad()

@@ -139,7 +139,8 @@ def _remedy(config: JobConfig, x: Estimate) -> str:
         return 'shard over more ranks, or train adapters (model.converters = ["lora"])'
     if largest == "fast_weights":
         lower = f"parametric_memory.layer_fraction or training.{_local_batch_size(config)}"
-        return f"lower {lower}, or raise samples_per_set"
+        shared = config.parametric_memory.granularity == "batch"
+        return f"lower {lower}" + ("" if shared else ", or raise parametric_memory.samples_per_set")
     if largest == "gathered" and config.parallelism.fsdp_reshard_after_forward == "never":
         return 'set parallelism.fsdp_reshard_after_forward = "default"'
     return "raise parallelism.tensor_parallel_degree, or lower parametric_memory.layer_fraction"

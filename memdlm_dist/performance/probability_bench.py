@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from memdlm_dist.errors import require
 from memdlm_dist.method.micro_batch import MicroBatch
 from memdlm_dist.method.sets import Sets
 from memdlm_dist.models.flops import Recomputation, step_flops
@@ -41,6 +42,7 @@ PLAIN = Setting("plain", 0.0)
 # A step: the number of groups of rows that train with the memory on each data-parallel rank, `[R]`; None: a plain step.
 Step = tuple[int, ...] | None
 LARGEST_DENOMINATOR = 20  # of a probability, so that a cycle has few steps
+LONGEST_CYCLE = 60  # steps
 _LEAST_STEPS = 4  # of a cycle
 _CANDIDATES = 1000
 _SEED = 0
@@ -66,9 +68,18 @@ def slowest_share(probability: float, ranks: int, counts: Sequence[int]) -> floa
 
 
 def cycle_length(probabilities: Sequence[float]) -> int:
-    """Return N, the number of steps in which every probability has a whole number of steps."""
+    """Return N, the number of steps in which every probability has a whole number of steps.
+
+    Raises:
+        UserError: if N exceeds `LONGEST_CYCLE`.
+    """
     denominators = [Fraction(p).limit_denominator(LARGEST_DENOMINATOR).denominator for p in probabilities]
     least = math.lcm(*denominators)
+    require(
+        least <= LONGEST_CYCLE,
+        f"--probabilities {' '.join(f'{p:g}' for p in probabilities)} needs rounds of {least} steps, more than "
+        f"{LONGEST_CYCLE}; choose multiples of one fraction, such as 0.25.",
+    )
     return least * -(-_LEAST_STEPS // least)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from memdlm_dist.errors import EXIT_STATUS
+from memdlm_dist.errors import EXIT_STATUS, UserError
 from memdlm_dist.performance import preparation_bench
 from memdlm_dist.performance.gpu_check.section import last_words
 from memdlm_dist.performance.measure import peak_flops
@@ -134,6 +134,8 @@ def test_the_slowest_rank_reads_what_is_expected(groups, ranks, probability):
 
 def test_a_cycle_has_the_share_of_its_probability():
     assert [cycle_length(p) for p in ([1.0], [0.25, 0.5], [0.0, 0.3], [0.2, 0.25])] == [4, 4, 10, 20]
+    with pytest.raises(UserError, match="needs rounds of 420 steps"):
+        cycle_length([0.05, 1 / 3, 1 / 7])
     counts = objective(memory()).row_counts(4)
     assert draw_cycle(Setting("step", 0.3), 10, 2, counts) == [(4, 4)] * 3 + [None] * 7
     for probability, ranks in ((0.0, 2), (0.3, 1), (0.3, 8), (1.0, 2)):

@@ -264,7 +264,7 @@ def test_dry_run_tells_what_will_not_fit(capsys):
     freed = ["--parallelism.fsdp_reshard_after_forward", "default", "--device-memory", "6"]
     assert dry_run.main([recipe, "--world-size", "8", "--layers", "8", *freed]) == 1
     assert "lower training.local_batch_size" in capsys.readouterr().out
-    few = ["--layers", "1", "--training.local_batch_size", "1"]
+    few = ["--layers", "1", "--training.local_batch_size", "1", "--parametric_memory.samples_per_set", "1"]
     assert dry_run.main([recipe, "--world-size", "8", *freed, *few]) == 0
     assert dry_run.main(["train_configs/absent.toml", "--world-size", "8"]) == 2
     assert "train_configs/absent.toml does not exist" in capsys.readouterr().err
