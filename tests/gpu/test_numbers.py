@@ -55,7 +55,7 @@ def test_fast_weights_start_with_the_cpus_bits(device, backbone):
     linears = args.adapted_linears(1, ["ffn", "attention"])
 
     def draw(target):
-        keys = fast_weights.keys(7, 3, IDS.to(target), samples_per_set=1)
+        keys = fast_weights.keys(7, 3, IDS.to(target))
         return fast_weight_tree.leaves(fast_weights.draw("lora", linears, 8, 16.0, keys, None))
 
     for ours, theirs in zip(draw(device), draw("cpu"), strict=True):

@@ -204,7 +204,7 @@ def test_experts_in_chunks_are_the_whole_ones():
     with torch.no_grad():
         model.init_weights()
     linears = args.adapted_linears(1, ["ffn"])
-    drawn = fast_weights.draw("lora", linears, 4, 8.0, fast_weights.keys(3, 0, torch.arange(2), True))
+    drawn = fast_weights.draw("lora", linears, 4, 8.0, fast_weights.keys(3, 0, torch.arange(2)))
     fast = fast_weight_tree.map_leaves(lambda x: torch.randn(x.shape), drawn)
     # float32: chunks differ by rounding.
     assert change_in_chunks(model.eval(), 24, 10, fast=fast) < 1e-5
