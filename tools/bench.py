@@ -191,6 +191,7 @@ def _configuration(path: Path, overrides: Sequence[str], processes: Processes, l
     """
     config = parse_config.parse(["--job.config_file", str(path), *overrides])
     config.training.seq_len = length or config.training.seq_len
+    config.parametric_memory.probability = 1.0  # the memory trains in every step and with all samples
     config = launch.resolve(config, *processes)
     check_layout.check_device(config, device_type())
     args = backbone_args(config.model.name, config.model.flavor)

@@ -59,8 +59,7 @@ class Bench:
         model.to_empty(device=device_type())
         with torch.no_grad():
             model.init_weights()
-        # The memory trains in every step and with all samples, whatever the configuration's probability.
-        objective = replace(build_objective(config, args, args.vocab_size - 1, dims), probability=1.0)
+        objective = build_objective(config, args, args.vocab_size - 1, dims)
         autocast_context = autocast(dims, config.training.mixed_precision_param, device_type())
         return cls(config, args, dims, model, objective, flops, autocast_context)
 

@@ -15,7 +15,7 @@ SMALL = [
     "--model.flavor", "debug", "--model.hf_assets_path", "tests/assets/debug/tokenizer",
     "--data.train", "tests/assets/debug/train", "--data.validation", "tests/assets/debug/heldout",
     "--validation.steps", "1", "--training.seq_len", "128", "--training.steps", "3",
-    "--training.global_batch_size", "4", "--training.local_batch_size", "1",
+    "--training.global_batch_size", "4", "--training.local_batch_size", "2",
     "--training.mixed_precision_param", "float32", "--optimizer.implementation", "foreach", "--optimizer.lr", "0.02",
     "--lr_scheduler.warmup_steps", "1", "--checkpoint.interval", "2", "--checkpoint.async_mode", "disabled",
     "--compile.no-enable", "--parametric_memory.rank", "8", "--metrics.log_freq", "1",
