@@ -85,4 +85,5 @@ def replace_sets(fast: FastWeights, index_B: Sequence[int] | Tensor, n_sets: int
     for x, y in zip(leaves(fast), leaves(new), strict=True):
         local, values = (z.to_local() if isinstance(z, DTensor) else z for z in (x, y))
         sets, values = local.unflatten(0, (-1, n_sets)), values.unflatten(0, (-1, len(index_B)))
-        sets[:, index_B if isinstance(index_B, Tensor) else list(index_B)] = values
+        index = index_B if isinstance(index_B, Tensor) else torch.tensor(list(index_B), device=sets.device)
+        sets.index_copy_(1, index, values)
