@@ -90,7 +90,12 @@ class MicroBatch(NamedTuple):
 
     def sets(self, samples_per_set: int | None) -> Sets:
         """Return the assignment of the samples to sets of fast weights; None: all share one."""
-        return Sets(len(self.inputs[0]), self.documents.slots if self.documents is not None else 1, samples_per_set)
+        return Sets(len(self.inputs[0]), self.slots, samples_per_set)
+
+    @property
+    def slots(self) -> int:
+        """Number of document slots in a row; 1 without documents."""
+        return self.documents.slots if self.documents is not None else 1
 
     def cp_slice(self, cp_rank: int, cp_size: int) -> "MicroBatch":
         """Return a context-parallel rank's slice: the rank's L / cp_size consecutive tokens of every row."""

@@ -99,8 +99,7 @@ class Bench:
                 return run(self.model, batch, None, None, tp_rank)
             if not batch.inner:  # as in `Objective.loss_sum`
                 return run(self.model, batch, memory, None, tp_rank)
-            slots = batch.documents.slots if batch.documents is not None else 1
-            fast = memory.draw(_SEED, step, batch.sample_ids_U, slots)
+            fast = memory.draw(_SEED, step, batch.sample_ids_U, batch.slots)
             if dtype is not None:
                 fast = fast_weight_tree.map_leaves(lambda x: x.to(dtype), fast)
             return run(self.model, batch, memory, fast, tp_rank)

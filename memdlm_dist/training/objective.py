@@ -205,8 +205,7 @@ class Objective:
         """
         if self.memory is None or not use_memory:
             return outer_loss(model, batch, None, tp_rank=self.tp_rank)
-        slots = batch.documents.slots if batch.documents is not None else 1
-        fast = self.memory.draw(self.seed, step, batch.sample_ids_U, slots) if batch.inner else None
+        fast = self.memory.draw(self.seed, step, batch.sample_ids_U, batch.slots) if batch.inner else None
         loss, statistics = outer_loss(model, batch, self.memory, fast, self.tp_rank, measures=measures)
         if statistics is None:  # no sample of this micro-batch trains with the memory
             statistics = empty_statistics(planned_steps(self.plan), self.memory, measures, loss.device)

@@ -164,7 +164,7 @@ def test_ranks_with_sets_of_their_own_add_up_norms_alone(results):
 
 
 def test_an_expert_parallel_rank_sends_and_stores_what_is_foretold(results):
-    """With one set for the group, and with sets of its own."""
+    """Compare the estimate with a real step: one set for the group, and sets of each rank."""
     for name in ("everywhere", "pairs-packed"):
         estimate = results["ep2"][f"{name} estimate"]
         predicted, sent = estimate["sent"]

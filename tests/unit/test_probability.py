@@ -106,7 +106,7 @@ def test_the_inner_loop_reads_a_few_numbers_of_rows():
 
 
 def test_steps_train_with_the_memory_or_without():
-    """With the unit "step" all sets are chosen or none; the unit changes nothing at probability 1."""
+    """All sets of a step are chosen or none with the unit "step"; at probability 1 the unit changes nothing."""
     goal = replace(objective(memory(samples_per_set=2)), probability=0.4, probability_unit="step", start_step=5)
     plain = [goal.at_step(step).memory is None for step in range(500)]
     assert all(plain[:5]) and abs(500 - sum(plain) - 198) < 4 * (495 * 0.24) ** 0.5
