@@ -56,8 +56,8 @@ def test_a_checkpoint_has_the_position_of_what_was_trained_on():
     rows = [{"tokens": torch.ones(2, 3), "labels": torch.ones(2, 3), "sample_id": torch.arange(2)}] * 50
     loader, drawn = EpochLoader.__new__(EpochLoader), queue.SimpleQueue()
     vars(loader).update(
-        _loader=rows, _read=lambda: iter(rows), _dataset=SimpleNamespace(epoch_size=100), _global_micro_batch_size=2,
-        global_batch_size=4, position={"epoch": 0, "samples": 0, "nodes": 1},
+        _loader=rows, _read=lambda: iter(rows), _dataset=SimpleNamespace(epoch_size=100, group_size=1),
+        _global_micro_batch_size=2, global_batch_size=4, position={"epoch": 0, "samples": 0, "nodes": 1},
     )  # fmt: skip
     trainer = MemDLMTrainer.__new__(MemDLMTrainer)
     vars(trainer).update(
