@@ -11,17 +11,9 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.utils.data import default_collate
 
 from memdlm_dist.compat import streaming
-from memdlm_dist.data.dataset import (
-    ERROR_KEY,
-    UNIFORM,
-    Requirements,
-    RowShape,
-    TokenDataset,
-    check_cards,
-    group_size,
-    open_dataset,
-)
+from memdlm_dist.data.dataset import ERROR_KEY, TokenDataset, open_dataset
 from memdlm_dist.data.row_lengths import TokenShares
+from memdlm_dist.data.row_shape import UNIFORM, Requirements, RowShape, check_cards, group_size
 from memdlm_dist.data.settings import Data
 from memdlm_dist.data.stream_shares import StreamShare
 from memdlm_dist.errors import UserError

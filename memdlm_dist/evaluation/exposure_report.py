@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from memdlm_dist.config.job_config import JobConfig
-from memdlm_dist.data.dataset import TokenDataset, check_cards, open_dataset
+from memdlm_dist.data.dataset import TokenDataset, open_dataset
+from memdlm_dist.data.row_shape import check_cards
 from memdlm_dist.errors import UserError
 from memdlm_dist.evaluation import report
 from memdlm_dist.evaluation.exposure import Point, Row, split_response

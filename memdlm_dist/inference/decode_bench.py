@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.data import corpus
-from memdlm_dist.data.dataset import check_cards, open_dataset
+from memdlm_dist.data.dataset import open_dataset
+from memdlm_dist.data.row_shape import check_cards
 from memdlm_dist.errors import UserError
 from memdlm_dist.inference.decoding import Cache, Decoding
 from memdlm_dist.inference.trained_model import ANCHOR_RATIO, TrainedModel

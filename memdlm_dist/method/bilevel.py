@@ -117,36 +117,36 @@ def outer_loss(
     Returns:
         The loss sum (scalar), and the statistics of the inner loop (None without memory, and without inner steps).
     """
-    anchor, index_M, context = batch.anchor, batch.anchor.index_SM[tp_rank], token_context(model, batch, memory)
-    head = _outer_head(anchor)
+    head, context = _outer_head(batch.anchor), token_context(model, batch, memory)
     if memory is None:
-        return model(batch.inputs[0], index_M, None, head, context).sum(), None
+        return model(batch.inputs[0], batch.anchor.index_SM[tp_rank], None, head, context).sum(), None
 
-    first_layer, has_inner_rows = memory.first_layer, batch.inner_rows_C is not None
+    has_inner_rows = batch.inner_rows_C is not None
     inner_context = token_context(model, batch, memory, inner=True) if has_inner_rows else context
-    h_anchor, *others = model.trunk(batch.inputs, first_layer, context, inner_context)
+    tail = _Tail(model, batch, memory, tp_rank, context, inner_context)
+    h_anchor, *others = model.trunk(batch.inputs, memory.first_layer, context, inner_context)
     # FSDP2 gathers the tail in the same order on all ranks, also on those without an inner step.
-    with model.fsdp_schedule.tail(first_layer):
+    with model.fsdp_schedule.tail(memory.first_layer):
         if not batch.inner:
-            return model.tail(h_anchor, first_layer, index_M, None, head, context, outer=True).sum(), None
+            return tail.outer(h_anchor, None, head).sum(), None
         assert fast is not None
         nll = {}
         if measures and not _reads_anchor(batch.inner[0], memory):
-            nll["before"] = _nll_before(model, batch, memory, fast, h_anchor, tp_rank, context)
+            nll["before"] = _nll_before(tail, fast, h_anchor)
         # Inner steps that read the anchor reuse its activations, without the autograd graph.
         hidden = [h_anchor.detach(), *others]
         if batch.inner_rows_C is not None:
             hidden[0] = hidden[0].index_select(0, batch.inner_rows_C)
-        fast, statistics = _adapt(model, batch, memory, fast, hidden, tp_rank, inner_context, nll if measures else None)
+        fast, statistics = _adapt(tail, fast, hidden, nll if measures else None)
         # Free the other states' activations before the outer pass.
         hidden.clear()
         others.clear()
         if on_adapted is not None:
             on_adapted(fast)
         fast, squares = fast_weight_tree.measuring(fast, memory.linears)
-        loss = model.tail(h_anchor, first_layer, index_M, fast, head, context, outer=True).sum()
+        loss = tail.outer(h_anchor, fast, head).sum()
     if measures:
-        nll["after"] = _nll(head, anchor, batch.adapted_U)
+        nll["after"] = _nll(head, batch.anchor, batch.adapted_U)
     return loss, replace(statistics, write_X2=torch.stack(squares), anchor_nll=nll)
 
 
@@ -162,7 +162,7 @@ def adapt_fast_weights(
     context = token_context(model, batch, memory)
     hidden = model.trunk(batch.inputs, memory.first_layer, context)
     with model.fsdp_schedule.tail(memory.first_layer):
-        return _adapt(model, batch, memory, fast, hidden, tp_rank, context)
+        return _adapt(_Tail(model, batch, memory, tp_rank, context, context), fast, hidden)
 
 
 def token_context(model: Backbone, batch: MicroBatch, memory: Memory | None, inner: bool = False) -> Any:
@@ -187,29 +187,53 @@ def token_context(model: Backbone, batch: MicroBatch, memory: Memory | None, inn
     )
 
 
+@dataclass(frozen=True)
+class _Tail:
+    """Passes of a micro-batch through the tail on one rank."""
+
+    model: Backbone
+    batch: MicroBatch
+    memory: Memory
+    tp_rank: int
+    context: Any  # of all rows
+    inner_context: Any  # of the rows that the inner loop reads
+
+    def outer(self, h_anchor: Tensor, fast: FastWeights | None, readout: Any) -> Any:
+        """Return the readout's result on the anchor's scored tokens, in the outer pass."""
+        return self._pass(h_anchor, self.batch.anchor, fast, readout, self.context, outer=True)
+
+    def before(self, h_anchor: Tensor, fast: FastWeights, readout: Any) -> Any:
+        """Return the readout's result on the anchor's scored tokens, in an additional pass before the inner loop."""
+        return self._pass(h_anchor, self.batch.anchor, fast, readout, self.context)
+
+    def inner(self, hidden: Tensor, scored: Scored, fast: FastWeights, readout: Any) -> Any:
+        """Return the readout's result on the scored tokens of a state, in the inner loop."""
+        return self._pass(hidden, scored, fast, readout, self.inner_context)
+
+    def _pass(
+        self, hidden: Tensor, scored: Scored, fast: FastWeights | None, readout: Any, context: Any, outer: bool = False
+    ) -> Any:
+        index_M = scored.index_SM[self.tp_rank]
+        return self.model.tail(hidden, self.memory.first_layer, index_M, fast, readout, context, outer=outer)
+
+
 def _adapt(
-    model: Backbone,
-    batch: MicroBatch,
-    memory: Memory,
-    fast: FastWeights,
-    hidden: Sequence[Tensor],
-    tp_rank: int,
-    context: Any,
-    nll: dict[str, Tensor] | None = None,
+    tail: _Tail, fast: FastWeights, hidden: Sequence[Tensor], nll: dict[str, Tensor] | None = None
 ) -> tuple[FastWeights, InnerStatistics]:
     """Run the inner loop on the rows that it reads.
 
     Args:
         nll: gets the results of `_nll` for the steps that read the anchor; None: do not measure.
     """
+    batch, memory = tail.batch, tail.memory
     sets, all_fast = batch.sets(memory.samples_per_set), fast
     set_C, n_sets = None, sets.count
     if batch.inner_rows_C is not None:
         set_C = sets.of_rows(batch.inner_rows_C)
         sets, fast = replace(sets, rows=len(batch.inner_rows_C)), fast_weight_tree.select(fast, set_C, n_sets)
-    with model.inner_steps(memory.first_layer):
+    with tail.model.inner_steps(memory.first_layer):
         fast, statistics = inner_loop.adapt(
-            _state_loss(model, batch, memory, hidden, tp_rank, context, nll),
+            _state_loss(tail, hidden, nll),
             [step.scored for step in batch.inner] * memory.inner_epochs,
             fast,
             sets,
@@ -248,23 +272,14 @@ def _reads_anchor(step: InnerStep, memory: Memory) -> bool:
     return step.student == ANCHOR_INPUT and memory.loss.logit_loss is cross_entropy
 
 
-def _nll_before(
-    model: Backbone,
-    batch: MicroBatch,
-    memory: Memory,
-    fast: FastWeights,
-    h_anchor: Tensor,
-    tp_rank: int,
-    context: Any,
-) -> Tensor:
+def _nll_before(tail: _Tail, fast: FastWeights, h_anchor: Tensor) -> Tensor:
     """Measure -log p of the anchor's tokens with the initial fast weights, see `_nll`."""
-    head = _outer_head(batch.anchor)
+    head = _outer_head(tail.batch.anchor)
     # The pass is an inner step without its backward pass: compiled blocks run the graph that they have.
-    with model.inner_steps(memory.first_layer), torch.enable_grad():
+    with tail.model.inner_steps(tail.memory.first_layer), torch.enable_grad():
         fast = fast_weight_tree.map_leaves(lambda x: x.detach().requires_grad_(), fast)
-        index_M = batch.anchor.index_SM[tp_rank]
-        model.tail(h_anchor.detach(), memory.first_layer, index_M, fast, head, context)
-    return _nll(head, batch.anchor, batch.adapted_U)
+        tail.before(h_anchor.detach(), fast, head)
+    return _nll(head, tail.batch.anchor, tail.batch.adapted_U)
 
 
 def _nll(head: HeadLoss, scored: Scored, adapted_U: Tensor | None = None) -> Tensor:
@@ -287,37 +302,30 @@ def _outer_head(anchor: Scored) -> HeadLoss:
 
 
 def _state_loss(
-    model: Backbone,
-    batch: MicroBatch,
-    memory: Memory,
-    hidden: Sequence[Tensor],
-    tp_rank: int,
-    context: Any,
-    nll: dict[str, Tensor] | None,
+    tail: _Tail, hidden: Sequence[Tensor], nll: dict[str, Tensor] | None
 ) -> Callable[[int, FastWeights, SetSum], Tensor]:
     """Build the inner loop's loss function of (inner step, fast weights, sums), given the trunk's activations.
 
     Inner step k reads state k modulo the number of states: later epochs read the same activations again.
     """
-    loss, first_layer = memory.loss, memory.first_layer
+    loss = tail.memory.loss
 
     def state_loss(k: int, current: FastWeights, sums: SetSum) -> Tensor:
-        step = batch.inner[k % len(batch.inner)]
-        index_M = step.scored.index_SM[tp_rank]
+        step = tail.batch.inner[k % len(tail.batch.inner)]
         if loss.teacher is None:
             target = step.scored.label_N
         else:
             assert step.teacher is not None
             with _no_gradient():
-                target = model.tail(hidden[step.teacher], first_layer, index_M, current, loss.teacher, context)
+                target = tail.inner(hidden[step.teacher], step.scored, current, loss.teacher)
         if loss.logit_loss is not None:
             head = HeadLoss(loss.logit_loss, full_tensor(target), sums, loss.temperature)
-            loss_G = model.tail(hidden[step.student], first_layer, index_M, current, head, context)
-            if nll is not None and _reads_anchor(step, memory):
+            loss_G = tail.inner(hidden[step.student], step.scored, current, head)
+            if nll is not None and _reads_anchor(step, tail.memory):
                 nll[f"step_{k + 1}"] = _nll(head, step.scored)
             return loss_G
         assert loss.hidden_distance is not None
-        student = model.tail(hidden[step.student], first_layer, index_M, current, loss.student, context)
+        student = tail.inner(hidden[step.student], step.scored, current, loss.student)
         return sums(loss.hidden_distance(student, target))
 
     return state_loss

@@ -6,7 +6,7 @@ import torch
 
 from memdlm_dist.checkpoint.convert import Run
 from memdlm_dist.config.job_config import JobConfig
-from memdlm_dist.data.dataset import Requirements
+from memdlm_dist.data.row_shape import Requirements
 from memdlm_dist.models import BACKBONES, backbone_args
 from memdlm_dist.models.layout import Layout, build_layout
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs

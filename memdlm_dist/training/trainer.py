@@ -19,8 +19,8 @@ from memdlm_dist.checkpoint.manager import ResumableCheckpoints
 from memdlm_dist.config.experiment import get_experiment, get_length
 from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.data import stream_shares
-from memdlm_dist.data.dataset import RowShape
 from memdlm_dist.data.loader import Batch
+from memdlm_dist.data.row_shape import RowShape
 from memdlm_dist.errors import require
 from memdlm_dist.method.diffusion import LOSS_NORMS
 from memdlm_dist.method.documents import PADDING, power_of_two

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from memdlm_dist.config.job_config import JobConfig
-from memdlm_dist.data.dataset import check_cards, group_size, open_dataset
+from memdlm_dist.data.dataset import open_dataset
+from memdlm_dist.data.row_shape import check_cards, group_size
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.method.diffusion import level_from_uniform
 from memdlm_dist.method.documents import Documents

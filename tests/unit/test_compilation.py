@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 from torch.distributed import destroy_process_group
 
 from memdlm_dist.config import parse_config
-from memdlm_dist.data.dataset import RowShape
+from memdlm_dist.data.row_shape import RowShape
 from memdlm_dist.runtime import device
 from memdlm_dist.runtime.process_group import init_fake_process_group
 from memdlm_dist.training.backbone import get_layout, get_model_args

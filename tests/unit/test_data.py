@@ -19,11 +19,12 @@ from streaming.base.batching import generate_work
 from memdlm_dist.config import parse_config
 from memdlm_dist.config.job_config import Data
 from memdlm_dist.data import corpus, packing, sequences, shards
-from memdlm_dist.data.dataset import TokenDataset, check_cards, open_dataset
+from memdlm_dist.data.dataset import TokenDataset, open_dataset
 from memdlm_dist.data.loader import EpochLoader
 from memdlm_dist.data.packing import BestFit, Concatenation
 from memdlm_dist.data.preparation import prepare
 from memdlm_dist.data.preparation.request import PrepareConfig
+from memdlm_dist.data.row_shape import check_cards
 from memdlm_dist.data.sequences import Document, Fields, fine_tuning_document, padded
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
 from memdlm_dist.errors import UserError

@@ -16,11 +16,12 @@ from memdlm_dist.compat import streaming
 from memdlm_dist.config import parse_config
 from memdlm_dist.config.job_config import Data
 from memdlm_dist.data import row_lengths, shards
-from memdlm_dist.data.dataset import ERROR_KEY, RowShape, check_cards, open_dataset
+from memdlm_dist.data.dataset import ERROR_KEY, open_dataset
 from memdlm_dist.data.loader import EpochLoader, training_loader
 from memdlm_dist.data.preparation.prepare import prepare
 from memdlm_dist.data.preparation.request import PrepareConfig
 from memdlm_dist.data.row_lengths import MAX_BUCKETS, RowLengths, buckets, padded_length
+from memdlm_dist.data.row_shape import RowShape, check_cards
 from memdlm_dist.data.sequences import fine_tuning_document
 from memdlm_dist.errors import UserError
 from memdlm_dist.method.documents import PADDING

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from memdlm_dist.data import stream_shares
-from memdlm_dist.data.dataset import Requirements, open_dataset
+from memdlm_dist.data.dataset import open_dataset
 from memdlm_dist.data.loader import training_loader
 from memdlm_dist.data.output import CARD, INDEX, LENGTHS
+from memdlm_dist.data.row_shape import Requirements
 from memdlm_dist.data.sequences import TrainingSequence
 from memdlm_dist.data.settings import Data
 from memdlm_dist.data.shards import Card, ShardWriter

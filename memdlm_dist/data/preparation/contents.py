@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from memdlm_dist.data.dataset import RowShape, open_dataset
+from memdlm_dist.data.dataset import open_dataset
 from memdlm_dist.data.output import CARD, SUMMARY, TOKENIZER
+from memdlm_dist.data.row_shape import RowShape
 from memdlm_dist.data.settings import Data
 from memdlm_dist.data.shards import Card, read_card
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
