@@ -14,14 +14,13 @@ from xdist.scheduler import LoadScopeScheduling
 
 from tests.support import zygote
 
-# Files that run in the same worker, since they share a pool of ranks or the trained model. Each other file is a group.
-GROUPS = {
-    "test_sharded_step": "pool", "test_experts": "pool", "test_context": "pool", "test_initial_weights": "pool",
-    "test_skipped_steps": "pool",
-    "test_inference": "trained", "test_serving": "trained", "test_evaluation_tools": "trained",
-}  # fmt: skip
+# Files that run in the same worker, since they share the trained model. Each other file is a group.
+GROUPS = {"test_inference": "trained", "test_serving": "trained", "test_evaluation_tools": "trained"}
 # Groups that start first, the longest ones; the other groups follow, and the short unit tests are last.
-FIRST = ("test_distributed", "pool", "test_resume", "test_faults", "test_mistakes", "trained", "test_recipes")
+FIRST = (
+    "test_distributed", "test_sharded_step", "test_context", "test_experts", "test_faults", "test_resume", "trained",
+    "test_recipes", "test_mistakes",
+)  # fmt: skip
 # Last files of tests/gpu: they start processes, which takes longest.
 LAST = ("test_runs", "test_layouts")
 
@@ -103,19 +102,6 @@ def no_stale_log_handlers():
 @pytest.fixture
 def root() -> Path:
     return zygote.ROOT
-
-
-@pytest.fixture(scope="session")
-def pools():
-    """Provide pools of gloo ranks by world size, for the whole session: `pools(4).call("module:function", ...)`."""
-    by_size: dict[int, zygote.RankPool] = {}
-
-    def pool(processes: int) -> zygote.RankPool:
-        return by_size.setdefault(processes, zygote.RankPool(processes))
-
-    yield pool
-    for rank_pool in by_size.values():
-        rank_pool.close()
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from memdlm_dist.models.llada import LLaDA
 from memdlm_dist.performance.bench_steps import Bench
 from memdlm_dist.training import run
 from memdlm_dist.training.backbone import get_layout, model_on_meta
+from tests.support import zygote
 from tests.workers.sharded_context import (
     DOCUMENTS,
     GROUPED,
@@ -35,10 +36,10 @@ METHOD = "--parallelism.context_parallel_method"
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, pools):
+def results(tmp_path_factory):
     root = tmp_path_factory.mktemp("context")
     for name, (processes, _, _) in LAYOUTS.items():
-        pools(processes).call("tests.workers.sharded_context:find", str(root), name)
+        zygote.call(processes, "tests.workers.sharded_context:find", str(root), name)
     return {name: torch.load(root / f"{name}.pt") for name in LAYOUTS}
 
 

@@ -25,6 +25,7 @@ from memdlm_dist.models.lora import LoRA, add_adapters
 from memdlm_dist.models.mixture import LLaDAMixture
 from memdlm_dist.training.metrics import LARGEST_LOAD, LOAD_ENTROPY, UNUSED
 from memdlm_dist.training.objective import Objective
+from tests.support import zygote
 from tests.workers.balanced_experts import COEFFICIENT
 from tests.workers.sharded_experts import COMPILED, LAYOUTS, USUAL, has_own_sets, options_of
 
@@ -39,29 +40,29 @@ ARGS = LLaDA2Args(
 )  # fmt: skip
 
 
-def find(pools, root, options_of_layout):
+def find(root, options_of_layout):
     for layout, options in options_of_layout.items():
-        pools(LAYOUTS[layout][0]).call("tests.workers.sharded_experts:find", str(root), layout, options)
+        zygote.call(LAYOUTS[layout][0], "tests.workers.sharded_experts:find", str(root), layout, options)
     return {layout: torch.load(root / f"{layout}.pt") for layout in LAYOUTS}
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, pools):
-    return find(pools, tmp_path_factory.mktemp("experts"), USUAL)
+def results(tmp_path_factory):
+    return find(tmp_path_factory.mktemp("experts"), USUAL)
 
 
 @pytest.fixture(scope="module")
-def other_results(tmp_path_factory, pools):
+def other_results(tmp_path_factory):
     single = {layout: options_of(layout) for layout in ("one", "one-twice")}
-    return find(pools, tmp_path_factory.mktemp("others"), single | OTHERS)
+    return find(tmp_path_factory.mktemp("others"), single | OTHERS)
 
 
 @pytest.fixture(scope="module")
-def compiled_results(tmp_path_factory, pools):
+def compiled_results(tmp_path_factory):
     root = tmp_path_factory.mktemp("compiled")
     names = {name: layout for layout in COMPILED for name in (layout, f"{layout}-compiled")}
     for name, layout in {"one": "one", **names}.items():  # "one" writes the weights
-        pools(LAYOUTS[layout][0]).call("tests.workers.sharded_experts:find", str(root), name, COMPILED_OPTIONS)
+        zygote.call(LAYOUTS[layout][0], "tests.workers.sharded_experts:find", str(root), name, COMPILED_OPTIONS)
     return {name: torch.load(root / f"{name}.pt") for name in names}
 
 
@@ -205,8 +206,8 @@ def test_the_sets_and_the_biases_matter(results):
 
 
 @pytest.fixture(scope="module")
-def balanced(pools):
-    return pools(1).call("tests.workers.balanced_experts:find", "one")
+def balanced():
+    return zygote.call(1, "tests.workers.balanced_experts:find", "one")
 
 
 def test_the_bias_of_an_expert_follows_its_load(balanced):
@@ -231,14 +232,14 @@ def test_the_bias_of_an_expert_follows_its_load(balanced):
 @pytest.mark.parametrize(
     "layout", ["fsdp2-full", pytest.param("ep2", marks=pytest.mark.slow), pytest.param("tp2", marks=pytest.mark.slow)]
 )
-def test_biases_and_loads_are_equal_on_every_layout(pools, balanced, layout):
-    assert pools(2).call("tests.workers.balanced_experts:find", layout) == balanced
+def test_biases_and_loads_are_equal_on_every_layout(balanced, layout):
+    assert zygote.call(2, "tests.workers.balanced_experts:find", layout) == balanced
 
 
-def test_a_checkpoint_holds_the_biases_and_no_coefficient_keeps_them(pools, tmp_path):
-    once, again = pools(1).call("tests.workers.balanced_experts:resume", str(tmp_path))
+def test_a_checkpoint_holds_the_biases_and_no_coefficient_keeps_them(tmp_path):
+    once, again = zygote.call(1, "tests.workers.balanced_experts:resume", str(tmp_path))
     assert once == again
-    before, after = pools(1).call("tests.workers.balanced_experts:keep")
+    before, after = zygote.call(1, "tests.workers.balanced_experts:keep")
     assert before == after and any(before)
 
 

@@ -13,6 +13,7 @@ from memdlm_dist.models.initial_weights import Normal, Uniform
 from memdlm_dist.models.llada import LLaDA, LLaDAArgs
 from memdlm_dist.models.llada_moe import LLaDAMoEArgs
 from memdlm_dist.models.mixture import LLaDAMixture
+from tests.support import zygote
 from tests.workers.sharded_weights import BACKBONES, LAYOUTS
 
 
@@ -22,25 +23,25 @@ def adapters(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def single(pools, adapters):
+def single(adapters):
     worker = "tests.workers.sharded_weights:digests"
-    return {name: pools(1).call(worker, name, [], 7, str(adapters / name)) for name in BACKBONES}
+    return {name: zygote.call(1, worker, name, [], 7, str(adapters / name)) for name in BACKBONES}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_starts_with_the_single_process_weights(pools, single, adapters, layout):
+def test_every_layout_starts_with_the_single_process_weights(single, adapters, layout):
     """Drawn weights, and then an adapter that is read from a PEFT folder."""
     processes, backbone, arguments = LAYOUTS[layout]
-    found = pools(processes).call(
-        "tests.workers.sharded_weights:digests", backbone, arguments, 7, str(adapters / backbone)
+    found = zygote.call(
+        processes, "tests.workers.sharded_weights:digests", backbone, arguments, 7, str(adapters / backbone)
     )
     assert found == single[backbone]
     assert any(name.startswith("loaded") for name in found)
     assert all(found[name.removeprefix("loaded ")] != x for name, x in found.items() if name.startswith("loaded"))
 
 
-def test_parameters_and_seeds_have_numbers_of_their_own(pools, single):
-    other = pools(1).call("tests.workers.sharded_weights:digests", "llada", [], 8)
+def test_parameters_and_seeds_have_numbers_of_their_own(single):
+    other = zygote.call(1, "tests.workers.sharded_weights:digests", "llada", [], 8)
     drawn = {name for name in other if "norm" not in name and "lora_B" not in name}
     assert len(drawn) == 2 + 2 * 2 * 7  # embedding, head; seven linears and their lora_A in each of two layers
     assert len({digests[name] for digests in (other, single["llada"]) for name in drawn}) == 2 * len(drawn)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.support import zygote
 from tests.workers.sharded_step import COMPILATIONS, COMPILED, LAYOUTS, builds, get_layout
 
 # float64: rounding of sums. float32: summation order, 1e-6 measured. bfloat16: 8 bits, although equal products give
@@ -16,18 +17,18 @@ def steps(layouts):
 
 
 @pytest.fixture(scope="module")
-def results(pools):
-    return find(pools, *LAYOUTS)
+def results():
+    return find(*LAYOUTS)
 
 
 @pytest.fixture(scope="module")
-def slow_results(pools):
-    return find(pools, SLOW)
+def slow_results():
+    return find(SLOW)
 
 
-def find(pools, *names):
+def find(*names):
     processes = {name: LAYOUTS[get_layout(name)][0] for name in names}
-    return {name: pools(processes[name]).call("tests.workers.sharded_step:find", name) for name in names}
+    return {name: zygote.call(processes[name], "tests.workers.sharded_step:find", name) for name in names}
 
 
 @pytest.fixture

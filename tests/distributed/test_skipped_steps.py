@@ -2,9 +2,11 @@
 
 import re
 
+from tests.support import zygote
 
-def test_fused_optimizers_skip_before_the_host_knows(pools):
-    ranks = pools(2).call("tests.workers.skipped_steps:find")
+
+def test_fused_optimizers_skip_before_the_host_knows():
+    ranks = zygote.call(2, "tests.workers.skipped_steps:find")
     errors = {result.pop("error") for result in ranks}
     expected = {
         "unknown": 0, "unchanged": True, "known a step later": 1, "changed": True, "steps taken": {3},

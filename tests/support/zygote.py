@@ -2,19 +2,18 @@
 
 Importing torch, torchtitan, streaming and the tokenizers takes seconds; a few steps of a small model take less than one
 second. The pytest session starts one zygote for all pytest-xdist workers. The zygote has a single thread and never uses
-autograd or a process group itself. For each connection to its socket it forks a server, which forks ranks for two kinds
-of requests:
+autograd or a process group itself. For each connection to its socket it forks a server, which forks the ranks of a
+`RunRequest`: they call `function(rank, *arguments)`, which returns an exit status. Functions are named
+"module:function"; arguments are pickled.
 
-    RunRequest   new ranks call `function(rank, *arguments)`, which returns an exit status
-    PoolRequest  ranks initialise a gloo process group once and then answer calls of `function(*arguments)`
-
-Functions are named "module:function"; arguments and results are pickled.
+No rank outlives its request: each gloo group has a thread that wakes up 100 times a second, also when idle.
 """
 
 import contextlib
 import gc
 import importlib
 import os
+import pickle
 import select
 import socket
 import subprocess
@@ -24,7 +23,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +55,6 @@ class RunRequest:
     processes: int
     function: str
     arguments: tuple[Any, ...] = ()
-    environment: dict[str, str] = field(default_factory=dict)
-    folder: str = str(ROOT)
-
-
-@dataclass(frozen=True)
-class PoolRequest:
-    """Request for a pool of ranks; the reply to each call is (all ranks succeeded, rank 0's result or the error)."""
-
-    processes: int
     environment: dict[str, str] = field(default_factory=dict)
     folder: str = str(ROOT)
 
@@ -121,36 +111,16 @@ def run(processes: int, function: str, *arguments: Any, environment: dict[str, s
         return reply
 
 
-class RankPool:
-    """Pool of gloo ranks that stay alive between calls; a failed call ends them, and the next call starts new ranks."""
+def call(processes: int, function: str, *arguments: Any) -> Any:
+    """Call `function(*arguments)` on new ranks of a gloo process group; return rank 0's result.
 
-    def __init__(self, processes: int) -> None:
-        self.processes = processes
-        self._connection: Connection | None = None
-
-    def call(self, function: str, *arguments: Any) -> Any:
-        """Call a function on all ranks; return rank 0's result.
-
-        Raises:
-            AssertionError: with the traceback, if a rank fails.
-        """
-        if self._connection is None:
-            self._connection = connect()
-            self._connection.send(PoolRequest(self.processes, dict(os.environ)))
-        self._connection.send((function, arguments))
-        succeeded = False
-        try:
-            succeeded, result = receive(self._connection)
-        finally:
-            if not succeeded:
-                self.close()
-        assert succeeded, result
-        return result
-
-    def close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+    Raises:
+        AssertionError: with the output, if a rank fails.
+    """
+    with tempfile.NamedTemporaryFile() as file:
+        status, output = run(processes, "tests.support.zygote:answer", file.name, function, arguments)
+        assert status == 0, f"status {status} of {function}{arguments}\n{output[-10000:]}"
+        return pickle.load(file)
 
 
 # Server side: the zygote
@@ -193,10 +163,7 @@ def _answer(connection: Connection) -> None:
             os.environ.clear()
             os.environ.update(request.environment)
             os.chdir(request.folder)
-            if isinstance(request, RunRequest):
-                connection.send(_run(request, connection))
-            else:
-                _serve_pool(request, connection)
+            connection.send(_run(request, connection))
     except BaseException:
         traceback.print_exc()
         status = 1
@@ -228,72 +195,18 @@ def _run(request: RunRequest, connection: Connection) -> tuple[int, str]:
         return status, output.read().decode(errors="replace")
 
 
-def _serve_pool(request: PoolRequest, connection: Connection) -> None:
-    pipes = [Pipe() for _ in range(request.processes)]
-    with tempfile.TemporaryFile() as output:
-
-        def body(rank: int) -> int:
-            connection.close()
-            for number, (ours, theirs) in enumerate(pipes):
-                ours.close()
-                if number != rank:
-                    theirs.close()
-            _print_to(output)
-            _answer_calls(pipes[rank][1])
-            return 0
-
-        children = ranks.start(request.processes, body)
-        for _, theirs in pipes:
-            theirs.close()
-        try:
-            while True:
-                call = connection.recv()
-                for ours, _ in pipes:
-                    ours.send(call)
-                succeeded, result = _collect([ours for ours, _ in pipes])
-                if not succeeded:
-                    output.seek(0)
-                    result = f"{result}\n{output.read().decode(errors='replace')[-10000:]}"
-                connection.send((succeeded, result))
-        finally:
-            for child in children:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(child, 9)
-
-
-def _collect(pipes: list[Connection]) -> tuple[bool, Any]:
-    """Wait for the answers of all ranks or the first failure; return success, and rank 0's result or the error."""
-    waiting, result = dict(zip(pipes, range(len(pipes)), strict=True)), None
-    while waiting:
-        ready, _, _ = select.select(list(waiting), [], [])
-        for pipe in ready:
-            rank = waiting.pop(pipe)
-            try:
-                succeeded, answer = pipe.recv()
-            except (EOFError, ConnectionResetError):
-                succeeded, answer = False, "ended without an answer"
-            if not succeeded:
-                return False, f"rank {rank}: {answer}"
-            if rank == 0:
-                result = answer
-    return True, result
-
-
-def _answer_calls(pipe: Connection) -> None:
-    """Answer calls in one process group until the pipe closes."""
+def answer(rank: int, path: str, function: str, arguments: tuple[Any, ...]) -> int:
+    """Call a function in a gloo process group; rank 0 pickles the result to a file."""
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    with contextlib.suppress(EOFError):
-        while True:
-            function, arguments = pipe.recv()
-            try:
-                pipe.send((True, _function(function)(*arguments)))
-            except BaseException:
-                pipe.send((False, traceback.format_exc()))
-                raise
+    result = _function(function)(*arguments)
+    if rank == 0:
+        Path(path).write_bytes(pickle.dumps(result))
+    dist.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":
