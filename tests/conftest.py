@@ -5,7 +5,6 @@ import gc
 import logging
 import os
 import re
-from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -131,9 +130,9 @@ def no_process_group():
         dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def few_open_files():
-    """Close the shared memory of streaming that a file's tests have left.
+    """Remove the shared memory of streaming that tests have left.
 
     streaming keeps every data set's memory until the process exits, and each new data set opens all earlier ones: the
     number of open files grows with the square of the number of data sets.
@@ -141,7 +140,9 @@ def few_open_files():
     yield
     if len(os.listdir("/proc/self/fd")) < 500:
         return
+    from streaming.base.shared.memory import SharedMemory
+
     for x in gc.get_objects():
         if issubclass(type(x), SharedMemory):  # isinstance would follow a weak proxy, whose object may be gone
             with contextlib.suppress(BufferError):  # still in use
-                x.close()
+                x.cleanup()

@@ -113,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
                           help="number of passages to show with their words (default: 3)")  # fmt: skip
     passages.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the hidden tokens (default: 0)")
     passages.add_argument("--batch-size", type=positive, default=1, metavar="N",
-                          help="number of pairs per forward pass (default: 8)")  # fmt: skip
+                          help="number of pairs per forward pass (default: 1)")  # fmt: skip
     compare, losses = add_command(commands, "compare", _COMPARE), add_command(commands, "losses", _LOSSES)
     for command, folders in ((compare, "folders of its needle results"), (losses, "output folders of its runs")):
         command.usage = (

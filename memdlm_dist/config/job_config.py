@@ -182,6 +182,11 @@ class ParametricMemory:
     rows of a micro-batch. In packed rows: number of consecutive documents of a row that share a set; the last set of a
     row may have fewer."""
 
+    @property
+    def group_size(self) -> int:
+        """Number of consecutive samples that a micro-batch must hold together; 1 without memory."""
+        return self.samples_per_set if self.enable else 1
+
 
 @dataclass
 class Training(TitanTraining):

@@ -31,8 +31,7 @@ def resolve(config: JobConfig, world_size: int, node_size: int | None = None, no
     node_size = node_size or world_size
     _resolve_degrees(parallel, world_size, node_size, nodes or -(-world_size // node_size))
     dp_size = parallel.data_parallel_replicate_degree * parallel.data_parallel_shard_degree
-    memory = config.parametric_memory
-    _resolve_batch_sizes(config.training, dp_size, memory.samples_per_set if memory.enable else 1)
+    _resolve_batch_sizes(config.training, dp_size, config.parametric_memory.group_size)
     return config
 
 

@@ -85,7 +85,7 @@ def check_cards(locations: Sequence[str], run: Requirements) -> RowShape:
             multiple = max(multiple, card.pad_multiple)
             varying.append(location)
     buckets = row_lengths.buckets(run.seq_len, multiple) if multiple else ()
-    return RowShape(max_documents(most), buckets, tuple(varying))
+    return RowShape(_max_documents(most), buckets, tuple(varying))
 
 
 def _check_pad_multiple(location: str, multiple: int, run: Requirements) -> None:
@@ -130,7 +130,7 @@ def group_size(rows: RowShape, samples_per_set: int, name: str, key: str, batch_
     return samples_per_set
 
 
-def max_documents(most_documents: Sequence[int | None]) -> int | None:
+def _max_documents(most_documents: Sequence[int | None]) -> int | None:
     """Return the maximum of several numbers of documents in a row; None (unknown) if any of them is None."""
     known = [number for number in most_documents if number is not None]
     return max(known) if len(known) == len(most_documents) else None

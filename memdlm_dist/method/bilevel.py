@@ -198,21 +198,21 @@ class _Tail:
     context: Any  # of all rows
     inner_context: Any  # of the rows that the inner loop reads
 
-    def outer(self, h_anchor: Tensor, fast: FastWeights | None, readout: Any) -> Any:
+    def outer(self, h_anchor: Tensor, fast: FastWeights | None, readout: Any) -> Tensor:
         """Return the readout's result on the anchor's scored tokens, in the outer pass."""
         return self._pass(h_anchor, self.batch.anchor, fast, readout, self.context, outer=True)
 
-    def before(self, h_anchor: Tensor, fast: FastWeights, readout: Any) -> Any:
+    def before(self, h_anchor: Tensor, fast: FastWeights, readout: Any) -> Tensor:
         """Return the readout's result on the anchor's scored tokens, in an additional pass before the inner loop."""
         return self._pass(h_anchor, self.batch.anchor, fast, readout, self.context)
 
-    def inner(self, hidden: Tensor, scored: Scored, fast: FastWeights, readout: Any) -> Any:
+    def inner(self, hidden: Tensor, scored: Scored, fast: FastWeights, readout: Any) -> Tensor:
         """Return the readout's result on the scored tokens of a state, in the inner loop."""
         return self._pass(hidden, scored, fast, readout, self.inner_context)
 
     def _pass(
         self, hidden: Tensor, scored: Scored, fast: FastWeights | None, readout: Any, context: Any, outer: bool = False
-    ) -> Any:
+    ) -> Tensor:
         index_M = scored.index_SM[self.tp_rank]
         return self.model.tail(hidden, self.memory.first_layer, index_M, fast, readout, context, outer=outer)
 

@@ -24,7 +24,6 @@ from memdlm_dist.models.llada import LLaDA
 from memdlm_dist.models.parallelize import convert, parallelize
 from memdlm_dist.training.backbone import get_recipe, get_shard_requirements
 from memdlm_dist.training.metrics import MemDLMMetrics
-from memdlm_dist.training.objective import get_samples_per_set
 from memdlm_dist.training.validator import HeldOutValidator
 
 
@@ -54,7 +53,7 @@ def _build_dataloader(
     *, dp_world_size: int, dp_rank: int, tokenizer: DiffusionTokenizer, job_config: JobConfig
 ) -> EpochLoader:
     del dp_rank  # mosaicml-streaming reads the rank from the environment
-    training, memory = job_config.training, job_config.parametric_memory
+    training = job_config.training
     workers = training.dataloader
     loader = training_loader(
         job_config.data,
@@ -63,7 +62,7 @@ def _build_dataloader(
         global_batch_size=training.global_batch_size,
         dp_size=dp_world_size,
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
-        samples_per_set=(get_samples_per_set(memory) or 1) if memory.enable else 1,
+        samples_per_set=job_config.parametric_memory.group_size,
         num_workers=workers.num_workers,
         persistent_workers=workers.persistent_workers,
         prefetch_factor=workers.prefetch_factor,

@@ -27,7 +27,7 @@ from memdlm_dist.training import validation_history
 from memdlm_dist.training.backbone import get_shard_requirements
 from memdlm_dist.training.memory_dependence import MemoryDependence
 from memdlm_dist.training.metrics import MemDLMMetrics
-from memdlm_dist.training.objective import build_objective, get_samples_per_set
+from memdlm_dist.training.objective import build_objective
 from memdlm_dist.training.validation_history import LOSSES
 
 logger = logging.getLogger()
@@ -73,11 +73,14 @@ class HeldOutValidator:
         data, training = job_config.data, job_config.training
         self.rows = check_cards(data.validation, get_shard_requirements(job_config, tokenizer.mask_id))
         self.batch_size = job_config.validation.local_batch_size or training.local_batch_size
-        memory = job_config.parametric_memory
-        samples_per_set = (get_samples_per_set(memory) or 1) if memory.enable else 1
+        # Called for its check: held-out rows are read in order, so a whole batch holds whole groups.
         group_size(
-            self.rows, samples_per_set, "data.validation", "validation.local_batch_size", self.batch_size
-        )  # checks the batch size
+            self.rows,
+            job_config.parametric_memory.group_size,
+            "data.validation",
+            "validation.local_batch_size",
+            self.batch_size,
+        )
         self._dataset = open_dataset(
             data,
             data.validation,

@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing import connection
+from typing import Any
 
 from memdlm_dist.runtime.preemption import EXIT_STATUS as PREEMPTED
 from memdlm_dist.runtime.single_process import free_port
@@ -17,16 +18,23 @@ def fork(world_size: int, body: Callable[[int], int]) -> int:
     return wait(start(world_size, body))
 
 
-def fork_group(world_size: int, body: Callable[[], None]) -> int:
-    """Run `body()` in forked ranks of one gloo process group; return the exit status, as `fork` does."""
+def in_group(body: Callable[[], Any]) -> Any:
+    """Return `body()`, called in the gloo process group of this rank's environment."""
     import torch  # not at the top: the zygote's clients need no torch
     import torch.distributed as dist
 
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    result = body()
+    dist.destroy_process_group()
+    return result
+
+
+def fork_group(world_size: int, body: Callable[[], None]) -> int:
+    """Run `body()` in forked ranks of one gloo process group; return the exit status, as `fork` does."""
+
     def rank(_: int) -> int:
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo")
-        body()
-        dist.destroy_process_group()
+        in_group(body)
         return 0
 
     return fork(world_size, rank)

@@ -197,15 +197,9 @@ def _run(request: RunRequest, connection: Connection) -> tuple[int, str]:
 
 def answer(rank: int, path: str, function: str, arguments: tuple[Any, ...]) -> int:
     """Call a function in a gloo process group; rank 0 pickles the result to a file."""
-    import torch
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    result = _function(function)(*arguments)
+    result = ranks.in_group(lambda: _function(function)(*arguments))
     if rank == 0:
         Path(path).write_bytes(pickle.dumps(result))
-    dist.destroy_process_group()
     return 0
 
 

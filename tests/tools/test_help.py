@@ -63,6 +63,8 @@ def test_help_has_purpose_examples_and_groups(name):
                 assert all(choice.help for choice in action._choices_actions), where
                 continue
             text = action.help or ""
+            stated = re.search(r"\(default: ([\d.]+)\)", text)
+            assert not stated or action.default in (None, float(stated[1])), f"{where} {action.dest}: {text}"
             assert len(text) > 10 and not text.startswith(("of ", "default", "what ", "how ")), f"{where} {action.dest}"
 
 
