@@ -5,6 +5,7 @@ import gc
 import logging
 import os
 import re
+import sys
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -130,19 +131,18 @@ def no_process_group():
         dist.destroy_process_group()
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def few_open_files():
-    """Remove the shared memory of streaming that tests have left.
+    """Remove the shared memory of streaming that a file's tests have left.
 
     streaming keeps every data set's memory until the process exits, and each new data set opens all earlier ones: the
-    number of open files grows with the square of the number of data sets.
+    number of open files grows with the square of the number of data sets. The memory of a fixture must last as long as
+    the file's tests.
     """
     yield
-    if len(os.listdir("/proc/self/fd")) < 500:
+    if (memory := sys.modules.get("streaming.base.shared.memory")) is None:
         return
-    from streaming.base.shared.memory import SharedMemory
-
     for x in gc.get_objects():
-        if issubclass(type(x), SharedMemory):  # isinstance would follow a weak proxy, whose object may be gone
+        if issubclass(type(x), memory.SharedMemory):  # isinstance would follow a weak proxy, whose object may be gone
             with contextlib.suppress(BufferError):  # still in use
                 x.cleanup()

@@ -2,23 +2,19 @@
 
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
-from joblib.externals.loky import reusable_executor
-from joblib.externals.loky.backend import context
 
-from memdlm_dist.data.preparation import prepare, progress
+from memdlm_dist.data.preparation import prepare
 from memdlm_dist.data.preparation.unit_worker import prepare_unit
-from memdlm_dist.data.preparation.work_folder import FOLDER, WorkFolder
-from memdlm_dist.data.shards import ShardWriter
+from memdlm_dist.data.preparation.work_folder import FOLDER
+from tests.support import zygote
 from tests.support.launching import _descendants
 from tests.unit.test_parallel_preparation import DONE, TOKENIZER, digests, documents, folders
 from tests.unit.test_preparation import jsonl
@@ -28,19 +24,8 @@ PATIENCE = 60.0  # seconds, on a busy machine
 
 
 @pytest.fixture(autouse=True)
-def forking(root, monkeypatch):
-    """Fork the workers from this process, which has imported everything: a new process takes seconds to do so."""
+def in_root(root, monkeypatch):
     monkeypatch.chdir(root)
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    previous = context.get_start_method()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        context.set_start_method("fork", force=True)
-        yield
-        if reusable_executor._executor is not None:
-            reusable_executor._executor.shutdown(kill_workers=True)
-            reusable_executor._executor = None  # not inherited by the processes of the next test
-    context.set_start_method(previous, force=True)
 
 
 @pytest.fixture(scope="module")
@@ -65,28 +50,28 @@ def n_records(output):
     return len(list(output.glob(f"{FOLDER}/*/*-*.json")))
 
 
-# Work on a unit that goes wrong; workers find these functions by name.
+class Command:
+    """Running command in a process of the zygote; see tests/workers/preparing.py."""
+
+    def __init__(self, folder, argv, setup=None, limit=None):
+        mark = folder / "process"
+        mark.unlink(missing_ok=True)
+        self._connection = zygote.connect()
+        call = "tests.workers.preparing:prepare_rank", (argv, str(mark), setup, limit)
+        self._connection.send(zygote.RunRequest(1, *call, {**os.environ, "TOKENIZERS_PARALLELISM": "false"}))
+        wait(mark.exists)
+        self.process = int(mark.read_text())
+
+    def end(self) -> tuple[int, str]:
+        """Wait for the end; return the exit status and the output."""
+        with self._connection:
+            return zygote.receive(self._connection)
 
 
-def dying_unit(job):
-    """Kill this worker after the shards of a unit, before its record, as often as the file `deaths/UNIT` says."""
-    mark = Path(str(job.config.output)).with_name("deaths") / str(job.unit.number)
-    if mark.exists() and (left := int(mark.read_text())):
-        mark.write_text(str(left - 1))
-        WorkFolder.write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-    return prepare_unit(job)
-
-
-def slow_unit(job):
-    time.sleep(0.4)
-    return prepare_unit(job)
-
-
-def endless_unit(job):
-    if job.unit.number > 1:
-        job.begin()
-        time.sleep(600)
-    return prepare_unit(job)
+def run(folder, argv, setup=None, limit=None) -> tuple[int, list[str]]:
+    """Run the command; return the exit status and the lines that it printed."""
+    status, said = Command(folder, argv, setup, limit).end()
+    return status, said.splitlines()
 
 
 def deaths(tmp_path, unit, count):
@@ -97,65 +82,35 @@ def deaths(tmp_path, unit, count):
 # A worker ends.
 
 
-def test_a_killed_worker_s_unit_is_done_again(tmp_path, expected, monkeypatch, capfd):
+def test_a_killed_worker_s_unit_is_done_again(tmp_path, expected):
     rows, whole = expected
     deaths(tmp_path, 3, 2)
-    monkeypatch.setattr(prepare, "prepare_unit", dying_unit)
-    assert prepare_data.main(arguments(rows, tmp_path / "out")) == 0
-    said = capfd.readouterr().err.splitlines()
+    status, said = run(tmp_path, arguments(rows, tmp_path / "out"), "dying_workers")
+    assert status == 0, said
     # On a busy machine a forked worker may also end before it begins.
     assert len([s for s in said if re.search(r"^A worker process ended unex.* \(in progress: .*\b3\b", s)]) == 2, said
     assert (tmp_path / "deaths/3").read_text() == "0"
     assert digests(tmp_path / "out") == whole and folders(tmp_path / "out") == DONE
 
 
-def test_a_unit_that_always_kills_its_worker_is_named(tmp_path, expected, monkeypatch, capfd):
+def test_a_unit_that_always_kills_its_worker_is_named(tmp_path, expected):
     rows, whole = expected
     deaths(tmp_path, 4, 99)
-    monkeypatch.setattr(prepare, "prepare_unit", dying_unit)
-    assert prepare_data.main(arguments(rows, tmp_path / "out")) == 2
-    (*_, sentence) = capfd.readouterr().err.splitlines()
-    assert f"Unit 4 ({rows}) was interrupted 3 times because a worker process ended" in sentence
+    status, (*_, sentence) = run(tmp_path, arguments(rows, tmp_path / "out"), "dying_workers")
+    assert status == 2 and f"Unit 4 ({rows}) was interrupted 3 times because a worker process ended" in sentence
     assert (tmp_path / "deaths/4").read_text() == "96" and "Traceback" not in sentence
     assert n_records(tmp_path / "out") >= 4, "finished units are kept"
     (tmp_path / "deaths/4").unlink()
-    assert prepare_data.main(arguments(rows, tmp_path / "out")) == 0
+    assert run(tmp_path, arguments(rows, tmp_path / "out"))[0] == 0
     assert digests(tmp_path / "out") == whole and folders(tmp_path / "out") == DONE
 
 
-def never_begun(job):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_workers_that_never_begin(tmp_path, expected, monkeypatch, capfd):
-    monkeypatch.setattr(prepare, "prepare_unit", never_begun)
-    assert prepare_data.main(arguments(expected[0], tmp_path / "out")) == 2
-    assert "Worker processes end before they begin with a unit (" in capfd.readouterr().err.splitlines()[-1]
+def test_workers_that_never_begin(tmp_path, expected):
+    status, said = run(tmp_path, arguments(expected[0], tmp_path / "out"), "workers_that_never_begin")
+    assert status == 2 and "Worker processes end before they begin with a unit (" in said[-1]
 
 
 # The command ends.
-
-
-def begin(log, function, argv, limit=None):
-    """Run the command in a forked process and a session of its own; return its process id."""
-    if child := os.fork():
-        return child
-    status = 1
-    try:
-        os.setsid()
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        for stream in (1, 2):
-            os.dup2(descriptor, stream)
-        sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if limit is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        prepare.prepare_unit = function
-        status = prepare_data.main(argv)
-    except SystemExit as end:
-        status = end.code
-    finally:
-        os._exit(status)
 
 
 def wait(condition):
@@ -164,10 +119,6 @@ def wait(condition):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     return found
-
-
-def end_of(process):
-    return os.waitstatus_to_exitcode(wait(lambda: os.waitpid(process, os.WNOHANG) if process else None)[1])
 
 
 def are_gone(processes):
@@ -186,26 +137,26 @@ def test_a_killed_command_goes_on(tmp_path, expected):
     rows, whole = expected
     output, generator = tmp_path / "out", np.random.default_rng(int(time.time()))
     for records in (1, 4):
-        command = begin(tmp_path / "log", slow_unit, arguments(rows, output))
+        command = Command(tmp_path, arguments(rows, output), "slow_workers")
         wait(lambda records=records: n_records(output) >= records)
         time.sleep(generator.uniform(0, 0.3))
-        workers = _descendants(command)
+        workers = _descendants(command.process)
         assert len(workers) >= 2 or records > 1  # a busy machine may notice the fourth record when all units are done
-        os.kill(command, signal.SIGKILL)
-        os.waitpid(command, 0)
+        os.kill(command.process, signal.SIGKILL)
+        assert command.end()[0] == -signal.SIGKILL
         wait(lambda workers=workers: are_gone(workers))
-    assert prepare_data.main(arguments(rows, output)) == 0
+    assert run(tmp_path, arguments(rows, output))[0] == 0
     assert digests(output) == whole and folders(output) == DONE
 
 
 def test_workers_end_with_their_command_in_the_middle_of_a_unit(tmp_path, expected):
     output = tmp_path / "out"
-    command = begin(tmp_path / "log", endless_unit, arguments(expected[0], output))
+    command = Command(tmp_path, arguments(expected[0], output), "endless_workers")
     wait(lambda: n_records(output) == 2)
     time.sleep(0.2)
-    workers, began = _descendants(command), time.monotonic()
-    os.kill(command, signal.SIGKILL)
-    os.waitpid(command, 0)
+    workers, began = _descendants(command.process), time.monotonic()
+    os.kill(command.process, signal.SIGKILL)
+    assert command.end()[0] == -signal.SIGKILL
     wait(lambda: are_gone(workers))
     assert time.monotonic() - began < 5 and n_records(output) == 2
 
@@ -214,19 +165,18 @@ def test_workers_end_with_their_command_in_the_middle_of_a_unit(tmp_path, expect
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_command_that_is_asked_to_end(tmp_path, expected, number, status, whole_session):
     rows, whole = expected
-    output, log = tmp_path / "out", tmp_path / "log"
-    command = begin(log, slow_unit, arguments(rows, output))
+    output = tmp_path / "out"
+    command = Command(tmp_path, arguments(rows, output), "slow_workers")
     wait(lambda: n_records(output) >= 2)
-    workers = _descendants(command)
-    (os.killpg if whole_session else os.kill)(command, number)
-    _, ended = os.waitpid(command, 0)
-    said = log.read_text()
-    assert os.waitstatus_to_exitcode(ended) == status, said
+    workers = _descendants(command.process)
+    (os.killpg if whole_session else os.kill)(command.process, number)
+    ended, said = command.end()
+    assert ended == status, said
     wait(lambda: are_gone(workers))
     records = n_records(output)
     assert "Traceback" not in said and (number == signal.SIGINT or "Received SIGTERM: finished units are kept" in said)
     assert 2 <= records < 10 and not (output / "train").exists()
-    assert prepare_data.main(arguments(rows, output)) == 0
+    assert run(tmp_path, arguments(rows, output))[0] == 0
     assert digests(output) == whole and folders(output) == DONE
 
 
@@ -256,15 +206,14 @@ def test_a_command_in_processes_of_its_own(tmp_path, number, status):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_full_disk_is_one_sentence(tmp_path, expected, workers):
     rows, whole = expected
-    output, log = tmp_path / "out", tmp_path / "log"
+    output = tmp_path / "out"
     assert prepare_data.main([*arguments(rows, output, 1), "--partition", "0/2"]) == 0
     largest = max(path.stat().st_size for path in output.rglob("*.mds"))
-    status = os.waitpid(begin(log, prepare_unit, arguments(rows, output, workers), limit=largest // 2), 0)[1]
-    (sentence,) = log.read_text().splitlines()
-    assert os.waitstatus_to_exitcode(status) == 2
+    status, (sentence,) = run(tmp_path, arguments(rows, output, workers), limit=largest // 2)
+    assert status == 2
     assert re.search(r"cannot be written to \(.*File too large.*\); (free space|check the folder)", sentence), sentence
     assert n_records(output) >= 4
-    assert prepare_data.main(arguments(rows, output, workers)) == 0
+    assert run(tmp_path, arguments(rows, output, workers))[0] == 0
     assert digests(output) == whole and folders(output) == DONE
 
 
@@ -294,22 +243,18 @@ def test_an_input_that_changes_between_units_is_one_sentence(tmp_path, expected,
 # Progress.
 
 
-def test_progress_is_a_line_of_a_log(tmp_path, expected, monkeypatch, capfd):
-    monkeypatch.setattr(progress, "_LINE", 0.02)
-    monkeypatch.setattr(progress, "_REFRESH", 0.01)
-    monkeypatch.setattr(prepare, "prepare_unit", slow_unit)
+def test_progress_is_a_line_of_a_log(tmp_path, expected):
     bad = jsonl(tmp_path / "bad.jsonl", ["bad", "bad"])
     argv = arguments(expected[0], tmp_path / "out")
-    assert prepare_data.main([argv[0], bad, *argv[1:]]) == 0
-    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("Tokenising: ")]
-    assert all(
+    status, said = run(tmp_path, [argv[0], bad, *argv[1:]], "frequent_progress")
+    lines = [line for line in said if line.startswith("Tokenising: ")]
+    assert status == 0 and all(
         re.fullmatch(r"Tokenising: 0 of 0 MB, 0\.\d MB/s, (\d:\d\d:\d\d left|no .*), \d bad rows", x) for x in lines
     )
     assert len(lines) > 5 and lines[0].endswith("0 bad rows") and lines[-1].endswith("2 bad rows")
 
 
-def test_rows_that_a_worker_cannot_write_do_not_end_it(tmp_path, expected, monkeypatch, capfd):
-    monkeypatch.setattr(ShardWriter, "write", lambda *_: 1 / 0)  # a mistake of this program
-    with pytest.raises(ZeroDivisionError):
-        prepare_data.main(arguments(expected[0], tmp_path / "out"))
+def test_rows_that_a_worker_cannot_write_do_not_end_it(tmp_path, expected):
+    status, said = run(tmp_path, arguments(expected[0], tmp_path / "out"), "mistaken_workers")
+    assert status == 1 and said[-1] == "ZeroDivisionError: division by zero"
     assert not (tmp_path / "out/train").exists()

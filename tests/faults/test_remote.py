@@ -26,14 +26,15 @@ COMMON = [
 IMPATIENT = {"do": "impatient"}
 
 
-def shut_when_marked(store, marks: dict[Path, float]) -> threading.Thread:
-    """Shut the store when a run creates a mark file, for that mark's number of seconds."""
+def shut_when_marked(store, marks: dict[Path, float | None]) -> threading.Thread:
+    """Shut the store when a run creates a mark file, for that mark's number of seconds (None: until it is opened)."""
 
     def watch() -> None:
         remaining = dict(marks)
         while remaining:
             for mark in [mark for mark in remaining if mark.exists()]:
-                store.shut_for(remaining.pop(mark))
+                seconds = remaining.pop(mark)
+                store.proxy.shut() if seconds is None else store.shut_for(seconds)
             time.sleep(0.01)
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -91,7 +92,7 @@ def runs(live, tmp_path_factory):
                 1, arguments("still-gone", "8"), environment | {"status": 2, "faults": [IMPATIENT]},
             ),
         }  # fmt: skip
-        shut_when_marked(store, {root / "shut-1": 1.5, root / "shut-2": 3600})
+        shut_when_marked(store, {root / "shut-1": 1.5, root / "shut-2": None})
         outputs = dict(zip(entries, run_many(entries.values()), strict=True))
         store.proxy.open()
         bucket.invalidate_cache()

@@ -72,7 +72,9 @@ class ObjectStore:
     def shut_for(self, seconds: float) -> None:
         """Simulate an outage of some seconds."""
         self.proxy.shut()
-        threading.Timer(seconds, self.proxy.open).start()
+        timer = threading.Timer(seconds, self.proxy.open)
+        timer.daemon = True
+        timer.start()
 
 
 @contextlib.contextmanager

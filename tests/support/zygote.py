@@ -37,7 +37,7 @@ IMPORTS = (
     "memdlm_dist.train", "memdlm_dist.inference.trained_model", "memdlm_dist.evaluation.exposure",
     "memdlm_dist.performance.bench_steps", "tests.workers.run_many", "tests.workers.reading",
     "tests.workers.sharded_step", "tests.workers.sharded_experts", "tests.workers.sharded_context",
-    "tests.workers.saving", "tests.workers.soak",
+    "tests.workers.saving", "tests.workers.soak", "tests.workers.preparing",
     # Modules that are otherwise imported at first use.
     "s3fs", "torchao.quantization", "torch._dynamo.backends.distributed", "torch._dynamo.backends.inductor",
     "torch._dynamo.backends.cudagraphs",
