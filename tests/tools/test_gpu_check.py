@@ -3,11 +3,13 @@
 import importlib.util
 import io
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,11 +58,20 @@ def runs_still(pid: int) -> bool:
 
 
 @pytest.fixture
+def limit():
+    """Return a time limit in seconds that starts of Python stay below, also on a busy machine."""
+    began = time.monotonic()
+    for _ in range(3):
+        subprocess.run([sys.executable, "-c", "pass"], check=True)
+    return float(math.ceil(3 + 5 * (time.monotonic() - began)))
+
+
+@pytest.fixture
 def short_grace(monkeypatch):
     monkeypatch.setattr(processes, "GRACE", 0.3)
 
 
-def test_the_flow_survives_its_sections(tmp_path, capsys, short_grace):
+def test_the_flow_survives_its_sections(tmp_path, capsys, short_grace, limit):
     # The grandchild starts a session, as torchrun's workers do, and ignores the interrupt.
     grandchild = (
         "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
@@ -77,13 +88,13 @@ def test_the_flow_survives_its_sections(tmp_path, capsys, short_grace):
         command("device", "print(1)", needs_device=True),
         command("good", "print('all well')"),
     ]
-    assert run(tmp_path, sections, limit=8.0) == 1
+    assert run(tmp_path, sections, limit=limit) == 1
     assert not runs_still(int((tmp_path / "pid").read_text()))
     status = {section.name: kept(tmp_path, section.name)["status"] for section in sections}
     assert status == {"fails": "failed", "hangs": "timed out", "odd": "failed", "device": "skipped", "good": "ok"}
     assert kept(tmp_path, "fails")["reason"].endswith(" ended with status 3: error: The disk is full.")
     assert "bye" in (tmp_path / "logs/fails.log").read_text()
-    assert kept(tmp_path, "hangs")["reason"] == "ended at 8 s, its limit"
+    assert kept(tmp_path, "hangs")["reason"] == f"ended at {limit:.0f} s, its limit"
     assert "KeyError" in kept(tmp_path, "odd")["reason"] and "KeyError" in (tmp_path / "logs/odd.log").read_text()
     report = (tmp_path / "report.md").read_text()
     for cell in ("error: The disk is full.", "needs an accelerator", "all well", "Debug sizes", "its limit"):
@@ -91,16 +102,16 @@ def test_the_flow_survives_its_sections(tmp_path, capsys, short_grace):
     out = capsys.readouterr().out
     assert (
         re.search(r"^\[5/5\] good: ok after \d+ s: all well$", out, re.MULTILINE)
-        and "[2/5] hangs (at most 8 s) ..." in out
+        and f"[2/5] hangs (at most {limit:.0f} s) ..." in out
     )
     assert out.splitlines()[-1] == f"Report: {tmp_path / 'report.md'}"
 
 
-def test_the_budget_cuts_and_skips(tmp_path, short_grace):
+def test_the_budget_cuts_and_skips(tmp_path, short_grace, limit):
     sections = [
         command("first", "print(1)"), command("second", "import time; time.sleep(60)"), command("third", "print(3)"),
     ]  # fmt: skip
-    assert run(tmp_path, sections, budget=6.0) == 0, "a section that the budget cuts has not failed"
+    assert run(tmp_path, sections, budget=limit) == 0, "a section that the budget cuts has not failed"
     assert kept(tmp_path, "first")["status"] == "ok"
     assert kept(tmp_path, "second")["status"] == "skipped"
     assert kept(tmp_path, "second")["reason"].startswith("cut by the budget")
