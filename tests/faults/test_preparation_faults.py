@@ -18,6 +18,7 @@ from tests.support import zygote
 from tests.support.launching import _descendants
 from tests.unit.test_parallel_preparation import DONE, TOKENIZER, digests, documents, folders
 from tests.unit.test_preparation import jsonl
+from tests.workers.preparing import dying_unit, endless_unit, frequent_progress, mistaken_writer, never_begun, slow_unit
 from tools import prepare_data
 
 PATIENCE = 60.0  # seconds, on a busy machine
@@ -53,13 +54,13 @@ def n_records(output):
 class Command:
     """Running command in a process of the zygote; see tests/workers/preparing.py."""
 
-    def __init__(self, folder, argv, setup=None, limit=None):
+    def __init__(self, folder, argv, unit=prepare_unit, change=None, limit=None):
         mark = folder / "process"
         mark.unlink(missing_ok=True)
         self._connection = zygote.connect()
-        call = "tests.workers.preparing:prepare_rank", (argv, str(mark), setup, limit)
+        call = "tests.workers.preparing:prepare_rank", (argv, mark, unit, change, limit)
         self._connection.send(zygote.RunRequest(1, *call, {**os.environ, "TOKENIZERS_PARALLELISM": "false"}))
-        wait(mark.exists)
+        wait(mark.exists, zygote.TIMEOUT)  # the zygote may still be starting
         self.process = int(mark.read_text())
 
     def end(self) -> tuple[int, str]:
@@ -68,9 +69,9 @@ class Command:
             return zygote.receive(self._connection)
 
 
-def run(folder, argv, setup=None, limit=None) -> tuple[int, list[str]]:
+def run(folder, argv, unit=prepare_unit, change=None, limit=None) -> tuple[int, list[str]]:
     """Run the command; return the exit status and the lines that it printed."""
-    status, said = Command(folder, argv, setup, limit).end()
+    status, said = Command(folder, argv, unit, change, limit).end()
     return status, said.splitlines()
 
 
@@ -85,7 +86,7 @@ def deaths(tmp_path, unit, count):
 def test_a_killed_worker_s_unit_is_done_again(tmp_path, expected):
     rows, whole = expected
     deaths(tmp_path, 3, 2)
-    status, said = run(tmp_path, arguments(rows, tmp_path / "out"), "dying_workers")
+    status, said = run(tmp_path, arguments(rows, tmp_path / "out"), dying_unit)
     assert status == 0, said
     # On a busy machine a forked worker may also end before it begins.
     assert len([s for s in said if re.search(r"^A worker process ended unex.* \(in progress: .*\b3\b", s)]) == 2, said
@@ -96,7 +97,7 @@ def test_a_killed_worker_s_unit_is_done_again(tmp_path, expected):
 def test_a_unit_that_always_kills_its_worker_is_named(tmp_path, expected):
     rows, whole = expected
     deaths(tmp_path, 4, 99)
-    status, (*_, sentence) = run(tmp_path, arguments(rows, tmp_path / "out"), "dying_workers")
+    status, (*_, sentence) = run(tmp_path, arguments(rows, tmp_path / "out"), dying_unit)
     assert status == 2 and f"Unit 4 ({rows}) was interrupted 3 times because a worker process ended" in sentence
     assert (tmp_path / "deaths/4").read_text() == "96" and "Traceback" not in sentence
     assert n_records(tmp_path / "out") >= 4, "finished units are kept"
@@ -106,15 +107,15 @@ def test_a_unit_that_always_kills_its_worker_is_named(tmp_path, expected):
 
 
 def test_workers_that_never_begin(tmp_path, expected):
-    status, said = run(tmp_path, arguments(expected[0], tmp_path / "out"), "workers_that_never_begin")
+    status, said = run(tmp_path, arguments(expected[0], tmp_path / "out"), never_begun)
     assert status == 2 and "Worker processes end before they begin with a unit (" in said[-1]
 
 
 # The command ends.
 
 
-def wait(condition):
-    deadline = time.monotonic() + PATIENCE
+def wait(condition, patience=PATIENCE):
+    deadline = time.monotonic() + patience
     while not (found := condition()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -137,7 +138,7 @@ def test_a_killed_command_goes_on(tmp_path, expected):
     rows, whole = expected
     output, generator = tmp_path / "out", np.random.default_rng(int(time.time()))
     for records in (1, 4):
-        command = Command(tmp_path, arguments(rows, output), "slow_workers")
+        command = Command(tmp_path, arguments(rows, output), slow_unit)
         wait(lambda records=records: n_records(output) >= records)
         time.sleep(generator.uniform(0, 0.3))
         workers = _descendants(command.process)
@@ -151,7 +152,7 @@ def test_a_killed_command_goes_on(tmp_path, expected):
 
 def test_workers_end_with_their_command_in_the_middle_of_a_unit(tmp_path, expected):
     output = tmp_path / "out"
-    command = Command(tmp_path, arguments(expected[0], output), "endless_workers")
+    command = Command(tmp_path, arguments(expected[0], output), endless_unit)
     wait(lambda: n_records(output) == 2)
     time.sleep(0.2)
     workers, began = _descendants(command.process), time.monotonic()
@@ -166,7 +167,7 @@ def test_workers_end_with_their_command_in_the_middle_of_a_unit(tmp_path, expect
 def test_a_command_that_is_asked_to_end(tmp_path, expected, number, status, whole_session):
     rows, whole = expected
     output = tmp_path / "out"
-    command = Command(tmp_path, arguments(rows, output), "slow_workers")
+    command = Command(tmp_path, arguments(rows, output), slow_unit)
     wait(lambda: n_records(output) >= 2)
     workers = _descendants(command.process)
     (os.killpg if whole_session else os.kill)(command.process, number)
@@ -246,7 +247,7 @@ def test_an_input_that_changes_between_units_is_one_sentence(tmp_path, expected,
 def test_progress_is_a_line_of_a_log(tmp_path, expected):
     bad = jsonl(tmp_path / "bad.jsonl", ["bad", "bad"])
     argv = arguments(expected[0], tmp_path / "out")
-    status, said = run(tmp_path, [argv[0], bad, *argv[1:]], "frequent_progress")
+    status, said = run(tmp_path, [argv[0], bad, *argv[1:]], slow_unit, frequent_progress)
     lines = [line for line in said if line.startswith("Tokenising: ")]
     assert status == 0 and all(
         re.fullmatch(r"Tokenising: 0 of 0 MB, 0\.\d MB/s, (\d:\d\d:\d\d left|no .*), \d bad rows", x) for x in lines
@@ -255,6 +256,6 @@ def test_progress_is_a_line_of_a_log(tmp_path, expected):
 
 
 def test_rows_that_a_worker_cannot_write_do_not_end_it(tmp_path, expected):
-    status, said = run(tmp_path, arguments(expected[0], tmp_path / "out"), "mistaken_workers")
+    status, said = run(tmp_path, arguments(expected[0], tmp_path / "out"), change=mistaken_writer)
     assert status == 1 and said[-1] == "ZeroDivisionError: division by zero"
     assert not (tmp_path / "out/train").exists()

@@ -4,13 +4,14 @@ Its workers are forked from that process, which has imported everything and has 
 runs tests another thread could hold a lock at the moment of the fork, and the worker would wait for it forever.
 """
 
-import importlib
 import os
 import resource
 import signal
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from joblib.externals.loky.backend import context
 
@@ -19,19 +20,28 @@ from memdlm_dist.runtime import cpu
 cpu.prepare()
 
 from memdlm_dist.data.preparation import prepare, progress
+from memdlm_dist.data.preparation.jobs import Job
 from memdlm_dist.data.preparation.unit_worker import prepare_unit
 from memdlm_dist.data.preparation.work_folder import WorkFolder
 from memdlm_dist.data.shards import ShardWriter
 from tools import prepare_data
 
 
-def prepare_rank(rank: int, argv: list[str], mark: str, setup: str | None, limit: int | None) -> int:
+def prepare_rank(
+    rank: int,
+    argv: list[str],
+    mark: Path,
+    unit: Callable[[Job], Any],
+    change: Callable[[], object] | None,
+    limit: int | None,
+) -> int:
     """Run the command in a session of its own.
 
     Args:
         argv: arguments of the command.
         mark: file that gets the process id.
-        setup: name of a function of this module, which is called first.
+        unit: work on a unit, in place of `prepare_unit`.
+        change: function that is called first.
         limit: size of the largest file that can be written, in bytes.
     """
     del rank
@@ -39,50 +49,24 @@ def prepare_rank(rank: int, argv: list[str], mark: str, setup: str | None, limit
     signal.signal(signal.SIGINT, signal.default_int_handler)
     warnings.filterwarnings("ignore", "`fork` start method should not be used")
     context.set_start_method("fork", force=True)  # a new process takes seconds to import everything
-    if setup is not None:
-        getattr(importlib.import_module(__name__), setup)()
+    prepare.prepare_unit = unit
+    if change is not None:
+        change()
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    Path(mark).with_suffix(".new").write_text(str(os.getpid()))
-    Path(mark).with_suffix(".new").rename(mark)
+    unfinished = mark.with_suffix(".new")
+    unfinished.write_text(str(os.getpid()))
+    unfinished.rename(mark)
     try:
         return prepare_data.main(argv)
     except SystemExit as end:  # after a signal
         return end.code
 
 
-# Functions that set the command up.
-
-
-def dying_workers() -> None:
-    prepare.prepare_unit = _dying_unit
-
-
-def workers_that_never_begin() -> None:
-    prepare.prepare_unit = _never_begun
-
-
-def slow_workers() -> None:
-    prepare.prepare_unit = _slow_unit
-
-
-def endless_workers() -> None:
-    prepare.prepare_unit = _endless_unit
-
-
-def frequent_progress() -> None:
-    progress._LINE, progress._REFRESH = 0.02, 0.01
-    prepare.prepare_unit = _slow_unit
-
-
-def mistaken_workers() -> None:
-    ShardWriter.write = lambda *_: 1 / 0
-
-
 # Work on a unit that goes wrong; workers find these functions by name.
 
 
-def _dying_unit(job):
+def dying_unit(job):
     """Kill this worker after the shards of a unit, before its record, as often as the file `deaths/UNIT` says."""
     mark = Path(str(job.config.output)).with_name("deaths") / str(job.unit.number)
     if mark.exists() and (left := int(mark.read_text())):
@@ -91,17 +75,28 @@ def _dying_unit(job):
     return prepare_unit(job)
 
 
-def _never_begun(job):
+def never_begun(job):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _slow_unit(job):
+def slow_unit(job):
     time.sleep(0.4)
     return prepare_unit(job)
 
 
-def _endless_unit(job):
+def endless_unit(job):
     if job.unit.number > 1:
         job.begin()
         time.sleep(600)
     return prepare_unit(job)
+
+
+# Changes of the whole command.
+
+
+def frequent_progress():
+    progress._LINE, progress._REFRESH = 0.02, 0.01
+
+
+def mistaken_writer():
+    ShardWriter.write = lambda *_: 1 / 0
