@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing import connection
 from typing import Any
 
+from memdlm_dist.errors import EXIT_STATUS as USER_ERROR
 from memdlm_dist.runtime.preemption import EXIT_STATUS as PREEMPTED
 from memdlm_dist.runtime.single_process import free_port
 
@@ -54,18 +55,24 @@ def start(world_size: int, body: Callable[[int], int]) -> list[int]:
     return children
 
 
+# Seconds in which rank 0 prints an error that another rank has already met.
+PATIENCE = 30
+
+
 def wait(children: Sequence[int], hang_up: int | None = None) -> int:
     """Wait for processes to end; the first failure kills the others.
 
+    After a user error all ranks end by themselves, and rank 0 alone prints it, so it is not killed at once.
+
     Args:
-        children: process ids.
+        children: process ids, of rank 0 first.
         hang_up: file descriptor; once it is readable, the caller no longer waits for the result and all are killed.
 
     Returns:
         The first exit status that is not zero, or 0.
     """
     running = {os.pidfd_open(child): child for child in children}
-    failure = 0
+    failure, patience = 0, None
 
     def kill() -> None:
         for process in running.values():
@@ -74,7 +81,9 @@ def wait(children: Sequence[int], hang_up: int | None = None) -> int:
 
     while running:
         # Not select.select, which takes no file descriptor above 1,023.
-        ready = connection.wait([*running, *([] if hang_up is None else [hang_up])])
+        ready = connection.wait([*running, *([] if hang_up is None else [hang_up])], patience)
+        if not ready:
+            kill()
         if hang_up in ready:
             hang_up = None
             failure = failure or -signal.SIGHUP
@@ -86,7 +95,9 @@ def wait(children: Sequence[int], hang_up: int | None = None) -> int:
             os.close(pidfd)
             if status and not failure:
                 failure = status
-                if status != PREEMPTED:  # after a stop request all ranks end by themselves
+                if status == USER_ERROR and children[0] in running.values():
+                    patience = PATIENCE
+                elif status != PREEMPTED:  # after a stop request all ranks end by themselves
                     kill()
     return failure
 
