@@ -31,9 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             # Most user errors occur on all ranks. Rank 0 prints them, and the launcher stops the other ranks while they
-            # sleep. An error of this rank alone reaches the launcher through torchrun's error file.
+            # sleep. An error of this rank alone reaches torchrun through its error file; other launchers have none.
             time.sleep(3)
             get_error_handler().record_exception(error)
+            if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+                print(f"error on local rank {os.environ['LOCAL_RANK']}: {error}", file=sys.stderr, flush=True)
         return EXIT_STATUS
     except KeyboardInterrupt:
         if is_rank_0():

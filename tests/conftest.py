@@ -146,3 +146,6 @@ def few_open_files():
         if issubclass(type(x), memory.SharedMemory):  # isinstance would follow a weak proxy, whose object may be gone
             with contextlib.suppress(BufferError):  # still in use
                 x.cleanup()
+                # A second clean-up would remove the memory of another process that has taken the name.
+                x.created_shms.clear()
+                x.opened_shms.clear()

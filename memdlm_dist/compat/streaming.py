@@ -3,6 +3,7 @@
 import itertools
 import logging
 import tempfile
+import time
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +14,11 @@ from numpy.typing import NDArray
 from streaming import StreamingDataset
 from streaming.base import dataset as streaming_dataset
 from streaming.base.batching import batching_methods
-from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, LOCALS
+from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, LOCALS, TICK
 from streaming.base.dataset import _ShardState
 from streaming.base.hashing import get_hash
 from streaming.base.partition import get_partitions
-from streaming.base.shared import prefix
+from streaming.base.shared import memory, prefix
 from streaming.base.shuffle import get_shuffle
 from streaming.base.storage.download import DOWNLOADER_MAPPINGS, CloudDownloader
 from streaming.base.util import bytes_to_int, merge_index
@@ -25,6 +26,35 @@ from streaming.base.world import World
 
 # streaming registers a job's folders in shared memory named `<prefix>_<REGISTRATION>`; the prefix is a number.
 REGISTRATION = LOCALS
+
+# Seconds to wait until another rank has set the size of new shared memory.
+_SIZE_PATIENCE = 10.0
+
+
+class _SizedSharedMemory(memory.BuiltinSharedMemory):
+    """Shared memory that can be opened while another rank creates it.
+
+    It is created empty and sized afterwards. streaming opens it at once, and fails ("cannot mmap an empty file") if the
+    rank that creates it is interrupted between the two. A process that was killed there leaves it empty for ever:
+    streaming skips the prefix of memory that raises a PermissionError.
+    """
+
+    def __init__(self, name: str | None = None, create: bool = False, size: int = 0):
+        deadline = time.monotonic() + _SIZE_PATIENCE
+        while True:
+            try:
+                super().__init__(name, create, size)
+                return
+            except ValueError:
+                self.close()
+                if create:
+                    raise
+                if time.monotonic() > deadline:
+                    raise PermissionError(f"the shared memory {name} is empty, as a killed process leaves it") from None
+            time.sleep(TICK)
+
+
+memory.BuiltinSharedMemory = _SizedSharedMemory
 
 
 def checksum(name: str, data: bytes) -> str:

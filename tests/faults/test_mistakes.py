@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -352,3 +353,11 @@ def test_a_mistake_that_only_another_rank_meets_is_said_too(root):
     assert done.returncode == EXIT_STATUS
     assert "error on local rank 1: The configuration file no/such.toml does not exist" in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_launcher_without_error_files_shows_it_too(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    monkeypatch.setattr(train, "time", SimpleNamespace(sleep=lambda seconds: None))
+    assert train.main(["--job.config_file", "no/such.toml"]) == EXIT_STATUS
+    assert capsys.readouterr().err.startswith("error on local rank 1: The configuration file no/such.toml does not")

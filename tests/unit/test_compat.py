@@ -5,9 +5,14 @@ An upgrade that breaks an assumption fails here, by name.
 
 import argparse
 import inspect
+import itertools
 import json
 import logging
+import os
 import sys
+import threading
+from multiprocessing.shared_memory import SharedMemory as BuiltinSharedMemory
+from pathlib import Path
 from types import SimpleNamespace
 
 import joblib
@@ -31,6 +36,7 @@ from safetensors.torch import save_file
 from streaming import StreamingDataset
 from streaming.base import dataset as streaming_dataset
 from streaming.base.sampling import get_sampling
+from streaming.base.shared import SharedMemory
 from streaming.base.storage.download import DOWNLOADER_MAPPINGS, CloudDownloader
 from torch import nn
 from torch.distributed import run
@@ -266,6 +272,34 @@ def test_streaming_numbers_its_shared_memory_by_a_function():
     packed = shared_prefix._pack_locals(["/a", "/b"], 3)
     assert streaming_seam.registered_folders(packed) == ["/a", "/b"]
     assert streaming_seam.REGISTRATION == "locals" and len(streaming_seam.lock_files("000001_")) == 2
+
+
+def test_streaming_opens_shared_memory_that_another_rank_is_creating(monkeypatch):
+    file = Path("/dev/shm", f"memdlm_dist_test_{os.getpid()}")
+    file.touch()  # as between the creator's shm_open and ftruncate
+    with pytest.raises(ValueError, match="cannot mmap an empty file"):
+        BuiltinSharedMemory(file.name)
+    monkeypatch.setattr(streaming_seam, "_SIZE_PATIENCE", 0.0)
+    with pytest.raises(PermissionError, match="is empty, as a killed process leaves it"):
+        SharedMemory(file.name, create=False)
+    monkeypatch.undo()
+    creator = threading.Timer(0.05, os.truncate, (file, 64))
+    creator.start()
+    opened = SharedMemory(file.name, size=64)
+    assert opened.shm.size == 64 and opened.opened_shms == [opened.shm]
+    opened.cleanup()
+    creator.join()
+    file.unlink()
+    # A prefix with memory that stays empty is skipped.
+    monkeypatch.setattr(streaming_seam, "_SIZE_PATIENCE", 0.0)
+    monkeypatch.setattr(shared_prefix, "_each_prefix_int", lambda: itertools.count(os.getpid() * 1000))
+    left = Path("/dev/shm", f"{os.getpid() * 1000}_{streaming_seam.REGISTRATION}")
+    left.touch()
+    found = shared_prefix._check_and_find_retrying(["/a"], [None], streaming_seam.REGISTRATION, 0)
+    left.unlink()
+    assert found == os.getpid() * 1000 + 1
+    with pytest.raises(FileNotFoundError):
+        SharedMemory(file.name, create=False)
 
 
 def test_streaming_downloads_by_a_table_of_classes():
