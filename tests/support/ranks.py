@@ -13,6 +13,9 @@ from memdlm_dist.errors import EXIT_STATUS as USER_ERROR
 from memdlm_dist.runtime.preemption import EXIT_STATUS as PREEMPTED
 from memdlm_dist.runtime.single_process import free_port
 
+# Seconds in which rank 0 prints a user error that another rank has met first.
+PATIENCE = 30
+
 
 def fork(world_size: int, body: Callable[[int], int]) -> int:
     """Run `body(rank)` in forked ranks and wait for them; for the returned exit status see `wait`."""
@@ -55,14 +58,11 @@ def start(world_size: int, body: Callable[[int], int]) -> list[int]:
     return children
 
 
-# Seconds in which rank 0 prints an error that another rank has already met.
-PATIENCE = 30
-
-
 def wait(children: Sequence[int], hang_up: int | None = None) -> int:
     """Wait for processes to end; the first failure kills the others.
 
-    After a user error all ranks end by themselves, and rank 0 alone prints it, so it is not killed at once.
+    After a user error of another rank, rank 0 is left alive for `PATIENCE` seconds, since most user errors occur on all
+    ranks and rank 0 prints them.
 
     Args:
         children: process ids, of rank 0 first.

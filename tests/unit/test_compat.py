@@ -274,15 +274,25 @@ def test_streaming_numbers_its_shared_memory_by_a_function():
     assert streaming_seam.REGISTRATION == "locals" and len(streaming_seam.lock_files("000001_")) == 2
 
 
-def test_streaming_opens_shared_memory_that_another_rank_is_creating(monkeypatch):
-    file = Path("/dev/shm", f"memdlm_dist_test_{os.getpid()}")
-    file.touch()  # as between the creator's shm_open and ftruncate
+@pytest.fixture
+def empty_memory():
+    """Return a function that makes empty shared memory, as it is between its creator's shm_open and ftruncate."""
+    files = []
+
+    def make(name):
+        files.append(Path("/dev/shm", name))
+        files[-1].touch()
+        return files[-1]
+
+    yield make
+    for file in files:
+        file.unlink(missing_ok=True)
+
+
+def test_streaming_opens_shared_memory_that_another_rank_is_creating(empty_memory):
+    file = empty_memory(f"memdlm_dist_test_{os.getpid()}")
     with pytest.raises(ValueError, match="cannot mmap an empty file"):
         BuiltinSharedMemory(file.name)
-    monkeypatch.setattr(streaming_seam, "_SIZE_PATIENCE", 0.0)
-    with pytest.raises(PermissionError, match="is empty, as a killed process leaves it"):
-        SharedMemory(file.name, create=False)
-    monkeypatch.undo()
     creator = threading.Timer(0.05, os.truncate, (file, 64))
     creator.start()
     opened = SharedMemory(file.name, size=64)
@@ -290,16 +300,18 @@ def test_streaming_opens_shared_memory_that_another_rank_is_creating(monkeypatch
     opened.cleanup()
     creator.join()
     file.unlink()
-    # A prefix with memory that stays empty is skipped.
-    monkeypatch.setattr(streaming_seam, "_SIZE_PATIENCE", 0.0)
-    monkeypatch.setattr(shared_prefix, "_each_prefix_int", lambda: itertools.count(os.getpid() * 1000))
-    left = Path("/dev/shm", f"{os.getpid() * 1000}_{streaming_seam.REGISTRATION}")
-    left.touch()
-    found = shared_prefix._check_and_find_retrying(["/a"], [None], streaming_seam.REGISTRATION, 0)
-    left.unlink()
-    assert found == os.getpid() * 1000 + 1
     with pytest.raises(FileNotFoundError):
         SharedMemory(file.name, create=False)
+
+
+def test_streaming_skips_a_prefix_whose_memory_stays_empty(empty_memory, monkeypatch):
+    monkeypatch.setattr(streaming_seam, "_SIZE_PATIENCE", 0.0)
+    first = os.getpid() * 1000
+    monkeypatch.setattr(shared_prefix, "_each_prefix_int", lambda: itertools.count(first))
+    file = empty_memory(f"{first}_{streaming_seam.REGISTRATION}")
+    with pytest.raises(PermissionError, match="is empty, as a killed process leaves it"):
+        SharedMemory(file.name, create=False)
+    assert shared_prefix._check_and_find_retrying(["/a"], [None], streaming_seam.REGISTRATION, 0) == first + 1
 
 
 def test_streaming_downloads_by_a_table_of_classes():
