@@ -15,7 +15,13 @@ from xdist.scheduler import LoadScopeScheduling
 from tests.support import zygote
 
 # Files that run in the same worker, since they share the trained model. Each other file is a group.
-GROUPS = {"test_inference": "trained", "test_serving": "trained", "test_evaluation_tools": "trained"}
+GROUPS = {
+    "test_inference": "trained",
+    "test_serving": "trained",
+    "test_evaluation_tools": "trained",
+    "test_prompt_memory": "trained",
+    "test_published_evaluations": "trained",
+}
 # Groups that start first, the longest ones; the other groups follow, and the short unit tests are last.
 FIRST = (
     "test_distributed", "test_sharded_step", "test_context", "test_experts", "test_faults", "test_resume", "trained",

@@ -55,6 +55,7 @@ from memdlm_dist.data.preparation.request import PrepareConfig
 from memdlm_dist.errors import UserError
 from memdlm_dist.inference import decode_bench
 from memdlm_dist.inference.decoding import Cache
+from memdlm_dist.inference.memory_arguments import add_memory_arguments, get_memory
 from memdlm_dist.inference.model_arguments import add_model_arguments, load_model
 from memdlm_dist.models import backbone_args
 from memdlm_dist.performance import preparation_bench, relative_write
@@ -249,6 +250,7 @@ def decode_parser() -> argparse.ArgumentParser:
     p = new_parser("bench.py decode", DECODE)
     p.usage = "bench.py decode CONFIG [options] [--section.key value ...]"
     add_model_arguments(p)
+    add_memory_arguments(p, decodes=False)
     decoding = p.add_argument_group("decoding")
     decoding.add_argument(
         "--prompt-tokens", type=positive, default=1024, metavar="N", help="tokens of a prompt (default: 1024)"
@@ -301,7 +303,7 @@ def decode(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         result = {"config": options.config, "overrides": list(overrides), "checkpoint": model.checkpoint}
         result |= decode_bench.measure(
             model, prompts, chosen, new_tokens=options.new_tokens, block_size=options.block_size,
-            rounds=options.rounds, anchor_ratio=options.anchor_ratio, progress=say,
+            rounds=options.rounds, memory=get_memory(options), progress=say,
         )  # fmt: skip
         if is_rank_0():
             _write(decode_bench.table(result), result, options.json)

@@ -32,6 +32,7 @@ from memdlm_dist.evaluation.haystack import Haystack
 from memdlm_dist.evaluation.needle import NeedleGenerator
 from memdlm_dist.evaluation.needle_arguments import add_needle_arguments, get_sizes, get_tasks
 from memdlm_dist.evaluation.retrieval import MEMORY, evaluate
+from memdlm_dist.inference.memory_arguments import add_memory_arguments, check_memory_is_on, flags_of, get_memory
 from memdlm_dist.inference.model_arguments import add_decoding_arguments, add_model_arguments, get_decoding, load_model
 from memdlm_dist.runtime.entry_point import add_command, guarded, new_parser, parse_with_overrides, positive
 from memdlm_dist.runtime.rank_0 import is_rank_0
@@ -85,8 +86,8 @@ def parser() -> argparse.ArgumentParser:
     commands = p.add_subparsers(title="commands", dest="command", required=True, prog="evaluate.py", metavar="COMMAND")
     needle = add_command(commands, "needle", _NEEDLE)
     needle.usage = "evaluate.py needle CONFIG --lengths N,M --output DIR [options] [--section.key value ...]"
-    model = add_model_arguments(needle)
-    model.add_argument(
+    add_model_arguments(needle)
+    add_memory_arguments(needle, decodes=True).add_argument(
         "--memory", default="off,on", metavar="M", help="memory modes to measure: off, on or off,on (default: off,on)"
     )
     tasks = add_needle_arguments(needle)
@@ -105,6 +106,7 @@ def parser() -> argparse.ArgumentParser:
     reading = add_command(commands, "recall", _RECALL)
     reading.usage = "evaluate.py recall CONFIG [options] [--section.key value ...]"
     add_model_arguments(reading)
+    add_memory_arguments(reading, decodes=False)
     passages = reading.add_argument_group("passages")
     passages.add_argument("--data", nargs="+", metavar="DIR", help="folders of shards (default: data.validation)")
     passages.add_argument("--pairs", type=positive, default=8, metavar="N",
@@ -137,9 +139,11 @@ def run_needle(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         UserError: if an option is out of range or the output folder has results already.
     """
     memories = options.memory.split(",")
-    if unknown := [memory for memory in memories if memory not in MEMORY]:
+    if unknown := [name for name in memories if name not in MEMORY]:
         raise UserError(f"--memory must be off, on or off,on, not {unknown[0]}.")
-    tasks, sizes, decoding = get_tasks(options), get_sizes(options), get_decoding(options)
+    tasks, sizes, decoding, memory = get_tasks(options), get_sizes(options), get_decoding(options), get_memory(options)
+    if "on" not in memories:
+        check_memory_is_on(flags_of(memory))
     if not options.new_tokens:
         raise UserError("--new-tokens must be at least 1, because the answer is decoded into these tokens.")
     report.check_output(options.output, JSON, PNG, overwrite=options.overwrite)
@@ -154,8 +158,9 @@ def run_needle(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         questions = len(tasks) * len(options.lengths) * options.samples * len(memories)
         with tqdm(total=questions, unit=" questions", disable=not is_rank_0()) as bar:
             scores, records = evaluate(
-                model, needles, tasks, options.lengths, options.samples, memories, decoding, options.new_tokens,
-                options.batch_size, options.anchor_ratio, bar.update,
+                model, needles, tasks, options.lengths, options.samples,
+                {name: memory if MEMORY[name] else None for name in memories}, decoding, options.new_tokens,
+                options.batch_size, bar.update, warm_up=True,
             )  # fmt: skip
         checkpoint, adapter = model.checkpoint, model.adapter
     finally:
@@ -163,12 +168,13 @@ def run_needle(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if is_rank_0():
         show(scores, memories)
         settings = {"sizes": asdict(sizes), "seed": options.seed, "part": options.part, "decoding": asdict(decoding),
-                    "new_tokens": options.new_tokens, "anchor_ratio": options.anchor_ratio,
-                    "memory_weights": options.memory_weights}  # fmt: skip
+                    "new_tokens": options.new_tokens, "anchor_ratio": memory.anchor_ratio,
+                    "memory_weights": options.memory_weights, "memory_chunk": memory.chunk,
+                    "memory_refresh": memory.refresh, "memory_from": memory.start}  # fmt: skip
         results = {"checkpoint": checkpoint, "adapter": adapter, "settings": settings,
                    "scores": [asdict(score) for score in scores]}  # fmt: skip
         report.write_json(options.output / JSON, {**results, "answers": records})
-        arms = {f"memory {memory}": [results] for memory in memories}
+        arms = {f"memory {name}": [results] for name in memories}
         draw({name: cells_of(arms[name], name.split()[1]) for name in arms}, options.output / PNG)
         print(f"{checkpoint}: written to {options.output / JSON} and {options.output / PNG}")
     return 0
@@ -187,11 +193,11 @@ def run_recall(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     try:
         pairs = recall.load_pairs(config, model, options.data, options.pairs)
         with tqdm(total=len(pairs), unit=" pairs", disable=not is_rank_0()) as bar:
-            recalls = recall.measure(model, pairs, options.batch_size, options.anchor_ratio, options.seed, bar.update)
+            recalls = recall.measure(model, pairs, options.batch_size, get_memory(options), options.seed, bar.update)
     finally:
         model.close()
     if is_rank_0():
-        print(recall.describe(config, options.anchor_ratio, len(recalls)), "", sep="\n")
+        print(recall.describe(config, get_memory(options), len(recalls)), "", sep="\n")
         print("\n".join(recall.lines(recalls, options.shown)))
     return 0
 

@@ -31,6 +31,7 @@ from memdlm_dist.evaluation import report
 from memdlm_dist.evaluation.exposure import RATIOS, measure
 from memdlm_dist.evaluation.exposure_report import line, load_rows, plot
 from memdlm_dist.evaluation.retrieval import MEMORY
+from memdlm_dist.inference.memory_arguments import add_memory_arguments, check_memory_is_on, flags_of, get_memory
 from memdlm_dist.inference.model_arguments import add_model_arguments, load_model
 from memdlm_dist.inference.setup import checkpoint_folder
 from memdlm_dist.runtime import hub
@@ -52,8 +53,8 @@ def parser() -> argparse.ArgumentParser:
     """Return the command's parser."""
     p = new_parser("exposure_bias.py", __doc__)
     p.usage = "exposure_bias.py CONFIG --output DIR [options] [--section.key value ...]"
-    model = add_model_arguments(p, several_checkpoints=True)
-    model.add_argument(
+    add_model_arguments(p, several_checkpoints=True)
+    add_memory_arguments(p, decodes=False).add_argument(
         "--memory", default="off,on", metavar="M", help="memory modes to measure: off, on or off,on (default: off,on)"
     )
     data = p.add_argument_group("data")
@@ -84,6 +85,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         UserError: if an option is out of range or the output folder has results already.
     """
     memories = options.memory.split(",")
+    if "on" not in memories:
+        check_memory_is_on(flags_of(get_memory(options)))
     if unknown := [memory for memory in memories if memory not in MEMORY]:
         raise UserError(f"--memory must be off, on or off,on, not {unknown[0]}.")
     if not 0 < options.prompt_share < 1:
@@ -110,10 +113,9 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
                     points = measure(
                         model,
                         rows,
-                        MEMORY[memory],
+                        get_memory(options) if MEMORY[memory] else None,
                         options.ratios,
                         options.batch_size,
-                        options.anchor_ratio,
                         bar.update,
                     )
                     results.append({"name": name, "checkpoint": model.checkpoint, "adapter": model.adapter,

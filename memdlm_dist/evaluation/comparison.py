@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 from memdlm_dist.errors import UserError
 from memdlm_dist.evaluation import report
 from memdlm_dist.evaluation.retrieval import MEMORY, Score
-from memdlm_dist.inference.trained_model import MEMORY_WEIGHTS
+from memdlm_dist.inference.predictor import MEMORY_WEIGHTS
+from memdlm_dist.inference.prompt_memory import AS_PUBLISHED
 from memdlm_dist.training.validation_history import HISTORY_FILE, history
 from memdlm_dist.training.validation_history import LOSSES as HELD_OUT
 
@@ -16,28 +17,58 @@ JSON, PNG, COMPARISON, LOSSES = "needle.json", "needle.png", "comparison", "loss
 
 
 def show(scores: Sequence[Score], memories: Sequence[str]) -> None:
-    """Print accuracy and answer NLL by task and length, and the seconds of decoding and of writing the memory.
+    """Print accuracy, answer NLL and costs by task, length and memory, and what the memory adds to both.
 
     Args:
         scores: one for each task, length and memory setting.
-        memories: keys of `MEMORY`, in the order of the columns.
+        memories: keys of `MEMORY`, in the order of the rows.
     """
-    rows = []
-    cells = {(score.task, score.length, score.memory): score for score in scores}
-    for task, length in dict.fromkeys((score.task, score.length) for score in scores):
-        row_scores = [cells[task, length, memory] for memory in memories]
-        accuracies = [f"{100 * score.accuracy:.1f} ± {100 * score.error:.1f}" for score in row_scores]
-        rows.append([task, str(length), *accuracies, *(f"{score.answer_nll:.3f}" for score in row_scores)])
-    header = [f"{prefix}memory {memory}" for prefix in ("", "answer NLL, ") for memory in memories]
-    print(report.table(["accuracy (%)", "length", *header], rows))
-    for memory in memories:
-        selected = [score for score in scores if score.memory == memory]
-        decoding = sum(score.decoding_seconds for score in selected)
-        writing = sum(score.memory_seconds for score in selected)
-        added = f", writing the memory {writing:.1f} s more" if MEMORY[memory] else ""
+    ordered = sorted(scores, key=lambda score: memories.index(score.memory))  # stable: keeps tasks and lengths together
+    places = list(dict.fromkeys((score.task, score.length) for score in scores))
+    ordered.sort(key=lambda score: places.index((score.task, score.length)))
+    rows = [
+        [
+            score.task,
+            str(score.length),
+            score.memory,
+            f"{100 * score.accuracy:.1f} ± {100 * score.error:.1f}",
+            f"{score.answer_nll:.3f}",
+            f"{score.memory_seconds + score.decoding_seconds:.1f}",
+            str(score.passes),
+            str(score.memory_steps),
+        ]
+        for score in ordered
+    ]
+    header = ["task", "length", "memory", "accuracy (%)", "answer NLL", "seconds", "passes", "inner steps"]
+    print(report.table(header, rows))
+    totals = {memory: _total([score for score in scores if score.memory == memory]) for memory in memories}
+    for memory, total in totals.items():
+        print(f"memory {memory}: {total.accuracy:.1f}% of {total.samples} questions in {total.seconds:.1f} s")
+    if len(totals) == 2:
+        off, on = totals["off"], totals["on"]
         print(
-            f"memory {memory}: decoding {decoding:.1f} s{added}, {sum(score.samples for score in selected)} questions"
+            f"the memory adds {on.accuracy - off.accuracy:+.1f} points of accuracy for "
+            f"{on.seconds / max(off.seconds, 1e-9):.2f} times the time ({on.passes} passes and {on.steps} inner steps "
+            f"in place of {off.passes} passes)"
         )
+
+
+class _Total(NamedTuple):
+    """Accuracy in percent over all questions, their number, and what they cost."""
+
+    accuracy: float
+    samples: int
+    seconds: float
+    passes: int
+    steps: int
+
+
+def _total(scores: Sequence[Score]) -> _Total:
+    samples = sum(score.samples for score in scores)
+    accuracy = 100 * sum(score.accuracy * score.samples for score in scores) / samples
+    seconds = sum(score.memory_seconds + score.decoding_seconds for score in scores)
+    passes, steps = (sum(getattr(score, name) for score in scores) for name in ("passes", "memory_steps"))
+    return _Total(accuracy, samples, seconds, passes, steps)
 
 
 Cells = dict[tuple[str, int], list[float]]  # (task, length) -> one value per run
@@ -146,7 +177,13 @@ def compare_losses(arms: Sequence[str], output: Path, overwrite: bool) -> None:
 def _settings(result: dict[str, Any]) -> dict[str, Any]:
     """Return an evaluation's settings; those that results of earlier versions lack have their default."""
     decoding = {"cfg_scale": 0.0, "suppress_tokens": [], **result["settings"]["decoding"]}
-    return {"memory_weights": MEMORY_WEIGHTS, **result["settings"], "decoding": decoding}
+    memory = {
+        "memory_weights": MEMORY_WEIGHTS,
+        "memory_chunk": AS_PUBLISHED.chunk,
+        "memory_refresh": AS_PUBLISHED.refresh,
+        "memory_from": AS_PUBLISHED.start,
+    }
+    return {**memory, **result["settings"], "decoding": decoding}
 
 
 def compare_scores(arms: Sequence[str], output: Path, overwrite: bool) -> None:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from memdlm_dist.inference.decoding import Decoding
+from memdlm_dist.inference.prompt_memory import MemorySettings
 from memdlm_dist.inference.sampler import Step
-from memdlm_dist.inference.trained_model import ANCHOR_RATIO, TrainedModel
+from memdlm_dist.inference.trained_model import TrainedModel
 from memdlm_dist.method import trajectory
 from memdlm_dist.method.trajectory import IGNORE_INDEX
 
@@ -92,10 +93,9 @@ def split_response(tokens_L: Tensor, labels_L: Tensor, eos_id: int, prompt_share
 def measure(
     model: TrainedModel,
     rows: Sequence[Row],
-    memory: bool,
+    memory: MemorySettings | None,
     ratios: Sequence[float] = RATIOS,
     batch_size: int = 16,
-    anchor_ratio: float = ANCHOR_RATIO,
     progress: Callable[[int], Any] = lambda count: None,
 ) -> list[Point]:
     """Compute the losses at every mask ratio, averaged over the masked tokens of all rows; a collective call.
@@ -105,10 +105,9 @@ def measure(
     Args:
         model: the model to measure.
         rows: prompts and responses.
-        memory: adapt to each prompt first (fast weights).
+        memory: settings with which fast weights are adapted to each prompt first; None: no memory.
         ratios: mask ratios.
         batch_size: rows per forward pass.
-        anchor_ratio: fraction of the prompt's tokens that the anchor masks.
         progress: callback, called with the number of rows completed since its last call.
 
     Returns:
@@ -117,7 +116,7 @@ def measure(
     sums = model.data_parallel.map_batches(
         rows,
         batch_size,
-        lambda batch, ids: list(_losses(model, batch, ids, memory, ratios, anchor_ratio)),
+        lambda batch, ids: list(_losses(model, batch, ids, memory, ratios)),
         progress,
     )
     totals = torch.stack(sums).sum(0)  # [R, 4]
@@ -128,7 +127,11 @@ def measure(
 
 
 def _losses(
-    model: TrainedModel, rows: Sequence[Row], ids: Sequence[int], memory: bool, ratios: Sequence[float], anchor: float
+    model: TrainedModel,
+    rows: Sequence[Row],
+    ids: Sequence[int],
+    memory: MemorySettings | None,
+    ratios: Sequence[float],
 ) -> Tensor:
     """Return each row's sums at R mask ratios: NLL static, sequential and at the same positions; number of tokens.
 
@@ -136,7 +139,7 @@ def _losses(
         float64 `[B, R, 4]`.
     """
     prompts = [row.prompt for row in rows]
-    fast = model.adapt(prompts, anchor, ids).fast if memory else None
+    fast = model.adapt(prompts, memory, ids).fast if memory else None
     start = model.canvas(prompts, [len(row.response) for row in rows], ids)
     response_BL = start.response_BL
     clean_BL = start.tokens_BL.clone()

@@ -19,8 +19,11 @@ from memdlm_dist.evaluation.retrieval import MEMORY
 from memdlm_dist.inference import canvas, sampler
 from memdlm_dist.inference.decoding import Cache, Decoding, DecodingAttention
 from memdlm_dist.inference.likelihood import Pass, passes
+from memdlm_dist.inference.memory_arguments import flags_of
+from memdlm_dist.inference.predictor import MEMORY_WEIGHTS
+from memdlm_dist.inference.prompt_memory import ANCHOR_RATIO, MemorySettings, Refresh, Start
 from memdlm_dist.inference.serving import Request, serve
-from memdlm_dist.inference.trained_model import ANCHOR_RATIO, MEMORY_WEIGHTS, TrainedModel
+from memdlm_dist.inference.trained_model import TrainedModel
 from memdlm_dist.method import fast_weight_tree, fast_weights
 
 NAME = "memdlm"
@@ -41,6 +44,10 @@ class HarnessModel(TokenLM):
         memory: off or on; on adapts a separate set of fast weights to each prompt or context first.
         anchor_ratio: fraction of the prompt's tokens that the anchor masks.
         memory_weights: uniform or schedule: the loss weights of the inner steps, see `TrainedModel`.
+        memory_chunk: tokens of the pieces in which the inner loop reads a prompt; the whole prompt by default.
+        memory_refresh, memory_from: none or block, and fresh or present: whether the inner loop runs again before each
+            further block of a response, and with which fast weights it starts; see `MemorySettings`. Likelihoods have
+            no blocks, so their memory is never refreshed.
         block_size, steps: tokens per block and steps per block in decoding; one step per token by default.
         threshold: confidence above which decoding keeps predictions, also with a number of steps; none by default.
         min_tokens: tokens that a step keeps at least, with a threshold and without steps.
@@ -69,6 +76,9 @@ class HarnessModel(TokenLM):
         memory: str = "off",
         anchor_ratio: float = ANCHOR_RATIO,
         memory_weights: str = MEMORY_WEIGHTS,
+        memory_chunk: int | None = None,
+        memory_refresh: str | None = "none",
+        memory_from: str = "fresh",
         block_size: int = 32,
         steps: int | None = None,
         threshold: float | None = None,
@@ -115,9 +125,18 @@ class HarnessModel(TokenLM):
             cfg_scale=_number("cfg_scale", cfg_scale),
             suppress_tokens=_token_ids(suppress_tokens),
         )
+        settings = MemorySettings(
+            _number("anchor_ratio", anchor_ratio),
+            None if memory_chunk is None else _integer("memory_chunk", memory_chunk),
+            cast(Refresh, "none" if memory_refresh is None else memory_refresh),
+            cast(Start, memory_from),
+        )
+        unread = [] if MEMORY[memory] else flags_of(settings)
+        for name in (flag.lstrip("-").replace("-", "_") for flag in unread):
+            raise UserError(f"The model argument {name} needs a memory of the prompt; add memory=on, or omit {name}.")
         parsed = parse_config.parse(["--job.config_file", config, *flags])
         self._model = TrainedModel(parsed, checkpoint, adapter, memory_weights=memory_weights, memory=MEMORY[memory])
-        self._memory, self._anchor_ratio = MEMORY[memory], float(anchor_ratio)
+        self._memory = settings if MEMORY[memory] else None
         self._samples, self._check_greedy, self._seed = int(mc_samples), bool(check_greedy), int(seed)
         self._max_length, self._batch_size = max_length, int(batch_size)
         self._chat: chat.ChatTemplate | None = None
@@ -203,7 +222,6 @@ class HarnessModel(TokenLM):
                     replace(self._decoding, temperature=temperature),
                     self._batch_size,
                     self._memory,
-                    self._anchor_ratio,
                     lambda number, response: bar.update(),
                 )
                 self.memory_seconds += served.memory_seconds
@@ -282,11 +300,11 @@ class HarnessModel(TokenLM):
 
     def _adapt(self, contexts: Sequence[list[int]], texts: Sequence[int]) -> fast_weights.FastWeights | None:
         """Return the rows' fast weights; rows with the same text number share one set. None with the memory off."""
-        if not self._memory:
+        if self._memory is None:
             return None
         unique_texts = list(dict.fromkeys(texts))
         first_rows = [texts.index(text) for text in unique_texts]
-        adapted = self._model.adapt([contexts[row] for row in first_rows], self._anchor_ratio, unique_texts)
+        adapted = self._model.adapt([contexts[row] for row in first_rows], self._memory, unique_texts)
         self.memory_seconds += adapted.seconds
         return fast_weight_tree.select(adapted.fast, [unique_texts.index(text) for text in texts], len(unique_texts))
 

@@ -8,12 +8,12 @@ wording is ours. Sample i of a task is a function of (seed, part, task, length, 
 import random
 import string
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import NamedTuple
 
 from memdlm_dist.data.tokenizer import DiffusionTokenizer
-from memdlm_dist.errors import UserError
+from memdlm_dist.errors import UserError, require
 from memdlm_dist.evaluation.haystack import Haystack, Part, belongs
 
 
@@ -31,6 +31,16 @@ class Sizes:
     rare_repeats: int = 3  # common_words: occurrences of each other word
     facts: int = 6  # facts_1, facts_2: statements about people's places; facts_2 adds one about a thing
     words: int = 20  # repeat: words to repeat
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            least = 0 if field.name == "distractors" else 1
+            most = 100 if field.name in ("digits", "letters") else 10**6
+            value = getattr(self, field.name)
+            require(
+                least <= value <= most,
+                f"The size {field.name} of the needle tasks must be from {least} to {most:,}, but is {value}.",
+            )
 
 
 class QuestionSpec(NamedTuple):
@@ -97,10 +107,21 @@ def _names_of(part: Part, names: Sequence[str]) -> list[str]:
 
 
 def _draw_distinct(draw: Callable[[], str], count: int) -> list[str]:
-    """Call `draw` until it has returned `count` different strings."""
+    """Call `draw` until it has returned `count` different strings.
+
+    Raises:
+        UserError: if there are hardly that many.
+    """
     drawn: dict[str, None] = {}
-    while len(drawn) < count:
+    for _ in range(100 * count + 1000):
+        if len(drawn) == count:
+            break
         drawn[draw()] = None
+    require(
+        len(drawn) == count,
+        f"The sizes of a needle task need {count} different words, names or numbers like {next(iter(drawn))!r}, and "
+        "there are not enough; choose smaller sizes, or more digits or letters.",
+    )
     return list(drawn)
 
 
@@ -196,6 +217,17 @@ TASKS: dict[str, Callable[[random.Random, Sizes, Haystack, Part], QuestionSpec]]
 }
 
 
+# Lower bounds of the tokens of a question.
+_LEAST_TOKENS: dict[str, Callable[[Sizes], int]] = {
+    "multi_value": lambda sizes: sizes.values + sizes.distractors,
+    "variable_tracking": lambda sizes: sizes.hops,
+    "common_words": lambda sizes: sizes.common * sizes.repeats,
+    "facts_1": lambda sizes: sizes.facts,
+    "facts_2": lambda sizes: sizes.facts,
+    "repeat": lambda sizes: sizes.words,
+}
+
+
 @dataclass(frozen=True)
 class NeedleGenerator:
     """Generator of the samples of one part for one tokenizer.
@@ -246,16 +278,18 @@ class NeedleGenerator:
         Raises:
             UserError: if no question fits.
         """
-        needs = []
-        for _ in range(_MAX_DRAWS):
+        needs = [_LEAST_TOKENS[task](self.sizes)]
+        # Only draw what may fit: huge sizes would take forever.
+        for _ in range(_MAX_DRAWS if needs[0] <= length else 0):
             spec = TASKS[task](rng, self.sizes, self.hay, self.part)
             response = f" {', '.join(spec.answers)}."
             needs.append(self._count(_prompt(spec, spec.needles), response))
             if needs[-1] <= length:
                 return spec, response, length - needs[-1]
+        least = min(needs[1:] or needs)
         raise UserError(
-            f"The task {task} needs {min(needs)} tokens or more with this tokenizer, but --lengths gives it {length}; "
-            "raise --lengths, or make the task smaller (--help lists the sizes)."
+            f"The task {task} needs {least:,} tokens or more with this tokenizer, but has a length of {length}; choose "
+            "a larger length, or make the task smaller (docs/evaluation.md#run-the-needle-tasks)."
         )
 
     def _collect_filler(self, filler: Iterator[str], spare: int) -> list[str]:

@@ -75,11 +75,6 @@ def get_sizes(options: argparse.Namespace) -> Sizes:
     """Return the sizes that the arguments give.
 
     Raises:
-        UserError: if a size is too small.
+        UserError: if a size is out of range.
     """
-    sizes = Sizes(**{field.name: getattr(options, field.name) for field in fields(Sizes)})
-    for field in fields(Sizes):
-        minimum = 0 if field.name == "distractors" else 1
-        if (value := getattr(sizes, field.name)) < minimum:
-            raise UserError(f"--{field.name.replace('_', '-')} must be at least {minimum}, but is {value}.")
-    return sizes
+    return Sizes(**{field.name: getattr(options, field.name) for field in fields(Sizes)})

@@ -22,7 +22,8 @@ from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.errors import UserError, require
 from memdlm_dist.evaluation import report
 from memdlm_dist.evaluation.exposure_report import open_samples
-from memdlm_dist.inference.trained_model import ANCHOR_RATIO, TrainedModel
+from memdlm_dist.inference.prompt_memory import AS_PUBLISHED, MemorySettings
+from memdlm_dist.inference.trained_model import TrainedModel
 from memdlm_dist.method import trajectory
 from memdlm_dist.method.fast_weights import FastWeights
 
@@ -89,7 +90,7 @@ def measure(
     model: TrainedModel,
     pairs: Sequence[tuple[list[int], list[int]]],
     batch_size: int,
-    anchor_ratio: float = ANCHOR_RATIO,
+    memory: MemorySettings = AS_PUBLISHED,
     seed: int = 0,
     progress: Callable[[int], Any] = lambda count: None,
 ) -> list[Recall]:
@@ -99,7 +100,7 @@ def measure(
         model: the model to measure.
         pairs: pairs of passages, as token ids.
         batch_size: pairs per forward pass.
-        anchor_ratio: share of a passage's tokens that the anchor masks.
+        memory: settings of the memory.
         seed: seed of the hidden tokens.
         progress: callback, called with the number of pairs completed since its last call.
     """
@@ -108,19 +109,19 @@ def measure(
     def work(batch: list[tuple[list[int], list[int]]], ids: list[int]) -> list[list[Recall]]:
         passages = [passage for pair in batch for passage in pair]
         passage_ids = [2 * i + k for i in ids for k in range(2)]
-        recalls = _recall(model, passages, passage_ids, anchor_ratio, seed, text_of)
+        recalls = _recall(model, passages, passage_ids, memory, seed, text_of)
         return [recalls[i : i + 2] for i in range(0, len(recalls), 2)]
 
     return [recall for pair in model.data_parallel.map_batches(pairs, batch_size, work, progress) for recall in pair]
 
 
-def describe(config: JobConfig, anchor_ratio: float, count: int) -> str:
+def describe(config: JobConfig, settings: MemorySettings, count: int) -> str:
     """Return a sentence about the inner loop that has read `count` passages."""
     memory = config.parametric_memory
     steps = memory.inner_epochs * (1 if memory.trajectory in trajectory.SINGLE_STATE else memory.inner_steps)
     return (
         f"{count} passages were read with {steps} inner steps each (learning rate {memory.learning_rate:g}, anchor "
-        f"ratio {anchor_ratio:g}); then half of their tokens were hidden."
+        f"ratio {settings.anchor_ratio:g}); then half of their tokens were hidden."
     )
 
 
@@ -159,12 +160,12 @@ def _recall(
     model: TrainedModel,
     passages: Sequence[list[int]],
     ids: Sequence[int],
-    anchor_ratio: float,
+    memory: MemorySettings,
     seed: int,
     text_of: dict[int, str],
 ) -> list[Recall]:
     """Measure the recall of an even number of passages, of which each two neighbours are a pair."""
-    fast = model.adapt(passages, anchor_ratio, ids).fast
+    fast = model.adapt(passages, memory, ids).fast
     start = model.canvas(passages, 0, ids)
     maskable_BL = start.attended_BL & (start.tokens_BL != model.eos_id) & (start.tokens_BL != model.mask_id)
     maskable_BL[:, 0] = False  # a backbone that predicts the next token cannot predict the first one

@@ -19,7 +19,8 @@ from memdlm_dist.data.dataset import open_dataset
 from memdlm_dist.data.row_shape import check_cards
 from memdlm_dist.errors import UserError
 from memdlm_dist.inference.decoding import Cache, Decoding
-from memdlm_dist.inference.trained_model import ANCHOR_RATIO, TrainedModel
+from memdlm_dist.inference.prompt_memory import AS_PUBLISHED, MemorySettings
+from memdlm_dist.inference.trained_model import TrainedModel
 from memdlm_dist.method.fast_weights import FastWeights
 from memdlm_dist.training.backbone import get_shard_requirements
 
@@ -107,7 +108,7 @@ def measure(
     new_tokens: int,
     block_size: int,
     rounds: int,
-    anchor_ratio: float = ANCHOR_RATIO,
+    memory: MemorySettings = AS_PUBLISHED,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Decode the prompts with every setting in each round, in turn; return the numbers of the report.
@@ -122,14 +123,14 @@ def measure(
         new_tokens: tokens to decode per prompt.
         block_size: tokens per block.
         rounds: measured rounds.
-        anchor_ratio: share of the prompt's tokens that the memory's anchor masks.
+        memory: settings of the memory.
         progress: callback with a line of text at the start of a round.
     """
     share = len(rows) // model.data_parallel.dp_size
     first = model.data_parallel.dp_rank * share
     adapted = None
     if any(setting.memory for setting in chosen):
-        adapted = model.adapt(rows[first : first + share], anchor_ratio, range(first, first + share))
+        adapted = model.adapt(rows[first : first + share], memory, range(first, first + share))
 
     def decode(setting: Setting, tokens: int) -> _Decoded:
         fast = adapted.fast if setting.memory and adapted is not None else None

@@ -8,8 +8,8 @@ from typing import get_args
 from memdlm_dist.config import parse_config
 from memdlm_dist.errors import UserError
 from memdlm_dist.inference.decoding import POST_STEPS, Cache, Decoding
-from memdlm_dist.inference.trained_model import ANCHOR_RATIO, MEMORY_WEIGHTS, TrainedModel
-from memdlm_dist.method.diffusion import WEIGHTS
+from memdlm_dist.inference.memory_arguments import get_memory
+from memdlm_dist.inference.trained_model import TrainedModel
 from memdlm_dist.models import backbone_args
 from memdlm_dist.runtime.entry_point import positive, quiet
 
@@ -31,20 +31,6 @@ def add_model_arguments(p: argparse.ArgumentParser, several_checkpoints: bool = 
         metavar="DIR",
         help="folder of an adapter in PEFT's format, or repository ORG/NAME of the hub: read its base from the "
         "checkpoint, and this adapter in place of the run's (default: none)",
-    )
-    g.add_argument(
-        "--anchor-ratio",
-        type=float,
-        default=ANCHOR_RATIO,
-        metavar="R",
-        help=f"share of the prompt's tokens that are masked in the memory's anchor (default: {ANCHOR_RATIO})",
-    )
-    g.add_argument(
-        "--memory-weights",
-        choices=WEIGHTS,
-        default=MEMORY_WEIGHTS,
-        help="loss weights of the inner steps on the prompt: those of the run's noise schedule at each state's mask "
-        f"ratio, as in training (schedule), or 1 (uniform) (default: {MEMORY_WEIGHTS})",
     )
     return g
 
@@ -147,13 +133,13 @@ def load_model(
 ) -> TrainedModel:
     """Load the model of the parsed arguments, without torchtitan's log lines.
 
-    `decoding` is checked first, since loading can take minutes. For `memory` see `TrainedModel`.
+    `decoding` and the settings of the memory are checked first, since loading can take minutes. For `memory` see
+    `TrainedModel`.
 
     Raises:
         UserError: if a value is out of range, or if the configuration or the checkpoint does not fit.
     """
-    if not 0 < options.anchor_ratio <= 1:
-        raise UserError(f"--anchor-ratio must be above 0, at most 1, but is {options.anchor_ratio}.")
+    get_memory(options)
     quiet()
     config = parse_config.parse(["--job.config_file", options.config, *overrides])
     if decoding:

@@ -1,8 +1,9 @@
 """Responses to prompts, or their [MASK]s filled in, as text."""
 
 import sys
-import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from memdlm_dist.data import chat
@@ -10,6 +11,8 @@ from memdlm_dist.errors import UserError
 from memdlm_dist.inference import canvas
 from memdlm_dist.inference.decoding import Decoding
 from memdlm_dist.inference.prompt_file import Prompt
+from memdlm_dist.inference.prompt_memory import AdaptedMemory, MemorySettings
+from memdlm_dist.inference.sampler import Decoder
 from memdlm_dist.inference.screen import Screen
 from memdlm_dist.inference.serving import Request, Served, serve
 from memdlm_dist.inference.trained_model import TrainedModel
@@ -43,23 +46,30 @@ class _Texts:
         (prompt,) = self._model.tokenizer.encode_plain([text])
         return prompt
 
-    def answer(self, text: str, prompt: Sequence[int], response: Sequence[int], memory: bool) -> dict[str, Any]:
+    def answer(
+        self,
+        text: str,
+        prompt: Sequence[int],
+        response: Sequence[int],
+        memory: MemorySettings | AdaptedMemory | None,
+    ) -> dict[str, Any]:
         """Return the texts of a response; with a chat template, it ends before the end of the turn.
 
         Args:
             text: the prompt as the user wrote it.
             prompt: the prompt's token ids with its [MASK]s filled in.
             response: token ids of the response.
-            memory: the memory was adapted to the prompt.
+            memory: see `respond`.
         """
         response = canvas.until(response, {self._end_of_turn})
         return {
             "prompt": text,
             "response": self._model.tokenizer.decode(response),
             "text": self._model.tokenizer.decode([*prompt, *response]),
-            "memory": "on" if memory else "off",
+            "memory": "off" if memory is None else "on" if isinstance(memory, MemorySettings) else "loaded",
             "checkpoint": self._model.checkpoint,
             "adapter": self._model.adapter,
+            **({"memory_prompt": asdict(memory.prompts[0])} if isinstance(memory, AdaptedMemory) else {}),
         }
 
 
@@ -70,10 +80,12 @@ def _count_new_tokens(model: TrainedModel, prompt: Sequence[int], new_tokens: in
     return new_tokens
 
 
-def _warn_if_long(model: TrainedModel, length: int) -> None:
+def _warn_if_long(model: TrainedModel, length: int, memory: MemorySettings | AdaptedMemory | None) -> None:
     """Warn if a row is longer than those of the training."""
     if length > model.trained_length and is_rank_0():
-        print(f"warning: {length} tokens exceed training.seq_len = {model.trained_length}.", file=sys.stderr)
+        at_once = memory.chunk or length if isinstance(memory, MemorySettings) else 0
+        hint = "; --memory-chunk lets the inner loop read it in pieces" if at_once > model.trained_length else ""
+        print(f"warning: {length} tokens exceed training.seq_len = {model.trained_length}{hint}.", file=sys.stderr)
 
 
 def respond(
@@ -81,50 +93,57 @@ def respond(
     text: str,
     decoding: Decoding,
     *,
-    memory: bool,
-    anchor_ratio: float,
+    memory: MemorySettings | AdaptedMemory | None,
     new_tokens: int | None,
     chat_template: str | None,
     watch: bool,
+    save_memory: Path | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Respond to a prompt; return the texts, the times in seconds, the checkpoint and the adapter.
+    """Respond to a prompt; return the texts, the costs (times in seconds), the checkpoint and the adapter.
 
     The response ends before end-of-text, and with a chat template before the end of the turn.
 
     Args:
-        memory: adapt fast weights to the prompt first.
-        anchor_ratio: share of the prompt's tokens that the memory's anchor masks.
+        memory: settings, with which fast weights are adapted to the prompt first; or the memory of another prompt, to
+            be read. None: no memory.
         new_tokens: [MASK]s to append to the prompt; None for 64, or 0 if the prompt has [MASK]s.
         chat_template: one of `chat.TEMPLATES` or the path of a Jinja file; None for the plain prompt.
         watch: draw the text in the terminal after every step.
+        save_memory: file that gets the memory of the prompt. There may then be nothing to fill in.
+        overwrite: replace that file.
 
     Raises:
-        UserError: if there is no [MASK] to fill in, or if the template rejects the prompt.
+        UserError: if there is no [MASK] to fill in, if the template rejects the prompt, or if the memory cannot be
+            saved.
     """
     texts = _Texts(model, chat_template)
     prompt = texts.encode(text)
     new_tokens = _count_new_tokens(model, prompt, new_tokens)
-    if not new_tokens and model.mask_id not in prompt:
+    if save_memory is None and not new_tokens and model.mask_id not in prompt:
         raise UserError(f"There is nothing to fill in: the prompt has no {MASK} and --new-tokens is 0.")
     length = len(prompt) + new_tokens
-    _warn_if_long(model, length)
-    adapted = model.adapt([prompt], anchor_ratio) if memory else None
-    start = model.canvas([prompt], new_tokens)
+    _warn_if_long(model, length, memory)
+    adapted, written = memory, None
+    if isinstance(memory, MemorySettings):
+        adapted = written = model.adapt([prompt], memory)
+        if save_memory is not None:
+            model.save_memory(save_memory, written, overwrite)
     screen = Screen(model) if watch else None
-    began = time.perf_counter()
-    decoder = model.decoder(start, decoding, adapted.fast if adapted else None)
-    while decoder.step():
+
+    def draw(decoder: Decoder) -> None:
         if screen:
             screen.draw(decoder.state(length).to_host(), length)
+
+    made = model.generate([prompt], new_tokens, decoding, adapted, on_step=draw)
     if screen:
         screen.clear()
-    tokens_BL = decoder.state(start.tokens_BL.shape[1]).to_host().tokens_BL
-    (response,) = canvas.responses(tokens_BL, start, model.eos_id)
     return {
-        **texts.answer(text, tokens_BL[0, : len(prompt)].tolist(), response, memory),
-        "passes": decoder.passes,
-        "memory_seconds": round(adapted.seconds, 4) if adapted else 0.0,
-        "decoding_seconds": round(time.perf_counter() - began, 4),
+        **texts.answer(text, made.tokens_BL[0, : len(prompt)].tolist(), made.responses[0], memory),
+        "passes": made.passes,
+        "memory_steps": made.memory_steps + (written.steps if written else 0),
+        "memory_seconds": round(made.memory_seconds + (written.seconds if written else 0.0), 4),
+        "decoding_seconds": round(made.decoding_seconds, 4),
     }
 
 
@@ -134,8 +153,7 @@ def respond_to_all(
     decoding: Decoding,
     *,
     slots: int,
-    memory: bool,
-    anchor_ratio: float,
+    memory: MemorySettings | AdaptedMemory | None,
     new_tokens: int | None,
     chat_template: str | None,
     progress: Callable[[], object],
@@ -165,8 +183,8 @@ def respond_to_all(
         if not count and model.mask_id not in ids:
             raise UserError(f"{prompt.label} has nothing to fill in (no {MASK} and no new tokens); remove the line.")
         requests.append(Request(ids, count, number))
-    _warn_if_long(model, max(request.length for request in requests))
-    served = serve(model, requests, decoding, slots, memory, anchor_ratio, lambda number, response: progress())
+    _warn_if_long(model, max(request.length for request in requests), memory)
+    served = serve(model, requests, decoding, slots, memory, lambda number, response: progress())
     answers = [
         {"id": prompt.id, **texts.answer(prompt.text, response.prompt, response.response, memory)}
         for prompt, response in zip(prompts, served.responses, strict=True)

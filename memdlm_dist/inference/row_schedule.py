@@ -45,12 +45,18 @@ class RowSchedule:
         self._blocks = self._divide(open_positions)  # the first is the present one
         self._changed: int | None = None  # first position whose cached keys and values are outdated; None: all are
         self._age: int | None = None  # steps since a pass read the whole row; None before the first one of a block
+        self._is_first = True  # the present block is the row's first one
         self._enter()
 
     @property
     def is_finished(self) -> bool:
         """Return whether no block is left."""
         return not self._blocks
+
+    @property
+    def starts_later_block(self) -> bool:
+        """Return whether the next step is the first one of a block other than the row's first."""
+        return not (self._is_first or self._taken or self.is_finished)
 
     @property
     def block(self) -> list[int]:
@@ -115,8 +121,13 @@ class RowSchedule:
         if self._is_block_causal:
             self._changed = self._block_start
         self._blocks = self._blocks[1:]
+        self._is_first = False
         self._enter()
         return True
+
+    def drop_cache(self) -> None:
+        """Read the whole row in the next pass: all cached keys and values are outdated."""
+        self._changed = self._age = None
 
     def end(self) -> None:
         """Leave out the remaining blocks."""

@@ -10,7 +10,7 @@ tokens that it reads of a row, K positions of a block, m those among them that a
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -118,6 +118,9 @@ class Decoder:
         eos_id: token id of end-of-text.
         max_over_ranks: maximum of a number over all ranks whose models run together.
         pass_tokens: upper limit of the tokens in a pass over several whole rows.
+        before_block: callback before rows start a block other than their first, with their slots and the tokens of each
+            prompt and of what precedes the block. It may change how the model reads these rows. It is called on all
+            ranks if one of them has such a row, without slots on the others.
 
     Attributes:
         passes: number of forward passes of the model so far.
@@ -133,9 +136,10 @@ class Decoder:
         eos_id: int,
         max_over_ranks: Callable[[int], int] = lambda count: count,
         pass_tokens: int = PASS_TOKENS,
+        before_block: Callable[[Sequence[int], Sequence[Sequence[int]]], object] | None = None,
     ):
         self._reader, self._decoding, self._mask_id, self._eos_id = reader, decoding, mask_id, eos_id
-        self._max_over_ranks, self._pass_tokens = max_over_ranks, pass_tokens
+        self._max_over_ranks, self._pass_tokens, self._before_block = max_over_ranks, pass_tokens, before_block
         shape, device = (slots, length + 1), reader.device
         self._tokens_SW = torch.full(shape, eos_id, device=device)
         self._open_SW, self._given_SW, self._start_SW, self._response_SW, self._kept_SW = (
@@ -144,6 +148,7 @@ class Decoder:
         self._id_S = torch.zeros(slots, dtype=torch.int64, device=device)
         (self._suppressed,) = self._to_device([torch.tensor([mask_id, *decoding.suppress_tokens])])
         self._rows: list[RowSchedule | None] = [None] * slots
+        self._prompt_lengths = [0] * slots
         self._plans: dict[tuple[bool, tuple[tuple[int, int], ...]], tuple[Reading, Tensor]] = {}
         self.passes = 0
 
@@ -158,8 +163,10 @@ class Decoder:
         slot_B, ids_B, *rows = self._to_device([torch.tensor(slots), start.ids_B, *rows])
         for state, row_BW in zip((*states, self._id_S), (*rows, ids_B), strict=True):
             state.index_copy_(0, slot_B, row_BW)
-        for slot, open_L, attended_L in zip(slots, start.open_BL, start.attended_BL, strict=True):
+        prompts_B = (start.attended_BL & ~start.response_BL).sum(1).tolist()
+        for slot, open_L, attended_L, prompt in zip(slots, start.open_BL, start.attended_BL, prompts_B, strict=True):
             length = max(1, int(attended_L.sum()))
+            self._prompt_lengths[slot] = prompt
             self._rows[slot] = RowSchedule(self._decoding, length, open_L.nonzero().flatten().tolist())
         self._forget(slots)
 
@@ -170,6 +177,8 @@ class Decoder:
     def step(self) -> bool:
         """Take a step of every row that is not finished; return whether any rank had one."""
         active = {slot: row for slot, row in enumerate(self._rows) if row and not row.is_finished}
+        if self._before_block is not None:
+            self._start_blocks(active)
         stale = [slot for slot, row in active.items() if row.is_stale]
         passes = [(group, True) for group in self._groups(stale)]
         if cached := [slot for slot in active if slot not in stale]:
@@ -182,6 +191,18 @@ class Decoder:
         for _ in range(self._forwards * (count - len(passes))):
             self._reader.idle()
         return count > 0
+
+    def _start_blocks(self, active: Mapping[int, RowSchedule]) -> None:
+        """Call `before_block` for the rows that start a later block."""
+        starting = [slot for slot, row in active.items() if row.starts_later_block]
+        if not self._max_over_ranks(len(starting)):
+            return
+        texts = []
+        for slot, tokens in zip(starting, self.tokens(starting) if starting else [], strict=True):
+            texts.append(tokens[: max(self._prompt_lengths[slot], active[slot].block[0])])
+            active[slot].drop_cache()
+        assert self._before_block is not None
+        self._before_block(starting, texts)
 
     def run(self) -> None:
         """Decode all rows to their ends."""

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from memdlm_dist.errors import require
 from memdlm_dist.inference.canvas import until
 from memdlm_dist.inference.decoding import Decoding
-from memdlm_dist.inference.sampler import Decoder
-from memdlm_dist.inference.trained_model import ANCHOR_RATIO, TrainedModel
-from memdlm_dist.method import fast_weight_tree
+from memdlm_dist.inference.predictor import Predictor
+from memdlm_dist.inference.prompt_memory import AdaptedMemory, MemorySettings
 
 
 class Request(NamedTuple):
@@ -56,7 +56,8 @@ class Served:
         responses: one response per request.
         tokens: number of tokens in the responses and of [MASK]s filled in prompts.
         passes: forward passes of the model.
-        memory_seconds: time of adapting to the prompts.
+        memory_seconds: time of the memory's inner loops.
+        memory_steps: inner steps; a step serves all rows that are written together.
         decoding_seconds: time of everything else.
     """
 
@@ -64,6 +65,7 @@ class Served:
     tokens: int
     passes: int
     memory_seconds: float
+    memory_steps: int
     decoding_seconds: float
 
 
@@ -75,26 +77,22 @@ class _Server:
 
     def __init__(
         self,
-        model: TrainedModel,
+        model: Predictor,
         requests: Sequence[Request],
         decoding: Decoding,
         slots: int,
-        anchor_ratio: float | None,
+        memory: MemorySettings | AdaptedMemory | None,
         on_response: Callable[[int, Response], object],
     ):
         ranks = model.data_parallel
         self._model, self._requests, self._on_response = model, requests, on_response
-        self._anchor_ratio, self._slots = anchor_ratio, max(1, min(slots, -(-len(requests) // ranks.dp_size)))
+        self._slots = max(1, min(slots, -(-len(requests) // ranks.dp_size)))
         longest = max((request.length for request in requests), default=1)
         length = -(-max(longest, 1) // model.length_multiple) * model.length_multiple
-        self._reader = model.reader(decoding, self._slots, length)
-        self._decoder = Decoder(
-            self._reader, decoding, self._slots, length, model.mask_id, model.eos_id, ranks.maximum
-        )  # fmt: skip
+        self._decoder, self._memory = model.slots(decoding, self._slots, length, memory)
         self._in_slot: dict[int, int] = {}  # slot -> number of its request
         self._queue: deque[int] = deque()
         self.responses: dict[int, Response] = {}
-        self.memory_seconds = 0.0
         # The longest first, so that one that does not fit into memory fails at once.
         order = sorted(range(len(requests)), key=lambda number: -requests[number].length)
         for number in map(order.__getitem__, ranks.share(len(order))):
@@ -109,6 +107,16 @@ class _Server:
         """Number of forward passes of the model so far."""
         return self._decoder.passes
 
+    @property
+    def memory_seconds(self) -> float:
+        """Time of the memory's inner loops so far."""
+        return self._memory.seconds if self._memory is not None else 0.0
+
+    @property
+    def memory_steps(self) -> int:
+        """Inner steps so far."""
+        return self._memory.steps if self._memory is not None else 0
+
     def run(self) -> None:
         """Answer all requests."""
         self._admit()
@@ -117,12 +125,14 @@ class _Server:
             self._admit()
 
     def _admit(self) -> None:
-        """Move requests from the queue into the free slots; adapt fast weights to their prompts first."""
+        """Move requests from the queue into the free slots, and write their memory."""
         free = [slot for slot in range(self._slots) if slot not in self._in_slot][: len(self._queue)]
         entering = {slot: self._queue.popleft() for slot in free}
         requests = [self._requests[number] for number in entering.values()]
-        if self._anchor_ratio is not None and self._model.data_parallel.maximum(len(requests)):
-            self._adapt(free, requests, self._anchor_ratio)
+        if self._memory is not None and (
+            not self._memory.writes_on_entry or self._model.data_parallel.maximum(len(requests))
+        ):
+            self._memory.enter(free, [request.prompt for request in requests], [request.id for request in requests])
         if not entering:
             return
         start = self._model.canvas(
@@ -132,20 +142,6 @@ class _Server:
         )
         self._decoder.load(free, start)
         self._in_slot |= entering
-
-    def _adapt(self, slots: Sequence[int], requests: Sequence[Request], anchor_ratio: float) -> None:
-        """Adapt fast weights to prompts, into the sets of their slots; without prompts, only run the collectives."""
-        adapted = self._model.adapt(
-            [request.prompt for request in requests] or [[]],
-            anchor_ratio,
-            [request.id for request in requests] or [0],
-        )
-        self.memory_seconds += adapted.seconds
-        if self._reader.fast is None:
-            # Sets of one's own for all slots, with any values.
-            self._reader.fast = fast_weight_tree.select(adapted.fast, [0] * self._slots, max(1, len(requests)))
-        if requests:
-            fast_weight_tree.replace_sets(self._reader.fast, slots, self._slots, adapted.fast)
 
     def _release(self) -> None:
         """Free the slots of finished rows and hand over their responses."""
@@ -163,12 +159,11 @@ class _Server:
 
 
 def serve(
-    model: TrainedModel,
+    model: Predictor,
     requests: Sequence[Request],
     decoding: Decoding,
     slots: int = 8,
-    memory: bool = False,
-    anchor_ratio: float = ANCHOR_RATIO,
+    memory: MemorySettings | AdaptedMemory | None = None,
     on_response: Callable[[int, Response], object] = lambda number, response: None,
 ) -> Served:
     """Answer requests; data-parallel ranks divide them, and all return all responses.
@@ -178,28 +173,35 @@ def serve(
         requests: prompts, equal on all ranks.
         decoding: settings of decoding.
         slots: rows that each data-parallel rank decodes at a time.
-        memory: adapt fast weights to each prompt first.
-        anchor_ratio: share of each prompt's tokens that the memory's anchor masks.
+        memory: settings, with which fast weights are adapted to each prompt first; or the memory of one prompt, which
+            all responses read. None: no memory.
         on_response: callback, called on the rank that made a response with the request's number and the response.
 
     Raises:
-        UserError: as `TrainedModel.reader` does.
+        UserError: as `Predictor.reader` does, or if the memory is that of several prompts.
     """
+    require(
+        not isinstance(memory, AdaptedMemory) or len(memory.prompts) == 1,
+        "Requests can only share the memory of one prompt; adapt to one prompt, or give the settings of the memory.",
+    )
     if requests:
         firsts = [request.prompt[:1] for request in requests]
         model.check_first(model.canvas(firsts, [min(1, request.new_tokens) for request in requests]).open_BL)
     began = time.perf_counter()
-    server = _Server(model, requests, decoding, slots, anchor_ratio if memory else None, on_response)
+    server = _Server(model, requests, decoding, slots, memory, on_response)
     server.run()
     seconds = time.perf_counter() - began - server.memory_seconds
-    of_ranks = model.data_parallel.gather((server.responses, server.passes, server.memory_seconds, seconds))
-    merged = {number: response for responses, *_ in of_ranks for number, response in responses.items()}
+    counts = (server.passes, server.memory_seconds, server.memory_steps, seconds)
+    of_ranks = model.data_parallel.gather((server.responses, counts))
+    merged = {number: response for responses, _ in of_ranks for number, response in responses.items()}
     responses = [merged[number] for number in range(len(requests))]
     masks = sum(request.prompt.count(model.mask_id) for request in requests)
+    passes, memory_seconds, memory_steps, seconds = map(max, zip(*(counts for _, counts in of_ranks), strict=True))
     return Served(
         responses,
         masks + sum(len(response.response) for response in responses),
-        max(passes for _, passes, *_ in of_ranks),
-        max(memory for _, _, memory, _ in of_ranks),
-        max(decode for *_, decode in of_ranks),
+        int(passes),
+        memory_seconds,
+        int(memory_steps),
+        seconds,
     )

@@ -34,6 +34,7 @@ class Stream(IntEnum):
     WEIGHTS = 8
     ADAPTER_DROPOUT = 9
     FAST_WEIGHT_DROPOUT = 10
+    FINGERPRINT = 11
 
 
 def _signed(value: int) -> int:

@@ -110,7 +110,7 @@ class Plan:
 
 def draw(
     seed: int,
-    step: int,
+    step: int | Tensor,
     sample_ids_U: Tensor,
     maskable_BL: Tensor,
     t_U: Tensor | None = None,
@@ -120,7 +120,7 @@ def draw(
 
     Args:
         seed: seed of the run.
-        step: training step; 0 for noise that is the same in every step.
+        step: training step, or one number per sample; 0 for noise that is the same in every step.
         sample_ids_U: int64, global sample ids.
         maskable_BL: bool, tokens that may be masked.
         t_U: noise levels to use instead of drawn ones.

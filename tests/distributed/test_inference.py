@@ -10,9 +10,10 @@ import torch
 from memdlm_dist.config import parse_config
 from memdlm_dist.errors import UserError
 from memdlm_dist.inference.decoding import Decoding
+from memdlm_dist.inference.predictor import MEMORY_WEIGHTS
 from memdlm_dist.inference.reader import ModelReader
 from memdlm_dist.inference.sampler import finished, steps
-from memdlm_dist.inference.trained_model import MEMORY_WEIGHTS, TrainedModel
+from memdlm_dist.inference.trained_model import TrainedModel
 from memdlm_dist.method import fast_weight_tree, trajectory
 from memdlm_dist.method.diffusion import WEIGHTS
 from memdlm_dist.models import backbone_args

@@ -1,6 +1,7 @@
 """Continuous batching: responses as if each request were alone, whatever the slots and the order."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,11 +9,13 @@ import torch
 from memdlm_dist.config import parse_config
 from memdlm_dist.errors import UserError
 from memdlm_dist.inference.decoding import Decoding
+from memdlm_dist.inference.prompt_memory import AS_PUBLISHED, MemorySettings
 from memdlm_dist.inference.serving import Request, Response, serve
+from memdlm_dist.inference.slot_memory import SlotMemory
 from memdlm_dist.inference.trained_model import TrainedModel
 from memdlm_dist.method import fast_weight_tree, fast_weights
 from memdlm_dist.method.fast_weights import AdaptedLinear
-from tests.workers.reading import BOLD, LAYOUTS, PROMPTS, arguments_of
+from tests.workers.reading import BOLD, FEW, LAYOUTS, PLAIN, PROMPTS, arguments_of
 
 NEW_TOKENS = (6, 9, 3, 12, 0, 5)
 SETTINGS = {
@@ -37,7 +40,7 @@ def requests(model):
     return [Request(prompt, n, 20 + i) for i, (prompt, n) in enumerate(zip(prompts, NEW_TOKENS, strict=True))]
 
 
-@pytest.mark.parametrize("memory", [False, True])
+@pytest.mark.parametrize("memory", [None, AS_PUBLISHED], ids=["off", "on"])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_response_is_as_if_its_request_were_alone(model, requests, name, memory):
     """Compare with `generate`, one request at a time; each row reads its own memory."""
@@ -53,7 +56,7 @@ def test_a_response_is_as_if_its_request_were_alone(model, requests, name, memor
             given = [token != model.mask_id for token in request.prompt]
             pairs = zip(request.prompt, response.prompt, given, strict=True)
             assert all(old == new for old, new, is_given in pairs if is_given)
-        assert served.tokens == sum(NEW_TOKENS) + 2 and (served.memory_seconds > 0) == memory
+        assert served.tokens == sum(NEW_TOKENS) + 2 and (served.memory_seconds > 0) == (memory is not None)
         passes[slots] = served.passes
     with_work = [made.passes for request, made in zip(requests, alone, strict=True) if request.new_tokens]
     assert passes[1] == sum(with_work) and passes[8] <= passes[3] < passes[1]
@@ -62,17 +65,17 @@ def test_a_response_is_as_if_its_request_were_alone(model, requests, name, memor
 def test_a_response_is_handed_over_at_once(model, requests, monkeypatch):
     """A finished row leaves its slot, and the longest request that waits enters it."""
     seen, entered = [], []
-    adapt = model.adapt
+    write = model._writer.write
 
-    def record(prompts, anchor_ratio, ids):
+    def record(prompts, settings, ids, *rest):
         entered.append([ids, [number for number, _ in seen]])
-        return adapt(prompts, anchor_ratio, ids)
+        return write(prompts, settings, ids, *rest)
 
-    monkeypatch.setattr(model, "adapt", record)
+    monkeypatch.setattr(model._writer, "write", record)
     lengths = [len(request.prompt) + request.new_tokens for request in requests]
     longest = sorted((number for number in range(6) if number != 4), key=lambda number: -lengths[number])
     served = serve(
-        model, requests, SETTINGS["steps"], 2, memory=True, on_response=lambda *response: seen.append(response)
+        model, requests, SETTINGS["steps"], 2, AS_PUBLISHED, on_response=lambda *response: seen.append(response)
     )
     assert sorted(seen) == list(enumerate(served.responses)) and seen[0] == (4, Response([5, 6], []))
     assert [number for numbers, _ in entered for number in numbers] == [20 + number for number in longest]
@@ -92,6 +95,33 @@ def test_a_first_token_that_cannot_be_predicted_is_named(trained):
         with pytest.raises(UserError, match="the first token cannot be"):
             serve(shifted, [Request([5], 2, 0), request], Decoding())
     shifted.close()
+
+
+@pytest.mark.parametrize("settings", [MemorySettings(refresh="block"), MemorySettings(0.5, 3, "block", "present")])
+def test_a_refresh_is_as_if_its_request_were_alone(model, requests, settings):
+    requests = [request._replace(new_tokens=min(FEW, request.new_tokens)) for request in requests]
+    alone = [model.generate([r.prompt], r.new_tokens, PLAIN, settings, ids=[r.id]) for r in requests]
+    served = serve(model, requests, PLAIN, 3, settings)
+    assert [response.response for response in served.responses] == [made.responses[0] for made in alone]
+    assert served.memory_steps < sum(made.memory_steps for made in alone), "rows are written together"
+
+
+def test_every_request_begins_with_the_given_memory(model, requests, monkeypatch):
+    """Also in a slot whose memory the refreshes of an earlier request have replaced."""
+    given = model.adapt([requests[0].prompt], MemorySettings(0.5, refresh="block", start="present"))
+    begun = []
+    enter = SlotMemory.enter
+
+    def record(self, slots, *arguments):
+        enter(self, slots, *arguments)
+        for slot in slots:
+            begun.append(fast_weight_tree.leaves(fast_weight_tree.select(self._reader.fast, [slot], self._slots)))
+
+    monkeypatch.setattr(SlotMemory, "enter", record)
+    served = serve(model, requests, replace(SETTINGS["steps"], block_size=2), 2, given)
+    assert served.memory_steps > 0 and len(begun) > 2, "slots are used again"
+    for leaves in begun:
+        assert all(map(torch.equal, leaves, fast_weight_tree.leaves(given.fast)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -123,8 +123,8 @@ def test_a_corpus_for_prepare_data(tmp_path, capsys):
     "arguments, message",
     [
         (["--tasks", "multi_value,riddles"], "no needle task 'riddles'"),
-        (["--lengths", "30"], "--lengths gives it 30"),
-        (["--values", "0"], "--values must be at least 1"),
+        (["--lengths", "30"], "but has a length of 30; choose a larger length"),
+        (["--values", "0"], "The size values of the needle tasks must be from 1 to 1,000,000, but is 0."),
         (["--haystack", "/nowhere.txt"], "The haystack /nowhere.txt cannot be read"),
         (["--tokenizer", "/nowhere"], "There is no tokenizer.json in /nowhere"),
     ],

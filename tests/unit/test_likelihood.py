@@ -84,7 +84,7 @@ class ToyModel:
             losses.append(sum(-math.log(table[p][clean[p]]) for p, masked in enumerate(target) if masked))
         return torch.tensor(losses, dtype=torch.float64)
 
-    def reader(self, decoding, slots, length):
+    def reader(self):
         def predict(rows, targets):
             logits = []
             for row, position in targets:
@@ -98,8 +98,12 @@ class ToyModel:
     def check_first(self, target_BL):
         pass
 
+    def slots(self, decoding, slots, length, memory=None):
+        assert memory is None
+        return sampler.Decoder(self.reader(), decoding, slots, length, MASK, EOS), None
+
     def decoder(self, start, decoding, fast=None):
-        decoder = sampler.Decoder(self.reader(decoding, 0, 0), decoding, *start.tokens_BL.shape, MASK, EOS)
+        decoder, _ = self.slots(decoding, *start.tokens_BL.shape)
         decoder.load(range(len(start.tokens_BL)), start)
         return decoder
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from memdlm_dist.config import parse_config
 from memdlm_dist.inference.decoding import Decoding
+from memdlm_dist.inference.prompt_memory import AS_PUBLISHED
 from memdlm_dist.inference.serving import Request, serve
 from memdlm_dist.inference.trained_model import TrainedModel
 from tests.support.ranks import fork
@@ -75,7 +76,7 @@ def decode_rank(rank: int, folder: Path, name: str) -> int:
         if memory and not has_memory:
             continue
         for cache in ("none", "prefix") if name == "one" else ("prefix",):
-            served = serve(model, requests, replace(decoding, cache=cache), 2, memory=memory)
+            served = serve(model, requests, replace(decoding, cache=cache), 2, AS_PUBLISHED if memory else None)
             results[f"{kind}, cache {cache}"] = [response.response for response in served.responses]
     if rank == 0:
         (folder / f"{name}.json").write_text(json.dumps(results))

@@ -20,11 +20,10 @@ from memdlm_dist.compat import fake_device
 from memdlm_dist.compat import torch as compat
 from memdlm_dist.config import parse_config
 from memdlm_dist.inference import setup
-from memdlm_dist.inference.data_parallel import DataParallel
 from memdlm_dist.inference.decoding import Decoding
-from memdlm_dist.inference.reader import SequenceShards
+from memdlm_dist.inference.predictor import Predictor
+from memdlm_dist.inference.prompt_memory import AS_PUBLISHED
 from memdlm_dist.inference.sampler import Step
-from memdlm_dist.inference.trained_model import TrainedModel
 from memdlm_dist.models import llada
 from memdlm_dist.runtime import device
 from memdlm_dist.runtime.process_group import init_fake_process_group
@@ -81,8 +80,8 @@ LOG_COPIES = {"training.trainer:_record_metrics"}
 TO_DEVICE, TO_HOST = "runtime.transfer:to_device", "runtime.transfer:__init__"
 VALIDATION = {"training.validator:validate"}
 # Intended reads and copies around decoding, which itself has none.
-ADAPT, SCORE = "inference.trained_model:adapt", "inference.trained_model:nll"
-SCORE_COPIES = {SCORE, "inference.trained_model:_forward"}
+ADAPT, SCORE = "inference.prompt_memory:write", "inference.predictor:nll"
+SCORE_COPIES = {SCORE, "inference.predictor:_forward"}
 # name -> settings of decoding; copies to the host before the final one, and copies to the device. Two rows take 2 and 4
 # steps. The device has no values, so a threshold keeps nothing here.
 DECODINGS = {
@@ -156,16 +155,9 @@ def read():
     prompts, new_tokens = [[1, 2, 3, 4, 5], [6, 7]], [4, 2]
     with FakeDevice({ADAPT}) as fake:
         trained = trainer.build(config, args, dims, fake_device.DEVICE, draws=False)
-        objective = trained.objective
-        model = TrainedModel.__new__(TrainedModel)
-        vars(model).update(
-            model=trained.model.eval(), device=trained.device, _shards=SequenceShards(),
-            data_parallel=DataParallel.from_layout(dims, trained.device),
-            tokenizer=SimpleNamespace(mask_id=args.vocab_size - 1, eos_id=0), _amp=nullcontext(),
-            _objective=replace(objective, plan=replace(objective.plan, loss_weight="uniform")),
-            _memory=replace(objective.memory, samples_per_set=1), _vocab_size=args.vocab_size,
-        )  # fmt: skip
-        generated = model.generate(prompts, new_tokens, Decoding(block_size=2, stop_at_eos=False), memory=True)
+        tokenizer = SimpleNamespace(mask_id=args.vocab_size - 1, eos_id=0)
+        model = Predictor(trained.model.eval(), args, tokenizer, trained.objective, dims, trained.device, nullcontext())
+        generated = model.generate(prompts, new_tokens, Decoding(block_size=2, stop_at_eos=False), AS_PUBLISHED)
         assert [len(response) for response in generated.responses] == [0, 0], "all tokens are 0, end-of-text here"
     assert generated.passes == 4 and fake.reads == {ADAPT: 1}, "one wait for the fast weights, for the time of adapting"
     assert fake.transfers[TO_HOST] == STATE and not fake.copies
