@@ -15,6 +15,7 @@ from memdlm_dist.runtime import cpu
 cpu.prepare()
 
 from memdlm_dist.errors import EXIT_STATUS, UserError
+from memdlm_dist.evaluation.task_validator import read_tasks
 from memdlm_dist.runtime import preemption
 from memdlm_dist.runtime.logs import start_logging
 from memdlm_dist.runtime.rank_0 import is_rank_0
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line configures; return the exit status (docs/reliability.md)."""
     start_logging()
     try:
-        return run(sys.argv[1:] if argv is None else argv)
+        return run(sys.argv[1:] if argv is None else argv, read_tasks)
     except UserError as error:
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)

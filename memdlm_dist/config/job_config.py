@@ -241,6 +241,24 @@ class Validation(TitanValidation):
     seq_len: int = 0
     """Unused key: the held-out shards have rows of training.seq_len tokens."""
 
+    tasks: list[str] = field(default_factory=list)
+    """Needle tasks that the model answers during training, such as ["multi_value", "facts_1"] (docs/evaluation.md)."""
+
+    tasks_freq: int = 0
+    """Steps between two validations with tasks; 0: validation.freq."""
+
+    tasks_lengths: list[int] = field(default_factory=list)
+    """Tokens of question and true answer; empty: training.seq_len less tasks_new_tokens, which is the largest."""
+
+    tasks_samples: int = 16
+    """Questions of each task at each length; the same at every validation."""
+
+    tasks_new_tokens: int = 32
+    """Tokens of each answer, decoded one a step in blocks of 32."""
+
+    tasks_sizes: list[str] = field(default_factory=list)
+    """Sizes of the tasks, such as ["values=2", "common=5"]; RULER's by default, which need 2,000 tokens or so."""
+
     def __post_init__(self) -> None:
         """Skip torchtitan's check of `steps`: `ranges` checks it and names the key."""
 

@@ -352,6 +352,15 @@ def _check_values(config: JobConfig) -> None:
         not config.validation.enable or bool(config.data.validation),
         "validation.enable is set but data.validation is empty; name the held-out shards or disable validation.",
     )
+    require(
+        not config.validation.tasks or config.validation.enable,
+        "validation.tasks needs validation.enable; set it, or remove the tasks.",
+    )
+    for key in ("tasks_freq", "tasks_lengths", "tasks_sizes"):
+        require(
+            bool(config.validation.tasks) or not getattr(config.validation, key),
+            f"validation.{key} has no effect without validation.tasks; name tasks, or remove it.",
+        )
     unknown = [key for key in config.checkpoint.accept_changes if key not in CONTINUITY]
     require(
         not unknown,

@@ -3,7 +3,7 @@
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 
@@ -29,7 +29,7 @@ from memdlm_dist.runtime.single_process import single_process_environment
 from memdlm_dist.runtime.storage import is_remote
 from memdlm_dist.runtime.writer import Claim, claimed, this_process
 from memdlm_dist.training import train_spec
-from memdlm_dist.training.trainer import MemDLMTrainer
+from memdlm_dist.training.trainer import MemDLMTrainer, Tasks
 from memdlm_dist.training.validation_summary import summary_table
 
 logger = logging.getLogger()
@@ -74,8 +74,18 @@ def _warn_of_length(config: JobConfig, args: LLaDAArgs) -> None:
         )
 
 
-def run(argv: Sequence[str]) -> int:
+BuildTasks = Callable[[MemDLMTrainer], Tasks | None]
+
+
+def run(
+    argv: Sequence[str], read_tasks: Callable[[JobConfig], BuildTasks] = lambda config: lambda trainer: None
+) -> int:
     """Train as the command line configures; return the exit status (docs/reliability.md).
+
+    Args:
+        argv: the command line.
+        read_tasks: reads `validation.tasks`, and returns a function that builds what answers them with the model of a
+            trainer.
 
     Raises:
         UserError: if the configuration, the data, a checkpoint or the launch is wrong.
@@ -84,6 +94,7 @@ def run(argv: Sequence[str]) -> int:
     config = launch.resolve(parse_config.parse(argv), *launched_processes())
     _check_wandb(config)
     check_layout.check_device(config, device_type())
+    build_tasks = read_tasks(config)
     args = backbone_args(config.model.name, config.model.flavor)
     check_layout.check_backbone(config, args)
     _warn_of_length(config, args)
@@ -94,7 +105,7 @@ def run(argv: Sequence[str]) -> int:
     construct_checkpoints(ResumableCheckpoints)
     construct_savers(Saver)
     with StopRequest() as stop, _writer(config) as writer:
-        trainer = _train(config, stop, writer)
+        trainer = _train(config, stop, writer, build_tasks)
     if not trainer.stopped_early:
         return 0
     saved = f"saved in {trainer.checkpointer.folder}" if config.checkpoint.enable else "not saved (checkpoint.enable)"
@@ -122,13 +133,13 @@ def _writer(config: JobConfig) -> AbstractContextManager[Claim | None]:
     return claimed(_checkpoint_folder(config), this_process())
 
 
-def _train(config: JobConfig, stop: StopRequest, writer: Claim | None) -> MemDLMTrainer:
+def _train(config: JobConfig, stop: StopRequest, writer: Claim | None, build_tasks: BuildTasks) -> MemDLMTrainer:
     """Build the trainer, train and close everything; return the closed trainer."""
     trainer: MemDLMTrainer | None = None
     done = False
     try:
         trainer = MemDLMTrainer(config, stop)
-        trainer.checkpointer.writer = writer
+        trainer.checkpointer.writer, trainer.tasks = writer, build_tasks(trainer)
         if config.checkpoint.create_seed_checkpoint:
             trainer.checkpointer.save(curr_step=0, last_step=True)
             logger.info("Saved the seed checkpoint.")

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -40,6 +40,16 @@ from memdlm_dist.training.prefetch import BatchPrefetcher, PrefetchedBatch
 logger = logging.getLogger()
 
 
+class Tasks(Protocol):
+    """Tasks that the model answers during training, see `validation.tasks`."""
+
+    def is_due(self, step: int) -> bool:
+        """Return whether to answer them after a step."""
+
+    def validate(self, step: int) -> object:
+        """Answer them and log the scores; a collective call."""
+
+
 class MemDLMTrainer(Trainer):
     """torchtitan's Trainer with MemDLM's objective.
 
@@ -51,6 +61,7 @@ class MemDLMTrainer(Trainer):
     job_config: JobConfig
     metrics_processor: MemDLMMetrics
     checkpointer: ResumableCheckpoints
+    tasks: Tasks | None = None  # set after construction, since `training` must not import `evaluation`
 
     def __init__(self, job_config: JobConfig, stop: StopRequest):
         super().__init__(job_config)
@@ -101,6 +112,8 @@ class MemDLMTrainer(Trainer):
             )
         elif self.step == 0 and config.validation.enable:
             self.validator.validate(self.model_parts, 0)
+            if self.tasks is not None:
+                self.tasks.validate(0)
 
         profiling = {"global_step": self.step, "base_folder": config.job.dump_folder}
         with (
@@ -119,7 +132,8 @@ class MemDLMTrainer(Trainer):
                     self._shorten_timeouts()
                 last = self.step == config.training.steps
                 validates = config.validation.enable and self.validator.should_validate(self.step)
-                if last or validates or self.consensus.stop or self.checkpointer.is_due(self.step, last):
+                answers = self.tasks is not None and self.tasks.is_due(self.step)
+                if last or validates or answers or self.consensus.stop or self.checkpointer.is_due(self.step, last):
                     # Wait for this step's flags: only a step known to be finite may be saved or validated.
                     self.consensus.finish()
                 self.watchdog.at(f"finishing step {self.step} (checkpoint, validation)", needs_others=False)
@@ -129,6 +143,8 @@ class MemDLMTrainer(Trainer):
                 if validates:
                     losses = self.validator.validate(self.model_parts, self.step)
                     self.checkpointer.note_validation(self.step, losses)
+                if answers and self.tasks is not None and not self.consensus.stop:
+                    self.tasks.validate(self.step)
                 for observer in (profiler, snapshots):
                     if observer:
                         observer.step()

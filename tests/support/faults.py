@@ -22,6 +22,7 @@ at:
 
 - "step": before the step's forward pass
 - "data": when the step's batch is loaded, during the previous step
+- "answer": before this rank answers a batch of validation.tasks
 - "save": at the start of a save
 - "export": at the start of an export to a Hugging Face folder
 - "convert": when an export converts the model's state dict, before DCP's collectives
@@ -53,6 +54,7 @@ from memdlm_dist import train
 from memdlm_dist.checkpoint import hugging_face_folder
 from memdlm_dist.checkpoint.manager import ResumableCheckpoints
 from memdlm_dist.data.loader import EpochLoader
+from memdlm_dist.inference.predictor import Predictor
 from memdlm_dist.models.state_dict_adapters import LLaDAStateDictAdapter
 from memdlm_dist.runtime import preemption, storage, writer
 from memdlm_dist.training.objective import Objective
@@ -114,7 +116,7 @@ def inject(faults: Iterable[dict[str, Any]]) -> None:
         time.time = lambda: clock() - 60
 
     plain_step, plain_loss, plain_read = MemDLMTrainer.train_step, Objective.loss_sum, EpochLoader._read
-    plain_load = BatchPrefetcher._load
+    plain_load, plain_generate = BatchPrefetcher._load, Predictor.generate
     plain_export, plain_consolidate = hugging_face_folder.export, hugging_face_folder.consolidate_safetensors
     plain_to_hf = LLaDAStateDictAdapter.to_hf
     plain_save, plain_write, plain_finish = (
@@ -138,6 +140,10 @@ def inject(faults: Iterable[dict[str, Any]]) -> None:
         for batch in plain_read(self):
             inject_at("data")
             yield batch
+
+    def generate(self, *arguments, **named):
+        inject_at("answer")
+        return plain_generate(self, *arguments, **named)
 
     def dcp_save(self, *arguments, **named):
         inject_at("save")
@@ -168,7 +174,7 @@ def inject(faults: Iterable[dict[str, Any]]) -> None:
         plain_finish(self, *arguments, **named)
 
     MemDLMTrainer.train_step, Objective.loss_sum, EpochLoader._read = train_step, loss_sum, read
-    BatchPrefetcher._load = load
+    BatchPrefetcher._load, Predictor.generate = load, generate
     ResumableCheckpoints.dcp_save = dcp_save
     LLaDAStateDictAdapter.to_hf = to_hf
     hugging_face_folder.export, hugging_face_folder.consolidate_safetensors = export, consolidate

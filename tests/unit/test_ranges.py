@@ -10,8 +10,11 @@ from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.config.ranges import RANGES
 from memdlm_dist.errors import UserError
 
-# torchtitan keys that this project ignores or restricts to one value (see `parse_config`).
-WITHOUT_RANGE = ("parallelism.pipeline_parallel_", "fault_tolerance.", "validation.seq_len", "data.proportions")
+# torchtitan keys that this project ignores or restricts to one value (see `parse_config`), and lists.
+WITHOUT_RANGE = (
+    "parallelism.pipeline_parallel_", "fault_tolerance.", "validation.seq_len", "data.proportions",
+    "validation.tasks_lengths",
+)  # fmt: skip
 
 
 def numeric_keys(cls: type, prefix: str = "") -> list[str]:
