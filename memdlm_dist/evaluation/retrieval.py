@@ -63,7 +63,7 @@ def evaluate(
         new_tokens: [MASK] positions per response.
         batch_size: questions per forward pass.
         progress: callback, called with the number of questions answered since its last call.
-        warm_up: answer a question with each memory setting first, so that no setting's time has the initialisation.
+        warm_up: answer a batch with each memory setting first, so that no setting's time has the initialisation.
 
     Returns:
         The scores, and one record per question and memory setting: answers, response and accuracy.
@@ -76,7 +76,8 @@ def evaluate(
             if warm_up and not scores:
                 for settings in memories.values():
                     evaluator = _Evaluator(model, decoding, new_tokens, settings)
-                    model.data_parallel.map_batches(questions[:1], batch_size, evaluator.answer)
+                    first = questions[: batch_size * model.data_parallel.dp_size]
+                    model.data_parallel.map_batches(first, batch_size, evaluator.answer)
             for memory, settings in memories.items():
                 evaluator = _Evaluator(model, decoding, new_tokens, settings)
                 answers = model.data_parallel.map_batches(questions, batch_size, evaluator.answer, progress)
