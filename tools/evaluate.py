@@ -166,7 +166,7 @@ def run_needle(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     finally:
         model.close()
     if is_rank_0():
-        show(scores, memories)
+        show(scores)
         settings = {"sizes": asdict(sizes), "seed": options.seed, "part": options.part, "decoding": asdict(decoding),
                     "new_tokens": options.new_tokens, "anchor_ratio": memory.anchor_ratio,
                     "memory_weights": options.memory_weights, "memory_chunk": memory.chunk,

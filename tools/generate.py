@@ -64,14 +64,15 @@ def parser() -> argparse.ArgumentParser:
         "--save-memory",
         type=Path,
         metavar="FILE",
-        help="write the prompt's memory to this file; needs --memory on. With --new-tokens 0 nothing is decoded",
+        help="write the prompt's memory to this file; needs --memory on; not in the paper. With --new-tokens 0 nothing "
+        "is decoded",
     )
     files.add_argument(
         "--load-memory",
         type=Path,
         metavar="FILE",
         help="read a memory that --save-memory has written, such as that of a document, in place of the prompt's own; "
-        "--anchor-ratio and --memory-weights are then for refreshes alone",
+        "not in the paper. --anchor-ratio and --memory-weights are then for refreshes alone",
     )
     data = p.add_argument_group("data")
     source = data.add_mutually_exclusive_group()

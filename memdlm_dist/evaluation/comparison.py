@@ -16,16 +16,12 @@ from memdlm_dist.training.validation_history import LOSSES as HELD_OUT
 JSON, PNG, COMPARISON, LOSSES = "needle.json", "needle.png", "comparison", "losses"
 
 
-def show(scores: Sequence[Score], memories: Sequence[str]) -> None:
+def show(scores: Sequence[Score]) -> None:
     """Print accuracy, answer NLL and costs by task, length and memory, and what the memory adds to both.
 
     Args:
-        scores: one for each task, length and memory setting.
-        memories: keys of `MEMORY`, in the order of the rows.
+        scores: one for each task, length and memory setting, in the order of the rows.
     """
-    ordered = sorted(scores, key=lambda score: memories.index(score.memory))  # stable: keeps tasks and lengths together
-    places = list(dict.fromkeys((score.task, score.length) for score in scores))
-    ordered.sort(key=lambda score: places.index((score.task, score.length)))
     rows = [
         [
             score.task,
@@ -37,10 +33,11 @@ def show(scores: Sequence[Score], memories: Sequence[str]) -> None:
             str(score.passes),
             str(score.memory_steps),
         ]
-        for score in ordered
+        for score in scores
     ]
     header = ["task", "length", "memory", "accuracy (%)", "answer NLL", "seconds", "passes", "inner steps"]
     print(report.table(header, rows))
+    memories = dict.fromkeys(score.memory for score in scores)
     totals = {memory: _total([score for score in scores if score.memory == memory]) for memory in memories}
     for memory, total in totals.items():
         print(f"memory {memory}: {total.accuracy:.1f}% of {total.samples} questions in {total.seconds:.1f} s")

@@ -1,7 +1,7 @@
 """Model class of the lm-evaluation-harness for our checkpoints (requires the [eval] extra)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 from memdlm_dist.compat.lm_eval import TokenLM
 from memdlm_dist.config import parse_config
-from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.data import chat
 from memdlm_dist.errors import UserError
 from memdlm_dist.evaluation import harness_chat
+from memdlm_dist.evaluation.harness_arguments import as_flags, as_integer, as_number, as_token_ids
 from memdlm_dist.evaluation.retrieval import MEMORY
 from memdlm_dist.inference import canvas, sampler
 from memdlm_dist.inference.decoding import Cache, Decoding, DecodingAttention
@@ -110,29 +110,29 @@ class HarnessModel(TokenLM):
             raise UserError(f"--batch_size must be a positive integer, not '{batch_size}'.")
         if unknown := [key for key in overrides if "." not in key]:
             raise UserError(f"There is no model argument {unknown[0]}; write keys of the configuration as section.key.")
-        flags = [flag for key, value in overrides.items() for flag in _flags(key, value)]
+        flags = [flag for key, value in overrides.items() for flag in as_flags(key, value)]
         self._decoding = Decoding(
-            block_size=_integer("block_size", block_size),
-            steps=None if steps is None else _integer("steps", steps),
-            threshold=None if threshold is None else _number("threshold", threshold),
-            min_tokens=_integer("min_tokens", min_tokens),
-            edit_threshold=None if edit_threshold is None else _number("edit_threshold", edit_threshold),
-            post_steps=None if post_steps is None else _integer("post_steps", post_steps),
+            block_size=as_integer("block_size", block_size),
+            steps=None if steps is None else as_integer("steps", steps),
+            threshold=None if threshold is None else as_number("threshold", threshold),
+            min_tokens=as_integer("min_tokens", min_tokens),
+            edit_threshold=None if edit_threshold is None else as_number("edit_threshold", edit_threshold),
+            post_steps=None if post_steps is None else as_integer("post_steps", post_steps),
             cache=cast(Cache, "none" if cache is None else cache),  # the harness parses "none" as None
-            cache_refresh=_integer("cache_refresh", cache_refresh),
+            cache_refresh=as_integer("cache_refresh", cache_refresh),
             attention=cast(DecodingAttention, attention.replace("-", "_")),
             seed=int(seed),
-            cfg_scale=_number("cfg_scale", cfg_scale),
-            suppress_tokens=_token_ids(suppress_tokens),
+            cfg_scale=as_number("cfg_scale", cfg_scale),
+            suppress_tokens=as_token_ids(suppress_tokens),
         )
         settings = MemorySettings(
-            _number("anchor_ratio", anchor_ratio),
-            None if memory_chunk is None else _integer("memory_chunk", memory_chunk),
+            as_number("anchor_ratio", anchor_ratio),
+            None if memory_chunk is None else as_integer("memory_chunk", memory_chunk),
             cast(Refresh, "none" if memory_refresh is None else memory_refresh),
             cast(Start, memory_from),
         )
-        unread = [] if MEMORY[memory] else flags_of(settings)
-        for name in (flag.lstrip("-").replace("-", "_") for flag in unread):
+        if not MEMORY[memory] and (unread := flags_of(settings)):
+            name = unread[0].lstrip("-").replace("-", "_")
             raise UserError(f"The model argument {name} needs a memory of the prompt; add memory=on, or omit {name}.")
         parsed = parse_config.parse(["--job.config_file", config, *flags])
         self._model = TrainedModel(parsed, checkpoint, adapter, memory_weights=memory_weights, memory=MEMORY[memory])
@@ -355,57 +355,3 @@ class HarnessModel(TokenLM):
     def close(self) -> None:
         """Leave the process group."""
         self._model.close()
-
-
-def _number(name: str, value: Any) -> float:
-    """Return a model argument as a number.
-
-    Raises:
-        UserError: if it is none.
-    """
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise UserError(f"The model argument {name} must be a number, not '{value}'.") from None
-
-
-def _integer(name: str, value: Any) -> int:
-    """Return a model argument as an integer.
-
-    Raises:
-        UserError: if it is none.
-    """
-    try:
-        return int(str(value))
-    except ValueError:
-        raise UserError(f"The model argument {name} must be an integer, not '{value}'.") from None
-
-
-def _token_ids(value: str | int) -> tuple[int, ...]:
-    """Parse token ids that are joined by colons; the harness turns a single id into an integer.
-
-    Raises:
-        UserError: if an id is not an integer of at least 0.
-    """
-    ids = str(value).split(":") if value != "" else []
-    if wrong := [item for item in ids if not (item.isascii() and item.isdigit())]:
-        raise UserError(
-            f"The model argument suppress_tokens has token ids joined by colons, such as 5:6, but one is '{wrong[0]}'."
-        )
-    return tuple(map(int, ids))
-
-
-def _flags(key: str, value: Any) -> list[str]:
-    """Return the command-line flags that set a key of the configuration; a boolean key takes none but its own name."""
-    section, _, name = key.rpartition(".")
-    if str(value) in ("True", "False") and _type(key) is bool:
-        return [f"--{key}" if str(value) == "True" else f"--{section}.no_{name}"]
-    return [f"--{key}", str(value)]
-
-
-def _type(key: str) -> Any:
-    """Return the type of a key of the configuration; None if there is no such key."""
-    kind: Any = JobConfig
-    for name in key.split("."):
-        kind = {field.name: field.type for field in fields(kind)}.get(name) if is_dataclass(kind) else None
-    return kind

@@ -84,12 +84,12 @@ def evaluate(
                 accuracies = [sample.accuracy(answer.text) for sample, answer in zip(questions, answers, strict=True)]
                 error = stdev(accuracies) / len(accuracies) ** 0.5 if len(accuracies) > 1 else 0.0
                 nll = sum(answer.nll for answer in answers) / sum(answer.tokens for answer in answers)
-                of_ranks = model.data_parallel.gather(evaluator.costs)
+                of_ranks = zip(*model.data_parallel.gather(evaluator.costs), strict=True)
+                memory_seconds, decoding_seconds, memory_steps, passes = of_ranks
                 scores.append(
                     Score(
                         task, length, memory, samples, mean(accuracies), error, nll,
-                        *map(max, zip(*(costs[:2] for costs in of_ranks), strict=True)),
-                        *map(sum, zip(*(costs[2:] for costs in of_ranks), strict=True)),
+                        max(memory_seconds), max(decoding_seconds), sum(memory_steps), sum(passes),
                     )
                 )  # fmt: skip
                 records += [
@@ -125,7 +125,7 @@ class _Evaluator:
 
     @property
     def costs(self) -> tuple[float, float, int, int]:
-        """Return this rank's costs, in the order of the fields of `Score`."""
+        """Return the seconds of memory and decoding, the inner steps and the passes of this rank."""
         return self.memory_seconds, self.decoding_seconds, self.memory_steps, self.passes
 
     def answer(self, batch: list[Sample], ids: list[int]) -> list[_Answer]:

@@ -2,10 +2,11 @@
 
 import argparse
 from collections.abc import Sequence
+from typing import get_args
 
 from memdlm_dist.errors import UserError
 from memdlm_dist.inference.predictor import MEMORY_WEIGHTS
-from memdlm_dist.inference.prompt_memory import ANCHOR_RATIO, MemorySettings
+from memdlm_dist.inference.prompt_memory import ANCHOR_RATIO, MemorySettings, Refresh, Start
 from memdlm_dist.method.diffusion import WEIGHTS
 from memdlm_dist.runtime.entry_point import positive
 
@@ -41,14 +42,14 @@ def add_memory_arguments(p: argparse.ArgumentParser, decodes: bool) -> argparse.
     if decodes:
         g.add_argument(
             "--memory-refresh",
-            choices=("none", "block"),
+            choices=get_args(Refresh),
             default="none",
             help="run the inner loop again before each further block of the response, on the prompt and the decoded "
             "tokens (block); not in the paper (default: none)",
         )
         g.add_argument(
             "--memory-from",
-            choices=("fresh", "present"),
+            choices=get_args(Start),
             default="fresh",
             help="fast weights with which --memory-refresh starts: new ones, or the present ones (default: fresh)",
         )

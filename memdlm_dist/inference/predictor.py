@@ -47,11 +47,16 @@ class Generated:
 
     tokens_BL: Tensor  # the rows with all [MASK]s filled in
     responses: list[list[int]]
-    fast: FastWeights | None  # adapted to the prompts, before any refresh; None without memory
+    adapted: AdaptedMemory | None  # memory that the rows began with; None without memory
     memory_seconds: float
     memory_steps: int  # inner steps; a step serves all rows that are written together
     decoding_seconds: float
     passes: int  # forward passes of the model, over all rows
+
+    @property
+    def fast(self) -> FastWeights | None:
+        """Fast weights that the rows began with; None without memory."""
+        return self.adapted.fast if self.adapted else None
 
 
 class Predictor:
@@ -366,7 +371,7 @@ class Predictor:
         return Generated(
             tokens_BL,
             canvas.responses(tokens_BL, start, self.eos_id),
-            adapted.fast if adapted else None,
+            adapted,
             refresh_seconds + (adapted.seconds if adapted and writes else 0.0),
             (rows.steps if rows is not None else 0) + (adapted.steps if adapted and writes else 0),
             time.perf_counter() - began - refresh_seconds,

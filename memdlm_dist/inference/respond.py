@@ -124,25 +124,22 @@ def respond(
         raise UserError(f"There is nothing to fill in: the prompt has no {MASK} and --new-tokens is 0.")
     length = len(prompt) + new_tokens
     _warn_if_long(model, length, memory)
-    adapted, written = memory, None
-    if isinstance(memory, MemorySettings):
-        adapted = written = model.adapt([prompt], memory)
-        if save_memory is not None:
-            model.save_memory(save_memory, written, overwrite)
     screen = Screen(model) if watch else None
 
     def draw(decoder: Decoder) -> None:
         if screen:
             screen.draw(decoder.state(length).to_host(), length)
 
-    made = model.generate([prompt], new_tokens, decoding, adapted, on_step=draw)
+    made = model.generate([prompt], new_tokens, decoding, memory, on_step=draw)
     if screen:
         screen.clear()
+    if save_memory is not None and made.adapted is not None:
+        model.save_memory(save_memory, made.adapted, overwrite)
     return {
         **texts.answer(text, made.tokens_BL[0, : len(prompt)].tolist(), made.responses[0], memory),
         "passes": made.passes,
-        "memory_steps": made.memory_steps + (written.steps if written else 0),
-        "memory_seconds": round(made.memory_seconds + (written.seconds if written else 0.0), 4),
+        "memory_steps": made.memory_steps,
+        "memory_seconds": round(made.memory_seconds, 4),
         "decoding_seconds": round(made.decoding_seconds, 4),
     }
 

@@ -129,9 +129,7 @@ class _Server:
         free = [slot for slot in range(self._slots) if slot not in self._in_slot][: len(self._queue)]
         entering = {slot: self._queue.popleft() for slot in free}
         requests = [self._requests[number] for number in entering.values()]
-        if self._memory is not None and (
-            not self._memory.writes_on_entry or self._model.data_parallel.maximum(len(requests))
-        ):
+        if self._memory is not None and self._model.data_parallel.maximum(len(requests)):
             self._memory.enter(free, [request.prompt for request in requests], [request.id for request in requests])
         if not entering:
             return

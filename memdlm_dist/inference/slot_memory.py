@@ -11,6 +11,7 @@ from memdlm_dist.errors import require
 from memdlm_dist.inference.prompt_memory import AdaptedMemory, MemorySettings, PromptWriter
 from memdlm_dist.inference.reader import ModelReader
 from memdlm_dist.method import fast_weight_tree
+from memdlm_dist.method.fast_weights import FastWeights
 
 
 class SlotMemory:
@@ -34,7 +35,7 @@ class SlotMemory:
     def __init__(self, writer: PromptWriter, reader: ModelReader, slots: int, memory: MemorySettings | AdaptedMemory):
         self._writer, self._reader, self._slots = writer, reader, slots
         self._settings = memory if isinstance(memory, MemorySettings) else memory.settings
-        self._is_given = isinstance(memory, AdaptedMemory)
+        self._given: FastWeights | None = None  # one set per slot
         self._ids, self._rounds = [0] * slots, [0] * slots
         self.seconds, self.steps = 0.0, 0
         if isinstance(memory, AdaptedMemory):
@@ -48,11 +49,6 @@ class SlotMemory:
                 self._given = fast_weight_tree.select(memory.fast, [0] * slots, 1)
             # A refresh replaces sets in place.
             reader.fast = fast_weight_tree.map_leaves(torch.clone, self._given) if self.refreshes else self._given
-
-    @property
-    def writes_on_entry(self) -> bool:
-        """Return whether `enter` runs the inner loop, on all ranks."""
-        return not self._is_given
 
     @property
     def refreshes(self) -> bool:
@@ -71,7 +67,7 @@ class SlotMemory:
         """
         for slot, row_id in zip(slots, ids, strict=True):
             self._ids[slot], self._rounds[slot] = row_id, 0
-        if self.writes_on_entry:
+        if self._given is None:
             self._write(slots, prompts, is_refresh=False)
         elif self.refreshes and slots:
             assert self._reader.fast is not None
