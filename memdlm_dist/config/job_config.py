@@ -78,6 +78,10 @@ class Diffusion:
     maskable tokens, averaged over samples; sequence: the loss sum of the global batch divided by its number of
     samples. Samples without a maskable token do not count. Validation always reports losses per token."""
 
+    label_smoothing: float = 0.0
+    """Share e of a masked token's target that is spread evenly over the vocabulary in the training loss; 0: none. The
+    token's loss is (1 - e) (-log p(label)) + e mean(-log p). Inner losses and validation smooth nothing."""
+
 
 @dataclass
 class ParametricMemory:

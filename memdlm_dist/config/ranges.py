@@ -98,6 +98,7 @@ RANGES: dict[str, Range] = {
     "validation.dataloader.num_workers": Range(0, 1024),
     "validation.dataloader.prefetch_factor": _COUNT,
     "debug.seed": _SEED,
+    "diffusion.label_smoothing": Range(0, 1, below=True, remedy="0 switches label smoothing off"),
     "parametric_memory.start_step": _OR_NONE,
     "parametric_memory.probability": Range(
         0, 1, above=True, remedy="for no memory at all set parametric_memory.enable = false"

@@ -30,7 +30,7 @@ from memdlm_dist.method.fast_weights import AdaptedLinear, FastWeights
 from memdlm_dist.method.inner_loop import InnerStatistics
 from memdlm_dist.method.inner_loss import InnerLoss, full_tensor
 from memdlm_dist.method.inner_sgd import FastWeightGroup, InnerSGD
-from memdlm_dist.method.logit_loss import HeadLoss, cross_entropy
+from memdlm_dist.method.logit_loss import HeadLoss, cross_entropy, smoothed_cross_entropy
 from memdlm_dist.method.micro_batch import InnerStep, MicroBatch, Scored
 from memdlm_dist.method.sets import Sets
 from memdlm_dist.method.trajectory import ANCHOR_INPUT
@@ -96,6 +96,7 @@ def outer_loss(
     tp_rank: int = 0,
     on_adapted: Callable[[FastWeights], None] | None = None,
     measures: bool = False,
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, InnerStatistics | None]:
     """Compute the outer loss sum of a micro-batch, after the inner loop has adapted the fast weights.
 
@@ -113,11 +114,12 @@ def outer_loss(
         measures: also measure -log p of the anchor's tokens in the passes that read the anchor, and before the first
             inner step, which takes one more pass through the tail unless that step reads the anchor itself
             (`InnerStatistics.anchor_nll`). `write_X2` is always measured, so that compiled blocks need no second graph.
+        label_smoothing: smoothing of the labels in the outer loss, see `cross_entropy`; what is measured has none.
 
     Returns:
         The loss sum (scalar), and the statistics of the inner loop (None without memory, and without inner steps).
     """
-    head, context = _outer_head(batch.anchor), token_context(model, batch, memory)
+    head, context = _outer_head(batch.anchor, label_smoothing), token_context(model, batch, memory)
     if memory is None:
         return model(batch.inputs[0], batch.anchor.index_SM[tp_rank], None, head, context).sum(), None
 
@@ -132,7 +134,7 @@ def outer_loss(
         assert fast is not None
         nll = {}
         if measures and not _reads_anchor(batch.inner[0], memory):
-            nll["before"] = _nll_before(tail, fast, h_anchor)
+            nll["before"] = _nll_before(tail, fast, h_anchor, head)
         # Inner steps that read the anchor reuse its activations, without the autograd graph.
         hidden = [h_anchor.detach(), *others]
         if batch.inner_rows_C is not None:
@@ -272,9 +274,8 @@ def _reads_anchor(step: InnerStep, memory: Memory) -> bool:
     return step.student == ANCHOR_INPUT and memory.loss.logit_loss is cross_entropy
 
 
-def _nll_before(tail: _Tail, fast: FastWeights, h_anchor: Tensor) -> Tensor:
+def _nll_before(tail: _Tail, fast: FastWeights, h_anchor: Tensor, head: HeadLoss) -> Tensor:
     """Measure -log p of the anchor's tokens with the initial fast weights, see `_nll`."""
-    head = _outer_head(tail.batch.anchor)
     # The pass is an inner step without its backward pass: compiled blocks run the graph that they have.
     with tail.model.inner_steps(tail.memory.first_layer), torch.enable_grad():
         fast = fast_weight_tree.map_leaves(lambda x: x.detach().requires_grad_(), fast)
@@ -295,10 +296,11 @@ def _nll(head: HeadLoss, scored: Scored, adapted_U: Tensor | None = None) -> Ten
     return torch.stack([nll_N.sum().float(), counted_N.sum().float()])
 
 
-def _outer_head(anchor: Scored) -> HeadLoss:
+def _outer_head(anchor: Scored, label_smoothing: float) -> HeadLoss:
     """Build the readout of the outer loss: the w(t)-weighted sum of the masked tokens' cross-entropies."""
     weight_N = torch.where(anchor.valid_N, anchor.weight_N, 0.0)
-    return HeadLoss(cross_entropy, anchor.label_N, SetSum(weight_N, torch.zeros_like(anchor.sample_N), n_sets=1))
+    sums = SetSum(weight_N, torch.zeros_like(anchor.sample_N), n_sets=1)
+    return HeadLoss(smoothed_cross_entropy(label_smoothing), anchor.label_N, sums)
 
 
 def _state_loss(

@@ -13,13 +13,13 @@ fast weights.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed import ProcessGroup, ReduceOp, all_reduce, get_rank
+from torch.distributed import ProcessGroup, ReduceOp, all_reduce, get_rank, get_world_size
 
 from memdlm_dist.compat.torch import add_product_, mark_dynamic
 from memdlm_dist.method.diffusion import SetSum
@@ -36,6 +36,11 @@ class Vocabulary(NamedTuple):
 
     size: int  # local vocabulary size V
     group: ProcessGroup | None = None  # None: the vocabulary is not sharded
+
+    @property
+    def whole_size(self) -> int:
+        """Size of the vocabulary over all ranks of the group."""
+        return self.size * (get_world_size(self.group) if self.group is not None else 1)
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum `x` over the group, in place."""
@@ -57,28 +62,51 @@ class Vocabulary(NamedTuple):
         return x
 
 
-# A loss of logits: (logits `[C, V]`, may be overwritten; target; vocabulary) -> loss `[C]`, gradient `[C, V]`.
+# A loss of logits: (logits `[C, V]`, may be overwritten; target; vocabulary) -> loss `[C]`, gradient `[C, V]`. A loss
+# that is not what is reported of a token returns `[C, 2]` instead of `[C]`: the loss, and what is reported.
 LogitLoss = Callable[[Tensor, Tensor, Vocabulary], tuple[Tensor, Tensor]]
 
 
-def cross_entropy(logits_CV: Tensor, label_C: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
-    """Compute -log p(label) in nats, and its gradient p - 1[label]."""
+def cross_entropy(
+    logits_CV: Tensor, label_C: Tensor, vocabulary: Vocabulary, smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Compute -log p(label) in nats, and its gradient p - 1[label].
+
+    With smoothing e, the loss is (1 - e) (-log p(label)) + e mean_v(-log p(v)) with the mean over the whole vocabulary
+    of size V, its gradient is p - (1 - e) 1[label] - e / V, and what is reported is still -log p(label).
+    """
     index_C, is_local_C = vocabulary.local_index(label_C)
     logits_CV = logits_CV.sub_(vocabulary.max(logits_CV.amax(-1)).unsqueeze(1))
     label_logit_C = torch.where(is_local_C, logits_CV.gather(1, index_C.unsqueeze(1)).squeeze(1), 0.0)
     compiling = torch.compiler.is_compiling()
+    logit_sum = [logits_CV.sum(-1)] if smoothing else []
     exp_CV = logits_CV.exp() if compiling else logits_CV.exp_()
-    total_C, label_logit_C = vocabulary.sum(torch.stack([exp_CV.sum(-1), label_logit_C]))
+    total_C, label_logit_C, *logit_sum = vocabulary.sum(torch.stack([exp_CV.sum(-1), label_logit_C, *logit_sum]))
     loss_C = total_C.log() - label_logit_C
+    if smoothing:
+        share, (logit_sum_C,) = smoothing / vocabulary.whole_size, logit_sum
+        loss_C = torch.stack([loss_C + smoothing * label_logit_C - share * logit_sum_C, loss_C], 1)
     if compiling:
         # Compute p from the logits again, in one fused pass. Exponentials with two uses, or a scatter, would each be
         # written to memory.
         is_label_CV = torch.arange(vocabulary.size, device=index_C.device) == index_C.unsqueeze(1)
         p_CV = (logits_CV - total_C.log().unsqueeze(1)).exp()
-        return loss_C, p_CV - (is_label_CV & is_local_C.unsqueeze(1)).to(p_CV.dtype)
+        is_label_CV = is_label_CV & is_local_C.unsqueeze(1)
+        if smoothing:
+            return loss_C, p_CV - is_label_CV.to(p_CV.dtype) * (1 - smoothing) - share
+        return loss_C, p_CV - is_label_CV.to(p_CV.dtype)
     gradient_CV = exp_CV.div_(total_C.unsqueeze(1))
-    gradient_CV.scatter_add_(1, index_C.unsqueeze(1), -is_local_C.to(gradient_CV.dtype).unsqueeze(1))
+    index_C1, minus_target_C1 = index_C.unsqueeze(1), -is_local_C.to(gradient_CV.dtype).unsqueeze(1)
+    if smoothing:
+        gradient_CV, minus_target_C1 = gradient_CV.sub_(share), minus_target_C1.mul_(1 - smoothing)
+    gradient_CV.scatter_add_(1, index_C1, minus_target_C1)
     return loss_C, gradient_CV
+
+
+@cache  # compiled code is found again by the identity of its loss
+def smoothed_cross_entropy(smoothing: float) -> LogitLoss:
+    """Return `cross_entropy` with a smoothing of the labels; 0 leaves it as it is."""
+    return partial(cross_entropy, smoothing=smoothing) if smoothing else cross_entropy
 
 
 def kl(logits_CV: Tensor, teacher_CV: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
@@ -177,13 +205,20 @@ class HeadLoss:
         self._loss_N: Tensor | None = None
 
     def token_losses(self) -> Tensor:
-        """Return the losses `[N]` of the last pass, without gradient; call it after the head has run."""
+        """Return what is reported of the tokens in the last pass, `[N]`, without gradient; call it after the head ran.
+
+        These are their losses, but -log p(label) if labels are smoothed.
+        """
         assert self._loss_N is not None
         return self._loss_N
 
     def total(self, loss_N: Tensor) -> Tensor:
-        """Keep the losses of the tokens, and return the sums of the sets `[G]`."""
-        self._loss_N = loss_N
+        """Keep what is reported of the tokens, and return the sums of their losses for the sets, `[G]`.
+
+        Args:
+            loss_N: losses of the tokens, or `[N, 2]`, see `LogitLoss`.
+        """
+        loss_N, self._loss_N = loss_N.unbind(1) if loss_N.ndim > 1 else (loss_N, loss_N)
         return self.sums(loss_N)
 
 

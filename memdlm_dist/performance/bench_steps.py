@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,7 +93,8 @@ class Bench:
         """
         memory = self.objective.memory
         assert memory is not None
-        run = straightforward.outer_loss if kind == "straightforward" else bilevel.outer_loss
+        function = straightforward.outer_loss if kind == "straightforward" else bilevel.outer_loss
+        run = partial(function, label_smoothing=self.objective.label_smoothing)
         tp_rank = self.objective.tp_rank
         with self.autocast:
             if kind == "plain":

@@ -13,8 +13,8 @@ from memdlm_dist.method.bilevel import token_context
 from memdlm_dist.method.inner_loss import full_tensor
 
 
-def _cross_entropy(logits, label):
-    return F.cross_entropy(logits, label, reduction="none")
+def _cross_entropy(logits, label, smoothing=0.0):
+    return F.cross_entropy(logits, label, reduction="none", label_smoothing=smoothing)
 
 
 def _kl(student, teacher):
@@ -42,7 +42,7 @@ DISTANCES = {
 }
 
 
-def outer_loss(model, batch, memory, fast=None, tp_rank=0):
+def outer_loss(model, batch, memory, fast=None, tp_rank=0, label_smoothing=0.0):
     """Compute the outer loss sum and the inner statistics; arguments and results are those of `bilevel.outer_loss`."""
     context = token_context(model, batch, memory)
 
@@ -52,7 +52,7 @@ def outer_loss(model, batch, memory, fast=None, tp_rank=0):
 
     def outer(fast):
         scored = batch.anchor
-        loss_N = _cross_entropy(run(0, scored, fast), scored.label_N)
+        loss_N = _cross_entropy(run(0, scored, fast), scored.label_N, label_smoothing)
         return torch.where(scored.valid_N, scored.weight_N * loss_N, 0.0).sum()
 
     if memory is None:

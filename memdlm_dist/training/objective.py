@@ -49,6 +49,7 @@ class Objective:
     cp_size: int = 1
     cp_rank: int = 0
     loss_norm: str = "token"  # a key of `LOSS_NORMS`; the sum of `loss_sum` is over tokens weighted accordingly
+    label_smoothing: float = 0.0  # of the outer loss, see `cross_entropy`
     slots: int | None = (
         None  # document slots per packed row; None: chosen per micro-batch, see `Documents.from_numbers`
     )
@@ -142,8 +143,12 @@ class Objective:
         )
 
     def held_out(self) -> "Objective":
-        """Return the objective of held-out losses per token: noise of seed 0, memory for all samples, no dropout."""
-        return replace(self, seed=0, probability=1.0, loss_norm="token", adapter_dropout=0.0, fast_weight_dropout=0.0)
+        """Return the objective of held-out losses per token.
+
+        It has noise of seed 0, memory for all samples, no dropout, and labels that are not smoothed.
+        """
+        plain = replace(self, adapter_dropout=0.0, fast_weight_dropout=0.0, label_smoothing=0.0)
+        return replace(plain, seed=0, probability=1.0, loss_norm="token")
 
     def _inner_states(
         self, draw: Draw, anchor: State, step: int, sample_ids_U: Tensor, adapted_groups: int | None
@@ -201,12 +206,14 @@ class Objective:
 
         With the loss norm "answer", w(t) is divided by the number of maskable tokens in the token's sample. The inner
         loop runs first, unless `use_memory` is false; the statistics are then None. See `bilevel.outer_loss` for
-        `measures`.
+        `measures` and the smoothing of labels.
         """
         if self.memory is None or not use_memory:
-            return outer_loss(model, batch, None, tp_rank=self.tp_rank)
+            return outer_loss(model, batch, None, tp_rank=self.tp_rank, label_smoothing=self.label_smoothing)
         fast = self.memory.draw(self.seed, step, batch.sample_ids_U, batch.slots) if batch.inner else None
-        loss, statistics = outer_loss(model, batch, self.memory, fast, self.tp_rank, measures=measures)
+        loss, statistics = outer_loss(
+            model, batch, self.memory, fast, self.tp_rank, measures=measures, label_smoothing=self.label_smoothing
+        )
         if statistics is None:  # no sample of this micro-batch trains with the memory
             statistics = empty_statistics(planned_steps(self.plan), self.memory, measures, loss.device)
         return loss, statistics
@@ -256,6 +263,7 @@ def build_objective(
         cp_size=cp_mesh.size() if cp_mesh else 1,
         cp_rank=cp_mesh.get_local_rank() if cp_mesh else 0,
         loss_norm=config.diffusion.loss_norm,
+        label_smoothing=config.diffusion.label_smoothing,
     )
 
 

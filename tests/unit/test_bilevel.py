@@ -10,6 +10,7 @@ from memdlm_dist.method import fast_weight_tree, inner_sgd, trajectory
 from memdlm_dist.method.bilevel import adapt_fast_weights, outer_loss
 from memdlm_dist.method.inner_sgd import InnerSGD
 from memdlm_dist.method.trajectory import IGNORE_INDEX
+from memdlm_dist.performance import straightforward
 from memdlm_dist.training.metrics import SKIPPED_UPDATES
 from tests.support.bilevel import (
     MASK_ID,
@@ -75,6 +76,25 @@ def test_memory_off_is_bitwise_plain_masked_diffusion():
         results.append((loss, gradients(model)))
     assert torch.equal(results[0][0], results[1][0])
     assert all(torch.equal(results[0][1][name], results[1][1][name]) for name in results[0][1])
+
+
+@pytest.mark.parametrize("use_memory", [True, False])
+def test_smoothed_labels_change_the_training_loss_alone(use_memory):
+    """Inner losses, measured -log p and held-out losses keep their bits."""
+    model, settings = build(torch.float32), memory(loss="kl") if use_memory else None
+    plain = objective(settings)
+    smoothed = replace(plain, label_smoothing=0.1)
+    batch = plain.micro_batch(*data(), step=2)
+    fast = settings.draw(3, 2, batch.sample_ids_U) if use_memory else None
+    expected, _ = straightforward.outer_loss(model, batch, settings, fast, label_smoothing=0.1)
+    (loss, inner), (plain_loss, plain_inner) = (x.loss_sum(model, batch, 2, measures=True) for x in (smoothed, plain))
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0.0)
+    assert loss > plain_loss * 1.001
+    if use_memory:
+        assert torch.equal(inner.loss_KG, plain_inner.loss_KG) and list(inner.anchor_nll) == ["before", "after"]
+        assert all(torch.equal(nll, plain_inner.anchor_nll[name]) for name, nll in inner.anchor_nll.items())
+    held_out = [x.held_out().loss_sum(model, batch, 0)[0] for x in (smoothed, plain)]
+    assert torch.equal(*held_out)
 
 
 def test_epochs_go_on_with_the_same_fast_weights():

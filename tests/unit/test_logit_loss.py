@@ -4,6 +4,7 @@ import weakref
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,9 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 from memdlm_dist.method import logit_loss
 from memdlm_dist.method.diffusion import SetSum
-from memdlm_dist.method.logit_loss import HeadLoss, cross_entropy, kl, reverse_kl, set_losses
+from memdlm_dist.method.logit_loss import HeadLoss, cross_entropy, kl, reverse_kl, set_losses, smoothed_cross_entropy
 from memdlm_dist.performance.estimate import chunk_bytes
 from memdlm_dist.performance.straightforward import DISTANCES
+from tests.support import ranks
 
 N, D, V = 37, 16, 101
 LOSSES = (cross_entropy, kl, reverse_kl)
@@ -202,6 +204,59 @@ def test_compiled_losses_are_the_eager_ones_in_one_graph(monkeypatch, loss, dtyp
     targets = [node.target for node in graph.nodes if node.op == "call_function"]
     operators = {target.overloadpacket.__name__ for target in targets if hasattr(target, "overloadpacket")}
     assert not operators & {"copy_", "clone", "scatter", "scatter_add", "empty"} and "exp" in operators
+
+
+def smoothed(smoothing, backend=None, dtype=torch.float64):
+    """Return losses, their gradients, and what is reported of the tokens."""
+    hidden, weight, _, label, sums = problem(1, dtype)
+    head = HeadLoss(smoothed_cross_entropy(smoothing), label, sums)
+    losses = set_losses(hidden, weight, head, backend=backend)
+    return losses, *torch.autograd.grad(losses.sum(), [hidden, weight]), head.token_losses()
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_smoothed_labels_equal_those_of_the_library_and_report_the_plain_loss(monkeypatch, compiled):
+    graphs = Graphs() if compiled else None
+    backend = graphs and graphs.backend
+    monkeypatch.setattr(logit_loss, "CHUNK_BYTES", 10 * V * 8)
+    hidden, weight, _, label, sums = problem(1)
+    expected = sums(F.cross_entropy(hidden @ weight.T, label, reduction="none", label_smoothing=0.1))
+    gradients = torch.autograd.grad(expected.sum(), [hidden, weight])
+    ours, *our_gradients, reported = smoothed(0.1, backend)
+    for x, y in zip([ours, *our_gradients], [expected, *gradients], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+    if graphs:  # in the later steps of an objective, too
+        smoothed(0.1, backend)
+        assert len(graphs.kept) == 1
+    plain = smoothed(0.0, backend)
+    assert torch.equal(reported, plain[-1]) and not torch.equal(ours, plain[0])
+
+
+def test_labels_that_are_not_smoothed_leave_the_loss_as_it_is():
+    assert smoothed_cross_entropy(0.0) is cross_entropy
+    assert smoothed_cross_entropy(0.1) is smoothed_cross_entropy(0.1)
+
+
+def test_labels_are_smoothed_over_a_whole_sharded_vocabulary():
+    """Two tensor-parallel ranks: 50 of 100 words each."""
+
+    def body():
+        rank, group = dist.get_rank(), dist.group.WORLD
+        results = []
+        for shards, own in ((1, 0), (2, rank)):
+            hidden, weight, _, label, sums = problem(1)
+            local = weight.detach()[:100].chunk(shards)[own].requires_grad_()
+            head = HeadLoss(smoothed_cross_entropy(0.1), label.clamp(max=99), sums)
+            losses = set_losses(hidden, local, head, group if shards > 1 else None)
+            dh, dw = torch.autograd.grad(losses.sum(), [hidden, local])
+            results.append((losses, dh, dw, head.token_losses()))
+        (whole, dh, dw, nll), (losses, partial_dh, local_dw, local_nll) = results
+        dist.all_reduce(partial_dh)
+        pairs = ((losses, whole), (partial_dh, dh), (local_dw, dw.chunk(2)[rank]), (local_nll, nll))
+        for x, y in pairs:
+            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+    assert ranks.fork_group(2, body) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
