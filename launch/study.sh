@@ -1,0 +1,109 @@
+#!/usr/bin/env bash
+# Run the study of docs/study.md: train one base, fine-tune it in all arms, and compare them.
+#
+# Usage: bash launch/study.sh [data] [base] [screen] [confirm] [inference] [rest] [report]
+#
+# Examples:
+#   bash launch/study.sh
+#   CANDIDATES=set_8,rate_0.02 bash launch/study.sh confirm inference rest report
+#
+# Without arguments all stages run in the order above. Runs that are complete are kept, so the script continues after an
+# interruption. It needs the [eval] extra and, to compile on a CPU, a C++ compiler.
+#
+# Environment:
+#   CANDIDATES  arms to confirm besides plain, set_1 and set_2 (default: those of docs/study.md's results)
+#   WORKERS     number of runs at a time (default: one per accelerator, or per CPU core)
+set -euo pipefail
+
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    sed -n '2,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    exit 0
+fi
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=python
+if [[ -z ${VIRTUAL_ENV:-} && -x .venv/bin/python ]]; then
+    python=$PWD/.venv/bin/python
+fi
+data=data/needle
+tasks=multi_value,variable_tracking,common_words,facts_1,facts_2
+sizes=(--values 2 --digits 3 --hops 2 --letters 2 --common 1 --repeats 5 --rare-repeats 1 --facts 3 --words 10)
+main=plain,set_1,set_2,set_4,set_8,set_16,rate_0.01,rate_0.02,rate_0.05,rate_0.3,width,set_2_rate_0.02,set_2_rate_0.3
+main+=,set_2_width,share_0.5,share_0.25,late,set_2_share_0.5,decay_0.3,decay_1,smoothing_0.05,smoothing_0.1
+rest=lora_dropout,epoch_1_plain,epoch_1_set_1,epoch_1_set_2,epoch_4_plain,epoch_4_set_1,epoch_4_set_2,epoch_16_plain
+rest+=,epoch_16_set_1,epoch_16_set_2,epoch_16_set_32,rows_2000_plain,rows_2000_set_1,rows_2000_set_2,lr_low_plain
+rest+=,lr_low_set_1,lr_low_set_2,lr_high_plain,lr_high_set_1,lr_high_set_2,lora_plain,lora_set_1,lora_set_2
+sums=sums_plain,sums_set_1,sums_set_2,sums_rate_0.02
+largest=rows_20000_plain,rows_20000_set_2
+
+rows() { # NAME SAMPLES SEED: shards of needle tasks of 112 tokens
+    [[ -f $data/$1.jsonl ]] || "$python" tools/needle_data.py --tokenizer $data/tokenizer --output $data/"$1".jsonl \
+        --part train --lengths 112 --samples "$2" --seed "$3" --tasks $tasks "${sizes[@]}"
+    [[ -f $data/$1/summary.json ]] || "$python" tools/prepare_data.py --input $data/"$1".jsonl \
+        --tokenizer $data/tokenizer --seq-len 112 --held-out 0 --output $data/"$1" --overwrite
+}
+
+data() {
+    bash launch/needle.sh data
+    rows rows-600 120 1
+    rows rows-2000 400 1
+    rows rows-20000 4000 1
+    rows rows-heldout 40 2
+    [[ -f $data/sums.jsonl ]] || "$python" - $data/sums.jsonl <<'PYTHON'
+import json, random, sys
+draw = random.Random(0)
+with open(sys.argv[1], "w") as file:
+    for _ in range(2000):
+        a, b = draw.randrange(10, 100), draw.randrange(10, 100)
+        file.write(json.dumps({"prompt": f"What is {a} + {b}? Answer:", "response": f" {a + b}."}) + "\n")
+PYTHON
+    [[ -f $data/sums/summary.json ]] || "$python" tools/prepare_data.py --input $data/sums.jsonl \
+        --tokenizer $data/tokenizer --seq-len 24 --held-out 0.1 --output $data/sums --overwrite
+}
+
+base() {
+    bash launch/needle.sh base
+}
+
+study() { # ARMS SEEDS EVALUATIONS
+    "$python" tools/study.py run launch/study.toml --output outputs/study --arms "$1" --seeds "$2" --evaluations "$3" \
+        ${WORKERS:+--workers "$WORKERS"}
+}
+
+screen() {
+    study $main 0 within
+}
+
+confirm() {
+    study "plain,set_1,set_2,$CANDIDATES" 1,2,3,4,5 within,new_names,beyond,exposure
+}
+
+inference() {
+    study plain,set_1,set_2 1 "$("$python" -c '
+import tomllib
+names = tomllib.load(open("launch/study.toml", "rb"))["evaluations"]
+print(",".join(name for name in names if name.startswith("inference_")))')"
+}
+
+rest() {
+    study $rest 0 ''
+    study $sums 0 before
+    study $largest 0 ''
+}
+
+report() {
+    for seeds in 0 1,2,3,4,5; do
+        "$python" tools/study.py report outputs/study/study.json --seeds $seeds
+    done
+}
+
+for stage in "${@:-data base screen confirm inference rest report}"; do
+    for one in $stage; do
+        case $one in
+        data | base | screen | confirm | inference | rest | report) "$one" ;;
+        *)
+            echo "error: There is no stage '$one'; choose data, base, screen, confirm, inference, rest or report." >&2
+            exit 2
+            ;;
+        esac
+    done
+done

@@ -1,0 +1,163 @@
+"""Results of a study: the losses and scores of all runs in one compact JSON file."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from memdlm_dist.checkpoint.manager import MEMORY_OFF, MEMORY_ON
+from memdlm_dist.errors import UserError, require
+from memdlm_dist.evaluation import report
+from memdlm_dist.evaluation.study import run_queue
+from memdlm_dist.evaluation.study.arms import RESULT_FILES, Study
+from memdlm_dist.training.validation_history import HISTORY_FILE, history
+
+RESULTS = "study.json"
+_DIGITS = 5
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """Name of an arm in tables, and the arm that it is compared with."""
+
+    label: str
+    against: str
+    overrides: dict[str, str | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Results of one run.
+
+    Attributes:
+        steps: steps of the validations.
+        off: held-out loss with the memory off at these steps, in nats per token.
+        on: the same with the memory on; empty for plain training.
+        scores: evaluation -> rows (task, length, memory, questions, accuracy, answer NLL).
+        exposure: evaluation -> rows (memory, mask ratio, tokens, static, sequential, same_positions).
+        seconds: training and evaluations -> seconds.
+    """
+
+    arm: str
+    seed: int
+    steps: list[int]
+    off: list[float]
+    on: list[float]
+    scores: dict[str, list[list[Any]]]
+    exposure: dict[str, list[list[Any]]]
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class StudyResults:
+    """Results of all runs of a study."""
+
+    config: str
+    arms: dict[str, ArmResult]
+    runs: list[RunResult]
+
+    def of(self, arm: str) -> dict[int, RunResult]:
+        """Return the runs of an arm by seed."""
+        return {run.seed: run for run in self.runs if run.arm == arm}
+
+    def select(
+        self, arms: Sequence[str] | None = None, seeds: Sequence[int] | None = None, against: str | None = None
+    ) -> "StudyResults":
+        """Return the results of some arms and seeds; the arms that they are compared with keep their runs.
+
+        Args:
+            arms: names of arms; None: all.
+            seeds: seeds; None: all.
+            against: arm that all others are compared with; None: as in the study.
+
+        Raises:
+            UserError: if an arm is unknown.
+        """
+        for name in [*(arms or []), *([against] if against else [])]:
+            require(name in self.arms, f"There is no arm {name!r}; the results have {', '.join(self.arms)}.")
+        chosen = list(self.arms if arms is None else arms)
+        table = {name: self.arms[name] if against is None else replace(self.arms[name], against=against)
+                 for name in self.arms}  # fmt: skip
+        runs = [run for run in self.runs if run.arm in chosen and (seeds is None or run.seed in seeds)]
+        present = {run.arm for run in runs}
+        return StudyResults(self.config, {name: arm for name, arm in table.items() if name in present}, runs)
+
+
+def collect(study: Study, output: Path, path: Path) -> int:
+    """Write the results of all runs in a folder; return their number.
+
+    Args:
+        study: the study.
+        output: folder of the runs' folders.
+        path: file to write.
+    """
+    runs = []
+    for arm in study.arms:
+        for folder in sorted(output.glob(f"{arm}-*"), key=lambda x: (len(x.name), x.name)):
+            seed = folder.name.removeprefix(f"{arm}-")
+            if seed.isdigit() and run_queue.TRAINING in run_queue.done(folder):
+                runs.append(_collect_run(study, arm, int(seed), folder))
+    arms = {name: ArmResult(arm.label, arm.against, dict(arm.overrides)) for name, arm in study.arms.items()}
+    lines = ",\n".join(json.dumps(asdict(run), separators=(",", ":")) for run in runs)
+    head = json.dumps({"config": study.config, "arms": {name: asdict(arm) for name, arm in arms.items()}}, indent=1)
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(f'{head[:-2]},\n "runs": [\n{lines}\n]}}\n')  # a run per line, for readable differences
+    unfinished.replace(path)
+    return len(runs)
+
+
+def _collect_run(study: Study, arm: str, seed: int, folder: Path) -> RunResult:
+    rows = history(folder / HISTORY_FILE)
+    finished = run_queue.done(folder)
+    scores: dict[str, list[list[Any]]] = {}
+    exposure: dict[str, list[list[Any]]] = {}
+    for name in finished:
+        if name in study.evaluations:
+            result = report.read_json(folder / name / RESULT_FILES[study.evaluations[name].tool])
+            if "scores" in result:
+                scores[name] = [
+                    [x["task"], x["length"], x["memory"], x["samples"], _round(x["accuracy"]), _round(x["answer_nll"])]
+                    for x in result["scores"]
+                ]
+            else:
+                exposure[name] = [
+                    [each["memory"], x["ratio"], x["tokens"], *(_round(x[key]) for key in _LOSSES)]
+                    for each in result["results"]
+                    for x in each["points"]
+                ]
+    return RunResult(
+        arm, seed, [int(row["step"]) for row in rows], [_round(row[MEMORY_OFF]) for row in rows],
+        [_round(row[MEMORY_ON]) for row in rows if MEMORY_ON in row], scores, exposure,
+        {name: x["seconds"] for name, x in finished.items()},
+    )  # fmt: skip
+
+
+_LOSSES = ("static", "sequential", "same_positions")
+
+
+def _round(number: float) -> float:
+    return round(number, _DIGITS)
+
+
+def read(path: Path) -> StudyResults:
+    """Read a file that `collect` has written.
+
+    Raises:
+        UserError: if the file is missing or malformed.
+    """
+    content = report.read_json(path)
+    try:
+        arms = {name: ArmResult(**arm) for name, arm in content["arms"].items()}
+        return StudyResults(content["config"], arms, [RunResult(**run) for run in content["runs"]])
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is not a study's results ({error!r}); choose a study.json of tools/study.py."
+        ) from None
+
+
+def headline(folder: Path) -> str:
+    """Return the last held-out losses of a run's folder as text."""
+    row = history(folder / HISTORY_FILE)[-1]
+    on = f", on {row[MEMORY_ON]:.4f}" if MEMORY_ON in row else ""
+    return f"held-out loss {row[MEMORY_OFF]:.4f}{on}"

@@ -1,0 +1,162 @@
+#!/usr/bin/env python
+r"""Run a study, which trains a recipe with different settings and seeds, and compare the results pairwise by seed.
+
+Examples:
+  python tools/study.py run launch/study.toml --output outputs/study --arms plain,per_sample --seeds 0
+  python tools/study.py report docs/results/study.json --arms plain,per_sample --seeds 1,2,3,4,5
+
+`study.py COMMAND --help` describes a command and its options.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from memdlm_dist.runtime import cpu
+
+cpu.prepare()
+
+from memdlm_dist.errors import UserError
+from memdlm_dist.evaluation import report
+from memdlm_dist.evaluation.study import arms, results, run_queue, study_report
+from memdlm_dist.runtime.device import has_accelerator
+from memdlm_dist.runtime.entry_point import add_command, guarded, new_parser, positive
+
+_RUN = """Train and evaluate every chosen arm with every chosen seed, and collect the results in one file.
+
+Example:
+  python tools/study.py run launch/study.toml --output outputs/study --arms plain,per_sample --seeds 0
+
+A run has the folder DIR/ARM-SEED; its log is study.log there. Runs that are complete are kept, so the command goes on
+where it was interrupted. Every run is one process. Seeds are the outer loop: an interrupted study has whole pairs.
+Writes the results of all runs in DIR to DIR/study.json.
+"""
+_REPORT = """Show the results of a study: losses, needle tasks and exposure bias by arm, and paired differences.
+
+Example:
+  python tools/study.py report docs/results/study.json --arms plain,per_sample --seeds 1,2,3,4,5 --comparisons 3
+
+A paired difference is a run's result minus that of the arm it is compared with, at the same seed. Its interval is
+Student's t interval of the mean over the seeds, at the confidence 1 - (1 - P) / N for N comparisons (Bonferroni).
+"""
+
+
+def numbers(text: str) -> list[int]:
+    """Parse comma-separated seeds (argparse type)."""
+    seeds = [int(item) for item in text.split(",")]
+    if min(seeds) < 0:
+        raise ValueError
+    return list(dict.fromkeys(seeds))
+
+
+def names(text: str) -> list[str]:
+    """Parse comma-separated names (argparse type)."""
+    return [name for name in text.split(",") if name]
+
+
+def confidence(text: str) -> float:
+    """Parse a confidence between 0 and 1 (argparse type)."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise ValueError
+    return value
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser with its subcommands."""
+    p = new_parser("study.py", __doc__)
+    p.usage = "study.py {run,report} ... [options]"
+    commands = p.add_subparsers(title="commands", dest="command", required=True, prog="study.py", metavar="COMMAND")
+    run = add_command(commands, "run", _RUN)
+    run.add_argument("study", type=Path, metavar="STUDY", help="TOML file of the study (docs/study.md)")
+    run.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the runs and their results")
+    run.add_argument("--arms", type=names, metavar="A,B", help="comma-separated arms to run (default: all)")
+    run.add_argument("--seeds", type=numbers, default=[0], metavar="N,M", help="comma-separated seeds (default: 0)")
+    run.add_argument("--evaluations", type=names, metavar="A,B",
+                     help="comma-separated evaluations of every trained model; '' for none (default: all)")  # fmt: skip
+    run.add_argument("--workers", type=positive, metavar="N",
+                     help="number of runs at a time (default: one per accelerator, or per CPU core)")  # fmt: skip
+    run.add_argument("--dry-run", action="store_true", help="list what is missing, and start nothing")
+    show = add_command(commands, "report", _REPORT)
+    show.add_argument("results", type=Path, metavar="RESULTS", help="study.json that `run` has written")
+    show.add_argument("--arms", type=names, metavar="A,B", help="comma-separated arms to show (default: all)")
+    show.add_argument("--seeds", type=numbers, metavar="N,M", help="comma-separated seeds to show (default: all)")
+    show.add_argument("--against", metavar="ARM", help="arm to compare with (default: the study's, for each arm)")
+    show.add_argument("--confidence", type=confidence, default=0.95, metavar="P",
+                      help="confidence of the intervals before the correction (default: 0.95)")  # fmt: skip
+    show.add_argument("--comparisons", type=positive, default=1, metavar="N",
+                      help="number of comparisons that the intervals are corrected for (default: 1)")  # fmt: skip
+    show.add_argument("--plots", type=Path, metavar="DIR", help="folder for plots (default: no plots)")
+    return p
+
+
+def run_study(options: argparse.Namespace) -> int:
+    """Run what is missing, collect the results and return the exit status, 1 if a run failed.
+
+    Raises:
+        UserError: if the study file or a name is wrong, or a folder holds a run with other settings.
+    """
+    study = arms.read(options.study)
+    evaluations = study.select("evaluations", options.evaluations)
+    chosen = study.select("arms", options.arms)
+    runs = [run_queue.Run(arm, seed) for seed in options.seeds for arm in chosen]
+    left = run_queue.missing(study, runs, options.output, evaluations)
+    print(f"{len(runs)} runs, {len(runs) - len(left)} of them complete", flush=True)
+    if options.dry_run:
+        for run, steps in left.items():
+            print(f"{run}: {', '.join(steps)}")
+        return 0
+    report.check_output(options.output, overwrite=False)
+    devices = _devices()
+    workers = min(options.workers or devices or run_queue.cores(), max(len(left), 1))
+    began, finished = time.perf_counter(), 0
+
+    def progress(run: run_queue.Run, seconds: float, log: str | None) -> None:
+        nonlocal finished
+        finished += 1
+        minutes = (time.perf_counter() - began) / finished * (len(left) - finished) / 60
+        result = f"failed; see {log}" if log else results.headline(options.output / str(run))
+        print(f"[{finished}/{len(left)}] {run}: {result} ({seconds:.0f} s, {minutes:.0f} minutes left)", flush=True)
+
+    failed = run_queue.execute(study, left, options.output, workers, devices, progress)
+    path = options.output / results.RESULTS
+    count = results.collect(study, options.output, path)
+    print(f"{count} runs written to {path}")
+    if failed:
+        print(f"error: {len(failed)} runs failed: {', '.join(map(str, failed))}.", file=sys.stderr)
+    return int(bool(failed))
+
+
+def _devices() -> int:
+    import torch
+
+    return torch.accelerator.device_count() if has_accelerator() else 0
+
+
+def show_report(options: argparse.Namespace) -> int:
+    """Print the tables, write the plots and return the exit status.
+
+    Raises:
+        UserError: if the results cannot be read, or an arm is unknown.
+    """
+    study = results.read(options.results).select(options.arms, options.seeds, options.against)
+    if not study.runs:
+        raise UserError(f"{options.results} has no run with these arms and seeds; leave out --arms or --seeds.")
+    print(study_report.tables(study, 1 - (1 - options.confidence) / options.comparisons))
+    if options.plots:
+        report.check_output(options.plots, overwrite=True)
+        for path in study_report.plots(study, options.plots):
+            print(f"written to {path}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    options = parser().parse_args(argv)
+    return guarded(lambda: (run_study if options.command == "run" else show_report)(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
