@@ -2,7 +2,7 @@
 r"""Run a study, which trains a recipe with different settings and seeds, and compare the results pairwise by seed.
 
 Examples:
-  python tools/study.py run launch/study.toml --output outputs/study --arms plain,per_sample --seeds 0
+  python tools/study.py run launch/memory_study.toml --output outputs/study --arms plain,per_sample --seeds 0
   python tools/study.py report docs/results/study.json --arms plain,per_sample --seeds 1,2,3,4,5
 
 `study.py COMMAND --help` describes a command and its options.
@@ -14,24 +14,27 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from memdlm_dist.runtime import cpu
 
 cpu.prepare()
 
-from memdlm_dist.errors import UserError
 from memdlm_dist.evaluation import report
 from memdlm_dist.evaluation.study import arms, results, run_queue, study_report
 from memdlm_dist.runtime.device import has_accelerator
 from memdlm_dist.runtime.entry_point import add_command, guarded, new_parser, positive
+from memdlm_dist.runtime.process_environment import available_cores, set_process_environment
 
 _RUN = """Train and evaluate every chosen arm with every chosen seed, and collect the results in one file.
 
 Example:
-  python tools/study.py run launch/study.toml --output outputs/study --arms plain,per_sample --seeds 0
+  python tools/study.py run launch/memory_study.toml --output outputs/study --arms plain,per_sample --seeds 0
 
 A run has the folder DIR/ARM-SEED; its log is study.log there. Runs that are complete are kept, so the command goes on
 where it was interrupted. Every run is one process. Seeds are the outer loop: an interrupted study has whole pairs.
-Writes the results of all runs in DIR to DIR/study.json.
+After every run the results of all
+runs in DIR are written to DIR/study.json.
 """
 _REPORT = """Show the results of a study: losses, needle tasks and exposure bias by arm, and paired differences.
 
@@ -69,26 +72,37 @@ def parser() -> argparse.ArgumentParser:
     p = new_parser("study.py", __doc__)
     p.usage = "study.py {run,report} ... [options]"
     commands = p.add_subparsers(title="commands", dest="command", required=True, prog="study.py", metavar="COMMAND")
-    run = add_command(commands, "run", _RUN)
-    run.add_argument("study", type=Path, metavar="STUDY", help="TOML file of the study (docs/study.md)")
-    run.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the runs and their results")
-    run.add_argument("--arms", type=names, metavar="A,B", help="comma-separated arms to run (default: all)")
-    run.add_argument("--seeds", type=numbers, default=[0], metavar="N,M", help="comma-separated seeds (default: 0)")
-    run.add_argument("--evaluations", type=names, metavar="A,B",
-                     help="comma-separated evaluations of every trained model; '' for none (default: all)")  # fmt: skip
-    run.add_argument("--workers", type=positive, metavar="N",
-                     help="number of runs at a time (default: one per accelerator, or per CPU core)")  # fmt: skip
-    run.add_argument("--dry-run", action="store_true", help="list what is missing, and start nothing")
-    show = add_command(commands, "report", _REPORT)
-    show.add_argument("results", type=Path, metavar="RESULTS", help="study.json that `run` has written")
-    show.add_argument("--arms", type=names, metavar="A,B", help="comma-separated arms to show (default: all)")
-    show.add_argument("--seeds", type=numbers, metavar="N,M", help="comma-separated seeds to show (default: all)")
-    show.add_argument("--against", metavar="ARM", help="arm to compare with (default: the study's, for each arm)")
-    show.add_argument("--confidence", type=confidence, default=0.95, metavar="P",
-                      help="confidence of the intervals before the correction (default: 0.95)")  # fmt: skip
-    show.add_argument("--comparisons", type=positive, default=1, metavar="N",
-                      help="number of comparisons that the intervals are corrected for (default: 1)")  # fmt: skip
-    show.add_argument("--plots", type=Path, metavar="DIR", help="folder for plots (default: no plots)")
+    run, show = add_command(commands, "run", _RUN), add_command(commands, "report", _REPORT)
+    chosen = run.add_argument_group("runs")
+    chosen.add_argument("study", type=Path, metavar="STUDY", help="TOML file of the study (docs/study.md)")
+    chosen.add_argument("--arms", type=names, metavar="A,B", help="comma-separated arms to run (default: all)")
+    chosen.add_argument(
+        "--seeds", type=numbers, default=[0], metavar="N,M", help="comma-separated seeds (default: only 0)"
+    )
+    chosen.add_argument("--evaluations", type=names, metavar="A,B",
+                        help="comma-separated evaluations of every trained model; '' for none (default: all)"
+                        )  # fmt: skip
+    execution = run.add_argument_group("execution")
+    execution.add_argument("--workers", type=positive, metavar="N",
+                           help="number of runs at a time (default: one per accelerator, or per CPU core)"
+                           )  # fmt: skip
+    execution.add_argument("--dry-run", action="store_true", help="list what is missing, and start nothing")
+    execution.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="folder for the runs and their results"
+    )
+    chosen = show.add_argument_group("runs")
+    chosen.add_argument("results", type=Path, metavar="RESULTS", help="study.json that `run` has written")
+    chosen.add_argument("--arms", type=names, metavar="A,B", help="comma-separated arms to show (default: all)")
+    chosen.add_argument("--seeds", type=numbers, metavar="N,M", help="comma-separated seeds to show (default: all)")
+    comparison = show.add_argument_group("comparison")
+    comparison.add_argument("--against", metavar="ARM", help="arm to compare with (default: that of the study file)")
+    comparison.add_argument("--confidence", type=confidence, default=0.95, metavar="P",
+                            help="confidence of the intervals before the correction (default: 0.95)")  # fmt: skip
+    comparison.add_argument("--comparisons", type=positive, default=1, metavar="N",
+                            help="number of comparisons that the intervals are corrected for (default: 1)"
+                            )  # fmt: skip
+    output = show.add_argument_group("output")
+    output.add_argument("--plots", type=Path, metavar="DIR", help="folder for plots (default: no plots)")
     return p
 
 
@@ -96,12 +110,13 @@ def run_study(options: argparse.Namespace) -> int:
     """Run what is missing, collect the results and return the exit status, 1 if a run failed.
 
     Raises:
-        UserError: if the study file or a name is wrong, or a folder holds a run with other settings.
+        UserError: if the study file or a name is wrong, an arm cannot run, or a folder holds a run with other settings.
     """
     study = arms.read(options.study)
     evaluations = study.select("evaluations", options.evaluations)
     chosen = study.select("arms", options.arms)
     runs = [run_queue.Run(arm, seed) for seed in options.seeds for arm in chosen]
+    run_queue.check(study, runs, evaluations)
     left = run_queue.missing(study, runs, options.output, evaluations)
     print(f"{len(runs)} runs, {len(runs) - len(left)} of them complete", flush=True)
     if options.dry_run:
@@ -110,18 +125,20 @@ def run_study(options: argparse.Namespace) -> int:
         return 0
     report.check_output(options.output, overwrite=False)
     devices = _devices()
-    workers = min(options.workers or devices or run_queue.cores(), max(len(left), 1))
+    workers = min(options.workers or devices or available_cores(), max(len(left), 1))
+    set_process_environment(workers)
+    path = options.output / results.RESULTS
     began, finished = time.perf_counter(), 0
 
-    def progress(run: run_queue.Run, seconds: float, log: str | None) -> None:
+    def progress(run: run_queue.Run, seconds: float, log: Path | None) -> None:
         nonlocal finished
         finished += 1
         minutes = (time.perf_counter() - began) / finished * (len(left) - finished) / 60
-        result = f"failed; see {log}" if log else results.headline(options.output / str(run))
+        result = results.headline(options.output / str(run)) if log is None else _failure(log)
+        results.collect(study, options.output, path)
         print(f"[{finished}/{len(left)}] {run}: {result} ({seconds:.0f} s, {minutes:.0f} minutes left)", flush=True)
 
     failed = run_queue.execute(study, left, options.output, workers, devices, progress)
-    path = options.output / results.RESULTS
     count = results.collect(study, options.output, path)
     print(f"{count} runs written to {path}")
     if failed:
@@ -129,9 +146,13 @@ def run_study(options: argparse.Namespace) -> int:
     return int(bool(failed))
 
 
-def _devices() -> int:
-    import torch
+def _failure(log: Path) -> str:
+    """Return a failed run's last words, and where to read the others."""
+    return f"failed: {run_queue.last_line(log)}; see {log}"
 
+
+def _devices() -> int:
+    """Return the number of accelerators."""
     return torch.accelerator.device_count() if has_accelerator() else 0
 
 
@@ -142,12 +163,11 @@ def show_report(options: argparse.Namespace) -> int:
         UserError: if the results cannot be read, or an arm is unknown.
     """
     study = results.read(options.results).select(options.arms, options.seeds, options.against)
-    if not study.runs:
-        raise UserError(f"{options.results} has no run with these arms and seeds; leave out --arms or --seeds.")
-    print(study_report.tables(study, 1 - (1 - options.confidence) / options.comparisons))
+    level = 1 - (1 - options.confidence) / options.comparisons
+    print(study_report.tables(study, level))
     if options.plots:
         report.check_output(options.plots, overwrite=True)
-        for path in study_report.plots(study, options.plots):
+        for path in study_report.plots(study, options.plots, level):
             print(f"written to {path}")
     return 0
 

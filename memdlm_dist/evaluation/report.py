@@ -20,6 +20,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(map(format_line, lines))
 
 
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Format a Markdown table with padded cells."""
+    lines = [header, *rows]
+    widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(header))]
+    texts = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    texts.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(text)} |" for text in texts)
+
+
 def check_output(folder: Path, *names: str, overwrite: bool) -> None:
     """Create the output folder and check that no result in it would be overwritten.
 

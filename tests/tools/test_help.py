@@ -69,7 +69,7 @@ def test_help_has_purpose_examples_and_groups(name):
 
 
 def test_help_of_launch_scripts():
-    assert len(SCRIPTS) == 9
+    assert len(SCRIPTS) == 10
     for script in SCRIPTS:
         done = subprocess.run(["bash", script, "-h"], cwd=ROOT, capture_output=True, text=True, check=True)
         purpose, _, usage, *lines = done.stdout.splitlines()

@@ -51,11 +51,19 @@ class RunResult:
 
 @dataclass(frozen=True)
 class StudyResults:
-    """Results of all runs of a study."""
+    """Results of all runs of a study.
+
+    Attributes:
+        config: TOML file of the runs.
+        arms: all arms of the study, in its order.
+        runs: the runs.
+        shown: names of the arms to show.
+    """
 
     config: str
     arms: dict[str, ArmResult]
     runs: list[RunResult]
+    shown: tuple[str, ...]
 
     def of(self, arm: str) -> dict[int, RunResult]:
         """Return the runs of an arm by seed."""
@@ -64,24 +72,26 @@ class StudyResults:
     def select(
         self, arms: Sequence[str] | None = None, seeds: Sequence[int] | None = None, against: str | None = None
     ) -> "StudyResults":
-        """Return the results of some arms and seeds; the arms that they are compared with keep their runs.
+        """Return the results to show; the arms that others are compared with keep their runs.
 
         Args:
-            arms: names of arms; None: all.
+            arms: names of arms; None: all that have runs.
             seeds: seeds; None: all.
             against: arm that all others are compared with; None: as in the study.
 
         Raises:
-            UserError: if an arm is unknown.
+            UserError: if an arm is unknown or has no run.
         """
         for name in [*(arms or []), *([against] if against else [])]:
             require(name in self.arms, f"There is no arm {name!r}; the results have {', '.join(self.arms)}.")
-        chosen = list(self.arms if arms is None else arms)
-        table = {name: self.arms[name] if against is None else replace(self.arms[name], against=against)
-                 for name in self.arms}  # fmt: skip
-        runs = [run for run in self.runs if run.arm in chosen and (seeds is None or run.seed in seeds)]
+        runs = [run for run in self.runs if seeds is None or run.seed in seeds]
         present = {run.arm for run in runs}
-        return StudyResults(self.config, {name: arm for name, arm in table.items() if name in present}, runs)
+        for name in arms or []:
+            require(name in present, f"The arm {name} has no run with these seeds; leave out the arm or --seeds.")
+        require(bool(runs), "There is no run with these seeds; leave out --seeds.")
+        shown = tuple(name for name in self.arms if name in present and (arms is None or name in arms))
+        table = {name: replace(arm, against=against or arm.against) for name, arm in self.arms.items()}
+        return StudyResults(self.config, table, runs, shown)
 
 
 def collect(study: Study, output: Path, path: Path) -> int:
@@ -149,7 +159,8 @@ def read(path: Path) -> StudyResults:
     content = report.read_json(path)
     try:
         arms = {name: ArmResult(**arm) for name, arm in content["arms"].items()}
-        return StudyResults(content["config"], arms, [RunResult(**run) for run in content["runs"]])
+        runs = [RunResult(**run) for run in content["runs"]]
+        return StudyResults(content["config"], arms, runs, tuple(arms))
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is not a study's results ({error!r}); choose a study.json of tools/study.py."

@@ -1,7 +1,7 @@
 """Runs of a study: training and evaluations as processes, several at a time, each exactly once.
 
 Every run has a folder ARM-SEED with the output of its training, one folder for each evaluation, and `done.json`: the
-commands that have succeeded. A second call starts only what is missing. Every process is a run on one rank.
+commands that have succeeded. A second call starts only what is missing. Every process is one rank.
 """
 
 import os
@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from memdlm_dist.errors import UserError
+from memdlm_dist.config import parse_config
+from memdlm_dist.errors import UserError, require
 from memdlm_dist.evaluation import report
 from memdlm_dist.evaluation.study.arms import Overrides, Study, merged
 
@@ -58,8 +59,36 @@ def commands(study: Study, run: Run, folder: Path, evaluations: Sequence[str]) -
     return result
 
 
+def _settings(study: Study, run: Run, evaluations: Sequence[str]) -> dict[str, str]:
+    """Return what identifies the commands of a run by name: their words without interpreter and folder."""
+    named = commands(study, run, Path("RUN"), evaluations)
+    return {name: " ".join(command[1:]) for name, command in named.items()}
+
+
+def check(study: Study, runs: Sequence[Run], evaluations: Sequence[str]) -> None:
+    """Check the configurations of runs, before hours of training.
+
+    Raises:
+        UserError: if an arm's flags are wrong, or leave no held-out losses or no checkpoint to evaluate.
+    """
+    for run in {run.arm: run for run in runs}.values():
+        words = commands(study, run, Path("RUN"), [])[TRAINING]
+        try:
+            config = parse_config.parse(words[words.index("--job.config_file") :])
+        except UserError as error:
+            raise UserError(f"The arm {run.arm} cannot run: {error}") from None
+        require(
+            config.validation.enable and bool(config.data.validation),
+            f"The arm {run.arm} measures no held-out loss; set validation.enable and data.validation.",
+        )
+        require(
+            config.checkpoint.enable or not evaluations,
+            f"The arm {run.arm} saves no checkpoint to evaluate; set checkpoint.enable, or leave out --evaluations.",
+        )
+
+
 def done(folder: Path) -> dict[str, Any]:
-    """Return what has succeeded in a run's folder: name -> {"command", "seconds"}."""
+    """Return what has succeeded in a run's folder: name -> {"setting", "seconds"}."""
     result: dict[str, Any] = report.read_json(folder / DONE) if (folder / DONE).exists() else {}
     return result
 
@@ -73,11 +102,9 @@ def missing(study: Study, runs: Sequence[Run], output: Path, evaluations: Sequen
     left: dict[Run, list[str]] = {}
     for run in runs:
         folder = output / str(run)
-        finished = done(folder)
-        wanted = commands(study, run, folder, evaluations)
-        for name, command in wanted.items():
-            # The interpreter's path is not part of the setting.
-            if name in finished and finished[name]["command"] != " ".join(command[1:]):
+        finished, wanted = done(folder), _settings(study, run, evaluations)
+        for name, setting in wanted.items():
+            if name in finished and finished[name]["setting"] != setting:
                 raise UserError(
                     f"{folder} has the {name} of other flags than the study file has now; remove the folder, or choose "
                     "another --output."
@@ -94,7 +121,7 @@ def execute(
     output: Path,
     workers: int,
     devices: int,
-    progress: Callable[[Run, float, str | None], Any],
+    progress: Callable[[Run, float, Path | None], Any],
 ) -> list[Run]:
     """Run the missing commands, `workers` runs at a time; return the runs that failed.
 
@@ -109,24 +136,30 @@ def execute(
     places: queue.Queue[int] = queue.Queue()
     for place in range(workers):
         places.put(place)
-    threads = max(1, cores() // workers)
     stop = threading.Event()
     processes: set[subprocess.Popen[bytes]] = set()
 
-    def work(run: Run) -> tuple[float, str | None]:
+    def work(run: Run) -> tuple[float, Path | None]:
         place, began = places.get(), time.perf_counter()
-        environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+        environment = dict(os.environ)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
         if devices:
             environment["CUDA_VISIBLE_DEVICES"] = str(place % devices)
         folder = output / str(run)
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            for name, command in commands(study, run, folder, list(study.evaluations)).items():
-                if stop.is_set():
-                    break
-                if name in left[run] and not _start(command, folder, name, environment, processes):
-                    return time.perf_counter() - began, str(folder / LOG)
+            evaluations = list(study.evaluations)
+            settings = _settings(study, run, evaluations)
+            for name, command in commands(study, run, folder, evaluations).items():
+                if name not in left[run] or stop.is_set():
+                    continue
+                started = time.perf_counter()
+                if not _succeeds(command, folder / LOG, environment, processes):
+                    return time.perf_counter() - began, folder / LOG
+                seconds = round(time.perf_counter() - started, 1)
+                report.write_json(
+                    folder / DONE, {**done(folder), name: {"setting": settings[name], "seconds": seconds}}
+                )
             return time.perf_counter() - began, None
         finally:
             places.put(place)
@@ -149,25 +182,20 @@ def execute(
     return failed
 
 
-def _start(
-    command: list[str], folder: Path, name: str, environment: Mapping[str, str], processes: set[subprocess.Popen[bytes]]
+def _succeeds(
+    command: list[str], log_file: Path, environment: Mapping[str, str], processes: set[subprocess.Popen[bytes]]
 ) -> bool:
-    """Run one command with its output in the run's log; record it if it succeeds, and return whether it did."""
-    began = time.perf_counter()
-    with open(folder / LOG, "ab") as log:
+    """Run one command with its output in a log, and return whether it succeeded; `processes` has it while it runs."""
+    with open(log_file, "ab") as log:
         log.write(f"$ {' '.join(command)}\n".encode())
         log.flush()
         executable = [command[0], *(str(_ROOT / word) if word.startswith("tools/") else word for word in command[1:])]
         process = subprocess.Popen(executable, stdout=log, stderr=subprocess.STDOUT, env=environment)
         processes.add(process)
         try:
-            status = process.wait()
+            return process.wait() == 0
         finally:
             processes.discard(process)
-    if status == 0:
-        seconds = round(time.perf_counter() - began, 1)
-        report.write_json(folder / DONE, {**done(folder), name: {"command": " ".join(command[1:]), "seconds": seconds}})
-    return status == 0
 
 
 def _flags(overrides: Overrides) -> list[str]:
@@ -181,8 +209,3 @@ def last_line(log: Path) -> str:
     except OSError:
         return ""
     return next((line for line in reversed(lines) if line), "")
-
-
-def cores() -> int:
-    """Return the number of CPU cores of this process."""
-    return len(os.sched_getaffinity(0))

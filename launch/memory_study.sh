@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Run the study of docs/study.md: train one base, fine-tune it in all arms, and compare them.
 #
-# Usage: bash launch/study.sh [data] [base] [screen] [confirm] [inference] [rest] [report]
+# Usage: bash launch/memory_study.sh [data] [base] [screen] [confirm] [inference] [rest] [report]
 #
 # Examples:
-#   bash launch/study.sh
-#   CANDIDATES=set_8,rate_0.02 bash launch/study.sh confirm inference rest report
+#   bash launch/memory_study.sh
+#   CANDIDATES=set_8,rate_0.02 bash launch/memory_study.sh confirm inference rest report
 #
 # Without arguments all stages run in the order above. Runs that are complete are kept, so the script continues after an
 # interruption. It needs the [eval] extra and, to compile on a CPU, a C++ compiler.
@@ -65,7 +65,7 @@ base() {
 }
 
 study() { # ARMS SEEDS EVALUATIONS
-    "$python" tools/study.py run launch/study.toml --output outputs/study --arms "$1" --seeds "$2" --evaluations "$3" \
+    "$python" tools/study.py run launch/memory_study.toml --output outputs/study --arms "$1" --seeds "$2" --evaluations "$3" \
         ${WORKERS:+--workers "$WORKERS"}
 }
 
@@ -80,7 +80,7 @@ confirm() {
 inference() {
     study plain,set_1,set_2 1 "$("$python" -c '
 import tomllib
-names = tomllib.load(open("launch/study.toml", "rb"))["evaluations"]
+names = tomllib.load(open("launch/memory_study.toml", "rb"))["evaluations"]
 print(",".join(name for name in names if name.startswith("inference_")))')"
 }
 
