@@ -94,6 +94,8 @@ def parser() -> argparse.ArgumentParser:
     chosen.add_argument("results", type=Path, metavar="RESULTS", help="study.json that `run` has written")
     chosen.add_argument("--arms", type=names, metavar="A,B", help="comma-separated arms to show (default: all)")
     chosen.add_argument("--seeds", type=numbers, metavar="N,M", help="comma-separated seeds to show (default: all)")
+    chosen.add_argument("--evaluations", type=names, metavar="A,B",
+                        help="comma-separated evaluations to show; '' for none (default: all)")  # fmt: skip
     comparison = show.add_argument_group("comparison")
     comparison.add_argument("--against", metavar="ARM", help="arm to compare with (default: that of the study file)")
     comparison.add_argument("--confidence", type=confidence, default=0.95, metavar="P",
@@ -162,7 +164,7 @@ def show_report(options: argparse.Namespace) -> int:
     Raises:
         UserError: if the results cannot be read, or an arm is unknown.
     """
-    study = results.read(options.results).select(options.arms, options.seeds, options.against)
+    study = results.read(options.results).select(options.arms, options.seeds, options.against, options.evaluations)
     level = 1 - (1 - options.confidence) / options.comparisons
     print(study_report.tables(study, level))
     if options.plots:

@@ -187,4 +187,4 @@ def test_tables_and_choice_of_runs(tmp_path, capsys):
         with pytest.raises(UserError, match=message):
             whole.select([arm], seeds)
     path.write_text(json.dumps({"config": "x", "arms": {}, "runs": [{"arm": 1}]}))
-    assert study.main(["report", str(path)]) == 2 and "has no results of a study" in capsys.readouterr().err
+    assert study.main(["report", str(path)]) == 2 and "is not a study's results" in capsys.readouterr().err

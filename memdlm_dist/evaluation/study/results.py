@@ -48,6 +48,13 @@ class RunResult:
     exposure: dict[str, list[list[Any]]]
     seconds: dict[str, float]
 
+    def with_evaluations(self, names: Sequence[str] | None) -> "RunResult":
+        """Return the results with some of the evaluations; None: all."""
+        if names is None:
+            return self
+        scores = {name: rows for name, rows in self.scores.items() if name in names}
+        return replace(self, scores=scores, exposure={k: rows for k, rows in self.exposure.items() if k in names})
+
 
 @dataclass(frozen=True)
 class StudyResults:
@@ -70,7 +77,11 @@ class StudyResults:
         return {run.seed: run for run in self.runs if run.arm == arm}
 
     def select(
-        self, arms: Sequence[str] | None = None, seeds: Sequence[int] | None = None, against: str | None = None
+        self,
+        arms: Sequence[str] | None = None,
+        seeds: Sequence[int] | None = None,
+        against: str | None = None,
+        evaluations: Sequence[str] | None = None,
     ) -> "StudyResults":
         """Return the results to show; the arms that others are compared with keep their runs.
 
@@ -78,9 +89,10 @@ class StudyResults:
             arms: names of arms; None: all that have runs.
             seeds: seeds; None: all.
             against: arm that all others are compared with; None: as in the study.
+            evaluations: names of evaluations; None: all.
 
         Raises:
-            UserError: if an arm is unknown or has no run.
+            UserError: if an arm is unknown or has no run, or no run has an evaluation.
         """
         for name in [*(arms or []), *([against] if against else [])]:
             require(name in self.arms, f"There is no arm {name!r}; the results have {', '.join(self.arms)}.")
@@ -89,6 +101,12 @@ class StudyResults:
         for name in arms or []:
             require(name in present, f"The arm {name} has no run with these seeds; leave out the arm or --seeds.")
         require(bool(runs), "There is no run with these seeds; leave out --seeds.")
+        for name in evaluations or []:
+            require(
+                any(name in run.scores or name in run.exposure for run in runs),
+                f"No run has the evaluation {name!r}; leave it out, or run it first.",
+            )
+        runs = [run.with_evaluations(evaluations) for run in runs]
         shown = tuple(name for name in self.arms if name in present and (arms is None or name in arms))
         table = {name: replace(arm, against=against or arm.against) for name, arm in self.arms.items()}
         return StudyResults(self.config, table, runs, shown)

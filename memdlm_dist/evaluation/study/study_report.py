@@ -247,13 +247,14 @@ def _draw_differences(plt: Any, study: StudyResults, confidence: float) -> Any:
     texts = [f"{study.arms[arm].label} - {study.arms[study.arms[arm].against].label}" for arm in results]
     axis.set_yticks([-row for row in range(len(texts))], texts, fontsize=7)
     axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_xscale("symlog", linthresh=0.02)  # harm can be a hundred times as large as what is to be told apart
     axis.set_xlabel("difference in held-out loss, memory off (nats per token)")
     return figure
 
 
 def _draw_lengths(plt: Any, study: StudyResults, confidence: float) -> Any:
-    """Draw accuracy and answer NLL against length, over all needle evaluations of the training part's questions."""
-    names = [name for name in _evaluations(study, "scores") if name in ("within", "beyond")]
+    """Draw accuracy and answer NLL, averaged over the tasks, against the lengths of all needle evaluations."""
+    names = _evaluations(study, "scores")
     if not names:
         return None
     figure, axes = plt.subplots(1, 2, figsize=(11, 4))
