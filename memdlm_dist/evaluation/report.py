@@ -91,5 +91,5 @@ def pyplot() -> Any:
 def save(figure: Any, path: Path) -> None:
     """Save a figure in a file and close the figure; the suffix of `path` determines the format."""
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")  # with legends outside of the panels
     pyplot().close(figure)

@@ -13,6 +13,7 @@ from memdlm_dist.evaluation.study.results import RunResult, StudyResults
 # Columns of a run's rows, see `RunResult`.
 _TASK, _LENGTH, _MEMORY, _QUESTIONS, _ACCURACY, _NLL = range(6)
 _STYLES = {"off": "-", "on": "--"}  # line styles of the memory settings in every plot
+_LINEAR = 0.02  # differences up to this are drawn on a linear scale, larger ones on a logarithmic one
 _FIGURES = ("losses.png", "differences.png", "lengths.png", "exposure.png")
 
 Values = dict[int, float]  # seed -> value
@@ -207,12 +208,20 @@ def _colour(plt: Any, study: StudyResults, arm: str) -> Any:
     return colours[list(study.arms).index(arm) % len(colours)]
 
 
-def _line(axis: Any, x: Sequence[float], runs: Sequence[Sequence[float]], memory: str, colour: Any, label: str) -> None:
+def _line(axis: Any, x: Sequence[float], runs: Sequence[Sequence[float]], memory: str, colour: Any) -> None:
     """Draw the mean over runs, with the standard deviation as bars."""
     columns = list(zip(*runs, strict=True))
     spread = [stdev(column) for column in columns] if len(runs) > 1 else None
     axis.errorbar(x, [mean(column) for column in columns], spread, linestyle=_STYLES[memory], marker=".", capsize=2,
-                  color=colour, label=label)  # fmt: skip
+                  color=colour)  # fmt: skip
+
+
+def _legend(plt: Any, figure: Any, study: StudyResults) -> None:
+    """Add a legend of the arms' colours and of the line styles below the panels."""
+    lines = [plt.Line2D([], [], color=_colour(plt, study, arm), label=study.arms[arm].label) for arm in study.shown] + [
+        plt.Line2D([], [], color="black", linestyle=style, label=f"memory {m}") for m, style in _STYLES.items()
+    ]
+    figure.legend(handles=lines, fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 0.02))
 
 
 def _draw_losses(plt: Any, study: StudyResults, confidence: float) -> Any:
@@ -222,10 +231,9 @@ def _draw_losses(plt: Any, study: StudyResults, confidence: float) -> Any:
         for memory in MEMORY:
             curves = [getattr(run, memory) for run in runs if getattr(run, memory) and run.steps == runs[0].steps]
             if curves:
-                label = f"{study.arms[arm].label}, memory {memory}"
-                _line(axis, runs[0].steps, curves, memory, _colour(plt, study, arm), label)
+                _line(axis, runs[0].steps, curves, memory, _colour(plt, study, arm))
     axis.set(xlabel="step", ylabel="held-out loss (nats per token)", yscale="log")
-    axis.legend(fontsize=7)
+    _legend(plt, figure, study)
     return figure
 
 
@@ -244,10 +252,20 @@ def _draw_differences(plt: Any, study: StudyResults, confidence: float) -> Any:
     for row, (arm, result) in enumerate(results.items()):
         axis.errorbar([result.mean], [-row], xerr=result.half_width, marker="o", capsize=3,
                       color=_colour(plt, study, arm))  # fmt: skip
-    texts = [f"{study.arms[arm].label} - {study.arms[study.arms[arm].against].label}" for arm in results]
+    labels = {arm: (study.arms[arm].label, study.arms[study.arms[arm].against].label) for arm in results}
+    texts = [f"{label} (against {against})" for label, against in labels.values()]
+    if len({against for _, against in labels.values()}) == 1:
+        texts = [label for label, _ in labels.values()]
     axis.set_yticks([-row for row in range(len(texts))], texts, fontsize=7)
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_xscale("symlog", linthresh=0.02)  # harm can be a hundred times as large as what is to be told apart
+    axis.set_xscale("symlog", linthresh=_LINEAR)  # harm can be a hundred times as large as what is to be told apart
+    farthest = max(abs(result.mean) + (result.half_width or 0) for result in results.values())
+    ticks = [x for x in (_LINEAR / 2, _LINEAR, 0.1, 1.0, 10.0) if x <= max(farthest, _LINEAR)]
+    axis.set_xticks(
+        [*(-x for x in reversed(ticks)), 0, *ticks],
+        [*(f"{-x:g}" for x in reversed(ticks)), "0", *(f"{x:g}" for x in ticks)],
+    )
+    axis.minorticks_off()
     axis.set_xlabel("difference in held-out loss, memory off (nats per token)")
     return figure
 
@@ -265,12 +283,14 @@ def _draw_lengths(plt: Any, study: StudyResults, confidence: float) -> Any:
                 points = sorted({(row[_LENGTH], name) for run in runs for name in names for row in run.scores[name]})
                 curves = [[_score(name, length, memory, column)(run) or 0.0 for length, name in points] for run in runs]
                 if curves:
-                    label = f"{study.arms[arm].label}, memory {memory}"
                     x = [length for length, _ in points]
-                    _line(axis, x, curves, memory, _colour(plt, study, arm), label)
+                    _line(axis, x, curves, memory, _colour(plt, study, arm))
+                    axis.set(xscale="log")
+                    axis.set_xticks(x, map(str, x))
+                    axis.minorticks_off()
     for axis, text in zip(axes, ("accuracy (%)", "answer NLL (nats per token)"), strict=True):
-        axis.set(xlabel="length (tokens)", ylabel=text, xscale="log")
-    axes[0].legend(fontsize=6)
+        axis.set(xlabel="length (tokens)", ylabel=text)
+    _legend(plt, figure, study)
     return figure
 
 
@@ -286,9 +306,8 @@ def _draw_exposure(plt: Any, study: StudyResults, confidence: float) -> Any:
             for axis, below in zip(axes, ("static", "same positions"), strict=True):
                 curves = [[_exposure(names[0], memory, ratio, below)(run) or 0.0 for ratio in ratios] for run in runs]
                 if curves and ratios:
-                    label = f"{study.arms[arm].label}, memory {memory}"
-                    _line(axis, ratios, curves, memory, _colour(plt, study, arm), label)
+                    _line(axis, ratios, curves, memory, _colour(plt, study, arm))
     axes[0].set(xlabel="mask ratio", ylabel="ratio of losses", title="R_EB")
     axes[1].set(xlabel="mask ratio", title="at the same positions")
-    axes[0].legend(fontsize=6)
+    _legend(plt, figure, study)
     return figure
