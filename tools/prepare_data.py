@@ -343,7 +343,7 @@ def main(argv: list[str] | None = None) -> int:
     options = p.parse_args(argv)
     if not 0 <= options.held_out < 1:
         p.error("--held-out must be at least 0 and below 1")
-    with exiting_on_sigterm():
+    with exiting_on_sigterm("finished units are kept, and the same command goes on from there"):
         return guarded(lambda: write(get_request(options)))
 
 

@@ -9,6 +9,7 @@ Examples:
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -24,7 +25,9 @@ from memdlm_dist.evaluation import report
 from memdlm_dist.evaluation.study import arms, results, run_queue, study_report
 from memdlm_dist.runtime.device import has_accelerator
 from memdlm_dist.runtime.entry_point import add_command, guarded, new_parser, positive
+from memdlm_dist.runtime.preemption import exiting_on_sigterm
 from memdlm_dist.runtime.process_environment import available_cores, set_process_environment
+from memdlm_dist.runtime.writer import claimed, this_process
 
 _RUN = """Train and evaluate every chosen arm with every chosen seed, and collect the results in one file.
 
@@ -127,21 +130,26 @@ def run_study(options: argparse.Namespace) -> int:
         return 0
     report.check_output(options.output, overwrite=False)
     devices = _devices()
-    workers = min(options.workers or devices or available_cores(), max(len(left), 1))
+    workers = options.workers or len(devices) or available_cores()
     set_process_environment(workers)
     path = options.output / results.RESULTS
     began, finished = time.perf_counter(), 0
 
-    def progress(run: run_queue.Run, seconds: float, log: Path | None) -> None:
+    def warn(sentence: str) -> None:
+        print(f"warning: {sentence}", file=sys.stderr)
+
+    def progress(run: run_queue.Run, seconds: float, succeeded: bool) -> None:
         nonlocal finished
         finished += 1
         minutes = (time.perf_counter() - began) / finished * (len(left) - finished) / 60
-        result = results.headline(options.output / str(run)) if log is None else _failure(log)
-        results.collect(study, options.output, path)
+        folder = options.output / str(run)
+        result = results.headline(folder) if succeeded else _failure(folder / run_queue.LOG)
+        results.collect(study, options.output, path, lambda sentence: None)
         print(f"[{finished}/{len(left)}] {run}: {result} ({seconds:.0f} s, {minutes:.0f} minutes left)", flush=True)
 
-    failed = run_queue.execute(study, left, options.output, workers, devices, progress)
-    count = results.collect(study, options.output, path)
+    with claimed(str(options.output), this_process()):
+        failed = run_queue.execute(study, left, options.output, workers, devices, progress)
+        count = results.collect(study, options.output, path, warn)
     print(f"{count} runs written to {path}")
     if failed:
         print(f"error: {len(failed)} runs failed: {', '.join(map(str, failed))}.", file=sys.stderr)
@@ -149,13 +157,15 @@ def run_study(options: argparse.Namespace) -> int:
 
 
 def _failure(log: Path) -> str:
-    """Return a failed run's last words, and where to read the others."""
+    """Return the last line of a failed run's log, and the log's path."""
     return f"failed: {run_queue.last_line(log)}; see {log}"
 
 
-def _devices() -> int:
-    """Return the number of accelerators."""
-    return torch.accelerator.device_count() if has_accelerator() else 0
+def _devices() -> list[str]:
+    """Return the accelerators of this process, as in CUDA_VISIBLE_DEVICES."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    count = torch.accelerator.device_count() if has_accelerator() else 0
+    return visible.split(",")[:count] if visible else [str(number) for number in range(count)]
 
 
 def show_report(options: argparse.Namespace) -> int:
@@ -177,7 +187,10 @@ def show_report(options: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     options = parser().parse_args(argv)
-    return guarded(lambda: (run_study if options.command == "run" else show_report)(options))
+    if options.command == "report":
+        return guarded(lambda: show_report(options))
+    with exiting_on_sigterm("complete runs are kept, and the same command goes on from there"):
+        return guarded(lambda: run_study(options))
 
 
 if __name__ == "__main__":

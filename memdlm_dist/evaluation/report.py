@@ -49,11 +49,16 @@ def check_output(folder: Path, *names: str, overwrite: bool) -> None:
             raise UserError(f"{folder / name} exists; choose another --output, or pass --overwrite to replace it.")
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON atomically."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(json.dumps(value, indent=1) + "\n")
-    unfinished.replace(path)
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def read_json(path: Path) -> Any:

@@ -79,8 +79,12 @@ def ignore_outside_of_training() -> None:
 
 
 @contextlib.contextmanager
-def exiting_on_sigterm() -> Iterator[None]:
-    """Raise SystemExit at SIGTERM, so that a command ends as it does after an error."""
+def exiting_on_sigterm(kept: str) -> Iterator[None]:
+    """Raise SystemExit at SIGTERM, so that a command ends as it does after an error.
+
+    Args:
+        kept: sentence for the user about what is kept, without a period.
+    """
     received: list[int] = []
 
     def end(number: int, frame: object) -> None:
@@ -94,11 +98,7 @@ def exiting_on_sigterm() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, previous)
         if received:  # not printed in the handler, which may have interrupted another print
-            print(
-                "Received SIGTERM: finished units are kept, and the same command goes on from there.",
-                file=sys.stderr,
-                flush=True,
-            )
+            print(f"Received SIGTERM: {kept}.", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

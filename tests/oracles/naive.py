@@ -189,6 +189,7 @@ class Options:
     schedule: str = "linear"
     loss_weight: str = "schedule"
     loss_norm: str = "token"
+    label_smoothing: float = 0.0
     dropout: float = 0.0
     adapter_dropout: float = 0.0
 
@@ -378,7 +379,9 @@ def bilevel(
             if runs:
                 add_nll("after", row, logits)
             own = int(maskable_BL[row].sum()) if options.loss_norm == "answer" else 1
-            outer = outer + sum(w * F.cross_entropy(logits[i], tokens[i]) / own for i in anchor)
+            outer = outer + sum(
+                w * F.cross_entropy(logits[i], tokens[i], label_smoothing=options.label_smoothing) / own for i in anchor
+            )
         report.append((losses, norms, fast))
     return outer, report, nll, writes
 

@@ -49,6 +49,7 @@ OPTIONS = st.builds(
     schedule=st.sampled_from(["linear", "cosine"]),
     loss_weight=st.sampled_from(["schedule", "uniform"]),
     loss_norm=st.sampled_from(list(LOSS_NORMS)),
+    label_smoothing=st.sampled_from([0.0, 0.1]),
     dropout=st.sampled_from([0.0, 0.25]),
     adapter_dropout=st.sampled_from([0.0, 0.4]),
 )
@@ -116,7 +117,9 @@ def test_any_options_equal_the_naive_version(
     model.zero_grad()
     adapted = []
     batch = goal.micro_batch(tokens, torch.where(maskable, tokens, IGNORE_INDEX), ids, 4, t_U=t)
-    loss, statistics = outer_loss(model, batch, memory, start, on_adapted=adapted.append, measures=True)
+    loss, statistics = outer_loss(
+        model, batch, memory, start, on_adapted=adapted.append, measures=True, label_smoothing=options.label_smoothing
+    )
     divisor = batch.samples if LOSS_NORMS[options.loss_norm].counts_samples else batch.maskable
     assert divisor == naive.loss_divisor(maskable, options)
     loss.backward()

@@ -24,9 +24,11 @@ RESULT_FILES = {
     ("evaluate.py", "needle"): "needle.json",
     ("exposure_bias.py",): "exposure_bias.json",
 }
+TRAINING = "training"  # name of a run's training, beside the names of its evaluations
 # Overrides of the configuration by key; None: the flag takes no value.
 Overrides = Mapping[str, str | None]
-_NAME = re.compile(r"[A-Za-z0-9_.]+")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.]*")
+_TAKEN = (TRAINING, "checkpoint", "tb", "comm_traces")  # of a training's own output
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def read(path: Path) -> Study:
         own, rest = _split(path, f"{where}.flags", table.get("flags", ""))
         require(not rest, f"{where}.flags in {path} has {' '.join(rest)!r}; write --section.key value.")
         against = table.get("against", name if name == content["against"] else content["against"])
-        arms[name] = Arm(name, merged(common, own), against, table.get("label", name.replace("_", " ")))
+        arms[name] = Arm(name, merge(common, own), against, table.get("label", name.replace("_", " ")))
     for arm in arms.values():
         require(arm.against in arms, f"{path} compares {arm.name} with {arm.against}, which is not an arm; add it.")
     require(content["against"] in arms, f"against in {path} is {content['against']!r}, which is not an arm; add it.")
@@ -169,7 +171,7 @@ def _split(path: Path, where: str, text: str) -> tuple[dict[str, str | None], li
     return overrides, rest
 
 
-def merged(*overrides: Overrides) -> dict[str, str | None]:
+def merge(*overrides: Overrides) -> dict[str, str | None]:
     """Return overrides of the configuration in which later ones replace earlier ones.
 
     --section.no_key replaces --section.key, and the other way round.

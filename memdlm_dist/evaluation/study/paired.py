@@ -21,11 +21,6 @@ class Difference:
     half_width: float | None
     pairs: int
 
-    @property
-    def is_certain(self) -> bool:
-        """True if the interval excludes 0."""
-        return self.half_width is not None and abs(self.mean) > self.half_width
-
     def text(self, digits: int) -> str:
         """Return mean and interval, such as "+0.012 (+0.003, +0.021)", or only the mean of a single pair."""
         if self.half_width is None:

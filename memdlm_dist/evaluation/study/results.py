@@ -1,7 +1,7 @@
 """Results of a study: the losses and scores of all runs in one compact JSON file."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,8 @@ from memdlm_dist.checkpoint.manager import MEMORY_OFF, MEMORY_ON
 from memdlm_dist.errors import UserError, require
 from memdlm_dist.evaluation import report
 from memdlm_dist.evaluation.study import run_queue
-from memdlm_dist.evaluation.study.arms import RESULT_FILES, Study
+from memdlm_dist.evaluation.study.arms import RESULT_FILES, TRAINING, Study
+from memdlm_dist.evaluation.study.run_queue import Run
 from memdlm_dist.training.validation_history import HISTORY_FILE, history
 
 RESULTS = "study.json"
@@ -19,7 +20,7 @@ _DIGITS = 5
 
 @dataclass(frozen=True)
 class ArmResult:
-    """Name of an arm in tables, and the arm that it is compared with."""
+    """What a study file says about an arm: label, the arm that it is compared with, overrides of the configuration."""
 
     label: str
     against: str
@@ -31,6 +32,8 @@ class RunResult:
     """Results of one run.
 
     Attributes:
+        arm: name of the arm.
+        seed: seed of the run.
         steps: steps of the validations.
         off: held-out loss with the memory off at these steps, in nats per token.
         on: the same with the memory on; empty for plain training.
@@ -112,32 +115,43 @@ class StudyResults:
         return StudyResults(self.config, table, runs, shown)
 
 
-def collect(study: Study, output: Path, path: Path) -> int:
+def collect(study: Study, output: Path, path: Path, warn: Callable[[str], Any]) -> int:
     """Write the results of all runs in a folder; return their number.
 
     Args:
         study: the study.
         output: folder of the runs' folders.
         path: file to write.
+        warn: callback, called with a sentence about each result that is left out.
     """
     runs = []
     for arm in study.arms:
         for folder in sorted(output.glob(f"{arm}-*"), key=lambda x: (len(x.name), x.name)):
             seed = folder.name.removeprefix(f"{arm}-")
-            if seed.isdigit() and run_queue.TRAINING in run_queue.done(folder):
-                runs.append(_collect_run(study, arm, int(seed), folder))
+            if not (seed.isdigit() and (folder / run_queue.DONE).exists()):
+                continue
+            try:
+                runs.append(_collect_run(study, Run(arm, int(seed)), folder, warn))
+            except UserError as error:
+                warn(f"{folder} is left out: {error}")
     arms = {name: ArmResult(arm.label, arm.against, dict(arm.overrides)) for name, arm in study.arms.items()}
     lines = ",\n".join(json.dumps(asdict(run), separators=(",", ":")) for run in runs)
     head = json.dumps({"config": study.config, "arms": {name: asdict(arm) for name, arm in arms.items()}}, indent=1)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(f'{head[:-2]},\n "runs": [\n{lines}\n]}}\n')  # a run per line, for readable differences
-    unfinished.replace(path)
+    report.write_text(path, f'{head[:-2]},\n "runs": [\n{lines}\n]}}\n')  # a run per line, for readable differences
     return len(runs)
 
 
-def _collect_run(study: Study, arm: str, seed: int, folder: Path) -> RunResult:
-    rows = history(folder / HISTORY_FILE)
+_EXPOSURE = ("static", "sequential", "same_positions")  # losses of a point, in the order of a row
+
+
+def _collect_run(study: Study, run: Run, folder: Path, warn: Callable[[str], Any]) -> RunResult:
     finished = run_queue.done(folder)
+    settings = run_queue.settings(study, run, [name for name in finished if name in study.evaluations])
+    for name in [name for name in finished if finished[name]["setting"] != settings.get(name)]:
+        warn(f"The {name} of {folder} is left out: the study file has other flags for it now.")
+        del finished[name]
+    rows = history(folder / HISTORY_FILE) if TRAINING in finished else []
+    require(bool(rows), "it has no training with the flags of the study file, or no validation")
     scores: dict[str, list[list[Any]]] = {}
     exposure: dict[str, list[list[Any]]] = {}
     for name in finished:
@@ -150,18 +164,15 @@ def _collect_run(study: Study, arm: str, seed: int, folder: Path) -> RunResult:
                 ]
             else:
                 exposure[name] = [
-                    [each["memory"], x["ratio"], x["tokens"], *(_round(x[key]) for key in _LOSSES)]
+                    [each["memory"], x["ratio"], x["tokens"], *(_round(x[key]) for key in _EXPOSURE)]
                     for each in result["results"]
                     for x in each["points"]
                 ]
     return RunResult(
-        arm, seed, [int(row["step"]) for row in rows], [_round(row[MEMORY_OFF]) for row in rows],
+        run.arm, run.seed, [int(row["step"]) for row in rows], [_round(row[MEMORY_OFF]) for row in rows],
         [_round(row[MEMORY_ON]) for row in rows if MEMORY_ON in row], scores, exposure,
         {name: x["seconds"] for name, x in finished.items()},
     )  # fmt: skip
-
-
-_LOSSES = ("static", "sequential", "same_positions")
 
 
 def _round(number: float) -> float:
@@ -187,6 +198,8 @@ def read(path: Path) -> StudyResults:
 
 def headline(folder: Path) -> str:
     """Return the last held-out losses of a run's folder as text."""
-    row = history(folder / HISTORY_FILE)[-1]
-    on = f", on {row[MEMORY_ON]:.4f}" if MEMORY_ON in row else ""
-    return f"held-out loss {row[MEMORY_OFF]:.4f}{on}"
+    rows = history(folder / HISTORY_FILE)
+    if not rows:
+        return "no validation"
+    on = f", on {rows[-1][MEMORY_ON]:.4f}" if MEMORY_ON in rows[-1] else ""
+    return f"held-out loss {rows[-1][MEMORY_OFF]:.4f}{on}"

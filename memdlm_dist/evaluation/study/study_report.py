@@ -11,7 +11,7 @@ from memdlm_dist.evaluation.study.paired import difference, first_step_below
 from memdlm_dist.evaluation.study.results import RunResult, StudyResults
 
 # Columns of a run's rows, see `RunResult`.
-_TASK, _LENGTH, _MEMORY, _QUESTIONS, _ACCURACY, _NLL = range(6)
+_LENGTH, _MEMORY, _ACCURACY, _NLL = 1, 2, 4, 5
 _STYLES = {"off": "-", "on": "--"}  # line styles of the memory settings in every plot
 _LINEAR = 0.02  # differences up to this are drawn on a linear scale, larger ones on a logarithmic one
 _FIGURES = ("losses.png", "differences.png", "lengths.png", "exposure.png")
@@ -80,15 +80,17 @@ def _score_table(study: StudyResults, name: str, column: int, confidence: float)
         lengths = sorted({row[_LENGTH] for run in runs for row in run.scores[name]})
         for length in [*lengths, *([None] if len(lengths) > 1 else [])]:
             row = [arm, "all" if length is None else str(length)]
-            for memory in MEMORY:
-                value = _score(name, length, memory, column)
+            by_memory = {memory: _score(name, length, memory, column) for memory in MEMORY}
+            for value in by_memory.values():
                 row += [_cell(_each(study.of(arm), value), digits), _compared(study, arm, value, confidence, digits)]
-            rows.append(row)
+            off, on = (_each(study.of(arm), value) for value in by_memory.values())
+            gain = difference(on, off, confidence)
+            rows.append([*row, "" if gain is None else gain.text(digits)])
     measure = "accuracy (%)" if column == _ACCURACY else "answer NLL"
     header = [measure, "length"]
     for memory in MEMORY:
         header += [f"memory {memory}", "difference"]
-    return report.markdown(header, rows)
+    return report.markdown([*header, "on minus off"], rows)
 
 
 def _score(name: str, length: int | None, memory: str, column: int) -> Callable[[RunResult], float | None]:
@@ -175,8 +177,11 @@ def _compared(
     against = study.arms[arm].against
     if against == arm:
         return ""
-    result = difference(_each(study.of(arm), value), _each(study.of(against), value), confidence)
-    return "" if result is None else result.text(digits)
+    values = _each(study.of(arm), value)
+    result = difference(values, _each(study.of(against), value), confidence)
+    if result is None:
+        return ""
+    return result.text(digits) + (f" [{result.pairs} pairs]" if result.pairs < len(values) else "")
 
 
 def plots(study: StudyResults, folder: Path, confidence: float) -> list[Path]:
@@ -271,43 +276,53 @@ def _draw_differences(plt: Any, study: StudyResults, confidence: float) -> Any:
 
 
 def _draw_lengths(plt: Any, study: StudyResults, confidence: float) -> Any:
-    """Draw accuracy and answer NLL, averaged over the tasks, against the lengths of all needle evaluations."""
+    """Draw accuracy and answer NLL, averaged over the tasks, against length: a row of panels per needle evaluation."""
     names = _evaluations(study, "scores")
     if not names:
         return None
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
-    for arm in study.shown:
-        for memory in MEMORY:
-            for axis, column in zip(axes, (_ACCURACY, _NLL), strict=True):
-                runs = [run for run in study.of(arm).values() if all(name in run.scores for name in names)]
-                points = sorted({(row[_LENGTH], name) for run in runs for name in names for row in run.scores[name]})
-                curves = [[_score(name, length, memory, column)(run) or 0.0 for length, name in points] for run in runs]
-                if curves:
-                    x = [length for length, _ in points]
-                    _line(axis, x, curves, memory, _colour(plt, study, arm))
-                    axis.set(xscale="log")
-                    axis.set_xticks(x, map(str, x))
-                    axis.minorticks_off()
-    for axis, text in zip(axes, ("accuracy (%)", "answer NLL (nats per token)"), strict=True):
-        axis.set(xlabel="length (tokens)", ylabel=text)
+    figure, panels = plt.subplots(len(names), 2, figsize=(11, 3.4 * len(names)), squeeze=False)
+    for name, axes in zip(names, panels, strict=True):
+        for axis, column in zip(axes, (_ACCURACY, _NLL), strict=True):
+            lengths: set[int] = set()
+            for arm in study.shown:
+                runs = [run for run in study.of(arm).values() if name in run.scores]
+                for memory in MEMORY:
+                    x = sorted({row[_LENGTH] for run in runs for row in run.scores[name] if row[_MEMORY] == memory})
+                    curves = _curves(runs, [_score(name, length, memory, column) for length in x])
+                    if curves:
+                        _line(axis, x, curves, memory, _colour(plt, study, arm))
+                        lengths.update(x)
+            axis.set(xscale="log", title=name, xlabel="length (tokens)")
+            axis.set_xticks(sorted(lengths), map(str, sorted(lengths)))
+            axis.minorticks_off()
+        axes[0].set_ylabel("accuracy (%)")
+        axes[1].set_ylabel("answer NLL (nats per token)")
     _legend(plt, figure, study)
     return figure
 
 
+def _curves(runs: Sequence[RunResult], points: Sequence[Callable[[RunResult], float | None]]) -> list[list[float]]:
+    """Return the values of each run at all points; runs that lack one are left out."""
+    curves = [[point(run) for point in points] for run in runs]
+    return [[x for x in curve if x is not None] for curve in curves if curve and None not in curve]
+
+
 def _draw_exposure(plt: Any, study: StudyResults, confidence: float) -> Any:
+    """Draw R_EB, and its part at the same positions, against the mask ratio: a row of panels per evaluation."""
     names = _evaluations(study, "exposure")
     if not names:
         return None
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
-    for arm in study.shown:
-        runs = [run for run in study.of(arm).values() if names[0] in run.exposure]
-        ratios = sorted({row[1] for run in runs for row in run.exposure[names[0]]})
-        for memory in MEMORY:
-            for axis, below in zip(axes, ("static", "same positions"), strict=True):
-                curves = [[_exposure(names[0], memory, ratio, below)(run) or 0.0 for ratio in ratios] for run in runs]
-                if curves and ratios:
-                    _line(axis, ratios, curves, memory, _colour(plt, study, arm))
-    axes[0].set(xlabel="mask ratio", ylabel="ratio of losses", title="R_EB")
-    axes[1].set(xlabel="mask ratio", title="at the same positions")
+    figure, panels = plt.subplots(len(names), 2, figsize=(11, 3.6 * len(names)), sharey=True, squeeze=False)
+    for name, axes in zip(names, panels, strict=True):
+        for axis, below in zip(axes, ("static", "same positions"), strict=True):
+            for arm in study.shown:
+                runs = [run for run in study.of(arm).values() if name in run.exposure]
+                for memory in MEMORY:
+                    x = sorted({row[1] for run in runs for row in run.exposure[name] if row[0] == memory})
+                    curves = _curves(runs, [_exposure(name, memory, ratio, below) for ratio in x])
+                    if curves:
+                        _line(axis, x, curves, memory, _colour(plt, study, arm))
+            axis.set(xlabel="mask ratio", title="R_EB" if below == "static" else "at the same positions")
+        axes[0].set_ylabel("ratio of losses")
     _legend(plt, figure, study)
     return figure
