@@ -146,9 +146,9 @@ class ParametricMemory:
     """Learning rate of the inner loop's SGD."""
 
     learning_rate_scale: _one_of(LEARNING_RATE_SCALES) = InnerSGD.learning_rate_scale  # type: ignore[valid-type]
-    """Factors of learning_rate for lora fast weights. none: 1, as published. width: with w the width of the backbone,
-    sqrt(2048 / w) for A and sqrt(w / 2048) for B. Clipped steps then change the linears' outputs by the same share at
-    every width. At 2048, the width of the paper's backbones, both factors are 1."""
+    """Factors of learning_rate for lora fast weights. width: with w the width of the backbone, sqrt(2048 / w) for A and
+    sqrt(w / 2048) for B. Clipped steps then change the linears' outputs by the same share at every width. At 2048, the
+    width of the paper's backbones, both factors are 1. none: 1 at every width, as published."""
 
     gradient_clip: float = InnerSGD.clip
     """Maximum norm of an inner gradient; 0: no clipping."""

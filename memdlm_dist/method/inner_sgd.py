@@ -174,7 +174,7 @@ class InnerSGD:
     learning_rate: float = 0.1
     clip: float = 1.0  # maximum gradient norm; 0 disables clipping
     gradient_norm: str = "per_parameter"  # a key of `GRADIENT_NORMS`
-    learning_rate_scale: str = "none"  # a key of `LEARNING_RATE_SCALES`
+    learning_rate_scale: str = "width"  # a key of `LEARNING_RATE_SCALES`
     width: int = REFERENCE_WIDTH  # of the backbone
 
     def learning_rates(self, fast: FastWeights) -> list[float]:

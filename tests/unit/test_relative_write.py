@@ -20,7 +20,7 @@ from tools import bench
 WIDTHS = [64, 128, 256, 512]
 # Steps of norm 0.1 for every fast tensor, as if every gradient were clipped.
 CLIPPED = ("--parametric_memory.gradient_clip", "1e-6", "--parametric_memory.learning_rate", "1e5")
-SCALED = ("--parametric_memory.learning_rate_scale", "width")
+PUBLISHED, SCALED = (("--parametric_memory.learning_rate_scale", scale) for scale in ("none", "width"))
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")
 
 
@@ -43,7 +43,7 @@ def measured(root, widths, *overrides):
 
 def test_scaled_learning_rates_keep_the_relative_write_of_clipped_steps(one_process, root):
     """Each kind of linear keeps its write within 15% of the mean over the widths; without scale it falls by 30%."""
-    plain, scaled = measured(root, WIDTHS), measured(root, WIDTHS, *SCALED)
+    plain, scaled = measured(root, WIDTHS, *PUBLISHED), measured(root, WIDTHS, *SCALED)
     for linear in ("gate", "up", "down"):
         writes = [x["linears"][linear] for x in scaled["widths"]]
         assert writes == pytest.approx([sum(writes) / len(writes)] * len(writes), rel=0.15), linear
@@ -52,7 +52,7 @@ def test_scaled_learning_rates_keep_the_relative_write_of_clipped_steps(one_proc
 
 
 def test_the_write_of_full_fast_weights_needs_no_scale(one_process, root):
-    plain, scaled = (measured(root, [64, 128], "--parametric_memory.adapter", "full", *x) for x in ((), SCALED))
+    plain, scaled = (measured(root, [64, 128], "--parametric_memory.adapter", "full", *x) for x in (PUBLISHED, SCALED))
     assert plain == scaled and plain["widths"][1]["mean"] == pytest.approx(plain["widths"][0]["mean"], rel=0.1)
 
 
@@ -61,7 +61,7 @@ def test_scaled_learning_rates_are_the_published_ones_at_the_published_width(one
     rates = {width: InnerSGD(0.1, learning_rate_scale="width", width=width).learning_rates for width in (512, 2048)}
     assert rates[2048](fast) == [0.1, 0.1] * 6 and rates[512](fast) == [0.2, 0.05] * 6
     assert rates[512](full) == [0.1] * 6
-    config, args = configuration(root, *SCALED), backbone_args("llada", "quickstart")
+    config, args = configuration(root), backbone_args("llada", "quickstart")
     optimiser = build_objective(config, args, 1, get_layout(config, 1)).memory.optimiser
     assert (optimiser.learning_rate_scale, optimiser.width) == ("width", 256)
 
