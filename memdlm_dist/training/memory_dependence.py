@@ -26,5 +26,6 @@ class MemoryDependence:
             f"The held-out loss with the memory off rose from {self._off:.4f} (step {self._step}) to {off:.4f}, while "
             f"with the memory on it fell from {self._on:.4f} to {on:.4f}: the base model comes to depend on its fast "
             "weights and gets worse without them; start from a pre-trained base (checkpoint.initial_load_path), or "
-            "lower parametric_memory.probability, parametric_memory.learning_rate or optimizer.lr."
+            "lower parametric_memory.learning_rate, parametric_memory.probability or optimizer.lr, or raise "
+            "parametric_memory.samples_per_set."
         )
