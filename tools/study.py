@@ -22,7 +22,7 @@ from memdlm_dist.runtime import cpu
 cpu.prepare()
 
 from memdlm_dist.evaluation import report
-from memdlm_dist.evaluation.study import arms, results, run_queue, study_report
+from memdlm_dist.evaluation.study import arms, run_queue, study_report, study_results
 from memdlm_dist.runtime.device import has_accelerator
 from memdlm_dist.runtime.entry_point import add_command, guarded, new_parser, positive
 from memdlm_dist.runtime.preemption import exiting_on_sigterm
@@ -76,6 +76,8 @@ def parser() -> argparse.ArgumentParser:
     p.usage = "study.py {run,report} ... [options]"
     commands = p.add_subparsers(title="commands", dest="command", required=True, prog="study.py", metavar="COMMAND")
     run, show = add_command(commands, "run", _RUN), add_command(commands, "report", _REPORT)
+    run.usage = "study.py run STUDY --output DIR [options]"
+    show.usage = "study.py report RESULTS [options]"
     chosen = run.add_argument_group("runs")
     chosen.add_argument("study", type=Path, metavar="STUDY", help="TOML file of the study (docs/study.md)")
     chosen.add_argument("--arms", type=names, metavar="A,B", help="comma-separated arms to run (default: all)")
@@ -132,7 +134,7 @@ def run_study(options: argparse.Namespace) -> int:
     devices = _devices()
     workers = options.workers or len(devices) or available_cores()
     set_process_environment(workers)
-    path = options.output / results.RESULTS
+    path = options.output / study_results.RESULTS
     began, finished = time.perf_counter(), 0
 
     def warn(sentence: str) -> None:
@@ -143,13 +145,13 @@ def run_study(options: argparse.Namespace) -> int:
         finished += 1
         minutes = (time.perf_counter() - began) / finished * (len(left) - finished) / 60
         folder = options.output / str(run)
-        result = results.headline(folder) if succeeded else _failure(folder / run_queue.LOG)
-        results.collect(study, options.output, path, lambda sentence: None)
+        result = study_results.headline(folder) if succeeded else _failure(folder / run_queue.LOG)
+        study_results.collect(study, options.output, path, lambda sentence: None)
         print(f"[{finished}/{len(left)}] {run}: {result} ({seconds:.0f} s, {minutes:.0f} minutes left)", flush=True)
 
     with claimed(str(options.output), this_process()):
         failed = run_queue.execute(study, left, options.output, workers, devices, progress)
-        count = results.collect(study, options.output, path, warn)
+        count = study_results.collect(study, options.output, path, warn)
     print(f"{count} runs written to {path}")
     if failed:
         print(f"error: {len(failed)} runs failed: {', '.join(map(str, failed))}.", file=sys.stderr)
@@ -174,7 +176,9 @@ def show_report(options: argparse.Namespace) -> int:
     Raises:
         UserError: if the results cannot be read, or an arm is unknown.
     """
-    study = results.read(options.results).select(options.arms, options.seeds, options.against, options.evaluations)
+    study = study_results.read(options.results).select(
+        options.arms, options.seeds, options.against, options.evaluations
+    )
     level = 1 - (1 - options.confidence) / options.comparisons
     print(study_report.tables(study, level))
     if options.plots:

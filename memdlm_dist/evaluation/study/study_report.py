@@ -8,7 +8,7 @@ from typing import Any
 from memdlm_dist.evaluation import report
 from memdlm_dist.evaluation.retrieval import MEMORY
 from memdlm_dist.evaluation.study.paired import difference, first_step_below
-from memdlm_dist.evaluation.study.results import RunResult, StudyResults
+from memdlm_dist.evaluation.study.study_results import RunResult, StudyResults
 
 # Columns of a run's rows, see `RunResult`.
 _LENGTH, _MEMORY, _ACCURACY, _NLL = 1, 2, 4, 5

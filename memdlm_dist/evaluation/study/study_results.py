@@ -20,7 +20,7 @@ _DIGITS = 5
 
 @dataclass(frozen=True)
 class ArmResult:
-    """What a study file says about an arm: label, the arm that it is compared with, overrides of the configuration."""
+    """Arm of a study file: label, the arm that it is compared with, overrides of the configuration."""
 
     label: str
     against: str
