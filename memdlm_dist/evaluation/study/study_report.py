@@ -238,6 +238,8 @@ def _draw_losses(plt: Any, study: StudyResults, confidence: float) -> Any:
             if curves:
                 _line(axis, runs[0].steps, curves, memory, _colour(plt, study, arm))
     axis.set(xlabel="step", ylabel="held-out loss (nats per token)", yscale="log")
+    for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        ticks("{x:g}")
     _legend(plt, figure, study)
     return figure
 
