@@ -4,6 +4,9 @@ import contextlib
 import os
 import random
 import socket
+from collections.abc import Mapping
+
+_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def free_port() -> int:
@@ -20,10 +23,12 @@ def free_port() -> int:
     raise OSError("No port of 127.0.0.1 is free.")
 
 
+def without_ranks(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment without torchrun's variables, for a child process that is a single process of its own."""
+    return {name: value for name, value in environment.items() if name not in _VARIABLES}
+
+
 def single_process_environment() -> None:
     """Set the environment variables that torchrun sets, unless they are set: one rank, a free port on 127.0.0.1."""
-    for name, value in {
-        "RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": free_port(),
-    }.items():  # fmt: skip
+    for name, value in zip(_VARIABLES, (0, 0, 1, 1, "127.0.0.1", free_port()), strict=True):
         os.environ.setdefault(name, str(value))

@@ -99,6 +99,7 @@ def test_mistakes_in_a_study_file(change, message, tmp_path, capsys, monkeypatch
 
 def test_runs_go_on_where_they_stopped(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("WORLD_SIZE", "3")  # of this process; every run is a process of its own
     path, output = tmp_path / "study.toml", tmp_path / "runs"
     # The second arm fails: its data do not exist.
     path.write_text(DEBUG.replace("--optimizer.lr 0.002", "--data.train nowhere"))

@@ -24,6 +24,7 @@ from memdlm_dist.config.job_config import JobConfig
 from memdlm_dist.errors import UserError, require
 from memdlm_dist.evaluation import report
 from memdlm_dist.evaluation.study.arms import TRAINING, Overrides, Study, merge
+from memdlm_dist.runtime.single_process import without_ranks
 
 DONE, LOG = "done.json", "study.log"
 _ROOT = Path(__file__).parents[3]
@@ -186,7 +187,7 @@ def execute(
 
     def work(run: Run) -> tuple[float, bool]:
         place, began = places.get(), time.perf_counter()
-        environment = dict(os.environ)
+        environment = without_ranks(os.environ)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
         if devices:
             environment["CUDA_VISIBLE_DEVICES"] = devices[place % len(devices)]
