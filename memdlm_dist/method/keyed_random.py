@@ -134,4 +134,7 @@ def words(keys: Tensor, group: Tensor) -> Tensor:
     Returns:
         int16 `[..., 4 n]` on the device of `keys`.
     """
-    return subkeys(keys, group).view(torch.int16)
+    # Shifts, which keep the sign of each quarter: a view as int16, in one compiled graph with a LoRA adapter, makes
+    # torch 2.13 write beyond a buffer on the CPU.
+    up = torch.arange(48, -1, -16, device=keys.device)
+    return ((subkeys(keys, group).unsqueeze(-1) << up) >> 48).to(torch.int16).flatten(-2)
