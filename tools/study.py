@@ -2,8 +2,8 @@
 r"""Run a study, which trains a recipe with different settings and seeds, and compare the results pairwise by seed.
 
 Examples:
-  python tools/study.py run launch/memory_study.toml --output outputs/study --arms plain,per_sample --seeds 0
-  python tools/study.py report docs/results/study.json --arms plain,per_sample --seeds 1,2,3,4,5
+  python tools/study.py run launch/memory_study.toml --output outputs/study --arms plain,set_1 --seeds 0
+  python tools/study.py report docs/results/study.json --arms plain,set_1 --seeds 1,2,3,4,5
 
 `study.py COMMAND --help` describes a command and its options.
 """
@@ -32,17 +32,16 @@ from memdlm_dist.runtime.writer import claimed, this_process
 _RUN = """Train and evaluate every chosen arm with every chosen seed, and collect the results in one file.
 
 Example:
-  python tools/study.py run launch/memory_study.toml --output outputs/study --arms plain,per_sample --seeds 0
+  python tools/study.py run launch/memory_study.toml --output outputs/study --arms plain,set_1 --seeds 0
 
 A run has the folder DIR/ARM-SEED; its log is study.log there. Runs that are complete are kept, so the command goes on
-where it was interrupted. Every run is one process. Seeds are the outer loop: an interrupted study has whole pairs.
-After every run the results of all
-runs in DIR are written to DIR/study.json.
+where it was interrupted; an interrupted training starts again. Every run is one process. Seeds are the outer loop: an
+interrupted study has whole pairs. After every run the results of all runs in DIR are written to DIR/study.json.
 """
 _REPORT = """Show the results of a study: losses, needle tasks and exposure bias by arm, and paired differences.
 
 Example:
-  python tools/study.py report docs/results/study.json --arms plain,per_sample --seeds 1,2,3,4,5 --comparisons 3
+  python tools/study.py report docs/results/study.json --arms plain,set_1 --seeds 1,2,3,4,5 --comparisons 3
 
 A paired difference is a run's result minus that of the arm it is compared with, at the same seed. Its interval is
 Student's t interval of the mean over the seeds, at the confidence 1 - (1 - P) / N for N comparisons (Bonferroni).

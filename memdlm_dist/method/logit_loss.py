@@ -62,8 +62,8 @@ class Vocabulary(NamedTuple):
         return x
 
 
-# A loss of logits: (logits `[C, V]`, may be overwritten; target; vocabulary) -> loss `[C]`, gradient `[C, V]`. A loss
-# that is not what is reported of a token returns `[C, 2]` instead of `[C]`: the loss, and what is reported.
+# A loss of logits: (logits `[C, V]`, may be overwritten; target; vocabulary) -> loss `[C]`, gradient `[C, V]`. With
+# smoothed labels the loss is `[C, 2]` instead of `[C]`: the smoothed loss, and the reported one, -log p(label).
 LogitLoss = Callable[[Tensor, Tensor, Vocabulary], tuple[Tensor, Tensor]]
 
 
@@ -73,7 +73,7 @@ def cross_entropy(
     """Compute -log p(label) in nats, and its gradient p - 1[label].
 
     With smoothing e, the loss is (1 - e) (-log p(label)) + e mean_v(-log p(v)) with the mean over the whole vocabulary
-    of size V, its gradient is p - (1 - e) 1[label] - e / V, and what is reported is still -log p(label).
+    of size V, its gradient is p - (1 - e) 1[label] - e / V, and the reported loss is still -log p(label).
     """
     index_C, is_local_C = vocabulary.local_index(label_C)
     logits_CV = logits_CV.sub_(vocabulary.max(logits_CV.amax(-1)).unsqueeze(1))
@@ -205,15 +205,15 @@ class HeadLoss:
         self._loss_N: Tensor | None = None
 
     def token_losses(self) -> Tensor:
-        """Return what is reported of the tokens in the last pass, `[N]`, without gradient; call it after the head ran.
+        """Return the reported losses `[N]` of the last pass, without gradient; call it after the head has run.
 
-        These are their losses, but -log p(label) if labels are smoothed.
+        With smoothed labels they are -log p(label).
         """
         assert self._loss_N is not None
         return self._loss_N
 
     def total(self, loss_N: Tensor) -> Tensor:
-        """Keep what is reported of the tokens, and return the sums of their losses for the sets, `[G]`.
+        """Keep the reported losses of the tokens, and return the sums of the losses for the sets, `[G]`.
 
         Args:
             loss_N: losses of the tokens, or `[N, 2]`, see `LogitLoss`.

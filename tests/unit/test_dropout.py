@@ -249,7 +249,7 @@ def test_expert_parallelism_refuses_dropout():
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for the CPU with a C++ compiler")
 def test_compiled_adapters_with_dropout_train(root, tmp_path):
-    """With the masks' bits viewed as int16, torch 2.13 wrote beyond a buffer here, and the process aborted."""
+    """Masks read as an int16 view of their bits made torch 2.13 write beyond a buffer here: the process aborted."""
     lora = ["--model.converters", "lora", "--lora.dropout", "0.1", "--parametric_memory.no_enable"]
     run = ["--job.config_file", "train_configs/debug.toml", "--training.steps", "2", "--job.dump_folder", str(tmp_path)]
     command = [sys.executable, "-m", "memdlm_dist.train", *run, *lora, "--compile.enable"]

@@ -14,7 +14,6 @@ from memdlm_dist.evaluation.study.study_results import RunResult, StudyResults
 _LENGTH, _MEMORY, _ACCURACY, _NLL = 1, 2, 4, 5
 _STYLES = {"off": "-", "on": "--"}  # line styles of the memory settings in every plot
 _LINEAR = 0.02  # differences up to this are drawn on a linear scale, larger ones on a logarithmic one
-_FIGURES = ("losses.png", "differences.png", "lengths.png", "exposure.png")
 
 Values = dict[int, float]  # seed -> value
 
@@ -41,7 +40,7 @@ def _loss_table(study: StudyResults, confidence: float) -> str:
     rows = []
     for arm in study.shown:
         runs, others = study.of(arm), study.of(study.arms[arm].against)
-        off, on = _each(runs, lambda run: run.off[-1]), _each(runs, lambda run: run.on[-1] if run.on else None)
+        off, on = _each(runs, _last_off), _each(runs, lambda run: run.on[-1] if run.on else None)
         is_reference = study.arms[arm].against == arm
         reached = [
             first_step_below(run.steps, run.off, others[seed].off[-1]) for seed, run in runs.items() if seed in others
@@ -196,9 +195,14 @@ def plots(study: StudyResults, folder: Path, confidence: float) -> list[Path]:
         confidence: confidence of the intervals of paired differences.
     """
     plt = report.pyplot()
-    draw = (_draw_losses, _draw_differences, _draw_lengths, _draw_exposure)
+    figures = {
+        "losses.png": _draw_losses,
+        "differences.png": _draw_differences,
+        "lengths.png": _draw_lengths,
+        "exposure.png": _draw_exposure,
+    }
     written = []
-    for name, function in zip(_FIGURES, draw, strict=True):
+    for name, function in figures.items():
         figure = function(plt, study, confidence)
         if figure is not None:
             report.save(figure, folder / name)
